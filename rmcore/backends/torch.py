@@ -1,0 +1,96 @@
+"""The ``torch`` backend: the formulas of ``rmcore.reference`` with ordinary operations. Runs everywhere, is the truth.
+
+Weights are upcast to float32 (float64 for float64 rows); nothing is rounded beyond what the stored weights already are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rmcore import reference
+from rmcore.reference import Likelihood
+from rmcore.weights import FeatureMap, HeadWeights
+
+__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
+
+_CHUNK_ROWS = 4096
+"""Rows taken at a time: bounds the (rows, D) temporaries to 64 MB at D = 4096."""
+
+
+def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Always None: this backend runs everything, everywhere."""
+    return None
+
+
+def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
+    """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
+    for start in range(0, hidden.shape[0], _CHUNK_ROWS):
+        c = weights.map(hidden[start : start + _CHUNK_ROWS])
+        stop = start + c.shape[0]
+        out[0, start:stop] = reference.logit(c, weights.beta.to(c.dtype), weights.beta0)
+        out[1, start:stop] = reference.variance(c, weights.dense_factor.to(c.dtype))
+    torch.sqrt(1 + weights.amplitude * out[1], out=out[2])
+    torch.div(out[0], out[2], out=out[3])
+
+
+def accumulate(
+    hidden: Tensor,
+    labels: Tensor,
+    feature_map: FeatureMap,
+    beta: Tensor,
+    precision: Tensor,
+    gradient: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None,
+    beta0: float,
+    likelihood: Likelihood,
+) -> Tensor:
+    """Add ΦᵀWΦ (lower triangle) and Φᵀ(y−p) in place, return Σ log-likelihood. See :func:`rmcore.ops.accumulate`."""
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    rows = None if pairs is None else feature_map(hidden)
+    n = hidden.shape[0] if pairs is None else pairs.shape[0]
+    for start in range(0, n, _CHUNK_ROWS):
+        chunk = slice(start, start + _CHUNK_ROWS)
+        if pairs is None or rows is None:
+            c = feature_map(hidden[chunk])
+        else:
+            c = rows[pairs[chunk, 0]] - rows[pairs[chunk, 1]]
+        gram, slope, likelihood_sum = reference.accumulate(
+            c * feature_map.feature_scale,
+            labels[chunk].to(c.dtype),
+            beta.to(c.dtype),
+            beta0=beta0,
+            likelihood=likelihood,
+            sample_weight=None if sample_weight is None else sample_weight[chunk].to(c.dtype),
+        )
+        precision.add_(gram.tril_().to(precision.dtype))
+        gradient.add_(slope.to(gradient.dtype))
+        total += likelihood_sum.double()
+    return total
+
+
+def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
+    """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
+    logits, variances = [], []
+    start = 0
+    for k in group_sizes.tolist():
+        c = weights.map(hidden[start : start + k])
+        start += k
+        if k < 2:
+            continue
+        i, j = torch.triu_indices(k, k, 1, device=hidden.device)
+        # Taking the first row away before the products leaves only the group's own spread to round, and changes no
+        # difference. Equal rows stay equal, so their difference is exactly zero.
+        c = c - c[:1]
+        y = c @ weights.dense_factor.to(c.dtype).mT
+        g = c @ weights.beta.to(c.dtype)
+        logits.append((g[i] - g[j]).float())
+        variances.append((y[i] - y[j]).square().sum(-1).float())
+    empty = torch.empty(0, dtype=torch.float32, device=hidden.device)
+    return (torch.cat(logits), torch.cat(variances)) if logits else (empty, empty.clone())
+
+
+def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """σ(W) and the new right vector. See :func:`rmcore.ops.power_iteration`."""
+    return reference.power_iteration(weight, vector, iterations)
