@@ -75,18 +75,21 @@ def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> 
     logits, variances = [], []
     start = 0
     for k in group_sizes.tolist():
-        c = weights.map(hidden[start : start + k])
+        rows = hidden[start : start + k]
         start += k
         if k < 2:
             continue
         i, j = torch.triu_indices(k, k, 1, device=hidden.device)
         # Taking the first row away before the products leaves only the group's own spread to round, and changes no
-        # difference. Equal rows stay equal, so their difference is exactly zero.
+        # difference.
+        c = weights.map(rows)
         c = c - c[:1]
         y = c @ weights.dense_factor.to(c.dtype).mT
         g = c @ weights.beta.to(c.dtype)
-        logits.append((g[i] - g[j]).float())
-        variances.append((y[i] - y[j]).square().sum(-1).float())
+        # A matrix product may round equal rows differently by where they stand; equal rows differ by exactly zero.
+        equal = (rows[i] == rows[j]).all(dim=-1)
+        logits.append((g[i] - g[j]).float().masked_fill_(equal, 0.0))
+        variances.append((y[i] - y[j]).square().sum(-1).float().masked_fill_(equal, 0.0))
     empty = torch.empty(0, dtype=torch.float32, device=hidden.device)
     return (torch.cat(logits), torch.cat(variances)) if logits else (empty, empty.clone())
 

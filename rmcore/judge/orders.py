@@ -1,0 +1,68 @@
+"""Both orders of a pair: judges favour a place, so a pair is shown twice, exchanged, and the answers are put together.
+
+The rules, which every judge of this package follows:
+
+- both orders answered: the preferences are averaged. Win and loss make 0 with ``flipped=True``; win and tie make a
+  weak win of 0.5, which is no flip.
+- one order answered, the other failed: the answer stands at full strength, exactly as under ``orders="one"``, and
+  ``reason`` says ``one_order:<why the other failed>``, so that it can be counted. It is not weakened: a failed call is
+  no evidence for the other response.
+- neither answered: no verdict, with the reason of the order that was asked first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, TypeAlias, cast
+
+from rmcore.errors import reject
+from rmcore.judge.base import Pair, Verdict
+from rmcore.judge.keys import pair_key
+
+__all__ = ["Orders", "check_orders", "combine_orders", "exchanged", "shown_exchanged"]
+
+Orders: TypeAlias = Literal["both", "one"]
+"""``both``: each pair in both orders, averaged; ``one``: in the order :func:`shown_exchanged` picks."""
+
+
+def check_orders(orders: str) -> Orders:
+    """``orders``, if it is one of the two words; :class:`~rmcore.errors.InputError` otherwise."""
+    if orders not in ("both", "one"):
+        reject("orders", repr(orders)[:80], "'both' or 'one'")
+    return cast("Orders", orders)
+
+
+def shown_exchanged(pair: Pair) -> bool:
+    """Whether ``orders="one"`` shows ``pair.second`` first: decided by a stable hash of the texts.
+
+    The order with the smaller key is shown. So (a, b) and (b, a) put the very same question to the judge and get the
+    same answer, and over many pairs each place is used half of the time.
+    """
+    return pair_key(pair.prompt, pair.second, pair.first) < pair_key(pair.prompt, pair.first, pair.second)
+
+
+def exchanged(verdict: Verdict) -> Verdict:
+    """The same verdict seen from the other response's side."""
+    if verdict.preference is None:
+        return verdict
+    return replace(verdict, preference=0.0 - verdict.preference)  # 0 - 0 is +0; negating would make -0
+
+
+def combine_orders(forward: Verdict, backward: Verdict) -> Verdict:
+    """One verdict from those of both orders, **both from the first response's side** (see the rules above).
+
+    ``forward`` is the pair as given, ``backward`` the exchanged one after :func:`exchanged`. Usage adds up; both
+    critiques are kept, the second under a line that says its "first" and "second" are exchanged.
+    """
+    usage = forward.usage + backward.usage
+    critique = forward.critique
+    if backward.critique:
+        critique = (critique + "\n\n" if critique else "") + "[other order: first and second exchanged]\n"
+        critique += backward.critique
+    f, b = forward.preference, backward.preference
+    if f is None and b is None:
+        return Verdict.none(forward.reason, usage, critique)
+    if f is None or b is None:
+        kept, lost = (backward, forward) if f is None else (forward, backward)
+        return replace(kept, reason=f"one_order:{lost.reason}", critique=critique, usage=usage)
+    return Verdict((f + b) / 2, flipped=f * b < 0, critique=critique, usage=usage)

@@ -1,0 +1,170 @@
+"""A judge that replays recorded verdicts: for tests, for the demo, and for judging a router without buying a call."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rmcore.errors import DataError, InputError, reject
+from rmcore.judge.base import Outcome, Pair, Prompt, Verdict
+from rmcore.judge.keys import pair_key
+from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
+
+__all__ = ["RecordedJudge"]
+
+_OUTCOMES = ("win", "loss", "tie")
+
+
+class RecordedJudge:
+    """Replays verdicts by content: what was recorded for these texts is the answer, whoever asks and in what order.
+
+    A **row** is a mapping (in a file: one JSON object a line) with
+
+    - ``prompt``: a string or a list of messages, ``first``, ``second``: the two responses;
+    - ``verdict``: ``"win"`` (``first`` is better), ``"loss"`` (``second`` is), ``"tie"``, or ``null``: the judge was
+      asked and gave no verdict;
+    - ``order``, optional: which response the judge was *shown* first. ``"ab"`` (the default) means ``first``, ``"ba"``
+      means ``second``. The verdict is always from ``first``'s side, whichever was shown first.
+
+    Other fields are ignored. So ``{first: X, second: Y, verdict: win, order: ba}`` and ``{first: Y, second: X,
+    verdict: loss}`` are the same record: shown Y then X, the judge preferred X.
+
+    Answers: both orders recorded → put together as in :mod:`rmcore.judge.orders` (with ``orders="one"``: the order the
+    stable hash picks); one order recorded → that one, its sign turned if the pair is asked the other way round; neither
+    → no verdict, ``no_record``; recorded ``null`` → no verdict, ``no_verdict``.
+
+    Args:
+        verdicts: :func:`~rmcore.judge.keys.pair_key` of the texts in the order *shown* → the verdict from the side of
+            the response shown first, or ``None``. Most callers want :meth:`from_rows` or :meth:`from_file`.
+        orders: ``"both"`` or ``"one"``.
+
+    Raises:
+        InputError: a key or a verdict of ``verdicts`` is malformed, or ``orders`` is neither word.
+    """
+
+    def __init__(self, verdicts: Mapping[str, Outcome | None], *, orders: Orders = "both") -> None:
+        self.orders: Orders = check_orders(orders)
+        for key, outcome in verdicts.items():
+            if not isinstance(key, str) or len(key) != 64:
+                reject("verdicts", f"the key {str(key)[:80]!r}", "the 64 hex digits of pair_key(prompt, first, second)")
+            if outcome is not None and outcome not in _OUTCOMES:
+                reject(f"verdicts[{key[:12]}…]", repr(outcome)[:80], "'win', 'loss', 'tie' or None")
+        self._verdicts: dict[str, Outcome | None] = dict(verdicts)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, orders: Orders = "both") -> RecordedJudge:
+        """From rows as the class describes.
+
+        A record may come twice if both say the same.
+
+        Raises:
+            InputError: naming the row (counted from 0): a field is missing or malformed, or two rows contradict.
+        """
+        table: dict[str, Outcome | None] = {}
+        for index, row in enumerate(rows):
+            try:
+                _add(table, row)
+            except InputError as error:
+                raise InputError(f"rows[{index}]: {error}") from None
+        return cls(table, orders=orders)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, orders: Orders = "both") -> RecordedJudge:
+        """From a UTF-8 JSON Lines file of rows, gzipped if its name ends in ``.gz``. Blank lines are skipped.
+
+        Raises:
+            DataError: with the line's number: no JSON object, a bad field, contradicting rows, a damaged file.
+            OSError: the file cannot be opened.
+        """
+        path = Path(path)
+        table: dict[str, Outcome | None] = {}
+        number = 0
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            try:
+                for number, line in enumerate(lines, start=1):  # noqa: B007 - the messages below use it
+                    if line.strip():
+                        _add(table, json.loads(line))
+            except InputError as error:
+                raise DataError(str(error), source=path.name, line=number) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"not JSON: {error}"[:300], source=path.name, line=number) from None
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(f"damaged gzip file: {error}", source=path.name, line=number + 1) from None
+        return cls(table, orders=orders)
+
+    def __len__(self) -> int:
+        """How many (pair, order) records there are."""
+        return len(self._verdicts)
+
+    def __repr__(self) -> str:
+        return f"RecordedJudge({len(self)} records, orders={self.orders!r})"
+
+    def lookup(self, prompt: Prompt, first: str, second: str) -> Verdict:
+        """The verdict when ``first`` is shown first, never averaged: what one call to the judge answered.
+
+        If only the exchanged order is recorded, its verdict with the sign turned.
+
+        Raises:
+            InputError: the texts are not texts.
+        """
+        ahead = self._recorded(pair_key(prompt, first, second))
+        if ahead is not None:
+            return ahead
+        back = self._recorded(pair_key(prompt, second, first))
+        return Verdict.none("no_record") if back is None else exchanged(back)
+
+    def verdict(self, pair: Pair) -> Verdict:
+        """The answer for one pair, as :meth:`judge` gives it."""
+        try:
+            ahead = self._recorded(pair_key(pair.prompt, pair.first, pair.second))
+            back = self._recorded(pair_key(pair.prompt, pair.second, pair.first))
+        except InputError:
+            return Verdict.none("bad_pair")
+        if ahead is None or back is None:
+            return self.lookup(pair.prompt, pair.first, pair.second)
+        if self.orders == "one":
+            return exchanged(back) if shown_exchanged(pair) else ahead
+        return combine_orders(ahead, exchanged(back))
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """One verdict a pair, in order. Never raises because of a pair; nothing is awaited and nothing is spent."""
+        return [self.verdict(pair) for pair in pairs]
+
+    def _recorded(self, key: str) -> Verdict | None:
+        """The record under ``key`` from the side of the response shown first; ``None`` if there is none."""
+        if key not in self._verdicts:
+            return None
+        outcome = self._verdicts[key]
+        return Verdict.none("no_verdict") if outcome is None else Verdict.of(outcome)
+
+
+def _add(table: dict[str, Outcome | None], row: object) -> None:
+    """Put one row into ``table`` under its key of the order shown."""
+    if not isinstance(row, Mapping):
+        reject("row", type(row).__name__, "an object with prompt, first, second and verdict")
+    for name in ("prompt", "first", "second", "verdict"):
+        if name not in row:
+            reject(name, "nothing", "a value", "A pair without a verdict is written with verdict null")
+    verdict, order = row["verdict"], row.get("order", "ab")
+    if verdict is not None and verdict not in _OUTCOMES:
+        reject("verdict", repr(verdict)[:80], "'win', 'loss', 'tie' or null")
+    if order not in ("ab", "ba"):
+        reject("order", repr(order)[:80], "'ab' (first was shown first) or 'ba'")
+    first, second = row["first"], row["second"]
+    outcome = cast("Outcome | None", verdict)
+    if order == "ba":
+        first, second = second, first
+        turned: dict[Outcome | None, Outcome | None] = {"win": "loss", "loss": "win"}
+        outcome = turned.get(outcome, outcome)
+    key = pair_key(row["prompt"], first, second)
+    if table.setdefault(key, outcome) != outcome:
+        reject(
+            "verdict",
+            f"{outcome!r} for a pair and order already recorded as {table[key]!r}",
+            "one verdict per pair and order",
+            "Keep one of the two rows, or record the pair as null",
+        )

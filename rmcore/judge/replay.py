@@ -1,0 +1,327 @@
+"""Recorded verdicts served over real HTTP on this machine: for tests, for the demo, and for load without a bill.
+
+The server answers the requests that :class:`~rmcore.judge.chat.ChatJudge` makes. It reads the question back with
+:meth:`JudgePrompt.parse <rmcore.judge.prompt.JudgePrompt.parse>`, looks the texts up in the order shown, and answers
+with the label that this very request asks for: the whole path of a real judge, except the judge.
+
+    python -m rmcore.judge.replay VERDICTS.jsonl      # prints the base URL, serves until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import socket
+import string
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from rmcore.errors import InputError, reject
+from rmcore.judge.base import Outcome
+from rmcore.judge.prompt import JudgePrompt, ParsedPrompt
+from rmcore.judge.recorded import RecordedJudge
+
+__all__ = ["Fault", "ReplayServer", "main"]
+
+_logger = logging.getLogger(__name__)
+_MAX_REQUEST = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What one request gets instead of the true answer.
+
+    Attributes:
+        status: HTTP status.
+        headers: further headers, or other values for ``Content-Type`` and the like.
+        body: the raw body. ``None``: an error object for a status from 400 on, otherwise a chat completion.
+        code: the error object's ``code``.
+        message: fields that replace those of the completion's message. In texts ``$win``, ``$loss`` and ``$tie``
+            stand for this request's labels.
+        finish_reason: of the completion.
+        delay_s: wait before answering, in seconds; it ends early when the server stops. A long one is a hang.
+        drop: close the connection after half of the body, which was announced whole.
+    """
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    code: str = "injected"
+    message: Mapping[str, object] | None = None
+    finish_reason: str = "stop"
+    delay_s: float = 0.0
+    drop: bool = False
+
+
+class ReplayServer:
+    """An OpenAI-compatible endpoint on 127.0.0.1 that knows recorded verdicts and nothing else.
+
+    Use it as a context manager, or call :meth:`start` and :meth:`stop`. A pair recorded in the order shown gets that
+    verdict, one recorded in the other order its mirror image; a recorded ``null`` gets a reply without a verdict; a
+    pair not recorded gets status 404 with code ``no_record``; a request that is no rendered question gets 400.
+
+    Args:
+        recorded: a :class:`~rmcore.judge.recorded.RecordedJudge`, or the mapping that one is made from.
+        latency_s: seconds each answer takes.
+        faults: what goes wrong: a sequence, one entry a request in order of arrival (``None``: nothing), after which
+            all goes well; or a function of the request's number, from 0.
+        require_key: answer 401 to requests without this bearer key.
+        port: 0 picks a free one.
+
+    Attributes:
+        requests: chat requests received so far.
+        statuses: how many answers had which status.
+    """
+
+    def __init__(
+        self,
+        recorded: RecordedJudge | Mapping[str, Outcome | None],
+        *,
+        latency_s: float = 0.0,
+        faults: Sequence[Fault | None] | Callable[[int], Fault | None] = (),
+        require_key: str | None = None,
+        port: int = 0,
+    ) -> None:
+        if not latency_s >= 0:
+            reject("latency_s", latency_s, "seconds, at least 0")
+        self.recorded = recorded if isinstance(recorded, RecordedJudge) else RecordedJudge(recorded)
+        self.latency_s = latency_s
+        self.requests = 0
+        self.statuses: Counter[int] = Counter()
+        self._faults = faults
+        self._require_key = require_key
+        self._port = port
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def base_url(self) -> str:
+        """What a client is given, such as ``http://127.0.0.1:40123/v1``. Raises RuntimeError unless started."""
+        if self._server is None:
+            raise RuntimeError("ReplayServer: not started; use it in a with statement, or call start()")
+        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def start(self) -> ReplayServer:
+        """Bind and serve from a background thread. Once it returns, requests are answered."""
+        if self._server is None:
+            self._stopping.clear()
+            self._server = _Server(("127.0.0.1", self._port), self)
+            self._thread = threading.Thread(
+                target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="rmcore-replay", daemon=True
+            )
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop serving, cut open connections, end waiting answers. Does nothing if not started."""
+        server, self._server = self._server, None
+        if server is not None and self._thread is not None:
+            self._stopping.set()
+            server.shutdown()
+            server.server_close()
+            server.cut_connections()
+            self._thread.join()
+
+    def __enter__(self) -> ReplayServer:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _next_fault(self) -> Fault | None:
+        """Count a request and take what is planned for it."""
+        with self._lock:
+            number = self.requests
+            self.requests += 1
+        if callable(self._faults):
+            return self._faults(number)
+        return self._faults[number] if number < len(self._faults) else None
+
+    def _answer(self, request: bytes, authorization: str) -> _Answer:
+        """The answer to one chat request, delays included."""
+        fault = self._next_fault()
+        delay = self.latency_s + (fault.delay_s if fault else 0.0)
+        if delay:
+            self._stopping.wait(delay)
+        answer = self._true_answer(request, authorization, fault)
+        if fault is not None:
+            if fault.status >= 400:
+                answer = _error(fault.status, fault.code, "injected fault")
+            answer.status = fault.status
+            answer.body = answer.body if fault.body is None else fault.body
+            answer.headers |= {name.title(): value for name, value in fault.headers.items()}
+            answer.drop = fault.drop
+        with self._lock:
+            self.statuses[answer.status] += 1
+        return answer
+
+    def _true_answer(self, request: bytes, authorization: str, fault: Fault | None) -> _Answer:
+        if self._require_key is not None and authorization != f"Bearer {self._require_key}":
+            return _error(401, "invalid_api_key", "missing or wrong key")
+        try:
+            payload = json.loads(request)
+            messages = payload["messages"]
+            question = JudgePrompt.parse(messages)
+            verdict = self.recorded.lookup(question.prompt, question.first, question.second)
+        except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return _error(400, "not_a_question", f"not a question of this library ({type(error).__name__})")
+        if verdict.reason == "no_record" and (fault is None or fault.message is None):
+            return _error(404, "no_record", "no verdict is recorded for this pair")
+        outcome = verdict.outcome
+        text = "I cannot tell which response is better."
+        if outcome is not None:
+            text = f"Replaying a recorded verdict.\n<verdict>{question.labels.label(outcome)}</verdict>"
+        message: dict[str, object] = {"role": "assistant", "content": text}
+        if fault is not None and fault.message is not None:
+            message |= {name: _with_labels(value, question) for name, value in fault.message.items()}
+        return _Answer(_completion(payload, message, fault.finish_reason if fault else "stop"))
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What goes over the wire."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
+    drop: bool = False
+
+
+class _Server(ThreadingHTTPServer):
+    """A threading server that knows its connections, so that stopping does not wait for idle clients."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512  # the default of 5 refuses connections as soon as a client is brisk
+
+    def __init__(self, address: tuple[str, int], owner: ReplayServer) -> None:
+        super().__init__(address, _Handler)
+        self.owner = owner
+        self._open: set[socket.socket] = set()
+        self._open_lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._open_lock:
+            self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._open_lock:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def cut_connections(self) -> None:
+        with self._open_lock:
+            connections = list(self._open)
+        for connection in connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # already gone
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _logger.debug("replay: a client went away", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """HTTP/1.1 with kept-alive connections; everything else is the owner's."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit() or int(length) > _MAX_REQUEST:
+            self.close_connection = True
+            self._send(_error(411, "length", "a Content-Length of at most 64 MiB is needed"))
+            return
+        request = self.rfile.read(int(length))
+        if self.path.partition("?")[0] != "/v1/chat/completions":
+            self._send(_error(404, "no_route", "only /v1/chat/completions is served"))
+            return
+        self._send(self.server.owner._answer(request, self.headers.get("Authorization", "")))
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] == "/v1/models":
+            self._send(_Answer(json.dumps({"object": "list", "data": [{"id": "replay", "object": "model"}]}).encode()))
+        else:
+            self._send(_error(404, "no_route", "only /v1/chat/completions is served"))
+
+    def _send(self, answer: _Answer) -> None:
+        self.send_response(answer.status)
+        for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if answer.drop:
+            self.wfile.write(answer.body[: len(answer.body) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(answer.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _logger.debug("replay: " + format, *args)
+
+
+def _with_labels(value: object, question: ParsedPrompt) -> object:
+    if not isinstance(value, str):
+        return value
+    labels = question.labels
+    return string.Template(value).safe_substitute(win=labels.win, loss=labels.loss, tie=labels.tie)
+
+
+def _completion(payload: Mapping[str, Any], message: Mapping[str, object], finish_reason: str) -> bytes:
+    """A chat completion; tokens are counted as four characters each, so that accounting has something to add up."""
+    asked = sum(len(str(m.get("content", ""))) for m in payload["messages"]) // 4 + 1
+    said = sum(len(text) for text in message.values() if isinstance(text, str)) // 4 + 1
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return json.dumps(
+        {
+            "id": "replay",
+            "object": "chat.completion",
+            "created": 0,
+            "model": payload.get("model", "replay"),
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+            "usage": usage,
+        }
+    ).encode()
+
+
+def _error(status: int, code: str, message: str) -> _Answer:
+    return _Answer(json.dumps({"error": {"message": message, "type": "replay", "code": code}}).encode(), status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m rmcore.judge.replay``: print the base URL and serve until interrupted. Exit code 2: a bad file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rmcore.judge.replay",
+        description="Serve recorded verdicts as an OpenAI-compatible endpoint on 127.0.0.1.",
+    )
+    parser.add_argument("verdicts", help="JSON Lines (or .gz): prompt, first, second, verdict, and optionally order")
+    parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS", help="time each answer takes")
+    options = parser.parse_args(argv)
+    try:
+        server = ReplayServer(
+            RecordedJudge.from_file(options.verdicts), latency_s=options.latency, port=options.port
+        ).start()
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    with server:
+        print(server.base_url, flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""Reading what an endpoint sent: JSON of unknown make into a choice, token counts, or a reason. Total functions."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from rmcore.judge.base import JudgeUsage
+
+__all__ = ["Completion", "error_code", "error_detail", "read_completion", "scrub"]
+
+_MAX_DETAIL = 300
+_BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished call: the ``choice`` as the endpoint sent it, or ``None`` and a ``reason``.
+
+    Reasons: ``http_<status>``, ``insufficient_quota``, ``timeout``, ``deadline``, ``connection``, ``reply_too_large``,
+    ``bad_encoding``, ``not_json``, ``no_choices``, ``no_api_key``, ``bad_api_key``, ``error_<type>``. ``detail`` is the
+    endpoint's own message, cleaned and cut, for a log line.
+    """
+
+    choice: Mapping[str, object] | None
+    reason: str = ""
+    detail: str = ""
+    usage: JudgeUsage = field(default_factory=JudgeUsage)
+
+
+def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
+    """The first choice of a reply with status 200, its token counts added to ``usage``.
+
+    The content type is ignored: what parses counts, and what does not is ``not_json``.
+    """
+    reply = _load(body)
+    if not isinstance(reply, Mapping):
+        return Completion(None, "not_json", usage=usage)
+    usage = _with_tokens(usage, reply.get("usage"))
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, Mapping):
+        return Completion(None, "no_choices", error_detail(body, key), usage)
+    return Completion(choice, usage=usage)
+
+
+def error_code(body: bytes) -> str:
+    """The error's ``code``, or else its ``type``, in lower case; empty if there is none. A used-up quota wins."""
+    error = _error(body)
+    if not isinstance(error, Mapping):
+        return ""
+    words = [value.lower() for name in ("code", "type") if isinstance(value := error.get(name), str)]
+    if "insufficient_quota" in words:
+        return "insufficient_quota"
+    return words[0][:80] if words else ""
+
+
+def error_detail(body: bytes, key: str) -> str:
+    """The error's message, or the body's beginning, in one line of at most 300 characters and without secrets."""
+    error = _error(body)
+    message = error.get("message") if isinstance(error, Mapping) else error
+    text = message if isinstance(message, str) else body.decode("utf-8", "replace")
+    clean = scrub(text, key)
+    return clean if len(clean) <= _MAX_DETAIL else clean[: _MAX_DETAIL - 1] + "…"
+
+
+def scrub(text: str, key: str) -> str:
+    """``text`` on one line, without control characters, ``key`` (plain or URL-encoded) or what looks like a key."""
+    if len(key) >= 4:
+        # A cut-off text may end in the first half of the key; a half is a secret too.
+        text = text[: _MAX_DETAIL * 8]
+        for secret in {key, urllib.parse.quote(key, safe="")}:
+            text = text.replace(secret, "***")
+        for length in range(min(len(key), len(text)), 3, -1):
+            if text.endswith(key[:length]):
+                text = text[:-length] + "***"
+                break
+    text = _BEARER.sub(lambda found: (found[1] or found[2]) + "***", text[: _MAX_DETAIL * 8])
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _load(body: bytes) -> object:
+    """The JSON value of ``body``, ``None`` if it is none (or one so deep that the parser gives up)."""
+    try:
+        value: object = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _error(body: bytes) -> object:
+    reply = _load(body)
+    return reply.get("error", reply.get("message")) if isinstance(reply, Mapping) else None
+
+
+def _with_tokens(usage: JudgeUsage, told: object) -> JudgeUsage:
+    """``usage`` with the token counts an endpoint told; what is missing or makes no sense counts 0."""
+    return replace(
+        usage,
+        prompt_tokens=_count(told, "prompt_tokens"),
+        completion_tokens=_count(told, "completion_tokens"),
+        reasoning_tokens=_count(told, "completion_tokens_details", "reasoning_tokens"),
+        cached_tokens=_count(told, "prompt_tokens_details", "cached_tokens") or _count(told, "prompt_cache_hit_tokens"),
+    )
+
+
+def _count(value: object, *path: str) -> int:
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else 0
