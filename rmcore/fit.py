@@ -24,7 +24,7 @@ from rmcore.ops import Backend
 from rmcore.posterior import Posterior, check_finite
 from rmcore.weights import FeatureMap
 
-__all__ = ["FitReport", "fit", "fit_amplitude", "newton", "upgrade"]
+__all__ = ["FitReport", "check_data", "fit", "fit_amplitude", "newton", "upgrade"]
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def fit(
         NonFiniteError: a hidden row holds NaN or Inf.
         FactorizationError: P is not positive definite; the message says what to change.
     """
-    _check_data(head.config, hidden, labels, pairs)
+    check_data(head.config, hidden, labels, pairs, sample_weight)
     if not math.isfinite(float(head.length_scale)) and head.config.features == "rff":
         head.set_length_scale(hidden)
     feature_map = head.freeze_features(dtype, calibration=hidden)
@@ -208,7 +208,7 @@ def upgrade(
         reject("config", (config.mode, config.features, config.layer_size), "difference mode, linear, no layer")
     if labels is None:
         labels = torch.ones(len(pairs), dtype=torch.float32, device=hidden.device)
-    _check_data(config, hidden, labels, pairs)
+    check_data(config, hidden, labels, pairs)
     if beta.shape != (config.hidden_size,):
         reject("beta", f"shape {tuple(beta.shape)}", f"({config.hidden_size},)")
     head = SNGPHead(config).to(hidden.device)
@@ -266,7 +266,14 @@ def _resolved(head: SNGPHead) -> HeadConfig:
     return replace(head.config, length_scale=float(head.length_scale))
 
 
-def _check_data(config: HeadConfig, hidden: Tensor, labels: Tensor, pairs: Tensor | None) -> None:
+def check_data(
+    config: HeadConfig,
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None = None,
+) -> None:
+    """Raise InputError (NonFiniteError for hidden rows) unless the arguments are data as :func:`fit` describes them."""
     if hidden.dim() != 2 or hidden.shape[1] != config.hidden_size:
         reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {config.hidden_size})")
     if config.mode == "difference" and pairs is None:
@@ -275,6 +282,20 @@ def _check_data(config: HeadConfig, hidden: Tensor, labels: Tensor, pairs: Tenso
         reject("pairs", "a tensor", "None, since a concat-mode row is already a pair")
     if not len(labels):
         reject("labels", "0 data", "at least one")
+    if pairs is not None:
+        if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+            reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
+        if len(pairs) and (int(pairs.min()) < 0 or int(pairs.max()) >= len(hidden)):
+            reject("pairs", f"indices {int(pairs.min())}..{int(pairs.max())}", f"row indices 0..{len(hidden) - 1}")
+    count = len(hidden) if pairs is None else len(pairs)
+    if labels.shape != (count,):
+        reject("labels", f"shape {tuple(labels.shape)}", f"({count},)")
     if not bool(((labels >= 0) & (labels <= 1)).all()):
         reject("labels", f"values in {float(labels.min())}..{float(labels.max())}", "probabilities in [0, 1]")
+    if sample_weight is not None:
+        if sample_weight.shape != (count,):
+            reject("sample_weight", f"shape {tuple(sample_weight.shape)}", f"({count},)")
+        if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
+            low, high = float(sample_weight.min()), float(sample_weight.max())
+            reject("sample_weight", f"values in {low}..{high}", "finite non-negative factors")
     check_finite(hidden)

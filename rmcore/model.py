@@ -19,7 +19,7 @@ from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.judge.base import Prompt
 from rmcore.text import EncodedText, check_prompt
 
-__all__ = ["Preference", "Progress", "RewardModel"]
+__all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""

@@ -1,6 +1,32 @@
 #include "isa.h"
 
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
 namespace rmcore::cpu {
+namespace {
+
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+
+// An environment variable that names nothing known, or more than the machine has, leaves the best in place.
+Isa initial_isa() {
+  const char* wanted = std::getenv("RMCORE_CPU_ISA");
+  const Isa best = detect_isa();
+  if (wanted != nullptr) {
+    for (const Isa isa : kAll) {
+      if (std::strcmp(wanted, isa_name(isa)) == 0 && isa <= best) return isa;
+    }
+  }
+  return best;
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
 
 Isa detect_isa() {
 #if defined(__x86_64__)
@@ -13,6 +39,23 @@ Isa detect_isa() {
   if (avx2) return Isa::avx2;
 #endif
   return Isa::scalar;
+}
+
+Isa active_isa() { return current().load(std::memory_order_relaxed); }
+
+bool set_isa(const char* name) {
+  const Isa best = detect_isa();
+  if (std::strcmp(name, "auto") == 0) {
+    current().store(best);
+    return true;
+  }
+  for (const Isa isa : kAll) {
+    if (std::strcmp(name, isa_name(isa)) == 0 && isa <= best) {
+      current().store(isa);
+      return true;
+    }
+  }
+  return false;
 }
 
 const char* isa_name(Isa isa) {

@@ -1,4 +1,4 @@
-// Which instruction set this machine offers, asked once at run time.
+// Which instruction set the kernels run with, chosen at run time.
 #pragma once
 
 namespace rmcore::cpu {
@@ -7,6 +7,12 @@ enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The best instruction set of this processor and operating system.
 Isa detect_isa();
+
+// The one in use: the best, lowered by the environment variable RMCORE_CPU_ISA or by set_isa.
+Isa active_isa();
+
+// Use `name`, or the best again for "auto". False where the name is unknown or above what the machine has.
+bool set_isa(const char* name);
 
 const char* isa_name(Isa isa);
 

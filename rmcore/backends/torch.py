@@ -5,6 +5,8 @@ Weights are upcast to float32 (float64 for float64 rows); nothing is rounded bey
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -72,26 +74,50 @@ def accumulate(
 
 def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
-    logits, variances = [], []
-    start = 0
-    for k in group_sizes.tolist():
-        rows = hidden[start : start + k]
-        start += k
-        if k < 2:
-            continue
-        i, j = torch.triu_indices(k, k, 1, device=hidden.device)
-        # Taking the first row away before the products leaves only the group's own spread to round, and changes no
-        # difference.
+    g = torch.empty(int((group_sizes * (group_sizes - 1) // 2).sum()), dtype=torch.float32, device=hidden.device)
+    v = torch.empty_like(g)
+    row = pair = 0
+    for sizes in _group_chunks(group_sizes.tolist()):
+        rows = hidden[row : row + sum(sizes)]
+        i, j, first = (t.to(hidden.device) for t in _pair_rows(sizes))
+        # Taking each group's first row away before the products leaves only the group's own spread to round, and
+        # changes no difference.
         c = weights.map(rows)
-        c = c - c[:1]
+        c = c - c[first]
         y = c @ weights.dense_factor.to(c.dtype).mT
-        g = c @ weights.beta.to(c.dtype)
+        s = c @ weights.beta.to(c.dtype)
         # A matrix product may round equal rows differently by where they stand; equal rows differ by exactly zero.
         equal = (rows[i] == rows[j]).all(dim=-1)
-        logits.append((g[i] - g[j]).float().masked_fill_(equal, 0.0))
-        variances.append((y[i] - y[j]).square().sum(-1).float().masked_fill_(equal, 0.0))
-    empty = torch.empty(0, dtype=torch.float32, device=hidden.device)
-    return (torch.cat(logits), torch.cat(variances)) if logits else (empty, empty.clone())
+        count = slice(pair, pair + len(i))
+        g[count] = (s[i] - s[j]).float().masked_fill_(equal, 0.0)
+        v[count] = (y[i] - y[j]).square().sum(-1).float().masked_fill_(equal, 0.0)
+        row, pair = row + len(rows), pair + len(i)
+    return g, v
+
+
+def _group_chunks(sizes: list[int]) -> Iterator[list[int]]:
+    """Whole groups in runs of about _CHUNK_ROWS pair rows, so that the (pairs, D) differences stay bounded."""
+    chunk: list[int] = []
+    held = 0
+    for k in sizes:
+        if chunk and held + k * k > _CHUNK_ROWS:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(k)
+        held += k * k
+    if chunk:
+        yield chunk
+
+
+def _pair_rows(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers (i, j) of all pairs i < j of each group, and for every row its group's first row."""
+    starts = [0]
+    for k in sizes[:-1]:
+        starts.append(starts[-1] + k)
+    pairs = [torch.triu_indices(k, k, 1) + start for k, start in zip(sizes, starts, strict=True)]
+    first = torch.repeat_interleave(torch.tensor(starts), torch.tensor(sizes))
+    i, j = torch.cat(pairs, dim=1)
+    return i, j, first
 
 
 def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ class ChatJudge:
     ``bad_pair`` for a pair that is not text. How both orders are put together is told in :mod:`rmcore.judge.orders`.
 
     Use it from asynchronous code (``await judge.judge(pairs)``) or synchronous code (:meth:`judge_sync`), on any number
-    of event loops. ``async with`` or :meth:`aclose` closes connections early; otherwise they end with the process.
+    of event loops. ``async with``, :meth:`aclose` or :meth:`close` closes the connections; otherwise
+    they end with the judge.
 
     Args:
         base_url: as in ``https://api.openai.com/v1``.
@@ -168,6 +169,10 @@ class ChatJudge:
     async def aclose(self) -> None:
         """Close all connections. The judge can be used again and then reconnects."""
         await self.client.aclose()
+
+    def close(self) -> None:
+        """:meth:`aclose` for synchronous code."""
+        run_sync(self.aclose())
 
     async def __aenter__(self) -> ChatJudge:
         return self

@@ -4,7 +4,7 @@ The server answers the requests that :class:`~rmcore.judge.chat.ChatJudge` makes
 :meth:`JudgePrompt.parse <rmcore.judge.prompt.JudgePrompt.parse>`, looks the texts up in the order shown, and answers
 with the label that this very request asks for: the whole path of a real judge, except the judge.
 
-    python -m rmcore.judge.replay VERDICTS.jsonl      # prints the base URL, serves until Ctrl-C
+    python -m rmcore.judge.replay VERDICTS.jsonl      # prints the base URL, serves until Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import socket
 import string
 import threading
@@ -299,7 +300,7 @@ def _error(status: int, code: str, message: str) -> _Answer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m rmcore.judge.replay``: print the base URL and serve until interrupted. Exit code 2: a bad file."""
+    """``python -m rmcore.judge.replay``: print the base URL, serve until SIGINT or SIGTERM. Exit code 2: a bad file."""
     parser = argparse.ArgumentParser(
         prog="python -m rmcore.judge.replay",
         description="Serve recorded verdicts as an OpenAI-compatible endpoint on 127.0.0.1.",
@@ -314,12 +315,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ).start()
     except (InputError, OSError) as error:
         parser.error(str(error))
+    done = threading.Event()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: done.set())
     with server:
         print(server.base_url, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            return 0
+        done.wait()
     return 0
 
 

@@ -1,0 +1,228 @@
+// Matrix products of rows with weight panels: acc (rows × 64) += A (rows × k) · panel (k × 64), float32 accumulators.
+//
+// A panel holds 64 columns of the product, k-major: float and fp16 as [k][64], bf16 as pairs [k/2][64][2], which is what
+// the bf16 dot product takes, and which a shift and a mask turn into two float vectors elsewhere. A block of 6 rows × 64
+// (AVX-512) or fewer columns stays in registers while k runs through one weight block; blocks are summed apart and then
+// added, which keeps rounding errors small. The order of additions along k is the same for every row, whatever block it
+// falls in, so a row's result does not depend on its neighbours or on the size of the batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace rmcore::cpu::RMCORE_ISA {
+namespace {
+
+constexpr int kRowBlock = 6;      // rows of a register block
+constexpr int kConvertDepth = 64;  // k of a weight block that may first be converted to float (16 KB, inside L1)
+constexpr int kConvertRows = 12;  // from how many rows on converting first pays
+
+// A weight type: how it is stored, what it is multiplied with, how many k one step takes, and the k of a weight block
+// that is used for all rows before the next one is read (64 KB).
+struct F32 {
+  using Store = float;
+  using Act = float;
+  static constexpr int kStep = 1;
+  static constexpr int kDepth = 256;
+};
+struct F16 {
+  using Store = uint16_t;
+  using Act = float;
+  static constexpr int kStep = 1;
+  static constexpr int kDepth = kConvertDepth;
+};
+struct BF16 {
+  using Store = uint16_t;
+#if defined(__AVX512BF16__)
+  using Act = uint16_t;
+  static constexpr int kDepth = 512;
+#else
+  using Act = float;
+  static constexpr int kDepth = kConvertDepth;
+#endif
+  static constexpr int kStep = 2;
+};
+
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
+// True where 16-bit weights meet float activations, so that converting the weights can be shared by many rows.
+template <class W>
+constexpr bool kConverts = !Same<W, F32>::value && Same<typename W::Act, float>::value;
+
+// Weight vectors of step `w` into b[kStep][N].
+template <class W, int N>
+inline void load_step(const typename W::Store* w, Vec (&b)[W::kStep][N]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    if constexpr (Same<W, F32>::value) {
+      b[0][j] = load(w + j * kWidth);
+    } else if constexpr (Same<W, F16>::value) {
+      b[0][j] = load_f16(w + j * kWidth);
+    } else {
+      load_bf16_pairs(w + 2 * j * kWidth, b[0][j], b[1][j]);
+    }
+  }
+}
+
+// R rows × kColumnVecs vectors. Row r, k at a[r * row_stride + k / kStep * step_stride + k % kStep].
+// Each step asks for `Prefetch` lines of memory that the next call will read.
+template <class W, int R, int Prefetch>
+inline void block_product(const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
+                          const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
+  constexpr int N = kColumnVecs;
+  Vec s[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) s[r][j] = zero();
+  }
+  const int steps = k / W::kStep;
+  for (int p = 0; p < steps; ++p) {
+    if constexpr (Prefetch > 0) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Prefetch; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
+      next += 64 * Prefetch;
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (Same<W, BF16>::value) {
+      __m512bh b[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) b[j] = (__m512bh)_mm512_loadu_si512(w + j * 2 * kWidth);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        std::memcpy(&pair, a + r * row_stride, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, b[j]);
+      }
+      a += step_stride;
+      w += kPanel * W::kStep;
+      continue;
+    }
+#endif
+    if constexpr (Same<typename W::Act, float>::value) {
+      Vec b[W::kStep][N];
+      load_step<W, N>(w, b);
+#pragma GCC unroll 2
+      for (int i = 0; i < W::kStep; ++i) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const Vec x = splat(a[r * row_stride + i]);
+#pragma GCC unroll 4
+          for (int j = 0; j < N; ++j) s[r][j] = fma(x, b[i][j], s[r][j]);
+        }
+      }
+    }
+    a += step_stride;
+    w += kPanel * W::kStep;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      float* out = acc + r * kPanel + j * kWidth;
+      store(out, accumulate ? add(load(out), s[r][j]) : s[r][j]);
+    }
+  }
+}
+
+// One register block across all 64 columns.
+template <class W, int Prefetch>
+void block_row(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
+               const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
+  constexpr int columns = kColumnVecs * kWidth;
+  for (int c = 0; c < kPanel; c += columns) {
+    const auto* slice = w + c * W::kStep;
+    float* out = acc + c;
+    switch (rows) {
+      case 1:
+        block_product<W, 1, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        break;
+      case 2:
+        block_product<W, 2, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        break;
+      case 3:
+        block_product<W, 3, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        break;
+      case 4:
+        block_product<W, 4, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        break;
+      case 5:
+        block_product<W, 5, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        break;
+      default:
+        block_product<W, 6, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+    }
+  }
+}
+
+// All rows over one weight block. Rows are spread evenly over blocks of at most 6.
+template <class W>
+void rows_product(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
+                  const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
+  const int blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const ptrdiff_t block_bytes = static_cast<ptrdiff_t>(k) * kPanel * sizeof(typename W::Store);
+  constexpr int lines = W::kStep * kPanel * sizeof(typename W::Store) / 64;  // of weights a step reads
+  for (int b = 0, r = 0; b < blocks; ++b) {
+    const int n = (rows - r + blocks - b - 1) / (blocks - b);
+    const auto* block = a + r * row_stride;
+    float* out = acc + static_cast<ptrdiff_t>(r) * kPanel;
+    if (next != nullptr && blocks < lines && b == 0) {
+      block_row<W, lines>(n, block, row_stride, step_stride, w, k, out, accumulate, next);
+    } else if (next != nullptr && blocks >= lines && b < lines) {
+      block_row<W, 1>(n, block, row_stride, step_stride, w, k, out, accumulate, next + block_bytes / lines * b);
+    } else {
+      block_row<W, 0>(n, block, row_stride, step_stride, w, k, out, accumulate, nullptr);
+    }
+    r += n;
+  }
+}
+
+// k × 64 weights as floats [k][64].
+template <class W>
+void convert_block(const typename W::Store* w, int k, float* out) {
+  for (int p = 0; p < k; p += W::kStep, w += kPanel * W::kStep, out += kPanel * W::kStep) {
+    for (int c = 0; c < kPanel; c += kWidth) {
+      Vec b[W::kStep][1];
+      load_step<W, 1>(w + c * W::kStep, b);
+      for (int i = 0; i < W::kStep; ++i) store(out + i * kPanel + c, b[i][0]);
+    }
+  }
+}
+
+// acc (rows × 64) = A (rows × k, row-major with stride lda) · panel. k is a multiple of kStep. `scratch` holds
+// kConvertDepth × 64 floats; `next` is the panel this thread will read after this one, or nullptr.
+template <class W>
+void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, const typename W::Store* w, int k, float* acc,
+                   float* scratch, const void* next) {
+  const bool convert = kConverts<W> && rows >= kConvertRows;
+  if (k == 0) std::memset(acc, 0, sizeof(float) * kPanel * rows);
+  for (int k0 = 0; k0 < k; k0 += W::kDepth) {
+    const int n = k - k0 < W::kDepth ? k - k0 : W::kDepth;
+    const auto* block = w + static_cast<ptrdiff_t>(k0) * kPanel;
+    if constexpr (kConverts<W>) {
+      if (convert) {
+        convert_block<W>(block, n, scratch);
+        rows_product<F32>(rows, a + k0, lda, 1, scratch, n, acc, k0 > 0, nullptr);
+        continue;
+      }
+    }
+    const char* following = reinterpret_cast<const char*>(block + static_cast<ptrdiff_t>(n) * kPanel);
+    if (k0 + n >= k) following = static_cast<const char*>(next);
+    rows_product<W>(rows, a + k0, lda, W::kStep, block, n, acc, k0 > 0, following);
+  }
+}
+
+}  // namespace
+}  // namespace rmcore::cpu::RMCORE_ISA

@@ -1,0 +1,107 @@
+// What the kernels take: plain views of memory that Python owns. One declaration of each kernel per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rmcore::cpu {
+
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+
+constexpr int kPanel = 64;  // columns of a weight panel
+
+// Rows x, any strides (in elements).
+struct Rows {
+  const void* data;
+  Dtype dtype;
+  int64_t count;
+  int64_t row_stride;
+  int64_t col_stride;
+};
+
+// A FeatureMap in packed form. `layer` and `projection` are panels (pack.cpp), nullptr where the map has none; bias
+// and phase are padded with zeros to whole panels.
+struct Map {
+  Dtype dtype;
+  bool cosine;  // c = cos 2πt, else c = t
+  bool tanh;
+  bool layernorm;
+  int64_t hidden;    // h
+  int64_t layer_size;  // m, with a layer
+  int64_t features;  // D
+  const void* layer;
+  const float* layer_bias;
+  const void* projection;
+  const float* phase;
+  float input_scale;
+};
+
+// HeadWeights in packed form: β padded with zeros to whole panels, U as triangular panels.
+struct Head {
+  Map map;
+  const float* beta;
+  const void* factor;
+  float beta0;
+  float factor_scale;
+  float amplitude;
+};
+
+struct AccumulateTask {
+  const float* beta;            // for c, padded
+  float beta0;
+  bool logistic;
+  float feature_scale;
+  const float* labels;          // (N)
+  const float* sample_weight;   // (N) or nullptr
+  const float* features;        // (R, ldf) c of every row, in pairs mode; else nullptr
+  int64_t features_stride;
+  const int64_t* pairs;         // (N, 2) or nullptr
+  int64_t count;                // N
+  void* precision;              // (D, D), lower triangle
+  bool precision_double;
+  void* gradient;               // (D)
+  bool gradient_double;
+  double* log_likelihood;       // (1)
+};
+
+// Every kernel writes through its pointers and keeps its temporaries in `workspace`; with a null workspace it touches
+// nothing. All return the bytes of workspace these arguments need.
+#define RMCORE_DECLARE_KERNELS                                                                                        \
+  void pack_panels(const void* matrix, Dtype dtype, int64_t rows, int64_t cols, void* panels, int threads);           \
+  void pack_factor(const void* tiles, Dtype dtype, int64_t size, void* panels, int threads);                          \
+  size_t score(const Head& head, const Rows& rows, float* out, int threads, void* workspace);                         \
+  size_t features(const Map& map, const Rows& rows, float* out, int64_t out_stride, int threads, void* workspace);    \
+  size_t accumulate(const Map& map, const Rows& rows, const AccumulateTask& task, int threads, void* workspace);      \
+  size_t pair_variance(const Head& head, const Rows& rows, const int64_t* group_sizes, int64_t groups, float* logits, \
+                       float* variances, int threads, void* workspace);                                               \
+  size_t power_iteration(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride,             \
+                         int iterations, float* vector, float* sigma, int threads, void* workspace);
+
+namespace scalar {
+RMCORE_DECLARE_KERNELS
+}
+namespace avx2 {
+RMCORE_DECLARE_KERNELS
+}
+namespace avx512 {
+RMCORE_DECLARE_KERNELS
+}
+namespace avx512_bf16 {
+RMCORE_DECLARE_KERNELS
+}
+
+// The kernels of one instruction set.
+struct Kernels {
+  decltype(&scalar::pack_panels) pack_panels;
+  decltype(&scalar::pack_factor) pack_factor;
+  decltype(&scalar::score) score;
+  decltype(&scalar::features) features;
+  decltype(&scalar::accumulate) accumulate;
+  decltype(&scalar::pair_variance) pair_variance;
+  decltype(&scalar::power_iteration) power_iteration;
+};
+
+// Those of active_isa().
+const Kernels& kernels();
+
+}  // namespace rmcore::cpu

@@ -1,0 +1,342 @@
+// The stages the kernels share: workspace, hidden rows → activations, layer, features.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "gemm.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace rmcore::cpu::RMCORE_ISA {
+namespace {
+
+constexpr int64_t kRowGroup = 192;  // rows of one panel task: 48 KB of accumulators, beside a weight block in L2
+constexpr float kLayerNormEps = 1e-5f;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t panels_of(int64_t columns) { return ceil_div(columns, kPanel); }
+
+// Row stride of an activation buffer: whole panels, plus a line so that rows do not fall into one cache set.
+template <class Act>
+int64_t act_stride(int64_t columns) {
+  return round_up(columns, kPanel) + 64 / static_cast<int64_t>(sizeof(Act));
+}
+
+// Hands out 64-byte aligned pieces of the caller's workspace; counts bytes only where there is none yet.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+
+  // `count` pieces, one a thread, a line apart.
+  template <class T>
+  struct PerThread {
+    T* base;
+    int64_t stride;
+    T* operator[](int rank) const { return base + rank * stride; }
+  };
+  template <class T>
+  PerThread<T> take_each(int threads, int64_t count) {
+    const int64_t stride = round_up(count * static_cast<int64_t>(sizeof(T)), 64) / sizeof(T) + 64 / sizeof(T);
+    return {take<T>(stride * threads), stride};
+  }
+
+  bool counting() const { return base_ == nullptr; }
+  size_t used() const { return static_cast<size_t>(used_); }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// -- hidden rows → activations ----------------------------------------------------------------------------------------
+
+inline float element(const Rows& rows, int64_t index) {
+  switch (rows.dtype) {
+    case Dtype::f32:
+      return static_cast<const float*>(rows.data)[index];
+    case Dtype::f16:
+      return f16_to_float(static_cast<const uint16_t*>(rows.data)[index]);
+    case Dtype::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(rows.data)[index]);
+    case Dtype::f64:
+      break;
+  }
+  return static_cast<float>(static_cast<const double*>(rows.data)[index]);
+}
+
+inline Vec load_elements(const Rows& rows, int64_t index) {
+  switch (rows.dtype) {
+    case Dtype::f32:
+      return load(static_cast<const float*>(rows.data) + index);
+    case Dtype::f16:
+      return load_f16(static_cast<const uint16_t*>(rows.data) + index);
+    case Dtype::bf16:
+      return load_bf16(static_cast<const uint16_t*>(rows.data) + index);
+    case Dtype::f64:
+      break;
+  }
+  float buffer[kWidth];
+  for (int i = 0; i < kWidth; ++i) buffer[i] = static_cast<float>(static_cast<const double*>(rows.data)[index + i]);
+  return load(buffer);
+}
+
+inline void store_act(float* out, Vec x) { store(out, x); }
+#if defined(__AVX512BF16__)
+inline void store_act(uint16_t* out, Vec x) { store_bf16(out, x); }
+#endif
+
+// Row `row` times `scale`, rounded to Act, zeros up to a whole panel.
+template <class Act>
+void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* out) {
+  const int64_t start = row * rows.row_stride;
+  const Vec factor = splat(scale);
+  int64_t i = 0;
+  if (rows.col_stride == 1) {
+    for (; i + kWidth <= columns; i += kWidth) store_act(out + i, mul(load_elements(rows, start + i), factor));
+  }
+  for (; i < round_up(columns, kPanel); i += kWidth) {
+    float buffer[kWidth];
+    for (int j = 0; j < kWidth; ++j) {
+      buffer[j] = i + j < columns ? element(rows, start + (i + j) * rows.col_stride) : 0.0f;
+    }
+    store_act(out + i, mul(load(buffer), factor));
+  }
+}
+
+// -- layer and features -----------------------------------------------------------------------------------------------
+
+// Buffers of the feature stages for `rows` rows at a time.
+template <class W>
+struct FeatureBuffers {
+  using Act = typename W::Act;
+  Act* hidden;  // (rows, h)
+  float* layer;  // (rows, m)
+  Act* activated;  // (rows, m)
+  int64_t hidden_stride, layer_stride, activated_stride;
+  Workspace::PerThread<float> acc;      // (rows of a task, 64)
+  Workspace::PerThread<float> scratch;  // (kConvertDepth, 64)
+};
+
+template <class W>
+FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, int64_t rows, int64_t task_rows,
+                                       int threads) {
+  using Act = typename W::Act;
+  FeatureBuffers<W> b{};
+  b.hidden_stride = act_stride<Act>(map.hidden);
+  b.hidden = workspace.take<Act>(rows * b.hidden_stride);
+  if (map.layer != nullptr) {
+    b.layer_stride = act_stride<float>(map.layer_size);
+    b.activated_stride = act_stride<Act>(map.layer_size);
+    b.layer = workspace.take<float>(rows * b.layer_stride);
+    b.activated = workspace.take<Act>(rows * b.activated_stride);
+  }
+  b.acc = workspace.take_each<float>(threads, task_rows * kPanel);
+  b.scratch = workspace.take_each<float>(threads, kConvertDepth * kPanel);
+  return b;
+}
+
+// z of a row: + bias, tanh, layer norm; rounded to Act for the next product.
+template <class Act>
+void finish_layer_row(const Map& map, float* z, Act* out) {
+  const int64_t m = map.layer_size;
+  if (map.tanh) {
+    for (int64_t i = 0; i < m; ++i) z[i] = std::tanh(z[i]);
+  }
+  if (map.layernorm) {
+    Vec total = zero();
+    int64_t i = 0;
+    for (; i + kWidth <= m; i += kWidth) total = add(total, load(z + i));
+    float mean = sum(total);
+    for (; i < m; ++i) mean += z[i];
+    mean /= static_cast<float>(m);
+    total = zero();
+    for (i = 0; i + kWidth <= m; i += kWidth) {
+      const Vec d = sub(load(z + i), splat(mean));
+      total = fma(d, d, total);
+    }
+    float variance = sum(total);
+    for (; i < m; ++i) variance += (z[i] - mean) * (z[i] - mean);
+    const float scale = 1.0f / std::sqrt(variance / static_cast<float>(m) + kLayerNormEps);
+    for (i = 0; i < m; ++i) z[i] = (z[i] - mean) * scale;
+  }
+  for (int64_t i = m; i < round_up(m, kPanel); ++i) z[i] = 0.0f;
+  for (int64_t i = 0; i < round_up(m, kPanel); i += kWidth) store_act(out + i, load(z + i));
+}
+
+// acc (rows × 64) ← features of one panel, in place: t = acc + phase, then cos 2πt where the map has it.
+inline void finish_features(const Map& map, int64_t panel, int rows, float* acc) {
+  const float* phase = map.phase + panel * kPanel;
+  for (int c = 0; c < kPanel; c += kWidth) {
+    const Vec offset = load(phase + c);
+    if (map.cosine) {
+      for (int r = 0; r < rows; ++r) store(acc + r * kPanel + c, cos_turns(add(load(acc + r * kPanel + c), offset)));
+    } else {
+      for (int r = 0; r < rows; ++r) store(acc + r * kPanel + c, add(load(acc + r * kPanel + c), offset));
+    }
+  }
+}
+
+// Dot products of the rows of a feature tile with β: partial[r] = Σ_c tile[r, c] β[c].
+inline void beta_product(int rows, const float* tile, const float* beta, float* partial) {
+  for (int r = 0; r < rows; ++r) {
+    Vec total = zero();
+    for (int c = 0; c < kPanel; c += kWidth) total = fma(load(tile + r * kPanel + c), load(beta + c), total);
+    partial[r] = sum(total);
+  }
+}
+
+// Walks one group of rows through the stages up to c. `emit(tile, panel, first, n)` receives c of rows first..first+n
+// (within the group) for one panel of 64 columns, (n, 64) contiguous, in the claiming thread; every (row, panel) once.
+// `task_rows` bounds n. Ends with all threads met.
+template <class W, class Emit>
+void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start, int64_t count, int64_t task_rows,
+                    const FeatureBuffers<W>& b, Emit&& emit) {
+  using Act = typename W::Act;
+  const int64_t groups = ceil_div(count, task_rows);
+  float* acc = b.acc[team.rank()];
+  float* scratch = b.scratch[team.rank()];
+
+  if (map.projection == nullptr && map.layer == nullptr) {  // c = s x: nothing to multiply
+    const int64_t panels = panels_of(map.hidden);
+    for (int64_t task; (task = team.claim()) < panels * groups;) {
+      const int64_t panel = task / groups, first = task % groups * task_rows;
+      const int64_t n = minimum(task_rows, count - first);
+      for (int64_t r = 0; r < n; ++r) {
+        for (int c = 0; c < kPanel; ++c) {
+          const int64_t column = panel * kPanel + c;
+          const int64_t index = (start + first + r) * rows.row_stride + column * rows.col_stride;
+          acc[r * kPanel + c] = column < map.hidden ? element(rows, index) * map.input_scale : 0.0f;
+        }
+      }
+      emit(acc, panel, first, n);
+    }
+    team.next_stage();
+    return;
+  }
+
+  for (int64_t r; (r = team.claim()) < count;) {
+    load_row(rows, start + r, map.hidden, map.input_scale, b.hidden + r * b.hidden_stride);
+  }
+  team.next_stage();
+
+  const Act* input = b.hidden;
+  int64_t input_stride = b.hidden_stride;
+  int64_t depth = map.hidden;
+  if (map.layer != nullptr) {
+    const int64_t panels = panels_of(map.layer_size);
+    const int k = static_cast<int>(round_up(depth, W::kStep));
+    for (int64_t task; (task = team.claim()) < panels * groups;) {
+      const int64_t panel = task / groups, first = task % groups * task_rows;
+      const int64_t n = minimum(task_rows, count - first);
+      const auto* weights = static_cast<const typename W::Store*>(map.layer) + panel * k * kPanel;
+      panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, weights, k, acc, scratch,
+                       nullptr);
+      for (int64_t r = 0; r < n; ++r) {
+        for (int c = 0; c < kPanel; c += kWidth) {
+          const Vec z = add(load(acc + r * kPanel + c), load(map.layer_bias + panel * kPanel + c));
+          store(b.layer + (first + r) * b.layer_stride + panel * kPanel + c, z);
+        }
+      }
+    }
+    team.next_stage();
+    for (int64_t r; (r = team.claim()) < count;) {
+      finish_layer_row(map, b.layer + r * b.layer_stride, b.activated + r * b.activated_stride);
+    }
+    team.next_stage();
+    input = b.activated;
+    input_stride = b.activated_stride;
+    depth = map.layer_size;
+  }
+
+  if (map.projection == nullptr) {  // c = z
+    const int64_t panels = panels_of(map.layer_size);
+    for (int64_t task; (task = team.claim()) < panels * groups;) {
+      const int64_t panel = task / groups, first = task % groups * task_rows;
+      const int64_t n = minimum(task_rows, count - first);
+      for (int64_t r = 0; r < n; ++r) {
+        std::memcpy(acc + r * kPanel, b.layer + (first + r) * b.layer_stride + panel * kPanel, sizeof(float) * kPanel);
+      }
+      emit(acc, panel, first, n);
+    }
+    team.next_stage();
+    return;
+  }
+
+  const int64_t tasks = panels_of(map.features) * groups;
+  const int k = static_cast<int>(round_up(depth, W::kStep));
+  const auto* projection = static_cast<const typename W::Store*>(map.projection);
+  for (int64_t task = team.claim(); task < tasks;) {
+    const int64_t following = team.claim();  // known early, so that its weights can be asked for
+    const int64_t panel = task / groups, first = task % groups * task_rows;
+    const int64_t n = minimum(task_rows, count - first);
+    const auto* next = following < tasks ? projection + following / groups * k * kPanel : nullptr;
+    panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, projection + panel * k * kPanel,
+                     k, acc, scratch, next);
+    finish_features(map, panel, static_cast<int>(n), acc);
+    emit(acc, panel, first, n);
+    task = following;
+  }
+  team.next_stage();
+}
+
+// -- the triangular product -------------------------------------------------------------------------------------------
+
+// Depth of factor panel p (its diagonal, whole steps) and where it starts, in elements.
+inline int64_t factor_depth(int64_t size, int64_t panel, int step) {
+  return minimum((panel + 1) * kPanel, round_up(size, step));
+}
+inline int64_t factor_offset(int64_t panel) { return static_cast<int64_t>(kPanel) * kPanel * (panel * (panel + 1) / 2); }
+
+// y = U c by panels, longest first. `emit(tile, panel, first, n)` receives y as feature_stages does c.
+template <class W, class Emit>
+void factor_stage(Team& team, int64_t size, const typename W::Store* factor, const typename W::Act* c, int64_t stride,
+                  int64_t count, int64_t task_rows, const FeatureBuffers<W>& b, Emit&& emit) {
+  const int64_t groups = ceil_div(count, task_rows), panels = panels_of(size), tasks = panels * groups;
+  for (int64_t task = team.claim(); task < tasks;) {
+    const int64_t following = team.claim();
+    const int64_t panel = panels - 1 - task / groups, first = task % groups * task_rows;
+    const int64_t n = minimum(task_rows, count - first);
+    const auto* next = following < tasks ? factor + factor_offset(panels - 1 - following / groups) : nullptr;
+    float* acc = b.acc[team.rank()];
+    panel_product<W>(static_cast<int>(n), c + first * stride, stride, factor + factor_offset(panel),
+                     static_cast<int>(factor_depth(size, panel, W::kStep)), acc, b.scratch[team.rank()], next);
+    emit(acc, panel, first, n);
+    task = following;
+  }
+  team.next_stage();
+}
+
+// Calls `run.template operator()<W>()` for the weight type of `dtype`.
+template <class Run>
+size_t with_weight_type(Dtype dtype, Run&& run) {
+  switch (dtype) {
+    case Dtype::f16:
+      return run(F16{});
+    case Dtype::bf16:
+      return run(BF16{});
+    default:
+      return run(F32{});
+  }
+}
+
+// Rows of one task, so that a short list of panels still keeps every thread busy.
+inline int64_t choose_task_rows(int64_t count, int64_t panels, int threads) {
+  const int64_t groups = maximum(ceil_div(count, kRowGroup), ceil_div(2 * threads, panels));
+  return maximum(ceil_div(count, groups), minimum(count, 4 * kRowBlock));
+}
+
+}  // namespace
+}  // namespace rmcore::cpu::RMCORE_ISA

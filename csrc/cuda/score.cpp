@@ -1,0 +1,37 @@
+// The launch of the score kernel.
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "score.h"
+
+namespace rmcore::cuda {
+namespace {
+
+// Kept free of the dynamic shared memory, for the kernel's own static variables.
+constexpr int64_t kStaticSharedBytes = 512;
+
+}  // namespace
+
+ScorePlan plan_score_on(const Head& head, int rows, int device) {
+  const Properties& machine = properties(device);
+  return plan_score(head, rows, machine.multiprocessors, machine.shared_bytes - kStaticSharedBytes);
+}
+
+void launch_score(const Head& head, const ScorePlan& plan, const void* hidden, Scalar hidden_dtype,
+                  int64_t hidden_stride, int rows, float* out, void* workspace, int64_t workspace_bytes, int device,
+                  uintptr_t stream) {
+  if (rows < 1 || column_tiles(rows) != plan.tiles || rows > kMaxRows) {
+    throw std::invalid_argument("rows: got " + std::to_string(rows) + ", which the plan was not made for");
+  }
+  if (workspace_bytes < plan.bytes || reinterpret_cast<uintptr_t>(workspace) % 256 != 0) {
+    throw std::invalid_argument("workspace: got " + std::to_string(workspace_bytes) + " bytes, expected " +
+                                std::to_string(plan.bytes) + ", aligned to 256");
+  }
+  ScoreParams params = score_params(head, plan, hidden, hidden_dtype, hidden_stride, rows, out, workspace);
+  const void* kernel =
+      head.dtype == Scalar::kFloat16 ? score_kernel_fp16(plan.tiles) : score_kernel_bf16(plan.tiles);
+  launch_cooperative(kernel, plan.grid, kThreads, plan.shared_bytes, &params, device, stream);
+}
+
+}  // namespace rmcore::cuda

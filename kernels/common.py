@@ -1,0 +1,88 @@
+"""What the Triton kernels share: the launch, tile arithmetic of triangles, and the elementwise functions.
+
+Every kernel of this folder goes through :func:`launch`, so fused multiply-add is set explicitly (its default differs
+between Triton versions) and a test can put a recorder in its place. Nothing here or beside it uses libdevice, inline
+assembly, atomics or autotuning: the same source runs in the interpreter, and twice the same input gives the same bits.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+IDENTITY = tl.constexpr(0)
+COSINE = tl.constexpr(1)
+TANH = tl.constexpr(2)
+
+EDGE = tl.constexpr(128)
+"""Edge of the packed tiles of U (``rmcore.reference.TILE``)."""
+AREA = tl.constexpr(128 * 128)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and taking it away rounds |t| < 2^22 to an integer
+# sin(2πq) = q · S(q²) on |q| ≤ 1/4, fitted for the least largest error: 3.4e-9, below float32's own rounding.
+_S0 = tl.constexpr(6.283185160)
+_S1 = tl.constexpr(-41.34165592)
+_S2 = tl.constexpr(81.60100407)
+_S3 = tl.constexpr(-76.54978229)
+_S4 = tl.constexpr(39.53670607)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
+    """Run ``kernel`` over ``grid``."""
+    kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two ≥ n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@triton.jit
+def cos_turns(t):
+    """cos(2πt): absolute error below 2^-22 for exact t up to 2^22 turns.
+
+    r = t − round(t) is exact, cos(2πr) = −sin(2π(|r| − ¼)), and |r| − ¼ is exact where the sine is small.
+    """
+    r = t - ((t + _ROUND) - _ROUND)
+    q = tl.abs(r) - 0.25
+    s = q * q
+    p = ((_S4 * s + _S3) * s + _S2) * s + _S1
+    return -q * (p * s + _S0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh x: relative error below 3e-7. A short series near zero, where (1 − e)/(1 + e) would cancel."""
+    s = x * x
+    series = (((0.021869489 * s - 0.053968254) * s + 0.13333333) * s - 0.33333333) * s * x + x
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def triangle_row(t):
+    """The largest a with a(a+1)/2 ≤ t: the row of the t-th tile of a lower triangle."""
+    a = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    a = tl.where(a * (a + 1) // 2 > t, a - 1, a)
+    return tl.where((a + 1) * (a + 2) // 2 <= t, a + 1, a)
+
+
+@triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and right columns of a BM×BN tile: an epilogue done in parts needs fewer registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def grouped(task, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Task number → (m, n), in strips of GROUP row tiles so that concurrent programs share operands in the L2."""
+    strip = GROUP * tiles_n
+    first = (task // strip) * GROUP
+    width = tl.minimum(tiles_m - first, GROUP)
+    local = task % strip
+    return first + local % width, local // width

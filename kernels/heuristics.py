@@ -1,0 +1,188 @@
+"""What to launch: one table per kernel, (device kind, operand bytes, size) → tile, warps, stages; and how to read it.
+
+No row has been measured on a GPU yet. Each follows from the figures below and compiles without spills:
+
+- HBM: a multiprocessor needs about 30 KB of loads in flight, hence deep pipelines where few rows make the weights
+  the cost.
+- L2 to multiprocessors, about 7 TB/s on Hopper: at full matrix rate a 128×256 tile reads 48 B a clock, 128×128 reads
+  64, 64×128 reads 96. Tiles are as large as still fill the device; below that the reduction is cut (``fill``).
+- 4 stages of 128×256×64 in 16 bits take 192 KB: one program a multiprocessor, 216 registers a thread with 8 warps.
+
+A measured row replaces one here together with the run that justifies it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["STAGED_ROWS", "WEIGH", "Device", "Tile", "device", "gram", "power", "product", "project", "span", "splits"]
+
+
+class Tile(NamedTuple):
+    """How one launch is cut.
+
+    Attributes:
+        rows: of the output block.
+        cols: of the output block.
+        depth: step along the reduction.
+        warps: of a program.
+        stages: of its load pipeline.
+        group: row tiles in a strip of programs that share operands in the L2.
+        fill: 0 leaves the reduction whole; otherwise it is cut into pieces until this many programs a multiprocessor.
+        paired: where all tasks fit on the device at once, a program takes a long and a short row of the triangle.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+    fill: float = 0.0
+    paired: bool = False
+
+
+class Device(NamedTuple):
+    """A device as the tables know it."""
+
+    kind: str
+    multiprocessors: int
+
+
+_Table = dict[tuple[str, int], tuple[tuple[float, Tile], ...]]
+_ANY = float("inf")
+_MIN_STEPS = 4
+"""A piece of a cut reduction has at least this many steps, or its pipeline never fills."""
+
+STAGED_ROWS = 33
+"""From this many rows on, hidden states in a foreign dtype are converted once, by a kernel of their own, rather than by
+every column of tiles: an operand converted on its way keeps Hopper's matrix instructions from overlapping."""
+
+WEIGH = Tile(64, 128, 0, 4, 1)
+
+# x weightᵀ: (kind, bytes of an element) → rows (at most this many rows of x, tile)
+_PROJECT: _Table = {
+    ("sm90", 2): (
+        (16, Tile(16, 32, 256, 4, 4, fill=1.0)),
+        (32, Tile(32, 32, 256, 4, 3, fill=1.0)),
+        (64, Tile(64, 128, 64, 4, 5, fill=1.0)),
+        (128, Tile(128, 128, 64, 8, 4, fill=1.0)),
+        (_ANY, Tile(128, 256, 64, 8, 4, fill=1.0)),
+    ),
+    ("sm90", 4): ((64, Tile(32, 64, 32, 4, 3, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 3))),
+    ("sm80", 2): (
+        (16, Tile(16, 32, 256, 4, 4, fill=1.0)),
+        (32, Tile(32, 64, 128, 4, 4, fill=1.0)),
+        (64, Tile(64, 128, 64, 4, 4, fill=1.0)),
+        (512, Tile(128, 128, 64, 8, 3, fill=1.0)),
+        (_ANY, Tile(128, 256, 32, 8, 4)),
+    ),
+    ("sm80", 4): ((64, Tile(32, 64, 32, 4, 3, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 3))),
+    ("portable", 2): (
+        (16, Tile(16, 32, 128, 4, 4, fill=2.0)),
+        (64, Tile(64, 64, 64, 4, 3, fill=2.0)),
+        (_ANY, Tile(128, 128, 32, 8, 3)),
+    ),
+    ("portable", 4): ((64, Tile(32, 64, 32, 4, 2, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 2))),
+    ("interpreter", 2): ((64, Tile(64, 128, 128, 4, 1, fill=1.0)), (_ANY, Tile(128, 256, 128, 4, 1))),
+    ("interpreter", 4): ((64, Tile(64, 128, 128, 4, 1, fill=1.0)), (_ANY, Tile(128, 256, 128, 4, 1))),
+}
+
+# U c over the triangle: rows as above. Where ``fill`` > 0, cols is 128, the edge of U's packed tiles.
+_PRODUCT: _Table = {
+    ("sm90", 2): (
+        (16, Tile(16, 128, 128, 4, 4, fill=1.25)),
+        (32, Tile(32, 128, 128, 4, 4, fill=1.25)),
+        (64, Tile(64, 128, 64, 4, 5, fill=1.25)),
+        (128, Tile(128, 128, 64, 8, 3, fill=1.25)),
+        (256, Tile(128, 128, 64, 8, 3, fill=2.25)),
+        (512, Tile(64, 128, 64, 4, 5, group=32, paired=True)),
+        (1024, Tile(128, 128, 64, 8, 4, group=32, paired=True)),
+        (_ANY, Tile(128, 256, 64, 8, 4, group=32)),
+    ),
+    ("sm90", 4): ((64, Tile(32, 128, 32, 4, 3, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 3, group=32))),
+    ("sm80", 2): (
+        (16, Tile(16, 128, 128, 4, 4, fill=1.25)),
+        (64, Tile(64, 128, 64, 4, 4, fill=1.25)),
+        (256, Tile(128, 128, 64, 8, 3, fill=2.25)),
+        (1024, Tile(128, 128, 64, 8, 4, group=32, paired=True)),
+        (_ANY, Tile(128, 256, 32, 8, 4, group=32)),
+    ),
+    ("sm80", 4): ((64, Tile(32, 128, 32, 4, 3, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 3, group=32))),
+    ("portable", 2): (
+        (16, Tile(16, 128, 64, 4, 3, fill=2.0)),
+        (128, Tile(64, 128, 32, 4, 3, fill=2.0)),
+        (_ANY, Tile(128, 128, 32, 8, 3, group=16)),
+    ),
+    ("portable", 4): ((64, Tile(32, 128, 32, 4, 2, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 2, group=16))),
+    ("interpreter", 2): ((64, Tile(64, 128, 128, 4, 1, fill=1.0)), (_ANY, Tile(128, 128, 128, 4, 1, paired=True))),
+    ("interpreter", 4): ((64, Tile(64, 128, 128, 4, 1, fill=1.0)), (_ANY, Tile(128, 128, 128, 4, 1, paired=True))),
+}
+
+# Φ̂ᵀΦ̂, lower tiles: (at most this D, tile). At D = 4096, 528 tiles of 128×128 are exactly 4 waves of 132; from 8192 on
+# there are waves enough for the wider tile, which reads a quarter less.
+_GRAM: _Table = {
+    ("sm90", 2): ((6144, Tile(128, 128, 64, 8, 4)), (_ANY, Tile(128, 256, 64, 8, 4))),
+    ("sm90", 4): ((_ANY, Tile(64, 64, 32, 4, 3)),),
+    ("sm80", 2): ((_ANY, Tile(128, 128, 64, 8, 3)),),
+    ("sm80", 4): ((_ANY, Tile(64, 64, 32, 4, 3)),),
+    ("portable", 2): ((_ANY, Tile(128, 128, 32, 8, 3)),),
+    ("portable", 4): ((_ANY, Tile(64, 64, 32, 4, 2)),),
+    ("interpreter", 2): ((_ANY, Tile(128, 256, 128, 4, 1)),),
+    ("interpreter", 4): ((_ANY, Tile(128, 256, 128, 4, 1)),),
+}
+for _table in (_PROJECT, _PRODUCT, _GRAM):  # Blackwell's data-centre parts have Hopper's shared memory and more
+    _table.update({("sm100", size): _table["sm90", size] for size in (2, 4)})
+
+
+def device(of: torch.device) -> Device:
+    """The table's name for a torch device. Unknown GPUs, and those with little shared memory, are ``portable``."""
+    if of.type != "cuda":
+        return Device("interpreter", 4)
+    properties = torch.cuda.get_device_properties(of)
+    kinds = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
+    kind = "portable" if torch.version.hip else kinds.get((properties.major, properties.minor), "portable")
+    return Device(kind, properties.multi_processor_count)
+
+
+def project(on: Device, element: int, rows: int) -> Tile:
+    """The tile of x weightᵀ with ``rows`` rows of x, for operands of ``element`` bytes."""
+    return _read(_PROJECT, on, element, rows)
+
+
+def product(on: Device, element: int, rows: int) -> Tile:
+    """The tile of the triangular product with ``rows`` rows of c."""
+    return _read(_PRODUCT, on, element, rows)
+
+
+def gram(on: Device, element: int, size: int) -> Tile:
+    """The tile of the Gram matrix of ``size`` features."""
+    return _read(_GRAM, on, element, size)
+
+
+def power(on: Device, width: int, rows: int) -> tuple[int, int]:
+    """Rows of W a program of power iteration holds at once, and its warps; ``width`` is h as a power of two."""
+    held = max(1, min(16, 16384 // width))
+    while held > 1 and rows < held * on.multiprocessors:
+        held //= 2
+    return held, max(4, min(16, held * width // 1024))
+
+
+def splits(tile: Tile, on: Device, tiles: int, steps: int) -> int:
+    """Into how many pieces to cut a reduction of ``steps`` steps that ``tiles`` output tiles share."""
+    return max(1, min(int(tile.fill * on.multiprocessors) // tiles, steps // _MIN_STEPS))
+
+
+def span(tile: Tile, on: Device, tiles: int, row_tiles: int) -> int:
+    """Tiles of U in one piece of work: the least power of two that keeps to ``fill`` programs a multiprocessor."""
+    length = 1
+    while length < tiles:
+        blocks = -(-tiles // length)
+        if row_tiles * length * blocks * (blocks + 1) // 2 <= tile.fill * on.multiprocessors:
+            break
+        length *= 2
+    return length
+
+
+def _read(table: _Table, on: Device, element: int, size: int) -> Tile:
+    return next(tile for limit, tile in table[on.kind, element] if size <= limit)

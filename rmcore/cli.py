@@ -1,0 +1,436 @@
+"""The command line: ``rmcore train | upgrade | score | evaluate | demo``. JSON Lines in, JSON Lines out.
+
+Exit codes: 0 done; 1 something failed (a model that cannot be loaded, say); 2 bad input or usage. A bad line names its
+number and what is wrong, and everything before it is scored and written first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rmcore.errors import DataError, InputError, RmcoreError, reject
+
+if TYPE_CHECKING:
+    from rmcore.backbone import Backbone
+    from rmcore.data import Group
+    from rmcore.engine import RewardEngine
+    from rmcore.judge.base import Judge
+    from rmcore.routing import RankBy, Router
+
+app = typer.Typer(
+    name="rmcore",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Uncertainty-aware pairwise reward models: train one, score groups of responses with it, send only the "
+    "uncertain pairs to an LLM judge, get RLOO advantages back.\n\nTry `rmcore demo` first.",
+)
+
+# Everything but results goes to stderr, so that stdout can be a pipe.
+_notes = Console(stderr=True)
+
+Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")]
+Overlong = Annotated[
+    str, typer.Option(help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("httpx", "httpcore", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if version:
+        import rmcore
+
+        typer.echo(rmcore.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    preferences: Annotated[str, typer.Argument(help="JSONL of preferences (prompt, chosen, rejected); - for stdin.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model to.")],
+    backbone: Annotated[str, typer.Option(help="Hugging Face model: hub name or folder.")],
+    mode: Annotated[str, typer.Option(help="difference (a row a response) or concat (a row a pair).")] = "difference",
+    pooling: Annotated[str, typer.Option(help="last, mean or first token.")] = "last",
+    layer: Annotated[int | None, typer.Option(help="Pool this layer's output and skip the later ones.")] = None,
+    features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 1024,
+    layer_size: Annotated[int | None, typer.Option(help="Width of a spectral-normalised layer.")] = None,
+    epochs: Annotated[int, typer.Option(help="AdamW epochs over the layer first; needs --layer-size.")] = 0,
+    ridge: Annotated[float, typer.Option(help="Prior precision of β.")] = 1.0,
+    kernel_scale: Annotated[float, typer.Option(help="κ; 3 suits difference mode.")] = 3.0,
+    length_scale_factor: Annotated[float, typer.Option(help="ℓ as a multiple of the median distance.")] = 2.0,
+    length_feature: Annotated[float, typer.Option(help="Weight of a log-length feature, 0 for none.")] = 0.0,
+    likelihood: Annotated[
+        str, typer.Option(help="Posterior: logistic, or gaussian as in the published code.")
+    ] = "logistic",
+    dtype: Annotated[str | None, typer.Option(help="Serving dtype: float32, float16, bfloat16.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
+    overlong: Overlong = "error",
+    chat: Annotated[str, typer.Option(help="auto, always or never use the tokenizer's chat template.")] = "auto",
+    embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
+    device: Device = None,
+) -> None:
+    """Train an uncertainty-aware reward model from preferences.
+
+    The backbone stays as it is. Texts are encoded once; β is fitted by Newton's method in a few passes, and the
+    posterior that gives uncertainties falls out of the last one.
+
+    Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
+    """
+    with _errors():
+        from rmcore.backbone import BackboneConfig
+        from rmcore.data import read_preferences
+        from rmcore.fit import fit
+        from rmcore.head import HeadConfig, SNGPHead
+        from rmcore.model import RewardModel, encode_preferences
+        from rmcore.training import train_layer
+
+        if epochs and layer_size is None:
+            reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        items = list(read_preferences(preferences))
+        if not items:
+            reject("preferences", "no lines", "at least one")
+        spine = _load_backbone(
+            BackboneConfig(
+                name=backbone,
+                pooling=pooling,  # type: ignore[arg-type]
+                layer=layer,
+                length_feature=length_feature,
+                max_length=max_length,
+                overlong=overlong,  # type: ignore[arg-type]
+                chat=chat,  # type: ignore[arg-type]
+            ),
+            device,
+        )
+        config = HeadConfig(
+            spine.hidden_size,
+            num_features=features,
+            mode=mode,  # type: ignore[arg-type]
+            layer_size=layer_size,
+            ridge=ridge,
+            kernel_scale=kernel_scale,
+            length_scale_factor=length_scale_factor,
+            likelihood=likelihood,  # type: ignore[arg-type]
+            seed=seed,
+        )
+        with _bar() as bar:
+            hidden, labels, pairs = encode_preferences(spine, items, mode, progress=_track(bar))
+            head = SNGPHead(config).to(hidden.device)
+            if epochs:
+                train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed)
+            frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
+        model = RewardModel(spine, frozen)
+        model.save_pretrained(out, backbone="embed" if embed_backbone else "name")
+        right = _training_accuracy(model, hidden, labels, pairs)
+        _notes.print(
+            f"{len(items)} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
+            f"after {report.passes} passes; training accuracy {100 * right:.1f}%; wrote {out}"
+        )
+
+
+@app.command()
+def upgrade(
+    model: Annotated[str, typer.Argument(help="A reward model: AutoModelForSequenceClassification with one label.")],
+    pairs: Annotated[str, typer.Argument(help="JSONL of preferences like those it will score; - for stdin.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
+    ridge: Annotated[float, typer.Option(help="Prior precision of its last layer.")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="Serving dtype of the head.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
+    overlong: Overlong = "error",
+    chat: Annotated[str, typer.Option(help="auto, always or never use the tokenizer's chat template.")] = "auto",
+    embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
+    device: Device = None,
+) -> None:
+    """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
+    with _errors():
+        from rmcore.backbone import BackboneConfig
+        from rmcore.data import read_preferences
+        from rmcore.model import RewardModel
+
+        items = list(read_preferences(pairs))
+        config = BackboneConfig(
+            name=model,
+            kind="classifier",
+            pooling="classifier",
+            max_length=max_length,
+            overlong=overlong,  # type: ignore[arg-type]
+            chat=chat,  # type: ignore[arg-type]
+            append_eos=False,
+        )
+        spine = _load_backbone(config, device)
+        with _bar() as bar:
+            upgraded = RewardModel.upgrade(spine, items, ridge=ridge, dtype=_dtype(dtype), progress=_track(bar))
+        upgraded.save_pretrained(out, backbone="embed" if embed_backbone else "name")
+        _notes.print(f"{len(items)} pairs, {spine.stats.tokens} tokens; wrote {out}")
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")],
+    groups: Annotated[str, typer.Argument(help='JSONL of groups: {"prompt": ..., "responses": [...]}; - for stdin.')],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where results go; - for stdout.")] = "-",
+    threshold: Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")] = None,
+    rank_by: Annotated[str, typer.Option(help="u, margin, error_probability or rank_sum.")] = "u",
+    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's model name.")] = "",
+    judge_key_env: Annotated[
+        str, typer.Option(help="Environment variable with its key; empty for none.")
+    ] = "OPENAI_API_KEY",
+    judge_orders: Annotated[str, typer.Option(help="Ask both orders of a pair, or one.")] = "both",
+    verdicts: Annotated[Path | None, typer.Option(help="Replay recorded verdicts (JSONL) instead of asking.")] = None,
+    batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
+    backend: Annotated[str, typer.Option(help="Kernels: auto, torch, cpu, triton, cuda.")] = "auto",
+    device: Device = None,
+) -> None:
+    """Score groups of responses: preferences, uncertainties, rewards and RLOO advantages, one JSON line a group.
+
+    Without --threshold or --budget no pair goes to a judge.
+
+    Example: `rmcore score my-rm groups.jsonl --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
+    """
+    with _errors():
+        from rmcore.data import read_groups
+        from rmcore.engine import RewardEngine
+        from rmcore.model import RewardModel
+
+        if batch < 1:
+            reject("--batch", batch, "at least 1")
+        router = _router(threshold, budget, rank_by)
+        judge = _judge(judge_url, judge_model, judge_key_env, judge_orders, verdicts)
+        loaded = RewardModel.from_pretrained(model, device=device)
+        engine = RewardEngine(loaded, judge, router, backend=backend)  # type: ignore[arg-type]
+        totals = {"groups": 0, "pairs": 0, "judge": 0, "judge_failed": 0}
+        with _output(out) as stream, _bar() as bar:
+            task = bar.add_task("groups", total=None)
+            for chunk, error in _chunks(read_groups(groups), batch):
+                if chunk:
+                    _score_chunk(engine, chunk, stream, totals)
+                    bar.update(task, completed=totals["groups"])
+                if error is not None:
+                    raise error
+        _notes.print(
+            f"{totals['groups']} groups, {totals['pairs']} pairs; the judge decided {totals['judge']}, failed on "
+            f"{totals['judge_failed']}"
+        )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")],
+    preferences: Annotated[str, typer.Argument(help="JSONL of held-out preferences; - for stdin.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and a plot.")] = None,
+    train_data: Annotated[Path | None, typer.Option("--train", help="Training preferences, for one control.")] = None,
+    replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
+    device: Device = None,
+) -> None:
+    """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
+    with _errors():
+        from rmcore.data import read_preferences
+        from rmcore.model import RewardModel, encode_preferences
+        from rmcore.quality import encode_pairs, evaluate_head
+        from rmcore.streams import LabelledPair
+
+        items = list(read_preferences(preferences))
+        if not items:
+            reject("preferences", "no lines", "at least one")
+        loaded = RewardModel.from_pretrained(model, device=device)
+        pairs = [LabelledPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
+        with _bar() as bar:
+            states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=_track(bar))
+            known = None
+            if train_data is not None:
+                known, _, _ = encode_preferences(
+                    loaded.backbone, list(read_preferences(train_data)), loaded.mode, progress=_track(bar)
+                )
+        report = evaluate_head(loaded.head, states, pairs, train=known, replicates=replicates)
+        typer.echo(report.to_markdown())
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+            from rmcore.plots import plot_report
+
+            plot_report(report, out / "report.png")
+            _notes.print(f"wrote {out / 'report.json'} and {out / 'report.png'}")
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of preference data; default: RMCORE_DATA, else examples.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and plots.")] = Path("rmcore-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the features and the mixed streams.")] = 0,
+) -> None:
+    """Train, evaluate, route to a judge over loopback HTTP and print advantages, on real text, in minutes on a CPU."""
+    with _errors():
+        from rmcore.demo import run_demo
+
+        run_demo(data, out, Console(), seed=seed)
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, totals: dict[str, int]) -> None:
+    try:
+        scores = engine.score([group.prompt for group in chunk], [group.responses for group in chunk])
+    except InputError:
+        if len(chunk) == 1:
+            group = chunk[0]
+            try:
+                engine.score([group.prompt], [group.responses])
+            except InputError as error:
+                raise DataError(str(error), source="groups", line=group.line) from error
+        # One bad group must not take the good ones before it along: score them one at a time, up to the bad one.
+        for group in chunk:
+            _score_chunk(engine, [group], stream, totals)
+        return
+    for group, record in zip(chunk, scores.to_records(), strict=True):
+        named = {} if group.id is None else {"id": group.id}
+        stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
+    stream.flush()
+    summary = scores.summary()
+    totals["groups"] += summary["groups"]
+    totals["pairs"] += summary["pairs"]
+    for name in ("judge", "judge_failed"):
+        totals[name] += summary["decided_by"][name]
+
+
+def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], DataError | None]]:
+    chunk: list[Group] = []
+    while True:
+        try:
+            group = next(groups, None)
+        except DataError as error:
+            yield chunk, error
+            return
+        if group is None:
+            yield chunk, None
+            return
+        chunk.append(group)
+        if len(chunk) == size:
+            yield chunk, None
+            chunk = []
+
+
+def _router(threshold: float | None, budget: float | None, rank_by: str) -> Router:
+    from rmcore.routing import BudgetRouter, NeverRoute, ThresholdRouter
+
+    by: RankBy = rank_by  # type: ignore[assignment]
+    if threshold is not None and budget is not None:
+        reject("--threshold, --budget", "both", "at most one")
+    if threshold is not None:
+        return ThresholdRouter(threshold, by)
+    return NeverRoute() if budget is None else BudgetRouter(fraction=budget, by=by)
+
+
+def _judge(url: str | None, model: str, key_env: str, orders: str, verdicts: Path | None) -> Judge | None:
+    from rmcore.judge import ChatJudge, RecordedJudge
+
+    if url is not None and verdicts is not None:
+        reject("--judge-url, --verdicts", "both", "at most one")
+    if verdicts is not None:
+        return RecordedJudge.from_file(verdicts, orders=orders)  # type: ignore[arg-type]
+    if url is None:
+        return None
+    if not model:
+        reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
+    return ChatJudge(url, model, key_env or None, orders=orders)  # type: ignore[arg-type]
+
+
+def _load_backbone(config: Any, device: str | None) -> Backbone:
+    from rmcore.backbone import Backbone
+
+    return Backbone.from_pretrained(config, device=device)
+
+
+def _training_accuracy(model: Any, hidden: Any, labels: Any, pairs: Any) -> float:
+    import torch
+
+    if pairs is None:
+        wrong = (model.head.score(hidden).logit > 0) != (labels > 0.5)
+    else:
+        g = model.head.score_pairs(hidden[pairs.flatten()], torch.full((len(pairs),), 2, dtype=torch.int64)).logit
+        wrong = (g > 0) != (labels > 0.5)
+    return 1 - float(wrong.float().mean())
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in kinds:
+        reject("--dtype", repr(name), f"one of {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal)
+
+
+def _track(bar: Progress) -> Any:
+    task = bar.add_task("encoding", total=None)
+
+    def update(stage: str, done: int, total: int) -> None:
+        if total:
+            bar.update(task, description=f"{stage} (tokens)", completed=done, total=total)
+
+    return update
+
+
+@contextmanager
+def _output(path: str) -> Iterator[Any]:
+    if path == "-":
+        yield sys.stdout
+        return
+    with open(path, "w", encoding="utf-8") as stream:
+        yield stream
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (InputError, OSError) as error:
+        _fail(error, 2)
+    except RmcoreError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0)
+    typer.echo(f"rmcore: {error}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the ``rmcore`` command."""
+    app()

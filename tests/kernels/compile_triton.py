@@ -1,0 +1,280 @@
+"""Compile every Triton kernel for GPUs that are not here, and read what the assembler says about each.
+
+    python tests/kernels/compile_triton.py [--quick] [--archs 80 90 100] [--workers 2] [--json FILE]
+
+The backend itself is run, on meta tensors, with a stand-in for Triton's driver: whatever it would launch for a device,
+with the very specialisations it would have, is compiled and not launched. Fails on a spilled byte and on shared memory
+beyond the device's. Not for a process with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory one program may have, by compute capability."""
+KIND = {80: "sm80", 89: "portable", 90: "sm90", 100: "sm100"}
+MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
+
+
+class Build(NamedTuple):
+    """One compiled kernel: what it was compiled from, and what it takes."""
+
+    arch: int
+    kernel: str
+    constants: str
+    warps: int
+    stages: int
+    registers: int
+    shared: int
+    spills: int
+
+
+# -- the workload: calls that between them reach every row of every table ---------------------------------------------
+
+
+def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
+    """The backend's operations on meta tensors, at the sizes where the tables change."""
+    from rmcore.kernels import heuristics
+
+    kind = KIND[arch]
+    for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
+        half = dtype.itemsize == 2
+        limits = {limit for table in (heuristics._PROJECT, heuristics._PRODUCT) for limit, _ in table[kind, dtype.itemsize]}
+        rows = sorted(int(limit) if limit < 1e9 else 8192 for limit in limits)
+        if quick:
+            rows = [rows[0], rows[-1]]
+        for b in rows:
+            yield functools.partial(_score, _weights(4096, 4096, dtype), b, dtype)
+        yield functools.partial(_score, _weights(8192, 8192, dtype), 1024, dtype)
+        precisions = [torch.float32] if quick and not half else [torch.float32, torch.float64]
+        for precision in precisions:
+            for d in (4096,) if quick else (4096, 8192):
+                yield functools.partial(_accumulate, _weights(d, d, dtype), precision, dtype)
+        yield functools.partial(_pair_variance, _weights(4096, 4096, dtype), dtype)
+        for h in (4096,) if quick else (1024, 4096, 5120, 16384):
+            yield functools.partial(_power, h, dtype)
+        if dtype == torch.bfloat16 or quick and not half:
+            continue
+        tanh = _weights(4096, 4096, dtype, layer=4096, activation="tanh", layernorm=True)
+        plain = _weights(4096, 4096, dtype, layer=4096, activation="tanh")
+        foreign = torch.bfloat16 if half else torch.float16
+        for b in (64, 8192) if quick else rows:
+            yield functools.partial(_score, tanh, b, dtype)
+            yield functools.partial(_score, plain, b, dtype)
+            if b < heuristics.STAGED_ROWS or b == rows[-1]:
+                yield functools.partial(_score, _weights(4096, 4096, dtype), b, foreign)
+        if not quick:
+            odd = _weights(1003, 1003, dtype)
+            for b in rows:
+                yield functools.partial(_score, odd, b - 1, dtype)
+            yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, likelihood="gaussian")
+            yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, weighted=True)
+            yield functools.partial(_score, _weights(4096, 4096, dtype, projection=False), 64, dtype)
+            yield functools.partial(_score, _weights(4096, 4096, dtype, features="linear"), 64, dtype)
+
+
+def _weights(
+    h: int, d: int, dtype: torch.dtype, *, layer: int = 0, activation: str = "none", layernorm: bool = False,
+    features: str = "rff", projection: bool = True,
+) -> Any:  # fmt: skip
+    from rmcore.weights import FeatureMap, HeadWeights
+
+    meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
+    feature_map = FeatureMap(
+        features if projection else "linear",  # type: ignore[arg-type]
+        meta(d, layer or h, dtype=dtype) if projection else None,
+        meta(d) if projection else None,
+        meta(layer, h, dtype=dtype) if layer else None,
+        meta(layer) if layer else None,
+        activation,  # type: ignore[arg-type]
+        layernorm,
+        h,
+        d,
+        dtype,
+    )
+    n = math.ceil(d / 128)
+    return HeadWeights(feature_map, meta(d), 0.0, meta(n * (n + 1) // 2, 128, 128, dtype=dtype), 1.0, 0.4)
+
+
+def _score(weights: Any, rows: int, dtype: torch.dtype) -> None:
+    from rmcore.backends import triton as backend
+
+    hidden = torch.empty(rows, weights.hidden_size, dtype=dtype, device="meta")
+    backend.score(hidden, weights, torch.empty(4, rows, device="meta"))
+
+
+def _accumulate(
+    weights: Any, precision: torch.dtype, dtype: torch.dtype, rows: int = 8192, *, likelihood: str = "logistic",
+    weighted: bool = False,
+) -> None:  # fmt: skip
+    from rmcore.backends import triton as backend
+
+    d = weights.num_features
+    meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
+    hidden = meta(rows, weights.hidden_size, dtype=dtype)
+    for pairs in (None, meta(rows // 2, 2, dtype=torch.int64)):
+        n = rows if pairs is None else rows // 2
+        backend.accumulate(
+            hidden, meta(n), weights.map, meta(d), meta(d, d, dtype=precision), meta(d, dtype=precision), pairs,
+            meta(n) if weighted else None, 0.0, likelihood,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _pair_variance(weights: Any, dtype: torch.dtype) -> None:
+    from rmcore.backends import triton as backend
+
+    for groups, k in ((8, 8), (128, 8), (512, 8)):
+        hidden = torch.empty(groups * k, weights.hidden_size, dtype=dtype, device="meta")
+        backend.pair_variance(hidden, torch.full((groups,), k), weights)
+
+
+def _power(h: int, dtype: torch.dtype) -> None:
+    from rmcore.backends import triton as backend
+
+    backend.power_iteration(torch.empty(4096, h, dtype=dtype, device="meta"), torch.empty(h, device="meta"), 2)
+
+
+# -- compiling instead of launching -----------------------------------------------------------------------------------
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for: device number = compute capability."""
+
+    def __init__(self) -> None:
+        self.arch = 0
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list[Build]:
+    """Compile what the ``share``-th part of the calls launch on ``arch``."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from rmcore.backends import triton as backend
+    from rmcore.kernels.heuristics import Device
+
+    driver = _Driver()
+    driver.arch = arch
+    triton.runtime.driver.set_active(driver)
+    seen: dict[str, Build] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash not in seen:
+            constants = " ".join(f"{k}={v}" for k, v in kwargs.items() if k.isupper())
+            seen[compiled.hash] = _assemble(arch, self.fn.__name__, constants, compiled)
+        return compiled
+
+    JITFunction.run = compile_only
+    backend._device = lambda device: Device(KIND[arch], MULTIPROCESSORS[arch])  # type: ignore[assignment]
+    try:
+        for number, call in enumerate(calls(arch, quick)):
+            if number % shares == share:
+                call()
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = None
+    return list(seen.values())
+
+
+def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx: str = compiled.asm["ptx"]
+    kept = Path(knobs.cache.dir) / f"rmcore-ptxas-{hashlib.sha256(ptx.encode()).hexdigest()[:32]}.txt"
+    if not kept.exists():
+        target = re.search(r"^\.target\s+(\S+?)(,|$)", ptx, re.MULTILINE)
+        assert target is not None, name
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(log)
+    log = kept.read_text()
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers is not None, log
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    m = compiled.metadata
+    return Build(arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills)
+
+
+def faults(build: Build) -> list[str]:
+    """What is wrong with a build, in words."""
+    found = []
+    if build.spills:
+        found.append(f"{build.spills} bytes spilled")
+    if build.shared > SHARED_LIMIT[build.arch]:
+        found.append(f"{build.shared} bytes of shared memory of {SHARED_LIMIT[build.arch]}")
+    return found
+
+
+def table(builds: list[Build]) -> str:
+    """The builds, one a line."""
+    lines = [f"{'arch':>4} {'kernel':<18} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7} {'spills':>6}  constants"]
+    for b in sorted(builds):
+        wrong = "  <-- " + ", ".join(faults(b)) if faults(b) else ""
+        lines.append(
+            f"{b.arch:>4} {b.kernel:<18} {b.warps:>5} {b.stages:>6} {b.registers:>4} {b.shared:>7} {b.spills:>6}  "
+            f"{b.constants}{wrong}"
+        )
+    return "\n".join(lines)
+
+
+def compile_archs(archs: list[int], quick: bool, workers: int) -> list[Build]:
+    """All builds for all ``archs``, in ``workers`` processes."""
+    if workers <= 1:
+        return [build for arch in archs for build in compile_all(arch, quick)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_all, arch, quick, share, workers) for arch in archs for share in range(workers)]
+        return sorted({build for job in jobs for build in job.result()})
+
+
+def main() -> int:
+    """Print the table; the exit status says whether every build is sound."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the ends of the tables only")
+    parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100], choices=sorted(KIND))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the builds here too")
+    arguments = parser.parse_args()
+    builds = compile_archs(arguments.archs, arguments.quick, arguments.workers)
+    print(table(builds))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([b._asdict() for b in builds], indent=1))
+    bad = [b for b in builds if faults(b)]
+    print(f"{len(builds)} builds, {len(bad)} unsound")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
