@@ -6,11 +6,12 @@ transformers is imported on first use.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -159,7 +160,7 @@ class Backbone:
         self.tokens_per_batch = tokens_per_batch
         self.attention = attention
         self.stats = EncodingStats()
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = _position_limit(model)
         if config.max_length is not None and limit is not None and config.max_length > limit:
             reject("max_length", config.max_length, f"at most the model's {limit} positions")
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
@@ -174,6 +175,7 @@ class Backbone:
         self._final_linear = _final_linear(model) if config.kind == "classifier" else None
         if config.layer is not None:
             _blocks(model, config.layer)
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -211,21 +213,24 @@ class Backbone:
         choice = choose_attention(device, dtype) if attention == "auto" else (attention, "asked for")
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+            load = functools.partial(
+                loader.from_pretrained, config.name, revision=config.revision, dtype=dtype, output_loading_info=True
+            )
             try:
-                model = loader.from_pretrained(
-                    config.name, revision=config.revision, dtype=dtype, attn_implementation=choice[0]
-                )
+                model, info = load(attn_implementation=choice[0])
             except ValueError as error:
                 if attention != "auto" or "attention" not in str(error).lower():
                     raise
                 choice = ("eager", f"this model does not support {choice[0]}")
-                model = loader.from_pretrained(
-                    config.name, revision=config.revision, dtype=dtype, attn_implementation="eager"
-                )
-        except (OSError, ValueError, KeyError) as error:
+                model, info = load(attn_implementation="eager")
+        except Exception as error:  # a hub, a damaged file, a config from elsewhere: the loader raises many kinds
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
+            raise CheckpointError(f"backbone: got {config.name!r}, which transformers cannot load: {reason}") from error
+        if config.kind == "classifier" and info["missing_keys"]:
             raise CheckpointError(
-                f"backbone: got {config.name!r}, which transformers cannot load: {str(error).splitlines()[0][:300]}"
-            ) from error
+                f"backbone: got {config.name!r} without {', '.join(sorted(info['missing_keys'])[:4])}, expected a "
+                "trained reward model"
+            )
         model.to(device).eval()
         return cls(model, tokenizer, config, tokens_per_batch=tokens_per_batch, attention=choice)
 
@@ -249,7 +254,7 @@ class Backbone:
         if self._final_linear.out_features != 1:
             reject("model", f"{self._final_linear.out_features} labels", "a reward model with one")
         bias = self._final_linear.bias
-        return self._final_linear.weight[0].detach().float(), 0.0 if bias is None else float(bias[0])
+        return self._final_linear.weight[0].detach().float(), 0.0 if bias is None else float(bias[0].detach())
 
     def hidden(
         self,
@@ -266,6 +271,8 @@ class Backbone:
         distinct: dict[tuple[int, ...], int] = {}
         rows = [distinct.setdefault(text.ids, len(distinct)) for text in texts]
         ids = list(distinct)
+        if () in distinct:
+            reject(f"texts[{rows.index(distinct[()])}]", "no tokens at all", "at least one token")
         stats = EncodingStats(
             texts=len(texts),
             encoded=len(ids),
@@ -318,8 +325,6 @@ class Backbone:
 
     def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         longest = max(map(len, ids))
-        if longest == 0:
-            reject("text", "no tokens at all", "at least one token")
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
         input_ids = torch.full((len(ids), longest), padding, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -329,46 +334,61 @@ class Backbone:
         return self.pooled_states(input_ids.to(self.device), mask.to(self.device)).float(), input_ids.numel()
 
     def _states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        if getattr(self.model.config, "use_cache", None) is not None:
-            inputs["use_cache"] = False
         if self.config.layer is None:
-            return self.model(**inputs).last_hidden_state
-
-        def stop(_module: object, _inputs: object, output: Any) -> None:
-            raise _EnoughError(output[0] if isinstance(output, tuple) else output)
-
-        handle = _blocks(self.model, self.config.layer).register_forward_hook(stop)
-        try:
-            self.model(**inputs)
-        except _EnoughError as enough:
-            return enough.hidden
-        finally:
-            handle.remove()
-        raise CheckpointError(f"backbone: layer {self.config.layer} of {type(self.model).__name__} never ran")
+            return self.model(**self._inputs(input_ids, mask)).last_hidden_state
+        block = _blocks(self.model, self.config.layer)
+        return self._stopped(block.register_forward_hook, input_ids, mask)
 
     def _classifier_input(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         assert self._final_linear is not None
-        with _captured_input(self._final_linear) as captured:
-            self.model(input_ids=input_ids, attention_mask=mask)
-        states = captured[0].float()
-        if states.dim() == 3:  # decoders score every position and keep the last real token's
-            states = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-        return states
+        states = self._stopped(self._final_linear.register_forward_pre_hook, input_ids, mask).float()
+        if states.dim() == 2:
+            return states
+        # Decoders score every position; transformers reads the last one that is not the padding token, which a real
+        # token may be too where eos doubles as padding.
+        pad = _text_config(self.model).pad_token_id
+        scored = mask if pad is None else mask * (input_ids != pad)
+        last = (scored * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        return states[torch.arange(len(states), device=states.device), last]
 
+    def _inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        if getattr(_text_config(self.model), "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        return inputs
 
-@contextmanager
-def _captured_input(module: torch.nn.Module) -> Iterator[list[Tensor]]:
-    captured: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
-    try:
-        yield captured
-    finally:
-        handle.remove()
+    def _stopped(self, register: Callable[[Any], Any], input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Run the model only until a hook that ``register`` sets fires; what the hook saw (output, or input before)."""
+
+        def stop(_module: object, inputs: Any, *output: Any) -> None:
+            seen = output[0] if output else inputs
+            raise _EnoughError(seen[0] if isinstance(seen, tuple) else seen)
+
+        with self._lock:  # the hook is set on the model itself, so one caller at a time
+            handle = register(stop)
+            try:
+                self.model(**self._inputs(input_ids, mask))
+            except _EnoughError as enough:
+                return enough.hidden
+            finally:
+                handle.remove()
+        raise CheckpointError(f"backbone: a layer of {type(self.model).__name__} that is to be read never ran")
 
 
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _position_limit(model: Any) -> int | None:
+    """The longest input in tokens, None where the architecture sets no limit."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin number positions from behind the padding index, so those before it are lost.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(limit) - int(module.padding_idx) - 1
+    return int(limit)
 
 
 def _blocks(model: Any, layer: int) -> torch.nn.Module:

@@ -434,3 +434,7 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def main() -> None:
     """Entry point of the ``rmcore`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -234,7 +234,7 @@ def _draw(reports: Sequence[tuple[Stream, EvaluationReport]], out: Path) -> list
 
     pictures = []
     for stream, report in reports:
-        plot_report(report, out / f"{stream.name}.png", scores=["u", "margin", "rank_sum", "random"])
+        plot_report(report, out / f"{stream.name}.png", scores=["u", "margin", "rank_sum"])
         pictures.append((stream.title, f"{stream.name}.png"))
     return pictures
 

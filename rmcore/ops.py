@@ -1,8 +1,12 @@
 """One function per kernel, and the choice of who runs it.
 
 ``score``, ``accumulate``, ``pair_variance`` and ``power_iteration`` take the tensors of :mod:`rmcore.weights` and hand
-them to a backend. ``backend="auto"`` takes the fastest that can run; a backend named explicitly runs or raises
-:class:`~rmcore.errors.BackendError` saying why not. :func:`explain` tells without running.
+them to a backend of :mod:`rmcore.backends`. ``backend="auto"`` takes the first of a table's order that can run; a
+backend named explicitly runs or raises :class:`~rmcore.errors.BackendError` saying why not. :func:`explain` tells
+without running.
+
+In eager code the backend is called directly: the custom-operator boundary costs more than a kernel. Under
+``torch.compile`` the same functions call the operators registered in :mod:`rmcore.operators`.
 
 Shapes, devices and dtypes are checked here. Finiteness is not: a non-finite hidden row gives non-finite results in
 that row alone, and the callers that own an error policy look at the (B,) results instead of the (B, h) inputs.
@@ -23,11 +27,25 @@ from rmcore.errors import BackendError, reject
 from rmcore.reference import Likelihood
 from rmcore.weights import FeatureMap, HeadWeights
 
-__all__ = ["Backend", "Explanation", "Scores", "accumulate", "explain", "pair_variance", "power_iteration", "score"]
+__all__ = [
+    "Backend",
+    "Explanation",
+    "Scores",
+    "accumulate",
+    "explain",
+    "pair_variance",
+    "power_iteration",
+    "score",
+    "select",
+]
 
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "cuda"]
-_OPS = ("score", "accumulate", "pair_variance", "power_iteration")
-_PREFERENCE = ("cuda", "triton", "cpu", "torch")
+OPS = ("score", "accumulate", "pair_variance", "power_iteration")
+
+# Fastest first, by device type. On CPUs the order is measured (bench/results/cpu.json). On GPUs it is by design, not
+# yet by measurement: one launch with grid barriers for small batches, GEMM-shaped kernels for the rest.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_ALL = ("cuda", "triton", "cpu", "torch")
 
 
 class Scores(NamedTuple):
@@ -41,7 +59,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Which backend would run, and why each other would not."""
+    """Which backend would run (``none`` where a named one cannot), and why each other considered would not."""
 
     backend: str
     reasons: dict[str, str]
@@ -55,19 +73,34 @@ def explain(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float16,
     backend: Backend = "auto",
+    *,
+    rows: int | None = None,
+    weights: FeatureMap | HeadWeights | None = None,
 ) -> Explanation:
-    """Which backend ``op`` would run on for a head in ``dtype`` on ``device``, and why the faster ones would not.
+    """Which backend ``op`` would run on, and why the others would not.
+
+    Args:
+        op: ``score``, ``accumulate``, ``pair_variance`` or ``power_iteration``.
+        device: of the tensors.
+        dtype: of the head, or of the matrix.
+        backend: as the operation would be called.
+        rows: rows of the batch, where the answer depends on it.
+        weights: the head, likewise.
 
     Raises InputError for an unknown operation or backend.
     """
-    if op not in _OPS:
-        reject("op", repr(op), f"one of {', '.join(_OPS)}")
-    if backend not in ("auto", *_PREFERENCE):
-        reject("backend", repr(backend), f"one of auto, {', '.join(_PREFERENCE)}")
+    if op not in OPS:
+        reject("op", repr(op), f"one of {', '.join(OPS)}")
+    if backend not in ("auto", *_ALL):
+        reject("backend", repr(backend), f"one of auto, {', '.join(_ALL)}")
+    device = torch.device(device)
+    order = _ORDER.get(device.type, ("torch",)) if backend == "auto" else (backend,)
     reasons: dict[str, str] = {}
-    for name in _PREFERENCE if backend == "auto" else (backend,):
+    for name in order:
         module = _module(name)
-        why = "not part of this build" if module is None else module.unavailable(op, torch.device(device), dtype)
+        why = "not part of this build" if module is None else module.unavailable(op, device, dtype)
+        if why is None and rows is not None and hasattr(module, "declines"):
+            why = module.declines(op, rows, weights)
         if why is None:
             return Explanation(name, reasons)
         reasons[name] = why
@@ -80,8 +113,11 @@ def _module(name: str) -> Any:
     return importlib.import_module(home) if importlib.util.find_spec(home) else None
 
 
-def _backend(op: str, tensor: Tensor, dtype: torch.dtype, backend: Backend) -> Any:
-    explanation = explain(op, tensor.device, dtype, backend)
+def select(
+    op: str, tensor: Tensor, dtype: torch.dtype, backend: Backend, weights: FeatureMap | HeadWeights | None = None
+) -> Any:
+    """The backend module that runs ``op`` on ``tensor``; raises BackendError where the named one cannot."""
+    explanation = explain(op, tensor.device, dtype, backend, rows=tensor.shape[0], weights=weights)
     if explanation.backend == "none":
         raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {explanation.reasons[backend]}")
     return _module(explanation.backend)
@@ -121,11 +157,16 @@ def score(hidden: Tensor, weights: HeadWeights, *, backend: Backend = "auto", ou
     """
     _check_hidden(hidden, weights.map)
     rows = hidden.shape[0]
+    if out is not None and (out.shape != (4, rows) or out.dtype != torch.float32 or not out.is_contiguous()):
+        reject("out", f"{tuple(out.shape)} {out.dtype}", f"contiguous (4, {rows}) float32")
+    if out is not None and out.device != hidden.device:
+        reject("out", f"device {out.device}", f"the device of hidden, {hidden.device}")
     if out is None:
         out = torch.empty(4, rows, dtype=torch.float32, device=hidden.device)
-    elif out.shape != (4, rows) or out.dtype != torch.float32 or not out.is_contiguous():
-        reject("out", f"{tuple(out.shape)} {out.dtype}", f"contiguous (4, {rows}) float32")
-    _backend("score", hidden, weights.dtype, backend).score(hidden, weights, out)
+    if torch.compiler.is_compiling():
+        torch.ops.rmcore.score_out(hidden, weights.handle, backend, out)
+    else:
+        select("score", hidden, weights.dtype, backend, weights).score(hidden, weights, out)
     return Scores(*out.unbind(0))
 
 
@@ -174,15 +215,37 @@ def accumulate(
         _check_vector("sample_weight", sample_weight, n)
     if precision.shape != (d, d) or precision.dtype not in (torch.float32, torch.float64):
         reject("precision", f"{tuple(precision.shape)} {precision.dtype}", f"({d}, {d}) float32 or float64")
-    if pairs is not None:
-        if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-            reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
-        if n and (int(pairs.min()) < 0 or int(pairs.max()) >= hidden.shape[0]):
-            reject("pairs", f"indices {int(pairs.min())}..{int(pairs.max())}", f"row indices 0..{hidden.shape[0] - 1}")
-    module = _backend("accumulate", hidden, feature_map.dtype, backend)
+    if not precision.is_contiguous():
+        reject("precision", f"strides {precision.stride()}", "a contiguous tensor")
+    if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64):
+        reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
+    if torch.compiler.is_compiling():
+        return torch.ops.rmcore.accumulate(
+            hidden,
+            labels,
+            feature_map.handle,
+            beta,
+            precision,
+            gradient,
+            pairs,
+            sample_weight,
+            beta0,
+            likelihood,
+            backend,
+        )
+    check_pairs(pairs, hidden.shape[0])
+    module = select("accumulate", hidden, feature_map.dtype, backend, feature_map)
     return module.accumulate(
         hidden, labels, feature_map, beta, precision, gradient, pairs, sample_weight, beta0, likelihood
     )
+
+
+def check_pairs(pairs: Tensor | None, rows: int) -> None:
+    """Raise InputError for a pair index outside 0..rows−1."""
+    if pairs is not None and pairs.numel():
+        low, high = int(pairs.min()), int(pairs.max())
+        if low < 0 or high >= rows:
+            reject("pairs", f"indices {low}..{high}", f"row indices 0..{rows - 1}")
 
 
 def pair_variance(
@@ -207,9 +270,18 @@ def pair_variance(
     _check_hidden(hidden, weights.map)
     if group_sizes.dim() != 1 or group_sizes.dtype != torch.int64 or group_sizes.device.type != "cpu":
         reject("group_sizes", f"{tuple(group_sizes.shape)} {group_sizes.dtype}", "(G,) int64 on the CPU")
-    if bool((group_sizes < 0).any()) or int(group_sizes.sum()) != hidden.shape[0]:
-        reject("group_sizes", group_sizes.tolist(), f"non-negative sizes that sum to {hidden.shape[0]} rows")
-    return _backend("pair_variance", hidden, weights.dtype, backend).pair_variance(hidden, group_sizes, weights)
+    if torch.compiler.is_compiling():
+        return torch.ops.rmcore.pair_variance(hidden, group_sizes, weights.handle, backend)
+    check_group_sizes(group_sizes, hidden.shape[0])
+    module = select("pair_variance", hidden, weights.dtype, backend, weights)
+    return module.pair_variance(hidden, group_sizes, weights)
+
+
+def check_group_sizes(group_sizes: Tensor, rows: int) -> None:
+    """Raise InputError unless the sizes are non-negative and sum to ``rows``."""
+    if bool((group_sizes < 0).any()) or int(group_sizes.sum()) != rows:
+        shown = group_sizes.tolist() if len(group_sizes) <= 8 else f"{group_sizes[:8].tolist()}..."
+        reject("group_sizes", f"{shown} (sum {int(group_sizes.sum())})", f"non-negative sizes that sum to {rows} rows")
 
 
 def power_iteration(
@@ -218,7 +290,7 @@ def power_iteration(
     """σ(W) by power iteration on WᵀW (design 2.1). weight (m, h), vector (h,) → σ () and the new v (h,).
 
     Raises:
-        InputError: a shape does not fit, ``iterations`` < 1 or ``vector`` is zero.
+        InputError: a shape does not fit or ``iterations`` < 1.
         BackendError: the named backend cannot run here.
     """
     if weight.dim() != 2:
@@ -226,4 +298,10 @@ def power_iteration(
     _check_vector("vector", vector, weight.shape[1])
     if iterations < 1:
         reject("iterations", iterations, "at least 1")
-    return _backend("power_iteration", weight, weight.dtype, backend).power_iteration(weight, vector, iterations)
+    if torch.compiler.is_compiling():
+        return torch.ops.rmcore.power_iteration(weight, vector, iterations, backend)
+    return select("power_iteration", weight, weight.dtype, backend).power_iteration(weight, vector, iterations)
+
+
+# The registrations refer to this module; importing them last keeps one import enough for users of the operators.
+from rmcore import operators as _operators  # noqa: E402, F401

@@ -12,7 +12,9 @@ The tensors are never written after construction; ``cache`` is where a backend k
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -24,7 +26,28 @@ from rmcore import reference
 from rmcore.errors import FactorizationError, reject
 from rmcore.reference import TILE, Activation
 
-__all__ = ["SERVING_DTYPES", "FeatureMap", "HeadWeights", "default_dtype", "power_of_two_scale"]
+__all__ = ["SERVING_DTYPES", "FeatureMap", "HeadWeights", "default_dtype", "from_handle", "power_of_two_scale"]
+
+_handles: weakref.WeakValueDictionary[int, FeatureMap | HeadWeights] = weakref.WeakValueDictionary()
+_next_handle = itertools.count(1)
+
+
+def _register(weights: FeatureMap | HeadWeights) -> None:
+    handle = next(_next_handle)
+    object.__setattr__(weights, "handle", handle)
+    _handles[handle] = weights
+
+
+def from_handle(handle: int) -> FeatureMap | HeadWeights:
+    """The live weights with this handle: how registered operators name weights in a compiled graph.
+
+    Raises InputError where they are gone: a compiled function must not outlive the head it was compiled with.
+    """
+    weights = _handles.get(handle)
+    if weights is None:
+        reject("handle", handle, "the handle of weights that are still alive")
+    return weights
+
 
 SERVING_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -84,6 +107,10 @@ class FeatureMap:
     input_scale: float = 1.0
     feature_scale: float = 1.0
     cache: dict[str, object] = field(default_factory=dict, init=False, repr=False)
+    handle: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _register(self)
 
     @property
     def folded(self) -> bool:
@@ -150,6 +177,10 @@ class HeadWeights:
     factor_scale: float
     amplitude: float
     cache: dict[str, object] = field(default_factory=dict, init=False, repr=False)
+    handle: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _register(self)
 
     @classmethod
     def build(

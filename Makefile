@@ -1,0 +1,57 @@
+# Each target sets itself up on a fresh machine: a virtual environment in .venv, torch, then rmcore.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= 2.13.0
+# Machines without an NVIDIA GPU get torch's CPU build, which is gigabytes smaller. TORCH_CPU=0 or 1 overrides.
+TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
+SOURCES := $(shell find csrc -type f) pyproject.toml
+
+.PHONY: help demo test lint format quality bench gpu-check clean
+help:
+	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
+	@echo "make test     all tests"
+	@echo "make lint     ruff, ruff format, mypy, clang-format"
+	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rmcore needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH_CPU),1)
+	$(BIN)/pip install -q --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 "torch==$(TORCH)+cpu" \
+	  || $(BIN)/pip install -q "torch==$(TORCH)"
+else
+	$(BIN)/pip install -q "torch==$(TORCH)"
+endif
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/rmcore demo --out out/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+quality: $(VENV)/.demo
+	$(BIN)/python -m rmcore.bench.quality
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Benchmarks and quality reports; installed as ``rmcore.bench``."""

@@ -1,0 +1,163 @@
+"""The command line on a tiny model, end to end, in process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rmcore.cli import app
+
+runner = CliRunner()
+
+
+def call(*arguments: object, stdin: str | None = None) -> Result:
+    return runner.invoke(app, [str(a) for a in arguments], input=stdin, catch_exceptions=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path, backbone_path: Path, preferences: Path) -> Path:
+    out = tmp_path / "model"
+    result = call("train", preferences, "--backbone", backbone_path, "--pooling", "mean", "--features", 64, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def group(k: int = 3, **extra: object) -> dict[str, object]:
+    return {"prompt": "red tree house", "responses": ["good clear", "bad rude", "odd vague"][:k], **extra}
+
+
+def test_train_reports_and_writes_a_model(model: Path) -> None:
+    assert {p.name for p in model.iterdir()} == {"rmcore.json", "head.safetensors"}
+
+
+def test_score_streams_one_line_a_group(model: Path) -> None:
+    lines = [json.dumps(group(k, id=f"g{k}")) for k in (1, 2, 3)]
+    result = call("score", model, "-", "--batch", 2, stdin="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["id"] for r in records] == ["g1", "g2", "g3"]
+    assert [len(r["advantages"]) for r in records] == [1, 2, 3]
+    assert records[0]["advantages"] == [0.0]
+    assert records[2]["advantages"][0] > records[2]["advantages"][1], "praise must beat its contrary"
+    assert "3 groups, 4 pairs" in result.stderr
+
+
+def test_a_bad_line_exits_2_and_keeps_everything_before_it(model: Path) -> None:
+    stdin = json.dumps(group()) + "\n" + json.dumps(group(id=7)) + "\nnot json\n" + json.dumps(group()) + "\n"
+    result = call("score", model, "-", stdin=stdin)
+    assert result.exit_code == 2
+    assert len(result.stdout.splitlines()) == 2
+    assert "<input>:3" in result.stderr or "-:3" in result.stderr
+    assert "not JSON" in result.stderr
+
+
+def test_an_overlong_group_names_its_line_and_keeps_the_good_ones(model: Path) -> None:
+    long = {"prompt": "red", "responses": ["good " * 200, "bad"]}
+    stdin = "\n".join(json.dumps(g) for g in (group(), long, group())) + "\n"
+    result = call("score", model, "-", stdin=stdin)
+    assert result.exit_code == 2
+    assert len(result.stdout.splitlines()) == 1
+    assert "groups:2" in result.stderr
+    assert "at most 64" in result.stderr
+
+
+def test_recorded_verdicts_decide_routed_pairs(model: Path, tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.jsonl"
+    rows = [
+        {"prompt": "red tree house", "first": "good clear", "second": "bad rude", "verdict": "loss"},
+        {"prompt": "red tree house", "first": "good clear", "second": "odd vague", "verdict": None},
+    ]
+    verdicts.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    result = call("score", model, "-", "--budget", 1.0, "--verdicts", verdicts, stdin=json.dumps(group()) + "\n")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["preference"][0][1] == pytest.approx(-1.9924, abs=1e-3)
+    by = {(d["i"], d["j"]): (d["by"], d.get("reason", "")) for d in record["decisions"]}
+    assert by[0, 1][0] == "judge"
+    assert by[0, 2] == ("judge_failed", "no_verdict")
+    assert by[1, 2] == ("judge_failed", "no_record")
+    assert record["preference"][0][2] == pytest.approx(record["logit"][0][2] / record["uncertainty"][0][2], rel=1e-6)
+
+
+def test_evaluate_prints_a_table_and_writes_report_and_plot(model: Path, held_out: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    result = call("evaluate", model, held_out, "-o", out, "--replicates", 50)
+    assert result.exit_code == 0, result.stderr
+    assert "margin" in result.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert report["pairs"]["total"] == 30
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, preferences: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    out = tmp_path / "upgraded"
+    result = call("upgrade", classifier_path, preferences, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    scored = call("score", out, "-", stdin=json.dumps(group()) + "\n")
+    assert scored.exit_code == 0, scored.stderr
+    logit = json.loads(scored.stdout)["logit"]
+    tokenizer = AutoTokenizer.from_pretrained(classifier_path)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier_path).eval()
+    with torch.no_grad():
+        own = [
+            float(model(**tokenizer(f"red tree house\n\n{text}", return_tensors="pt")).logits[0, 0])
+            for text in ("good clear", "bad rude", "odd vague")
+        ]
+    assert logit[0][1] == pytest.approx(own[0] - own[1], abs=2e-6)
+    assert logit[1][2] == pytest.approx(own[1] - own[2], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--threshold", "1.1", "--budget", "0.5"], "at most one"),
+        (["--budget", "0.5"], "judge: got None"),
+        (["--budget", "2", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "fraction"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "--judge-model"),
+        (["--backend", "abacus"], "backend"),
+        (["--batch", "0"], "--batch"),
+    ],
+)
+def test_usage_errors_exit_2_and_say_what_to_give(model: Path, arguments: list[str], says: str) -> None:
+    result = call("score", model, "-", *arguments, stdin=json.dumps(group()) + "\n")
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def test_a_missing_or_foreign_model_is_reported_without_a_traceback(tmp_path: Path) -> None:
+    result = call("score", tmp_path / "nothing", "-", stdin="")
+    assert result.exit_code == 1
+    assert "rmcore.json" in result.stderr
+
+
+def test_training_on_nothing_or_on_bad_lines_exits_2(backbone_path: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for source, says in ((empty, "at least one"), (tmp_path / "missing.jsonl", "missing.jsonl")):
+        result = call("train", source, "--backbone", backbone_path, "-o", tmp_path / "m")
+        assert result.exit_code == 2
+        assert says in result.stderr
+
+
+def test_help_teaches_every_command() -> None:
+    assert "rmcore demo" in call("--help").stdout
+    for command in ("train", "upgrade", "score", "evaluate", "demo"):
+        assert call(command, "--help").exit_code == 0
+
+
+def test_the_installed_command_survives_a_reader_that_goes_away(model: Path) -> None:
+    lines = (json.dumps(group()) + "\n") * 50
+    command = f"{sys.executable} -m rmcore.cli score '{model}' - --batch 1 | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], input=lines, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert json.loads(done.stdout)["advantages"]
+    assert "Traceback" not in done.stderr
