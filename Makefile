@@ -11,6 +11,7 @@ SOURCES := $(shell find csrc -type f) pyproject.toml
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
+	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
 	@echo "make lint     ruff, ruff format, mypy, clang-format"
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
@@ -52,6 +53,9 @@ format: $(VENV)/.dev
 
 quality: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.quality
+
+bench: $(VENV)/.demo
+	$(BIN)/rmcore bench --verbose
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

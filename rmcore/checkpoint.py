@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -43,7 +44,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises InputError where ``path`` exists and is not an rmcore folder (nothing of somebody else's is replaced).
     """
-    target = Path(path)
+    target = Path(path).resolve()
     if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
         reject("path", repr(str(target)), "a new or empty folder, or one that rmcore wrote")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         old = target.with_name(f".{target.name}.{mark}.old")
         if target.exists():
             os.replace(target, old)
-        os.replace(work, target)
+        try:
+            os.replace(work, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
         _sync(target.parent)
     finally:
@@ -196,15 +202,15 @@ def _assemble(
         hidden_size=h,
         num_features=d,
         dtype=dtype,
-        input_scale=float(values["input_scale"]),
-        feature_scale=float(values["feature_scale"]),
+        input_scale=_scalar(values, "input_scale", positive=True),
+        feature_scale=_scalar(values, "feature_scale", positive=True),
     )
     weights = HeadWeights(
         map=feature_map,
         beta=tensors["serving_beta"],
-        beta0=float(values["beta0"]),
+        beta0=_scalar(values, "beta0"),
         factor=tensors["factor"],
-        factor_scale=float(values["factor_scale"]),
+        factor_scale=_scalar(values, "factor_scale", positive=True),
         amplitude=config.resolved_amplitude,
     )
     posterior = None
@@ -216,6 +222,13 @@ def _assemble(
             likelihood=config.likelihood,
         )
     return FrozenHead(config, feature_map, tensors["beta"], weights.beta0, posterior, weights)
+
+
+def _scalar(values: dict[str, Any], name: str, *, positive: bool = False) -> float:
+    value = float(values[name])
+    if not math.isfinite(value) or (positive and value <= 0):
+        reject(name, value, "a positive finite number" if positive else "a finite number")
+    return value
 
 
 def _digest(file: Path) -> str:

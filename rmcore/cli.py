@@ -291,6 +291,14 @@ def demo(
         run_demo(data, out, Console(), seed=seed)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Microbenchmarks against peers and against this machine's limit (`rmcore bench --help` lists the options)."""
+    from rmcore.bench.__main__ import main as run_bench
+
+    raise typer.Exit(run_bench(context.args))
+
+
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import numbers
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class RewardEngine:
             return pending.finish([])
         from rmcore.judge.sync import run_sync
 
-        return pending.finish(run_sync(self._ask(pending.questions)), progress)
+        return pending.finish(*run_sync(self._ask(pending.questions)), progress)
 
     async def score_async(
         self,
@@ -133,7 +134,9 @@ class RewardEngine:
     ) -> GroupScores:
         """As :meth:`score`, for callers in an event loop: the backbone runs in a thread, the judge is awaited."""
         pending = await asyncio.to_thread(self._prepare, prompts, responses, progress)
-        return pending.finish(await self._ask(pending.questions) if pending.questions else [], progress)
+        if not pending.questions:
+            return pending.finish([])
+        return pending.finish(*await self._ask(pending.questions), progress)
 
     def score_hidden(
         self,
@@ -171,7 +174,7 @@ class RewardEngine:
             return pending.finish([])
         from rmcore.judge.sync import run_sync
 
-        return pending.finish(run_sync(self._ask(pending.questions)))
+        return pending.finish(*run_sync(self._ask(pending.questions)))
 
     # -- the algorithm, step by step ---------------------------------------------------------------------------------
 
@@ -191,6 +194,8 @@ class RewardEngine:
         return self._route(matrices, prompts, responses, {"backbone": backbone, "head": seconds}, stats)
 
     def _score_rows(self, hidden: Tensor, sizes: list[int]) -> tuple[list[_Matrices], float]:
+        if not isinstance(hidden, Tensor):
+            reject("hidden", type(hidden).__name__, "a torch.Tensor")
         if hidden.dim() != 2 or hidden.shape[1] != self.head.config.hidden_size:
             reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {self.head.config.hidden_size})")
         difference = self.head.config.mode == "difference"
@@ -199,7 +204,7 @@ class RewardEngine:
         if hidden.shape[0] != rows:
             unit = "response" if difference else f"{'ordered' if ordered == 2 else 'i < j'} pair"
             reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {sizes[:8]}")
-        if self.nonfinite == "raise":
+        if self.nonfinite == "raise" and rows:
             check_finite(hidden)
         started = time.perf_counter()
         hidden = hidden.to(self.head.device)
@@ -219,9 +224,12 @@ class RewardEngine:
             logit, variance = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
             logit[i, j], logit[j, i] = g[pair : pair + count], -g[pair : pair + count]
             variance[i, j] = variance[j, i] = v[pair : pair + count]
-            # A kernel may share work between the rows of a group; only pairs of the bad row itself are unusable.
             bad = ~finite[row : row + k]
-            if bool(bad.any()):
+            if bool(bad.any()) or not bool((logit + variance).isfinite().all()):
+                # A kernel may share work between the rows of a group; only pairs of the bad row itself are unusable.
+                # A finite row is bad too where it overflows in the head.
+                own = self.head.score(hidden[row : row + k], backend=self.backend, nonfinite="keep")
+                bad |= ~(own.logit + own.variance).isfinite().cpu()
                 self._repair(logit, variance, hidden[row : row + k], bad)
             result.append(self._finish(logit, variance))
             pair, row = pair + count, row + k
@@ -235,7 +243,8 @@ class RewardEngine:
         variance.fill_diagonal_(0.0)
         if len(good) > 1:
             sizes = torch.tensor([len(good)])
-            scores = self.head.score_pairs(hidden[good.to(hidden.device)], sizes, backend=self.backend)
+            rows = hidden[good.to(hidden.device)]
+            scores = self.head.score_pairs(rows, sizes, backend=self.backend, nonfinite="keep")
             i, j = torch.triu_indices(len(good), len(good), 1)
             g, v = scores.logit.double().cpu(), scores.variance.double().cpu()
             logit[good[i], good[j]], logit[good[j], good[i]] = g, -g
@@ -298,8 +307,9 @@ class RewardEngine:
         if bool(finite.any()):
             usable = Candidates(candidates.logit[finite], candidates.variance[finite], candidates.uncertainty[finite])
             picked = self.router.select(usable)
-            if picked.shape != (len(usable),) or picked.dtype != torch.bool:
-                reject("router.select", f"{tuple(picked.shape)} {picked.dtype}", f"({len(usable)},) bool")
+            if not isinstance(picked, Tensor) or picked.shape != (len(usable),) or picked.dtype != torch.bool:
+                got = f"{tuple(picked.shape)} {picked.dtype}" if isinstance(picked, Tensor) else type(picked).__name__
+                reject("router.select", got, f"a ({len(usable)},) bool tensor")
             chosen[finite] = picked
         routed = [pair for pair, yes in zip(where, chosen.tolist(), strict=True) if yes]
         questions = []
@@ -310,8 +320,8 @@ class RewardEngine:
         one_order = self.head.config.mode == "concat" and self.orders == "one"
         return _Pending(matrices, routed, identical, questions, self.epsilon, one_order, seconds, stats)
 
-    async def _ask(self, questions: list[Pair]) -> list[Verdict]:
-        """One verdict a question; equal questions are asked once; nothing but cancellation gets out."""
+    async def _ask(self, questions: list[Pair]) -> tuple[list[Verdict], JudgeUsage]:
+        """One verdict a question, and what they cost; equal questions are asked once; only cancellation gets out."""
         assert self.judge is not None
         distinct: dict[str, int] = {}
         unique: list[Pair] = []
@@ -322,15 +332,34 @@ class RewardEngine:
                 distinct[key] = len(unique)
                 unique.append(question)
             order.append(distinct[key])
+        answers: list[object]
         try:
-            verdicts = list(await self.judge.judge(unique))
+            answers = list(await self.judge.judge(unique))
         except Exception as error:  # a judge may be anybody's code, and the batch must survive it
             log.exception("the judge raised; %d pairs keep the head's preference", len(questions))
-            verdicts = [Verdict.none(f"raised_{type(error).__name__}")] * len(unique)
-        if len(verdicts) != len(unique) or not all(isinstance(v, Verdict) for v in verdicts):
-            log.error("the judge returned %d results for %d pairs; none is used", len(verdicts), len(unique))
-            verdicts = [Verdict.none("wrong_number_of_verdicts")] * len(unique)
-        return [verdicts[k] for k in order]
+            answers = [Verdict.none(f"raised_{type(error).__name__}")] * len(unique)
+        if len(answers) != len(unique):
+            log.error("the judge returned %d results for %d pairs; none is used", len(answers), len(unique))
+            answers = [Verdict.none("wrong_number_of_verdicts")] * len(unique)
+        verdicts = [_checked(answer) for answer in answers]
+        return [verdicts[k] for k in order], sum((v.usage for v in verdicts), JudgeUsage())
+
+
+def _checked(answer: object) -> Verdict:
+    """A judge's answer as a verdict whose preference is a number in [-1, 1], or none with the reason."""
+    if not isinstance(answer, Verdict):
+        return Verdict.none("not_a_verdict")
+    preference: Any = answer.preference
+    reason, usage, critique = str(answer.reason), cast("object", answer.usage), str(answer.critique)
+    if preference is not None and not (isinstance(preference, numbers.Real) and -1 <= float(preference) <= 1):
+        preference, reason = None, f"preference_{str(preference)[:40]}"
+    return replace(
+        answer,
+        preference=None if preference is None else float(preference),
+        reason=reason or ("unknown" if preference is None else ""),
+        critique=critique,
+        usage=usage if isinstance(usage, JudgeUsage) else JudgeUsage(),
+    )
 
 
 @dataclass
@@ -349,22 +378,18 @@ class _Pending:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
 
-    def finish(self, verdicts: list[Verdict], progress: Progress | None = None) -> GroupScores:
+    def finish(
+        self, verdicts: list[Verdict], usage: JudgeUsage | None = None, progress: Progress | None = None
+    ) -> GroupScores:
         """Put the verdicts in: p̃ = J where there is one, the head's elsewhere."""
         decisions: list[list[PairDecision]] = [[] for _ in self.matrices]
         masks = [torch.zeros_like(m.logit, dtype=torch.bool) for m in self.matrices]
-        usage = JudgeUsage()
-        seen: set[int] = set()
         for group, i, j in self.identical:
             decisions[group].append(PairDecision(i, j, "identical"))
         for (group, i, j), verdict in zip(self.routed, verdicts, strict=True):
             masks[group][i, j] = masks[group][j, i] = True
-            if id(verdict) not in seen:  # equal questions share one verdict, and its cost counts once
-                usage = usage + verdict.usage
-                seen.add(id(verdict))
-            if verdict.preference is None or not -1 <= verdict.preference <= 1:
-                reason = verdict.reason if verdict.preference is None else f"preference_{verdict.preference}"
-                decisions[group].append(PairDecision(i, j, "judge_failed", reason, verdict))
+            if verdict.preference is None:
+                decisions[group].append(PairDecision(i, j, "judge_failed", verdict.reason, verdict))
                 continue
             value = float(reference.verdict_logit(verdict.preference, self.epsilon))
             self.matrices[group].preference[i, j], self.matrices[group].preference[j, i] = value, -value
@@ -385,7 +410,7 @@ class _Pending:
             )
             for m, mask, decided in zip(self.matrices, masks, decisions, strict=True)
         )
-        return GroupScores(groups, self.seconds, self.stats, usage)
+        return GroupScores(groups, self.seconds, self.stats, usage or JudgeUsage())
 
 
 def _gather(matrices: list[_Matrices], index: Tensor, name: str) -> Tensor:
@@ -399,7 +424,10 @@ def _gather(matrices: list[_Matrices], index: Tensor, name: str) -> Tensor:
 
 
 def _check_sizes(group_sizes: Sequence[int] | Tensor) -> list[int]:
-    sizes = group_sizes.tolist() if isinstance(group_sizes, Tensor) else list(group_sizes)
+    given: Any = group_sizes.tolist() if isinstance(group_sizes, Tensor) else group_sizes
+    if not isinstance(given, Iterable):
+        reject("group_sizes", repr(given), "a sequence of positive integers")
+    sizes = list(given)
     if not sizes:
         reject("group_sizes", "an empty list", "at least one group")
     for k, size in enumerate(sizes):

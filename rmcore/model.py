@@ -202,13 +202,14 @@ class RewardModel:
         if backbone is None:
             try:
                 config = BackboneConfig.from_dict(values["backbone"])
+                if values.get("embedded"):
+                    config = replace(config, name=str(Path(path) / "backbone"), revision=None)
+                loaded = Backbone.from_pretrained(
+                    config, device=device, dtype=dtype, attention=attention, tokens_per_batch=tokens_per_batch
+                )
+                return cls(loaded, head)
             except (InputError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{path}: got an unreadable backbone section ({error})") from error
-            if values.get("embedded"):
-                config = replace(config, name=str(Path(path) / "backbone"), revision=None)
-            backbone = Backbone.from_pretrained(
-                config, device=device, dtype=dtype, attention=attention, tokens_per_batch=tokens_per_batch
-            )
+                raise CheckpointError(f"{path}: got a backbone section that does not fit ({error})") from error
         return cls(backbone, head)
 
 

@@ -90,17 +90,18 @@ class Posterior:
             The gradient Φᵀ(y − p) (D,) float64 and Σ log-likelihood, both of this data alone, at ``beta``.
 
         Raises:
-            NonFiniteError: a row of ``hidden`` has NaN or Inf; P is unchanged.
+            NonFiniteError: a row of ``hidden`` has NaN or Inf, or is so large that the sums do; P is unchanged.
             InputError: shapes do not fit; P is unchanged.
         """
         check_finite(hidden)
         gradient = torch.zeros(self.num_features, dtype=torch.float64, device=self._gram.device)
+        added = torch.zeros_like(self._gram)
         total = ops.accumulate(
             hidden.detach(),
             labels,
             feature_map,
             beta.detach(),
-            precision=self._gram,
+            precision=added,
             gradient=gradient,
             pairs=pairs,
             sample_weight=sample_weight,
@@ -108,6 +109,10 @@ class Posterior:
             likelihood=self.likelihood,
             backend=backend,
         )
+        # An entry of a Gram matrix is at most its largest diagonal entry, so these D values tell of all D².
+        if not bool((added.diagonal() + gradient).isfinite().all()):
+            raise NonFiniteError("hidden: got rows so large that Σ w φφᵀ overflows, expected finite sums")
+        self._gram += added
         self.count += int(labels.shape[0])
         self._cholesky = self._factor = None
         return gradient, float(total)
@@ -185,10 +190,11 @@ class Posterior:
         eigenvalues = torch.linalg.eigvalsh(self.precision)
         low, high = float(eigenvalues[0]), float(eigenvalues[-1])
         condition = math.inf if low <= 0 else high / low
+        enough = max(self.ridge * 10, self.ridge - 2 * low, high * 1e-14)
         return FactorizationError(
             f"precision: got a matrix that is not positive definite (leading minor {minor} of {self.num_features}; "
             f"eigenvalues {low:.3g}..{high:.3g}, condition {condition:.3g}) after {self.count} data, expected positive "
-            f"definite. Raise ridge (now {self.ridge:g}; at least {max(high * 1e-14, self.ridge * 10):.3g}), "
+            f"definite. Raise ridge (now {self.ridge:g}; at least {enough:.3g}), "
             "or use fewer features",
             condition=condition,
         )

@@ -77,8 +77,7 @@ def _ranks(score: Tensor) -> Tensor:
 
 def rank_score(candidates: Candidates, by: RankBy) -> Tensor:
     """(Q,) float64 score by which pairs are routed, highest first. See the module's text for the choice."""
-    if by not in _SCORES:
-        reject("by", repr(by), f"one of {', '.join(_SCORES)}")
+    _check_score(by)
     u, g, v = (t.double() for t in (candidates.uncertainty, candidates.logit, candidates.variance))
     if by == "u":
         return u
@@ -105,6 +104,7 @@ class ThresholdRouter:
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
             reject("threshold", self.threshold, "a number")
+        _check_score(self.by)
         if self.by == "rank_sum":
             reject("by", "'rank_sum'", "a score with a scale of its own", "Use BudgetRouter for rank_sum")
 
@@ -126,6 +126,7 @@ class BudgetRouter:
 
     def __post_init__(self) -> None:
         _check_budget(self.fraction, self.count)
+        _check_score(self.by)
 
     def select(self, candidates: Candidates) -> Tensor:
         """The top of the batch."""
@@ -173,6 +174,11 @@ class AlwaysRoute:
     def select(self, candidates: Candidates) -> Tensor:
         """Every pair."""
         return torch.ones(len(candidates), dtype=torch.bool)
+
+
+def _check_score(by: str) -> None:
+    if by not in _SCORES:
+        reject("by", repr(by), f"one of {', '.join(_SCORES)}")
 
 
 def _check_budget(fraction: float | None, count: int | None) -> None:

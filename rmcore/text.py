@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from rmcore.errors import reject
+from rmcore.errors import InputError, reject
 from rmcore.judge.base import Message, Prompt
 
 __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "check_prompt"]
@@ -22,6 +23,7 @@ OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-r
 """``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
 alone are too long. ``truncate-right``: drop from the end, the longest response first, then the prompt's end."""
 
+_ROLE = re.compile(r"[\w.-]+")
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
 # Private-use characters stand in for message contents while a chat template is rendered.
 _HOLD = "\ue0f0rm{}\ue0f1"
@@ -122,6 +124,8 @@ class TextEncoder:
         self.append_eos = append_eos
         self.max_length = max_length
         self.overlong = overlong
+        # Whether special tokens count is a state of the tokenizer, set before each call: one caller at a time.
+        self._lock = threading.Lock()
         self._literal = functools.lru_cache(maxsize=256)(self._tokenize_literal)
         self._content = functools.lru_cache(maxsize=16384)(self._tokenize_content)
         self._prefix, self._suffix = self._special_tokens()
@@ -148,12 +152,20 @@ class TextEncoder:
     def _chat_pieces(self, prompt: Prompt, template: str) -> list[tuple[str, str, str]]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         turn = template.split("{prompt}", 1)[1].lstrip("\n")
-        held = [{"role": m["role"], "content": _HOLD.format(k)} for k, m in enumerate(messages)]
-        held.append({"role": "assistant", "content": _HOLD.format(len(messages))})
-        rendered = _render_chat(self.tokenizer, tuple((m["role"], m["content"]) for m in held))
-        parts = _HELD.split(rendered)
+        roles = [m["role"] for m in messages]
+        bad = [role for role in roles if not _ROLE.fullmatch(role)]
+        if bad:  # a role is rendered as template text, where special tokens count
+            reject("prompt.role", repr(bad[0])[:80], "a word")
+        held = [{"role": role, "content": _HOLD.format(k)} for k, role in enumerate([*roles, "assistant"])]
+        try:
+            parts = _HELD.split(str(self.tokenizer.apply_chat_template(held, tokenize=False)))
+        except Exception as error:  # a template is a program and may raise anything
+            raise InputError(
+                f"prompt: got roles {roles}, which this tokenizer's chat template refuses ({error}), expected roles it "
+                "renders, then an assistant turn"
+            ) from error
         if [int(k) for k in parts[1::2]] != list(range(len(held))):
-            reject("prompt", f"roles {[m['role'] for m in messages]}", "roles this tokenizer's chat template renders")
+            reject("prompt", f"roles {roles}", "roles this tokenizer's chat template renders, each once and in order")
         pieces: list[tuple[str, str, str]] = [("prompt", "literal", parts[0])]
         for k, after in zip(parts[1::2], parts[2::2], strict=True):
             if int(k) < len(messages):
@@ -225,12 +237,19 @@ class TextEncoder:
         return [(name, cut, ids[left[k] : len(ids) - right[k]]) for k, (name, cut, ids) in enumerate(runs)]
 
     def _tokenize_literal(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
+        if not text:
+            return ()
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+        return tuple(encoded["input_ids"])
 
     def _tokenize_content(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        # JSON may carry half a surrogate pair, which no tokenizer takes: it becomes U+FFFD.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return tuple(encoded["input_ids"])
 
     def _special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -260,8 +279,3 @@ def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, 
 
 def _as_paragraphs(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\n\nAssistant:"
-
-
-def _render_chat(tokenizer: Any, messages: tuple[tuple[str, str], ...]) -> str:
-    conversation = [{"role": role, "content": content} for role, content in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False))

@@ -148,8 +148,14 @@ class FeatureMap:
 
     def to(self, device: torch.device | str) -> FeatureMap:
         """The same map on another device."""
-        moved = {name: t.to(device) for name, t in self.tensors().items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self._with({name: t.to(device) for name, t in self.tensors().items()})
+
+    def clone(self) -> FeatureMap:
+        """The same map in memory of its own."""
+        return self._with({name: t.clone() for name, t in self.tensors().items()})
+
+    def _with(self, tensors: dict[str, Tensor]) -> FeatureMap:
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it holds, by field name."""
@@ -239,6 +245,10 @@ class HeadWeights:
     def to(self, device: torch.device | str) -> HeadWeights:
         """The same weights on another device."""
         return replace(self, map=self.map.to(device), beta=self.beta.to(device), factor=self.factor.to(device))
+
+    def clone(self) -> HeadWeights:
+        """The same weights in memory of their own."""
+        return replace(self, map=self.map.clone(), beta=self.beta.clone(), factor=self.factor.clone())
 
     def nbytes(self) -> int:
         """Bytes of the weights a full scoring pass reads."""

@@ -206,9 +206,9 @@ def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> 
 def _chunks(sizes: list[int], limit: int) -> list[list[int]]:
     """Whole groups, together at most ``limit`` rows or a single group."""
     chunks: list[list[int]] = []
-    rows = limit
+    rows = 0
     for k in sizes:
-        if rows + k > limit and (rows or not chunks):
+        if not chunks or (rows and rows + k > limit):
             chunks.append([])
             rows = 0
         chunks[-1].append(k)

@@ -1,0 +1,146 @@
+"""``python -m rmcore.bench`` and ``rmcore bench``: run suites, check them, write JSON, CSV and plots, print a table."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .figures import draw
+from .harness import as_dict, environment, measure_limits
+from .suites import SUITES, Row, Setup
+
+__all__ = ["main"]
+
+CPU_BATCHES = (1, 4, 16, 64, 256, 1024)
+GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
+
+
+def setup_for(arguments: argparse.Namespace) -> Setup:
+    """The machine's limits and what to measure on it."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(0)
+    gpu = device.type == "cuda"
+    sizes = [(1024, 1024)] if arguments.quick else [(4096, 4096)]
+    if gpu and not arguments.quick:
+        sizes += [(8192, 8192), (1024, 1024)]
+    if arguments.size:
+        sizes = [(int(h), int(d)) for h, d in (size.lower().split("x") for size in arguments.size)]
+    batches: tuple[int, ...] = GPU_BATCHES if gpu else CPU_BATCHES
+    if arguments.batch:
+        batches = tuple(arguments.batch)
+    elif arguments.quick:
+        batches = (1, 16, 256)
+    console = Console(stderr=True)
+    shown = console.is_terminal or arguments.verbose
+    return Setup(
+        device=device,
+        limits=measure_limits(device, quick=arguments.quick),
+        sizes=tuple(sizes),
+        batches=batches,
+        dtypes=(torch.float16, torch.bfloat16) if gpu else (torch.bfloat16, torch.float16),
+        budget_s=arguments.budget or (0.15 if arguments.quick or gpu else 2.0),
+        compiled=not (arguments.quick or arguments.no_compile),
+        note=(lambda text: console.print(f"[dim]{text}[/]"))
+        if console.is_terminal or arguments.verbose
+        else (lambda _: None),
+    )
+
+
+def run(setup: Setup, suites: list[str], out: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Run the suites; results are written after each, so that an interrupted run keeps what it measured."""
+    rows: list[Row] = []
+    document = {
+        "environment": environment(setup.device),
+        "limits": as_dict(setup.limits),
+        "method": "weights rotated over copies that together exceed twice the last-level cache; random data; medians",
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in suites:
+        rows.extend(SUITES[name](setup))
+        out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    _write_csv(rows, out.with_suffix(".csv"))
+    return document, rows
+
+
+def _write_csv(rows: list[Row], path: Path) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def tables(rows: list[Row], document: dict[str, Any]) -> list[Table]:
+    """One table a suite and size: variants down, batch sizes across."""
+    limits = document["limits"]
+    result = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        for size in dict.fromkeys((row.get("h"), row.get("d")) for row in rows if row["suite"] == suite):
+            mine = [r for r in rows if r["suite"] == suite and (r.get("h"), r.get("d")) == size]
+            rates = ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in limits["matrix"].items())
+            table = Table(
+                title=f"{suite}, h={size[0]}, D={size[1]}: ms (% of limit)",
+                caption=f"limits measured: {limits['bandwidth'] / 1e9:.0f} GB/s ({limits['bandwidth_kind']}), {rates}",
+            )
+            batches = sorted({r["rows"] for r in mine if "rows" in r})
+            table.add_column("variant")
+            for b in batches or ["build s / first call s / MB"]:
+                table.add_column(f"B={b}" if batches else str(b), justify="right")
+            for variant in dict.fromkeys((r["variant"], r.get("dtype")) for r in mine):
+                cells = {r.get("rows"): _cell(r) for r in mine if (r["variant"], r.get("dtype")) == variant}
+                table.add_row(f"{variant[0]} {variant[1] or ''}", *[cells.get(b, "") for b in batches or [None]])
+            result.append(table)
+    return result
+
+
+def _cell(row: Row) -> str:
+    if "failed" in row:
+        return "failed"
+    if row["suite"] == "memory":
+        return f"{row['build_s']:.2f} / {row['first_call_s']:.3f} / {row['bytes'] / 1e6:.0f}"
+    if row["suite"] == "share":
+        return f"{1e3 * row['median_s']:.2f} ({100 * row['share_behind_backbone']:.1f}% of a step)"
+    wrong = "" if row.get("right", True) else " WRONG"
+    return f"{1e3 * row['median_s']:.3f} ({100 * row['of_limit']:.0f}%){wrong}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns 1 if a timed variant of ours gave wrong results."""
+    parser = argparse.ArgumentParser(prog="rmcore bench", description=__doc__)
+    parser.add_argument("--suite", action="append", choices=list(SUITES), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="small sizes, ends in about a minute on 2 cores")
+    parser.add_argument("--size", action="append", metavar="HxD", help="such as 4096x4096; may be given several times")
+    parser.add_argument("--batch", action="append", type=int, metavar="B")
+    parser.add_argument("--device")
+    parser.add_argument("--budget", type=float, help="seconds a variant")
+    parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peers out")
+    parser.add_argument("--out", type=Path, help="results file without its ending; default bench/results/DEVICE")
+    parser.add_argument("--verbose", action="store_true")
+    arguments = parser.parse_args(argv)
+    setup = setup_for(arguments)
+    out = arguments.out or Path("bench/results") / (setup.device.type + ("-quick" if arguments.quick else ""))
+    document, rows = run(setup, arguments.suite or list(SUITES), out)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables(rows, document):
+        console.print(table)
+    pictures = draw(rows, document, out)
+    console.print(f"wrote {out}.json, .csv" + "".join(f", {picture.name}" for picture in pictures))
+    wrong = [
+        row for row in rows if row["variant"].startswith("rmcore") and (not row.get("right", True) or "failed" in row)
+    ]
+    for row in wrong:
+        console.print(f"[red]WRONG or failed:[/] {row}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""Plots of benchmark rows: latency against batch size with the machine's limit, and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .suites import Row
+
+__all__ = ["draw"]
+
+_OURS = ("#0072B2", "#56B4E9", "#009E73", "#004C77", "#66C2A5")
+_OTHERS = ("0.35", "0.55", "#D55E00", "#CC79A7", "#E69F00", "0.7", "#8C564B")
+
+
+def draw(rows: list[Row], document: dict[str, Any], out: Path) -> list[Path]:
+    """Write ``OUT-score-HxD.png`` for each size and ``OUT-memory.png``; none where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return []
+    paths = []
+    timed = [row for row in rows if row["suite"] == "score" and "median_s" in row]
+    for h, d in dict.fromkeys((row["h"], row["d"]) for row in timed):
+        path = out.with_name(f"{out.name}-score-{h}x{d}.png")
+        _latency([row for row in timed if (row["h"], row["d"]) == (h, d)], document, path, f"h = {h}, D = {d}")
+        paths.append(path)
+    memory = [row for row in rows if row["suite"] == "memory"]
+    if memory:
+        path = out.with_name(f"{out.name}-memory.png")
+        _memory(memory, path)
+        paths.append(path)
+    return paths
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _latency(rows: list[Row], document: dict[str, Any], path: Path, size: str) -> None:
+    figure = _figure(9, 5.4)
+    axis = figure.subplots()
+    names = list(dict.fromkeys((row["variant"], row["dtype"]) for row in rows))
+    colours = {"ours": iter(_OURS * 3), "others": iter(_OTHERS * 3)}
+    for name, dtype in names:
+        points = sorted((r["rows"], 1e3 * r["median_s"]) for r in rows if (r["variant"], r["dtype"]) == (name, dtype))
+        mine = name.startswith("rmcore") and not name.endswith("torch")
+        label = f"{name} {dtype}" if name.startswith("rmcore") else name
+        axis.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=4,
+            linewidth=2.4 if mine else 1.2,
+            linestyle="-" if mine else "--",
+            color=next(colours["ours" if mine else "others"]),
+            label=label,
+        )
+    best = [name for name in names if name[0].startswith("rmcore")]
+    if best:
+        dtype = best[0][1]
+        floor = sorted({(r["rows"], 1e3 * r["floor_s"]) for r in rows if (r["variant"], r["dtype"]) == best[0]})
+        axis.plot(*zip(*floor, strict=True), color="black", linewidth=1, linestyle=":", label=f"limit, {dtype}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("rows B")
+    axis.set_ylabel("ms per call, weights cold")
+    axis.set_title(f"score, {size}, {document['environment']['name']}", fontsize=10)
+    axis.grid(alpha=0.25, which="both")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _memory(rows: list[Row], path: Path) -> None:
+    figure = _figure(8, 0.45 * len(rows) + 1.2)
+    axis = figure.subplots()
+    labels = [f"{row['variant']} {row['dtype']}" for row in rows]
+    axis.barh(labels, [row["bytes"] / 1e6 for row in rows], color="#0072B2", label="weights")
+    repacked = [row.get("repacked_bytes", 0) / 1e6 for row in rows]
+    axis.barh(labels, repacked, left=[row["bytes"] / 1e6 for row in rows], color="#56B4E9", label="re-packed copy")
+    axis.invert_yaxis()
+    axis.set_xlabel("MB kept for scoring")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)

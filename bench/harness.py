@@ -1,0 +1,237 @@
+"""Honest timing: cold weights, random data, medians with quantiles, limits measured in the same run.
+
+Every timed variant gets several copies of its weights and calls rotate over them, so that no call finds its weights in
+the last-level cache (folded weights of h = D = 4096 nearly fit an H200's L2, and a warm loop would flatter). On a GPU
+the rotation is captured in one CUDA graph and replayed; variants that cannot be captured are timed with events.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Call",
+    "Limits",
+    "Timing",
+    "cache_bytes",
+    "environment",
+    "measure_limits",
+    "rotations",
+    "synchronize",
+    "time_calls",
+]
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, 10% and 90% quantiles over ``samples`` samples of ``calls`` calls each."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+    calls: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do, measured just now: bytes/s, and FLOP/s of a large matrix product by dtype."""
+
+    bandwidth: float
+    bandwidth_kind: str
+    matrix: dict[str, float] = field(default_factory=dict)
+
+    def floor(self, nbytes: float, flop: float, dtype: str) -> float:
+        """The least seconds for moving ``nbytes`` and computing ``flop`` in ``dtype``."""
+        rate = self.matrix.get(dtype) or max(self.matrix.values())
+        return max(nbytes / self.bandwidth, flop / rate)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the last-level cache."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = entry.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def rotations(nbytes: int, device: torch.device, limit: int = 16) -> int:
+    """How many copies of ``nbytes`` a rotation needs so that each is out of the cache when its turn comes again."""
+    return min(limit, max(1, math.ceil(2 * cache_bytes(device) / max(nbytes, 1)) + 1))
+
+
+def time_calls(calls: Sequence[Call], device: torch.device, *, budget_s: float = 1.0, min_samples: int = 7) -> Timing:
+    """Time ``calls``, one per weight copy, in rotation, for about ``budget_s`` seconds."""
+    for call in calls:
+        call()
+    synchronize(device)
+    return (
+        _time_cuda(calls, device, budget_s, min_samples)
+        if device.type == "cuda"
+        else _time_cpu(calls, budget_s, min_samples)
+    )
+
+
+def _time_cpu(calls: Sequence[Call], budget_s: float, min_samples: int) -> Timing:
+    samples: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(samples) < min_samples or (time.perf_counter() < end and len(samples) < 2000):
+        call = calls[len(samples) % len(calls)]
+        started = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - started)
+        if len(samples) >= 3 and time.perf_counter() > end + 4 * budget_s:
+            break
+    return _timing(samples, 1, "perf_counter, rotating copies")
+
+
+def _time_cuda(calls: Sequence[Call], device: torch.device, budget_s: float, min_samples: int) -> Timing:
+    method = "CUDA graph of one rotation, events"
+    try:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        run: Call = graph.replay
+    except (RuntimeError, torch.cuda.CudaError) as error:
+        torch.cuda.synchronize(device)
+        method = f"events without a graph ({str(error).splitlines()[0][:80]})"
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+    run()
+    samples: list[float] = []
+    started = time.perf_counter()
+    while len(samples) < min_samples or (time.perf_counter() - started < budget_s and len(samples) < 500):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return _timing(samples, len(calls), method)
+
+
+def _timing(samples: list[float], calls: int, method: str) -> Timing:
+    ordered = sorted(samples)
+
+    def quantile(q: float) -> float:
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+    return Timing(quantile(0.5), quantile(0.1), quantile(0.9), len(samples), calls, method)
+
+
+def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:
+    """Bandwidth (GPU: device-to-device copy, read + write; CPU: read by all threads) and matrix rate by dtype."""
+    size = 1 << (28 if quick or device.type == "cpu" else 30)
+    if device.type == "cuda":
+        source = torch.randn(size // 4, device=device)
+        target = torch.empty_like(source)
+        seconds = time_calls([lambda: target.copy_(source)], device, budget_s=0.3).low
+        bandwidth, kind = 2 * size / seconds, "copy, read + write"
+    else:
+        bandwidth, kind = max(_read_rates(size)), "read, best of sum and matrix-vector product"
+    matrix = {}
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, dtype in kinds.items():
+        n = 8192 if device.type == "cuda" else (1024 if quick else 2048)
+        if device.type == "cpu" and dtype == torch.float16:
+            continue  # torch's CPU half product is not a limit of the machine
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        seconds = time_calls([lambda a=a, b=b: a @ b], device, budget_s=0.3, min_samples=5).low  # type: ignore[misc]
+        matrix[name] = 2 * n**3 / seconds
+    return Limits(bandwidth, kind, matrix)
+
+
+def _read_rates(size: int) -> list[float]:
+    data = torch.randn(size // 4)
+    matrix, vector = data.view(-1, 4096), torch.randn(4096)
+    calls: list[Call] = [data.sum, lambda: matrix @ vector]
+    return [size / _time_cpu([call], 0.5, 5).low for call in calls]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, date and commit, for the results file."""
+    import rmcore
+
+    versions = {"torch": torch.__version__, "rmcore": rmcore.__version__, "python": platform.python_version()}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        pass
+    told: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": versions,
+        "device": device.type,
+        "cache_bytes": cache_bytes(device),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        told |= {"name": properties.name, "sms": properties.multi_processor_count, "cuda": torch.version.cuda}
+    else:
+        told |= {"name": _cpu_name(), "cores": os.cpu_count(), "isa": torch.backends.cpu.get_cpu_capability()}
+    return told
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("RMCORE_COMMIT", "unknown")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """Largest |got − truth| over the largest |truth|, NaN counting as infinite."""
+    error = (got.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-300)
+    return float(torch.nan_to_num(error, nan=math.inf))
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON values."""
+    return asdict(value)

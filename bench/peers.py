@@ -1,0 +1,195 @@
+"""What others do, written from the formulas: the baselines every figure of ours stands beside.
+
+All take the same frozen head in plain float64 form (:class:`Problem`) and return (g, v) of hidden rows, so each timed
+variant is checked against the same truth.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rmcore import reference
+from rmcore.weights import FeatureMap, HeadWeights
+
+__all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "truth"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A random head: W̄ (h, h), Ω/2πℓ (D, h) and phase in turns, β, P (D, D) and its factor U, all float32 or better.
+
+    ``feature_map`` is the folded map in the serving dtype, and P and U belong to *its* features, as after a real fit.
+    """
+
+    hidden_size: int
+    num_features: int
+    layer: Tensor
+    omega: Tensor
+    phase: Tensor
+    beta: Tensor
+    precision: Tensor
+    factor: Tensor
+    feature_map: FeatureMap
+
+    @property
+    def scale(self) -> float:
+        """√(2/D)."""
+        return math.sqrt(2.0 / self.num_features)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """P⁻¹ in float32."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.precision)).float()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to score.
+
+    Attributes:
+        name: shown in tables.
+        dtype: of its weights.
+        weights: problem → the tensors it keeps, made once; the harness clones them to stay out of the cache.
+        run: (hidden, *weights) → (g, v).
+        nbytes: (B, h, D) → bytes it must move.
+        flop: (B, h, D) → operations it must do.
+        compiled: run it through torch.compile.
+        max_rows: largest batch it is timed at.
+    """
+
+    name: str
+    dtype: torch.dtype
+    weights: Callable[[Problem], tuple[Tensor, ...]]
+    run: Callable[..., tuple[Tensor, Tensor]]
+    nbytes: Callable[[int, int, int], float]
+    flop: Callable[[int, int, int], float]
+    compiled: bool = False
+    max_rows: int = 1 << 30
+
+
+def make_problem(h: int, d: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """A problem with a plausible posterior: P from random features of random rows, without an O(N D²) fp64 fit."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = torch.randn(h, h, generator=generator) / (2 * math.sqrt(h))
+    omega = torch.randn(d, h, generator=generator) / (2 * math.pi * math.sqrt(h))
+    phase = torch.rand(d, generator=generator)
+    beta = torch.randn(d, generator=generator)
+    layer, omega, phase, beta = (t.to(device) for t in (layer, omega, phase, beta))
+    projection = (omega @ layer).to(dtype)
+    scale = math.sqrt(2.0 / d)
+    feature_map = FeatureMap("rff", projection, phase, None, None, "none", False, h, d, dtype, feature_scale=scale)
+    rows = torch.randn(2 * d, h, generator=generator).to(device)
+    precision = torch.zeros(d, d, dtype=torch.float32, device=device)
+    for chunk in rows.split(4096):
+        phi = feature_map(chunk) * scale
+        precision.addmm_(phi.mT, phi)
+    precision = precision.double()
+    precision.diagonal().add_(0.1)
+    factor = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(precision), torch.eye(d, dtype=torch.float64, device=device), upper=False
+    )
+    return Problem(h, d, layer, omega, phase, beta, precision, factor, feature_map)
+
+
+def ours(problem: Problem) -> HeadWeights:
+    """The head as rmcore serves it."""
+    return HeadWeights.build(problem.feature_map, problem.beta, 0.0, problem.factor, reference.mean_field_amplitude())
+
+
+def truth(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, v) in float64 for the frozen features."""
+    phi = problem.feature_map(hidden.double()) * problem.scale
+    return phi @ problem.beta.double(), reference.variance(phi, problem.factor)
+
+
+# Each peer's first function lists what it keeps, the second is its formula.
+
+
+def _dense_weights(problem: Problem) -> tuple[Tensor, ...]:
+    return problem.layer, problem.omega, problem.phase, problem.beta * problem.scale, problem.inverse * problem.scale**2
+
+
+def _dense(
+    x: Tensor, layer: Tensor, omega: Tensor, phase: Tensor, beta: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Three dense products: z = W̄x, Ωz, and cᵀP⁻¹c with the inverse kept."""
+    c = torch.cos(2 * math.pi * (x.float() @ layer.mT @ omega.mT + phase))
+    return c @ beta, ((c @ inverse) * c).sum(-1)
+
+
+def _folded_weights(dtype: torch.dtype) -> Callable[[Problem], tuple[Tensor, ...]]:
+    def weights(problem: Problem) -> tuple[Tensor, ...]:
+        assert problem.feature_map.projection is not None
+        projection = problem.feature_map.projection.to(dtype)
+        return projection, problem.phase, problem.beta * problem.scale, (problem.factor * problem.scale).to(dtype)
+
+    return weights
+
+
+def _folded(x: Tensor, projection: Tensor, phase: Tensor, beta: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Two dense products in the weights' dtype: the folded projection, and U kept dense."""
+    c = torch.cos(2 * math.pi * ((x.to(projection.dtype) @ projection.mT).float() + phase))
+    return c @ beta, (c.to(factor.dtype) @ factor.mT).float().square().sum(-1)
+
+
+def _solve_weights(problem: Problem) -> tuple[Tensor, ...]:
+    precision = (problem.precision / problem.scale**2).float()
+    return problem.layer, problem.omega, problem.phase, problem.beta * problem.scale, precision
+
+
+def _solve(
+    x: Tensor, layer: Tensor, omega: Tensor, phase: Tensor, beta: Tensor, precision: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The published code's way: a linear solve with P on every call."""
+    c = torch.cos(2 * math.pi * (x.float() @ layer.mT @ omega.mT + phase))
+    return c @ beta, (c * torch.linalg.solve(precision, c.mT).mT).sum(-1)
+
+
+def _gpytorch(
+    x: Tensor, layer: Tensor, omega: Tensor, phase: Tensor, beta: Tensor, precision: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The inverse quadratic form through gpytorch's linear operators."""
+    from linear_operator import to_linear_operator
+
+    c = torch.cos(2 * math.pi * (x.float() @ layer.mT @ omega.mT + phase))
+    return c @ beta, to_linear_operator(precision).inv_quad(c.mT, reduce_inv_quad=False)
+
+
+def _dense_bytes(b: int, h: int, d: int) -> float:
+    return 4.0 * (h * h + h * d + d * d + b * (h + d))
+
+
+def _dense_flop(b: int, h: int, d: int) -> float:
+    return 2.0 * b * (h * h + h * d + d * d)
+
+
+def _folded_bytes(width: int) -> Callable[[int, int, int], float]:
+    return lambda b, h, d: float(width) * (h * d + d * d + b * (h + d))
+
+
+def _folded_flop(b: int, h: int, d: int) -> float:
+    return 2.0 * b * (h * d + d * d)
+
+
+def _solve_flop(b: int, h: int, d: int) -> float:
+    return 2.0 * d**3 / 3 + 2.0 * b * (h * h + h * d + 2 * d * d)
+
+
+_F32, _BF16 = torch.float32, torch.bfloat16
+PEERS: tuple[Peer, ...] = (
+    Peer("torch eager, dense fp32", _F32, _dense_weights, _dense, _dense_bytes, _dense_flop),
+    Peer("torch.compile, dense fp32", _F32, _dense_weights, _dense, _dense_bytes, _dense_flop, True),
+    Peer("torch eager, folded fp32", _F32, _folded_weights(_F32), _folded, _folded_bytes(4), _folded_flop),
+    Peer("torch eager, folded bf16", _BF16, _folded_weights(_BF16), _folded, _folded_bytes(2), _folded_flop),
+    Peer("torch.compile, folded bf16", _BF16, _folded_weights(_BF16), _folded, _folded_bytes(2), _folded_flop, True),
+    Peer("solve per call (published code)", _F32, _solve_weights, _solve, _dense_bytes, _solve_flop, max_rows=256),
+)
+if importlib.util.find_spec("linear_operator") is not None:
+    PEERS += (Peer("gpytorch inv_quad", _F32, _solve_weights, _gpytorch, _dense_bytes, _solve_flop, max_rows=256),)
