@@ -57,5 +57,9 @@ quality: $(VENV)/.demo
 bench: $(VENV)/.demo
 	$(BIN)/rmcore bench --verbose
 
+# For a bare machine with an NVIDIA GPU, torch, triton and nvcc but no network: installs nothing but rmcore itself.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -48,9 +48,7 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         dtypes=(torch.float16, torch.bfloat16) if gpu else (torch.bfloat16, torch.float16),
         budget_s=arguments.budget or (0.15 if arguments.quick or gpu else 2.0),
         compiled=not (arguments.quick or arguments.no_compile),
-        note=(lambda text: console.print(f"[dim]{text}[/]"))
-        if console.is_terminal or arguments.verbose
-        else (lambda _: None),
+        note=(lambda text: console.print(f"[dim]{text}[/]")) if shown else (lambda _: None),
     )
 
 
