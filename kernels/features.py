@@ -15,20 +15,22 @@ With few rows the reduction is cut: each piece stores its float32 sum, ``join`` 
 β multiplies c in float32, before c is rounded. Rows are independent: a non-finite one spoils only itself.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import COSINE, IDENTITY, TANH, cdiv, cos_turns, grouped, halves, launch, tanh
 from rmcore.kernels.heuristics import Device
+from torch import Tensor
+
 from rmcore.weights import FeatureMap
 
 PAD = 256
 """Columns of c are a multiple of this: whole tiles of every later kernel."""
+_ALIGN = 64
 _JOIN_ROWS, _JOIN_COLS = 16, 128
 _COPY_ROWS, _COPY_COLS = 16, 256
 _NORM_COLS = 1024
@@ -49,8 +51,9 @@ def _finish_part(
     """Sums → features, stored rounded; returns their share of βᵀc."""
     value = acc * scale
     inside = rn < outer
+    rd = tl.minimum(rn, outer - 1)
     if HAS_BIAS:
-        value += tl.load(bias + rn, mask=inside, other=0.0)[None, :]
+        value += tl.load(bias + rd)[None, :]
     if EPILOGUE == COSINE:
         value = cos_turns(value)
     elif EPILOGUE == TANH:
@@ -59,7 +62,7 @@ def _finish_part(
     stored = out + rm[:, None].to(tl.int64) * padded + rn[None, :]
     tl.store(stored, value.to(out.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < padded)[None, :])
     if HAS_BETA:
-        value *= tl.load(beta + rn, mask=inside, other=0.0)[None, :]
+        value *= tl.load(beta + rd)[None, :]
     return tl.sum(value, axis=1)
 
 
@@ -68,16 +71,25 @@ def _finish_tile(
     acc, bias, beta, out, logits, m, n, rows, outer, padded, scale,
     BM: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
 ):  # fmt: skip
-    """A tile of sums → features, and their share of βᵀc as row n of ``logits``. A wide tile is done in halves."""
+    """A tile of sums → features, and their share of βᵀc as row n of ``logits``. A wide tile is done in quarters."""
     rm = m * BM + tl.arange(0, BM)
     if BN > 128:
+        PART: tl.constexpr = BN // 4
+        rn = n * BN + tl.arange(0, PART)
         left, right = halves(acc, BM, BN)
-        rn = n * BN + tl.arange(0, BN // 2)
+        first, second = halves(left, BM, BN // 2)
+        third, fourth = halves(right, BM, BN // 2)
         dot = _finish_part(
-            left, bias, beta, out, rm, rn, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            first, bias, beta, out, rm, rn, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
         )  # fmt: skip
         dot += _finish_part(
-            right, bias, beta, out, rm, rn + BN // 2, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            second, bias, beta, out, rm, rn + PART, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+        )  # fmt: skip
+        dot += _finish_part(
+            third, bias, beta, out, rm, rn + 2 * PART, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+        )  # fmt: skip
+        dot += _finish_part(
+            fourth, bias, beta, out, rm, rn + 3 * PART, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
         )  # fmt: skip
     else:
         rn = n * BN + tl.arange(0, BN)
@@ -92,10 +104,10 @@ def _finish_tile(
 def project_kernel(
     x, x_stride, weight, bias, beta, out, logits, pieces, rows, inner, outer, padded, stop_every, scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, CAST: tl.constexpr, SPLIT: tl.constexpr,
+    CAST: tl.constexpr, SPLIT: tl.constexpr,
     EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
 ):  # fmt: skip
-    """One BM×BN tile of x weightᵀ over ``stop_every`` steps of BK, finished or stored as a piece.
+    """One BM×BN tile of x weightᵀ over ``stop_every`` steps of BK, finished or stored as a piece. BK divides ``inner``.
 
     CAST multiplies x by ``scale`` before rounding it to the weight's dtype; without it x already has that dtype, and
     scaling the float32 sum by a power of two is the same and more exact.
@@ -108,16 +120,12 @@ def project_kernel(
     xs = x + tl.minimum(rm, rows - 1).to(tl.int64)[:, None] * x_stride + rk[None, :]
     ws = weight + tl.minimum(rn, outer - 1).to(tl.int64)[None, :] * inner + rk[:, None]
     start = tl.program_id(1) * stop_every
-    stop = tl.minimum(start + stop_every, tl.cdiv(inner, BK))
+    stop = tl.minimum(start + stop_every, inner // BK)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for step in range(start, stop):
         k = step * BK
-        if EVEN:
-            a = tl.load(xs + k)
-            b = tl.load(ws + k)
-        else:
-            a = tl.load(xs + k, mask=rk[None, :] < inner - k, other=0.0)
-            b = tl.load(ws + k, mask=rk[:, None] < inner - k, other=0.0)
+        a = tl.load(xs + k)
+        b = tl.load(ws + k)
         if CAST:
             a = (a.to(tl.float32) * scale).to(weight.dtype.element_ty)
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -143,7 +151,7 @@ def join_kernel(
     place = pieces + rm[:, None].to(tl.int64) * padded + rn[None, :]
     mask = (rm < rows)[:, None] & (rn < padded)[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for piece in range(0, count):
+    for piece in range(count):
         acc += tl.load(place + piece * rows.to(tl.int64) * padded, mask=mask, other=0.0)
     _finish_tile(
         acc, bias, beta, out, logits, m, n, rows, outer, padded, scale, BM, BN, EPILOGUE, HAS_BIAS, HAS_BETA
@@ -206,11 +214,15 @@ def project(
     beta: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Features:
-    """epilogue(scale · x weightᵀ + bias): x (B, k), weight (n, k) → (B, n') in ``dtype`` (default: the weight's)."""
+    """epilogue(scale · x weightᵀ + bias): x (B, k), weight (n, k) → (B, n'), by default in the weight's dtype.
+
+    k is a multiple of 64, so that every tile's depth or a half of it divides k and no load needs a mask.
+    """
     rows, (outer, inner) = x.shape[0], weight.shape
     padded = cdiv(outer, PAD) * PAD
     tile = heuristics.project(device, weight.element_size(), rows)
-    steps = cdiv(inner, tile.depth)
+    depth = math.gcd(tile.depth, inner)
+    steps = inner // depth
     tiles_n = cdiv(padded, tile.cols)
     split = heuristics.splits(tile, device, cdiv(rows, tile.rows) * tiles_n, steps)
     cast = x.dtype != weight.dtype
@@ -218,13 +230,13 @@ def project(
     parts = tiles_n if split == 1 else cdiv(padded, _JOIN_COLS)
     logits = None if beta is None else torch.empty(parts, rows, dtype=torch.float32, device=x.device)
     pieces = out if split == 1 else torch.empty(split, rows, padded, dtype=torch.float32, device=x.device)
-    flags = {"EPILOGUE": epilogue, "HAS_BIAS": bias is not None, "HAS_BETA": beta is not None}
+    flags = {"EPILOGUE": epilogue.value, "HAS_BIAS": bias is not None, "HAS_BETA": beta is not None}
     tail = (out if bias is None else bias, out if beta is None else beta, out, out if logits is None else logits)
     launch(
         project_kernel,
         (cdiv(rows, tile.rows) * tiles_n, split),
         x, x.stride(0), weight, *tail, pieces, rows, inner, outer, padded, cdiv(steps, split), scale,
-        BM=tile.rows, BN=tile.cols, BK=tile.depth, GROUP=tile.group, EVEN=inner % tile.depth == 0, CAST=cast,
+        BM=tile.rows, BN=tile.cols, BK=depth, GROUP=tile.group, CAST=cast,
         SPLIT=split > 1, **flags, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if split > 1:
@@ -285,24 +297,44 @@ def features(
     if layer is None and projection is None:
         return copy(hidden, dtype or serving, scale=scale, beta=beta)
     foreign = hidden.dtype != serving
-    if hidden.stride(1) != 1 or (foreign and hidden.shape[0] >= heuristics.STAGED_ROWS):
-        hidden = copy(hidden, serving, scale=scale if foreign else 1.0).c[:, : hidden.shape[1]]
+    weight = _aligned(feature_map, "projection" if layer is None else "layer_weight")
+    if _needs_copy(hidden, weight.shape[1], foreign):
+        hidden = copy(hidden, serving, scale=scale if foreign else 1.0).c[:, : weight.shape[1]]
         scale = 1.0 if foreign else scale
-    x = hidden
     if layer is not None:
         last = projection is None
         head: dict[str, Any] = {"beta": beta, "dtype": dtype or serving} if last else {"dtype": serving}
         act = TANH if feature_map.activation == "tanh" else IDENTITY
         if feature_map.layernorm:
-            z = project(x, layer, feature_map.layer_bias, device, epilogue=act, scale=scale, dtype=torch.float32)
+            z = project(hidden, weight, feature_map.layer_bias, device, epilogue=act, scale=scale, dtype=torch.float32)
             result = layernorm(z.c, layer.shape[0], head.pop("dtype"), **head)
         else:
-            result = project(x, layer, feature_map.layer_bias, device, epilogue=act, scale=scale, **head)
-        if projection is None:
+            result = project(hidden, weight, feature_map.layer_bias, device, epilogue=act, scale=scale, **head)
+        if last:
             return result
-        x, scale = result.c[:, : layer.shape[0]], 1.0
-    assert projection is not None
+        weight = _aligned(feature_map, "projection")
+        hidden, scale = result.c[:, : weight.shape[1]], 1.0
     act = COSINE if feature_map.features == "rff" else IDENTITY
     return project(
-        x, projection, feature_map.phase, device, epilogue=act, scale=scale, beta=beta, dtype=dtype or serving
+        hidden, weight, feature_map.phase, device, epilogue=act, scale=scale, beta=beta, dtype=dtype or serving
     )
+
+
+def _needs_copy(hidden: Tensor, columns: int, foreign: bool) -> bool:
+    """Whether rows are first written out plain: for 16-byte loads, unit stride, enough columns, one conversion."""
+    aligned = hidden.data_ptr() % 16 == 0 and hidden.stride(0) * hidden.element_size() % 16 == 0
+    many = foreign and hidden.shape[0] >= heuristics.STAGED_ROWS
+    return many or hidden.stride(1) != 1 or not aligned or hidden.shape[1] != columns
+
+
+def _aligned(feature_map: FeatureMap, name: str) -> Tensor:
+    """A weight of the map, its rows a multiple of 64 elements long; a padded copy is made once where they are not."""
+    weight: Tensor = getattr(feature_map, name)
+    odd = weight.shape[1] % _ALIGN != 0
+    kept = feature_map.cache.get(f"triton.{name}")
+    if not odd or isinstance(kept, Tensor):
+        return kept if isinstance(kept, Tensor) else weight
+    padded = torch.nn.functional.pad(weight, (0, cdiv(weight.shape[1], PAD) * PAD - weight.shape[1]))
+    if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # or it would hold a graph's memory
+        feature_map.cache[f"triton.{name}"] = padded
+    return padded

@@ -10,7 +10,9 @@ bytes N D of c written and read once more by ``weigh``, P read and written once 
 ====  ====================================================================================================
 
 Both operands of the product are the same rounded Φ̂, so the sum stays positive semi-definite whatever was lost in
-rounding. Lower tiles only. Differences are formed in float32 and rounded once, together with √w.
+rounding. Lower tiles only; few of them are cut along the rows too. Tiles go to P through a float32 workspace of half
+its entries: adding to a float64 P straight from the accumulators does not fit the registers. Differences are formed in
+float32 and rounded once, together with √w.
 """
 
 from typing import NamedTuple
@@ -18,13 +20,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from rmcore.kernels import heuristics
+from rmcore.kernels.common import cdiv, launch, power_of_two, triangle_row
+from rmcore.kernels.heuristics import Device
 from torch import Tensor
 
-from rmcore.kernels import heuristics
-from rmcore.kernels.common import cdiv, halves, launch, power_of_two, triangle_row
-from rmcore.kernels.heuristics import Device
-
 _WEIGH_PARTS = 64
+_ADD_ROWS = 16
 
 
 class Slope(NamedTuple):
@@ -71,10 +73,7 @@ def weigh_kernel(
         phi = tl.load(c + rm[:, None].to(tl.int64) * padded + rn[None, :], mask=mask, other=0.0).to(tl.float32)
     g = g * feature_scale + beta0
     label = tl.load(labels + rm, mask=inside, other=0.0)
-    if WEIGHTED:
-        weight = tl.load(weights + rm, mask=inside, other=0.0)
-    else:
-        weight = tl.where(inside, 1.0, 0.0)
+    weight = tl.load(weights + rm, mask=inside, other=0.0) if WEIGHTED else tl.where(inside, 1.0, 0.0)
     e = tl.exp(-tl.abs(g))
     p = tl.where(g < 0, e, 1.0) / (1.0 + e)
     curvature = weight
@@ -92,48 +91,58 @@ def weigh_kernel(
 
 
 @triton.jit
-def _add_part(acc, precision, rm, rn, size, row_stride, scale):
-    """P += scale · acc at rows rm and columns rn, on and below the diagonal."""
-    place = precision + rm[:, None].to(tl.int64) * row_stride + rn[None, :]
-    mask = (rm < size)[:, None] & (rn[None, :] <= rm[:, None])
-    tl.store(place, tl.load(place, mask=mask, other=0.0) + (acc * scale).to(precision.dtype.element_ty), mask=mask)
+def _tile_origin(task, SHARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """First row and column of the task-th lower tile, BN = SHARE · BM.
 
-
-@triton.jit(do_not_specialize=["rows"])
-def gram_kernel(
-    phi, precision, rows, size, padded, row_stride, scale,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """One lower BM×BN tile of P += scale · Φ̂ᵀΦ̂, BN a multiple of BM.
-
-    BN/BM rows of tiles share a length: block row a has BN/BM · (a + 1) tiles, counted down its columns.
+    SHARE rows of tiles have one length: block row a holds SHARE · (a + 1) tiles, counted down its columns.
     """
-    share: tl.constexpr = BN // BM
-    task = tl.program_id(0)
-    a = triangle_row(task // share)
-    local = task - a * (a + 1) // 2 * share
-    rm = (a * share + local % share) * BM + tl.arange(0, BM)
-    rn = (local // share) * BN + tl.arange(0, BN)
+    a = triangle_row(task // SHARE)
+    local = task - a * (a + 1) // 2 * SHARE
+    return (a * SHARE + local % SHARE) * BM, (local // SHARE) * BN
+
+
+@triton.jit(do_not_specialize=["rows", "stop_every"])
+def gram_kernel(
+    phi, pieces, rows, padded, stop_every,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One lower BM×BN tile of Φ̂ᵀΦ̂ over ``stop_every`` steps of BK rows → pieces[split, task] (BM, BN)."""
+    task, piece = tl.program_id(0), tl.program_id(1)
+    row, column = _tile_origin(task, SHARE, BM, BN)
     rk = tl.arange(0, BK)
-    left = phi + rk[:, None].to(tl.int64) * padded + rm[None, :]
-    right = phi + rk[:, None].to(tl.int64) * padded + rn[None, :]
+    left = phi + rk[:, None].to(tl.int64) * padded + (row + tl.arange(0, BM))[None, :]
+    right = phi + rk[:, None].to(tl.int64) * padded + (column + tl.arange(0, BN))[None, :]
+    start = piece * stop_every
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(0, tl.cdiv(rows, BK)):
-        k = step * BK
-        offset = tl.cast(k, tl.int64) * padded
+    for step in range(start, tl.minimum(start + stop_every, tl.cdiv(rows, BK))):
+        offset = tl.cast(step, tl.int64) * (padded * BK)
         if EVEN:
             x = tl.load(left + offset)
             y = tl.load(right + offset)
         else:
-            x = tl.load(left + offset, mask=rk[:, None] < rows - k, other=0.0)
-            y = tl.load(right + offset, mask=rk[:, None] < rows - k, other=0.0)
+            x = tl.load(left + offset, mask=rk[:, None] < rows - step * BK, other=0.0)
+            y = tl.load(right + offset, mask=rk[:, None] < rows - step * BK, other=0.0)
         acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
-    if BN > 128:
-        near, far = halves(acc, BM, BN)
-        _add_part(near, precision, rm, (local // share) * BN + tl.arange(0, BN // 2), size, row_stride, scale)
-        _add_part(far, precision, rm, (local // share) * BN + BN // 2 + tl.arange(0, BN // 2), size, row_stride, scale)
-    else:
-        _add_part(acc, precision, rm, rn, size, row_stride, scale)
+    base = pieces + (piece.to(tl.int64) * tl.num_programs(0) + task) * (BM * BN)
+    tl.store(base + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], acc)
+
+
+@triton.jit
+def add_kernel(
+    pieces, precision, size, row_stride, count, scale,
+    BM: tl.constexpr, BN: tl.constexpr, SHARE: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """STRIP rows of a tile: its pieces added in order, P += scale · sum on and below the diagonal."""
+    row, column = _tile_origin(tl.program_id(0), SHARE, BM, BN)
+    rs = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
+    rn = tl.arange(0, BN)
+    local = tl.program_id(0).to(tl.int64) * (BM * BN) + rs[:, None] * BN + rn[None, :]
+    acc = tl.zeros((STRIP, BN), dtype=tl.float32)
+    for piece in range(count):
+        acc += tl.load(pieces + local + tl.cast(piece, tl.int64) * tl.num_programs(0) * (BM * BN))
+    place = precision + (row + rs)[:, None].to(tl.int64) * row_stride + (column + rn)[None, :]
+    mask = (row + rs < size)[:, None] & ((column + rn)[None, :] <= (row + rs)[:, None])
+    tl.store(place, tl.load(place, mask=mask, other=0.0) + (acc * scale).to(precision.dtype.element_ty), mask=mask)
 
 
 def weigh(
@@ -173,9 +182,19 @@ def gram(phi: Tensor, precision: Tensor, device: Device, *, scale: float) -> Non
     rows, padded = phi.shape
     size = precision.shape[0]
     tile = heuristics.gram(device, phi.element_size(), size)
-    blocks = cdiv(size, tile.cols)
+    share, blocks = tile.cols // tile.rows, cdiv(size, tile.cols)
+    tiles = share * blocks * (blocks + 1) // 2
+    steps = cdiv(rows, tile.depth)
+    split = heuristics.splits(tile, device, tiles, steps)
+    pieces = torch.empty(split, tiles, tile.rows, tile.cols, dtype=torch.float32, device=phi.device)
+    shape = {"BM": tile.rows, "BN": tile.cols, "SHARE": share}
     launch(
-        gram_kernel, (tile.cols // tile.rows * blocks * (blocks + 1) // 2,),
-        phi, precision, rows, size, padded, precision.stride(0), scale,
-        BM=tile.rows, BN=tile.cols, BK=tile.depth, EVEN=rows % tile.depth == 0, warps=tile.warps, stages=tile.stages,
+        gram_kernel, (tiles, split),
+        phi, pieces, rows, padded, cdiv(steps, split),
+        BK=tile.depth, EVEN=rows % tile.depth == 0, **shape, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    launch(
+        add_kernel, (tiles, tile.rows // _ADD_ROWS),
+        pieces, precision, size, precision.stride(0), split, scale,
+        STRIP=_ADD_ROWS, **shape, warps=4, stages=1,
     )  # fmt: skip

@@ -16,15 +16,16 @@ their way. ``fold`` adds the programs' sums in order; the norm is applied by who
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import cdiv, launch, power_of_two
 from rmcore.kernels.heuristics import Device
+from torch import Tensor
 
 MAX_COLUMNS = 16384
 """A row of W must fit the registers of one program."""
 _FOLD_COLS, _FOLD_PARTS = 64, 64
+_MAX_HELD = 112
+"""Registers a thread for rows, next rows, v and sums; beyond this the next rows are not asked for ahead."""
 
 
 @triton.jit
@@ -38,10 +39,15 @@ def _direction(w, norms, previous, h, norm_parts, BH: tl.constexpr, BP: tl.const
     return tl.where(norm > 0, v / tl.where(norm > 0, norm, 1.0), before)
 
 
+@triton.jit
+def _rows(place, rows, row_stride, m, columns):
+    return tl.load(place + rows[:, None].to(tl.int64) * row_stride, mask=(rows < m)[:, None] & columns, other=0.0)
+
+
 @triton.jit(do_not_specialize=["norm_parts"])
 def step_kernel(
     weight, row_stride, w, norms, previous, v_out, partial, squares, m, h, norm_parts, programs,
-    ROWS: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
+    ROWS: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows pid·ROWS … of W, every programs·ROWS: Σ y_r W_r → partial[pid] (h,), Σ y_r² → squares[pid]."""
     pid = tl.program_id(0)
@@ -55,15 +61,14 @@ def step_kernel(
     square = tl.zeros((ROWS,), dtype=tl.float32)
     start = pid * ROWS
     place = weight + rh[None, :]
-    after = tl.load(
-        place + (start + rr)[:, None].to(tl.int64) * row_stride, mask=(start + rr < m)[:, None] & columns, other=0.0
-    )
+    if AHEAD:
+        after = _rows(place, start + rr, row_stride, m, columns)
     for row in range(start, m, programs * ROWS):
-        block = after.to(tl.float32)
-        rows = row + programs * ROWS + rr
-        after = tl.load(
-            place + rows[:, None].to(tl.int64) * row_stride, mask=(rows < m)[:, None] & columns, other=0.0
-        )
+        if AHEAD:
+            block = after.to(tl.float32)
+            after = _rows(place, row + programs * ROWS + rr, row_stride, m, columns)
+        else:
+            block = _rows(place, row + rr, row_stride, m, columns).to(tl.float32)
         y = tl.sum(block * v[None, :], axis=1)
         total += tl.sum(block * y[:, None], axis=0)
         square += y * y
@@ -111,11 +116,12 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int, device: Dev
     partial, squares = torch.empty(programs, h, **make), torch.empty(programs, **make)
     current, current_norms = torch.empty(h, **make), torch.empty(blocks, **make)
     bp = power_of_two(max(blocks, programs))
+    held = (rows * width * (4 + weight.element_size()) + 8 * width) // (128 * warps)  # registers a thread
     for step in range(iterations):
         launch(
             step_kernel, (programs,),
             weight, weight.stride(0), w, norms, previous, v[step % 2], partial, squares, m, h, norm_parts, programs,
-            ROWS=rows, BH=width, BP=bp, warps=warps, stages=1,
+            ROWS=rows, BH=width, BP=bp, AHEAD=held <= _MAX_HELD, warps=warps, stages=1,
         )  # fmt: skip
         w, norms, norm_parts, previous = current, current_norms, blocks, v[step % 2]
         launch(

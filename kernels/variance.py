@@ -21,16 +21,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import AREA, EDGE, cdiv, grouped, launch, power_of_two, triangle_row
 from rmcore.kernels.heuristics import Device
+from torch import Tensor
 
 SQUARE = tl.constexpr(0)
 STORE = tl.constexpr(1)
 TILE_EDGE = 128
 _SQUARE_ROWS = 16
+_STORED_ROWS = 1024
+"""Where y is stored, tiles stay those of at most this many rows: the widest ones would spill registers."""
 _SCORE_ROWS, _SCORE_PARTS = 32, 64
 
 
@@ -39,7 +40,7 @@ def _product(
     c, c_stride, factor, rm, rn, first, last, rows, tiles,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    """Σ over tile columns first ≤ j < last of c_j U_ijᵀ, for rows ``rm`` of c and rows ``rn`` of U; PER steps a tile."""
+    """Σ over tile columns first ≤ j < last of c_j U_ijᵀ: rows ``rm`` of c, rows ``rn`` of U, PER steps a tile."""
     rk = tl.arange(0, BK)
     cs = c + tl.minimum(rm, rows - 1).to(tl.int64)[:, None] * c_stride + rk[None, :]
     i = (rn // EDGE).to(tl.int64)
@@ -49,10 +50,8 @@ def _product(
         j = step // PER
         a = tl.load(cs + step * BK)
         place = us + tl.cast(j, tl.int64) * AREA + (step % PER) * BK
-        if BN > EDGE:  # two rows of tiles: the upper one ends a tile earlier, and the lower one may not exist
-            b = tl.load(place, mask=((i >= j) & (i < tiles))[None, :], other=0.0)
-        else:
-            b = tl.load(place)
+        # Of two rows of tiles the upper one ends a tile earlier, and the lower one may not exist.
+        b = tl.load(place, mask=((i >= j) & (i < tiles))[None, :], other=0.0) if BN > EDGE else tl.load(place)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
@@ -86,7 +85,7 @@ def column_kernel(
     """Row sums of squares per tile of columns (SQUARE: out (columns, rows)), or y itself (STORE: out (rows, 128 n))."""
     task = tl.program_id(0)
     if PAIRED:  # the middle one of an odd count is done twice, with the same result
-        for half in range(0, 2):
+        for half in range(2):
             chosen = tl.where(half == 0, task, total - 1 - task)
             _column_task(chosen, c, c_stride, factor, out, rows, tiles, BM, BN, BK, PER, GROUP, MODE)
     else:
@@ -126,7 +125,7 @@ def square_kernel(pieces, out, rows, span, BM: tl.constexpr, BN: tl.constexpr):
     slot = a * (a + 1) // 2 * span + i % span
     offsets = rm[:, None] * EDGE + tl.arange(0, BN)[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for piece in range(0, a + 1):
+    for piece in range(a + 1):
         place = pieces + (slot + piece * span).to(tl.int64) * rows * EDGE
         acc += tl.load(place + offsets, mask=(rm < rows)[:, None], other=0.0)
     tl.store(out + i.to(tl.int64) * rows + rm, tl.sum(acc * acc, axis=1), mask=rm < rows)
@@ -172,7 +171,8 @@ def squares(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
         launch(
             piece_kernel, (slots * tiles_m,),
             c, c.stride(0), factor, pieces, rows, tiles, span,
-            BM=tile.rows, BN=TILE_EDGE, BK=tile.depth, PER=TILE_EDGE // tile.depth, warps=tile.warps, stages=tile.stages,
+            BM=tile.rows, BN=TILE_EDGE, BK=tile.depth, PER=TILE_EDGE // tile.depth,
+            warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         launch(
             square_kernel, (cdiv(rows, _SQUARE_ROWS), tiles),
@@ -188,7 +188,7 @@ def squares(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
 def product(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
     """y = factor c: (B ≥ 1, D') → (B, 128 n) float32."""
     rows, tiles = c.shape[0], cdiv(size, TILE_EDGE)
-    tile = heuristics.product(device, c.element_size(), rows)
+    tile = heuristics.product(device, c.element_size(), min(rows, _STORED_ROWS))
     out = torch.empty(rows, tiles * TILE_EDGE, dtype=torch.float32, device=c.device)
     _columns(c, factor, out, tiles, tile, device, STORE)
     return out
@@ -204,13 +204,11 @@ def _columns(
         column_kernel, (cdiv(total, 2) if paired else total,),
         c, c.stride(0), factor, out, rows, tiles, total,
         BM=tile.rows, BN=tile.cols, BK=tile.depth, PER=TILE_EDGE // tile.depth, GROUP=tile.group,
-        MODE=mode, PAIRED=paired, warps=tile.warps, stages=tile.stages,
+        MODE=mode.value, PAIRED=paired, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
-def score(
-    logits: Tensor, parts: Tensor, out: Tensor, *, beta0: float, factor_scale: float, amplitude: float
-) -> None:
+def score(logits: Tensor, parts: Tensor, out: Tensor, *, beta0: float, factor_scale: float, amplitude: float) -> None:
     """Fill ``out`` (4, B), rows unit-strided, from partial logits and partial squares."""
     rows = parts.shape[1]
     launch(

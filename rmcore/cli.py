@@ -77,6 +77,8 @@ def train(
     features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 1024,
     layer_size: Annotated[int | None, typer.Option(help="Width of a spectral-normalised layer.")] = None,
     epochs: Annotated[int, typer.Option(help="AdamW epochs over the layer first; needs --layer-size.")] = 0,
+    finetune_epochs: Annotated[int, typer.Option(help="AdamW epochs over backbone and head first; stores both.")] = 0,
+    lr_backbone: Annotated[float, typer.Option(help="Learning rate of the backbone.")] = 2e-5,
     ridge: Annotated[float, typer.Option(help="Prior precision of β.")] = 1.0,
     kernel_scale: Annotated[float, typer.Option(help="κ; 3 suits difference mode.")] = 3.0,
     length_scale_factor: Annotated[float, typer.Option(help="ℓ as a multiple of the median distance.")] = 2.0,
@@ -94,8 +96,8 @@ def train(
 ) -> None:
     """Train an uncertainty-aware reward model from preferences.
 
-    The backbone stays as it is. Texts are encoded once; β is fitted by Newton's method in a few passes, and the
-    posterior that gives uncertainties falls out of the last one.
+    The backbone stays as it is unless --finetune-epochs is given. Texts are encoded once; β is fitted by Newton's
+    method in a few passes, and the posterior that gives uncertainties falls out of the last one.
 
     Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
     """
@@ -105,7 +107,7 @@ def train(
         from rmcore.fit import fit
         from rmcore.head import HeadConfig, SNGPHead
         from rmcore.model import RewardModel, encode_preferences
-        from rmcore.training import train_layer
+        from rmcore.training import finetune, train_layer
 
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
@@ -136,13 +138,15 @@ def train(
             seed=seed,
         )
         with _bar() as bar:
+            head = SNGPHead(config).to(spine.device)
+            if finetune_epochs:
+                finetune(spine, head, items, epochs=finetune_epochs, lr_backbone=lr_backbone, seed=seed)
             hidden, labels, pairs = encode_preferences(spine, items, mode, progress=_track(bar))
-            head = SNGPHead(config).to(hidden.device)
             if epochs:
                 train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed)
             frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
         model = RewardModel(spine, frozen)
-        model.save_pretrained(out, backbone="embed" if embed_backbone else "name")
+        model.save_pretrained(out, backbone="embed" if embed_backbone or finetune_epochs else "name")
         right = _training_accuracy(model, hidden, labels, pairs)
         _notes.print(
             f"{len(items)} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "

@@ -364,7 +364,11 @@ class FrozenHead:
         backend: Backend = "auto",
         nonfinite: Literal["raise", "keep"] = "raise",
     ) -> PairScores:
-        """Difference mode: all pairs of each group from one row a response. See :func:`rmcore.ops.pair_variance`."""
+        """Difference mode: all pairs of each group from one row a response. See :func:`rmcore.ops.pair_variance`.
+
+        ``nonfinite="keep"`` returns NaN or Inf for the pairs of a bad row, and perhaps for other pairs of its group,
+        whose rows share work; other groups are untouched. Score the good rows again for theirs, as the engine does.
+        """
         if self.config.mode != "difference":
             reject("mode", self.config.mode, "a difference-mode head")
         weights = self.weights

@@ -103,12 +103,12 @@ def _(hidden: Tensor, group_sizes: Tensor, handle: int, backend: str) -> tuple[T
 def power_iteration(weight: Tensor, vector: Tensor, iterations: int, backend: str) -> tuple[Tensor, Tensor]:
     """σ(W) and the new right vector; see :func:`rmcore.ops.power_iteration`."""
     name: Any = backend
-    module = ops.select("power_iteration", weight, weight.dtype, name)
+    module = ops.select("power_iteration", weight, weight.dtype, name, weight)
     sigma, right = module.power_iteration(weight, vector, iterations)
     return sigma, right.clone() if right is vector else right
 
 
 @power_iteration.register_fake
 def _(weight: Tensor, vector: Tensor, iterations: int, backend: str) -> tuple[Tensor, Tensor]:
-    kind = torch.promote_types(weight.dtype, vector.dtype)
+    kind = torch.promote_types(torch.promote_types(weight.dtype, vector.dtype), torch.float32)
     return weight.new_empty((), dtype=kind), vector.new_empty(vector.shape, dtype=kind)

@@ -75,7 +75,7 @@ def explain(
     backend: Backend = "auto",
     *,
     rows: int | None = None,
-    weights: FeatureMap | HeadWeights | None = None,
+    weights: FeatureMap | HeadWeights | Tensor | None = None,
 ) -> Explanation:
     """Which backend ``op`` would run on, and why the others would not.
 
@@ -85,7 +85,7 @@ def explain(
         dtype: of the head, or of the matrix.
         backend: as the operation would be called.
         rows: rows of the batch, where the answer depends on it.
-        weights: the head, likewise.
+        weights: the head (or power iteration's matrix), likewise.
 
     Raises InputError for an unknown operation or backend.
     """
@@ -114,7 +114,11 @@ def _module(name: str) -> Any:
 
 
 def select(
-    op: str, tensor: Tensor, dtype: torch.dtype, backend: Backend, weights: FeatureMap | HeadWeights | None = None
+    op: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    backend: Backend,
+    weights: FeatureMap | HeadWeights | Tensor | None = None,
 ) -> Any:
     """The backend module that runs ``op`` on ``tensor``; raises BackendError where the named one cannot."""
     explanation = explain(op, tensor.device, dtype, backend, rows=tensor.shape[0], weights=weights)
@@ -300,7 +304,8 @@ def power_iteration(
         reject("iterations", iterations, "at least 1")
     if torch.compiler.is_compiling():
         return torch.ops.rmcore.power_iteration(weight, vector, iterations, backend)
-    return select("power_iteration", weight, weight.dtype, backend).power_iteration(weight, vector, iterations)
+    module = select("power_iteration", weight, weight.dtype, backend, weight)
+    return module.power_iteration(weight, vector, iterations)
 
 
 # The registrations refer to this module; importing them last keeps one import enough for users of the operators.

@@ -77,8 +77,11 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Te
     """σ(W) by ``iterations`` steps of power iteration on WᵀW from ``vector``.
 
     One step is ``y = W v; σ = ‖y‖; v ← Wᵀy / ‖Wᵀy‖`` with ‖v‖ = 1 on entry of each step, so σ never exceeds the true
-    norm. ``weight`` (m, h), ``vector`` (h,) → σ (), v (h,). A zero matrix gives σ = 0 and leaves v.
+    norm. ``weight`` (m, h), ``vector`` (h,) → σ (), v (h,). A zero matrix gives σ = 0 and leaves v. 16-bit weights are
+    multiplied in float32.
     """
+    compute = torch.promote_types(torch.promote_types(weight.dtype, vector.dtype), torch.float32)
+    weight, vector = weight.to(compute), vector.to(compute)
     v = vector / vector.norm()
     sigma = (weight @ v).norm()
     for _ in range(iterations):

@@ -180,7 +180,7 @@ size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask&
         const auto* left = weighted + i * depth * kPanel;
         const auto* right = weighted + j * depth * kPanel;
         for (int k0 = 0; k0 < k; k0 += kGramDepth) {
-          rows_product<G>(kPanel, left + k0 * kPanel, G::kStep, kPanel * G::kStep, right + k0 * kPanel,
+          rows_product<G, 1>(kPanel, left + k0 * kPanel, G::kStep, kPanel * G::kStep, right + k0 * kPanel,
                           static_cast<int>(minimum(kGramDepth, k - k0)), tile, k0 > 0, nullptr);
         }
         if (task.precision_double) {

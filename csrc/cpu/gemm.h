@@ -17,7 +17,7 @@ namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
 constexpr int kRowBlock = 6;      // rows of a register block
-constexpr int kConvertDepth = 64;  // k of a weight block that may first be converted to float (16 KB, inside L1)
+constexpr int kConvertDepth = 256;  // k of a weight block that may first be converted to float (64 KB)
 constexpr int kConvertRows = 12;  // from how many rows on converting first pays
 
 // A weight type: how it is stored, what it is multiplied with, how many k one step takes, and the k of a weight block
@@ -54,6 +54,10 @@ template <class A>
 struct Same<A, A> {
   static constexpr bool value = true;
 };
+
+// Cache lines of weights in one step.
+template <class W>
+constexpr int kStepLines = W::kStep * kPanel * static_cast<int>(sizeof(typename W::Store)) / 64;
 
 // True where 16-bit weights meet float activations, so that converting the weights can be shared by many rows.
 template <class W>
@@ -167,21 +171,21 @@ void block_row(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrdiff
   }
 }
 
-// All rows over one weight block. Rows are spread evenly over blocks of at most 6.
-template <class W>
+// All rows over one weight block. Rows are spread evenly over blocks of at most 6. `next` is what will be read after
+// this, at `Lines` cache lines for each step here; asking for it is shared by the first few blocks.
+template <class W, int Lines>
 void rows_product(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
                   const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
   const int blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const ptrdiff_t block_bytes = static_cast<ptrdiff_t>(k) * kPanel * sizeof(typename W::Store);
-  constexpr int lines = W::kStep * kPanel * sizeof(typename W::Store) / 64;  // of weights a step reads
+  const ptrdiff_t step_count = k / W::kStep;
   for (int b = 0, r = 0; b < blocks; ++b) {
     const int n = (rows - r + blocks - b - 1) / (blocks - b);
     const auto* block = a + r * row_stride;
     float* out = acc + static_cast<ptrdiff_t>(r) * kPanel;
-    if (next != nullptr && blocks < lines && b == 0) {
-      block_row<W, lines>(n, block, row_stride, step_stride, w, k, out, accumulate, next);
-    } else if (next != nullptr && blocks >= lines && b < lines) {
-      block_row<W, 1>(n, block, row_stride, step_stride, w, k, out, accumulate, next + block_bytes / lines * b);
+    if (next != nullptr && blocks < Lines && b == 0) {
+      block_row<W, Lines>(n, block, row_stride, step_stride, w, k, out, accumulate, next);
+    } else if (next != nullptr && blocks >= Lines && b < Lines) {
+      block_row<W, 1>(n, block, row_stride, step_stride, w, k, out, accumulate, next + 64 * step_count * b);
     } else {
       block_row<W, 0>(n, block, row_stride, step_stride, w, k, out, accumulate, nullptr);
     }
@@ -211,16 +215,16 @@ void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, const type
   for (int k0 = 0; k0 < k; k0 += W::kDepth) {
     const int n = k - k0 < W::kDepth ? k - k0 : W::kDepth;
     const auto* block = w + static_cast<ptrdiff_t>(k0) * kPanel;
+    const char* following = reinterpret_cast<const char*>(block + static_cast<ptrdiff_t>(n) * kPanel);
+    if (k0 + n >= k) following = static_cast<const char*>(next);
     if constexpr (kConverts<W>) {
       if (convert) {
         convert_block<W>(block, n, scratch);
-        rows_product<F32>(rows, a + k0, lda, 1, scratch, n, acc, k0 > 0, nullptr);
+        rows_product<F32, kStepLines<W> / W::kStep>(rows, a + k0, lda, 1, scratch, n, acc, k0 > 0, following);
         continue;
       }
     }
-    const char* following = reinterpret_cast<const char*>(block + static_cast<ptrdiff_t>(n) * kPanel);
-    if (k0 + n >= k) following = static_cast<const char*>(next);
-    rows_product<W>(rows, a + k0, lda, W::kStep, block, n, acc, k0 > 0, following);
+    rows_product<W, kStepLines<W>>(rows, a + k0, lda, W::kStep, block, n, acc, k0 > 0, following);
   }
 }
 

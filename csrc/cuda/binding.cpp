@@ -75,10 +75,10 @@ PYBIND11_MODULE(_cuda, m) {
 
   py::class_<Head>(m, "Head", "Pointers and constants of a frozen head; the tensors must outlive it.")
       .def(py::init(&make_head), py::kw_only(), py::arg("dtype"), py::arg("hidden_size"), py::arg("num_features"),
-           py::arg("layer_size"), py::arg("projection"), py::arg("projection_pitch"), py::arg("phase"), py::arg("layer"),
-           py::arg("layer_pitch"), py::arg("layer_bias"), py::arg("beta"), py::arg("factor"), py::arg("tanh"),
-           py::arg("layernorm"), py::arg("linear"), py::arg("input_scale"), py::arg("beta0"), py::arg("factor_scale"),
-           py::arg("amplitude"));
+           py::arg("layer_size"), py::arg("projection"), py::arg("projection_pitch"), py::arg("phase"),
+           py::arg("layer"), py::arg("layer_pitch"), py::arg("layer_bias"), py::arg("beta"), py::arg("factor"),
+           py::arg("tanh"), py::arg("layernorm"), py::arg("linear"), py::arg("input_scale"), py::arg("beta0"),
+           py::arg("factor_scale"), py::arg("amplitude"));
   py::class_<ScorePlan>(m, "ScorePlan", "How a batch of up to `tiles` · 8 rows is laid out on a device.")
       .def(py::init(&plan_score_on), py::arg("head"), py::arg("rows"), py::arg("device"))
       .def_readonly("tiles", &ScorePlan::tiles)

@@ -82,15 +82,15 @@ void launch_cooperative(const void* kernel, int grid, int threads, int shared_by
   const DeviceGuard guard(device);
   const int resident = resident_blocks(kernel, threads, shared_bytes, device);
   if (grid > resident) {
-    throw std::runtime_error("cooperative launch: " + std::to_string(grid) + " thread blocks of " +
-                             std::to_string(shared_bytes) + " bytes of shared memory do not fit on the device at once; " +
-                             std::to_string(resident) + " do");
+    throw std::runtime_error(
+        "cooperative launch: " + std::to_string(grid) + " thread blocks of " + std::to_string(shared_bytes) +
+        " bytes of shared memory do not fit on the device at once; " + std::to_string(resident) + " do");
   }
   void* arguments[] = {params};
-  check(cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(threads)),
-                                    arguments, static_cast<size_t>(shared_bytes),
-                                    reinterpret_cast<cudaStream_t>(stream)),
-        "cudaLaunchCooperativeKernel");
+  check(
+      cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(threads)),
+                                  arguments, static_cast<size_t>(shared_bytes), reinterpret_cast<cudaStream_t>(stream)),
+      "cudaLaunchCooperativeKernel");
 }
 
 }  // namespace rmcore::cuda

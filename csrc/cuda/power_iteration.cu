@@ -9,8 +9,9 @@
 // twice while it lies in shared memory.
 //
 // A thread block owns consecutive rows; a thread owns the same columns of all of them, in v and in Wᵀy (registers), and
-// fetches exactly those with cp.async into a ring that no other thread reads. Thread blocks' shares of Wᵀy go through the
-// workspace and are added in the order of the blocks. The first rows of the next iteration are fetched before the barriers.
+// fetches exactly those with cp.async into a ring that no other thread reads. Thread blocks' shares of Wᵀy go through
+// the workspace and are added in the order of the blocks. The first rows of the next iteration are fetched before the
+// barriers.
 #include <cooperative_groups.h>
 
 #include <stdexcept>
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 1) power_kernel(const __grid_constan
   uint4* ring = reinterpret_cast<uint4*>(memory);
   const auto grid = cooperative_groups::this_grid();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int begin = share_of_rows(p.rows, blockIdx.x, gridDim.x), end = share_of_rows(p.rows, blockIdx.x + 1, gridDim.x);
+  const int begin = share_of_rows(p.rows, blockIdx.x, gridDim.x),
+            end = share_of_rows(p.rows, blockIdx.x + 1, gridDim.x);
   const int groups = divide_up(end - begin, Rows), slot_chunks = Rows * p.chunks * kThreads;
   int tail = 0, tail_iteration = 0, head_slot = 0;  // next group to fetch; next slot to consume
   const auto fetch_next = [&](int slot) {
@@ -167,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, 1) power_kernel(const __grid_constan
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (c < p.chunks) {
-        float4* out = reinterpret_cast<float4*>(p.partial + blockIdx.x * p.partial_pitch + chunk_column(c, thread, kChunk));
+        float4* out =
+            reinterpret_cast<float4*>(p.partial + blockIdx.x * p.partial_pitch + chunk_column(c, thread, kChunk));
 #pragma unroll
         for (int i = 0; i < kChunk / 4; ++i) {
           out[i] = make_float4(w[c][4 * i], w[c][4 * i + 1], w[c][4 * i + 2], w[c][4 * i + 3]);
@@ -228,7 +231,8 @@ void launch_power(const PowerPlan& plan, Scalar dtype, const void* weight, int64
     throw std::invalid_argument("weight: got a row pitch of " + std::to_string(pitch) +
                                 " elements, expected rows that begin at multiples of 16 bytes");
   }
-  if (iterations < 1) throw std::invalid_argument("iterations: got " + std::to_string(iterations) + ", expected at least 1");
+  if (iterations < 1)
+    throw std::invalid_argument("iterations: got " + std::to_string(iterations) + ", expected at least 1");
   auto* const base = static_cast<unsigned char*>(workspace);
   PowerParams params{};
   params.weight = weight;

@@ -17,8 +17,8 @@ struct PowerParams {
   int rows;
   int columns;
   int iterations;
-  int chunks;  // 16-byte chunks of a row that one thread owns
-  int slots;   // ring depth, in groups of rows
+  int chunks;           // 16-byte chunks of a row that one thread owns
+  int slots;            // ring depth, in groups of rows
   const float* vector;  // (columns,)
   float* partial;       // (grid, partial_pitch): each thread block's share of Wᵀy
   int64_t partial_pitch;

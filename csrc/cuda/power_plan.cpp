@@ -10,7 +10,8 @@ namespace rmcore::cuda {
 PowerPlan plan_power(int rows, int columns, int element_bytes, int multiprocessors, int64_t shared_bytes) {
   if (rows < 1 || columns < 1 || columns > max_power_columns(element_bytes)) {
     throw std::invalid_argument("weight: got shape (" + std::to_string(rows) + ", " + std::to_string(columns) +
-                                "), expected 1 to " + std::to_string(max_power_columns(element_bytes)) + " columns and at least one row");
+                                "), expected 1 to " + std::to_string(max_power_columns(element_bytes)) +
+                                " columns and at least one row");
   }
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   PowerPlan plan{};
@@ -21,8 +22,8 @@ PowerPlan plan_power(int rows, int columns, int element_bytes, int multiprocesso
   const int group_bytes = plan.group_rows * plan.chunks * kThreads * 16;
   plan.slots = static_cast<int>(std::min<int64_t>(kMaxSlots, shared_bytes / group_bytes));
   if (plan.slots < 1) {
-    throw std::invalid_argument("shared memory: got " + std::to_string(shared_bytes) + " bytes a thread block, expected " +
-                                std::to_string(group_bytes));
+    throw std::invalid_argument("shared memory: got " + std::to_string(shared_bytes) +
+                                " bytes a thread block, expected " + std::to_string(group_bytes));
   }
   plan.shared_bytes = plan.slots * group_bytes;
   plan.grid = std::min(multiprocessors, rows);

@@ -1,8 +1,8 @@
 // Who computes what, and where it lies: the index arithmetic of the latency kernels, for host and device.
 //
-// A score is a chain of stages, each a product  out (rows, N) = weights (rows, K) · operandᵀ (K, N)  with a small N, the
-// batch padded to 8, 16, 32 or 64. Everything below is integer arithmetic without CUDA, so the kernel (score.cuh) and the
-// host emulation that checks it (emulate.cpp) call the same functions.
+// A score is a chain of stages, each a product  out (rows, N) = weights (rows, K) · operandᵀ (K, N)  with a small N,
+// the batch padded to 8, 16, 32 or 64. Everything below is integer arithmetic without CUDA, so the kernel (score.cuh)
+// and the host emulation that checks it (emulate.cpp) call the same functions.
 //
 //   strip    16 rows of the weights: the M of one mma.m16n8k16
 //   block    1, 2 or 4 consecutive strips, which share one fetch of the operand
@@ -38,8 +38,8 @@ RMCORE_HD int divide_up(int a, int b) { return (a + b - 1) / b; }
 RMCORE_HD int round_up(int a, int b) { return divide_up(a, b) * b; }
 
 // Columns (mma n-tiles of 8) a batch is padded to, and the strips of one block for the rectangular stages and for the
-// triangular one. Small batches take narrow triangular blocks: they balance without splitting K. Large batches take wide
-// ones, because there the operand's traffic from L2 outweighs the weights'.
+// triangular one. Small batches take narrow triangular blocks: they balance without splitting K. Large batches take
+// wide ones, because there the operand's traffic from L2 outweighs the weights'.
 RMCORE_HD int column_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8; }
 RMCORE_HD constexpr int rectangular_strips(int tiles) { return tiles <= 2 ? 2 : 4; }
 RMCORE_HD constexpr int triangular_strips(int tiles) { return tiles <= 2 ? 1 : 4; }
@@ -181,9 +181,9 @@ struct Cursor {
 // -- where a lane's data lies ----------------------------------------------------------------------------------------
 //
 // mma.m16n8k16 wants in lane (g = lane / 4, t = lane % 4): A at rows g, g+8 and columns 2t, 2t+1, 2t+8, 2t+9; B at
-// columns (K) 2t, 2t+1, 2t+8, 2t+9 of row g of the operand. A product does not change when the K columns of both factors
-// are permuted alike, so a lane takes the 8 consecutive columns 8t … 8t+7 of a step: one 16-byte access in row-major
-// memory, words 0, 1 for the first mma and words 2, 3 for the second. Nothing is exchanged between lanes.
+// columns (K) 2t, 2t+1, 2t+8, 2t+9 of row g of the operand. A product does not change when the K columns of both
+// factors are permuted alike, so a lane takes the 8 consecutive columns 8t … 8t+7 of a step: one 16-byte access in
+// row-major memory, words 0, 1 for the first mma and words 2, 3 for the second. Nothing is exchanged between lanes.
 
 RMCORE_HD int lane_group(int lane) { return lane / 4; }
 RMCORE_HD int lane_column(int step, int lane) { return step * kStepColumns + (lane % 4) * kLaneColumns; }
@@ -276,6 +276,8 @@ inline int ring_slots(int tiles, int64_t shared_bytes) {
 RMCORE_HD int share_of_rows(int rows, int worker, int workers) {
   return static_cast<int>(static_cast<int64_t>(rows) * worker / workers);
 }
-RMCORE_HD int chunk_column(int chunk, int thread, int chunk_values) { return (chunk * kThreads + thread) * chunk_values; }
+RMCORE_HD int chunk_column(int chunk, int thread, int chunk_values) {
+  return (chunk * kThreads + thread) * chunk_values;
+}
 
 }  // namespace rmcore::cuda

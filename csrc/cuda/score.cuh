@@ -8,20 +8,21 @@
 //
 //   hidden (B, h) fp16 / bf16 / fp32 → out (4, B) fp32.  N = B padded to 8, 16, 32 or 64.
 //
-// Bytes: 2 D h + D (D + 128) for folded heads, once each: 50 MB at h = D = 4096, 11.7 µs at 4.3 TB/s. FLOP: 2 B (D h +
-// D²/2), 3.2 GFLOP at B = 64. Below B ≈ 180 it is the bytes that count, so the kernel is built to keep them coming:
+// Bytes: 2 D h + D (D + 128) for folded heads, once each: 50 MB at h = D = 4096, 11.7 µs at 4.3 TB/s.
+// FLOP: 2 B (D h + D²/2), 3.2 GFLOP at B = 64. Below B ≈ 180 it is the bytes that count, so the kernel is built to keep
+// them coming:
 //
-// - One thread block per SM, 8 warps, each a stream of its own. A warp walks its steps (16·strips rows × 32 columns) of all
-//   stages in one order. Every thread fetches with cp.async into a ring in shared memory and reads back only what it
-//   fetched itself (schedule.h says why that suffices), so nothing but cp.async.wait_group guards the ring, and 90–180 KB
-//   per SM are under way at any time.
-// - Weights do not depend on earlier stages. The ring therefore runs ahead across a stage's end: while the last products
-//   of the projection are taken, and during the grid barrier, the first steps of U arrive. What the barrier does hold back,
-//   the operand of those steps (c, from L2), is fetched as soon as it opens.
+// - One thread block per SM, 8 warps, each a stream of its own. A warp walks its steps (16·strips rows × 32 columns) of
+//   all stages in one order. Every thread fetches with cp.async into a ring in shared memory and reads back only what
+//   it fetched itself (schedule.h says why that suffices), so nothing but cp.async.wait_group guards the ring, and
+//   96 to 128 KB of weights per H200 SM are under way at any time.
+// - Weights do not depend on earlier stages. The ring therefore runs ahead across a stage's end: while the last
+//   products of the projection are taken, and during the grid barrier, the first steps of U arrive. What the barrier
+//   does hold back, the operand of those steps (c, from L2), is fetched as soon as it opens.
 // - Sums have one order: steps within a warp, warps within a block, blocks by number. No atomics on values.
 //
-// The barrier is cooperative_groups' grid.sync(): its state belongs to the launch, so a workspace may hold anything before
-// the call, an aborted launch leaves nothing stale behind, and captured graphs may be replayed at will.
+// The barrier is cooperative_groups' grid.sync(): its state belongs to the launch, so a workspace may hold anything
+// before the call, an aborted launch leaves nothing stale behind, and captured graphs may be replayed at will.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -48,41 +49,53 @@ struct Stream {
   int head_slot;  // next step to consume
 
   __device__ __forceinline__ Stream(const ScoreParams& params, uint4* memory, const Work* works)
-      : p(params), ring(memory), work(works), warp(threadIdx.x / 32), lane(threadIdx.x % 32), tail_slot(0), head_slot(0) {
+      : p(params),
+        ring(memory),
+        work(works),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        tail_slot(0),
+        head_slot(0) {
     tail.start(work, p.stages, blockIdx.x, warp);
   }
 
   __device__ __forceinline__ void move(Cursor& cursor) const { cursor.advance(work, p.stages, blockIdx.x, warp); }
   __device__ __forceinline__ int next(int slot) const { return slot + 1 == p.slots ? 0 : slot + 1; }
 
+  // Everything the fetches need is read before the first of them: they are memory barriers to the compiler.
   __device__ __forceinline__ void issue_weights(const Cursor& c, int slot) {
     const StageParams& s = p.stage[c.stage];
     const Work& w = work[c.stage];
+    const bool triangular = w.triangular != 0;
+    const int pieces = 2 * w.strips_per_block;
     const int column = lane_column(c.step(warp), lane);
     const int row = piece_row(w, c.at.block, 0, lane);
-    const int64_t first = w.triangular ? tile_offset(row, column) : dense_offset(row, column, s.pitch);
-    const int64_t stride = 8 * (w.triangular ? static_cast<int64_t>(kTile) : s.pitch);
+    const int rows_left = column < s.weight_columns ? s.weight_rows - row : 0;
+    const int64_t pitch = triangular ? static_cast<int64_t>(kTile) : s.pitch;
     const T* base = static_cast<const T*>(s.weights);
+    const T* first = base + (triangular ? tile_offset(row, column) : dense_offset(row, column, pitch));
+    uint4* target = &ring[ring_index(slot, kPieces, 0, threadIdx.x)];
 #pragma unroll
     for (int piece = 0; piece < kWeightPieces; ++piece) {
-      if (piece < 2 * w.strips_per_block) {
-        const bool valid = row + 8 * piece < s.weight_rows && column < s.weight_columns;
-        fetch_weights(&ring[ring_index(slot, kPieces, piece, threadIdx.x)],
-                      valid ? base + first + piece * stride : base, valid);
+      if (piece < pieces) {
+        const bool valid = 8 * piece < rows_left;
+        fetch_weights(target + piece * kThreads, valid ? first + 8 * piece * pitch : base, valid);
       }
     }
   }
 
   __device__ __forceinline__ void issue_operand(const Cursor& c, int slot) {
     const StageParams& s = p.stage[c.stage];
-    const int column = lane_column(c.step(warp), lane);
+    const int column = lane_column(c.step(warp), lane), row = lane_group(lane);
+    const int rows_left = column < s.operand_columns ? s.operand_rows - row : 0;
+    const int64_t pitch = s.operand_pitch;
     const T* base = static_cast<const T*>(s.operand);
+    const T* first = base + dense_offset(row, column, pitch);
+    uint4* target = &ring[ring_index(slot, kPieces, kWeightPieces, threadIdx.x)];
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) {
-      const int row = tile * 8 + lane_group(lane);
-      const bool valid = row < s.operand_rows && column < s.operand_columns;
-      fetch_operand(&ring[ring_index(slot, kPieces, kWeightPieces + tile, threadIdx.x)],
-                    valid ? base + dense_offset(row, column, s.operand_pitch) : base, valid);
+      const bool valid = 8 * tile < rows_left;
+      fetch_operand(target + tile * kThreads, valid ? first + 8 * tile * pitch : base, valid);
     }
   }
 
@@ -389,10 +402,14 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
 template <typename T>
 const void* score_kernel_of(int tiles) {
   switch (tiles) {
-    case 1: return reinterpret_cast<const void*>(&score_kernel<T, 1>);
-    case 2: return reinterpret_cast<const void*>(&score_kernel<T, 2>);
-    case 4: return reinterpret_cast<const void*>(&score_kernel<T, 4>);
-    default: return reinterpret_cast<const void*>(&score_kernel<T, 8>);
+    case 1:
+      return reinterpret_cast<const void*>(&score_kernel<T, 1>);
+    case 2:
+      return reinterpret_cast<const void*>(&score_kernel<T, 2>);
+    case 4:
+      return reinterpret_cast<const void*>(&score_kernel<T, 4>);
+    default:
+      return reinterpret_cast<const void*>(&score_kernel<T, 8>);
   }
 }
 

@@ -13,9 +13,9 @@ enum class Scalar : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 // a pitch that is a multiple of 8 elements and zeros between a row's end and the next multiple of 8.
 struct Head {
   Scalar dtype;
-  int hidden_size;   // h
-  int num_features;  // D
-  int layer_size;    // m, or 0 for a folded head
+  int hidden_size;         // h
+  int num_features;        // D
+  int layer_size;          // m, or 0 for a folded head
   const void* projection;  // (D, h) or (D, m)
   int64_t projection_pitch;
   const float* phase;  // (D,)
@@ -37,8 +37,8 @@ struct StageParams {
   Work work;
   int kind;
   const void* weights;
-  int64_t pitch;       // elements
-  int weight_rows;     // rows and columns past these read as zero
+  int64_t pitch;    // elements
+  int weight_rows;  // rows and columns past these read as zero
   int weight_columns;
   const void* operand;  // (rows, columns) of the serving dtype
   int64_t operand_pitch;

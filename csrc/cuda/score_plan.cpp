@@ -36,7 +36,8 @@ ScorePlan plan_score(const Head& head, int rows, int multiprocessors, int64_t sh
   plan.grid = std::min(multiprocessors, widest);
   plan.slots = ring_slots(plan.tiles, shared_bytes);
   if (plan.slots < 1) {
-    throw std::invalid_argument("shared memory: got " + std::to_string(shared_bytes) + " bytes a thread block, expected " +
+    throw std::invalid_argument("shared memory: got " + std::to_string(shared_bytes) +
+                                " bytes a thread block, expected " +
                                 std::to_string(reduction_bytes(plan.tiles) + slot_bytes(plan.tiles)) + " for " +
                                 std::to_string(rows) + " rows");
   }

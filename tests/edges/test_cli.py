@@ -147,6 +147,19 @@ def test_training_on_nothing_or_on_bad_lines_exits_2(backbone_path: Path, tmp_pa
         assert says in result.stderr
 
 
+def test_training_the_layer_and_the_backbone_stores_both(
+    backbone_path: Path, preferences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tuned"
+    options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 64, "--layer-size", 16, "--epochs", 2]
+    result = call("train", preferences, *options, "--finetune-epochs", 1, "--lr-backbone", 1e-3, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert (out / "backbone" / "model.safetensors").is_file()
+    own = (out / "backbone" / "model.safetensors").read_bytes()
+    assert own != (backbone_path / "model.safetensors").read_bytes()
+    assert call("score", out, "-", stdin=json.dumps(group()) + "\n").exit_code == 0
+
+
 def test_help_teaches_every_command() -> None:
     assert "rmcore demo" in call("--help").stdout
     for command in ("train", "upgrade", "score", "evaluate", "demo"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from rmcore.backbone import Backbone, BackboneConfig, EncodingStats
@@ -28,7 +28,7 @@ CORPUS = [
     "a good answer is short, correct and polite; a bad answer is long and wrong",
     "what is the capital of France? Paris is the capital of France.",
     "user assistant system Response A Response B ### \n\n numbers 0 1 2 3 4 5 6 7 8 9",
-] * 4
+]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -57,29 +57,32 @@ def _wrap(tokenizer: Tokenizer, **kwargs: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
 
 
+# Vocabularies are built, not trained: the trainers break ties by hash order, which differs from run to run.
 def _byte_level(specials: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = sorted({word for line in CORPUS for word, _ in cutter.pre_tokenize_str(line)})
+    merges = list(dict.fromkeys((word[:k], word[k]) for word in words for k in range(1, len(word))))
+    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    vocabulary = {token: k for k, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = cutter
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(specials)
     return tokenizer
 
 
 def _bert_tokenizer() -> Any:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    cutter = pre_tokenizers.BertPreTokenizer()
+    words = sorted({word.lower() for line in CORPUS for word, _ in cutter.pre_tokenize_str(line)})
+    letters = sorted({letter for word in words for letter in word})
+    tokens = dict.fromkeys([*specials, *letters, *(f"##{letter}" for letter in letters), *words])
+    vocabulary = {token: k for k, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = cutter
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
-    )
+    tokenizer.add_special_tokens(specials)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -157,13 +160,13 @@ def _model(kind: str, tokenizer: Any, **overrides: Any) -> Any:
     if kind == "qwen3":
         return t.Qwen3Model(t.Qwen3Config(**decoder | {"head_dim": 8} | overrides)).eval()
     if kind == "bert-classifier":
-        model = t.BertForSequenceClassification(t.BertConfig(num_labels=1, **common | overrides))
+        model = t.BertForSequenceClassification(t.BertConfig(**{"num_labels": 1} | common | overrides))
     elif kind == "llama-classifier":
-        model = t.LlamaForSequenceClassification(t.LlamaConfig(num_labels=1, **decoder | overrides))
+        model = t.LlamaForSequenceClassification(t.LlamaConfig(**{"num_labels": 1} | decoder | overrides))
     elif kind == "roberta":
         return t.RobertaModel(t.RobertaConfig(**common | overrides)).eval()
     else:
-        model = t.RobertaForSequenceClassification(t.RobertaConfig(num_labels=1, **common | overrides))
+        model = t.RobertaForSequenceClassification(t.RobertaConfig(**{"num_labels": 1} | common | overrides))
     # Scores as far apart as a trained reward model's, a bias that is not zero.
     for linear in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
         torch.nn.init.normal_(linear.weight, std=0.2)
@@ -235,9 +238,7 @@ class TableModel(RewardModel):
                 continue
             for i, a in enumerate(group):
                 rows += [
-                    self.table(prompt, a, b)
-                    for j, b in enumerate(group)
-                    if (i != j if orders == "both" else i < j)
+                    self.table(prompt, a, b) for j, b in enumerate(group) if (i != j if orders == "both" else i < j)
                 ]
         self.backbone.stats.texts += len(rows)
         return torch.tensor(rows, dtype=torch.float32).view(len(rows), self.head.config.hidden_size)

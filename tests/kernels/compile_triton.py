@@ -55,7 +55,9 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
     kind = KIND[arch]
     for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
         half = dtype.itemsize == 2
-        limits = {limit for table in (heuristics._PROJECT, heuristics._PRODUCT) for limit, _ in table[kind, dtype.itemsize]}
+        limits = {
+            limit for table in (heuristics._PROJECT, heuristics._PRODUCT) for limit, _ in table[kind, dtype.itemsize]
+        }
         rows = sorted(int(limit) if limit < 1e9 else 8192 for limit in limits)
         if quick:
             rows = [rows[0], rows[-1]]
@@ -69,7 +71,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         yield functools.partial(_pair_variance, _weights(4096, 4096, dtype), dtype)
         for h in (4096,) if quick else (1024, 4096, 5120, 16384):
             yield functools.partial(_power, h, dtype)
-        if dtype == torch.bfloat16 or quick and not half:
+        if dtype == torch.bfloat16 or (quick and not half):
             continue
         tanh = _weights(4096, 4096, dtype, layer=4096, activation="tanh", layernorm=True)
         plain = _weights(4096, 4096, dtype, layer=4096, activation="tanh")
@@ -80,9 +82,10 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
             if b < heuristics.STAGED_ROWS or b == rows[-1]:
                 yield functools.partial(_score, _weights(4096, 4096, dtype), b, foreign)
         if not quick:
-            odd = _weights(1003, 1003, dtype)
+            odd, ragged = _weights(1003, 1003, dtype), _weights(448, 1008, dtype)
             for b in rows:
                 yield functools.partial(_score, odd, b - 1, dtype)
+                yield functools.partial(_score, ragged, b, dtype)
             yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, likelihood="gaussian")
             yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, weighted=True)
             yield functools.partial(_score, _weights(4096, 4096, dtype, projection=False), 64, dtype)
@@ -174,10 +177,10 @@ class _Driver:
 def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list[Build]:
     """Compile what the ``share``-th part of the calls launch on ``arch``."""
     import triton
+    from rmcore.kernels.heuristics import Device
     from triton.runtime.jit import JITFunction
 
     from rmcore.backends import triton as backend
-    from rmcore.kernels.heuristics import Device
 
     driver = _Driver()
     driver.arch = arch
@@ -240,7 +243,9 @@ def faults(build: Build) -> list[str]:
 
 def table(builds: list[Build]) -> str:
     """The builds, one a line."""
-    lines = [f"{'arch':>4} {'kernel':<18} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7} {'spills':>6}  constants"]
+    lines = [
+        f"{'arch':>4} {'kernel':<18} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7} {'spills':>6}  constants"
+    ]
     for b in sorted(builds):
         wrong = "  <-- " + ", ".join(faults(b)) if faults(b) else ""
         lines.append(

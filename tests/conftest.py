@@ -1,0 +1,64 @@
+"""Preference data made on the spot, and heads fitted on it with the torch backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from rmcore.fit import fit
+from rmcore.head import FrozenHead, SNGPHead
+
+
+class Data(NamedTuple):
+    """Rows, pairs of them, who won each, and the true logit of each pair."""
+
+    hidden: Tensor
+    labels: Tensor
+    pairs: Tensor
+    logit: Tensor
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_small_matrices(request) -> Iterator[None]:
+    """Threads only hurt where matrices are tiny, and on a busy machine they hurt by minutes."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name in ("head", "reference"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def make_data() -> Callable[..., Data]:
+    """Gaussian rows; the true reward is smooth and not linear; labels are drawn from the true logits."""
+
+    def make(rows=300, size=16, pairs=500, *, seed=0, scale=1.0, shift=0.0, dtype=torch.float64) -> Data:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, size, generator=generator, dtype=torch.float64)
+        reward = 2 * torch.sin(x[:, 0]) + x[:, 1] * x[:, 2] + x[:, 3]
+        first = torch.randint(rows, (pairs,), generator=generator)
+        second = (first + torch.randint(1, rows, (pairs,), generator=generator)) % rows
+        logit = reward[first] - reward[second]
+        labels = (torch.rand(pairs, generator=generator, dtype=torch.float64) < logit.sigmoid()).to(dtype)
+        return Data((x * scale + shift).to(dtype), labels, torch.stack([first, second], dim=1), logit)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fit_head() -> Callable[..., FrozenHead]:
+    """A difference-mode head on data, in float32 unless told."""
+
+    def make(data: Data, *, dtype=torch.float32, num_features=64, **config) -> FrozenHead:
+        head = SNGPHead(data.hidden.shape[1], num_features=num_features, **config)
+        if head.config.mode == "difference":
+            return fit(head, data.hidden, data.labels, pairs=data.pairs, dtype=dtype, backend="torch")[0]
+        labels = torch.zeros(len(data.hidden))
+        labels[data.pairs[:, 0]] = data.labels.float()
+        return fit(head, data.hidden, labels, dtype=dtype, backend="torch")[0]
+
+    return make

@@ -1,0 +1,82 @@
+"""The cuda backend without a GPU: it imports, counts no devices and says why it cannot run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rmcore import errors, ops
+from rmcore.backends import cuda
+from rmcore.weights import FeatureMap, HeadWeights
+
+CUDA = torch.device("cuda", 0)
+
+
+def head(h=8, d=16, features="rff"):
+    generator = torch.Generator().manual_seed(0)
+    feature_map = FeatureMap(
+        features=features,
+        projection=torch.randn(d, h, generator=generator).half() if features == "rff" else None,
+        phase=torch.zeros(d) if features == "rff" else None,
+        layer_weight=None,
+        layer_bias=None,
+        activation="none",
+        layernorm=False,
+        hidden_size=h,
+        num_features=d,
+        dtype=torch.float16,
+    )
+    factor = torch.eye(d, dtype=torch.float64)
+    return HeadWeights.build(feature_map, torch.ones(d, dtype=torch.float64), 0.0, factor, math.pi / 8)
+
+
+@pytest.mark.parametrize("op", ["accumulate", "pair_variance"])
+def test_throughput_operations_are_left_to_triton(op):
+    assert "triton" in cuda.unavailable(op, CUDA, torch.float16)
+
+
+def test_unavailable_names_what_is_missing():
+    assert "on cpu" in cuda.unavailable("score", torch.device("cpu"), torch.float16)
+    assert "not float32" in cuda.unavailable("score", CUDA, torch.float32)
+    assert "not float64" in cuda.unavailable("power_iteration", CUDA, torch.float64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("op", ["score", "power_iteration"])
+def test_without_a_device_it_says_so(op):
+    reason = cuda.unavailable(op, CUDA, torch.float16)
+    assert "no CUDA device" in reason or "not part of this build" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_module_imports_and_reports_zero_devices():
+    native = pytest.importorskip("rmcore._cuda")
+    assert native.device_count() == 0
+    with pytest.raises(RuntimeError, match=r"^cudaGetDeviceProperties: .* \(\d+\)$"):
+        native.properties(0)
+
+
+def test_shapes_it_declines():
+    assert cuda.declines("score", 64, head()) is None
+    assert cuda.declines("score", 65, head()) == "batch of 65 rows: the latency kernel serves up to 64"
+    assert "projection" in cuda.declines("score", 1, head(h=16, features="linear"))
+
+
+def test_an_explicit_backend_raises_on_cpu_tensors():
+    with pytest.raises(errors.BackendError, match="on cpu"):
+        ops.score(torch.zeros(1, 8), head(), backend="cuda")
+
+
+def test_aligned_copies_only_what_it_must():
+    matrix = torch.randn(6, 16).half()
+    assert cuda._aligned(matrix) is matrix
+    wide = torch.randn(6, 24).half()[:, :16]
+    assert cuda._aligned(wide) is wide
+    for odd in (torch.randn(5, 13).half(), torch.randn(16, 5).half().T, torch.randn(4, 17).half()[:, 1:]):
+        copy = cuda._aligned(odd)
+        assert copy.stride(0) % 8 == 0
+        assert copy.stride(1) == 1
+        assert torch.equal(copy[:, : odd.shape[1]], odd)
+        assert not copy[:, odd.shape[1] :].any()

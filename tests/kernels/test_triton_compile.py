@@ -1,0 +1,61 @@
+"""The Triton kernels compile for GPUs that are not here, spill nothing and fit; triton itself is imported late.
+
+The ends of the tables only; all of them: ``python tests/kernels/compile_triton.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own, in which kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
+    script = Path(__file__).parent / "compile_triton.py"
+    done = run(
+        str(script), "--quick", "--workers", str(min(os.cpu_count() or 1, 4)), "--json", str(tmp_path / "builds")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    builds = json.loads((tmp_path / "builds").read_text())
+    assert {build["arch"] for build in builds} == {80, 90, 100}
+    kernels = {
+        "add_kernel", "centre_kernel", "column_kernel", "copy_kernel", "fold_kernel", "gram_kernel", "join_kernel",
+        "last_kernel", "layernorm_kernel", "pair_kernel", "piece_kernel", "project_kernel", "score_kernel",
+        "square_kernel", "step_kernel", "weigh_kernel",
+    }  # fmt: skip
+    assert {build["kernel"] for build in builds} == kernels
+
+
+def test_rmcore_and_its_backend_import_without_triton():
+    code = (
+        "import sys, torch, rmcore, rmcore.ops, rmcore.backends.triton as t\n"
+        "t.unavailable('score', torch.device('cpu'), torch.float16)\n"
+        "sys.exit('triton' in sys.modules)"
+    )
+    assert run("-c", code).returncode == 0
+
+
+def test_on_a_cpu_the_backend_says_what_it_needs(monkeypatch):
+    import torch
+
+    from rmcore.backends import triton
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "cpu" in str(triton.unavailable("score", torch.device("cpu"), torch.float16))
+    assert "float64" in str(triton.unavailable("score", torch.device("cuda"), torch.float64))
