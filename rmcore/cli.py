@@ -292,7 +292,7 @@ def demo(
     with _errors():
         from rmcore.demo import run_demo
 
-        run_demo(data, out, Console(), seed=seed)
+        run_demo(data, out, Console(width=None if sys.stdout.isatty() else 120), seed=seed)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

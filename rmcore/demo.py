@@ -39,14 +39,15 @@ DEMO_HEAD: dict[str, Any] = {
     "length_scale_factor": 2.0,
     "ridge": 1.0,
 }
-BUDGET = 0.25
+BUDGETS = (0.10, 0.25, 0.45)
 
 
 @dataclass(frozen=True)
 class RoutedRun:
-    """One router's run over a stream through the HTTP judge."""
+    """One router's run over a stream through the HTTP judge, with ``budget`` of the pairs judged."""
 
     name: str
+    budget: float
     accuracy: float
     scores: GroupScores
     calls: int
@@ -134,33 +135,40 @@ def _recorded_rows(pairs: Sequence[LabelledPair]) -> list[dict[str, Any]]:
 def _routed_runs(model: RewardModel, stream: Stream, hidden: torch.Tensor, seed: int) -> tuple[list[RoutedRun], str]:
     prompts = [pair.prompt for pair in stream.pairs]
     responses = [(pair.first, pair.second) for pair in stream.pairs]
-    routers: dict[str, Router] = {
-        "u (uncertainty)": BudgetRouter(BUDGET, by="u"),
-        "margin": BudgetRouter(BUDGET, by="margin"),
-        "rank sum of both": BudgetRouter(BUDGET, by="rank_sum"),
-        "random": RandomRouter(BUDGET, seed=seed),
-    }
     runs = []
     with ReplayServer(RecordedJudge.from_rows(_recorded_rows(stream.pairs))) as server:
         judge = ChatJudge(server.base_url, "recorded", api_key_env=None)
-        for name, router in routers.items():
-            before = server.requests
-            engine = RewardEngine(model, judge, router)
-            scores = engine.score_hidden(hidden, [2] * len(prompts), prompts=prompts, responses=responses)
-            right = [
-                0.5 if (p := float(group.preference[0, 1])) == 0 else float((p > 0) == (pair.label > 0.5))
-                for group, pair in zip(scores, stream.pairs, strict=True)
-            ]
-            runs.append(RoutedRun(name, sum(right) / len(right), scores, server.requests - before))
-    summary = runs[0].scores.summary()
+        for budget in BUDGETS:
+            routers: dict[str, Router] = {
+                "u (uncertainty)": BudgetRouter(budget, by="u"),
+                "margin": BudgetRouter(budget, by="margin"),
+                "rank sum of both": BudgetRouter(budget, by="rank_sum"),
+                "random": RandomRouter(budget, seed=seed),
+            }
+            for name, router in routers.items():
+                before = server.requests
+                engine = RewardEngine(model, judge, router)
+                scores = engine.score_hidden(hidden, [2] * len(prompts), prompts=prompts, responses=responses)
+                accuracy = _share_right(scores, stream.pairs)
+                runs.append(RoutedRun(name, budget, accuracy, scores, server.requests - before))
+    shown = next(run for run in runs if run.budget == 0.25)
+    summary = shown.scores.summary()
     known = sum(pair.verdicts is not None for pair in stream.pairs)
     line = (
-        f"judge over HTTP, router u: {summary['decided_by']['judge']} verdicts from {runs[0].calls} calls (both "
+        f"25% judged by u: {summary['decided_by']['judge']} verdicts from {shown.calls} HTTP calls (both "
         "orders), "
         f"{summary['judge_flips']} flipped with the order, {summary['decided_by']['judge_failed']} failed; "
         f"{known} of {len(stream.pairs)} pairs have recorded judge verdicts, the rest answer the human label"
     )
     return runs, line
+
+
+def _share_right(scores: GroupScores, pairs: Sequence[LabelledPair]) -> float:
+    right = 0.0
+    for group, pair in zip(scores, pairs, strict=True):
+        preference = float(group.preference[0, 1])
+        right += 0.5 if preference == 0 else float((preference > 0) == (pair.label > 0.5))
+    return right / len(pairs)
 
 
 def _one_group(model: RewardModel) -> tuple[ExampleGroup, GroupScores]:
@@ -202,12 +210,13 @@ def _shown(report: EvaluationReport) -> list[str]:
 
 
 def _runs_table(stream: Stream, report: EvaluationReport, runs: Sequence[RoutedRun]) -> Table:
-    table = Table(title=f"{stream.title}: {BUDGET:.0%} of the pairs judged over HTTP")
-    for name in ("route by", "accuracy", "over the head alone", "HTTP calls"):
-        table.add_column(name, justify="left" if name == "route by" else "right")
-    for run in runs:
-        gain = 100 * (run.accuracy - report.accuracy.point)
-        table.add_row(run.name, f"{100 * run.accuracy:.1f}%", f"{gain:+.1f}", str(run.calls))
+    table = Table(title=f"{stream.title}, judged over HTTP: accuracy (head alone {100 * report.accuracy.point:.1f}%)")
+    table.add_column("route by")
+    for budget in BUDGETS:
+        calls = next(run.calls for run in runs if run.budget == budget)
+        table.add_column(f"{budget:.0%} judged ({calls} calls)", justify="right")
+    for name in dict.fromkeys(run.name for run in runs):
+        table.add_row(name, *[f"{100 * run.accuracy:.1f}%" for run in runs if run.name == name])
     return table
 
 
@@ -246,8 +255,9 @@ def _figures(
         "corpus": corpus.name,
         "newton_passes": fitted.passes,
         "streams": {stream.name: report.to_dict() for stream, report in reports},
-        "routed_accuracy": {run.name: run.accuracy for run in runs},
-        "http_calls": {run.name: run.calls for run in runs},
+        "routed": [
+            {"by": run.name, "budget": run.budget, "accuracy": run.accuracy, "http_calls": run.calls} for run in runs
+        ],
     }
 
 
@@ -270,14 +280,12 @@ def _write_report(
     ]
     for (stream, report), (title, picture) in zip(reports, pictures, strict=True):
         lines += [f"## {title}", "", report.to_markdown(), "", f"![{stream.title}]({picture})", ""]
-    lines += [f"## {BUDGET:.0%} of “{mixed.title}” judged over HTTP", "", "| route by | accuracy | HTTP calls |"]
-    lines += [
-        "|---|---|---|",
-        *(f"| {r.name} | {100 * r.accuracy:.1f}% | {r.calls} |" for r in runs),
-        "",
-        judge_line,
-        "",
-    ]
+    budgets = " | ".join(f"{budget:.0%} judged" for budget in BUDGETS)
+    lines += [f"## “{mixed.title}”, judged over HTTP: accuracy", "", f"| route by | {budgets} |", "|---|---|---|---|"]
+    for name in dict.fromkeys(run.name for run in runs):
+        cells = " | ".join(f"{100 * run.accuracy:.1f}%" for run in runs if run.name == name)
+        lines.append(f"| {name} | {cells} |")
+    lines += ["", judge_line, ""]
     lines += [f"## One group's RLOO advantages: {group.id}", "", f"> {group.prompt}", ""]
     lines += ["| response | human rank | advantage |", "|---|---|---|"]
     for i, text in enumerate(group.responses):

@@ -202,7 +202,7 @@ class Posterior:
 
 def check_finite(hidden: Tensor, name: str = "hidden") -> None:
     """Raise NonFiniteError naming the rows of (N, ...) that hold NaN or Inf."""
-    finite = torch.isfinite(hidden).reshape(len(hidden), -1).all(dim=1)
+    finite = torch.isfinite(hidden if hidden.dim() > 1 else hidden[:, None]).flatten(1).all(dim=1)
     if not bool(finite.all()):
         rows = tuple((~finite).nonzero()[:, 0].tolist())
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

@@ -21,7 +21,16 @@ from rmcore.posterior import Posterior
 
 settings.register_profile("engine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.load_profile("engine")
-torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and runs home",
