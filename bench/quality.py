@@ -74,10 +74,8 @@ def _stream_figures(name: str, reports: list[EvaluationReport], corpus: Corpus) 
         scores[score.name] = {
             "uplift": _rounded(points.mean(0)),
             "uplift_sd_over_seeds": _rounded(points.std(0, ddof=1)) if len(reports) > 1 else None,
-            "auroc_errors": round(float(np.mean([report.score(score.name).auroc for report in reports])), 3),
-            "rank_correlation_with_u": round(
-                float(np.mean([report.score(score.name).rank_correlation_with_u for report in reports])), 3
-            ),
+            "auroc_errors": _mean([report.score(score.name).auroc for report in reports]),
+            "rank_correlation_with_u": _mean([report.score(score.name).rank_correlation_with_u for report in reports]),
         }
     published_base, *published = corpus.published[name]
     ours = [float(base.mean()), *scores["u"]["uplift"]]
@@ -92,6 +90,11 @@ def _stream_figures(name: str, reports: list[EvaluationReport], corpus: Corpus) 
         "difference_from_published": distance,
         "within_tolerance": max(abs(d) for d in distance) <= TOLERANCE,
     }
+
+
+def _mean(values: list[float]) -> float | None:
+    mean = float(np.mean(values))
+    return round(mean, 3) if np.isfinite(mean) else None  # a random order correlates with nothing
 
 
 def _rounded(values: np.ndarray) -> list[float]:
