@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import rmcore
 from rmcore.demo import DEMO_HEAD, demo_backbone
@@ -25,6 +26,7 @@ from rmcore.fit import fit
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.model import encode_preferences
 from rmcore.quality import encode_pairs, evaluate_head
+from rmcore.reference import uncertainty, variance
 from rmcore.streams import Corpus, find_data, load_corpus
 
 __all__ = ["main", "run"]
@@ -61,9 +63,32 @@ def run(data: Path, seeds: int) -> tuple[dict[str, Any], dict[str, list[Evaluati
         "seeds": seeds,
         "training_pairs": len(corpus.train),
         "encoding": {"tokens": backbone.stats.tokens, "seconds": round(seconds, 1)},
+        "worst_relative_error_of_u": {
+            str(dtype).removeprefix("torch."): _serving_error(
+                backbone.hidden_size, hidden, labels, pairs, states.hidden, dtype
+            )
+            for dtype in (torch.float16, torch.bfloat16)
+        },
         "streams": {name: _stream_figures(name, reports[name], corpus) for name in reports},
     }
     return figures, reports
+
+
+def _serving_error(
+    width: int, hidden: Tensor, labels: Tensor, pairs: Tensor | None, rows: Tensor, dtype: torch.dtype
+) -> float:
+    """Largest relative error of u over all test pairs, as served in ``dtype``, against float64 throughout.
+
+    The truth has the same frozen (rounded) projection, which is part of the features, and neither rounds hidden rows,
+    features nor the factor.
+    """
+    head, _ = fit(SNGPHead(HeadConfig(width, **DEMO_HEAD)), hidden, labels, pairs=pairs, dtype=dtype)
+    assert head.posterior is not None
+    served = head.score_pairs(rows.flatten(0, 1), torch.full((len(rows),), 2, dtype=torch.int64)).uncertainty
+    phi = head.feature_map(rows.double()) * head.feature_map.feature_scale
+    v = variance(phi[:, 0] - phi[:, 1], head.posterior.factor())
+    truth = uncertainty(v, head.config.resolved_amplitude)
+    return float(((served.double() - truth).abs() / truth).max())
 
 
 def _stream_figures(name: str, reports: list[EvaluationReport], corpus: Corpus) -> dict[str, Any]:
