@@ -59,11 +59,10 @@ def _finish_part(
     elif EPILOGUE == TANH:
         value = tanh(value)
     value = tl.where(inside[None, :], value, 0.0)
+    dot = tl.sum(value * tl.load(beta + rd)[None, :], axis=1) if HAS_BETA else tl.sum(value, axis=1)
     stored = out + rm[:, None].to(tl.int64) * padded + rn[None, :]
     tl.store(stored, value.to(out.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < padded)[None, :])
-    if HAS_BETA:
-        value *= tl.load(beta + rd)[None, :]
-    return tl.sum(value, axis=1)
+    return dot
 
 
 @triton.jit

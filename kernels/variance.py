@@ -76,7 +76,7 @@ def _column_task(
         tl.store(place, acc, mask=(rm < rows)[:, None] & (rn < tiles * EDGE)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "total"])
+@triton.jit(do_not_specialize=["rows", "tiles", "total"])
 def column_kernel(
     c, c_stride, factor, out, rows, tiles, total,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr,
@@ -92,7 +92,7 @@ def column_kernel(
         _column_task(task, c, c_stride, factor, out, rows, tiles, BM, BN, BK, PER, GROUP, MODE)
 
 
-@triton.jit(do_not_specialize=["rows", "span"])
+@triton.jit(do_not_specialize=["rows", "tiles", "span"])
 def piece_kernel(
     c, c_stride, factor, out, rows, tiles, span,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr,

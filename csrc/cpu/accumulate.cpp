@@ -10,10 +10,11 @@
 //
 // FLOP: 2 N D h + N D². Bytes: the weights once and the lower half of P read and written once per kChunkRows rows.
 //
-// A chunk of rows is taken through four stages: features; w and residual of each row; √w c laid out as panels over rows,
-// with the gradient on the way; lower 64 × 64 tiles of the Gram matrix. Both operands of a tile are the same rounded
-// numbers, so each chunk adds a positive semi-definite matrix. They are bf16 for bf16 heads where the machine has bf16
-// dot products, float32 otherwise. A tile is summed in float32 over one chunk, then added to P in P's own type.
+// A chunk of rows is taken through four stages: features; w and residual of each row; √w c laid out as panels over
+// rows, with the gradient on the way; lower 64 × 64 tiles of the Gram matrix. Both operands of a tile are the same
+// rounded numbers, so each chunk adds a positive semi-definite matrix. They are bf16 for bf16 heads where the machine
+// has bf16 dot products, float32 otherwise. A tile is summed in float32 over one chunk, then added to P in P's own
+// type.
 #include <cmath>
 
 #include "kernels.h"
@@ -22,8 +23,8 @@
 namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 1024;  // c takes 16 MB in float32 at D = 4096, √w c 8 MB in bf16
-constexpr int kGramDepthBytes = 256;  // rows of a Gram block, times their bytes: both operands fit the first cache
+// At D = 4096, c takes 16 MB in float32 and √w c 8 MB in bf16; both operands of a tile stay in the second cache.
+constexpr int64_t kChunkRows = 1024;
 
 // The Gram product's operand for weights W: bf16 where those are multiplied as bf16, else float.
 template <class W, bool = Same<typename W::Act, float>::value>
@@ -51,7 +52,8 @@ struct FeatureSource {
 };
 
 // √weight, residual and log-likelihood of a datum with logit g.
-inline void datum_terms(const AccumulateTask& task, int64_t n, float g, float* root, float* residual, double* likelihood) {
+inline void datum_terms(const AccumulateTask& task, int64_t n, float g, float* root, float* residual,
+                        double* likelihood) {
   const double y = task.labels[n], importance = task.sample_weight == nullptr ? 1.0 : task.sample_weight[n];
   const double p = 1.0 / (1.0 + std::exp(-static_cast<double>(g)));
   const double q = 1.0 / (1.0 + std::exp(static_cast<double>(g)));
@@ -106,7 +108,6 @@ void add_tile(T* precision, int64_t size, int64_t i, int64_t j, const float* til
 template <class W>
 size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask& task, int threads, void* memory) {
   using G = typename GramType<W>::Type;
-  constexpr int kGramDepth = kGramDepthBytes / sizeof(typename G::Store);
   const bool from_rows = task.pairs == nullptr;
   const int64_t total = task.count, chunk = ceil_div(total, ceil_div(total, kChunkRows));
   const int64_t panels = panels_of(map.features), tiles = panels * (panels + 1) / 2;
@@ -115,7 +116,8 @@ size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask&
   const int64_t depth = round_up(chunk, 2);
 
   Workspace workspace(memory);
-  const auto buffers = take_feature_buffers<W>(workspace, map, from_rows ? chunk : 1, from_rows ? task_rows : kPanel, threads);
+  const auto buffers =
+      take_feature_buffers<W>(workspace, map, from_rows ? chunk : 1, from_rows ? task_rows : kPanel, threads);
   float* c = from_rows ? workspace.take<float>(chunk * stride) : nullptr;
   auto* logits = workspace.take<float>(panels * chunk);  // (panel, row)
   auto* root = workspace.take<float>(chunk);
@@ -132,33 +134,35 @@ size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask&
     for (int64_t start = 0; start < total; start += chunk) {
       const int64_t count = minimum(chunk, total - start);
       if (from_rows) {
-        feature_stages<W>(team, map, rows, start, count, task_rows, buffers,
-                          [&](const float* features, int64_t panel, int64_t first, int64_t n) {
-                            beta_product(static_cast<int>(n), features, task.beta + panel * kPanel,
-                                         logits + panel * chunk + first);
-                            for (int64_t r = 0; r < n; ++r) {
-                              std::memcpy(c + (first + r) * stride + panel * kPanel, features + r * kPanel,
-                                          sizeof(float) * kPanel);
-                            }
-                          });
+        feature_stages<W>(
+            team, map, rows, start, count, task_rows, buffers,
+            [&](const float* features, int64_t panel, int64_t first, int64_t n) {
+              beta_product(static_cast<int>(n), features, task.beta + panel * kPanel, logits + panel * chunk + first);
+              for (int64_t r = 0; r < n; ++r) {
+                std::memcpy(c + (first + r) * stride + panel * kPanel, features + r * kPanel, sizeof(float) * kPanel);
+              }
+            });
       }
-      const FeatureSource source{from_rows ? c : task.features, stride,
-                                 from_rows ? nullptr : task.pairs + 2 * start};
-      for (int64_t n; (n = team.claim()) < count;) {
+      const FeatureSource source{from_rows ? c : task.features, stride, from_rows ? nullptr : task.pairs + 2 * start};
+      team.each(count, [&](int64_t n) {
         float g = 0.0f;
         for (int64_t p = 0; p < panels; ++p) {
           if (from_rows) {
             g += logits[p * chunk + n];
           } else {
             Vec dot = zero();
-            for (int64_t k = p * kPanel; k < (p + 1) * kPanel; k += kWidth) dot = fma(source.at(n, k), load(task.beta + k), dot);
+            for (int64_t k = p * kPanel; k < (p + 1) * kPanel; k += kWidth)
+              dot = fma(source.at(n, k), load(task.beta + k), dot);
             g += sum(dot);
           }
         }
         datum_terms(task, start + n, g + task.beta0, root + n, residual + n, likelihoods + n);
-      }
-      team.next_stage();
-      for (int64_t panel; (panel = team.claim()) < panels;) {
+      });
+      team.each(panels + 1, [&](int64_t panel) {
+        if (panel == panels) {  // one task more: the likelihoods, in the order of the rows
+          for (int64_t n = 0; n < count; ++n) log_likelihood += likelihoods[n];
+          return;
+        }
         weighted_panel<G>(source, 0, count, panel * kPanel, root, residual, weighted + panel * depth * kPanel, tile);
         const int64_t columns = minimum(kPanel, map.features - panel * kPanel);
         if (task.gradient_double) {
@@ -166,30 +170,22 @@ size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask&
         } else {
           add_scaled(static_cast<float*>(task.gradient) + panel * kPanel, tile, columns, scale);
         }
-      }
-      if (team.rank() == 0) {
-        for (int64_t n = 0; n < count; ++n) log_likelihood += likelihoods[n];
-      }
-      team.next_stage();
+      });
       const int k = static_cast<int>(round_up(count, G::kStep));
-      for (int64_t index; (index = team.claim()) < tiles;) {
+      team.each(tiles, [&](int64_t index) {
         int64_t i = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(index) + 1.0) - 1.0) / 2.0);
         while (i * (i + 1) / 2 > index) --i;
         while ((i + 1) * (i + 2) / 2 <= index) ++i;
         const int64_t j = index - i * (i + 1) / 2;
         const auto* left = weighted + i * depth * kPanel;
         const auto* right = weighted + j * depth * kPanel;
-        for (int k0 = 0; k0 < k; k0 += kGramDepth) {
-          rows_product<G, 1>(kPanel, left + k0 * kPanel, G::kStep, kPanel * G::kStep, right + k0 * kPanel,
-                          static_cast<int>(minimum(kGramDepth, k - k0)), tile, k0 > 0, nullptr);
-        }
+        rows_product<G, 1>(kPanel, left, G::kStep, kPanel * G::kStep, right, k, tile, false, nullptr);
         if (task.precision_double) {
           add_tile(static_cast<double*>(task.precision), map.features, i, j, tile, static_cast<double>(scale) * scale);
         } else {
           add_tile(static_cast<float*>(task.precision), map.features, i, j, tile, scale * scale);
         }
-      }
-      team.next_stage();
+      });
     }
   });
   *task.log_likelihood = log_likelihood;
@@ -203,9 +199,8 @@ size_t accumulate(const Map& map, const Rows& rows, const AccumulateTask& task, 
     if (workspace != nullptr) *task.log_likelihood = 0.0;
     return 0;
   }
-  return with_weight_type(map.dtype, [&](auto weight) {
-    return accumulate_chunks<decltype(weight)>(map, rows, task, threads, workspace);
-  });
+  return with_weight_type(
+      map.dtype, [&](auto weight) { return accumulate_chunks<decltype(weight)>(map, rows, task, threads, workspace); });
 }
 
 }  // namespace rmcore::cpu::RMCORE_ISA

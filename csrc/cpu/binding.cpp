@@ -67,8 +67,18 @@ Map make_map(const std::string& dtype, bool cosine, bool tanh, bool layernorm, i
   require(layer == 0 || layer_size > 0, "map: expected a positive layer size");
   require(projection != 0 || !cosine, "map: random Fourier features need a projection");
   require(projection != 0 || features == (layer == 0 ? hidden : layer_size), "map: features differ from their input");
-  return {weight_dtype(dtype), cosine, tanh, layernorm, hidden, layer_size, features, pointer<const void>(layer),
-          pointer<const float>(layer_bias), pointer<const void>(projection), pointer<const float>(phase), input_scale};
+  return {weight_dtype(dtype),
+          cosine,
+          tanh,
+          layernorm,
+          hidden,
+          layer_size,
+          features,
+          pointer<const void>(layer),
+          pointer<const float>(layer_bias),
+          pointer<const void>(projection),
+          pointer<const float>(phase),
+          input_scale};
 }
 
 Head make_head(const Map& map, uintptr_t beta, uintptr_t factor, float beta0, float factor_scale, float amplitude) {
@@ -93,8 +103,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of rmcore";
   m.attr("PANEL") = kPanel;
 
-  m.def("isa", [] { return isa_name(active_isa()); },
-        "The instruction set in use: scalar, avx2, avx512 or avx512_bf16.");
+  m.def(
+      "isa", [] { return isa_name(active_isa()); }, "The instruction set in use: scalar, avx2, avx512 or avx512_bf16.");
   m.def("best_isa", [] { return isa_name(detect_isa()); }, "The best instruction set of this machine.");
   m.def(
       "set_isa",
@@ -135,9 +145,8 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Head& head, uintptr_t data, const std::string& dtype, int64_t count, int64_t row_stride,
          int64_t col_stride, uintptr_t out, int threads, uintptr_t workspace, size_t workspace_bytes) {
         const Rows rows = make_rows(data, dtype, count, row_stride, col_stride);
-        return run(workspace, workspace_bytes, [&](void* memory) {
-          return kernels().score(head, rows, pointer<float>(out), threads, memory);
-        });
+        return run(workspace, workspace_bytes,
+                   [&](void* memory) { return kernels().score(head, rows, pointer<float>(out), threads, memory); });
       },
       py::arg("head"), py::arg("data"), py::arg("dtype"), py::arg("count"), py::arg("row_stride"),
       py::arg("col_stride"), py::arg("out"), py::arg("threads"), py::arg("workspace"), py::arg("workspace_bytes"));
@@ -159,8 +168,8 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Map& map, uintptr_t data, const std::string& dtype, int64_t count, int64_t row_stride,
          int64_t col_stride, uintptr_t beta, float beta0, bool logistic, float feature_scale, uintptr_t labels,
          uintptr_t sample_weight, uintptr_t features, int64_t features_stride, uintptr_t pairs, int64_t pair_count,
-         uintptr_t precision, bool precision_double, uintptr_t gradient, bool gradient_double,
-         uintptr_t log_likelihood, int threads, uintptr_t workspace, size_t workspace_bytes) {
+         uintptr_t precision, bool precision_double, uintptr_t gradient, bool gradient_double, uintptr_t log_likelihood,
+         int threads, uintptr_t workspace, size_t workspace_bytes) {
         const Rows rows = make_rows(data, dtype, count, row_stride, col_stride);
         require((pairs == 0) == (features == 0), "pairs: go with the features of all rows");
         require(features == 0 || (features_stride % kPanel == 0 && features_stride >= map.features),

@@ -1,10 +1,10 @@
 // Matrix products of rows with weight panels: acc (rows × 64) += A (rows × k) · panel (k × 64), float32 accumulators.
 //
-// A panel holds 64 columns of the product, k-major: float and fp16 as [k][64], bf16 as pairs [k/2][64][2], which is what
-// the bf16 dot product takes, and which a shift and a mask turn into two float vectors elsewhere. A block of 6 rows × 64
-// (AVX-512) or fewer columns stays in registers while k runs through one weight block; blocks are summed apart and then
-// added, which keeps rounding errors small. The order of additions along k is the same for every row, whatever block it
-// falls in, so a row's result does not depend on its neighbours or on the size of the batch.
+// A panel holds 64 columns of the product, k-major: float and fp16 as [k][64], bf16 as pairs [k/2][64][2], which is
+// what the bf16 dot product takes, and which a shift and a mask turn into two float vectors elsewhere. A block of 6
+// rows × 64 (AVX-512) or fewer columns stays in registers while k runs through one weight block; blocks are summed
+// apart and then added, which keeps rounding errors small. The order of additions along k is the same for every row,
+// whatever block it falls in, so a row's result does not depend on its neighbours or on the size of the batch.
 #pragma once
 
 #include <cstddef>
@@ -16,12 +16,17 @@
 namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
-constexpr int kRowBlock = 6;      // rows of a register block
+constexpr int kRowBlock = 6;        // rows of a register block
 constexpr int kConvertDepth = 256;  // k of a weight block that may first be converted to float (64 KB)
-constexpr int kConvertRows = 12;  // from how many rows on converting first pays
+constexpr int kConvertRows = 12;    // from how many rows on converting first pays
+
+// Where weights are asked for before they are needed. With one row block, memory is the limit: 8 KB ahead, into the
+// first cache. With more, the next weight block is asked for while this one is at work, into the second.
+enum class Ahead { nothing, near, block };
+constexpr ptrdiff_t kNear = 8192;
 
 // A weight type: how it is stored, what it is multiplied with, how many k one step takes, and the k of a weight block
-// that is used for all rows before the next one is read (64 KB).
+// that is used for all rows before the next one is read (at most 128 KB).
 struct F32 {
   using Store = float;
   using Act = float;
@@ -38,7 +43,7 @@ struct BF16 {
   using Store = uint16_t;
 #if defined(__AVX512BF16__)
   using Act = uint16_t;
-  static constexpr int kDepth = 512;
+  static constexpr int kDepth = 1024;
 #else
   using Act = float;
   static constexpr int kDepth = kConvertDepth;
@@ -66,7 +71,7 @@ constexpr bool kConverts = !Same<W, F32>::value && Same<typename W::Act, float>:
 // Weight vectors of step `w` into b[kStep][N].
 template <class W, int N>
 inline void load_step(const typename W::Store* w, Vec (&b)[W::kStep][N]) {
-#pragma GCC unroll 4
+  RMCORE_UNROLL
   for (int j = 0; j < N; ++j) {
     if constexpr (Same<W, F32>::value) {
       b[0][j] = load(w + j * kWidth);
@@ -79,35 +84,35 @@ inline void load_step(const typename W::Store* w, Vec (&b)[W::kStep][N]) {
 }
 
 // R rows × kColumnVecs vectors. Row r, k at a[r * row_stride + k / kStep * step_stride + k % kStep].
-// Each step asks for `Prefetch` lines of memory that the next call will read.
-template <class W, int R, int Prefetch>
+// Each step asks for `Lines` cache lines from `next` on.
+template <class W, int R, Ahead kAhead, int Lines>
 inline void block_product(const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
                           const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
   constexpr int N = kColumnVecs;
   Vec s[R][N];
-#pragma GCC unroll 6
+  RMCORE_UNROLL
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+    RMCORE_UNROLL
     for (int j = 0; j < N; ++j) s[r][j] = zero();
   }
   const int steps = k / W::kStep;
   for (int p = 0; p < steps; ++p) {
-    if constexpr (Prefetch > 0) {
-#pragma GCC unroll 4
-      for (int i = 0; i < Prefetch; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
-      next += 64 * Prefetch;
+    if constexpr (kAhead != Ahead::nothing) {
+      RMCORE_UNROLL
+      for (int i = 0; i < Lines; ++i) __builtin_prefetch(next + 64 * i, 0, kAhead == Ahead::near ? 3 : 2);
+      next += 64 * Lines;
     }
 #if defined(__AVX512BF16__)
     if constexpr (Same<W, BF16>::value) {
       __m512bh b[N];
-#pragma GCC unroll 4
+      RMCORE_UNROLL
       for (int j = 0; j < N; ++j) b[j] = (__m512bh)_mm512_loadu_si512(w + j * 2 * kWidth);
-#pragma GCC unroll 6
+      RMCORE_UNROLL
       for (int r = 0; r < R; ++r) {
         int pair;
         std::memcpy(&pair, a + r * row_stride, 4);
         const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
+        RMCORE_UNROLL
         for (int j = 0; j < N; ++j) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, b[j]);
       }
       a += step_stride;
@@ -118,12 +123,12 @@ inline void block_product(const typename W::Act* a, ptrdiff_t row_stride, ptrdif
     if constexpr (Same<typename W::Act, float>::value) {
       Vec b[W::kStep][N];
       load_step<W, N>(w, b);
-#pragma GCC unroll 2
+      RMCORE_UNROLL
       for (int i = 0; i < W::kStep; ++i) {
-#pragma GCC unroll 6
+        RMCORE_UNROLL
         for (int r = 0; r < R; ++r) {
           const Vec x = splat(a[r * row_stride + i]);
-#pragma GCC unroll 4
+          RMCORE_UNROLL
           for (int j = 0; j < N; ++j) s[r][j] = fma(x, b[i][j], s[r][j]);
         }
       }
@@ -131,9 +136,9 @@ inline void block_product(const typename W::Act* a, ptrdiff_t row_stride, ptrdif
     a += step_stride;
     w += kPanel * W::kStep;
   }
-#pragma GCC unroll 6
+  RMCORE_UNROLL
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+    RMCORE_UNROLL
     for (int j = 0; j < N; ++j) {
       float* out = acc + r * kPanel + j * kWidth;
       store(out, accumulate ? add(load(out), s[r][j]) : s[r][j]);
@@ -142,7 +147,7 @@ inline void block_product(const typename W::Act* a, ptrdiff_t row_stride, ptrdif
 }
 
 // One register block across all 64 columns.
-template <class W, int Prefetch>
+template <class W, Ahead kAhead, int Lines>
 void block_row(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
                const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
   constexpr int columns = kColumnVecs * kWidth;
@@ -151,22 +156,22 @@ void block_row(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrdiff
     float* out = acc + c;
     switch (rows) {
       case 1:
-        block_product<W, 1, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        block_product<W, 1, kAhead, Lines>(a, row_stride, step_stride, slice, k, out, accumulate, next);
         break;
       case 2:
-        block_product<W, 2, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        block_product<W, 2, kAhead, Lines>(a, row_stride, step_stride, slice, k, out, accumulate, next);
         break;
       case 3:
-        block_product<W, 3, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        block_product<W, 3, kAhead, Lines>(a, row_stride, step_stride, slice, k, out, accumulate, next);
         break;
       case 4:
-        block_product<W, 4, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        block_product<W, 4, kAhead, Lines>(a, row_stride, step_stride, slice, k, out, accumulate, next);
         break;
       case 5:
-        block_product<W, 5, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        block_product<W, 5, kAhead, Lines>(a, row_stride, step_stride, slice, k, out, accumulate, next);
         break;
       default:
-        block_product<W, 6, Prefetch>(a, row_stride, step_stride, slice, k, out, accumulate, next);
+        block_product<W, 6, kAhead, Lines>(a, row_stride, step_stride, slice, k, out, accumulate, next);
     }
   }
 }
@@ -182,12 +187,16 @@ void rows_product(int rows, const typename W::Act* a, ptrdiff_t row_stride, ptrd
     const int n = (rows - r + blocks - b - 1) / (blocks - b);
     const auto* block = a + r * row_stride;
     float* out = acc + static_cast<ptrdiff_t>(r) * kPanel;
-    if (next != nullptr && blocks < Lines && b == 0) {
-      block_row<W, Lines>(n, block, row_stride, step_stride, w, k, out, accumulate, next);
+    if (blocks == 1) {
+      const char* near = reinterpret_cast<const char*>(w) + kNear;
+      block_row<W, Ahead::near, Lines>(n, block, row_stride, step_stride, w, k, out, accumulate, near);
+    } else if (next != nullptr && blocks < Lines && b == 0) {
+      block_row<W, Ahead::block, Lines>(n, block, row_stride, step_stride, w, k, out, accumulate, next);
     } else if (next != nullptr && blocks >= Lines && b < Lines) {
-      block_row<W, 1>(n, block, row_stride, step_stride, w, k, out, accumulate, next + 64 * step_count * b);
+      const char* share = next + 64 * step_count * b;
+      block_row<W, Ahead::block, 1>(n, block, row_stride, step_stride, w, k, out, accumulate, share);
     } else {
-      block_row<W, 0>(n, block, row_stride, step_stride, w, k, out, accumulate, nullptr);
+      block_row<W, Ahead::nothing, 1>(n, block, row_stride, step_stride, w, k, out, accumulate, nullptr);
     }
     r += n;
   }

@@ -26,9 +26,9 @@ struct Map {
   bool cosine;  // c = cos 2πt, else c = t
   bool tanh;
   bool layernorm;
-  int64_t hidden;    // h
+  int64_t hidden;      // h
   int64_t layer_size;  // m, with a layer
-  int64_t features;  // D
+  int64_t features;    // D
   const void* layer;
   const float* layer_bias;
   const void* projection;
@@ -47,21 +47,21 @@ struct Head {
 };
 
 struct AccumulateTask {
-  const float* beta;            // for c, padded
+  const float* beta;  // for c, padded
   float beta0;
   bool logistic;
   float feature_scale;
-  const float* labels;          // (N)
-  const float* sample_weight;   // (N) or nullptr
-  const float* features;        // (R, ldf) c of every row, in pairs mode; else nullptr
+  const float* labels;         // (N)
+  const float* sample_weight;  // (N) or nullptr
+  const float* features;       // (R, ldf) c of every row, in pairs mode; else nullptr
   int64_t features_stride;
-  const int64_t* pairs;         // (N, 2) or nullptr
-  int64_t count;                // N
-  void* precision;              // (D, D), lower triangle
+  const int64_t* pairs;  // (N, 2) or nullptr
+  int64_t count;         // N
+  void* precision;       // (D, D), lower triangle
   bool precision_double;
-  void* gradient;               // (D)
+  void* gradient;  // (D)
   bool gradient_double;
-  double* log_likelihood;       // (1)
+  double* log_likelihood;  // (1)
 };
 
 // Every kernel writes through its pointers and keeps its temporaries in `workspace`; with a null workspace it touches

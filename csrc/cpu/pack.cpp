@@ -31,14 +31,14 @@ template <class T, int kStep>
 void pack_matrix(const T* matrix, int64_t rows, int64_t cols, T* panels, int threads) {
   const int64_t depth = round_up(cols, kStep), count = panels_of(rows);
   parallel(threads, [&](Team& team) {
-    for (int64_t panel; (panel = team.claim()) < count;) {
+    team.each(count, [&](int64_t panel) {
       const int n = static_cast<int>(minimum(kPanel, rows - panel * kPanel));
       for (int64_t k = 0; k < cols; k += kPackDepth) {
         const int width = static_cast<int>(minimum(kPackDepth, cols - k));
         transpose_block<T, kStep>(matrix + panel * kPanel * cols + k, cols, n, width,
                                   panels + (panel * depth + k) * kPanel);
       }
-    }
+    });
   });
 }
 
@@ -46,7 +46,7 @@ template <class T, int kStep>
 void pack_tiles(const T* tiles, int64_t size, T* panels, int threads) {
   const int64_t count = panels_of(size);
   parallel(threads, [&](Team& team) {
-    for (int64_t task; (task = team.claim()) < count;) {
+    team.each(count, [&](int64_t task) {
       const int64_t panel = count - 1 - task, depth = factor_depth(size, panel, kStep);
       const int64_t tile_row = panel * kPanel / kTile, row = panel * kPanel % kTile;
       for (int64_t k = 0; k < depth; k += kPackDepth) {
@@ -55,7 +55,7 @@ void pack_tiles(const T* tiles, int64_t size, T* panels, int threads) {
         transpose_block<T, kStep>(tile + row * kTile + k % kTile, kTile, kPanel, width,
                                   panels + factor_offset(panel) + k * kPanel);
       }
-    }
+    });
   });
 }
 

@@ -86,8 +86,8 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
   const auto buffers = take_feature_buffers<W>(workspace, map, most_rows, most_rows, threads);
   const int64_t stride = act_stride<Act>(map.features);
   auto* delta = workspace.take<Act>(most_rows * stride);
-  auto* row_logits = workspace.take<float>(panels * most_rows);   // (panel, row)
-  auto* partial = workspace.take<float>(panels * most_pairs);     // (panel, pair)
+  auto* row_logits = workspace.take<float>(panels * most_rows);  // (panel, row)
+  auto* partial = workspace.take<float>(panels * most_pairs);    // (panel, pair)
   auto* members = workspace.take<Group>(most_groups);
   if (workspace.counting()) return workspace.used();
 
@@ -95,7 +95,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
     int64_t row = 0, pair = 0;
     for (int64_t done = 0; done < groups;) {
       const Chunk chunk = next_chunk(sizes + done, groups - done);
-      if (team.rank() == 0) {
+      team.each(1, [&](int64_t) {
         int64_t first = 0, pairs = 0;
         for (int64_t i = 0; i < chunk.groups; ++i) {
           const int64_t k = sizes[done + i];
@@ -103,25 +103,23 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
           first += k;
           pairs += k * (k - 1) / 2;
         }
-      }
-      team.next_stage();
-      feature_stages<W>(team, map, rows, row, chunk.rows, most_rows, buffers,
-                        [&](float* tile, int64_t panel, int64_t, int64_t n) {
-                          subtract_first(tile, members, chunk.groups);
-                          beta_product(static_cast<int>(n), tile, head.beta + panel * kPanel,
-                                       row_logits + panel * most_rows);
-                          Act* to = delta + panel * kPanel;
-                          for (int64_t r = 0; r < n; ++r) {
-                            for (int j = 0; j < kPanel; j += kWidth) {
-                              store_act(to + r * stride + j, load(tile + r * kPanel + j));
-                            }
-                          }
-                        });
+      });
+      feature_stages<W>(
+          team, map, rows, row, chunk.rows, most_rows, buffers, [&](float* tile, int64_t panel, int64_t, int64_t n) {
+            subtract_first(tile, members, chunk.groups);
+            beta_product(static_cast<int>(n), tile, head.beta + panel * kPanel, row_logits + panel * most_rows);
+            Act* to = delta + panel * kPanel;
+            for (int64_t r = 0; r < n; ++r) {
+              for (int j = 0; j < kPanel; j += kWidth) {
+                store_act(to + r * stride + j, load(tile + r * kPanel + j));
+              }
+            }
+          });
       factor_stage<W>(team, map.features, static_cast<const typename W::Store*>(head.factor), delta, stride, chunk.rows,
                       most_rows, buffers, [&](const float* tile, int64_t panel, int64_t, int64_t) {
                         pair_squares(tile, members, chunk.groups, partial + panel * most_pairs);
                       });
-      for (int64_t i; (i = team.claim()) < chunk.groups;) {
+      team.each(chunk.groups, [&](int64_t i) {
         const Group& group = members[i];
         int64_t at = group.pairs;
         for (int64_t r = 0; r < group.size; ++r) {
@@ -137,8 +135,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
             variances[pair + at] = v * head.factor_scale;
           }
         }
-      }
-      team.next_stage();
+      });
       done += chunk.groups;
       row += chunk.rows;
       pair += chunk.pairs;

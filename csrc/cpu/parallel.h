@@ -1,4 +1,8 @@
-// A team of threads that walks through stages together: claim tasks, meet, go on.
+// A team of threads that walks through stages of tasks together.
+//
+// A stage is over when its tasks are done, not when every thread has come by: a thread the system has put aside holds
+// the others up only if it holds a task, and finds nothing left to do when it wakes. Who does which task varies; no
+// result may depend on it.
 //
 // The threads are OpenMP's. Where torch's wheels and this module end up on one libgomp (they do: torch loads its own
 // into the global scope first) the pool is torch's, so nobody's idle threads spin against ours.
@@ -12,22 +16,43 @@ struct TeamState;
 
 class Team {
  public:
-  Team(TeamState& state, int rank, int size) : state_(state), rank_(rank), size_(size) {}
+  Team(TeamState& state, int rank) : state_(state), rank_(rank) {}
 
+  // Which thread this is, for temporaries of its own.
   int rank() const { return rank_; }
-  int size() const { return size_; }
 
-  // The next task of this stage, 0, 1, 2, ... Who gets which varies; results never depend on it.
-  int64_t claim();
+  // One stage: body(task) for tasks 0 .. count − 1, shared out; returns when all are done.
+  template <class Body>
+  void each(int64_t count, Body&& body) {
+    if (count <= 0) return;
+    for (int64_t task; (task = claim()) < count;) {
+      body(task);
+      finish(count);
+    }
+    wait();
+  }
 
-  // Waits for all, then starts the next stage. Every thread must have stopped claiming.
-  void next_stage();
+  // The same with body(task, following): `following` is this thread's next task, or ≥ count.
+  template <class Body>
+  void each_ahead(int64_t count, Body&& body) {
+    if (count <= 0) return;
+    for (int64_t task = claim(); task < count;) {
+      const int64_t following = claim();
+      body(task, following);
+      finish(count);
+      task = following;
+    }
+    wait();
+  }
 
  private:
+  int64_t claim();
+  void finish(int64_t count);
+  void wait();
+
   TeamState& state_;
   int rank_;
-  int size_;
-  int stage_ = 0;
+  int64_t stage_ = 0;
 };
 
 using TeamBody = void (*)(Team& team, void* context);
@@ -37,8 +62,7 @@ void run_team(int threads, TeamBody body, void* context);
 
 template <class Body>
 inline void parallel(int threads, Body&& body) {
-  run_team(
-      threads, [](Team& team, void* context) { (*static_cast<decltype(&body)>(context))(team); }, &body);
+  run_team(threads, [](Team& team, void* context) { (*static_cast<decltype(&body)>(context))(team); }, &body);
 }
 
 }  // namespace rmcore::cpu

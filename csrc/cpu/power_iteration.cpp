@@ -85,7 +85,7 @@ size_t iterate(const typename W::Store* weight, int64_t m, int64_t n, int64_t ro
   Workspace workspace(memory);
   auto* sums = workspace.take<float>(parts * stride);
   auto* next = workspace.take<float>(stride);
-  auto* squares = workspace.take<double>(parts);        // of y
+  auto* squares = workspace.take<double>(parts);         // of y
   auto* slice_squares = workspace.take<double>(slices);  // of w
   if (workspace.counting()) return workspace.used();
 
@@ -96,7 +96,7 @@ size_t iterate(const typename W::Store* weight, int64_t m, int64_t n, int64_t ro
 
   parallel(threads, [&](Team& team) {
     for (int step = 0; step < iterations; ++step) {
-      for (int64_t part; (part = team.claim()) < parts;) {
+      team.each(parts, [&](int64_t part) {
         float* own = sums + part * stride;
         std::memset(own, 0, sizeof(float) * n);
         double total = 0.0;
@@ -111,9 +111,8 @@ size_t iterate(const typename W::Store* weight, int64_t m, int64_t n, int64_t ro
           add_rows<W>(weight + row * row_stride, row_stride, rows, y, own, n);
         }
         squares[part] = total;
-      }
-      team.next_stage();
-      for (int64_t slice; (slice = team.claim()) < slices;) {
+      });
+      team.each(slices, [&](int64_t slice) {
         const int64_t first = slice * kSlice, end = minimum(n, first + kSlice);
         double total = 0.0;
         for (int64_t i = first; i < end; ++i) next[i] = 0.0f;
@@ -122,9 +121,8 @@ size_t iterate(const typename W::Store* weight, int64_t m, int64_t n, int64_t ro
         }
         for (int64_t i = first; i < end; ++i) total += static_cast<double>(next[i]) * next[i];
         slice_squares[slice] = total;
-      }
-      team.next_stage();
-      if (team.rank() == 0) {
+      });
+      team.each(1, [&](int64_t) {
         double length = 0.0, y_length = 0.0;
         for (int64_t slice = 0; slice < slices; ++slice) length += slice_squares[slice];
         for (int64_t part = 0; part < parts; ++part) y_length += squares[part];
@@ -133,8 +131,7 @@ size_t iterate(const typename W::Store* weight, int64_t m, int64_t n, int64_t ro
           for (int64_t i = 0; i < n; ++i) vector[i] = next[i] * scale;
         }
         *sigma = static_cast<float>(std::sqrt(y_length));
-      }
-      team.next_stage();
+      });
     }
   });
   return workspace.used();

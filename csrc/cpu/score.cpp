@@ -68,7 +68,7 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
                           variances[panel * chunk + first + r] = sum(squares);
                         }
                       });
-      for (int64_t r; (r = team.claim()) < count;) {
+      team.each(count, [&](int64_t r) {
         float g = 0.0f, v = 0.0f;
         for (int64_t p = 0; p < panels; ++p) {
           g += logits[p * chunk + r];
@@ -81,8 +81,7 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
         out[total + start + r] = v;
         out[2 * total + start + r] = u;
         out[3 * total + start + r] = g / u;
-      }
-      team.next_stage();
+      });
     }
   });
   return workspace.used();
@@ -92,9 +91,8 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
 
 size_t score(const Head& head, const Rows& rows, float* out, int threads, void* workspace) {
   if (rows.count == 0) return 0;
-  return with_weight_type(head.map.dtype, [&](auto weight) {
-    return score_chunks<decltype(weight)>(head, rows, out, threads, workspace);
-  });
+  return with_weight_type(
+      head.map.dtype, [&](auto weight) { return score_chunks<decltype(weight)>(head, rows, out, threads, workspace); });
 }
 
 }  // namespace rmcore::cpu::RMCORE_ISA

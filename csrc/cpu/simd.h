@@ -9,6 +9,13 @@
 #include <immintrin.h>
 #endif
 
+// Before a loop over registers: unroll it whole.
+#if defined(__clang__)
+#define RMCORE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define RMCORE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
@@ -91,9 +98,7 @@ inline float sum(Vec a) {
   const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
-inline Vec load_f16(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+inline Vec load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Vec load_bf16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));

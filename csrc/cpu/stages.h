@@ -122,8 +122,8 @@ void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* 
 template <class W>
 struct FeatureBuffers {
   using Act = typename W::Act;
-  Act* hidden;  // (rows, h)
-  float* layer;  // (rows, m)
+  Act* hidden;     // (rows, h)
+  float* layer;    // (rows, m)
   Act* activated;  // (rows, m)
   int64_t hidden_stride, layer_stride, activated_stride;
   Workspace::PerThread<float> acc;      // (rows of a task, 64)
@@ -153,7 +153,8 @@ template <class Act>
 void finish_layer_row(const Map& map, float* z, Act* out) {
   const int64_t m = map.layer_size;
   if (map.tanh) {
-    for (int64_t i = 0; i < m; ++i) z[i] = std::tanh(z[i]);
+    // tanh saturates: an infinite hidden value would come out as a confident answer. z − z keeps it from that.
+    for (int64_t i = 0; i < m; ++i) z[i] = std::tanh(z[i]) + (z[i] - z[i]);
   }
   if (map.layernorm) {
     Vec total = zero();
@@ -211,7 +212,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
 
   if (map.projection == nullptr && map.layer == nullptr) {  // c = s x: nothing to multiply
     const int64_t panels = panels_of(map.hidden);
-    for (int64_t task; (task = team.claim()) < panels * groups;) {
+    team.each(panels * groups, [&](int64_t task) {
       const int64_t panel = task / groups, first = task % groups * task_rows;
       const int64_t n = minimum(task_rows, count - first);
       for (int64_t r = 0; r < n; ++r) {
@@ -222,15 +223,12 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
         }
       }
       emit(acc, panel, first, n);
-    }
-    team.next_stage();
+    });
     return;
   }
 
-  for (int64_t r; (r = team.claim()) < count;) {
-    load_row(rows, start + r, map.hidden, map.input_scale, b.hidden + r * b.hidden_stride);
-  }
-  team.next_stage();
+  team.each(count,
+            [&](int64_t r) { load_row(rows, start + r, map.hidden, map.input_scale, b.hidden + r * b.hidden_stride); });
 
   const Act* input = b.hidden;
   int64_t input_stride = b.hidden_stride;
@@ -238,7 +236,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
   if (map.layer != nullptr) {
     const int64_t panels = panels_of(map.layer_size);
     const int k = static_cast<int>(round_up(depth, W::kStep));
-    for (int64_t task; (task = team.claim()) < panels * groups;) {
+    team.each(panels * groups, [&](int64_t task) {
       const int64_t panel = task / groups, first = task % groups * task_rows;
       const int64_t n = minimum(task_rows, count - first);
       const auto* weights = static_cast<const typename W::Store*>(map.layer) + panel * k * kPanel;
@@ -250,12 +248,10 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
           store(b.layer + (first + r) * b.layer_stride + panel * kPanel + c, z);
         }
       }
-    }
-    team.next_stage();
-    for (int64_t r; (r = team.claim()) < count;) {
+    });
+    team.each(count, [&](int64_t r) {
       finish_layer_row(map, b.layer + r * b.layer_stride, b.activated + r * b.activated_stride);
-    }
-    team.next_stage();
+    });
     input = b.activated;
     input_stride = b.activated_stride;
     depth = map.layer_size;
@@ -263,23 +259,21 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
 
   if (map.projection == nullptr) {  // c = z
     const int64_t panels = panels_of(map.layer_size);
-    for (int64_t task; (task = team.claim()) < panels * groups;) {
+    team.each(panels * groups, [&](int64_t task) {
       const int64_t panel = task / groups, first = task % groups * task_rows;
       const int64_t n = minimum(task_rows, count - first);
       for (int64_t r = 0; r < n; ++r) {
         std::memcpy(acc + r * kPanel, b.layer + (first + r) * b.layer_stride + panel * kPanel, sizeof(float) * kPanel);
       }
       emit(acc, panel, first, n);
-    }
-    team.next_stage();
+    });
     return;
   }
 
   const int64_t tasks = panels_of(map.features) * groups;
   const int k = static_cast<int>(round_up(depth, W::kStep));
   const auto* projection = static_cast<const typename W::Store*>(map.projection);
-  for (int64_t task = team.claim(); task < tasks;) {
-    const int64_t following = team.claim();  // known early, so that its weights can be asked for
+  team.each_ahead(tasks, [&](int64_t task, int64_t following) {  // the next one's weights are asked for early
     const int64_t panel = task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? projection + following / groups * k * kPanel : nullptr;
@@ -287,9 +281,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
                      k, acc, scratch, next);
     finish_features(map, panel, static_cast<int>(n), acc);
     emit(acc, panel, first, n);
-    task = following;
-  }
-  team.next_stage();
+  });
 }
 
 // -- the triangular product -------------------------------------------------------------------------------------------
@@ -298,15 +290,16 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
 inline int64_t factor_depth(int64_t size, int64_t panel, int step) {
   return minimum((panel + 1) * kPanel, round_up(size, step));
 }
-inline int64_t factor_offset(int64_t panel) { return static_cast<int64_t>(kPanel) * kPanel * (panel * (panel + 1) / 2); }
+inline int64_t factor_offset(int64_t panel) {
+  return static_cast<int64_t>(kPanel) * kPanel * (panel * (panel + 1) / 2);
+}
 
 // y = U c by panels, longest first. `emit(tile, panel, first, n)` receives y as feature_stages does c.
 template <class W, class Emit>
 void factor_stage(Team& team, int64_t size, const typename W::Store* factor, const typename W::Act* c, int64_t stride,
                   int64_t count, int64_t task_rows, const FeatureBuffers<W>& b, Emit&& emit) {
   const int64_t groups = ceil_div(count, task_rows), panels = panels_of(size), tasks = panels * groups;
-  for (int64_t task = team.claim(); task < tasks;) {
-    const int64_t following = team.claim();
+  team.each_ahead(tasks, [&](int64_t task, int64_t following) {
     const int64_t panel = panels - 1 - task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? factor + factor_offset(panels - 1 - following / groups) : nullptr;
@@ -314,9 +307,7 @@ void factor_stage(Team& team, int64_t size, const typename W::Store* factor, con
     panel_product<W>(static_cast<int>(n), c + first * stride, stride, factor + factor_offset(panel),
                      static_cast<int>(factor_depth(size, panel, W::kStep)), acc, b.scratch[team.rank()], next);
     emit(acc, panel, first, n);
-    task = following;
-  }
-  team.next_stage();
+  });
 }
 
 // Calls `run.template operator()<W>()` for the weight type of `dtype`.

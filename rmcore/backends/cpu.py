@@ -263,7 +263,7 @@ def _accumulate(
     padded_beta = _padded(beta * feature_map.feature_scale, d)
     labels = labels.float().contiguous()
     sample_weight = None if sample_weight is None else sample_weight.float().contiguous()
-    slope = gradient if gradient.is_contiguous() else gradient.contiguous()
+    gram, slope = precision.contiguous(), gradient.contiguous()
     _run(
         functools.partial(
             _cpu.accumulate,
@@ -279,15 +279,17 @@ def _accumulate(
             features_stride=0 if features is None else features.shape[1],
             pairs=_address(pairs),
             pair_count=0 if pairs is None else pairs.shape[0],
-            precision=precision.data_ptr(),
-            precision_double=precision.dtype == torch.float64,
+            precision=gram.data_ptr(),
+            precision_double=gram.dtype == torch.float64,
             gradient=slope.data_ptr(),
             gradient_double=slope.dtype == torch.float64,
             log_likelihood=total.data_ptr(),
             threads=torch.get_num_threads(),
         )
     )
-    if slope is not gradient:
+    if gram.data_ptr() != precision.data_ptr():
+        precision.copy_(gram)
+    if slope.data_ptr() != gradient.data_ptr():
         gradient.copy_(slope)
 
 

@@ -36,14 +36,6 @@ def _poison():
     torch.cuda.synchronize()
 
 
-@pytest.fixture
-def no_waiting():
-    """Any operation that waits for the GPU raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 def rows_of(count: int, h: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(count, h, device="cuda").to(dtype)
 
@@ -194,25 +186,24 @@ def test_large_accumulate_is_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_nothing_waits_for_the_gpu(no_waiting):
-    weights = checks.make_head(128, 300, torch.float16)
-    torch.cuda.set_sync_debug_mode("default")
-    weights = weights.to("cuda")
+def test_nothing_waits_for_the_gpu():
+    weights = checks.make_head(128, 300, torch.float16, device="cuda")
     hidden, labels = rows_of(130, 128, torch.float16), torch.rand(130, device="cuda")
     precision, gradient = torch.zeros(300, 300, device="cuda"), torch.zeros(300, device="cuda")
     pairs = torch.randint(0, 130, (70, 2), device="cuda")
     out = torch.empty(4, 130, device="cuda")
     matrix, vector = torch.randn(50, 60, device="cuda"), torch.randn(60, device="cuda")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    backend.score(hidden, weights, out)
-    backend.accumulate(hidden, labels, weights.map, weights.beta, precision, gradient, None, None, 0.0, "logistic")
-    backend.accumulate(
-        hidden, labels[:70], weights.map, weights.beta, precision, gradient, pairs, None, 0.0, "gaussian"
-    )
-    backend.pair_variance(hidden, torch.full((13,), 10), weights)
-    backend.pair_variance(hidden, torch.tensor([3, 7] * 13), weights)
-    backend.power_iteration(matrix, vector, 2)
+    torch.cuda.set_sync_debug_mode("error")  # whatever waits for the GPU now raises
+    try:
+        backend.score(hidden, weights, out)
+        for index, y in ((None, labels), (pairs, labels[:70])):
+            backend.accumulate(hidden, y, weights.map, weights.beta, precision, gradient, index, None, 0.0, "logistic")
+        for sizes in (torch.full((13,), 10), torch.tensor([3, 7] * 13)):
+            backend.pair_variance(hidden, sizes, weights)
+        backend.power_iteration(matrix, vector, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_captured_graphs_replay_on_new_data():

@@ -3,8 +3,8 @@
     python tests/kernels/compile_triton.py [--quick] [--archs 80 90 100] [--workers 2] [--json FILE]
 
 The backend itself is run, on meta tensors, with a stand-in for Triton's driver: whatever it would launch for a device,
-with the very specialisations it would have, is compiled and not launched. Fails on a spilled byte and on shared memory
-beyond the device's. Not for a process with TRITON_INTERPRET=1.
+with the very specialisations it would have, is compiled and not launched. Fails on a spilled byte, on shared
+memory beyond the device's, and on matrix instructions that cannot overlap. Not for a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class Build(NamedTuple):
     registers: int
     shared: int
     spills: int
+    unit: str
+    serialized: bool
 
 
 # -- the workload: calls that between them reach every row of every table ---------------------------------------------
@@ -52,44 +55,53 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
     """The backend's operations on meta tensors, at the sizes where the tables change."""
     from rmcore.kernels import heuristics
 
-    kind = KIND[arch]
-    for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
-        half = dtype.itemsize == 2
-        limits = {
-            limit for table in (heuristics._PROJECT, heuristics._PRODUCT) for limit, _ in table[kind, dtype.itemsize]
-        }
-        rows = sorted(int(limit) if limit < 1e9 else 8192 for limit in limits)
-        if quick:
-            rows = [rows[0], rows[-1]]
-        for b in rows:
-            yield functools.partial(_score, _weights(4096, 4096, dtype), b, dtype)
+    half, single = torch.float16, torch.float32
+
+    def limits(dtype: torch.dtype) -> list[int]:
+        tables = (heuristics._PROJECT, heuristics._PRODUCT)
+        found = {limit for table in tables for limit, _ in table[KIND[arch], dtype.itemsize]}
+        return sorted(int(limit) if limit < 1e9 else 8192 for limit in found)
+
+    square = {dtype: _weights(4096, 4096, dtype) for dtype in (half, torch.bfloat16, single)}
+    normed = _weights(4096, 4096, half, layer=4096, activation="tanh", layernorm=True)
+    if quick:
+        for rows in (16, 8192):
+            yield functools.partial(_score, square[half], rows, half)
+        yield functools.partial(_score, normed, 128, half)
+        yield functools.partial(_accumulate, square[half], torch.float64, half)
+        yield functools.partial(_pair_variance, square[half], half, (128,))
+        yield functools.partial(_power, 4096, single)
+        yield functools.partial(_score, square[single], 128, single)
+        yield functools.partial(_score, square[half], 8192, torch.bfloat16)
+        return
+    for dtype, weights in square.items():
+        for rows in limits(dtype):
+            yield functools.partial(_score, weights, rows, dtype)
         yield functools.partial(_score, _weights(8192, 8192, dtype), 1024, dtype)
-        precisions = [torch.float32] if quick and not half else [torch.float32, torch.float64]
-        for precision in precisions:
-            for d in (4096,) if quick else (4096, 8192):
+        for d in (4096, 8192):
+            for precision in (torch.float32, torch.float64):
                 yield functools.partial(_accumulate, _weights(d, d, dtype), precision, dtype)
-        yield functools.partial(_pair_variance, _weights(4096, 4096, dtype), dtype)
-        for h in (4096,) if quick else (1024, 4096, 5120, 16384):
+        yield functools.partial(_pair_variance, weights, dtype, (8, 128, 512))
+        for h in (1024, 4096, 5120, 16384):
             yield functools.partial(_power, h, dtype)
-        if dtype == torch.bfloat16 or (quick and not half):
-            continue
-        tanh = _weights(4096, 4096, dtype, layer=4096, activation="tanh", layernorm=True)
-        plain = _weights(4096, 4096, dtype, layer=4096, activation="tanh")
-        foreign = torch.bfloat16 if half else torch.float16
-        for b in (64, 8192) if quick else rows:
-            yield functools.partial(_score, tanh, b, dtype)
-            yield functools.partial(_score, plain, b, dtype)
-            if b < heuristics.STAGED_ROWS or b == rows[-1]:
-                yield functools.partial(_score, _weights(4096, 4096, dtype), b, foreign)
-        if not quick:
-            odd, ragged = _weights(1003, 1003, dtype), _weights(448, 1008, dtype)
-            for b in rows:
-                yield functools.partial(_score, odd, b - 1, dtype)
-                yield functools.partial(_score, ragged, b, dtype)
-            yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, likelihood="gaussian")
-            yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, weighted=True)
-            yield functools.partial(_score, _weights(4096, 4096, dtype, projection=False), 64, dtype)
-            yield functools.partial(_score, _weights(4096, 4096, dtype, features="linear"), 64, dtype)
+    for dtype, foreign in ((half, torch.bfloat16), (single, half)):
+        tanh = _weights(4096, 4096, dtype, layer=4096, activation="tanh")
+        for rows in limits(dtype):
+            yield functools.partial(_score, normed if dtype == half else tanh, rows, dtype)
+            yield functools.partial(_score, tanh, rows, dtype)
+            yield functools.partial(_score, square[dtype], rows, foreign)
+            yield functools.partial(_score, _weights(1003, 1003, dtype), rows - 1, dtype)
+            yield functools.partial(_score, _weights(448, 1008, dtype), rows, dtype)
+        odd, tiny = _weights(1003, 1003, dtype), _weights(1, 1, dtype)  # where every size and stride is 1
+        for rows in (1, 65, 2000):
+            yield functools.partial(_score, tiny, rows, dtype)
+        yield functools.partial(_accumulate, tiny, torch.float64, dtype, 2)
+        yield functools.partial(_pair_variance, tiny, dtype, (1, 200))
+        yield functools.partial(_power, 1, dtype, 1)
+        yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, likelihood="gaussian")
+        yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, weighted=True)
+        yield functools.partial(_score, _weights(4096, 4096, dtype, projection=False), 64, dtype)
+        yield functools.partial(_score, _weights(4096, 4096, dtype, features="linear"), 64, dtype)
 
 
 def _weights(
@@ -139,18 +151,18 @@ def _accumulate(
         )  # fmt: skip
 
 
-def _pair_variance(weights: Any, dtype: torch.dtype) -> None:
+def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
     from rmcore.backends import triton as backend
 
-    for groups, k in ((8, 8), (128, 8), (512, 8)):
-        hidden = torch.empty(groups * k, weights.hidden_size, dtype=dtype, device="meta")
-        backend.pair_variance(hidden, torch.full((groups,), k), weights)
+    for groups in counts:
+        hidden = torch.empty(groups * 8, weights.hidden_size, dtype=dtype, device="meta")
+        backend.pair_variance(hidden, torch.full((groups,), 8), weights)
 
 
-def _power(h: int, dtype: torch.dtype) -> None:
+def _power(h: int, dtype: torch.dtype, rows: int = 4096) -> None:
     from rmcore.backends import triton as backend
 
-    backend.power_iteration(torch.empty(4096, h, dtype=dtype, device="meta"), torch.empty(h, device="meta"), 2)
+    backend.power_iteration(torch.empty(rows, h, dtype=dtype, device="meta"), torch.empty(h, device="meta"), 2)
 
 
 # -- compiling instead of launching -----------------------------------------------------------------------------------
@@ -159,8 +171,8 @@ def _power(h: int, dtype: torch.dtype) -> None:
 class _Driver:
     """As much of a Triton driver as compiling asks for: device number = compute capability."""
 
-    def __init__(self) -> None:
-        self.arch = 0
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
 
     def get_current_device(self) -> int:
         return self.arch
@@ -174,37 +186,46 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list[Build]:
-    """Compile what the ``share``-th part of the calls launch on ``arch``."""
+@contextmanager
+def compiling(arch: int) -> Iterator[dict[str, Build]]:
+    """Compile for ``arch`` whatever is launched inside; the builds, by Triton's hash, appear in the yielded dict."""
     import triton
-    from rmcore.kernels.heuristics import Device
     from triton.runtime.jit import JITFunction
 
-    from rmcore.backends import triton as backend
-
-    driver = _Driver()
-    driver.arch = arch
-    triton.runtime.driver.set_active(driver)
-    seen: dict[str, Build] = {}
-    run = JITFunction.run
+    builds: dict[str, Build] = {}
+    known: dict[str, Build] = {}
+    driver, run = _Driver(arch), JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if compiled.hash not in seen:
+        if compiled.hash not in known:
             constants = " ".join(f"{k}={v}" for k, v in kwargs.items() if k.isupper())
-            seen[compiled.hash] = _assemble(arch, self.fn.__name__, constants, compiled)
+            known[compiled.hash] = _assemble(arch, self.fn.__name__, constants, compiled)
+        builds[compiled.hash] = known[compiled.hash]
         return compiled
 
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
     JITFunction.run = compile_only
-    backend._device = lambda device: Device(KIND[arch], MULTIPROCESSORS[arch])  # type: ignore[assignment]
     try:
+        yield builds
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = before
+
+
+def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list[Build]:
+    """Compile what the ``share``-th part of the calls launch on ``arch``."""
+    from rmcore.kernels.heuristics import Device
+
+    from rmcore.backends import triton as backend
+
+    backend._device = lambda device: Device(KIND[arch], MULTIPROCESSORS[arch])  # type: ignore[assignment]
+    with compiling(arch) as builds:
         for number, call in enumerate(calls(arch, quick)):
             if number % shares == share:
                 call()
-    finally:
-        JITFunction.run = run
-        triton.runtime.driver._active = None
-    return list(seen.values())
+    return list(builds.values())
 
 
 def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
@@ -228,7 +249,13 @@ def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
     assert registers is not None, log
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     m = compiled.metadata
-    return Build(arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills)
+    units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
+    unit = next((name for instruction, name in units.items() if instruction in ptx), "")
+    # ptxas says so where Hopper's matrix instructions cannot run beside others, which costs a large part of the speed.
+    serialized = "wgmma.mma_async instructions are serialized" in log
+    return Build(
+        arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills, unit, serialized
+    )
 
 
 def faults(build: Build) -> list[str]:
@@ -238,19 +265,20 @@ def faults(build: Build) -> list[str]:
         found.append(f"{build.spills} bytes spilled")
     if build.shared > SHARED_LIMIT[build.arch]:
         found.append(f"{build.shared} bytes of shared memory of {SHARED_LIMIT[build.arch]}")
+    if build.serialized:
+        found.append("serialized wgmma")
     return found
 
 
 def table(builds: list[Build]) -> str:
     """The builds, one a line."""
-    lines = [
-        f"{'arch':>4} {'kernel':<18} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7} {'spills':>6}  constants"
-    ]
+    names = f"{'arch':>4} {'kernel':<18} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7} {'spills':>6}"
+    lines = [f"{names} {'unit':<7} constants"]
     for b in sorted(builds):
         wrong = "  <-- " + ", ".join(faults(b)) if faults(b) else ""
         lines.append(
-            f"{b.arch:>4} {b.kernel:<18} {b.warps:>5} {b.stages:>6} {b.registers:>4} {b.shared:>7} {b.spills:>6}  "
-            f"{b.constants}{wrong}"
+            f"{b.arch:>4} {b.kernel:<18} {b.warps:>5} {b.stages:>6} {b.registers:>4} {b.shared:>7} {b.spills:>6} "
+            f"{b.unit:<7} {b.constants}{wrong}"
         )
     return "\n".join(lines)
 
