@@ -215,10 +215,11 @@ void convert_block(const typename W::Store* w, int k, float* out) {
 }
 
 // acc (rows × 64) = A (rows × k, row-major with stride lda) · panel. k is a multiple of kStep. `scratch` holds
-// kConvertDepth × 64 floats; `next` is the panel this thread will read after this one, or nullptr.
+// kConvertDepth × 64 floats; `next` is the panel this thread will read after this one, or nullptr. Where `low` is not
+// 0, A is the sum of what is at `a` and at `a + low`.
 template <class W>
-void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, const typename W::Store* w, int k, float* acc,
-                   float* scratch, const void* next) {
+void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, ptrdiff_t low, const typename W::Store* w, int k,
+                   float* acc, float* scratch, const void* next) {
   const bool convert = kConverts<W> && rows >= kConvertRows;
   if (k == 0) std::memset(acc, 0, sizeof(float) * kPanel * rows);
   for (int k0 = 0; k0 < k; k0 += W::kDepth) {
@@ -234,6 +235,7 @@ void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, const type
       }
     }
     rows_product<W, kStepLines<W>>(rows, a + k0, lda, W::kStep, block, n, acc, k0 > 0, following);
+    if (low != 0) rows_product<W, kStepLines<W>>(rows, a + low + k0, lda, W::kStep, block, n, acc, true, nullptr);
   }
 }
 

@@ -98,21 +98,37 @@ inline void store_act(float* out, Vec x) { store(out, x); }
 inline void store_act(uint16_t* out, Vec x) { store_bf16(out, x); }
 #endif
 
+// x at `out`; where `low` is not 0, what rounding took away at `out + low`.
+template <class Act>
+inline void store_act(Act* out, int64_t low, Vec x) {
+  store_act(out, x);
+  if constexpr (!Same<Act, float>::value) {
+    if (low != 0) store_act(out + low, sub(x, load_bf16(out)));
+  }
+}
+
+// True where rows are worth two bf16 terms each: they hold more than one, and the product that takes them is the lesser
+// part of the work. A property of the head and the dtype of its rows, never of how many there are.
+template <class W>
+bool two_terms(const Map& map, const Rows& rows) {
+  return !Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16 && 2 * map.hidden <= map.features;
+}
+
 // Row `row` times `scale`, rounded to Act, zeros up to a whole panel.
 template <class Act>
-void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* out) {
+void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* out, int64_t low) {
   const int64_t start = row * rows.row_stride;
   const Vec factor = splat(scale);
   int64_t i = 0;
   if (rows.col_stride == 1) {
-    for (; i + kWidth <= columns; i += kWidth) store_act(out + i, mul(load_elements(rows, start + i), factor));
+    for (; i + kWidth <= columns; i += kWidth) store_act(out + i, low, mul(load_elements(rows, start + i), factor));
   }
   for (; i < round_up(columns, kPanel); i += kWidth) {
     float buffer[kWidth];
     for (int j = 0; j < kWidth; ++j) {
       buffer[j] = i + j < columns ? element(rows, start + (i + j) * rows.col_stride) : 0.0f;
     }
-    store_act(out + i, mul(load(buffer), factor));
+    store_act(out + i, low, mul(load(buffer), factor));
   }
 }
 
@@ -122,21 +138,23 @@ void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* 
 template <class W>
 struct FeatureBuffers {
   using Act = typename W::Act;
-  Act* hidden;     // (rows, h)
-  float* layer;    // (rows, m)
-  Act* activated;  // (rows, m)
+  Act* hidden;         // (rows, h), then their low terms where there are two
+  float* layer;        // (rows, m)
+  Act* activated;      // (rows, m)
+  int64_t hidden_low;  // from a row to its low term, or 0
   int64_t hidden_stride, layer_stride, activated_stride;
   Workspace::PerThread<float> acc;      // (rows of a task, 64)
   Workspace::PerThread<float> scratch;  // (kConvertDepth, 64)
 };
 
 template <class W>
-FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, int64_t rows, int64_t task_rows,
+FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, bool two, int64_t rows, int64_t task_rows,
                                        int threads) {
   using Act = typename W::Act;
   FeatureBuffers<W> b{};
   b.hidden_stride = act_stride<Act>(map.hidden);
-  b.hidden = workspace.take<Act>(rows * b.hidden_stride);
+  b.hidden_low = two ? rows * b.hidden_stride : 0;
+  b.hidden = workspace.take<Act>(rows * b.hidden_stride * (two ? 2 : 1));
   if (map.layer != nullptr) {
     b.layer_stride = act_stride<float>(map.layer_size);
     b.activated_stride = act_stride<Act>(map.layer_size);
@@ -227,11 +245,12 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     return;
   }
 
-  team.each(count,
-            [&](int64_t r) { load_row(rows, start + r, map.hidden, map.input_scale, b.hidden + r * b.hidden_stride); });
+  team.each(count, [&](int64_t r) {
+    load_row(rows, start + r, map.hidden, map.input_scale, b.hidden + r * b.hidden_stride, b.hidden_low);
+  });
 
   const Act* input = b.hidden;
-  int64_t input_stride = b.hidden_stride;
+  int64_t input_stride = b.hidden_stride, low = b.hidden_low;
   int64_t depth = map.hidden;
   if (map.layer != nullptr) {
     const int64_t panels = panels_of(map.layer_size);
@@ -240,7 +259,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       const int64_t panel = task / groups, first = task % groups * task_rows;
       const int64_t n = minimum(task_rows, count - first);
       const auto* weights = static_cast<const typename W::Store*>(map.layer) + panel * k * kPanel;
-      panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, weights, k, acc, scratch,
+      panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, low, weights, k, acc, scratch,
                        nullptr);
       for (int64_t r = 0; r < n; ++r) {
         for (int c = 0; c < kPanel; c += kWidth) {
@@ -254,6 +273,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     });
     input = b.activated;
     input_stride = b.activated_stride;
+    low = 0;
     depth = map.layer_size;
   }
 
@@ -277,8 +297,8 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     const int64_t panel = task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? projection + following / groups * k * kPanel : nullptr;
-    panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, projection + panel * k * kPanel,
-                     k, acc, scratch, next);
+    panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, low,
+                     projection + panel * k * kPanel, k, acc, scratch, next);
     finish_features(map, panel, static_cast<int>(n), acc);
     emit(acc, panel, first, n);
   });
@@ -304,7 +324,7 @@ void factor_stage(Team& team, int64_t size, const typename W::Store* factor, con
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? factor + factor_offset(panels - 1 - following / groups) : nullptr;
     float* acc = b.acc[team.rank()];
-    panel_product<W>(static_cast<int>(n), c + first * stride, stride, factor + factor_offset(panel),
+    panel_product<W>(static_cast<int>(n), c + first * stride, stride, 0, factor + factor_offset(panel),
                      static_cast<int>(factor_depth(size, panel, W::kStep)), acc, b.scratch[team.rank()], next);
     emit(acc, panel, first, n);
   });
