@@ -18,7 +18,7 @@ from torch import Tensor
 from rmcore import reference
 from rmcore.weights import FeatureMap, HeadWeights
 
-__all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "truth"]
+__all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "peer_truth", "truth"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ def truth(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return phi @ problem.beta.double(), reference.variance(phi, problem.factor)
 
 
+def peer_truth(peer: Peer, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A peer's own formula with its own weights in float64: it is judged by its arithmetic, not by its features."""
+    return peer.run(x.double(), *(t.double() for t in weights))
+
+
 # Each peer's first function lists what it keeps, the second is its formula.
 
 
@@ -120,7 +125,7 @@ def _dense(
     x: Tensor, layer: Tensor, omega: Tensor, phase: Tensor, beta: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Three dense products: z = W̄x, Ωz, and cᵀP⁻¹c with the inverse kept."""
-    c = torch.cos(2 * math.pi * (x.float() @ layer.mT @ omega.mT + phase))
+    c = torch.cos(2 * math.pi * (x.to(layer.dtype) @ layer.mT @ omega.mT + phase))
     return c @ beta, ((c @ inverse) * c).sum(-1)
 
 
@@ -135,8 +140,12 @@ def _folded_weights(dtype: torch.dtype) -> Callable[[Problem], tuple[Tensor, ...
 
 def _folded(x: Tensor, projection: Tensor, phase: Tensor, beta: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Two dense products in the weights' dtype: the folded projection, and U kept dense."""
-    c = torch.cos(2 * math.pi * ((x.to(projection.dtype) @ projection.mT).float() + phase))
-    return c @ beta, (c.to(factor.dtype) @ factor.mT).float().square().sum(-1)
+    c = torch.cos(2 * math.pi * (_wide(x.to(projection.dtype) @ projection.mT) + phase))
+    return c @ beta, _wide(c.to(factor.dtype) @ factor.mT).square().sum(-1)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def _solve_weights(problem: Problem) -> tuple[Tensor, ...]:
@@ -148,7 +157,7 @@ def _solve(
     x: Tensor, layer: Tensor, omega: Tensor, phase: Tensor, beta: Tensor, precision: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The published code's way: a linear solve with P on every call."""
-    c = torch.cos(2 * math.pi * (x.float() @ layer.mT @ omega.mT + phase))
+    c = torch.cos(2 * math.pi * (x.to(layer.dtype) @ layer.mT @ omega.mT + phase))
     return c @ beta, (c * torch.linalg.solve(precision, c.mT).mT).sum(-1)
 
 
@@ -158,7 +167,7 @@ def _gpytorch(
     """The inverse quadratic form through gpytorch's linear operators."""
     from linear_operator import to_linear_operator
 
-    c = torch.cos(2 * math.pi * (x.float() @ layer.mT @ omega.mT + phase))
+    c = torch.cos(2 * math.pi * (x.to(layer.dtype) @ layer.mT @ omega.mT + phase))
     return c @ beta, to_linear_operator(precision).inv_quad(c.mT, reduce_inv_quad=False)
 
 

@@ -25,7 +25,7 @@ from rmcore.ops import Backend
 from rmcore.weights import FeatureMap
 
 from .harness import Limits, Timing, as_dict, relative_error, rotations, synchronize, time_calls
-from .peers import PEERS, Peer, Problem, make_problem, ours, truth
+from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
 
 __all__ = ["SUITES", "Row", "Setup"]
 
@@ -160,7 +160,7 @@ def _score_peer(
         yield {"suite": "score", "variant": peer.name, "h": h, "d": d, "rows": b, "failed": str(error)[:200]}
         return
     floor = setup.limits.floor(peer.nbytes(b, h, d), peer.flop(b, h, d), _name(peer.dtype))
-    g, v = truth(problem, x[:64])
+    g, v = peer_truth(peer, x[:64], copies[0])
     yield _row(
         "score",
         peer.name,
