@@ -8,7 +8,7 @@
 //        labels, sample_weight (N); β (D) for c
 //   out  P (D, D) and gradient (D), each float32 or float64, added to; the log-likelihood, float64
 //
-// FLOP: 2 N D h + N D². Bytes: the weights once and the lower half of P read and written once per kChunkRows rows.
+// FLOP: 2 N D h + N D². Bytes: the weights once and the lower half of P read and written once per chunk of rows.
 //
 // A chunk of rows is taken through four stages: features; w and residual of each row; √w c laid out as panels over
 // rows, with the gradient on the way; lower 64 × 64 tiles of the Gram matrix. Both operands of a tile are the same
@@ -23,8 +23,9 @@
 namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
-// At D = 4096, c takes 16 MB in float32 and √w c 8 MB in bf16; both operands of a tile stay in the second cache.
-constexpr int64_t kChunkRows = 1024;
+// Bytes of one column of √w c in a chunk: both operands of a tile stay in the second cache. In bf16 that is 2048 rows,
+// and at D = 4096 c takes 32 MB and √w c 16 MB.
+constexpr int64_t kColumnBytes = 4096;
 
 // The Gram product's operand for weights W: bf16 where those are multiplied as bf16, else float.
 template <class W, bool = Same<typename W::Act, float>::value>
@@ -109,7 +110,8 @@ template <class W>
 size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask& task, int threads, void* memory) {
   using G = typename GramType<W>::Type;
   const bool from_rows = task.pairs == nullptr;
-  const int64_t total = task.count, chunk = ceil_div(total, ceil_div(total, kChunkRows));
+  constexpr int64_t most_rows = kColumnBytes / sizeof(typename G::Store);
+  const int64_t total = task.count, chunk = ceil_div(total, ceil_div(total, most_rows));
   const int64_t panels = panels_of(map.features), tiles = panels * (panels + 1) / 2;
   const int64_t task_rows = choose_task_rows(chunk, panels, threads);
   const int64_t stride = from_rows ? act_stride<float>(map.features) : task.features_stride;

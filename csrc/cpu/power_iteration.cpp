@@ -9,7 +9,7 @@
 // y_i W_i is added to w at once. FLOP: 4 m n per iteration.
 //
 // Rows are cut into at most kParts parts, whatever the number of threads; each part sums its own w, and parts are added
-// in order, so the result depends on neither.
+// in order, so the result depends on W, v and the instruction set alone.
 #include <cmath>
 
 #include "kernels.h"
@@ -19,7 +19,7 @@ namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
 constexpr int64_t kParts = 64;
-constexpr int kTogether = 4;      // rows whose w contributions share one pass over w
+constexpr int kTogether = 4;      // rows that share one pass over v and one over w
 constexpr int64_t kSlice = 2048;  // columns of w that one task of the reduction takes
 
 template <class W>
@@ -44,36 +44,64 @@ inline float weight_at(const typename W::Store* p) {
   }
 }
 
+// kTogether rows from `w` on; where fewer are left, the first again in place of the missing.
 template <class W>
-float row_dot(const typename W::Store* w, const float* v, int64_t n) {
-  Vec total[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    for (int j = 0; j < 4; ++j) total[j] = fma(load_weights<W>(w + i + j * kWidth), load(v + i + j * kWidth), total[j]);
+struct RowBlock {
+  const typename W::Store* row[kTogether];
+  int64_t next;  // from a row to the one that takes its place in the next block
+
+  RowBlock(const typename W::Store* w, int64_t stride, int rows) : next(kTogether * stride) {
+    for (int r = 0; r < kTogether; ++r) row[r] = w + (r < rows ? r : 0) * stride;
   }
-  for (; i + kWidth <= n; i += kWidth) total[0] = fma(load_weights<W>(w + i), load(v + i), total[0]);
-  float result = sum(add(add(total[0], total[1]), add(total[2], total[3])));
-  for (; i < n; ++i) result += weight_at<W>(w + i) * v[i];
-  return result;
+};
+
+// Asks for `count` elements of rows first, first + 1 of the next block. Each of the two passes asks for half of it, so
+// that memory never rests.
+template <class W>
+inline void ask_for_next(const RowBlock<W>& block, int first, int64_t i, int count) {
+  for (int r = first; r < first + kTogether / 2; ++r) {
+    for (int j = 0; j < count; j += 64 / static_cast<int>(sizeof(typename W::Store))) {
+      __builtin_prefetch(block.row[r] + block.next + i + j, 0, 2);
+    }
+  }
 }
 
-// sums += Σ_r y_r W_r over `rows` ≤ kTogether rows.
+// y_r = W_r v
 template <class W>
-void add_rows(const typename W::Store* w, int64_t row_stride, int rows, const float* y, float* sums, int64_t n) {
-  const typename W::Store* at[kTogether];
-  float factor[kTogether];
-  for (int r = 0; r < kTogether; ++r) {
-    at[r] = w + (r < rows ? r : 0) * row_stride;
-    factor[r] = r < rows ? y[r] : 0.0f;
+void dot_rows(const RowBlock<W>& block, const float* v, int64_t n, float* y) {
+  Vec total[kTogether][2];
+  for (int r = 0; r < kTogether; ++r) total[r][0] = total[r][1] = zero();
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    ask_for_next(block, 0, i, 2 * kWidth);
+    const Vec v0 = load(v + i), v1 = load(v + i + kWidth);
+    RMCORE_UNROLL
+    for (int r = 0; r < kTogether; ++r) {
+      total[r][0] = fma(load_weights<W>(block.row[r] + i), v0, total[r][0]);
+      total[r][1] = fma(load_weights<W>(block.row[r] + i + kWidth), v1, total[r][1]);
+    }
   }
+  for (int r = 0; r < kTogether; ++r) {
+    y[r] = sum(add(total[r][0], total[r][1]));
+    for (int64_t j = i; j < n; ++j) y[r] += weight_at<W>(block.row[r] + j) * v[j];
+  }
+}
+
+// sums += Σ_r y_r W_r
+template <class W>
+void add_rows(const RowBlock<W>& block, const float* y, float* sums, int64_t n) {
+  Vec factor[kTogether];
+  for (int r = 0; r < kTogether; ++r) factor[r] = splat(y[r]);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
+    ask_for_next(block, kTogether / 2, i, kWidth);
     Vec total = load(sums + i);
-    for (int r = 0; r < kTogether; ++r) total = fma(load_weights<W>(at[r] + i), splat(factor[r]), total);
+    RMCORE_UNROLL
+    for (int r = 0; r < kTogether; ++r) total = fma(load_weights<W>(block.row[r] + i), factor[r], total);
     store(sums + i, total);
   }
   for (; i < n; ++i) {
-    for (int r = 0; r < rows; ++r) sums[i] += weight_at<W>(at[r] + i) * factor[r];
+    for (int r = 0; r < kTogether; ++r) sums[i] += weight_at<W>(block.row[r] + i) * y[r];
   }
 }
 
@@ -103,12 +131,14 @@ size_t iterate(const typename W::Store* weight, int64_t m, int64_t n, int64_t ro
         const int64_t end = minimum(m, (part + 1) * part_rows);
         for (int64_t row = part * part_rows; row < end; row += kTogether) {
           const int rows = static_cast<int>(minimum(kTogether, end - row));
+          const RowBlock<W> block(weight + row * row_stride, row_stride, rows);
           float y[kTogether];
-          for (int r = 0; r < rows; ++r) {
-            y[r] = row_dot<W>(weight + (row + r) * row_stride, vector, n);
+          dot_rows(block, vector, n, y);
+          for (int r = 0; r < kTogether; ++r) {
+            if (r >= rows) y[r] = 0.0f;
             total += static_cast<double>(y[r]) * y[r];
           }
-          add_rows<W>(weight + row * row_stride, row_stride, rows, y, own, n);
+          add_rows(block, y, own, n);
         }
         squares[part] = total;
       });

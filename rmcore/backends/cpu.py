@@ -2,11 +2,12 @@
 
 What to know as a caller:
 
-- Threads follow ``torch.get_num_threads()`` at each call. Results do not depend on it, nor on how rows are split over
-  calls: every sum has one order. They do depend on the instruction set (``RMCORE_CPU_ISA``).
-- bf16 heads on a CPU with AVX-512 bf16 dot products multiply hidden rows and c rounded to bf16; on every other CPU, and
-  for fp16 and fp32 heads everywhere, rows and c stay float32. So fp16 is the accurate 16-bit head here and bf16 the
-  fast one.
+- Threads follow ``torch.get_num_threads()`` at each call. Results do not depend on it: every sum has one order. A row's
+  scores (a group's pairs) do not depend on what else is in the call; the sums of ``accumulate`` do, in their rounding.
+  Results depend on the instruction set (``RMCORE_CPU_ISA``).
+- bf16 heads on a CPU with AVX-512 bf16 dot products multiply hidden rows and c rounded to bf16; float32 and fp16 rows
+  are taken in two bf16 terms where 2 h ≤ D, which costs little there. On every other CPU, and for fp16 and fp32 heads
+  everywhere, rows and c stay float32. So fp16 is the accurate 16-bit head here and bf16 the fast one.
 - float64 rows are computed in float32; for float64 arithmetic use the ``torch`` backend.
 - The first call with a head packs its weights into column panels kept in ``cache``: the head then exists twice in
   memory, canonical and packed.

@@ -182,6 +182,14 @@ def test_a_non_finite_row_spoils_itself_only(isa, dtype, kind):
     assert torch.equal(got[:, healthy], clean[:, healthy])
 
 
+def test_a_bf16_head_loses_nothing_of_float32_rows_where_that_is_cheap():
+    weights, hidden = make_head(100, 200, torch.bfloat16), draw(65, 100)
+    error = (run(hidden, weights)[0].double() - truth(hidden, weights)[0]).abs().max()
+    assert float(error) < 3e-4 * float(weights.beta.norm()) / 10  # one bf16 term: about 3e-3
+    hidden = hidden.bfloat16()
+    assert torch.equal(run(hidden, weights), run(hidden.float(), weights))
+
+
 def test_input_scale_brings_massive_activations_into_range():
     weights = make_head(100, 130, torch.float16, input_scale=2.0**-7)
     hidden = draw(9, 100) * 2.0**7
