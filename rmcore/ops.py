@@ -121,6 +121,8 @@ def select(
     weights: FeatureMap | HeadWeights | Tensor | None = None,
 ) -> Any:
     """The backend module that runs ``op`` on ``tensor``; raises BackendError where the named one cannot."""
+    if backend == "auto" and tensor.dtype == torch.float64:
+        backend = "torch"  # the kernels compute in float32; who brings float64 wants it kept
     explanation = explain(op, tensor.device, dtype, backend, rows=tensor.shape[0], weights=weights)
     if explanation.backend == "none":
         raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {explanation.reasons[backend]}")

@@ -109,6 +109,12 @@ def test_handles_die_with_their_weights(weights: HeadWeights) -> None:
         from_handle(handle)
 
 
+def test_float64_rows_are_scored_in_float64(weights: HeadWeights) -> None:
+    x = rows(5).double()
+    truth = reference.logit(weights.map(x), weights.beta.double(), weights.beta0)
+    assert torch.equal(ops.score(x, weights).logit, truth.float())
+
+
 def test_explain_names_the_choice_and_the_reasons() -> None:
     told = ops.explain("score", "cpu")
     assert told.backend in ("cpu", "torch")
