@@ -13,7 +13,7 @@ help:
 	@echo "make test     all tests"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
 	@echo "make lint     ruff, ruff format, mypy, clang-format"
-	@echo "make quality  the three quality streams, 5 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
+	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rmcore needs Python 3.11 or later")'

@@ -1,4 +1,4 @@
-"""What routing by uncertainty is worth on real preferences: three streams, five seeds, against the data's figures.
+"""What routing by uncertainty is worth on real preferences: three streams, several seeds, against the data's figures.
 
 Needs the data folder (``--data`` or RMCORE_DATA). Writes ``quality.json`` and ``quality.png`` and exits 1 if a figure
 is further than the tolerance from what a plain fp64 implementation reaches on the same data.
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)
