@@ -342,7 +342,7 @@ class RewardEngine:
             log.error("the judge returned %d results for %d pairs; none is used", len(answers), len(unique))
             answers = [Verdict.none("wrong_number_of_verdicts")] * len(unique)
         verdicts = [_checked(answer) for answer in answers]
-        return [verdicts[k] for k in order], sum((v.usage for v in verdicts), JudgeUsage())
+        return [verdicts[k] for k in order], JudgeUsage.total(v.usage for v in verdicts)
 
 
 def _checked(answer: object) -> Verdict:

@@ -5,8 +5,9 @@ The engine depends on this file alone; everything else in ``rmcore.judge`` is on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 __all__ = ["Judge", "JudgeUsage", "Message", "Outcome", "Pair", "Prompt", "Verdict"]
@@ -25,35 +26,62 @@ Outcome: TypeAlias = Literal["win", "loss", "tie"]
 class Pair:
     """One question to a judge: which of two responses to ``prompt`` is better?
 
-    ``id`` is the caller's own name for the pair, empty if there is none; it never reaches the judge model.
+    Only ``prompt``, ``first`` and ``second`` reach the judge model. The rest is for whoever stands between:
+
+    Attributes:
+        id: the caller's own name for the pair, empty if there is none.
+        uncertainty: the head's u, if there is one: which tier of judges a pair is for.
+        preference: the head's p̃ from the first response's side, in logits: what a verdict is compared with.
+        deadline: ``time.monotonic()`` seconds after which a verdict is of no use to anybody. A judge does not start
+            a call that would end later, and ends one that does; the pair then fails with ``deadline``.
     """
 
     prompt: Prompt
     first: str
     second: str
     id: str = ""
+    uncertainty: float | None = None
+    preference: float | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeUsage:
-    """What one verdict cost: HTTP attempts, tokens by kind as the endpoint reported them, wall seconds."""
+    """What verdicts cost.
 
+    Attributes:
+        calls: questions put to an endpoint; one in one order is a call, whatever number of attempts it took.
+        attempts: HTTP requests, so ``attempts - calls`` were retries.
+        cache_hits: questions answered from a store or by an equal question in flight, without a call.
+        prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens: as the endpoint reported them. Reasoning is
+            part of completion, cached is part of prompt.
+        seconds: wall time of all calls, added up (they overlap, so it is more than the time that passed).
+        latencies_s: wall time of each call, waits and retries included.
+        cost: in the currency of the caller's price table, of those calls that have a price.
+        unpriced_calls: calls that have none. A cost is complete only if this is 0.
+    """
+
+    calls: int = 0
     attempts: int = 0
+    cache_hits: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
     seconds: float = 0.0
+    latencies_s: tuple[float, ...] = ()
+    cost: float = 0.0
+    unpriced_calls: int = 0
 
     def __add__(self, other: JudgeUsage) -> JudgeUsage:
-        return JudgeUsage(
-            self.attempts + other.attempts,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.reasoning_tokens + other.reasoning_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.seconds + other.seconds,
-        )
+        return JudgeUsage.total((self, other))
+
+    @classmethod
+    def total(cls, parts: Iterable[JudgeUsage]) -> JudgeUsage:
+        """The sum of any number of them, in one pass."""
+        parts = list(parts)
+        values = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls) if f.name != "latencies_s"}
+        return cls(**values, latencies_s=tuple(chain.from_iterable(part.latencies_s for part in parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +92,8 @@ class Verdict:
     verdict or for two orders that disagree. It is ``None`` exactly when there is **no verdict**, and then ``reason``
     says why (``timeout``, ``http_500``, ``length``, ``refusal``, ``filter``, ``conflicting``, ``unparsable``, ...).
     A missing verdict is never a tie.
+
+    ``judge`` names who answered (a model, a tier), empty if unknown; ``critique`` is what it wrote.
     """
 
     preference: float | None
@@ -71,6 +101,7 @@ class Verdict:
     flipped: bool = False
     critique: str = ""
     usage: JudgeUsage = field(default_factory=JudgeUsage)
+    judge: str = ""
 
     @property
     def outcome(self) -> Outcome | None:

@@ -172,7 +172,8 @@ class ChatClient:
                 break
             _logger.debug("judge call failed (%s), next try in %.2f s", failed.reason, delay)
             await self.clock.sleep(delay)
-        usage = JudgeUsage(attempts=attempts, seconds=self.clock.now() - started)
+        seconds = self.clock.now() - started
+        usage = JudgeUsage(calls=1, attempts=attempts, seconds=seconds, latencies_s=(seconds,))
         if failed.body is None:
             return Completion(None, failed.reason, failed.detail, usage)
         return read_completion(failed.body, usage, key)
