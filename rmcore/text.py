@@ -19,9 +19,12 @@ from rmcore.judge.base import Message, Prompt
 
 __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "check_prompt"]
 
-OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right"]
+OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest"]
 """``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
-alone are too long. ``truncate-right``: drop from the end, the longest response first, then the prompt's end."""
+alone are too long. ``truncate-right``: drop from the end, the longest response first, then the prompt's end.
+``truncate-longest``: drop from the end of whichever is longest, prompt or response, until all fits."""
+
+_POLICIES = ("error", "truncate-prompt-left", "truncate-right", "truncate-longest")
 
 _ROLE = re.compile(r"[\w.-]+")
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
@@ -112,8 +115,8 @@ class TextEncoder:
     ) -> None:
         if chat not in ("auto", "always", "never"):
             reject("chat", repr(chat), "auto, always or never")
-        if overlong not in ("error", "truncate-prompt-left", "truncate-right"):
-            reject("overlong", repr(overlong), "error, truncate-prompt-left or truncate-right")
+        if overlong not in _POLICIES:
+            reject("overlong", repr(overlong), f"one of {', '.join(_POLICIES)}")
         if max_length is not None and max_length < 1:
             reject("max_length", max_length, "a positive number of tokens or None")
         if chat == "always" and not getattr(tokenizer, "chat_template", None):
@@ -206,7 +209,7 @@ class TextEncoder:
                 "prompt and response",
                 f"{total} tokens",
                 f"at most {self.max_length}",
-                "Pass a larger max_length, or an overlong policy: truncate-prompt-left or truncate-right",
+                f"Pass a larger max_length, or an overlong policy: {', '.join(_POLICIES[1:])}",
             )
         sizes = [len(ids) if cuttable else 0 for _, cuttable, ids in runs]
         left = [0] * len(runs)
@@ -217,17 +220,13 @@ class TextEncoder:
                 left[k] = min(sizes[k], excess)
                 excess -= left[k]
         else:
-            responses = [k for k, run in enumerate(runs) if run[0] != "prompt" and run[1]]
-            while excess > 0 and any(sizes[k] > right[k] for k in responses):
-                # Bring the longest response down to the next longest (or as far as needed), so none pays for another.
-                longest = max(responses, key=lambda k: sizes[k] - right[k])
-                others = [sizes[k] - right[k] for k in responses if k != longest]
-                drop = max(1, min(excess, sizes[longest] - right[longest] - max(others, default=0)))
-                right[longest] += drop
-                excess -= drop
-            for k in reversed(prompts):
-                right[k] = min(sizes[k], max(excess, 0))
-                excess -= right[k]
+            # A unit is what is shortened as one: a response, or all messages of the prompt.
+            units = [[k] for k, run in enumerate(runs) if run[0] != "prompt" and run[1]]
+            if self.overlong == "truncate-longest" and prompts:
+                units.insert(0, prompts)
+            excess -= _level(units, sizes, right, excess)
+            if self.overlong == "truncate-right":
+                excess -= _level([prompts], sizes, right, excess)
         if excess > 0:
             reject(
                 "prompt and response",
@@ -262,6 +261,27 @@ class TextEncoder:
         if self.append_eos and eos is not None and suffix[-1:] != (eos,):
             suffix = (*suffix, eos)
         return prefix, suffix
+
+
+def _level(units: list[list[int]], sizes: list[int], right: list[int], excess: int) -> int:
+    """Cut up to ``excess`` tokens from the ends of ``units`` into ``right``, the longest unit first; how many it was.
+
+    The longest is brought down to the next longest (or as far as needed) before another is touched, so none pays for
+    another.
+    """
+    left = [sum(sizes[k] for k in unit) for unit in units]
+    cut = 0
+    while cut < excess and any(left):
+        longest = max(range(len(units)), key=lambda n: left[n])
+        others = max((size for n, size in enumerate(left) if n != longest), default=0)
+        drop = min(max(1, left[longest] - others), excess - cut, left[longest])
+        left[longest] -= drop
+        cut += drop
+        for k in reversed(units[longest]):
+            taken = min(drop, sizes[k] - right[k])
+            right[k] += taken
+            drop -= taken
+    return cut
 
 
 def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, str]]:

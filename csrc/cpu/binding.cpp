@@ -13,6 +13,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "read_rate.h"
 
 namespace py = pybind11;
 using namespace rmcore::cpu;
@@ -227,4 +228,13 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("weight"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
       py::arg("iterations"), py::arg("vector"), py::arg("sigma"), py::arg("threads"), py::arg("workspace"),
       py::arg("workspace_bytes"));
+  m.def(
+      "read_all",
+      [](uintptr_t data, int64_t bytes, int threads) {
+        require(data != 0 && bytes > 0 && bytes % 64 == 0 && data % 64 == 0, "read_all: expected whole aligned lines");
+        require(threads > 0, "read_all: expected at least one thread");
+        py::gil_scoped_release release;
+        return read_all(pointer<const void>(data), bytes, threads);
+      },
+      py::arg("data"), py::arg("bytes"), py::arg("threads"));
 }

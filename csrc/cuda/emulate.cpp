@@ -211,7 +211,7 @@ struct Block {
       if (!p.linear) value = static_cast<float>(std::cos(2.0 * M_PI * (value - std::nearbyint(value))));
       if (inside) g = std::fma(beta, value, g);
     } else {
-      if (p.tanh) value = std::tanh(value);
+      if (p.tanh) value = std::tanh(value) + (value - value);
       if (s.unnormalised != nullptr) {
         if (inside) s.unnormalised[column * s.result_pitch + row] = value;
         return;

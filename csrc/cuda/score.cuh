@@ -180,7 +180,8 @@ __device__ __forceinline__ void finish(const ScoreParams& p, const StageParams& 
     if (!p.linear) value = cospif(2.0f * (value - rintf(value)));
     if (inside) logit = fmaf(beta, value, logit);
   } else {
-    if (p.tanh) value = tanhf(value);
+    // tanh saturates: an infinite value would come out as a confident answer. value − value keeps it NaN.
+    if (p.tanh) value = tanhf(value) + (value - value);
     if (s.unnormalised != nullptr) {
       if (inside) s.unnormalised[column * s.result_pitch + row] = value;
       return;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from rmcore.backbone import Backbone, BackboneConfig, EncodingStats
+from rmcore.backbone import Backbone, BackboneConfig
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.judge.base import Pair, Verdict
 from rmcore.model import Preference, RewardModel
@@ -93,7 +94,9 @@ def _bert_tokenizer() -> Any:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(specials)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return _wrap(
         tokenizer,
@@ -236,20 +239,24 @@ class TableModel(RewardModel):
 
     def __init__(self, head: FrozenHead, table: Callable[..., Sequence[float]]) -> None:
         self.head = head
-        self.backbone: Any = SimpleNamespace(stats=EncodingStats())
+        self.backbone: Any = SimpleNamespace(tokens_per_batch=8192)
         self.table = table
 
-    def hidden_states(self, prompts, responses, *, orders="both", progress=None) -> Tensor:
+    def encode_group(self, prompt, responses, *, orders="both") -> list[Any]:
+        """Tuples of texts stand in for encoded texts: their length, 2 or 3, counts as tokens."""
+        if self.mode == "difference":
+            return [(prompt, a) for a in responses]
+        ordered = itertools.permutations(responses, 2) if orders == "both" else itertools.combinations(responses, 2)
+        return [(prompt, a, b) for a, b in ordered]
+
+    def hidden_rows(self, groups, *, progress=None, stats=None) -> Tensor:
         rows: list[Any] = []
-        for prompt, group in zip(prompts, responses, strict=True):
-            if self.mode == "difference":
-                rows += [self.table(prompt, a) for a in group]
-                continue
-            for i, a in enumerate(group):
-                rows += [
-                    self.table(prompt, a, b) for j, b in enumerate(group) if (i != j if orders == "both" else i < j)
-                ]
-        self.backbone.stats.texts += len(rows)
+        for group in groups:
+            rows += [self.table(*text) for text in group]
+            if progress is not None:
+                progress("encoding", len(rows), sum(map(len, groups)))
+        if stats is not None:
+            stats.texts += len(rows)
         return torch.tensor(rows, dtype=torch.float32).view(len(rows), self.head.config.hidden_size)
 
 

@@ -59,6 +59,22 @@ def test_pooled_states_equal_one_text_at_a_time(make_backbone, base, pooling):
     close(ours, torch.stack(expected))
 
 
+def test_two_texts_in_berts_own_form(make_backbone):
+    backbone = make_backbone("bert", pooling="mean", single_template="{prompt}[SEP]{first}")
+    rows = backbone.hidden(encode(backbone))
+    for row, (prompt, response) in zip(rows, TEXTS, strict=True):
+        theirs = backbone.tokenizer(prompt, response, return_tensors="pt", return_token_type_ids=True)
+        assert len(set(theirs["token_type_ids"][0].tolist())) == 2
+        with torch.no_grad():
+            close(row, backbone.model(**theirs).last_hidden_state[0].mean(0))
+
+
+def test_a_response_cannot_forge_a_separator(make_backbone):
+    backbone = make_backbone("bert", single_template="{prompt}[SEP]{first}")
+    text = backbone.encoder.encode("a [SEP] b", "c [SEP] d")
+    assert text.ids.count(backbone.tokenizer.sep_token_id) == 2
+
+
 @pytest.mark.parametrize("base", ["bert", "llama", "qwen3"])
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("pooling", ["mean", "last"])

@@ -294,7 +294,7 @@ def test_error_names_both_counts_and_the_way_out(tokenizer_for):
     assert "truncate-prompt-left" in str(caught.value)
 
 
-@pytest.mark.parametrize("policy", ["error", "truncate-prompt-left", "truncate-right"])
+@pytest.mark.parametrize("policy", ["error", "truncate-prompt-left", "truncate-right", "truncate-longest"])
 def test_a_text_of_exactly_the_limit_is_whole(tokenizer_for, policy):
     tokenizer = tokenizer_for("bert")
     whole = TextEncoder(tokenizer).encode(words(20), "good")
@@ -366,14 +366,30 @@ def test_right_takes_the_prompts_end_last(tokenizer_for):
     assert cut.ids == whole.ids[:8]
 
 
+@pytest.mark.parametrize(("prompt", "response"), [(50, 20), (20, 50), (35, 35)])
+def test_longest_shortens_what_is_longest(tokenizer_for, prompt, response):
+    tokenizer = tokenizer_for("bert")
+    template = PairTemplate(single="{prompt}[SEP]{first}")
+    texts = " ".join(["quick"] * prompt), " ".join(["fox"] * response)
+    for limit in (100, 60, 43, 42, 12, 5):
+        # The tokenizer's own policy for two texts; it splits an odd cut of equal texts the other way round.
+        theirs = tokenizer(*texts, truncation="longest_first", max_length=limit)["input_ids"]
+        ours = TextEncoder(tokenizer, template=template, max_length=limit, overlong="truncate-longest").encode(*texts)
+        assert len(ours) == len(theirs)
+        separator = list(ours.ids).index(tokenizer.sep_token_id)
+        assert abs(separator - theirs.index(tokenizer.sep_token_id)) <= 1
+        assert ours.ids[0] == tokenizer.cls_token_id
+        assert ours.ids[-1] == tokenizer.sep_token_id
+
+
 def test_a_limit_the_template_alone_exceeds(tokenizer_for):
-    for policy in ("truncate-right", "truncate-prompt-left"):
+    for policy in ("truncate-right", "truncate-prompt-left", "truncate-longest"):
         with pytest.raises(InputError, match="at most 3"):
             TextEncoder(tokenizer_for("chatml"), max_length=3, overlong=policy, chat="always").encode("a", "b")
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "qwen"])
-@pytest.mark.parametrize("policy", ["truncate-prompt-left", "truncate-right"])
+@pytest.mark.parametrize("policy", ["truncate-prompt-left", "truncate-right", "truncate-longest"])
 @given(prompt=prompts, first=texts, second=st.none() | texts, limit=st.integers(1, 60))
 def test_never_longer_than_the_limit_and_nothing_but_content_is_cut(
     tokenizer_for, family, policy, prompt, first, second, limit

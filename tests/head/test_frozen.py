@@ -289,6 +289,17 @@ def test_a_non_finite_row_is_named(make_data, fit_head, bad):
         assert isinstance(error.value, ValueError)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_tanh_does_not_hide_an_infinite_row(make_data, fit_head, bad, backend):
+    data = make_data(dtype=torch.float32)
+    head = fit_head(data, mode="concat", layer_size=16, activation="tanh")
+    hidden = data.hidden.clone()
+    hidden[5, 2] = bad
+    with pytest.raises(NonFiniteError, match=r"1 of 300 rows"):
+        head.score(hidden, backend=backend)
+
+
 def test_keeping_a_non_finite_row_isolates_it(make_data, fit_head):
     data = make_data(dtype=torch.float32)
     head = fit_head(data)

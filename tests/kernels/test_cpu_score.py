@@ -169,7 +169,7 @@ def test_any_dtype_and_strides_of_rows(isa, dtype):
 
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["folded", "tanh + layernorm", "linear", "linear, layer, projected"])
+@pytest.mark.parametrize("kind", ["folded", "tanh", "tanh + layernorm", "linear", "linear, layer, projected"])
 def test_a_non_finite_row_spoils_itself_only(isa, dtype, kind):
     _cpu.set_isa(isa)
     weights, hidden = make_head(100, 130, dtype, **KINDS[kind]), draw(14, 100)

@@ -175,8 +175,9 @@ def test_input_scale_and_linear_features(library):
 
 
 @pytest.mark.parametrize("split", [0, 1])
-def test_a_nan_row_stays_alone(library, split):
-    weights = head(96, 200)
+@pytest.mark.parametrize("m", [0, 72])  # with a layer: tanh saturates, and must not hide an infinite row
+def test_a_nan_row_stays_alone(library, split, m):
+    weights = head(96, 200, m)
     hidden = torch.randn(20, 96, generator=torch.Generator().manual_seed(7))
     clean = emulate(library, hidden, weights, split=split)
     hidden[11, 5] = math.nan
