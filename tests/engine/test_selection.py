@@ -1,0 +1,119 @@
+"""Best-of-n by lower confidence bound and filters by uncertainty, on matrices small enough to do by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmcore.errors import InputError, NonFiniteError
+from rmcore.groups import GroupScore, PairDecision
+from rmcore.selection import best_of, filter_groups, member_uncertainty
+
+
+def group(preference: list[list[float]], uncertainty: list[list[float]] | None = None, decisions=()) -> GroupScore:
+    p = torch.tensor(preference, dtype=torch.float64)
+    u = torch.ones_like(p) if uncertainty is None else torch.tensor(uncertainty, dtype=torch.float64)
+    return GroupScore(p, u, p.clone(), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.bool), tuple(decisions))
+
+
+#        0 beats 1 by 2 but unsurely; 1 and 2 are close and sure
+RISKY = group(
+    [[0, 2.0, 1.0], [-2.0, 0, 0.5], [-1.0, -0.5, 0]],
+    [[1, 3.0, 2.0], [3.0, 1, 1.0], [2.0, 1.0, 1]],
+)
+
+
+def test_member_uncertainty_is_the_mean_over_its_pairs():
+    assert member_uncertainty(RISKY).tolist() == [2.5, 2.0, 1.5]
+
+
+def test_a_decided_pair_counts_as_sure():
+    decided = group(
+        RISKY.preference.tolist(),
+        RISKY.uncertainty.tolist(),
+        [PairDecision(0, 1, "judge"), PairDecision(0, 2, "identical")],
+    )
+    assert member_uncertainty(decided).tolist() == [1.0, 1.0, 1.0]
+    failed = group(
+        RISKY.preference.tolist(), RISKY.uncertainty.tolist(), [PairDecision(0, 1, "judge_failed", "timeout")]
+    )
+    assert member_uncertainty(failed).tolist() == [2.5, 2.0, 1.5]
+
+
+def test_the_mean_and_the_bound_choose_differently():
+    (mean,) = best_of([RISKY], [["a", "b", "c"]])
+    assert (mean.index, mean.response, mean.score) == (0, "a", 1.5)
+    assert mean.scores.tolist() == [1.5, -0.75, -0.75]
+    (bound,) = best_of([RISKY], [["a", "b", "c"]], penalty=4.0)  # 1.5−10, −0.75−8, −0.75−6
+    assert (bound.index, bound.score) == (2, -6.75)
+
+
+@pytest.mark.parametrize(("rule", "index"), [("first", 0), ("shortest", 1), ("longest", 2)])
+def test_ties_go_by_rule(rule, index):
+    (best,) = best_of([group([[0.0] * 3] * 3)], [["two", "1", "three"]], ties=rule)
+    assert (best.index, best.tied) == (index, 3)
+
+
+def test_one_response_wins_by_itself():
+    (best,) = best_of([group([[0.0]])], [["only"]], penalty=2.0)
+    assert (best.index, best.score) == (0, -2.0)
+
+
+def test_a_response_without_a_preference_never_wins():
+    nan, inf = math.nan, math.inf
+    hurt = group([[0, nan, nan], [nan, 0, -1.0], [nan, 1.0, 0]], [[1, inf, inf], [inf, 1, 1], [inf, 1, 1]])
+    (best,) = best_of([hurt], [["a", "b", "c"]])
+    assert best.index == 2
+    assert math.isnan(best.scores[0])
+    lost = group([[0, nan], [nan, 0]])
+    with pytest.raises(NonFiniteError, match=r"groups\[1\]") as error:
+        best_of([RISKY, lost])
+    assert error.value.rows == (1,)
+
+
+@given(st.integers(2, 6), st.integers(0, 2**31), st.floats(0, 5))
+def test_the_winner_has_the_highest_bound(k, seed, penalty):
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(k, k, generator=generator, dtype=torch.float64)
+    u = 1 + torch.rand(k, k, generator=generator, dtype=torch.float64)
+    scored = group((p - p.mT).tolist(), ((u + u.mT) / 2).tolist())
+    (best,) = best_of([scored], penalty=penalty)
+    assert best.score == float(best.scores.max())
+    assert int(best.scores.argmax()) == best.index
+
+
+def test_filters_count_what_they_drop():
+    calm = group([[0, 1.0], [-1.0, 0]])
+    by_response = filter_groups([RISKY, calm], 2.0)
+    assert by_response.responses == ((1, 2), (0, 1))
+    assert (by_response.groups, by_response.dropped_responses, by_response.dropped_groups) == ((0, 1), 1, 0)
+    strict = filter_groups([RISKY, calm], 1.6)  # one response left of RISKY: no pair, so the group goes
+    assert (strict.responses, strict.groups) == (((), (0, 1)), (1,))
+    assert (strict.dropped_responses, strict.dropped_groups) == (3, 1)
+    assert filter_groups([RISKY, calm], 1.6, min_responses=1).responses == ((2,), (0, 1))
+    whole = filter_groups([RISKY, calm], 1.9, by="group")
+    assert whole.responses == ((), (0, 1))
+    assert filter_groups([RISKY, calm], 2.0, by="group").groups == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: best_of([RISKY], penalty=-1.0), "penalty: got -1.0"),
+        (lambda: best_of([RISKY], penalty=math.nan), "penalty: got nan"),
+        (lambda: best_of([RISKY], ties="random"), "ties: got 'random'"),
+        (lambda: best_of([RISKY], ties="shortest"), "responses: got None"),
+        (lambda: best_of([RISKY], [["a"]]), r"responses: got groups of \[1\]"),
+        (lambda: filter_groups([RISKY], 0.5), "max_uncertainty: got 0.5"),
+        (lambda: filter_groups([RISKY], math.nan), "max_uncertainty: got nan"),
+        (lambda: filter_groups([RISKY], 2.0, by="pair"), "by: got 'pair'"),
+        (lambda: filter_groups([RISKY], 2.0, min_responses=0), "min_responses: got 0"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
