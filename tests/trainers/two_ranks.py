@@ -1,0 +1,63 @@
+"""One rank of a two-rank RLOO run; run by test_trl_ranks.py under torchrun, never collected."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import trl
+from conftest import word_tokenizer
+
+from rmcore.engine import RewardEngine
+from rmcore.integrations.trl import PairwiseReward
+from rmcore.model import RewardModel
+
+
+def main(policy: str, model: str, out: str, rows: int, partial_groups: str) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    engine = RewardEngine(RewardModel.from_pretrained(model))
+    reward = PairwiseReward(engine, partial_groups=partial_groups)  # type: ignore[arg-type]
+    seen: list[dict[str, object]] = []
+
+    async def spied(**kwargs):
+        rewards = await reward(**kwargs)
+        seen.append({"prompts": kwargs["prompts"], "completions": kwargs["completions"], "rewards": rewards})
+        return rewards
+
+    # TRL asks the function itself whether it is asynchronous, and binds log_metric of the trainer to the call.
+    args = trl.RLOOConfig(
+        output_dir=out, per_device_train_batch_size=rows, num_generations=4, max_completion_length=6, max_steps=2,
+        report_to=[], save_strategy="no", use_cpu=True, seed=3, beta=0.0, disable_tqdm=True, bf16=False,
+        ddp_timeout=1000, logging_steps=1,
+    )  # fmt: skip
+    prompts = ["red tree house", "blue river stone", "green cloud", "house river red tree"] * 3
+    data = datasets.Dataset.from_dict({"prompt": prompts, "prompt_id": list(range(len(prompts)))})
+    trainer = trl.RLOOTrainer(
+        model=policy, reward_funcs=spied, args=args, train_dataset=data, processing_class=word_tokenizer()
+    )
+    generate, theirs = trainer._generate_and_score_completions, []
+
+    def keep(inputs):
+        result = generate(inputs)
+        theirs.append(result["advantages"].tolist())
+        return result
+
+    trainer._generate_and_score_completions = keep
+    try:
+        trainer.train()
+        told = {"seen": seen, "advantages": theirs}
+    except Exception as error:
+        told = {"error": f"{type(error).__name__}: {error}"}
+    Path(out, f"rank{rank}.json").write_text(json.dumps(told))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
