@@ -1,0 +1,332 @@
+"""Whole groups out of members that arrive one at a time: what trainers that score single samples need.
+
+OpenRLHF and verl send each response of a group by itself, from anywhere, and a pairwise model needs all of them. Here
+every member waits until its group is whole, the group is scored once, and each gets its own part:
+
+    slot by slot   :meth:`GroupAssembly.join`: the caller knows the group's id, its size and the member's slot.
+    by content     :meth:`GroupAssembly.join_by_content`: the caller knows the prompt and the response only.
+
+Rules, the same for both. A member that fails to arrive must not stall its siblings: ``time_limit_s`` after the first
+one came, those present are scored, and a later one is refused (:class:`LateError`), never scored as 0. A caller that
+goes away does not take the group along, and one that asks again gets what the first call got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from rmcore.errors import InputError, reject
+from rmcore.groups import GroupScore
+from rmcore.judge.base import Prompt
+from rmcore.judge.clock import Clock, SystemClock
+from rmcore.judge.keys import canonical_prompt
+
+__all__ = ["AssemblyStats", "BusyError", "GroupAssembly", "LateError", "MemberResult", "Score"]
+
+log = logging.getLogger(__name__)
+
+Score: TypeAlias = Callable[[Prompt, Sequence[str]], Awaitable[GroupScore]]
+"""Scores one group; batching across groups is its business."""
+
+
+class LateError(InputError):
+    """The group was scored without this member, because it came after the time limit."""
+
+
+class BusyError(RuntimeError):
+    """Too much is waiting already; come back after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class MemberResult:
+    """One member's part of its scored group.
+
+    Attributes:
+        group: the scored group, its rows in the order of ``slots``.
+        index: this member's row.
+        slots: which slots were present, in order; shorter than ``size`` if the time limit passed.
+        size: how many there should have been.
+    """
+
+    group: GroupScore
+    index: int
+    slots: tuple[int, ...]
+    size: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether nobody was missing."""
+        return len(self.slots) == self.size
+
+
+@dataclass
+class AssemblyStats:
+    """What happened so far."""
+
+    members: int = 0
+    retries: int = 0
+    groups: int = 0
+    partial_groups: int = 0
+    failed_groups: int = 0
+    late_members: int = 0
+    refused: int = 0
+
+
+@dataclass
+class _Slot:
+    response: str
+    waiters: int = 0
+    delivered: bool = False
+
+
+@dataclass(eq=False)
+class _Group:
+    key: Hashable
+    prompt: Prompt
+    size: int
+    deadline: float
+    digest: str = ""  # of the prompt, where members are told apart by content
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    whole: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
+    task: asyncio.Task[tuple[GroupScore, tuple[int, ...]]] | None = None
+
+
+class GroupAssembly:
+    """Puts groups together on one event loop.
+
+    Args:
+        score: scores a whole group.
+        time_limit_s: seconds from a group's first member to its scoring, whoever is missing by then. It must be below
+            the trainer's own timeout of a call (OpenRLHF: 180 s).
+        keep_s: seconds a finished group is remembered for callers that ask again.
+        max_members: members waiting at most; more are refused with :class:`BusyError`.
+        clock: a seam for tests.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        *,
+        time_limit_s: float = 120.0,
+        keep_s: float = 600.0,
+        max_members: int = 65_536,
+        clock: Clock | None = None,
+    ) -> None:
+        if not time_limit_s > 0:
+            reject("time_limit_s", time_limit_s, "seconds above 0")
+        if not keep_s >= 0:
+            reject("keep_s", keep_s, "seconds, at least 0")
+        if max_members < 1:
+            reject("max_members", max_members, "at least 1")
+        self.score = score
+        self.time_limit_s = time_limit_s
+        self.keep_s = keep_s
+        self.max_members = max_members
+        self.stats = AssemblyStats()
+        self.clock: Clock = clock or SystemClock()
+        self._groups: dict[Hashable, _Group] = {}
+        self._by_prompt: dict[str, list[_Group]] = {}
+        self._finished: OrderedDict[Hashable, tuple[float, _Group]] = OrderedDict()
+        self._waiting = 0
+        self._serial = 0
+        self._draining = False
+
+    @property
+    def waiting(self) -> int:
+        """Members waiting for their group now."""
+        return self._waiting
+
+    @property
+    def open_groups(self) -> int:
+        """Groups not scored yet."""
+        return sum(not group.closed for group in self._groups.values())
+
+    async def join(
+        self, group_id: Hashable, slot: int, size: int, prompt: Prompt, response: str, *, attempt: Hashable = 0
+    ) -> MemberResult:
+        """Wait for the group ``(group_id, attempt)`` and return this member's part.
+
+        Args:
+            group_id: what the trainer calls the group.
+            slot: which of its members this is, from 0.
+            size: how many members it has.
+            prompt: the same for all members.
+            response: this member's text.
+            attempt: a new value makes a new group of the same id (a later epoch, a resampled prompt).
+
+        Raises:
+            InputError: size, prompt or the slot's response contradict what came before, or a bad slot.
+            LateError: the group was scored without this slot.
+            BusyError: too many members wait, or the assembly is draining and the group is new.
+        """
+        if size < 1:
+            reject("size", size, "at least 1")
+        if not 0 <= slot < size:
+            reject("slot", slot, f"0 to {size - 1}")
+        if not isinstance(response, str):
+            reject("response", type(response).__name__, "a string")
+        self._forget_old()
+        key = ("id", group_id, attempt)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._open(key, prompt, size)
+        elif group.size != size:
+            reject("size", size, f"{group.size}, as its siblings of group {group_id!r} said")
+        elif canonical_prompt(group.prompt) != canonical_prompt(prompt):
+            reject("prompt", "another prompt", f"that of its siblings of group {group_id!r}")
+        known = group.slots.get(slot)
+        if known is not None:
+            if known.response != response:
+                reject("response", "another text", f"that of the first call for slot {slot} of group {group_id!r}")
+            self.stats.retries += 1
+        else:
+            self._add(group, slot, response)
+        return await self._wait(group, slot)
+
+    async def join_by_content(self, prompt: Prompt, response: str, size: int) -> MemberResult:
+        """Wait for a group of ``size`` responses to ``prompt`` and return this one's part.
+
+        Equal responses are members of their own. A call is taken for the repetition of an earlier one, and shares its
+        result, only if that one's caller has gone away without an answer.
+
+        Raises as :meth:`join`.
+        """
+        if size < 1:
+            reject("size", size, "at least 1")
+        if not isinstance(response, str):
+            reject("response", type(response).__name__, "a string")
+        self._forget_old()
+        name = _digest(prompt)
+        groups = self._by_prompt.get(name, [])
+        for group in groups:
+            for slot, known in group.slots.items():
+                if known.response == response and not known.waiters and not known.delivered and group.size == size:
+                    self.stats.retries += 1
+                    return await self._wait(group, slot)
+        filling = next((g for g in groups if not g.closed and len(g.slots) < g.size and g.size == size), None)
+        if filling is None:
+            self._serial += 1
+            filling = self._open(("content", name, self._serial), prompt, size)
+            filling.digest = name
+            self._by_prompt.setdefault(name, []).append(filling)
+        slot = len(filling.slots)
+        self._add(filling, slot, response)
+        return await self._wait(filling, slot)
+
+    async def drain(self) -> None:
+        """Take no new groups, let the open ones fill until their time limit, and return when all are scored."""
+        self._draining = True
+        while tasks := [group.task for group in self._groups.values() if group.task and not group.task.done()]:
+            await asyncio.wait(tasks)
+        while self._waiting:  # let the waiters take their results
+            await asyncio.sleep(0)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _open(self, key: Hashable, prompt: Prompt, size: int) -> _Group:
+        canonical_prompt(prompt)  # refuses what is no prompt
+        if self._draining:
+            self.stats.refused += 1
+            raise BusyError("draining: no new groups are taken", 1.0)
+        group = _Group(key, prompt, size, self.clock.now() + self.time_limit_s)
+        self._groups[key] = group
+        group.task = asyncio.create_task(self._run(group), name="rmcore group")
+        # Somebody may have gone away before the end: nobody is then left to look at the exception.
+        group.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return group
+
+    def _add(self, group: _Group, slot: int, response: str) -> None:
+        if group.closed:
+            self.stats.late_members += 1
+            raise LateError(
+                f"slot: got {slot} of a group of {group.size} after its time limit of {self.time_limit_s:g} s, "
+                f"expected it before; the group was scored with the members {sorted(group.slots)}"
+            )
+        if self._waiting >= self.max_members:
+            self.stats.refused += 1
+            if not group.slots and group.task is not None:
+                self._forget(group)
+                group.task.cancel()
+            raise BusyError(f"{self._waiting} members wait already", min(self.time_limit_s, 5.0))
+        group.slots[slot] = _Slot(response)
+        self.stats.members += 1
+        if len(group.slots) == group.size:
+            group.whole.set()
+
+    def _forget(self, group: _Group) -> None:
+        self._groups.pop(group.key, None)
+        self._finished.pop(group.key, None)
+        siblings = self._by_prompt.get(group.digest, [])
+        if group in siblings:
+            siblings.remove(group)
+        if not siblings:
+            self._by_prompt.pop(group.digest, None)
+
+    async def _run(self, group: _Group) -> tuple[GroupScore, tuple[int, ...]]:
+        """Wait for the members, then score those present."""
+        try:
+            await self._until_whole(group)
+            group.closed = True
+            slots = tuple(sorted(group.slots))
+            if len(slots) < group.size:
+                self.stats.partial_groups += 1
+                log.warning("scored %d of %d members: the time limit passed", len(slots), group.size)
+            result = await self.score(group.prompt, [group.slots[slot].response for slot in slots])
+            self.stats.groups += 1
+            self._finished[group.key] = (self.clock.now() + self.keep_s, group)
+            return result, slots
+        except Exception:
+            # Its members are told, and may come again as a new group: an error is not a result to remember.
+            self.stats.failed_groups += 1
+            self._forget(group)
+            raise
+        finally:
+            group.closed = True
+
+    async def _until_whole(self, group: _Group) -> None:
+        whole = asyncio.ensure_future(group.whole.wait())
+        limit = asyncio.ensure_future(self.clock.sleep(max(0.0, group.deadline - self.clock.now())))
+        try:
+            await asyncio.wait({whole, limit}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            whole.cancel()
+            limit.cancel()
+
+    async def _wait(self, group: _Group, slot: int) -> MemberResult:
+        member = group.slots[slot]
+        member.waiters += 1
+        self._waiting += 1
+        try:
+            assert group.task is not None
+            # Shielded: a caller that is cancelled leaves the group alone.
+            score, slots = await asyncio.shield(group.task)
+            member.delivered = True
+            return MemberResult(score, slots.index(slot), slots, group.size)
+        finally:
+            member.waiters -= 1
+            self._waiting -= 1
+
+    def _forget_old(self) -> None:
+        now = self.clock.now()
+        while self._finished:
+            until, group = next(iter(self._finished.values()))
+            if until > now:
+                return
+            self._forget(group)
+
+
+def _digest(prompt: Prompt) -> str:
+    content: Any = canonical_prompt(prompt)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
