@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
 import random
 from asyncio import TaskGroup
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rmcore.errors import InputError, JudgeError
-from rmcore.judge.base import Pair, Verdict
+from rmcore.judge.base import Pair, Prompt, Verdict
+from rmcore.judge.breaker import DEFAULT_BREAKER, BreakerPolicy
+from rmcore.judge.calls import Question, Reply, reply_text
+from rmcore.judge.canary_pairs import CANARY_ID
 from rmcore.judge.client import ChatClient
 from rmcore.judge.clock import Clock
+from rmcore.judge.dialect import Dialect
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
-from rmcore.judge.prompt import JudgePrompt, RandomSource
+from rmcore.judge.prices import PriceTable, price_call
+from rmcore.judge.prompt import JudgePrompt, Output
 from rmcore.judge.retry import RetryPolicy
+from rmcore.judge.rules import rule_verdict
 from rmcore.judge.sync import run_sync
-from rmcore.judge.verdict import parse_verdict
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import httpx
+
+    from rmcore.judge.store import VerdictStore
 
 __all__ = ["ChatJudge"]
 
@@ -38,20 +49,16 @@ class _Question(NamedTuple):
     exchanged: bool
 
 
-class _Answer(NamedTuple):
-    """A verdict from ``pair.first``'s side, with what only the log wants to know."""
-
-    verdict: Verdict
-    detail: str = ""
-    neutralised: int = 0
-
-
 class ChatJudge:
     """Asks a chat model which response is better; see :class:`~rmcore.judge.base.Judge`.
 
+    Blank and identical responses are decided by rule (:mod:`rmcore.judge.rules`) and cost nothing.
+
     A pair that fails gets a verdict with a reason, never an exception and never a tie. The reasons are those of
     :class:`~rmcore.judge.reply.Completion` (the call), of :class:`~rmcore.judge.verdict.Parsed` (the reply), and
-    ``bad_pair`` for a pair that is not text. How both orders are put together is told in :mod:`rmcore.judge.orders`.
+    ``bad_pair`` for a pair that is not text. A verdict that is there may carry a note in ``reason``: ``rule:<which>``,
+    ``one_order:<why the other failed>``, ``cut:<characters>``, ``hard:<why it is not soft>``. How both orders are put
+    together is told in :mod:`rmcore.judge.orders`.
 
     Use it from asynchronous code (``await judge.judge(pairs)``) or synchronous code (:meth:`judge_sync`), on any number
     of event loops. ``async with``, :meth:`aclose` or :meth:`close` closes the connections; otherwise
@@ -64,21 +71,42 @@ class ChatJudge:
             server without keys. If it is unset, every pair fails with ``no_api_key`` and nothing is sent.
         orders: ``"both"`` (two calls a pair) or ``"one"`` (a stable hash of the texts picks the order).
         prompt: the question's template.
-        concurrency: calls in progress at most, per event loop, over all concurrent :meth:`judge` calls.
+        output: ``"text"``, or ``"json_schema"`` for a structured reply under a strict schema. An endpoint that refuses
+            the schema or answers it with nothing is asked for text instead. ``None``: what ``prompt`` says.
+        soft: read how sure the judge is from the log-probabilities of its label (:mod:`rmcore.judge.soft`); where that
+            cannot be had the verdict is hard, with a note.
+        top_logprobs: alternatives to ask for with ``soft``. Most endpoints allow 5, some 20.
+        rules: decide blank and identical responses without a call.
+        max_response_chars: of longer responses the judge is shown the beginning, and told so. ``None``: what ``prompt``
+            says.
+        concurrency: requests in flight at most, over all event loops and concurrent :meth:`judge` calls. How many
+            there really are is found out by trying (:mod:`rmcore.judge.concurrency`).
         timeout_s: seconds for one attempt.
         deadline_s: seconds for one :meth:`judge` call over all its pairs; what is not answered by then fails with
-            ``deadline``. ``None``: no limit.
+            ``deadline``. ``None``: no limit. A pair's own ``deadline`` counts where it is earlier.
         retry: see :class:`~rmcore.judge.retry.RetryPolicy`.
+        requests_per_minute, tokens_per_minute: limits of our own; ``None``: none (:mod:`rmcore.judge.limits`).
+        breaker: when to leave a failing endpoint alone (:class:`~rmcore.judge.breaker.BreakerPolicy`); ``None``: never.
         temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they accept;
-            reasoning models mostly want ``max_completion_tokens`` and no temperature.
+            reasoning models mostly want ``max_completion_tokens`` and no temperature. An endpoint that refuses one of
+            them, or ``logprobs``, by name is asked again without it (a limit on tokens: under its other name), and
+            from then on never with it; see :attr:`dropped`.
         extra_body: further fields of the request, JSON values.
         max_reply_bytes: longer replies fail with ``reply_too_large``.
+        store: where verdicts are kept: a :class:`~rmcore.judge.store.VerdictStore`, or the path of one. What it holds
+            is not asked again, equal questions share one call, and a run that was killed goes on where it was. If the
+            store cannot be read, pairs fail with ``store``.
+        judge_id: the name the store files verdicts under, besides the model: the same name, the same judge. Give one if
+            a judge moves between addresses. Default: ``base_url``.
+        prices: a :class:`~rmcore.judge.prices.PriceTable`, a mapping or a JSON file, for ``usage.cost``. Without it, or
+            for a model that is not in it, calls are counted in ``usage.unpriced_calls``.
         transport, clock, random_source: seams for tests and for unusual networks. ``random_source`` draws markers,
             labels and jitter; without it they come from the operating system and cannot be foreseen.
 
     Raises:
         JudgeError: an argument is unusable.
-        InputError: ``orders`` is neither word.
+        InputError: ``orders`` is neither word, a limit is no positive integer, or the store or the prices cannot be
+            used.
     """
 
     def __init__(
@@ -89,15 +117,26 @@ class ChatJudge:
         *,
         orders: Orders = "both",
         prompt: JudgePrompt | None = None,
+        output: Output | None = None,
+        soft: bool = False,
+        top_logprobs: int = 5,
+        rules: bool = True,
+        max_response_chars: int | None = None,
         concurrency: int = 16,
         timeout_s: float = 60.0,
         deadline_s: float | None = 600.0,
         retry: RetryPolicy | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        breaker: BreakerPolicy | None = DEFAULT_BREAKER,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_completion_tokens: int | None = None,
         extra_body: Mapping[str, object] | None = None,
         max_reply_bytes: int = 4 << 20,
+        store: VerdictStore | str | Path | None = None,
+        judge_id: str | None = None,
+        prices: PriceTable | Mapping[str, Any] | str | Path | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock | None = None,
         random_source: random.Random | None = None,
@@ -110,16 +149,27 @@ class ChatJudge:
             raise JudgeError("max_tokens and max_completion_tokens: got both, expected at most one")
         self.model = model
         self.orders: Orders = check_orders(orders)
-        self.prompt = prompt or JudgePrompt()
+        given_prompt = prompt or JudgePrompt()
+        self.prompt = replace(
+            given_prompt,
+            output=given_prompt.output if output is None else output,
+            max_response_chars=given_prompt.max_response_chars if max_response_chars is None else max_response_chars,
+        )
+        self.soft = soft
+        self.rules = rules
         self.deadline_s = deadline_s
         given = {
             "temperature": temperature,
             "max_tokens": max_tokens,
             "max_completion_tokens": max_completion_tokens,
         }
+        if soft:
+            if not isinstance(top_logprobs, int) or not 2 <= top_logprobs <= 20:
+                raise JudgeError(f"top_logprobs: got {top_logprobs!r}, expected a number from 2 to 20")
+            given |= {"logprobs": True, "top_logprobs": top_logprobs}
         self._parameters: dict[str, object] = {name: value for name, value in given.items() if value is not None}
         self._parameters |= _check_extra(extra_body or {}, self._parameters.keys())
-        self._random: RandomSource | None = random_source
+        self._dialect = Dialect(model, self.prompt, self._parameters, soft, random_source)
         self.client = ChatClient(
             base_url,
             api_key_env=api_key_env,
@@ -127,10 +177,19 @@ class ChatJudge:
             timeout_s=timeout_s,
             max_reply_bytes=max_reply_bytes,
             retry=retry,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            breaker=breaker,
             transport=transport,
             clock=clock,
             random_source=random_source,
         )
+        if judge_id is not None and not (isinstance(judge_id, str) and judge_id):
+            raise JudgeError(f"judge_id: got {judge_id!r}, expected a name")
+        self.judge_id = judge_id or self.client.base_url
+        self.prices = None if prices is None else PriceTable.of(prices)
+        self._own_store = isinstance(store, (str, Path))
+        self.store = _open_store(store)
 
     def __repr__(self) -> str:
         return (
@@ -138,13 +197,25 @@ class ChatJudge:
             f"api_key_env={self.client.api_key_env!r}, prompt={self.prompt.version})"
         )
 
+    @property
+    def dropped(self) -> dict[str, str]:
+        """What the endpoint turned out not to take (``temperature``, ``response_format``, …), and its words for it."""
+        return dict(self._dialect.dropped)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What happened so far: ``rule:<which>``, and the counts of :class:`~rmcore.judge.dialect.Dialect`."""
+        return self._dialect.tally()
+
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict a pair, in order, by ``deadline_s`` from now. Cancelling it cancels its requests."""
         pairs = list(pairs)
         deadline = None if self.deadline_s is None else self.client.clock.now() + self.deadline_s
-        asked = {index: self._questions(index, pair) for index, pair in enumerate(pairs)}
+        ruled = {index: v for index, pair in enumerate(pairs) if self.rules and (v := rule_verdict(pair)) is not None}
+        self._dialect.add(Counter(verdict.reason for verdict in ruled.values()))
+        asked = {index: self._questions(index, pair) for index, pair in enumerate(pairs) if index not in ruled}
         waiting = deque(question for questions in asked.values() for question in questions)
-        answers: dict[_Question, _Answer] = {}
+        answers: dict[_Question, Reply] = {}
 
         async def worker() -> None:
             # Workers, not a task a question: a batch of any size holds `concurrency` rendered prompts at a time.
@@ -155,10 +226,10 @@ class ChatJudge:
         async with TaskGroup() as group:
             for _ in range(min(len(waiting), self.client.concurrency)):
                 group.create_task(worker())
-        verdicts = []
-        for questions in asked.values():
+        for index, questions in asked.items():
             parts = [answers[question].verdict for question in questions]
-            verdicts.append(parts[0] if len(parts) == 1 else combine_orders(*parts))
+            ruled[index] = parts[0] if len(parts) == 1 else combine_orders(*parts)
+        verdicts = [ruled[index] for index in range(len(pairs))]
         self._report(verdicts, answers.values())
         return verdicts
 
@@ -167,8 +238,10 @@ class ChatJudge:
         return run_sync(self.judge(pairs))
 
     async def aclose(self) -> None:
-        """Close all connections. The judge can be used again and then reconnects."""
+        """Close all connections, and the store if it was given as a path. The judge can be used again."""
         await self.client.aclose()
+        if self.store is not None and self._own_store:
+            await asyncio.to_thread(self.store.close)
 
     def close(self) -> None:
         """:meth:`aclose` for synchronous code."""
@@ -190,28 +263,63 @@ class ChatJudge:
         except InputError:
             return [_Question(index, False)]  # it fails where it is asked, with the reason
 
-    async def _ask(self, pair: Pair, exchange: bool, deadline: float | None) -> _Answer:
-        """One call, from rendering to the verdict from ``pair.first``'s side. Raises nothing but cancellation."""
+    async def _ask(self, pair: Pair, exchange: bool, deadline: float | None) -> Reply:
+        """One question, from the texts to the verdict from ``pair.first``'s side. Raises nothing but cancellation."""
         try:
+            if pair.deadline is not None:
+                deadline = pair.deadline if deadline is None else min(deadline, pair.deadline)
             first, second = (pair.second, pair.first) if exchange else (pair.first, pair.second)
             try:
-                question = self.prompt.render(pair.prompt, first, second, self._random)
+                reply = await self._answer(pair, first, second, deadline)
             except InputError as error:
-                return _Answer(Verdict.none("bad_pair"), str(error))
-            payload = {"model": self.model, "messages": question.messages, **self._parameters}
-            reply = await self.client.complete(payload, deadline=deadline)
-            if reply.choice is None:
-                return _Answer(Verdict.none(reply.reason, reply.usage), reply.detail, question.neutralised)
-            parsed = parse_verdict(reply.choice, question.labels)
-            if parsed.outcome is None:
-                verdict = Verdict.none(parsed.reason, reply.usage, parsed.critique)
-            else:
-                verdict = Verdict.of(parsed.outcome, critique=parsed.critique, usage=reply.usage)
-            return _Answer(exchanged(verdict) if exchange else verdict, "", question.neutralised)
+                # Without its store a judge buys nothing: what could not be kept would be bought again.
+                reason = "store" if self.store is not None and isinstance(error, _store_error()) else "bad_pair"
+                return Reply(Verdict.none(reason), detail=str(error))
+            return replace(reply, verdict=exchanged(reply.verdict)) if exchange else reply
         except Exception as error:  # the contract of a judge: a pair's trouble stays with the pair
-            return _Answer(Verdict.none(f"error_{type(error).__name__}"))
+            return Reply(Verdict.none(f"error_{type(error).__name__}"))
 
-    def _report(self, verdicts: list[Verdict], answers: Collection[_Answer]) -> None:
+    async def _answer(self, pair: Pair, first: str, second: str, deadline: float | None) -> Reply:
+        """The answer from the side of the response shown first: from the store if it is there, or else by a call."""
+        if self.store is None:
+            return await self._call(pair.prompt, first, second, deadline)
+        how = {**self._parameters, "soft": True} if self.soft else self._parameters
+        canary = str(pair.id).startswith(CANARY_ID)
+        question = Question.of(
+            self.judge_id, self.model, how, self.prompt.version, pair.prompt, first, second, canary=canary
+        )
+        left = None if deadline is None else max(0.0, deadline - self.client.clock.now())
+        reply = await self.store.once(
+            question, lambda: self._call(pair.prompt, first, second, deadline), timeout_s=left
+        )
+        if reply is None:
+            return Reply(Verdict.none("deadline"))
+        return replace(reply, verdict=replace(reply.verdict, judge=self.model))
+
+    async def _call(self, prompt: Prompt, first: str, second: str, deadline: float | None) -> Reply:
+        """One call, and what it cost."""
+        asked = await self._dialect.ask(self.client.complete, prompt, first, second, deadline=deadline)
+        verdict, labels = asked.verdict(self.model), asked.question.labels
+        return Reply(
+            replace(
+                verdict,
+                usage=price_call(self.prices, verdict.usage, self.model, asked.completion.reason),
+                critique=self._without_key(verdict.critique),
+            ),
+            replied=asked.parsed is not None,
+            text=self._without_key(reply_text(asked.completion.choice)),
+            labels={"win": labels.win, "loss": labels.loss, "tie": labels.tie},
+            neutralised=asked.question.neutralised,
+            detail=asked.completion.detail,
+            currency="" if self.prices is None else self.prices.currency,
+        )
+
+    def _without_key(self, text: str) -> str:
+        """``text`` without the endpoint's key, in case the endpoint says it back: what it says is kept."""
+        key = os.environ.get(self.client.api_key_env or "", "").strip()
+        return text.replace(key, "***") if len(key) >= 4 else text
+
+    def _report(self, verdicts: list[Verdict], answers: Collection[Reply]) -> None:
         """One warning a batch if pairs got no verdict, with the first words the endpoint had for it."""
         broken = sum(answer.neutralised for answer in answers)
         if broken:
@@ -228,6 +336,25 @@ class ChatJudge:
                 counts,
                 detail,
             )
+
+
+def _open_store(store: VerdictStore | str | Path | None) -> VerdictStore | None:
+    """The store, opened if it is a path. Without one, sqlite is not even imported."""
+    if store is None:
+        return None
+    from rmcore.judge.store import VerdictStore
+
+    if isinstance(store, (str, Path)):
+        return VerdictStore(store)
+    if not isinstance(store, VerdictStore):
+        raise JudgeError(f"store: got {type(store).__name__}, expected a VerdictStore, a path or None")
+    return store
+
+
+def _store_error() -> type[Exception]:
+    from rmcore.judge.store import StoreError
+
+    return StoreError
 
 
 def _check_extra(extra: Mapping[str, object], taken: Collection[str]) -> dict[str, object]:

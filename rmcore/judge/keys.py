@@ -1,4 +1,4 @@
-"""The content key of a pair: equal texts, equal key, on every machine and in every release of key version 1."""
+"""Content keys: equal texts, equal key, on every machine and in every release of the same key version."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from rmcore.errors import reject
 from rmcore.judge.base import Prompt
 
-__all__ = ["KEY_VERSION", "canonical_prompt", "pair_key"]
+__all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "canonical_prompt", "pair_key"]
 
 KEY_VERSION = 1
 """Part of every key. It changes if, and only if, the same texts would get another key."""
+
+CALL_KEY_VERSION = 1
+"""As :data:`KEY_VERSION`, for :func:`call_key`."""
 
 
 def canonical_prompt(prompt: Prompt) -> str | list[dict[str, str]]:
@@ -57,3 +60,26 @@ def pair_key(prompt: Prompt, first: str, second: str) -> str:
             reject(name, type(text).__name__, "a string")
     content = ["rmcore.pair", KEY_VERSION, canonical_prompt(prompt), first, second]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def call_key(judge: str, model: str, parameters: Mapping[str, object], template: str, shown: str) -> str:
+    """The sha256 (64 hex digits) of one **call**: everything that decides what a judge is asked, and nothing else.
+
+    Two calls with equal keys are the same question to the same judge, so one answer serves both.
+
+    Args:
+        judge: who is asked: an address, or a name that stands for the same judge at any address.
+        model: its model.
+        parameters: what else the request and the reading of its reply depend on, JSON values, in any order.
+        template: the version of the question's template.
+        shown: :func:`pair_key` of the texts in the order shown.
+
+    Raises:
+        InputError: ``parameters`` holds something that is no JSON value.
+    """
+    content = ["rmcore.call", CALL_KEY_VERSION, judge, model, dict(parameters), template, shown]
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        reject("parameters", f"values that are no JSON ({type(error).__name__})", "JSON values")
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -8,6 +8,8 @@ The rules, which every judge of this package follows:
   ``reason`` says ``one_order:<why the other failed>``, so that it can be counted. It is not weakened: a failed call is
   no evidence for the other response.
 - neither answered: no verdict, with the reason of the order that was asked first.
+
+Notes in the ``reason`` of a verdict that is there (``cut:120``, ``hard:mass``) are kept, each once, joined by ``; ``.
 """
 
 from __future__ import annotations
@@ -64,5 +66,17 @@ def combine_orders(forward: Verdict, backward: Verdict) -> Verdict:
         return Verdict.none(forward.reason, usage, critique)
     if f is None or b is None:
         kept, lost = (backward, forward) if f is None else (forward, backward)
-        return replace(kept, reason=f"one_order:{lost.reason}", critique=critique, usage=usage)
-    return Verdict((f + b) / 2, flipped=f * b < 0, critique=critique, usage=usage)
+        return replace(kept, reason=_notes(f"one_order:{lost.reason}", kept.reason), critique=critique, usage=usage)
+    return Verdict(
+        (f + b) / 2,
+        reason=_notes(forward.reason, backward.reason),
+        flipped=f * b < 0,
+        critique=critique,
+        usage=usage,
+        judge=forward.judge if forward.judge == backward.judge else _notes(forward.judge, backward.judge),
+    )
+
+
+def _notes(*notes: str) -> str:
+    """Several notes as one, each once."""
+    return "; ".join(dict.fromkeys(part for note in notes for part in note.split("; ") if part))

@@ -2,7 +2,8 @@
 
 The server answers the requests that :class:`~rmcore.judge.chat.ChatJudge` makes. It reads the question back with
 :meth:`JudgePrompt.parse <rmcore.judge.prompt.JudgePrompt.parse>`, looks the texts up in the order shown, and answers
-with the label that this very request asks for: the whole path of a real judge, except the judge.
+with the label that this very request asks for, in the form it asks for (text or JSON): the whole path of a real judge,
+except the judge.
 
     python -m rmcore.judge.replay VERDICTS.jsonl      # prints the base URL, serves until Ctrl-C or SIGTERM
 """
@@ -15,22 +16,29 @@ import logging
 import signal
 import socket
 import string
+import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from rmcore.errors import InputError, reject
 from rmcore.judge.base import Outcome
 from rmcore.judge.prompt import JudgePrompt, ParsedPrompt
 from rmcore.judge.recorded import RecordedJudge
 
-__all__ = ["Fault", "ReplayServer", "main"]
+__all__ = ["Ending", "Fault", "ReplayServer", "main"]
 
 _logger = logging.getLogger(__name__)
 _MAX_REQUEST = 64 << 20
+
+
+Ending: TypeAlias = Literal["", "silent", "close", "half_close", "reset", "stall", "drip"]
+"""``silent``: closed without a byte; ``close``: closed after half of the body; ``half_close``: half of the body, then
+our direction is shut and the other left open; ``reset``: half, then a TCP reset; ``stall``: half, then nothing more, on
+an open connection; ``drip``: the whole body, a byte every 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class Fault:
             stand for this request's labels.
         finish_reason: of the completion.
         delay_s: wait before answering, in seconds; it ends early when the server stops. A long one is a hang.
-        drop: close the connection after half of the body, which was announced whole.
+        ending: how the connection ends instead of with the whole body that was announced: see :data:`Ending`.
     """
 
     status: int = 200
@@ -56,7 +64,7 @@ class Fault:
     message: Mapping[str, object] | None = None
     finish_reason: str = "stop"
     delay_s: float = 0.0
-    drop: bool = False
+    ending: Ending = ""
 
 
 class ReplayServer:
@@ -72,6 +80,7 @@ class ReplayServer:
         faults: what goes wrong: a sequence, one entry a request in order of arrival (``None``: nothing), after which
             all goes well; or a function of the request's number, from 0.
         require_key: answer 401 to requests without this bearer key.
+        refuses: fields of a request that are answered with 400, naming the field, as endpoints do that lack it.
         port: 0 picks a free one.
 
     Attributes:
@@ -86,6 +95,7 @@ class ReplayServer:
         latency_s: float = 0.0,
         faults: Sequence[Fault | None] | Callable[[int], Fault | None] = (),
         require_key: str | None = None,
+        refuses: Collection[str] = (),
         port: int = 0,
     ) -> None:
         if not latency_s >= 0:
@@ -96,6 +106,7 @@ class ReplayServer:
         self.statuses: Counter[int] = Counter()
         self._faults = faults
         self._require_key = require_key
+        self._refuses = tuple(refuses)
         self._port = port
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -158,7 +169,7 @@ class ReplayServer:
             answer.status = fault.status
             answer.body = answer.body if fault.body is None else fault.body
             answer.headers |= {name.title(): value for name, value in fault.headers.items()}
-            answer.drop = fault.drop
+            answer.ending = fault.ending
         with self._lock:
             self.statuses[answer.status] += 1
         return answer
@@ -169,6 +180,9 @@ class ReplayServer:
         try:
             payload = json.loads(request)
             messages = payload["messages"]
+            refused = next((name for name in self._refuses if name in payload), None)
+            if refused is not None:
+                return _error(400, "unsupported_parameter", f"Unsupported parameter: '{refused}' is not supported.")
             question = JudgePrompt.parse(messages)
             verdict = self.recorded.lookup(question.prompt, question.first, question.second)
         except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -178,7 +192,10 @@ class ReplayServer:
         outcome = verdict.outcome
         text = "I cannot tell which response is better."
         if outcome is not None:
-            text = f"Replaying a recorded verdict.\n<verdict>{question.labels.label(outcome)}</verdict>"
+            label, critique = question.labels.label(outcome), "Replaying a recorded verdict."
+            text = f"{critique}\n<verdict>{label}</verdict>"
+            if question.output == "json_schema":
+                text = json.dumps({"critique": critique, "verdict": label})
         message: dict[str, object] = {"role": "assistant", "content": text}
         if fault is not None and fault.message is not None:
             message |= {name: _with_labels(value, question) for name, value in fault.message.items()}
@@ -192,7 +209,7 @@ class _Answer:
     body: bytes
     status: int = 200
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
-    drop: bool = False
+    ending: Ending = ""
 
 
 class _Server(ThreadingHTTPServer):
@@ -257,15 +274,41 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(_error(404, "no_route", "only /v1/chat/completions is served"))
 
     def _send(self, answer: _Answer) -> None:
+        if answer.ending == "silent":
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if answer.drop:
-            self.wfile.write(answer.body[: len(answer.body) // 2])
+        if answer.ending:
             self.close_connection = True
+            self._send_badly(answer)
         else:
             self.wfile.write(answer.body)
+
+    def _send_badly(self, answer: _Answer) -> None:
+        stopping = self.server.owner._stopping
+        if answer.ending == "drip":
+            for k in range(len(answer.body)):
+                self.wfile.write(answer.body[k : k + 1])
+                if stopping.wait(0.01):
+                    return
+            return
+        self.wfile.write(answer.body[: len(answer.body) // 2])
+        if answer.ending == "stall":
+            stopping.wait()
+        elif answer.ending == "half_close":
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(0.05)
+            while not stopping.is_set():  # read on until the client hangs up
+                try:
+                    if not self.connection.recv(65536):
+                        return
+                except TimeoutError:
+                    continue
+        elif answer.ending == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def log_message(self, format: str, *args: Any) -> None:
         _logger.debug("replay: " + format, *args)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import os
 import pickle
 import subprocess
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import pytest
 
 from rmcore.errors import InputError, JudgeError
-from rmcore.judge import ChatJudge, Fault, Judge, JudgePrompt, Pair, RecordedJudge, ReplayServer, RetryPolicy
+from rmcore.judge import (
+    ChatJudge,
+    Fault,
+    Judge,
+    JudgePrompt,
+    JudgeUsage,
+    Pair,
+    RecordedJudge,
+    ReplayServer,
+    RetryPolicy,
+)
 from rmcore.judge.orders import shown_exchanged
 
 PAIR = Pair("p-win", "a", "b")
@@ -197,16 +210,18 @@ def test_connections_are_reused_on_a_loop_and_not_across_loops(make_judge, recor
 
     async def run():
         await judge.client.complete({}, deadline=None)
-        first = judge.client._state().client
+        with judge.client._connections.here().client() as first:
+            pass
         await judge.client.complete({}, deadline=None)
-        assert judge.client._state().client is first
+        with judge.client._connections.here().client() as second:
+            assert second is first
         clients.add(first)
 
-    judge.client._transport = httpx.MockTransport(lambda request: httpx.Response(200, json={}))
+    judge.client._connections.transport = httpx.MockTransport(lambda request: httpx.Response(200, json={}))
     asyncio.run(run())
     asyncio.run(run())
     assert len(clients) == 2
-    assert len(judge.client._per_loop) <= 1  # that of the first loop is gone
+    assert len(judge.client._connections) <= 1  # that of the first loop is gone
 
 
 def test_a_closed_judge_can_be_used_again(ask, make_judge, recorded):
@@ -219,9 +234,9 @@ def test_closing_from_another_loop(make_judge, recorded):
     with ReplayServer(recorded) as server:
         judge = make_judge(server.base_url)
         assert judge.judge_sync([PAIR])[0].preference == 1
-        (state,) = judge.client._per_loop.values()
+        (connections,) = judge.client._connections._loops.values()
         asyncio.run(judge.aclose())
-        assert state.client.is_closed
+        assert all(client.is_closed for client in connections._clients)
 
 
 def test_sync_use_with_and_without_a_running_loop(make_judge, recorded):
@@ -233,9 +248,9 @@ def test_sync_use_with_and_without_a_running_loop(make_judge, recorded):
             return judge.judge_sync([PAIR])[0].preference
 
         assert asyncio.run(inside()) == 1
-        assert len(judge.client._per_loop) == 1  # the background loop's: its connections were used again
+        assert len(judge.client._connections) == 1  # the background loop's: its connections were used again
         judge.close()
-        assert not judge.client._per_loop
+        assert not len(judge.client._connections)
 
 
 def test_several_threads_at_once(make_judge, recorded):
@@ -336,3 +351,112 @@ def test_unknown_names_of_the_package():
 
     with pytest.raises(AttributeError, match="Nothing"):
         _ = rmcore.judge.Nothing
+
+
+# -- by rule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orders", ["both", "one"])
+@pytest.mark.parametrize(
+    ("first", "second", "preference", "reason"),
+    [
+        ("same", "same", 0, "rule:identical"),
+        ("", "", 0, "rule:identical"),
+        ("", " \n", 0, "rule:both_blank"),
+        ("\u200b", "\u3164", 0, "rule:both_blank"),
+        ("", "text", -1, "rule:blank"),
+        ("text", " \t", 1, "rule:blank"),
+        ("\ufeff", ".", -1, "rule:blank"),
+    ],
+)
+def test_what_needs_no_judge_costs_nothing(ask, mock_judge, chat_reply, orders, first, second, preference, reason):
+    judge = mock_judge(lambda r: chat_reply(r, "<verdict>$tie</verdict>"), orders=orders)
+    asked, ruled, after = ask(judge, PAIR, Pair("p", first, second), PAIR)
+    assert (ruled.preference, ruled.reason, ruled.judge) == (preference, reason, "rule")
+    assert (ruled.failed, ruled.flipped, ruled.critique) == (False, False, "")
+    assert ruled.usage == JudgeUsage()
+    assert asked.judge == after.judge == "judge-model"
+    assert (asked.reason, asked.usage.calls) == ("", 2 if orders == "both" else 1)
+    assert judge.counts[reason] == 1
+
+
+def test_without_rules_everything_is_asked(ask, mock_judge, chat_reply):
+    judge = mock_judge(lambda r: chat_reply(r, "<verdict>$win</verdict>"), rules=False)
+    for first, second in (("", ""), ("", "x"), ("x", "x")):
+        verdict = ask(judge, Pair("p", first, second))[0]
+        assert (verdict.usage.calls, verdict.flipped, verdict.judge) == (2, True, "judge-model")
+    assert not judge.counts
+
+
+def test_a_pair_that_is_no_text_is_not_decided_by_rule(ask, mock_judge, chat_reply):
+    judge = mock_judge(lambda r: chat_reply(r, "<verdict>$win</verdict>"))
+    assert [v.reason for v in ask(judge, Pair("p", None, None), Pair("p", 3, ""))] == ["bad_pair", "bad_pair"]
+
+
+# -- the length cap --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orders", ["both", "one"])
+def test_a_cut_is_recorded(ask, mock_judge, chat_reply, orders):
+    shown = []
+
+    def handler(request):
+        question = JudgePrompt.parse(json.loads(request.content)["messages"])
+        shown.append({question.first, question.second})
+        return chat_reply(request, "<verdict>$tie</verdict>")
+
+    judge = mock_judge(handler, orders=orders, max_response_chars=5)
+    long, short = ask(judge, Pair("p", "x" * 12, "y" * 8), Pair("p", "x" * 5, "y"))
+    assert (long.reason, long.failed) == ("cut:10", False)
+    assert short.reason == ""
+    assert {"x" * 5, "y" * 5} in shown
+    assert judge.counts["cut"] == (2 if orders == "both" else 1)
+
+
+def test_a_cut_and_another_note(ask, make_judge, recorded):
+    pair = Pair("p-win", "a" * 9, "b")
+    row = {"prompt": "p-win", "first": "aaa", "second": "b", "verdict": "win", "order": "ab"}
+    recorded = RecordedJudge.from_rows([row])
+    with ReplayServer(recorded, faults=[Fault(404)]) as server:
+        verdict = ask(make_judge(server.base_url, max_response_chars=3, concurrency=1), pair)[0]
+    assert (verdict.preference, verdict.reason) == (1, "one_order:http_404; cut:6")
+
+
+def test_output_and_cap_of_the_prompt_stand_unless_they_are_given(make_judge):
+    prompt = JudgePrompt(output="json_schema", max_response_chars=9)
+    assert make_judge(prompt=prompt).prompt == prompt
+    assert make_judge(prompt=prompt, output="text", max_response_chars=8).prompt == JudgePrompt(max_response_chars=8)
+
+
+# -- real verdicts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("output", ["text", "json_schema"])
+def test_recorded_flips_of_a_strong_judge_over_http(ask, make_judge, output):
+    """GPT-4's verdicts on LLMBar under the Vanilla prompt, in both orders: 30 of 419 flip, and no pair is lost."""
+    folder = os.environ.get("RMCORE_DATA")
+    if not folder or not (path := Path(folder) / "llmbar.jsonl.gz").exists():
+        pytest.skip("RMCORE_DATA does not point to a folder with llmbar.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        data = [json.loads(line) for line in lines]
+    words = {1: "win", 0: "loss", None: None}
+    rows = [
+        {"prompt": r["prompt"], "first": r["chosen"], "second": r["rejected"], "order": order}
+        | {"verdict": words[r["judges"][f"GPT-4/Vanilla/{order}"]]}
+        for r in data
+        for order in ("ab", "ba")
+    ]
+    with ReplayServer(RecordedJudge.from_rows(rows)) as server:
+        # Asked the wrong way round every second time: what is recorded does not depend on who is called first.
+        pairs = [Pair(r["prompt"], r["chosen"], r["rejected"]) for r in data]
+        pairs = [Pair(p.prompt, p.second, p.first) if i % 2 else p for i, p in enumerate(pairs)]
+        verdicts = ask(make_judge(server.base_url, output=output), *pairs)
+    assert (len(verdicts), sum(v.flipped for v in verdicts)) == (419, 30)
+    # Every verdict is what the two recorded ones make together: their mean, or the one there is.
+    for i, (verdict, row) in enumerate(zip(verdicts, data, strict=True)):
+        told = [row["judges"][f"GPT-4/Vanilla/{order}"] for order in ("ab", "ba")]
+        signs = [2 * value - 1 for value in told if value is not None]
+        expected = sum(signs) / len(signs) if signs else None
+        assert verdict.preference == (expected if expected is None or i % 2 == 0 else -expected)
+    assert server.requests == 838

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import threading
 import time
 
 import httpx
@@ -133,53 +132,32 @@ def test_ten_megabytes_are_not_taken(replay, make_judge):
 
 
 def test_a_connection_dropped_in_mid_reply(replay, make_judge):
-    verdict, requests = replay(make_judge, [Fault(drop=True)])
+    verdict, requests = replay(make_judge, [Fault(ending="close")])
     assert (verdict.preference, requests) == (1, 2)
-    verdict, requests = replay(make_judge, lambda _: Fault(drop=True), retry=RetryPolicy(max_attempts=2))
+    verdict, requests = replay(make_judge, lambda _: Fault(ending="close"), retry=RetryPolicy(max_attempts=2))
     assert (verdict.reason, requests) == ("connection", 2)
 
 
 def test_a_hang_is_a_timeout_and_tried_again(replay, make_judge):
-    verdict, requests = replay(make_judge, [Fault(delay_s=30)], timeout_s=0.1)
+    verdict, requests = replay(make_judge, [Fault(delay_s=30)], timeout_s=0.3)
     assert (verdict.preference, requests) == (1, 2)
     verdict, requests = replay(
-        make_judge, lambda _: Fault(delay_s=30), timeout_s=0.05, retry=RetryPolicy(max_attempts=2)
+        make_judge, lambda _: Fault(delay_s=30), timeout_s=0.2, retry=RetryPolicy(max_attempts=2)
     )
     assert (verdict.reason, requests) == ("timeout", 2)
 
 
-@pytest.fixture
-def dripping():
-    """A server that sends its reply a byte at a time, for ever: each read is quick, the whole never ends."""
-    stop = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    connection.recv(65536)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-                    while not stop.wait(0.01):
-                        connection.sendall(b" ")
-                except OSError:
-                    pass
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    stop.set()
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join(5)
+@pytest.mark.parametrize("ending", ["silent", "half_close", "reset"])
+def test_connections_that_break(replay, make_judge, ending):
+    verdict, requests = replay(make_judge, [Fault(ending=ending)])
+    assert (verdict.preference, requests) == (1, 2)
 
 
-def test_a_slow_drip_ends_with_the_timeout(ask, make_judge, dripping):
-    verdict = ask(make_judge(dripping, orders="one", timeout_s=0.15, retry=RetryPolicy(max_attempts=1)))
+@pytest.mark.parametrize("ending", ["drip", "stall"])
+def test_a_reply_that_never_ends_is_a_timeout(replay, make_judge, ending):
+    # Each read of a drip is quick; it is the whole that takes too long.
+    once = RetryPolicy(max_attempts=1)
+    verdict, _ = replay(make_judge, [Fault(ending=ending)], timeout_s=0.3, retry=once)
     assert verdict.reason == "timeout"
 
 
@@ -254,7 +232,7 @@ def test_many_faults_lose_no_pair(ask, make_judge, rows):
         Fault(500),
         Fault(429, headers={"Retry-After": "1"}),
         Fault(400),
-        Fault(drop=True),
+        Fault(ending="close"),
         None,
         Fault(body=b"{"),
     ]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rmcore.errors import JudgeError
 from rmcore.judge import ChatJudge, Pair, ReplayServer
-from rmcore.judge.client import check_base_url
+from rmcore.judge.endpoint import check_base_url
 from rmcore.judge.reply import error_detail, scrub
 
 PAIR = Pair("p-win", "a", "b")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,12 @@ def choice(content, finish="stop", **message):
         (f"<think>{LOSS}? no</think>{WIN}", "win"),
         (f"thinking without an opening tag {LOSS}</think> {WIN}", "win"),
         (f"<think>a</think><think>{LOSS} quoting </think> in the middle {LOSS}</think>{WIN}", "win"),
+        (f"<thinking>{LOSS}</thinking>{WIN}", "win"),
+        (f"<reasoning>{LOSS}</reasoning>{WIN}", "win"),
+        (f"<seed:think>{LOSS}</seed:think>{WIN}", "win"),
+        (f"[THINK]{LOSS}[/THINK]{WIN}", "win"),
+        (f"◁think▷{LOSS}◁/think▷{WIN}", "win"),
+        (f"<|channel|>analysis<|message|>{LOSS}<|end|><|start|>assistant<|channel|>final<|message|>{WIN}", "win"),
     ],
 )
 def test_verdicts(text, outcome):
@@ -58,6 +66,18 @@ def test_verdicts(text, outcome):
         (f"<think>only thoughts {WIN}</think>", "no_content"),
         (choice(WIN, "length"), "length"),
         (choice(WIN, "max_tokens"), "length"),
+        (choice(WIN, "MAX_TOKENS"), "length"),
+        (choice(WIN, "model_length"), "length"),
+        (choice(WIN, "SAFETY"), "filter"),
+        (choice(WIN, "refusal"), "refusal"),
+        (f"<thinking>{WIN}", "length"),
+        (f"[THINK] {WIN}", "length"),
+        (f"<|channel|>analysis<|message|>{WIN}", "length"),
+        (choice([{"type": "reasoning", "text": WIN}, {"type": "text", "text": "hm"}]), "unparsable"),
+        (choice([{"type": "thinking", "thinking": [{"type": "text", "text": WIN}]}]), "no_content"),
+        ("<verdict>ＫＱＸＶＤ</verdict>", "unparsable"),
+        ("<verdict>ΚQXVD</verdict>", "unparsable"),
+        ("<verdict>KQ\u200bXVD</verdict>", "unparsable"),
         (choice(WIN, "content_filter"), "filter"),
         (choice(None, "content_filter"), "filter"),
         (choice(WIN, refusal="I cannot help with that."), "refusal"),
@@ -93,6 +113,29 @@ def test_the_critique_is_the_answer_without_its_tag():
     assert parse_verdict("Who knows?", LABELS).critique == "Who knows?"
 
 
+def test_an_unhashable_finish_reason_is_none():
+    assert parse_verdict(choice(WIN, finish=["length"]), LABELS).outcome == "win"
+
+
+def test_a_list_of_parts_is_one_text():
+    parts = [
+        {"type": "thinking", "text": LOSS},
+        {"type": "text", "text": "Right. <ver"},
+        {"type": "text", "text": WIN[4:]},
+    ]
+    assert parse_verdict(choice(parts), LABELS) == Parsed("win", "", "Right.")
+
+
+def test_no_sign_of_unicode_passes_for_a_label():
+    """Some become ASCII letters in upper case: such as the long s, and ligatures."""
+    passing = [sign for point in range(0x80, 0x110000) if (sign := chr(point)).upper().isascii()]
+    assert "ſ" in passing
+    for sign in passing:
+        labels = Labels("BCD" + sign.upper(), "PLMZT", "WRGHB")
+        assert labels.outcome("BCD" + sign.upper()) == "win"
+        assert labels.outcome("BCD" + sign) is None
+
+
 def test_the_critique_is_bounded():
     assert len(parse_verdict("x" * 10**6 + WIN, LABELS).critique) == MAX_CRITIQUE
 
@@ -116,6 +159,13 @@ PIECES = st.sampled_from(
         "<",
         ">",
         "[[A]]",
+        '{"verdict": "KQXVD"}',
+        '{"critique": "',
+        '", "verdict": "PLMZT"}',
+        "```json\n",
+        "\n```",
+        "[THINK]",
+        "<|channel|>final<|message|>",
         " ",
         "\ud800",
         "ﬁ",
@@ -128,7 +178,10 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["message", "content", "finish_reason", "refusal", "type", "text", "reasoning"]), inner
+            st.sampled_from(
+                ["message", "content", "finish_reason", "refusal", "type", "text", "reasoning", "verdict", "critique"]
+            ),
+            inner,
         )
     ),
     max_leaves=12,
@@ -146,3 +199,21 @@ def test_total(reply):
 def test_a_verdict_needs_a_label_of_ours(text):
     parsed = parse_verdict(text, Labels("NNNNN", "JJJJJ", "FFFFF"))
     assert parsed.outcome is None or any(word in text.upper() for word in ("NNNNN", "JJJJJ", "FFFFF"))
+
+
+@given(JSON)
+def test_total_on_json_as_text(value):
+    text = json.dumps(value)
+    parsed = parse_verdict(text, LABELS)
+    assert (parsed.outcome is None) == bool(parsed.reason)
+    assert parse_verdict({"message": {"content": text}}, LABELS) == parsed
+
+
+@given(st.sampled_from(["win", "loss", "tie"]), TEXTS)
+def test_json_written_by_a_serializer_is_read_exactly(word, critique):
+    reply = json.dumps({"critique": critique, "verdict": LABELS.label(word)})
+    parsed = parse_verdict(reply, LABELS)
+    assert parsed.outcome in (word, None)
+    if parsed.outcome is None:
+        assert parsed.reason == "conflicting"  # a label of ours within the critique, as a verdict
+    assert parsed.critique == critique.strip()[:MAX_CRITIQUE]

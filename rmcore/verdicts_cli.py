@@ -1,0 +1,257 @@
+"""``rmcore verdicts show | export | stats STORE``: what judges were asked, what they said, what it cost.
+
+The store is opened read-only, so this works while a run is writing to it. What it holds was written by judges and by
+models in training: on the way to a terminal every character that is not printable is shown as its escape.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rmcore.errors import InputError
+
+if TYPE_CHECKING:
+    from rmcore.judge.ledger import JudgedPair, LoggedCall, VerdictLedger
+
+app = typer.Typer(no_args_is_help=True, help="Read a verdict store: show calls, export preferences, count.")
+
+Store = Annotated[Path, typer.Argument(help="A verdict store, as given to a judge.")]
+Prices = Annotated[
+    Path | None, typer.Option(help="JSON price table: tokens are priced by it, not by what was known at the time.")
+]
+Model = Annotated[str | None, typer.Option(help="Only this model.")]
+
+
+@app.command()
+def show(
+    store: Store,
+    key: Annotated[
+        str | None, typer.Argument(help="Key of a call or a pair, or its beginning: shows everything said in it.")
+    ] = None,
+    model: Model = None,
+    reason: Annotated[str | None, typer.Option(help="Only calls with this reason, such as refusal.")] = None,
+    limit: Annotated[int, typer.Option(help="The latest so many.")] = 20,
+) -> None:
+    """Show the latest calls as a table, or everything about one call or pair.
+
+    Example: `rmcore verdicts show verdicts.db --reason refusal`, then `rmcore verdicts show verdicts.db 3f9c2a`
+    """
+    with _opened(store) as ledger:
+        calls = ledger.calls(key=key, model=model, reason=reason, limit=limit)
+        if key is None:
+            _print_table(ledger, calls)
+            return
+        if not calls:
+            raise InputError(f"key: got {key!r:.80}, expected the beginning of a key in {store}")
+        many = {call.pair for call in calls}
+        if len(many) > 1:
+            raise InputError(f"key: got {key!r:.80}, which begins keys of {len(many)} pairs, expected more digits")
+        for call in reversed(calls):
+            _print_call(ledger, call)
+
+
+@app.command()
+def export(
+    store: Store,
+    out: Annotated[str, typer.Option("--out", "-o", help="Where rows go; - for stdout.")] = "-",
+    model: Model = None,
+    flips: Annotated[bool, typer.Option(help="Also pairs whose two orders contradict each other.")] = False,
+    ties: Annotated[bool, typer.Option(help="Also ties.")] = False,
+    one_order: Annotated[bool, typer.Option(help="Also pairs with a verdict in one order only.")] = True,
+    canaries: Annotated[bool, typer.Option(help="Also pairs made up to test the judge.")] = False,
+    min_preference: Annotated[float, typer.Option(help="Least strength of preference, 0 to 1.")] = 0.0,
+) -> None:
+    """Export preferences as JSON Lines that TRL and `rmcore train` read: prompt, chosen, rejected, and what is known.
+
+    Both orders of a pair are one row. Its preference is their mean: 1 where both agree, 0.5 where one is a tie. Rows
+    with a preference of 0 (flips and ties) have no better response; with --flips or --ties they come along, marked.
+    """
+    from rmcore.cli import _bar, _output
+
+    with _opened(store) as ledger, _output(out) as stream, _bar() as bar:
+        task = bar.add_task("pairs", total=None, visible=out != "-")
+        if not 0 <= min_preference <= 1:
+            raise InputError(f"--min-preference: got {min_preference}, expected a number in [0, 1]")
+        left_out: Counter[str] = Counter()
+        rows = 0
+        for pair in ledger.pairs(model=model, canaries=canaries):
+            why = _why_not(pair, flips, ties, one_order, min_preference)
+            if why:
+                left_out[why] += 1
+                continue
+            # ASCII: safe on a terminal, and lone surrogates have no other encoding.
+            stream.write(json.dumps(pair.to_row(), allow_nan=False) + "\n")
+            rows += 1
+            bar.update(task, completed=rows)
+        notes = "".join(f", {count} {why}" for why, count in sorted(left_out.items()))
+        typer.echo(f"{rows} rows{notes and '; left out' + notes[1:]}", err=True)
+
+
+@app.command()
+def stats(
+    store: Store,
+    prices: Prices = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Count calls, verdicts, failures, flips, tokens and costs, in all and day by day."""
+    with _opened(store) as ledger:
+        from rmcore.judge.prices import PriceTable
+
+        told = ledger.stats(None if prices is None else PriceTable.from_file(prices))
+        if as_json:
+            typer.echo(json.dumps(told, indent=2, allow_nan=False))
+        else:
+            _print_stats(told)
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    """``text`` with everything a terminal might obey or hide behind (escapes, bidi marks, zero widths) made visible.
+
+    With ``lines``, line ends stay.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else _escape(c) for c in str(text))
+
+
+def _escape(char: str) -> str:
+    return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char) or char.encode("unicode_escape").decode("ascii")
+
+
+def _why_not(pair: JudgedPair, flips: bool, ties: bool, one_order: bool, least: float) -> str:
+    preference, flipped = pair.verdict.preference, pair.verdict.flipped
+    if preference is None:
+        return "without a verdict"
+    if preference == 0 and flipped:
+        return "" if flips else "flips"
+    if preference == 0:
+        return "" if ties else "ties"
+    if pair.orders < 2 and not one_order:
+        return "in one order only"
+    return "too weak" if abs(preference) < least else ""
+
+
+def _print_table(ledger: VerdictLedger, calls: list[LoggedCall]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, right in (("key", 0), ("at (UTC)", 0), ("model", 0), ("shown", 0), ("verdict", 0), ("tokens", 1)):
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    table.add_column("s", justify="right", no_wrap=True)
+    table.add_column("cost", justify="right", no_wrap=True)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+    for call in calls:
+        prompt = ledger.texts(call)["prompt"]
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        cells = (
+            call.key[:12],
+            call.at[:19].replace("T", " "),
+            call.model[:24],
+            call.shown,
+            _verdict(call),
+            call.prompt_tokens + call.completion_tokens,
+            f"{call.seconds:.1f}",
+            "?" if call.cost is None else f"{call.cost:.4g}",
+            str(last)[:200],
+        )
+        # Text, not str: brackets in stored words are not rich's markup.
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    _console().print(table)
+
+
+def _verdict(call: LoggedCall) -> str:
+    if call.preference is None:
+        return f"none: {call.reason[:40]}"
+    soft = "" if call.preference in (-1, 0, 1) else f" {call.preference:+.2f}"
+    return call.outcome + soft + (f" ({call.reason[:30]})" if call.reason else "")
+
+
+def _print_call(ledger: VerdictLedger, call: LoggedCall) -> None:
+    said = ledger.texts(call)
+    facts = {
+        "key": call.key,
+        "pair": f"{call.pair}, shown {call.shown}" + (", a canary" if call.canary else ""),
+        "at": f"{call.at}, rmcore {call.version}",
+        "judge": f"{call.judge}, model {call.model}, template {call.template}",
+        "parameters": json.dumps(said["parameters"]),
+        "verdict": f"{_verdict(call)} (from the side of the response shown first)",
+        "usage": f"{call.attempts} attempts, {call.seconds:.2f} s, {call.prompt_tokens} prompt tokens "
+        f"({call.cached_tokens} cached), {call.completion_tokens} completion ({call.reasoning_tokens} reasoning), cost "
+        + ("unknown" if call.cost is None else f"{call.cost:.6g} {call.currency}".strip()),
+        "neutralised": f"{call.neutralised} control sequences in the texts",
+        "labels": json.dumps(said["labels"]),
+    }
+    for name, value in facts.items():
+        typer.echo(f"{name + ':':<12} {printable(value)}")
+    prompt = said["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"[{message['role']}] {message['content']}" for message in prompt)
+    cut = f" ({call.reply_cut} more characters were not kept)" if call.reply_cut else ""
+    sections = {"prompt": prompt, "shown first": said["first"], "shown second": said["second"]}
+    for name, text in (sections | {f"reply{cut}": said["reply"]}).items():
+        # Every line is set in, so that no text can pass itself off as one of these headings.
+        body = "\n".join("  " + line for line in printable(text, lines=True).split("\n"))
+        typer.echo(f"\n{name}:\n{body}")
+    typer.echo("")
+
+
+def _print_stats(told: dict[str, Any]) -> None:
+    pairs, latency, file = told["pairs"], told["latency_s"], told["file"]
+    cost = ", ".join(f"{amount:.6g} {currency}".strip() for currency, amount in told["cost"].items()) or "0"
+    rows = {
+        "calls": f"{told['calls']} ({told['questions']} questions, {told['retries']} retries, {told['canaries']} "
+        "canaries)",
+        "models": _counts(told["models"]),
+        "verdicts": _counts(told["outcomes"]),
+        "no verdict": _counts(told["reasons"]),
+        "shown first": _counts(told["shown_first"]),
+        "pairs": f"{pairs['judged']} ({pairs['both_orders']} in both orders): {pairs['decided']} decided, "
+        f"{pairs['flips']} flips, {pairs['ties']} ties, {pairs['failed']} failed",
+        "tokens": f"{told['prompt_tokens']} prompt ({told['cached_tokens']} cached), {told['completion_tokens']} "
+        f"completion ({told['reasoning_tokens']} reasoning)",
+        "cost": f"{cost}" + (f", and {told['unpriced_calls']} calls of unknown cost" * bool(told["unpriced_calls"])),
+        "latency": "no calls"
+        if latency["p50"] is None
+        else f"p50 {latency['p50']:.2f} s, p95 {latency['p95']:.2f} s, retries included",
+        "neutralised": f"{told['neutralised']} control sequences",
+        "file": f"{file['bytes'] / 1e6:.1f} MB, {file['texts']} texts",
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name + ':':<13} {printable(value)}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("day (UTC)", "calls", "prompt tokens", "completion tokens", "cost", "unpriced"):
+        table.add_column(name, justify="left" if name.startswith("day") else "right")
+    for day, sums in told["days"].items():
+        money = ", ".join(f"{amount:.6g} {currency}".strip() for currency, amount in sums["cost"].items()) or "0"
+        numbers = (sums["calls"], sums["prompt_tokens"], sums["completion_tokens"], money, sums["unpriced_calls"])
+        table.add_row(Text(printable(day)), *(Text(printable(number)) for number in numbers))
+    if told["days"]:
+        _console().print(table)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[VerdictLedger]:
+    """The store, with errors as the other commands report them."""
+    from rmcore.cli import _errors
+    from rmcore.judge.ledger import VerdictLedger
+
+    with _errors(), VerdictLedger(path) as ledger:
+        yield ledger
