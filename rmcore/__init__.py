@@ -13,7 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rmcore.adaptive import AdaptiveRouter
     from rmcore.advantage import grpo_advantages, rloo_advantages
+    from rmcore.budget import Budget
     from rmcore.engine import GroupScores, RewardEngine
     from rmcore.head import FrozenHead, SNGPHead
     from rmcore.judge.base import Judge
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveRouter",
     "AlwaysRoute",
+    "Budget",
     "BudgetRouter",
     "FrozenHead",
     "GroupScores",
@@ -41,7 +45,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "rmcore.adaptive": ("AdaptiveRouter",),
     "rmcore.advantage": ("grpo_advantages", "rloo_advantages"),
+    "rmcore.budget": ("Budget",),
     "rmcore.engine": ("GroupScores", "RewardEngine"),
     "rmcore.head": ("FrozenHead", "SNGPHead"),
     "rmcore.judge.base": ("Judge",),

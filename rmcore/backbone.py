@@ -1,7 +1,8 @@
-"""A Hugging Face backbone as a function from encoded texts to pooled hidden states, with little padding.
+"""A Hugging Face backbone as a function from encoded texts to pooled hidden states, computing little twice.
 
-Texts are deduplicated, sorted by length and batched by a token budget; a chosen layer stops the forward pass there.
-transformers is imported on first use.
+Texts are deduplicated. A decoder's texts that begin alike are encoded as packed trees (:mod:`rmcore.packing`), the rest
+sorted by length and padded, both within a token budget. A chosen layer stops the forward pass there. transformers is
+imported on first use.
 """
 
 from __future__ import annotations
@@ -9,86 +10,41 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rmcore.architecture import block, final_linear, pair_separator, position_limit, text_config
+from rmcore.backbone_config import BackboneConfig, Pooling
 from rmcore.errors import CheckpointError, reject
-from rmcore.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder
+from rmcore.ops import Explanation
+from rmcore.packing import Pack
+from rmcore.sharing import Kind, PrefixSharing
+from rmcore.text import EncodedText, PairTemplate, TextEncoder
+from rmcore.tree_attention import Packing, TreeAttentionError, attending
 
 __all__ = ["Backbone", "BackboneConfig", "EncodingStats", "Pooling", "choose_attention", "length_batches"]
 
 log = logging.getLogger(__name__)
 
-Pooling: TypeAlias = Literal["last", "mean", "first", "classifier"]
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Everything that decides what a text's hidden state is, all of it JSON.
-
-    Attributes:
-        name: hub name or folder; empty when embedded in the model's own folder.
-        revision: hub revision, None for the default branch.
-        kind: ``base`` loads AutoModel, ``classifier`` AutoModelForSequenceClassification (an upgraded reward model).
-        pooling: ``last`` token, ``mean`` of the tokens, ``first`` token ([CLS]), or ``classifier``: the input of the
-            reward model's own last linear layer.
-        layer: pool the output of this layer (1 = first block) instead of the last hidden state; later layers are
-            skipped.
-        length_feature: appends one feature, length_feature · (log1p(content tokens) − 5), where not 0.
-        max_length: most tokens of a text; None takes the model's position limit.
-        overlong: policy for longer texts.
-        chat: see :class:`rmcore.text.TextEncoder`.
-        append_eos: end plain texts with eos; None does so for ``last`` pooling.
-        single_template, pair_template: see :class:`rmcore.text.PairTemplate`.
-    """
-
-    name: str = ""
-    revision: str | None = None
-    kind: Literal["base", "classifier"] = "base"
-    pooling: Pooling = "last"
-    layer: int | None = None
-    length_feature: float = 0.0
-    max_length: int | None = None
-    overlong: OverlongPolicy = "error"
-    chat: Literal["auto", "always", "never"] = "auto"
-    append_eos: bool | None = None
-    single_template: str = PairTemplate.single
-    pair_template: str = PairTemplate.pair
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("base", "classifier"):
-            reject("kind", repr(self.kind), "'base' or 'classifier'")
-        if self.pooling not in ("last", "mean", "first", "classifier"):
-            reject("pooling", repr(self.pooling), "last, mean, first or classifier")
-        if (self.pooling == "classifier") != (self.kind == "classifier"):
-            reject("pooling", self.pooling, f"'classifier' exactly with kind='classifier' (kind is {self.kind!r})")
-        if self.layer is not None and (self.layer < 1 or self.kind == "classifier"):
-            reject("layer", self.layer, "a layer from 1 of a base model, or None")
-        if not math.isfinite(self.length_feature):
-            reject("length_feature", self.length_feature, "a finite number")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BackboneConfig:
-        """From :meth:`to_dict`; an unknown key is rejected by name."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            reject("backbone config", f"unknown keys {sorted(unknown)}", "keys of BackboneConfig")
-        return cls(**values)
-
 
 @dataclass
 class EncodingStats:
-    """What encoding did so far: texts seen, distinct texts encoded, tokens, padding, and what truncation took."""
+    """What encoding did so far.
+
+    Attributes:
+        texts: texts seen.
+        encoded: distinct ones.
+        tokens: of the distinct texts, each in full.
+        padded_tokens: tokens of padded forward passes, padding included.
+        truncated_texts: texts that a policy cut.
+        cut_tokens: what it took.
+        packed_tokens: tokens of packed forward passes, where shared beginnings count once.
+    """
 
     texts: int = 0
     encoded: int = 0
@@ -96,6 +52,12 @@ class EncodingStats:
     padded_tokens: int = 0
     truncated_texts: int = 0
     cut_tokens: int = 0
+    packed_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens the model computed, to hold against ``tokens``."""
+        return self.padded_tokens + self.packed_tokens
 
     def add(self, other: EncodingStats) -> None:
         """Add another's counts to these."""
@@ -139,8 +101,10 @@ class Backbone:
         model: a Hugging Face model in eval mode.
         tokenizer: its fast tokenizer.
         config: what a text's hidden state is.
-        tokens_per_batch: padded tokens of one forward pass.
-        attention: the implementation in use and why, for reports.
+        tokens_per_batch: tokens of one forward pass, padding included.
+        attention: the implementation of padded forward passes in use and why, for reports.
+        packing: how shared beginnings are encoded: ``auto`` packs them where that saves and is exact, ``flex`` and
+            ``sdpa`` always pack, with that attention or an error, ``padded`` gives every text a row of its own.
     """
 
     def __init__(
@@ -151,6 +115,7 @@ class Backbone:
         *,
         tokens_per_batch: int = 8192,
         attention: tuple[str, str] = ("", ""),
+        packing: Packing = "auto",
     ) -> None:
         if tokens_per_batch < 1:
             reject("tokens_per_batch", tokens_per_batch, "at least 1")
@@ -160,7 +125,7 @@ class Backbone:
         self.tokens_per_batch = tokens_per_batch
         self.attention = attention
         self.stats = EncodingStats()
-        limit = _position_limit(model)
+        limit = position_limit(model)
         if config.max_length is not None and limit is not None and config.max_length > limit:
             reject("max_length", config.max_length, f"at most the model's {limit} positions")
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
@@ -172,10 +137,19 @@ class Backbone:
             max_length=config.max_length or limit,
             overlong=config.overlong,
         )
-        self._final_linear = _final_linear(model) if config.kind == "classifier" else None
+        self._separator = pair_separator(model, tokenizer)
+        self._final_linear = final_linear(model) if config.kind == "classifier" else None
         if config.layer is not None:
-            _blocks(model, config.layer)
-        self._lock = threading.Lock()
+            block(model, config.layer)
+        self._lock = threading.RLock()
+        self._sharing = PrefixSharing(
+            model,
+            packing,
+            encode_pack=self._encode_pack,
+            encode_alone=lambda ids: self._forward([ids])[0],
+            layers=config.layer or int(getattr(text_config(model), "num_hidden_layers", 0)),
+            max_length=self.encoder.max_length,
+        )
 
     @classmethod
     def from_pretrained(
@@ -186,6 +160,7 @@ class Backbone:
         dtype: torch.dtype | None = None,
         attention: str = "auto",
         tokens_per_batch: int = 8192,
+        packing: Packing = "auto",
         **kwargs: Any,
     ) -> Backbone:
         """Load a backbone by hub name or folder.
@@ -195,7 +170,8 @@ class Backbone:
             device: None takes CUDA if there is one.
             dtype: None takes bfloat16 on a GPU, float32 on a CPU.
             attention: ``auto``, or what transformers calls ``attn_implementation``.
-            tokens_per_batch: padded tokens of one forward pass.
+            tokens_per_batch: tokens of one forward pass.
+            packing: see :class:`Backbone`.
             kwargs: fields of :class:`BackboneConfig` where ``config`` is a name.
 
         Raises:
@@ -232,7 +208,7 @@ class Backbone:
                 "trained reward model"
             )
         model.to(device).eval()
-        return cls(model, tokenizer, config, tokens_per_batch=tokens_per_batch, attention=choice)
+        return cls(model, tokenizer, config, tokens_per_batch=tokens_per_batch, attention=choice, packing=packing)
 
     @property
     def device(self) -> torch.device:
@@ -243,9 +219,21 @@ class Backbone:
     def hidden_size(self) -> int:
         """Width of the pooled states, the length feature included."""
         width = (
-            self._final_linear.in_features if self._final_linear is not None else _text_config(self.model).hidden_size
+            self._final_linear.in_features if self._final_linear is not None else text_config(self.model).hidden_size
         )
         return int(width) + (self.config.length_feature != 0)
+
+    @property
+    def packing(self) -> Packing:
+        """How shared beginnings were asked to be encoded."""
+        return self._sharing.packing
+
+    def explain(self) -> Explanation:
+        """How shared beginnings are encoded (``flex``, ``sdpa``, ``padded``), and why not otherwise.
+
+        The first call may run the model on a few made-up tokens, to see that a packed tree changes nothing.
+        """
+        return self._sharing.explain()
 
     def scalar_head(self) -> tuple[Tensor, float]:
         """(weight (h,), bias) of a reward model's last linear layer, for :func:`rmcore.fit.upgrade`."""
@@ -261,19 +249,21 @@ class Backbone:
         texts: Sequence[EncodedText],
         *,
         progress: Callable[[int, int], None] | None = None,
+        stats: EncodingStats | None = None,
     ) -> Tensor:
         """Pooled hidden states (N, h) float32 on the model's device, one row a text, in order.
 
         Args:
             texts: encoded texts; equal ones are encoded once.
             progress: called with (tokens done, tokens in all) after each batch.
+            stats: what this call did is added to it. ``self.stats`` counts all calls, of all threads.
         """
         distinct: dict[tuple[int, ...], int] = {}
         rows = [distinct.setdefault(text.ids, len(distinct)) for text in texts]
         ids = list(distinct)
         if () in distinct:
             reject(f"texts[{rows.index(distinct[()])}]", "no tokens at all", "at least one token")
-        stats = EncodingStats(
+        call = EncodingStats(
             texts=len(texts),
             encoded=len(ids),
             tokens=sum(map(len, ids)),
@@ -284,24 +274,44 @@ class Backbone:
         pooled = torch.empty(len(ids), width, dtype=torch.float32, device=self.device)
         done = 0
         with torch.inference_mode():
-            for batch in length_batches([len(i) for i in ids], self.tokens_per_batch):
-                states, padded = self._forward([ids[k] for k in batch])
+            for batch, states in self._encode(ids, call):
                 pooled[torch.tensor(batch, device=self.device)] = states
                 done += sum(len(ids[k]) for k in batch)
-                stats.padded_tokens += padded
                 if progress is not None:
-                    progress(done, stats.tokens)
-        self.stats.add(stats)
-        if stats.truncated_texts:
+                    progress(done, call.tokens)
+        with self._lock:  # reading, adding and writing back is not one step
+            self.stats.add(call)
+        if stats is not None:
+            stats.add(call)
+        if call.truncated_texts:
             log.warning(
                 "%d of %d texts were longer than %s tokens; the policy %r cut %d tokens",
-                stats.truncated_texts,
-                stats.texts,
+                call.truncated_texts,
+                call.texts,
                 self.encoder.max_length,
                 self.config.overlong,
-                stats.cut_tokens,
+                call.cut_tokens,
             )
         return self.add_length_feature(pooled[torch.tensor(rows, dtype=torch.long, device=self.device)], texts)
+
+    def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """(indices of texts, their pooled states) of one forward pass after another."""
+        kind, packs, padded = self._sharing.split(ids, self.tokens_per_batch)
+        while packs and kind is not None:
+            texts = [ids[text] for text in packs[0].texts]
+            try:
+                states, _ = self._encode_pack(packs[0], texts, kind)
+            except TreeAttentionError as error:
+                kind = self._sharing.give_up(kind, str(error))
+                continue
+            pack = packs.pop(0)
+            stats.packed_tokens += len(pack)
+            yield pack.texts, states
+        padded += [text for pack in packs for text in pack.texts]
+        for batch in length_batches([len(ids[k]) for k in padded], self.tokens_per_batch):
+            states, tokens = self._forward([ids[padded[k]] for k in batch])
+            stats.padded_tokens += tokens
+            yield [padded[k] for k in batch], states
 
     def add_length_feature(self, pooled: Tensor, texts: Sequence[EncodedText]) -> Tensor:
         """Append the configured length feature to pooled rows (N, h')."""
@@ -313,15 +323,51 @@ class Backbone:
 
     def pooled_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature."""
-        if self._final_linear is not None:
-            return self._classifier_input(input_ids, attention_mask)
-        last = attention_mask.sum(1) - 1
-        states = self._states(input_ids, attention_mask).float()
+        states = self._states(self._inputs(input_ids, attention_mask)).float()
+        if states.dim() == 2:  # a classifier that pools by itself
+            return states
         if self.config.pooling == "mean":
             mask = attention_mask[..., None].to(states.dtype)
             return (states * mask).sum(1) / mask.sum(1)
-        index = last if self.config.pooling == "last" else torch.zeros_like(last)
+        count = attention_mask.sum(1)
+        if self.config.pooling == "classifier":
+            # Decoders score every position; transformers reads the last one that is not the padding token, which a real
+            # token may be too where eos doubles as padding.
+            pad = text_config(self.model).pad_token_id
+            scored = attention_mask if pad is None else attention_mask * (input_ids != pad)
+            index = (scored * torch.arange(scored.shape[1], device=scored.device)).argmax(1)
+        else:
+            index = count - 1 if self.config.pooling == "last" else torch.zeros_like(count)
         return states[torch.arange(len(states), device=states.device), index]
+
+    def _encode_pack(self, pack: Pack, texts: Sequence[Sequence[int]], kind: Kind) -> tuple[Tensor, int]:
+        """Pooled states (n, h') of the texts a pack completes, and the attention calls of the forward pass."""
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(pack.ids)[None].to(self.device),
+            "position_ids": torch.from_numpy(pack.positions)[None].to(self.device),
+        }
+        if getattr(text_config(self.model), "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        with self._lock, torch.inference_mode(), attending(self.model, pack, kind) as plan:
+            states = self._states(inputs)[0]
+        return self._pool_pack(states, pack, texts), plan.calls
+
+    def _pool_pack(self, states: Tensor, pack: Pack, texts: Sequence[Sequence[int]]) -> Tensor:
+        if self.config.pooling == "mean":
+            # Sums over paths: a node's is its parent's and its own tokens'.
+            sums: list[Tensor] = []
+            for start, stop, _, parent in pack.spans:
+                own = states[start:stop].sum(0, dtype=torch.float32)
+                sums.append(own if parent < 0 else sums[parent] + own)
+            return torch.stack([sums[leaf] / len(text) for leaf, text in zip(pack.leaves, texts, strict=True)])
+        where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
+        return states[torch.tensor(where, device=states.device)].float()
+
+    def _pooled_at(self, text: Sequence[int]) -> int:
+        if self.config.pooling == "first":
+            return 0
+        pad = text_config(self.model).pad_token_id if self.config.pooling == "classifier" else None
+        return next((k for k in range(len(text) - 1, -1, -1) if pad is None or text[k] != pad), 0)
 
     def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         longest = max(map(len, ids))
@@ -333,77 +379,38 @@ class Backbone:
             mask[row, : len(text)] = 1
         return self.pooled_states(input_ids.to(self.device), mask.to(self.device)).float(), input_ids.numel()
 
-    def _states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        if self.config.layer is None:
-            return self.model(**self._inputs(input_ids, mask)).last_hidden_state
-        block = _blocks(self.model, self.config.layer)
-        return self._stopped(block.register_forward_hook, input_ids, mask)
-
-    def _classifier_input(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        assert self._final_linear is not None
-        states = self._stopped(self._final_linear.register_forward_pre_hook, input_ids, mask).float()
-        if states.dim() == 2:
+    def _states(self, inputs: dict[str, Any]) -> Tensor:
+        """States (B, T, h) of the configured layer, or what enters a classifier's last linear layer."""
+        with self._lock:  # hooks and the attention's name are set on the model itself, so one caller at a time
+            if self._final_linear is not None:
+                return self._stopped(self._final_linear.register_forward_pre_hook, inputs)
+            if self.config.layer is not None:
+                return self._stopped(block(self.model, self.config.layer).register_forward_hook, inputs)
+            states: Tensor = self.model(**inputs).last_hidden_state
             return states
-        # Decoders score every position; transformers reads the last one that is not the padding token, which a real
-        # token may be too where eos doubles as padding.
-        pad = _text_config(self.model).pad_token_id
-        scored = mask if pad is None else mask * (input_ids != pad)
-        last = (scored * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        return states[torch.arange(len(states), device=states.device), last]
 
     def _inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        if getattr(_text_config(self.model), "use_cache", None) is not None:
+        if getattr(text_config(self.model), "use_cache", None) is not None:
             inputs["use_cache"] = False
+        if self._separator is not None:
+            # What the tokenizer gives two texts: type 1 behind the first separator. Content never holds a separator.
+            separators = (input_ids == self._separator).long()
+            inputs["token_type_ids"] = ((separators.cumsum(1) - separators) > 0).long() * mask
         return inputs
 
-    def _stopped(self, register: Callable[[Any], Any], input_ids: Tensor, mask: Tensor) -> Tensor:
+    def _stopped(self, register: Callable[[Any], Any], inputs: dict[str, Any]) -> Tensor:
         """Run the model only until a hook that ``register`` sets fires; what the hook saw (output, or input before)."""
 
         def stop(_module: object, inputs: Any, *output: Any) -> None:
             seen = output[0] if output else inputs
             raise _EnoughError(seen[0] if isinstance(seen, tuple) else seen)
 
-        with self._lock:  # the hook is set on the model itself, so one caller at a time
-            handle = register(stop)
-            try:
-                self.model(**self._inputs(input_ids, mask))
-            except _EnoughError as enough:
-                return enough.hidden
-            finally:
-                handle.remove()
+        handle = register(stop)
+        try:
+            self.model(**inputs)
+        except _EnoughError as enough:
+            return enough.hidden
+        finally:
+            handle.remove()
         raise CheckpointError(f"backbone: a layer of {type(self.model).__name__} that is to be read never ran")
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
-def _position_limit(model: Any) -> int | None:
-    """The longest input in tokens, None where the architecture sets no limit."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
-    if limit is None:
-        return None
-    for name, module in model.named_modules():
-        # RoBERTa and its kin number positions from behind the padding index, so those before it are lost.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(limit) - int(module.padding_idx) - 1
-    return int(limit)
-
-
-def _blocks(model: Any, layer: int) -> torch.nn.Module:
-    """The module whose output is hidden state ``layer``: the transformer's block list is the one of its own length."""
-    count = _text_config(model).num_hidden_layers
-    lists: Iterable[torch.nn.ModuleList] = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    blocks = next((m for m in lists if len(m) == count), None)
-    if blocks is None or layer > count:
-        reject("layer", layer, f"between 1 and {count} of a model whose blocks are a list")
-    return blocks[layer - 1]
-
-
-def _final_linear(model: Any) -> torch.nn.Linear:
-    labels = model.config.num_labels
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == labels]
-    if not linears:
-        reject("model", type(model).__name__, "a classifier that ends in a linear layer with num_labels outputs")
-    return linears[-1]

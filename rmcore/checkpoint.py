@@ -28,7 +28,17 @@ from rmcore.posterior import Posterior
 from rmcore.reference import TILE
 from rmcore.weights import SERVING_DTYPES, FeatureMap, HeadWeights
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "atomic_folder", "load_head", "read_config", "save_head", "write_head"]
+__all__ = [
+    "CONFIG_FILE",
+    "FORMAT_VERSION",
+    "atomic_folder",
+    "digest_file",
+    "load_head",
+    "read_config",
+    "save_head",
+    "sync_path",
+    "write_head",
+]
 
 CONFIG_FILE = "rmcore.json"
 TENSOR_FILE = "head.safetensors"
@@ -55,7 +65,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync_path(file)
         old = target.with_name(f".{target.name}.{mark}.old")
         if target.exists():
             os.replace(target, old)
@@ -66,7 +76,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
-        _sync(target.parent)
+        sync_path(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -134,7 +144,7 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
         "feature_scale": feature_map.feature_scale,
         "factor_scale": weights.factor_scale,
         "posterior": None if posterior is None else {"count": posterior.count},
-        "sha256": _digest(folder / TENSOR_FILE),
+        "sha256": digest_file(folder / TENSOR_FILE),
     }
 
 
@@ -148,7 +158,7 @@ def read_head(folder: Path, values: object, device: torch.device | str) -> Froze
         raise CheckpointError(f"{folder / CONFIG_FILE}: got no 'head' section")
     if not file.is_file():
         raise CheckpointError(f"{file}: missing")
-    if _digest(file) != values.get("sha256"):
+    if digest_file(file) != values.get("sha256"):
         raise CheckpointError(
             f"{file}: got contents that differ from the sha256 in {CONFIG_FILE}: the file is truncated, altered, or "
             "from another save. Copy the folder again"
@@ -231,12 +241,14 @@ def _scalar(values: dict[str, Any], name: str, *, positive: bool = False) -> flo
     return value
 
 
-def _digest(file: Path) -> str:
+def digest_file(file: Path) -> str:
+    """Hex sha256 of a file's contents."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file, or a folder's list of names, written through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from rmcore.errors import DataError, InputError, RmcoreError, reject
+from rmcore.verdicts_cli import app as _verdicts
 
 if TYPE_CHECKING:
+    from rmcore.accounts import Accounts
+    from rmcore.adaptive import AdaptiveRouter
     from rmcore.backbone import Backbone
     from rmcore.data import Group
     from rmcore.engine import RewardEngine
@@ -37,15 +41,15 @@ app = typer.Typer(
     "uncertain pairs to an LLM judge, get RLOO advantages back.\n\nTry `rmcore demo` first.",
 )
 
+app.add_typer(_verdicts, name="verdicts")
+
 # Everything but results goes to stderr, so that stdout can be a pipe.
 _notes = Console(stderr=True)
 
 Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")]
 Overlong = Annotated[
     str,
-    typer.Option(
-        help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right, -longest."
-    ),
+    typer.Option(help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right, -longest."),
 ]
 
 
@@ -200,6 +204,14 @@ def score(
     out: Annotated[str, typer.Option("--out", "-o", help="Where results go; - for stdout.")] = "-",
     threshold: Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")] = None,
     budget: Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")] = None,
+    judge_fraction: Annotated[
+        float | None, typer.Option(help="Route this fraction of all pairs by a threshold that follows their scores.")
+    ] = None,
+    max_calls: Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge calls.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge tokens.")] = None,
+    router_state: Annotated[
+        Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
+    ] = None,
     rank_by: Annotated[str, typer.Option(help="u, margin, error_probability or rank_sum.")] = "u",
     judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's model name.")] = "",
@@ -209,39 +221,63 @@ def score(
     judge_orders: Annotated[str, typer.Option(help="Ask both orders of a pair, or one.")] = "both",
     verdicts: Annotated[Path | None, typer.Option(help="Replay recorded verdicts (JSONL) instead of asking.")] = None,
     batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
+    accounts: Annotated[
+        Path | None, typer.Option(help="Append a summary of each batch to this file (rmcore accounts shows it).")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Kernels: auto, torch, cpu, triton, cuda.")] = "auto",
     device: Device = None,
 ) -> None:
     """Score groups of responses: preferences, uncertainties, rewards and RLOO advantages, one JSON line a group.
 
-    Without --threshold or --budget no pair goes to a judge.
+    Without --threshold, --budget or --judge-fraction no pair goes to a judge.
 
     Example: `rmcore score my-rm groups.jsonl --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
     """
     with _errors():
+        from rmcore.accounts import Accounts
         from rmcore.data import read_groups
         from rmcore.engine import RewardEngine
         from rmcore.model import RewardModel
 
         if batch < 1:
             reject("--batch", batch, "at least 1")
-        router = _router(threshold, budget, rank_by)
+        adaptive = _adaptive_router(judge_fraction, max_calls, max_tokens, rank_by, judge_orders, router_state)
+        router = _router(threshold, budget, rank_by, adaptive)
         judge = _judge(judge_url, judge_model, judge_key_env, judge_orders, verdicts)
         loaded = RewardModel.from_pretrained(model, device=device)
         engine = RewardEngine(loaded, judge, router, backend=backend)  # type: ignore[arg-type]
-        totals = {"groups": 0, "pairs": 0, "judge": 0, "judge_failed": 0}
+        booked = Accounts(accounts)
+        done = 0
         with _output(out) as stream, _bar() as bar:
             task = bar.add_task("groups", total=None)
             for chunk, error in _chunks(read_groups(groups), batch):
                 if chunk:
-                    _score_chunk(engine, chunk, stream, totals)
-                    bar.update(task, completed=totals["groups"])
+                    _score_chunk(engine, chunk, stream, booked)
+                    done += len(chunk)
+                    bar.update(task, completed=done)
+                    if adaptive is not None and router_state is not None:
+                        adaptive.save(router_state)
                 if error is not None:
                     raise error
-        _notes.print(
-            f"{totals['groups']} groups, {totals['pairs']} pairs; the judge decided {totals['judge']}, failed on "
-            f"{totals['judge_failed']}"
-        )
+        _print_accounts(booked.totals(), _notes)
+
+
+@app.command("accounts")
+def show_accounts(
+    log: Annotated[Path, typer.Argument(help="A file written by rmcore score --accounts, or by Accounts(log).")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the steps to this .png.")] = None,
+) -> None:
+    """Show what judging came to in a run, or so far in one that goes on: verdicts, cost, latency, hidden time."""
+    with _errors():
+        from rmcore.accounts import Accounts
+
+        booked = Accounts.read(log)
+        _print_accounts(booked.totals(), Console(width=None if sys.stdout.isatty() else 120))
+        if plot is not None:
+            from rmcore.plots import plot_accounts
+
+            plot_accounts(booked, plot)
+            _notes.print(f"wrote {plot}")
 
 
 @app.command()
@@ -309,7 +345,16 @@ def bench(context: typer.Context) -> None:
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, totals: dict[str, int]) -> None:
+def _print_accounts(totals: dict[str, Any], console: Console) -> None:
+    from rmcore.accounts import account_lines
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in account_lines(totals):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts) -> None:
     try:
         scores = engine.score([group.prompt for group in chunk], [group.responses for group in chunk])
     except InputError:
@@ -321,17 +366,13 @@ def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, totals: 
                 raise DataError(str(error), source="groups", line=group.line) from error
         # One bad group must not take the good ones before it along: score them one at a time, up to the bad one.
         for group in chunk:
-            _score_chunk(engine, [group], stream, totals)
+            _score_chunk(engine, [group], stream, accounts)
         return
     for group, record in zip(chunk, scores.to_records(), strict=True):
         named = {} if group.id is None else {"id": group.id}
         stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
     stream.flush()
-    summary = scores.summary()
-    totals["groups"] += summary["groups"]
-    totals["pairs"] += summary["pairs"]
-    for name in ("judge", "judge_failed"):
-        totals[name] += summary["decided_by"][name]
+    accounts.add(scores.summary())
 
 
 def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], DataError | None]]:
@@ -351,12 +392,32 @@ def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], D
             chunk = []
 
 
-def _router(threshold: float | None, budget: float | None, rank_by: str) -> Router:
+def _adaptive_router(
+    fraction: float | None, calls: int | None, tokens: int | None, rank_by: str, orders: str, state: Path | None
+) -> AdaptiveRouter | None:
+    if fraction is None:
+        if (calls, tokens, state) != (None, None, None):
+            reject("--max-calls, --max-tokens, --router-state", "without --judge-fraction", "together with it")
+        return None
+    from rmcore.adaptive import AdaptiveRouter
+    from rmcore.budget import Budget
+
+    budgets = [] if calls is None else [Budget(calls, "calls", max_per_pair=1 if orders == "one" else 2)]
+    budgets += [] if tokens is None else [Budget(tokens, "tokens")]
+    router = AdaptiveRouter(fraction, budgets, by=rank_by)  # type: ignore[arg-type]
+    if state is not None and state.exists():
+        router.load(state)
+    return router
+
+
+def _router(threshold: float | None, budget: float | None, rank_by: str, adaptive: AdaptiveRouter | None) -> Router:
     from rmcore.routing import BudgetRouter, NeverRoute, ThresholdRouter
 
     by: RankBy = rank_by  # type: ignore[assignment]
-    if threshold is not None and budget is not None:
-        reject("--threshold, --budget", "both", "at most one")
+    if sum(given is not None for given in (threshold, budget, adaptive)) > 1:
+        reject("--threshold, --budget, --judge-fraction", "more than one", "at most one")
+    if adaptive is not None:
+        return adaptive
     if threshold is not None:
         return ThresholdRouter(threshold, by)
     return NeverRoute() if budget is None else BudgetRouter(fraction=budget, by=by)

@@ -2,47 +2,46 @@
 
     score every pair (p, u)  →  the router picks pairs  →  the judge decides those  →  p̃  →  RLOO advantages
 
+The groups are worked off in micro-batches: while the judge answers for the first ones, the backbone runs on the next.
 A judge that fails never loses a batch: its pairs keep the head's p̃ and a recorded reason.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-import numbers
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+import math
+import threading
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rmcore import reference
+from rmcore.asking import Asking
 from rmcore.backbone import EncodingStats
-from rmcore.errors import reject
+from rmcore.checks import check_group_sizes, check_groups
+from rmcore.errors import NonFiniteError, reject
 from rmcore.groups import GroupScore, GroupScores, PairDecision
 from rmcore.head import FrozenHead
-from rmcore.judge.base import Judge, JudgeUsage, Pair, Prompt, Verdict
+from rmcore.judge.base import Judge, Prompt
+from rmcore.judge.clock import Clock, SystemClock
+from rmcore.judge.sync import background_loop
+from rmcore.learning import UpdateReport, VerdictLearner
 from rmcore.model import Progress, RewardModel
 from rmcore.ops import Backend
+from rmcore.overlap import run_alongside, run_alongside_async
+from rmcore.pairs import PairMatrices, concat_matrices, decide_by_rule, difference_matrices, find_pairs, look_up
 from rmcore.posterior import check_finite
-from rmcore.routing import Candidates, NeverRoute, Router, ThresholdRouter
-from rmcore.text import check_prompt
+from rmcore.routing import BudgetedRouter, Candidates, NeverRoute, Router, ThresholdRouter
+from rmcore.score_call import MicroBatch, ScoreCall, micro_batches
 
-__all__ = ["GroupScore", "GroupScores", "RewardEngine"]
+__all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class _Matrices:
-    """The head's view of one group, (K, K) float64 on the CPU."""
-
-    logit: Tensor
-    variance: Tensor
-    uncertainty: Tensor
-    preference: Tensor
+_PASSES_A_MICRO_BATCH = 4
 
 
 class RewardEngine:
@@ -50,13 +49,25 @@ class RewardEngine:
 
     Args:
         model: a :class:`RewardModel`, or a :class:`FrozenHead` for callers that only use :meth:`score_hidden`.
-        judge: decides routed pairs; needed unless the router never routes.
+        judge: decides routed pairs; needed unless the router never routes. Several of its ``judge`` calls may be under
+            way at once, one a micro-batch.
         router: which pairs to route. Default: u > 1.4 with a judge, never without one. 1.4 is a starting value, not a
-            recommendation: heads differ in scale, so choose from ``rmcore evaluate`` or use a BudgetRouter.
+            recommendation: heads differ in scale, so choose from ``rmcore evaluate`` or use a BudgetRouter. A router
+            that must see the whole batch (``whole_batch``) is asked, and so the judge, when all is scored; the
+            ``overlap`` of the summary says so.
         epsilon: ε of the judge's logit J = ±σ⁻¹(1−ε).
         nonfinite: ``raise``, or ``route`` to send pairs with a non-finite hidden state to the judge.
         orders: concat mode: score ``both`` orders and average, or ``one`` (i < j), flagged in the result.
         backend: of the head's kernels.
+        judge_deadline_s: seconds from the start of a score call after which verdicts are of no use. It goes with each
+            pair as its ``deadline``; a judge that pays no heed is cancelled two seconds later, and its pairs fail with
+            ``deadline``.
+        micro_batch_tokens: about how many tokens a micro-batch has, whole groups. None: four full forward passes of
+            the backbone. Smaller starts the judge earlier; larger pads less. It decides what is computed together, so
+            it may show in the last bits of a result; the judge's timing never does.
+        learner: lets the head learn from verdicts by :meth:`update`; without one it never changes. The engine takes
+            over the learner's head, and results keep their hidden rows.
+        clock: of deadlines and of the seconds reported; a seam for tests.
     """
 
     def __init__(
@@ -69,6 +80,10 @@ class RewardEngine:
         nonfinite: Literal["raise", "route"] = "raise",
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
+        judge_deadline_s: float | None = None,
+        micro_batch_tokens: int | None = None,
+        learner: VerdictLearner | None = None,
+        clock: Clock | None = None,
     ) -> None:
         if not isinstance(model, (RewardModel, FrozenHead)):
             reject("model", type(model).__name__, "a RewardModel or a FrozenHead")
@@ -86,6 +101,10 @@ class RewardEngine:
             reject("nonfinite", "'route'", "'raise', since there is no judge to route to")
         if orders not in ("both", "one"):
             reject("orders", repr(orders), "'both' or 'one'")
+        if judge_deadline_s is not None and not (math.isfinite(judge_deadline_s) and judge_deadline_s > 0):
+            reject("judge_deadline_s", judge_deadline_s, "seconds above 0, or None")
+        if micro_batch_tokens is not None and micro_batch_tokens < 1:
+            reject("micro_batch_tokens", micro_batch_tokens, "at least 1, or None")
         self.model = model if isinstance(model, RewardModel) else None
         self.head = model.head if isinstance(model, RewardModel) else model
         self.judge = judge
@@ -94,6 +113,14 @@ class RewardEngine:
         self.nonfinite = nonfinite
         self.orders = orders
         self.backend: Backend = backend
+        self.judge_deadline_s = judge_deadline_s
+        self.micro_batch_tokens = micro_batch_tokens
+        self.clock: Clock = clock or SystemClock()
+        self.learner = learner
+        self._publishing = threading.Lock()
+        if learner is not None:
+            learner.check_head(self.head)
+            self._serve_head_of(learner)
 
     # -- public verbs ------------------------------------------------------------------------------------------------
 
@@ -106,24 +133,23 @@ class RewardEngine:
     ) -> GroupScores:
         """Score groups of texts.
 
+        The backbone runs in the caller's thread, the judge's calls on the library's background loop. An exception here,
+        Ctrl-C included, cancels them.
+
         Args:
             prompts: one prompt a group, text or message list.
             responses: one sequence of K ≥ 1 responses a prompt; K may differ. Equal responses are decided by rule: 0.
-            progress: called with (stage, done, total).
+            progress: called with (stage, done, total); for the stage ``judging`` from another thread.
 
         Returns:
             One :class:`GroupScore` a prompt, in order.
 
         Raises:
-            InputError: wrong nesting, nothing to score, or an over-long text under the policy ``error``.
+            InputError: wrong nesting, nothing to score, or an over-long text under the policy ``error``; in any case
+                before a judge is asked.
             NonFiniteError: the backbone produced NaN or Inf and ``nonfinite`` is ``raise``.
         """
-        pending = self._prepare(prompts, responses, progress)
-        if not pending.questions:
-            return pending.finish([])
-        from rmcore.judge.sync import run_sync
-
-        return pending.finish(*run_sync(self._ask(pending.questions)), progress)
+        return self._run(self._call_with_texts(prompts, responses, progress))
 
     async def score_async(
         self,
@@ -132,11 +158,12 @@ class RewardEngine:
         *,
         progress: Progress | None = None,
     ) -> GroupScores:
-        """As :meth:`score`, for callers in an event loop: the backbone runs in a thread, the judge is awaited."""
-        pending = await asyncio.to_thread(self._prepare, prompts, responses, progress)
-        if not pending.questions:
-            return pending.finish([])
-        return pending.finish(*await self._ask(pending.questions), progress)
+        """As :meth:`score`, for callers in an event loop: the backbone runs in a thread, the judge is awaited.
+
+        Cancelling it cancels the judge's calls and stops the backbone after its current forward pass; when the
+        CancelledError comes out, neither a thread nor a task is left.
+        """
+        return await self._run_async(self._call_with_texts(prompts, responses, progress))
 
     def score_hidden(
         self,
@@ -157,43 +184,189 @@ class RewardEngine:
 
         Raises as :meth:`score`.
         """
-        sizes = _check_sizes(group_sizes)
+        return self._run(self._call_with_rows(hidden, group_sizes, prompts, responses))
+
+    async def score_hidden_async(
+        self,
+        hidden: Tensor,
+        group_sizes: Sequence[int] | Tensor,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        responses: Sequence[Sequence[str]] | None = None,
+    ) -> GroupScores:
+        """As :meth:`score_hidden`, for callers in an event loop: the head runs in a thread, the judge is awaited."""
+        return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses))
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def update(self, scores: GroupScores) -> UpdateReport:
+        """Learn from the verdicts of a scored batch (:class:`~rmcore.learning.VerdictLearner`).
+
+        The next score call uses the new head, as do ``model`` and what it saves; calls under way finish with theirs.
+
+        Raises InputError for an engine without a learner; otherwise as the learner's ``learn``.
+        """
+        learner = self._checked_learner()
+        report = learner.update(scores)
+        self._serve_head_of(learner)
+        return report
+
+    def revert(self, version: int) -> None:
+        """Serve an earlier (or later) version of the head again, bit for bit. Raises as the learner's ``revert``."""
+        learner = self._checked_learner()
+        learner.revert(version)
+        self._serve_head_of(learner)
+
+    def _checked_learner(self) -> VerdictLearner:
+        if self.learner is None:
+            reject("learner", "None", "a VerdictLearner, given when the engine was made")
+        return self.learner
+
+    def _serve_head_of(self, learner: VerdictLearner) -> None:
+        with self._publishing:  # of two updates at once, the one that publishes last must not publish the older head
+            self.head = learner.head
+            if self.model is not None:
+                self.model.head = self.head
+
+    # -- a call, from its arguments to its result --------------------------------------------------------------------
+
+    def _call_with_texts(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]], progress: Progress | None
+    ) -> ScoreCall:
+        if self.model is None:
+            reject("model", "a FrozenHead", "a RewardModel to score texts; or call score_hidden")
+        sizes = check_groups(prompts, responses)
+        return self._new_call(sizes, prompts, responses, progress=progress, encoding=EncodingStats())
+
+    def _call_with_rows(
+        self,
+        hidden: Tensor,
+        group_sizes: Sequence[int] | Tensor,
+        prompts: Sequence[Prompt] | None,
+        responses: Sequence[Sequence[str]] | None,
+    ) -> ScoreCall:
+        sizes = check_group_sizes(group_sizes)
         if (prompts is None) != (responses is None):
             reject("prompts, responses", "only one of them", "both or neither")
         if prompts is not None and responses is not None:
-            _check_groups(prompts, responses)
-            if [len(r) for r in responses] != sizes:
-                reject("responses", f"group sizes {[len(r) for r in responses]}", f"{sizes} as in group_sizes")
+            if (given := check_groups(prompts, responses)) != sizes:
+                reject("responses", f"group sizes {given}", f"{sizes} as in group_sizes")
         elif not isinstance(self.router, NeverRoute):
             reject(
                 "prompts, responses", "None", f"texts, since {type(self.router).__name__} may route pairs to the judge"
             )
-        matrices, seconds = self._score_rows(hidden, sizes)
-        pending = self._route(matrices, prompts, responses, {"head": seconds}, None)
-        if not pending.questions:
-            return pending.finish([])
-        from rmcore.judge.sync import run_sync
+        call = self._new_call(sizes, prompts, responses)
+        call.hidden = self._checked_rows(hidden, sizes)
+        return call
 
-        return pending.finish(*run_sync(self._ask(pending.questions)))
+    def _new_call(
+        self,
+        sizes: list[int],
+        prompts: Sequence[Prompt] | None,
+        responses: Sequence[Sequence[str]] | None,
+        *,
+        progress: Progress | None = None,
+        encoding: EncodingStats | None = None,
+    ) -> ScoreCall:
+        call = ScoreCall(sizes, prompts, responses, self.clock, self.head, progress=progress, encoding=encoding)
+        call.kept = None if self.learner is None else []
+        if self.judge_deadline_s is not None:
+            call.deadline = call.started + self.judge_deadline_s
+        return call
+
+    def _run(self, call: ScoreCall) -> GroupScores:
+        try:
+            if self._may_ask:
+                call.asking = self._asking(call, background_loop())
+            run_alongside(functools.partial(self._work, call), call.asking)
+            return call.result(self.epsilon, one_order=self._one_order)
+        finally:
+            self._settle(call)
+
+    async def _run_async(self, call: ScoreCall) -> GroupScores:
+        try:
+            if self._may_ask:
+                call.asking = self._asking(call, asyncio.get_running_loop())
+            await run_alongside_async(functools.partial(self._work, call), call.asking, call.unwanted)
+            return call.result(self.epsilon, one_order=self._one_order)
+        finally:
+            self._settle(call)
+
+    def _asking(self, call: ScoreCall, loop: asyncio.AbstractEventLoop) -> Asking:
+        assert self.judge is not None
+        return Asking(self.judge, loop, self.clock, deadline=call.deadline, answered=call.report_answers)
+
+    @property
+    def _may_ask(self) -> bool:
+        return self.judge is not None and not (isinstance(self.router, NeverRoute) and self.nonfinite == "raise")
+
+    @property
+    def _whole_batch(self) -> bool:
+        return getattr(self.router, "whole_batch", True)
+
+    @property
+    def _one_order(self) -> bool:
+        return self.head.config.mode == "concat" and self.orders == "one"
 
     # -- the algorithm, step by step ---------------------------------------------------------------------------------
 
-    def _prepare(
-        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]], progress: Progress | None
-    ) -> _Pending:
-        if self.model is None:
-            reject("model", "a FrozenHead", "a RewardModel to score texts; or call score_hidden")
-        _check_groups(prompts, responses)
-        before = EncodingStats(*(getattr(self.model.backbone.stats, f.name) for f in fields(EncodingStats)))
-        started = time.perf_counter()
-        hidden = self.model.hidden_states(prompts, responses, orders=self.orders, progress=progress)
-        backbone = time.perf_counter() - started
-        after = self.model.backbone.stats
-        stats = EncodingStats(*(getattr(after, f.name) - getattr(before, f.name) for f in fields(EncodingStats)))
-        matrices, seconds = self._score_rows(hidden, [len(group) for group in responses])
-        return self._route(matrices, prompts, responses, {"backbone": backbone, "head": seconds}, stats)
+    def _work(self, call: ScoreCall) -> None:
+        """Everything but the judge: backbone, head and router, micro-batch by micro-batch."""
+        if isinstance(self.router, BudgetedRouter):
+            self.router.begin_step()
+        parts = self._plan(call)
+        together = self._why_no_overlap(parts)
+        for part in parts:
+            hidden = self._rows(call, part)
+            with call.time("head"):
+                call.matrices += self._matrices(call.head, hidden, part)
+            if call.kept is not None:
+                call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
+            if not together:
+                self._route(call, part)
+        if together:
+            self._route(call, MicroBatch(0, 0, call.sizes))
+        call.micro_batches, call.why_no_overlap = len(parts), together
 
-    def _score_rows(self, hidden: Tensor, sizes: list[int]) -> tuple[list[_Matrices], float]:
+    def _plan(self, call: ScoreCall) -> list[MicroBatch]:
+        if call.hidden is not None or self.model is None:
+            return [MicroBatch(0, 0, call.sizes)]
+        with call.time("backbone"):
+            assert call.prompts is not None
+            assert call.responses is not None
+            call.encoded = self.model.encode_groups(call.prompts, call.responses, orders=self.orders)
+        limit = math.inf
+        if self._may_ask and not self._whole_batch and not isinstance(self.router, NeverRoute):
+            limit = self.micro_batch_tokens or _PASSES_A_MICRO_BATCH * self.model.backbone.tokens_per_batch
+        return micro_batches(call.sizes, call.encoded, limit)
+
+    def _why_no_overlap(self, parts: list[MicroBatch]) -> str:
+        if not self._may_ask:
+            return "no judge is asked"
+        if self._whole_batch:
+            return f"{type(self.router).__name__} chooses from the whole batch"
+        return "one micro-batch" if len(parts) == 1 else ""
+
+    def _rows(self, call: ScoreCall, part: MicroBatch) -> Tensor:
+        """The hidden rows of a micro-batch, checked and on the head's device."""
+        if call.hidden is not None:
+            hidden = call.hidden
+        else:
+            assert self.model is not None
+            with call.time("backbone"):
+                groups = call.encoded[part.first : part.stop]
+                progress = call.encoding_progress(part)
+                hidden = self.model.hidden_rows(groups, progress=progress, stats=call.encoding)
+                if hidden.is_cuda:
+                    torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
+        if self.nonfinite == "raise" and len(hidden):
+            try:
+                check_finite(hidden)
+            except NonFiniteError as error:
+                raise _renumbered(error, part) from None
+        return hidden.to(self.head.device)
+
+    def _checked_rows(self, hidden: Tensor, sizes: list[int]) -> Tensor:
         if not isinstance(hidden, Tensor):
             reject("hidden", type(hidden).__name__, "a torch.Tensor")
         if hidden.dim() != 2 or hidden.shape[1] != self.head.config.hidden_size:
@@ -204,253 +377,70 @@ class RewardEngine:
         if hidden.shape[0] != rows:
             unit = "response" if difference else f"{'ordered' if ordered == 2 else 'i < j'} pair"
             reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {sizes[:8]}")
-        if self.nonfinite == "raise" and rows:
-            check_finite(hidden)
-        started = time.perf_counter()
-        hidden = hidden.to(self.head.device)
-        matrices = self._difference(hidden, sizes) if difference else self._concat(hidden, sizes)
-        return matrices, time.perf_counter() - started
+        return hidden
 
-    def _difference(self, hidden: Tensor, sizes: list[int]) -> list[_Matrices]:
-        scores = self.head.score_pairs(
-            hidden, torch.tensor(sizes, dtype=torch.int64), backend=self.backend, nonfinite=self._keep
-        )
-        g, v = scores.logit.double().cpu(), scores.variance.double().cpu()
-        finite = hidden.isfinite().all(dim=1).cpu()
-        result, pair, row = [], 0, 0
-        for k in sizes:
-            i, j = torch.triu_indices(k, k, 1)
-            count = len(i)
-            logit, variance = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
-            logit[i, j], logit[j, i] = g[pair : pair + count], -g[pair : pair + count]
-            variance[i, j] = variance[j, i] = v[pair : pair + count]
-            bad = ~finite[row : row + k]
-            if bool(bad.any()) or not bool((logit + variance).isfinite().all()):
-                # A kernel may share work between the rows of a group; only pairs of the bad row itself are unusable.
-                # A finite row is bad too where it overflows in the head.
-                own = self.head.score(hidden[row : row + k], backend=self.backend, nonfinite="keep")
-                bad |= ~(own.logit + own.variance).isfinite().cpu()
-                self._repair(logit, variance, hidden[row : row + k], bad)
-            result.append(self._finish(logit, variance))
-            pair, row = pair + count, row + k
-        return result
-
-    def _repair(self, logit: Tensor, variance: Tensor, hidden: Tensor, bad: Tensor) -> None:
-        good = (~bad).nonzero()[:, 0]
-        logit.fill_(torch.nan)
-        variance.fill_(torch.nan)
-        logit.fill_diagonal_(0.0)
-        variance.fill_diagonal_(0.0)
-        if len(good) > 1:
-            sizes = torch.tensor([len(good)])
-            rows = hidden[good.to(hidden.device)]
-            scores = self.head.score_pairs(rows, sizes, backend=self.backend, nonfinite="keep")
-            i, j = torch.triu_indices(len(good), len(good), 1)
-            g, v = scores.logit.double().cpu(), scores.variance.double().cpu()
-            logit[good[i], good[j]], logit[good[j], good[i]] = g, -g
-            variance[good[i], good[j]] = variance[good[j], good[i]] = v
-
-    def _concat(self, hidden: Tensor, sizes: list[int]) -> list[_Matrices]:
-        scores = self.head.score(hidden, backend=self.backend, nonfinite=self._keep)
-        g, v = scores.logit.double().cpu(), scores.variance.double().cpu()
-        result, start = [], 0
-        for k in sizes:
-            if self.orders == "both":
-                i, j = (~torch.eye(k, dtype=torch.bool)).nonzero().unbind(1)
-            else:
-                i, j = torch.triu_indices(k, k, 1)
-            count = len(i)
-            logit, variance = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
-            logit[i, j], variance[i, j] = g[start : start + count], v[start : start + count]
-            if self.orders == "one":
-                logit[j, i], variance[j, i] = -logit[i, j], variance[i, j]
-            result.append(self._finish(logit, variance))
-            start += count
-        return result
-
-    @property
-    def _keep(self) -> Literal["raise", "keep"]:
-        return "keep" if self.nonfinite == "route" else "raise"
-
-    def _finish(self, logit: Tensor, variance: Tensor) -> _Matrices:
-        """u and p̃; in concat mode both orders are averaged here (in difference mode that changes nothing)."""
-        u = reference.uncertainty(variance, self.head.weights.amplitude)
-        preference, u = reference.concat_preference(reference.preference(logit, u), u)
-        bad = ~(preference.isfinite() & u.isfinite())
-        preference[bad], u[bad] = torch.nan, torch.inf
-        return _Matrices((logit - logit.mT) / 2, (variance + variance.mT) / 2, u, preference)
-
-    def _route(
-        self,
-        matrices: list[_Matrices],
-        prompts: Sequence[Prompt] | None,
-        responses: Sequence[Sequence[str]] | None,
-        seconds: dict[str, float],
-        stats: EncodingStats | None,
-    ) -> _Pending:
-        where: list[tuple[int, int, int]] = []
-        identical: list[tuple[int, int, int]] = []
-        for group, m in enumerate(matrices):
-            k = len(m.logit)
-            for i in range(k):
-                for j in range(i + 1, k):
-                    same = responses is not None and responses[group][i] == responses[group][j]
-                    (identical if same else where).append((group, i, j))
-        for group, i, j in identical:
-            m = matrices[group]
-            for matrix, value in ((m.logit, 0.0), (m.variance, 0.0), (m.preference, 0.0), (m.uncertainty, 1.0)):
-                matrix[i, j] = matrix[j, i] = value
-        index = torch.tensor(where, dtype=torch.int64).view(-1, 3)
-        candidates = Candidates(*(_gather(matrices, index, n) for n in ("logit", "variance", "uncertainty")))
-        finite = candidates.uncertainty.isfinite()
-        chosen = ~finite  # only possible with nonfinite="route"
-        if bool(finite.any()):
-            usable = Candidates(candidates.logit[finite], candidates.variance[finite], candidates.uncertainty[finite])
-            picked = self.router.select(usable)
-            if not isinstance(picked, Tensor) or picked.shape != (len(usable),) or picked.dtype != torch.bool:
-                got = f"{tuple(picked.shape)} {picked.dtype}" if isinstance(picked, Tensor) else type(picked).__name__
-                reject("router.select", got, f"a ({len(usable)},) bool tensor")
-            chosen[finite] = picked
-        routed = [pair for pair, yes in zip(where, chosen.tolist(), strict=True) if yes]
-        questions = []
-        if routed:
-            if prompts is None or responses is None:
-                reject("prompts, responses", "None", f"texts, since {len(routed)} pairs need the judge")
-            questions = [Pair(prompts[g], responses[g][i], responses[g][j], id=f"{g}:{i}:{j}") for g, i, j in routed]
-        one_order = self.head.config.mode == "concat" and self.orders == "one"
-        return _Pending(matrices, routed, identical, questions, self.epsilon, one_order, seconds, stats)
-
-    async def _ask(self, questions: list[Pair]) -> tuple[list[Verdict], JudgeUsage]:
-        """One verdict a question, and what they cost; equal questions are asked once; only cancellation gets out."""
-        assert self.judge is not None
-        distinct: dict[str, int] = {}
-        unique: list[Pair] = []
-        order = []
-        for question in questions:
-            key = repr((question.prompt, question.first, question.second))
-            if key not in distinct:
-                distinct[key] = len(unique)
-                unique.append(question)
-            order.append(distinct[key])
-        answers: list[object]
+    def _matrices(self, head: FrozenHead, hidden: Tensor, part: MicroBatch) -> list[PairMatrices]:
+        policy: Literal["raise", "keep"] = "keep" if self.nonfinite == "route" else "raise"
+        amplitude = head.weights.amplitude
         try:
-            answers = list(await self.judge.judge(unique))
-        except Exception as error:  # a judge may be anybody's code, and the batch must survive it
-            log.exception("the judge raised; %d pairs keep the head's preference", len(questions))
-            answers = [Verdict.none(f"raised_{type(error).__name__}")] * len(unique)
-        if len(answers) != len(unique):
-            log.error("the judge returned %d results for %d pairs; none is used", len(answers), len(unique))
-            answers = [Verdict.none("wrong_number_of_verdicts")] * len(unique)
-        verdicts = [_checked(answer) for answer in answers]
-        return [verdicts[k] for k in order], JudgeUsage.total(v.usage for v in verdicts)
+            if head.config.mode == "difference":
+                sizes = torch.tensor(part.sizes, dtype=torch.int64)
+                pairs = head.score_pairs(hidden, sizes, backend=self.backend, nonfinite=policy)
+                return difference_matrices(pairs, part.sizes, amplitude)
+            rows = head.score(hidden, backend=self.backend, nonfinite=policy)
+            return concat_matrices(rows, part.sizes, amplitude, self.orders)
+        except NonFiniteError as error:
+            raise _renumbered(error, part) from None
 
-
-def _checked(answer: object) -> Verdict:
-    """A judge's answer as a verdict whose preference is a number in [-1, 1], or none with the reason."""
-    if not isinstance(answer, Verdict):
-        return Verdict.none("not_a_verdict")
-    preference: Any = answer.preference
-    reason, usage, critique = str(answer.reason), cast("object", answer.usage), str(answer.critique)
-    if preference is not None and not (isinstance(preference, numbers.Real) and -1 <= float(preference) <= 1):
-        preference, reason = None, f"preference_{str(preference)[:40]}"
-    return replace(
-        answer,
-        preference=None if preference is None else float(preference),
-        reason=reason or ("unknown" if preference is None else ""),
-        critique=critique,
-        usage=usage if isinstance(usage, JudgeUsage) else JudgeUsage(),
-    )
-
-
-@dataclass
-class _Pending:
-    """A scored batch that waits for its verdicts."""
-
-    matrices: list[_Matrices]
-    routed: list[tuple[int, int, int]]
-    identical: list[tuple[int, int, int]]
-    questions: list[Pair]
-    epsilon: float
-    one_order: bool
-    seconds: dict[str, float]
-    stats: EncodingStats | None
-
-    def __post_init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def finish(
-        self, verdicts: list[Verdict], usage: JudgeUsage | None = None, progress: Progress | None = None
-    ) -> GroupScores:
-        """Put the verdicts in: p̃ = J where there is one, the head's elsewhere."""
-        decisions: list[list[PairDecision]] = [[] for _ in self.matrices]
-        masks = [torch.zeros_like(m.logit, dtype=torch.bool) for m in self.matrices]
-        for group, i, j in self.identical:
-            decisions[group].append(PairDecision(i, j, "identical"))
-        for (group, i, j), verdict in zip(self.routed, verdicts, strict=True):
-            masks[group][i, j] = masks[group][j, i] = True
-            if verdict.preference is None:
-                decisions[group].append(PairDecision(i, j, "judge_failed", verdict.reason, verdict))
-                continue
-            value = float(reference.verdict_logit(verdict.preference, self.epsilon))
-            self.matrices[group].preference[i, j], self.matrices[group].preference[j, i] = value, -value
-            decisions[group].append(PairDecision(i, j, "judge", verdict.reason, verdict))
-        if verdicts:
-            self.seconds["judge"] = time.perf_counter() - self.started
-            if progress is not None:
-                progress("judging", len(verdicts), len(verdicts))
-        groups = tuple(
-            GroupScore(
-                preference=m.preference,
-                uncertainty=m.uncertainty,
-                logit=m.logit,
-                variance=m.variance,
-                routed=mask,
-                decisions=tuple(sorted(decided, key=lambda d: (d.i, d.j))),
-                one_order=self.one_order,
-            )
-            for m, mask, decided in zip(self.matrices, masks, decisions, strict=True)
+    def _route(self, call: ScoreCall, part: MicroBatch) -> None:
+        """Decide equal responses by rule, let the router choose among the rest, and hand those over to the judge."""
+        where, identical = find_pairs(part.sizes, call.responses, part.first)
+        decide_by_rule(call.matrices, identical)
+        call.identical += identical
+        candidates, preference = look_up(call.matrices, where)
+        finite = candidates.uncertainty.isfinite()  # always, unless nonfinite="route"
+        reserved = None
+        if isinstance(self.router, BudgetedRouter):
+            chosen, reservation = self.router.reserve(candidates)
+            reserved = call.reserve(reservation)
+            _check_choice("router.reserve", chosen, len(candidates))
+            call.unaffordable += [where[n] for n in (~finite & ~chosen).nonzero()[:, 0].tolist()]
+        else:
+            chosen = ~finite
+            if bool(finite.any()):
+                values = (candidates.logit, candidates.variance, candidates.uncertainty)
+                usable = Candidates(*(value[finite] for value in values))
+                picked = self.router.select(usable)
+                _check_choice("router.select", picked, len(usable))
+                chosen[finite] = picked
+        asked = call.ask(
+            [where[n] for n in chosen.nonzero()[:, 0].tolist()], preference[chosen], candidates.uncertainty[chosen]
         )
-        return GroupScores(groups, self.seconds, self.stats, usage or JudgeUsage())
+        if reserved is not None:
+            reserved.asked = asked
+
+    def _settle(self, call: ScoreCall) -> None:
+        """Tell a budgeted router what each reservation came to: exactly once, whatever has happened.
+
+        Only now and in this order, so that what the router chooses within a call never depends on the judge's timing.
+        """
+        for reserved in call.reservations:
+            assert isinstance(self.router, BudgetedRouter)
+            try:
+                self.router.settle(reserved.reservation, reserved.usage)
+            except Exception:  # the verdicts are paid for and in; a router's books must not lose them
+                log.exception("router.settle raised; its books may be wrong from here on")
 
 
-def _gather(matrices: list[_Matrices], index: Tensor, name: str) -> Tensor:
-    if not len(index):
-        return torch.empty(0, dtype=torch.float64)
-    flat = torch.cat([getattr(m, name).flatten() for m in matrices])
-    sizes = torch.tensor([len(m.logit) for m in matrices])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (sizes * sizes).cumsum(0)[:-1]])
-    group, i, j = index.unbind(1)
-    return flat[offsets[group] + i * sizes[group] + j]
+def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:
+    """The error with its rows counted from the first of the whole call, as the caller counts them."""
+    if part.first_row == 0:
+        return error
+    where = f"rows counted within groups {part.first} to {part.stop - 1}, whose first is row {part.first_row} of all"
+    return NonFiniteError(f"{error} ({where})", tuple(part.first_row + row for row in error.rows))
 
 
-def _check_sizes(group_sizes: Sequence[int] | Tensor) -> list[int]:
-    given: Any = group_sizes.tolist() if isinstance(group_sizes, Tensor) else group_sizes
-    if not isinstance(given, Iterable):
-        reject("group_sizes", repr(given), "a sequence of positive integers")
-    sizes = list(given)
-    if not sizes:
-        reject("group_sizes", "an empty list", "at least one group")
-    for k, size in enumerate(sizes):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            reject(f"group_sizes[{k}]", size, "a positive integer")
-    return sizes
-
-
-def _check_groups(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> None:
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        reject("prompts", type(prompts).__name__, "a list with one prompt a group")
-    if isinstance(responses, str) or not isinstance(responses, Sequence):
-        reject("responses", type(responses).__name__, "a list with one list of responses a prompt")
-    if not prompts:
-        reject("prompts", "an empty list", "at least one prompt")
-    if len(prompts) != len(responses):
-        reject("responses", f"{len(responses)} groups", f"{len(prompts)}, one a prompt")
-    for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
-        check_prompt(prompt, f"prompts[{k}]")
-        if isinstance(group, str) or not isinstance(group, Sequence):
-            reject(f"responses[{k}]", type(group).__name__, "a list of strings")
-        if not group:
-            reject(f"responses[{k}]", "an empty list", "at least one response")
-        for i, response in enumerate(group):
-            if not isinstance(response, str):
-                reject(f"responses[{k}][{i}]", type(response).__name__, "a string")
+def _check_choice(what: str, chosen: object, count: int) -> None:
+    if not isinstance(chosen, Tensor) or chosen.shape != (count,) or chosen.dtype != torch.bool:
+        got = f"{tuple(chosen.shape)} {chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
+        reject(what, got, f"a ({count},) bool tensor")

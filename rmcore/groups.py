@@ -11,9 +11,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from rmcore.accounting import JudgeTally, Overlap, usage_figures
 from rmcore.advantage import group_rewards, grpo_advantages, rloo_advantages
 from rmcore.backbone import EncodingStats
 from rmcore.judge.base import JudgeUsage, Verdict
+from rmcore.judge.rules import RULE
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision"]
 
@@ -22,8 +24,9 @@ __all__ = ["GroupScore", "GroupScores", "PairDecision"]
 class PairDecision:
     """How a pair i < j that was not left to the head was decided.
 
-    ``by``: ``judge``; ``judge_failed`` (asked, no verdict: the head's preference stands, ``reason`` says why);
-    ``identical`` (equal responses: 0 by rule).
+    ``by``: ``judge``; ``judge_failed`` (no verdict: the head's preference stands, ``reason`` says why; ``budget`` means
+    that a pair which the head cannot score was not asked about, since the router's budget was used up); ``identical``
+    (equal responses: 0 by rule).
     """
 
     i: int
@@ -43,7 +46,7 @@ class GroupScore:
         uncertainty: u, symmetric, ≥ 1, the head's own, also where the judge decided.
         logit: g, antisymmetric, before division by u.
         variance: v, symmetric.
-        routed: True where the pair was sent to the judge.
+        routed: True where the pair was to be decided by the judge.
         decisions: the pairs not left to the head, each once, i < j.
         one_order: True where concat mode scored only i < j, so that position bias is not averaged out.
     """
@@ -100,9 +103,21 @@ class GroupScores(Sequence[GroupScore]):
 
     groups: tuple[GroupScore, ...]
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds by stage: ``backbone``, ``head``, ``judge``."""
+    """Wall seconds by stage: ``backbone`` (tokenising too), ``head``, ``judge`` (at least one call under way) and
+    ``total``, which is less than their sum where the judge was hidden behind the backbone (``overlap``)."""
     encoding: EncodingStats | None = None
-    judge_usage: JudgeUsage = field(default_factory=JudgeUsage)
+    judges: dict[str, JudgeTally] = field(default_factory=dict)
+    """What each judge answered and cost, by ``Verdict.judge``. Equal questions were asked, and count, once."""
+    overlap: Overlap = field(default_factory=Overlap)
+    unaccounted_questions: int = 0
+    """Questions whose judge did not say what they cost: it raised, or had to be cancelled."""
+    hidden: Tensor | None = field(default=None, repr=False, compare=False)
+    """The batch's hidden rows on the CPU, in the layout of ``score_hidden``: only from an engine that has a learner."""
+
+    @property
+    def judge_usage(self) -> JudgeUsage:
+        """What all questions cost together."""
+        return JudgeUsage.total(tally.usage for tally in self.judges.values())
 
     @overload
     def __getitem__(self, index: int) -> GroupScore: ...
@@ -132,7 +147,13 @@ class GroupScores(Sequence[GroupScore]):
         return [group.to_record() for group in self.groups]
 
     def summary(self) -> dict[str, Any]:
-        """Counts and means over the batch, JSON values. Every pair is in exactly one of ``decided_by``'s counts."""
+        """Counts and means over the batch, JSON values; :class:`rmcore.accounts.Accounts` adds them up over steps.
+
+        Every pair is in exactly one of ``decided_by``'s counts; ``rule_verdicts`` were decided by rule, here or in the
+        judge, without a call. ``judge_ties``, ``judge_flips`` and ``judge_failures``
+        count pairs, ``judges`` and ``judge_usage`` count questions: equal pairs are one question. Costs are described
+        in :func:`rmcore.accounting.usage_figures`.
+        """
         pairs = sum(group.size * (group.size - 1) // 2 for group in self.groups)
         decisions = [decision for group in self.groups for decision in group.decisions]
         by = Counter(decision.by for decision in decisions)
@@ -155,14 +176,23 @@ class GroupScores(Sequence[GroupScore]):
             "judge_failures": dict(Counter(d.reason for d in decisions if d.by == "judge_failed")),
             "judge_ties": sum(v.preference == 0 and not v.flipped for v in verdicts),
             "judge_flips": sum(v.flipped for v in verdicts),
+            "rule_verdicts": by["identical"] + sum(v.judge == RULE for v in verdicts),
             "unscorable_responses": sum(int(group.advantages.isnan().sum()) for group in self.groups),
             "one_order_groups": sum(group.one_order for group in self.groups),
             "uncertainty": None
             if not len(flat)
-            else {"mean": float(flat.mean()), "p50": float(flat.quantile(0.5)), "p90": float(flat.quantile(0.9))},
+            else {
+                "mean": float(flat.mean()),
+                "p50": float(flat.quantile(0.5)),
+                "p90": float(flat.quantile(0.9)),
+                "count": len(flat),
+            },
             "seconds": dict(self.seconds),
             "encoding": None if self.encoding is None else asdict(self.encoding),
-            "judge_usage": asdict(self.judge_usage),
+            "overlap": self.overlap.to_dict(),
+            "judge_usage": usage_figures(self.judge_usage),
+            "judges": {name: tally.to_dict() for name, tally in self.judges.items()},
+            "unaccounted_questions": self.unaccounted_questions,
         }
 
 

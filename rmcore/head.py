@@ -366,20 +366,45 @@ class FrozenHead:
     ) -> PairScores:
         """Difference mode: all pairs of each group from one row a response. See :func:`rmcore.ops.pair_variance`.
 
-        ``nonfinite="keep"`` returns NaN or Inf for the pairs of a bad row, and perhaps for other pairs of its group,
-        whose rows share work; other groups are untouched. Score the good rows again for theirs, as the engine does.
+        Raises:
+            NonFiniteError: a row is NaN or Inf, or overflows the serving dtype, unless ``nonfinite="keep"``, which
+                returns NaN for the pairs of that row; all other pairs are as if the row were not there.
         """
         if self.config.mode != "difference":
             reject("mode", self.config.mode, "a difference-mode head")
         weights = self.weights
         g, v = ops.pair_variance(hidden, group_sizes, weights, backend=backend)
-        if nonfinite == "raise" and not bool((g + v).isfinite().all()):
-            check_finite(hidden)
-            raise NonFiniteError(
-                "hidden: got finite rows that overflow the head's dtype, expected results to be finite"
-            )
+        finite = (g + v).isfinite()
+        if not bool(finite.all()):
+            if nonfinite == "raise":
+                check_finite(hidden)
+                raise NonFiniteError(
+                    "hidden: got finite rows that overflow the head's dtype, expected results to be finite"
+                )
+            self._isolate_bad_rows(hidden, group_sizes, g, v, finite, backend)
         u = reference.uncertainty(v, weights.amplitude)
         return PairScores(g, v, u, reference.preference(g, u))
+
+    def _isolate_bad_rows(
+        self, hidden: Tensor, group_sizes: Tensor, g: Tensor, v: Tensor, finite: Tensor, backend: Backend
+    ) -> None:
+        """Score the good rows of every spoilt group again: a kernel may share work between the rows of a group."""
+        row = pair = 0
+        for k in group_sizes.tolist():
+            rows, pairs = slice(row, row + k), slice(pair, pair + k * (k - 1) // 2)
+            row, pair = rows.stop, pairs.stop
+            if bool(finite[pairs].all()):
+                continue
+            # A finite row is bad too where it overflows in the head.
+            own = ops.score(hidden[rows], self.weights, backend=backend)
+            good = (own.logit + own.variance).isfinite() & hidden[rows].isfinite().all(dim=1)
+            i, j = torch.triu_indices(k, k, 1, device=good.device)
+            usable = good[i] & good[j]
+            g[pairs], v[pairs] = torch.nan, torch.nan
+            if bool(usable.any()):
+                count = good.sum().to(group_sizes)[None]
+                again = ops.pair_variance(hidden[rows][good], count, self.weights, backend=backend)
+                g[pairs][usable], v[pairs][usable] = again
 
     @torch.no_grad()
     def update(

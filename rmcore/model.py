@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from rmcore import checkpoint
-from rmcore.backbone import Backbone, BackboneConfig
+from rmcore.backbone import Backbone, BackboneConfig, EncodingStats
 from rmcore.errors import CheckpointError, InputError, reject
 from rmcore.fit import FitReport, fit, upgrade
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.judge.base import Prompt
 from rmcore.text import EncodedText, check_prompt
+from rmcore.tree_attention import Packing
 
 __all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
 
@@ -126,6 +127,41 @@ class RewardModel:
             if (i != j if orders == "both" else i < j)
         ]
 
+    def encode_groups(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[str]],
+        *,
+        orders: Literal["both", "one"] = "both",
+    ) -> list[list[EncodedText]]:
+        """:meth:`encode_group` of every group. An InputError names the group by its place among ``prompts``."""
+        groups = []
+        for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                groups.append(self.encode_group(prompt, group, orders=orders))
+            except InputError as error:
+                raise InputError(f"group {k}: {error}") from error
+        return groups
+
+    def hidden_rows(
+        self,
+        groups: Sequence[Sequence[EncodedText]],
+        *,
+        progress: Progress | None = None,
+        stats: EncodingStats | None = None,
+    ) -> Tensor:
+        """Hidden rows of encoded groups, in the order ``RewardEngine.score_hidden`` takes them.
+
+        What texts have in common at their beginning is computed once where the backbone allows it (a prompt, each first
+        response, a system prompt of all groups): the more groups a call has, the more there is to share.
+
+        Args:
+            groups: some or all of what :meth:`encode_groups` returned.
+            progress: called with ("encoding", tokens done, tokens in all) after each forward pass.
+            stats: what this call did is added to it, besides to the backbone's own running counts.
+        """
+        return self.backbone.hidden([t for group in groups for t in group], progress=_tokens(progress), stats=stats)
+
     def hidden_states(
         self,
         prompts: Sequence[Prompt],
@@ -134,14 +170,8 @@ class RewardModel:
         orders: Literal["both", "one"] = "both",
         progress: Progress | None = None,
     ) -> Tensor:
-        """Hidden rows of all groups, in the order ``RewardEngine.score_hidden`` takes them."""
-        texts: list[EncodedText] = []
-        for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
-            try:
-                texts += self.encode_group(prompt, group, orders=orders)
-            except InputError as error:
-                raise InputError(f"group {k}: {error}") from error
-        return self.backbone.hidden(texts, progress=_tokens(progress))
+        """:meth:`encode_groups` and :meth:`hidden_rows` in one."""
+        return self.hidden_rows(self.encode_groups(prompts, responses, orders=orders), progress=progress)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -181,16 +211,18 @@ class RewardModel:
         dtype: torch.dtype | None = None,
         attention: str = "auto",
         tokens_per_batch: int = 8192,
+        packing: Packing = "auto",
         backbone: Backbone | None = None,
     ) -> RewardModel:
         """Load a folder written by :meth:`save_pretrained`.
 
         Args:
             path: the folder.
-            device: of the backbone, as are the next three; see :meth:`rmcore.backbone.Backbone.from_pretrained`.
+            device: of the backbone, as are the next four; see :meth:`rmcore.backbone.Backbone.from_pretrained`.
             dtype: arithmetic of the backbone.
             attention: attention implementation.
-            tokens_per_batch: padded tokens of one forward pass.
+            tokens_per_batch: tokens of one forward pass.
+            packing: how texts that begin alike are encoded.
             backbone: use this one instead of loading the one recorded (it must be as wide).
 
         Raises CheckpointError for anything truncated, foreign or inconsistent.
@@ -205,7 +237,12 @@ class RewardModel:
                 if values.get("embedded"):
                     config = replace(config, name=str(Path(path) / "backbone"), revision=None)
                 loaded = Backbone.from_pretrained(
-                    config, device=device, dtype=dtype, attention=attention, tokens_per_batch=tokens_per_batch
+                    config,
+                    device=device,
+                    dtype=dtype,
+                    attention=attention,
+                    tokens_per_batch=tokens_per_batch,
+                    packing=packing,
                 )
                 return cls(loaded, head)
             except (InputError, KeyError, TypeError) as error:

@@ -1,6 +1,10 @@
 """Which pairs go to the judge: small policies with one verb, ``select``.
 
-All see the whole batch of candidate pairs at once. A router ranks by one of four scores, highest first:
+A router says with ``whole_batch`` whether it needs all candidate pairs of a score call at once, or can be asked
+micro-batch by micro-batch, so that judge calls start while the backbone still runs. Routers that keep to a budget
+(:class:`BudgetedRouter`) reserve before the judge is called and are told afterwards what it cost.
+
+A router ranks by one of four scores, highest first:
 
 - ``u``: the epistemic uncertainty (default, as in the paper). Finds what is *unlike the training data*, where the head
   is confidently wrong.
@@ -17,20 +21,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rmcore.errors import reject
 
+if TYPE_CHECKING:
+    from rmcore.judge.base import JudgeUsage
+
 __all__ = [
     "AlwaysRoute",
     "BudgetRouter",
+    "BudgetedRouter",
     "Candidates",
     "NeverRoute",
     "RandomRouter",
     "RankBy",
+    "Reservation",
     "Router",
     "ThresholdRouter",
     "rank_score",
@@ -58,10 +67,56 @@ class Candidates:
 
 
 class Router(Protocol):
-    """Anything that chooses pairs."""
+    """Anything that chooses pairs.
+
+    A router may carry ``whole_batch``: True if choosing a pair depends on the rest of the batch, False if pairs can be
+    chosen micro-batch by micro-batch, as they come. Without it True is assumed.
+    """
 
     def select(self, candidates: Candidates) -> Tensor:
         """(Q,) bool, True where the pair goes to the judge."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a :class:`BudgetedRouter` set aside for the pairs of one ``reserve``. Hand it back to ``settle``, once.
+
+    Attributes:
+        id: names it; unique within its router.
+        pairs: how many pairs were chosen.
+        amount: what was set aside in each of the router's budgets, in that budget's unit and order.
+    """
+
+    id: int
+    pairs: int
+    amount: tuple[float, ...] = ()
+
+
+@runtime_checkable
+class BudgetedRouter(Router, Protocol):
+    """A router that reserves what its pairs may cost and is told what they did cost.
+
+    Any number of reservations may be open at once, and they may be settled in any order and from any thread.
+    """
+
+    def begin_step(self) -> None:
+        """A step begins; the engine calls it once at the start of every score call."""
+        ...
+
+    def reserve(self, candidates: Candidates) -> tuple[Tensor, Reservation]:
+        """The mask as of ``select``, and what was set aside for it.
+
+        Candidates with u = inf (a non-finite hidden state, with the engine's ``nonfinite="route"``) come first in line
+        but are bound by the budget like any other.
+        """
+        ...
+
+    def settle(self, reservation: Reservation, usage: JudgeUsage | None) -> None:
+        """What the pairs of a reservation cost; to be called exactly once a reservation.
+
+        ``None`` means that nobody knows (the calls were cancelled, say): everything reserved then counts as spent.
+        """
         ...
 
 
@@ -100,6 +155,7 @@ class ThresholdRouter:
 
     threshold: float
     by: RankBy = "u"
+    whole_batch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
@@ -123,6 +179,7 @@ class BudgetRouter:
     fraction: float | None = None
     count: int | None = None
     by: RankBy = "u"
+    whole_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_budget(self.fraction, self.count)
@@ -145,6 +202,8 @@ class RandomRouter:
         seed: of the draws; successive batches draw on.
     """
 
+    whole_batch: ClassVar[bool] = True
+
     def __init__(self, fraction: float | None = None, count: int | None = None, *, seed: int = 0) -> None:
         _check_budget(fraction, count)
         self.fraction, self.count, self.seed = fraction, count, seed
@@ -162,6 +221,8 @@ class RandomRouter:
 class NeverRoute:
     """The head alone."""
 
+    whole_batch: ClassVar[bool] = False
+
     def select(self, candidates: Candidates) -> Tensor:
         """No pair."""
         return torch.zeros(len(candidates), dtype=torch.bool)
@@ -170,6 +231,8 @@ class NeverRoute:
 @dataclass(frozen=True)
 class AlwaysRoute:
     """The judge alone."""
+
+    whole_batch: ClassVar[bool] = False
 
     def select(self, candidates: Candidates) -> Tensor:
         """Every pair."""

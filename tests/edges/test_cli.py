@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
+from rmcore.judge.replay import ReplayServer
 
 runner = CliRunner()
 
@@ -84,6 +85,45 @@ def test_recorded_verdicts_decide_routed_pairs(model: Path, tmp_path: Path) -> N
     assert record["preference"][0][2] == pytest.approx(record["logit"][0][2] / record["uncertainty"][0][2], rel=1e-6)
 
 
+def test_an_adaptive_router_keeps_to_its_calls_over_several_runs(model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "router.json"
+    options = ["--judge-fraction", 1.0, "--max-calls", 10, "--router-state", state, "--batch", 1]
+    lines = "\n".join(json.dumps(group()) for _ in range(2)) + "\n"  # 3 pairs a group, 2 calls a pair
+    decided = []
+    with ReplayServer({}) as server:
+        judge = ["--judge-url", server.base_url, "--judge-model", "m", "--judge-key-env", ""]
+        for _ in range(2):
+            result = call("score", model, "-", *options, *judge, stdin=lines)
+            assert result.exit_code == 0, result.stderr
+            decided.append(sum(len(json.loads(line)["decisions"]) for line in result.stdout.splitlines()))
+    assert decided == [5, 0]
+    spent = json.loads(state.read_text())["budgets"][0]["spent"]
+    assert spent == 10
+    state.write_text("{}")
+    assert call("score", model, "-", *options, *judge, stdin=lines).exit_code == 1
+
+
+def test_accounts_are_kept_over_runs_shown_and_drawn(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    verdicts, log, plot = tmp_path / "verdicts.jsonl", tmp_path / "accounts.jsonl", tmp_path / "accounts.png"
+    row = {"prompt": "red tree house", "first": "good clear", "second": "bad rude", "verdict": "win"}
+    verdicts.write_text(json.dumps(row) + "\n")
+    stdin = (json.dumps(group()) + "\n") * 3
+    for _ in range(2):
+        options = ["--budget", 1.0, "--verdicts", verdicts, "--batch", 2, "--accounts", log]
+        result = call("score", model, "-", *options, stdin=stdin)
+        assert result.exit_code == 0, result.stderr
+    assert "6 groups, 18 pairs" in result.stderr, "the second run goes on counting"
+    assert "no_record 12" in result.stderr
+    shown = call("accounts", log, "--plot", plot)
+    assert shown.exit_code == 0, shown.stderr
+    assert "the head 0, the judge 6, by rule 0" in shown.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    missing = call("accounts", tmp_path / "none.jsonl")
+    assert missing.exit_code == 2
+    assert "none.jsonl" in missing.stderr
+
+
 def test_evaluate_prints_a_table_and_writes_report_and_plot(model: Path, held_out: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval"
     result = call("evaluate", model, held_out, "-o", out, "--replicates", 50)
@@ -120,6 +160,9 @@ def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, prefe
     [
         (["--threshold", "1.1", "--budget", "0.5"], "at most one"),
         (["--budget", "0.5"], "judge: got None"),
+        (["--judge-fraction", "0.1", "--budget", "0.5"], "at most one"),
+        (["--max-calls", "10"], "without --judge-fraction"),
+        (["--judge-fraction", "1.5"], "target_fraction"),
         (["--budget", "2", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "fraction"),
         (["--judge-url", "http://127.0.0.1:9/v1"], "--judge-model"),
         (["--backend", "abacus"], "backend"),

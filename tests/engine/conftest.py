@@ -204,6 +204,7 @@ def make_backbone(tokenizer_for) -> Callable[..., Backbone]:
         tokenizer: str = "",
         model: dict[str, Any] | None = None,
         tokens_per_batch: int = 8192,
+        packing: Any = "auto",
         **config: Any,
     ) -> Backbone:
         base = kind.removesuffix("-classifier")
@@ -211,7 +212,11 @@ def make_backbone(tokenizer_for) -> Callable[..., Backbone]:
         if kind.endswith("classifier"):
             config = {"kind": "classifier", "pooling": "classifier", **config}
         return Backbone(
-            _model(kind, chosen, **model or {}), chosen, BackboneConfig(**config), tokens_per_batch=tokens_per_batch
+            _model(kind, chosen, **model or {}),
+            chosen,
+            BackboneConfig(**config),
+            tokens_per_batch=tokens_per_batch,
+            packing=packing,
         )
 
     return make

@@ -207,8 +207,8 @@ def test_score_and_score_hidden_agree(make_backbone, preferences, mode, orders):
     for one, two in zip(scores, again, strict=True):
         assert torch.equal(one.preference, two.preference)
         assert torch.equal(one.uncertainty, two.uncertainty)
-    assert set(scores.seconds) == {"backbone", "head"}
-    assert set(again.seconds) == {"head"}
+    assert set(scores.seconds) == {"backbone", "head", "total"}
+    assert set(again.seconds) == {"head", "total"}
     assert scores.encoding.texts == len(hidden)
     assert again.encoding is None
     # The next call's statistics are its own.
@@ -411,7 +411,7 @@ def test_records_and_summary(hand_head, table_model, scripted_judge):
     assert summary["judge_failures"] == {"http_500": 1}
     assert (summary["judge_ties"], summary["judge_flips"]) == (1, 1)
     assert summary["uncertainty"]["p50"] == pytest.approx(2.0)
-    assert set(summary["seconds"]) == {"backbone", "head", "judge"}
+    assert set(summary["seconds"]) == {"backbone", "head", "judge", "total"}
     records = json.loads(json.dumps(scores.to_records(), allow_nan=False))
     assert records[0]["decisions"] == [
         {"i": 0, "j": 1, "by": "judge", "outcome": "win", "preference": 1.0, "flipped": False, "critique": "clear"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rmcore import AlwaysRoute, BudgetRouter, RewardEngine, ThresholdRouter
-from rmcore.judge import RecordedJudge
+from rmcore.judge import RecordedJudge, run_sync
 from rmcore.judge.base import JudgeUsage, Verdict
 
 J = math.log(0.88 / 0.12)
@@ -238,15 +238,23 @@ def test_one_bad_answer_does_not_spoil_the_others(score, head_alone):
 
 def test_failures_are_logged(score, caplog):
     score(Raises(RuntimeError("the key is wrong")))
-    assert "the judge raised; 3 pairs" in caplog.text
+    assert "the judge failed with RuntimeError; 3 pairs" in caplog.text
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyboardInterrupt()])
-def test_cancellation_is_not_a_failure(hand_head, table_model, error):
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_a_judge_that_ends_the_program_does_and_leaves_the_loop_alive(hand_head, table_model, error):
     model = table_model(hand_head([1.0]), lambda _p, text: [float(text)])
     engine = RewardEngine(model, Raises(error), AlwaysRoute())
     with pytest.raises(type(error)):
         asyncio.run(engine.score_async(["p"], [["1", "2"]]))
+    with pytest.raises(type(error)):
+        engine.score(["p"], [["1", "2"]])
+    assert run_sync(asyncio.sleep(0, result="alive")) == "alive"
+
+
+def test_a_cancellation_of_the_judges_own_making_is_a_failure(score, head_alone):
+    """It awaited something that somebody else cancelled; nobody cancelled the score call."""
+    assert_head_kept(score(Raises(asyncio.CancelledError())), head_alone, {"raised_CancelledError": 3})
 
 
 def test_cancelling_the_caller_cancels_the_judge(hand_head, table_model):

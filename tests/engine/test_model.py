@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rmcore import RewardEngine, RewardModel
-from rmcore.backbone import Backbone
+from rmcore.backbone import Backbone, EncodingStats
 from rmcore.errors import CheckpointError, InputError
 from rmcore.model import Preference, encode_preferences
 
@@ -131,6 +131,43 @@ def test_an_over_long_response_names_its_group(make_backbone, preferences, texts
     model, _ = RewardModel.fit(backbone, preferences, num_features=16)
     with pytest.raises(InputError, match=r"group 1: .*at most 40"):
         RewardEngine(model).score(["p", "q"], [["a", "b"], list(texts)])
+
+
+@pytest.mark.parametrize("orders", ["both", "one"])
+@pytest.mark.parametrize("mode", ["difference", "concat"])
+@pytest.mark.parametrize("overlong", ["error", "truncate-prompt-left", "truncate-right"])
+def test_packed_groups_have_the_states_of_padded_rows(make_backbone, preferences, mode, orders, overlong):
+    """Whatever a policy cuts: a prompt cut for one pair is not that of another, and is not shared with it."""
+    limit = {} if overlong == "error" else {"max_length": 50, "overlong": overlong}
+    prompts = ["tell me about the quick brown fox that jumps over the lazy dog", "the capital of France " * 4]
+    responses = [
+        ["a good dog", "a bad dog " * 3, "the fox runs home", "Paris"],
+        ["the quick fox", "Paris is the capital"],
+    ]
+    rows = {}
+    for packing in ("padded", "sdpa"):
+        backbone = make_backbone("qwen2", pooling="mean", packing=packing, **limit)
+        head = RewardModel.fit(backbone, preferences[:2], mode=mode, num_features=8)[0].head
+        model, backbone.stats = RewardModel(backbone, head), EncodingStats()
+        rows[packing] = model.hidden_states(prompts, responses, orders=orders)
+        stats = backbone.stats
+        if packing == "sdpa":
+            assert stats.padded_tokens == 0
+            assert stats.packed_tokens < stats.tokens
+        if overlong != "error":
+            assert stats.truncated_texts > 0
+    torch.testing.assert_close(rows["sdpa"], rows["padded"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_is_encoded_as_one_tree_by_default(make_backbone, hand_head):
+    backbone = make_backbone("qwen2", pooling="mean", pair_template="{prompt} {first} {second}")
+    model = RewardModel(backbone, hand_head([0.0] * 32, mode="concat"))
+    prompt, group = "tell me about the quick brown fox", ["good " * 5, "bad " * 6, "Paris " * 7, "fox " * 8]
+    model.hidden_states([prompt], [group])
+    segments = {s for text in model.encode_group(prompt, group) for s in text.segments}
+    size = {name: sum(len(s.ids) for s in segments if s.name == name) for name in ("prompt", "first", "second")}
+    assert backbone.stats.padded_tokens == 0
+    assert backbone.stats.packed_tokens == size["prompt"] + size["first"] + (len(group) - 1) * size["second"]
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------
