@@ -20,17 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rmcore import cli_options as options
 from rmcore.errors import DataError, InputError, RmcoreError, reject
 from rmcore.verdicts_cli import app as _verdicts
 
 if TYPE_CHECKING:
     from rmcore.accounts import Accounts
-    from rmcore.adaptive import AdaptiveRouter
     from rmcore.backbone import Backbone
     from rmcore.data import Group
     from rmcore.engine import RewardEngine
-    from rmcore.judge.base import Judge
-    from rmcore.routing import RankBy, Router
 
 app = typer.Typer(
     name="rmcore",
@@ -202,24 +200,24 @@ def score(
     model: Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")],
     groups: Annotated[str, typer.Argument(help='JSONL of groups: {"prompt": ..., "responses": [...]}; - for stdin.')],
     out: Annotated[str, typer.Option("--out", "-o", help="Where results go; - for stdout.")] = "-",
-    threshold: Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")] = None,
-    judge_fraction: Annotated[
-        float | None, typer.Option(help="Route this fraction of all pairs by a threshold that follows their scores.")
-    ] = None,
-    max_calls: Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge calls.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge tokens.")] = None,
-    router_state: Annotated[
-        Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
-    ] = None,
-    rank_by: Annotated[str, typer.Option(help="u, margin, error_probability or rank_sum.")] = "u",
-    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")] = None,
-    judge_model: Annotated[str, typer.Option(help="The judge's model name.")] = "",
-    judge_key_env: Annotated[
-        str, typer.Option(help="Environment variable with its key; empty for none.")
-    ] = "OPENAI_API_KEY",
-    judge_orders: Annotated[str, typer.Option(help="Ask both orders of a pair, or one.")] = "both",
-    verdicts: Annotated[Path | None, typer.Option(help="Replay recorded verdicts (JSONL) instead of asking.")] = None,
+    threshold: options.Threshold = None,
+    budget: options.BudgetFraction = None,
+    judge_fraction: options.JudgeFraction = None,
+    max_calls: options.MaxCalls = None,
+    max_tokens: options.MaxTokens = None,
+    max_cost: options.MaxCost = None,
+    router_state: options.RouterState = None,
+    rank_by: options.RankByOption = "u",
+    judge_url: options.JudgeUrl = None,
+    judge_model: options.JudgeModel = "",
+    judge_key_env: options.JudgeKeyEnv = "OPENAI_API_KEY",
+    judge_orders: options.JudgeOrders = "both",
+    judge_soft: options.JudgeSoft = False,
+    judge_template: options.JudgeTemplate = None,
+    judge_deadline: options.JudgeDeadline = None,
+    store: options.Store = None,
+    prices: options.Prices = None,
+    verdicts: options.Verdicts = None,
     batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
     accounts: Annotated[
         Path | None, typer.Option(help="Append a summary of each batch to this file (rmcore accounts shows it).")
@@ -241,11 +239,31 @@ def score(
 
         if batch < 1:
             reject("--batch", batch, "at least 1")
-        adaptive = _adaptive_router(judge_fraction, max_calls, max_tokens, rank_by, judge_orders, router_state)
-        router = _router(threshold, budget, rank_by, adaptive)
-        judge = _judge(judge_url, judge_model, judge_key_env, judge_orders, verdicts)
+        adaptive = options.make_adaptive_router(
+            judge_fraction,
+            calls=max_calls,
+            tokens=max_tokens,
+            cost=max_cost,
+            prices=prices,
+            model=judge_model,
+            rank_by=rank_by,
+            orders=judge_orders,
+            state=router_state,
+        )
+        router = options.make_router(threshold, budget, rank_by, adaptive)
+        judge = options.make_judge(
+            judge_url,
+            judge_model,
+            judge_key_env,
+            orders=judge_orders,
+            verdicts=verdicts,
+            store=store,
+            prices=prices,
+            soft=judge_soft,
+            template=judge_template,
+        )
         loaded = RewardModel.from_pretrained(model, device=device)
-        engine = RewardEngine(loaded, judge, router, backend=backend)  # type: ignore[arg-type]
+        engine = RewardEngine(loaded, judge, router, backend=backend, judge_deadline_s=judge_deadline)  # type: ignore[arg-type]
         booked = Accounts(accounts)
         done = 0
         with _output(out) as stream, _bar() as bar:
@@ -390,51 +408,6 @@ def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], D
         if len(chunk) == size:
             yield chunk, None
             chunk = []
-
-
-def _adaptive_router(
-    fraction: float | None, calls: int | None, tokens: int | None, rank_by: str, orders: str, state: Path | None
-) -> AdaptiveRouter | None:
-    if fraction is None:
-        if (calls, tokens, state) != (None, None, None):
-            reject("--max-calls, --max-tokens, --router-state", "without --judge-fraction", "together with it")
-        return None
-    from rmcore.adaptive import AdaptiveRouter
-    from rmcore.budget import Budget
-
-    budgets = [] if calls is None else [Budget(calls, "calls", max_per_pair=1 if orders == "one" else 2)]
-    budgets += [] if tokens is None else [Budget(tokens, "tokens")]
-    router = AdaptiveRouter(fraction, budgets, by=rank_by)  # type: ignore[arg-type]
-    if state is not None and state.exists():
-        router.load(state)
-    return router
-
-
-def _router(threshold: float | None, budget: float | None, rank_by: str, adaptive: AdaptiveRouter | None) -> Router:
-    from rmcore.routing import BudgetRouter, NeverRoute, ThresholdRouter
-
-    by: RankBy = rank_by  # type: ignore[assignment]
-    if sum(given is not None for given in (threshold, budget, adaptive)) > 1:
-        reject("--threshold, --budget, --judge-fraction", "more than one", "at most one")
-    if adaptive is not None:
-        return adaptive
-    if threshold is not None:
-        return ThresholdRouter(threshold, by)
-    return NeverRoute() if budget is None else BudgetRouter(fraction=budget, by=by)
-
-
-def _judge(url: str | None, model: str, key_env: str, orders: str, verdicts: Path | None) -> Judge | None:
-    from rmcore.judge import ChatJudge, RecordedJudge
-
-    if url is not None and verdicts is not None:
-        reject("--judge-url, --verdicts", "both", "at most one")
-    if verdicts is not None:
-        return RecordedJudge.from_file(verdicts, orders=orders)  # type: ignore[arg-type]
-    if url is None:
-        return None
-    if not model:
-        reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
-    return ChatJudge(url, model, key_env or None, orders=orders)  # type: ignore[arg-type]
 
 
 def _load_backbone(config: Any, device: str | None) -> Backbone:

@@ -217,3 +217,38 @@ def test_the_installed_command_survives_a_reader_that_goes_away(model: Path) -> 
     )
     assert json.loads(done.stdout)["advantages"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_budget_in_money_needs_a_price_for_the_judge(model: Path, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.json"
+    prices.write_text(json.dumps({"currency": "USD", "models": {"judge": {"prompt": 1.0, "completion": 4.0}}}))
+    base = ["score", model, "-", "--judge-fraction", 0.5, "--max-cost", 1, "--judge-url", "http://127.0.0.1:9/v1"]
+    for extra, message in [
+        (["--judge-model", "judge"], "without --prices"),
+        (["--judge-model", "other", "--prices", prices], "no price for 'other'"),
+    ]:
+        result = call(*base, *extra, stdin="")
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+    result = call(*base, "--judge-model", "judge", "--prices", prices, "--judge-key-env", "", stdin="")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_store_keeps_verdicts_between_runs(model: Path, tmp_path: Path) -> None:
+    from rmcore.judge import RecordedJudge, ReplayServer
+
+    recorded = RecordedJudge.from_rows(
+        {"prompt": "red tree house", "first": a, "second": b, "verdict": "win"}
+        for a, b in [("good clear", "bad rude"), ("good clear", "odd vague"), ("bad rude", "odd vague")]
+    )
+    outputs = []
+    with ReplayServer(recorded) as server:
+        for _ in range(2):
+            result = call(
+                "score", model, "-", "--budget", 1.0, "--judge-url", server.base_url, "--judge-model", "replay",
+                "--judge-key-env", "", "--store", tmp_path / "verdicts.db", stdin=json.dumps(group()) + "\n",
+            )  # fmt: skip
+            assert result.exit_code == 0, result.stderr
+            outputs.append(json.loads(result.stdout)["advantages"])
+        assert server.requests == 6, "three pairs in both orders, bought once"
+    assert outputs[0] == outputs[1]
