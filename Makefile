@@ -7,12 +7,13 @@ TORCH ?= 2.13.0
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test lint format quality bench gpu-check clean
+.PHONY: help demo test lint format quality soak bench gpu-check clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
 	@echo "make lint     ruff, ruff format, mypy, clang-format"
+	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
 $(VENV)/.torch:
@@ -55,6 +56,9 @@ format: $(VENV)/.dev
 
 quality: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.quality
+
+soak: $(VENV)/.demo
+	$(BIN)/python -m rmcore.bench.judge_soak
 
 bench: $(VENV)/.demo
 	$(BIN)/rmcore bench --verbose

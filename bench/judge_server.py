@@ -93,11 +93,14 @@ class JudgeServer:
 
     Attributes:
         latency_s: bounds of the time an answer takes, drawn evenly.
+        rate: answers a second at most, as of a machine that shares itself among its requests: each takes longer by the
+            number in flight divided by ``rate``. 0: any number.
         faults: share of the requests that meet one of :data:`FAULTS`.
         storms: in order of their beginning.
     """
 
     latency_s: tuple[float, float] = (0.0, 0.0)
+    rate: float = 0.0
     faults: float = 0.0
     storms: Sequence[Storm] = ()
     seed: int = 0
@@ -201,7 +204,9 @@ class _Connection(asyncio.Protocol):
         kind = owner.fate(self.loop.time())
         if kind == "hang":
             return
-        delay = 0.0 if kind in STORMS else owner.random.uniform(*owner.latency_s)
+        delay = 0.0
+        if kind not in STORMS:
+            delay = owner.random.uniform(*owner.latency_s) + (owner.in_flight / owner.rate if owner.rate else 0.0)
         self.timer = self.loop.call_later(delay, self.answer, body, kind)
 
     def answer(self, request: bytes, kind: str) -> None:
@@ -286,10 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that meet a fault")
     parser.add_argument("--storm", type=Storm.parse, action="append", default=[], metavar="AT:SECONDS:KIND")
     parser.add_argument("--latency", type=float, nargs=2, default=(0.0, 0.0), metavar="SECONDS")
+    parser.add_argument("--rate", type=float, default=0.0, help="answers a second, shared by all in flight; 0: any")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     low, high = arguments.latency
-    asyncio.run(_serve(JudgeServer((low, high), arguments.faults, arguments.storm, arguments.seed)))
+    server = JudgeServer((low, high), arguments.rate, arguments.faults, arguments.storm, arguments.seed)
+    asyncio.run(_serve(server))
     return 0
 
 

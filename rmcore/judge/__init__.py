@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rmcore.judge.accept import Accept
 from rmcore.judge.alarm import Alarm
 from rmcore.judge.base import Judge, JudgeUsage, Message, Outcome, Pair, Prompt, Verdict
+from rmcore.judge.breaker import BreakerPolicy
 from rmcore.judge.canary import CanaryJudge
 from rmcore.judge.canary_pairs import CANARY_ID, CANARY_KINDS, CanaryKind
 from rmcore.judge.contain import checked_verdicts
@@ -37,6 +38,7 @@ __all__ = [
     "CANARY_KINDS",
     "Accept",
     "Alarm",
+    "BreakerPolicy",
     "CanaryJudge",
     "CanaryKind",
     "ChatJudge",

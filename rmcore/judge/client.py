@@ -18,6 +18,7 @@ import logging
 import os
 import random
 import re
+import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ class ChatClient:
         self._limits = RateLimits(self.requests_per_minute, self.tokens_per_minute, clock=self.clock)
         self._latency = LatencyEstimate()
         self._completions: deque[int] = deque(maxlen=64)  # tokens of the latest replies
+        self._lock = threading.Lock()  # guards the next two and the one above
         self._calls = self._attempts = 0
         # trust_env: a proxy cannot reach this machine's own servers
         self._connections = Connections(
@@ -169,7 +171,7 @@ class ChatClient:
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: a copy sent to another process opens connections of its own."""
-        own = ("_places", "_breaker", "_limits", "_latency", "_completions", "_connections")
+        own = ("_places", "_breaker", "_limits", "_latency", "_completions", "_lock", "_connections")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,7 +224,8 @@ class ChatClient:
                 break
             _logger.debug("judge call failed (%s), next try in %.2f s", attempt.reason, delay)
             await self.clock.sleep(delay)
-        self._calls += 1
+        with self._lock:
+            self._calls += 1
         seconds = self.clock.now() - started
         usage = JudgeUsage(calls=1, attempts=attempts, seconds=seconds, latencies_s=(seconds,))
         if last.body is None:
@@ -233,6 +236,8 @@ class ChatClient:
 
     async def aclose(self) -> None:
         """Close the connections of every loop that still runs. The client can be used again; it then reconnects."""
+        if self._process != os.getpid():
+            self._start_afresh()  # the loops that these connections belong to run in another process
         await self._connections.aclose()
 
     async def _attempt(self, body: bytes, key: str, deadline: float | None, tokens: int) -> _Attempt:
@@ -273,7 +278,8 @@ class ChatClient:
         """One exchange, at most ``timeout_s`` long, not past the deadline, and seen by limits and latency."""
         import httpx
 
-        self._attempts += 1
+        with self._lock:
+            self._attempts += 1
         began = self.clock.now()
         left = None if deadline is None else deadline - began
         cut = left is not None and left < self.timeout_s
@@ -328,13 +334,17 @@ class ChatClient:
         """What one attempt may use, from above rather than from below."""
         given = [payload.get(name) for name in ("max_tokens", "max_completion_tokens")]
         most = [value for value in given if isinstance(value, int) and value > 0]
-        return len(body) // 4 + (max(most) if most else max(self._completions, default=0))
+        if most:
+            return len(body) // 4 + max(most)
+        with self._lock:
+            return len(body) // 4 + max(self._completions, default=0)
 
     def _settle(self, attempt: _Attempt, usage: JudgeUsage) -> None:
         used = usage.prompt_tokens + usage.completion_tokens
         if used and attempt.reservation is not None:
             attempt.reservation.settle(used)
-            self._completions.append(usage.completion_tokens)
+            with self._lock:
+                self._completions.append(usage.completion_tokens)
 
     def _key(self) -> tuple[str, str]:
         """The key as the environment has it now, and a reason if there is none that can be sent."""

@@ -23,8 +23,8 @@ class Completion:
     Reasons: ``http_<status>``, ``insufficient_quota``, ``timeout``, ``deadline``, ``connection``, ``reply_too_large``,
     ``bad_encoding``, ``not_json``, ``no_choices``, ``no_api_key``, ``bad_api_key``, ``error_<type>``; and for calls of
     which nothing was sent ``deadline``, ``breaker_open`` (the endpoint is down; ``detail`` says how it failed last) and
-    ``over_token_limit`` (larger than ``tokens_per_minute`` altogether). A call that was tried and then stopped by one of
-    these keeps the reason of its last attempt. ``detail`` is the endpoint's own message, cleaned and cut, for a log
+    ``over_token_limit`` (larger than ``tokens_per_minute`` altogether). A call that was tried and then stopped by one
+    of these keeps the reason of its last attempt. ``detail`` is the endpoint's own message, cleaned and cut, for a log
     line.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ async def round_trip(places, signals):
     return places.state.limit
 
 
-def run(signals_by_round, ceiling=1000, start=8):
+def run(signals_by_round, ceiling=63, start=8):
     async def work():
         places = AdaptiveConcurrency(ceiling, start=start)
         return [await round_trip(places, signals) for signals in signals_by_round]
@@ -46,10 +47,19 @@ def test_a_storm_is_one_cut_a_round_trip_and_never_less_than_one():
 
 
 def test_after_a_storm_it_comes_back_quickly_to_half_of_what_it_was():
-    rounds = run([GOOD] * 5 + [REFUSED] * 6 + [GOOD] * 9)
+    rounds = run([GOOD] * 5 + [REFUSED] * 6 + [GOOD] * 9, ceiling=256)
     assert rounds[4] == 256
     assert rounds[10] == 4
-    assert rounds[11:] == [8, 16, 32, 64, 128, 129, 130, 131, 132]
+    assert rounds[11:16] == [8, 16, 32, 64, 128]
+    assert all(6 <= later - earlier <= 8 for earlier, later in pairwise(rounds[15:]))
+
+
+@pytest.mark.parametrize("ceiling", [320, 1000, 2000])
+def test_the_way_back_from_half_is_as_long_for_every_ceiling(ceiling):
+    rounds = run([REFUSED, *[GOOD] * 17], ceiling=ceiling, start=ceiling)
+    assert rounds[0] == ceiling // 2
+    assert rounds[14] < ceiling
+    assert rounds[17] == ceiling
 
 
 @pytest.mark.parametrize(("timeouts", "limit"), [(1, 64), (6, 64), (7, 32), (64, 32)])
