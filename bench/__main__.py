@@ -13,6 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rmcore.streams import find_data
+
+from .encode import encode_table
 from .figures import draw
 from .harness import as_dict, environment, measure_limits
 from .suites import SUITES, Row, Setup
@@ -48,6 +51,10 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         dtypes=(torch.float16, torch.bfloat16) if gpu else (torch.bfloat16, torch.float16),
         budget_s=arguments.budget or (0.15 if arguments.quick or gpu else 2.0),
         compiled=not (arguments.quick or arguments.no_compile),
+        quick=arguments.quick,
+        groups=tuple(arguments.group or ()),
+        lengths=tuple(arguments.lengths or ()),
+        data=find_data(arguments.data),
         note=(lambda text: console.print(f"[dim]{text}[/]")) if shown else (lambda _: None),
     )
 
@@ -81,7 +88,9 @@ def tables(rows: list[Row], document: dict[str, Any]) -> list[Table]:
     """One table a suite and size: variants down, batch sizes across."""
     limits = document["limits"]
     result = []
-    for suite in dict.fromkeys(row["suite"] for row in rows):
+    if any(row["suite"] == "encode" for row in rows):
+        result.append(encode_table(rows, limits))
+    for suite in dict.fromkeys(row["suite"] for row in rows if row["suite"] != "encode"):
         for size in dict.fromkeys((row.get("h"), row.get("d")) for row in rows if row["suite"] == suite):
             mine = [r for r in rows if r["suite"] == suite and (r.get("h"), r.get("d")) == size]
             rates = ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in limits["matrix"].items())
@@ -114,19 +123,26 @@ def _cell(row: Row) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 if a timed variant of ours gave wrong results."""
     parser = argparse.ArgumentParser(prog="rmcore bench", description=__doc__)
-    parser.add_argument("--suite", action="append", choices=list(SUITES), help="default: all")
+    parser.add_argument("--suite", action="append", choices=list(SUITES), help="default: all but encode")
     parser.add_argument("--quick", action="store_true", help="small sizes, ends in about a minute on 2 cores")
     parser.add_argument("--size", action="append", metavar="HxD", help="such as 4096x4096; may be given several times")
     parser.add_argument("--batch", action="append", type=int, metavar="B")
+    parser.add_argument("--group", action="append", type=int, metavar="K", help="encode: responses a prompt")
+    parser.add_argument("--lengths", action="append", choices=("autoj", "512+512"), help="encode: default both")
+    parser.add_argument("--data", type=Path, help="encode: preference data for lengths; default RMCORE_DATA, if set")
     parser.add_argument("--device")
     parser.add_argument("--budget", type=float, help="seconds a variant")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peers out")
-    parser.add_argument("--out", type=Path, help="results file without its ending; default bench/results/DEVICE")
+    parser.add_argument(
+        "--out", type=Path, help="results file without its ending; default bench/results/DEVICE or SUITE"
+    )
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args(argv)
     setup = setup_for(arguments)
-    out = arguments.out or Path("bench/results") / (setup.device.type + ("-quick" if arguments.quick else ""))
-    document, rows = run(setup, arguments.suite or list(SUITES), out)
+    suites = arguments.suite or [name for name in SUITES if name != "encode"]
+    name = "encode" if suites == ["encode"] and setup.device.type == "cpu" else setup.device.type
+    out = arguments.out or Path("bench/results") / (name + ("-quick" if arguments.quick else ""))
+    document, rows = run(setup, suites, out)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables(rows, document):
         console.print(table)

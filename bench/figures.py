@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .encode import draw_encode
 from .suites import Row
 
 __all__ = ["draw"]
@@ -14,7 +15,7 @@ _OTHERS = ("0.35", "0.55", "#D55E00", "#CC79A7", "#E69F00", "0.7", "#8C564B")
 
 
 def draw(rows: list[Row], document: dict[str, Any], out: Path) -> list[Path]:
-    """Write ``OUT-score-HxD.png`` for each size and ``OUT-memory.png``; none where matplotlib is not installed."""
+    """``OUT-score-HxD.png`` for each size, ``OUT-memory.png``, ``OUT-encode.png``; none where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -29,6 +30,11 @@ def draw(rows: list[Row], document: dict[str, Any], out: Path) -> list[Path]:
     if memory:
         path = out.with_name(f"{out.name}-memory.png")
         _memory(memory, path)
+        paths.append(path)
+    encoded = [row for row in rows if row["suite"] == "encode"]
+    if encoded:
+        path = out.with_name(out.name + ("" if out.name.startswith("encode") else "-encode") + ".png")
+        _encode(encoded, document, path)
         paths.append(path)
     return paths
 
@@ -85,4 +91,14 @@ def _memory(rows: list[Row], path: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("MB kept for scoring")
     axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _encode(rows: list[Row], document: dict[str, Any], path: Path) -> None:
+    count = len({row["lengths"] for row in rows})
+    figure = _figure(5.2 * count, 4.2)
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    draw_encode(rows, axes)
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}, {document['environment']['name']}", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

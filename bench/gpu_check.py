@@ -2,7 +2,8 @@
 
 Run as a script (nothing of rmcore is installed yet). Every step has a time limit of its own and a failed step does not
 stop the next, so that one run tells as much as possible. Results go to $OUT if set, else to ``out/gpu-check``:
-``gpu_check.json`` (what each step said), ``gpu.json``/``.csv`` (the benchmark), and one archive of logs and plots.
+``gpu_check.json`` (what each step said), ``gpu.json``/``.csv`` (the kernels), ``encode-gpu.json``/``.csv`` (packed
+trees behind a backbone), and one archive of logs and plots.
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ def main() -> int:
             ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *small],
             60,
         )
+    # A Llama-3.1-8B-shaped backbone over groups of 8 responses, 512 tokens each: padded rows against packed trees.
+    encode = [sys.executable, "-m", "rmcore.bench", "--device", "cuda", "--suite", "encode", "--verbose"]
+    step("encode", [*encode, "--group", "8", "--lengths", "512+512", "--out", str(out / "encode-gpu")], 150)
     bench = [sys.executable, "-m", "rmcore.bench", "--device", "cuda", "--verbose", "--out", str(out / "gpu")]
     step("bench", bench, max(60.0, left() - 10))
     _archive(out, logs)
@@ -88,7 +92,7 @@ def _archive(out: Path, logs: Path) -> None:
     with tarfile.open(out / "logs-and-plots.tar.gz", "w:gz") as archive:
         for path in [*sorted(logs.iterdir()), *sorted(out.glob("*.png"))]:
             archive.add(path, path.name)
-    for path in logs.iterdir():
+    for path in [*logs.iterdir(), *out.glob("*.png")]:  # few files, so that all of them come back
         path.unlink()
     logs.rmdir()
 
@@ -105,6 +109,14 @@ def _summary(out: Path, steps: list[dict[str, Any]]) -> None:
                     f"{row['variant']:42} {row['dtype']:9} {row['h']:5d} {row['rows']:6d} "
                     f"{1e6 * row['median_s']:9.1f} {100 * row['of_limit']:5.0f}% {row['error_v']:8.1e}"
                 )
+    results = out / "encode-gpu.json"
+    if results.is_file():
+        for row in json.loads(results.read_text())["rows"]:
+            print(
+                f"{row['variant']:42} K={row['k']} {row['lengths']} {row['pairs_per_s']:8.1f} pairs/s "
+                f"{100 * row['of_limit']:4.0f}% of the matrix rate, {row['speedup_padded']:.2f}x padded, "
+                f"{row['speedup_sorted']:.2f}x sorted, error {row['error']:.1e}"
+            )
     for told in steps:
         last = next((line for line in reversed(told["tail"]) if line.strip()), "")
         print(f"{told['step']:10} rc={told['rc']} {told['seconds']:6.1f} s  {last[:100]}")

@@ -6,6 +6,7 @@ power_iteration  one step of σ(W)
 pair_variance    all pairs of G groups of K
 share            the head's part of a whole scoring step, hidden states at hand and behind a backbone
 memory           bytes of weights, build time and first call
+encode           whole groups through a backbone: padded rows, sorted rows, packed trees (only when asked for)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from rmcore import ops, reference
 from rmcore.ops import Backend
 from rmcore.weights import FeatureMap
 
+from .encode import encode
 from .harness import Limits, Timing, as_dict, relative_error, rotations, synchronize, time_calls
 from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
 
@@ -50,6 +53,10 @@ class Setup:
     budget_s: float
     compiled: bool = True
     note: Callable[[str], None] = lambda _text: None
+    quick: bool = False
+    groups: tuple[int, ...] = ()
+    lengths: tuple[str, ...] = ()
+    data: Path | None = None
 
 
 def _backends(op: str, setup: Setup, dtype: torch.dtype, rows: int, weights: Any) -> list[Backend]:
@@ -458,4 +465,5 @@ SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "pair_variance": pair_variance,
     "share": share,
     "memory": memory,
+    "encode": encode,
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rmcore.engine import GroupScores, RewardEngine
     from rmcore.head import FrozenHead, SNGPHead
     from rmcore.judge.base import Judge
+    from rmcore.learning import LearningConfig, VerdictLearner
     from rmcore.model import RewardModel
     from rmcore.routing import AlwaysRoute, BudgetRouter, NeverRoute, RandomRouter, Router, ThresholdRouter
 
@@ -32,6 +33,7 @@ __all__ = [
     "FrozenHead",
     "GroupScores",
     "Judge",
+    "LearningConfig",
     "NeverRoute",
     "RandomRouter",
     "RewardEngine",
@@ -39,6 +41,7 @@ __all__ = [
     "Router",
     "SNGPHead",
     "ThresholdRouter",
+    "VerdictLearner",
     "__version__",
     "grpo_advantages",
     "rloo_advantages",
@@ -51,6 +54,7 @@ _HOMES = {
     "rmcore.engine": ("GroupScores", "RewardEngine"),
     "rmcore.head": ("FrozenHead", "SNGPHead"),
     "rmcore.judge.base": ("Judge",),
+    "rmcore.learning": ("LearningConfig", "VerdictLearner"),
     "rmcore.model": ("RewardModel",),
     "rmcore.routing": ("AlwaysRoute", "BudgetRouter", "NeverRoute", "RandomRouter", "Router", "ThresholdRouter"),
 }

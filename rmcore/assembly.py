@@ -8,7 +8,8 @@ every member waits until its group is whole, the group is scored once, and each 
 
 Rules, the same for both. A member that fails to arrive must not stall its siblings: ``time_limit_s`` after the first
 one came, those present are scored, and a later one is refused (:class:`LateError`), never scored as 0. A caller that
-goes away does not take the group along, and one that asks again gets what the first call got.
+goes away does not take the group along, and one that asks again gets what the first call got. Of a scored group only
+digests of the texts are kept.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from rmcore.judge.base import Prompt
 from rmcore.judge.clock import Clock, SystemClock
 from rmcore.judge.keys import canonical_prompt
 
-__all__ = ["AssemblyStats", "BusyError", "GroupAssembly", "LateError", "MemberResult", "Score"]
+__all__ = ["AssemblyStats", "BusyError", "ConflictError", "GroupAssembly", "LateError", "MemberResult", "Score"]
 
 log = logging.getLogger(__name__)
 
 Score: TypeAlias = Callable[[Prompt, Sequence[str]], Awaitable[GroupScore]]
 """Scores one group; batching across groups is its business."""
+
+
+class ConflictError(InputError):
+    """A member contradicts what it or its siblings said before."""
 
 
 class LateError(InputError):
@@ -63,11 +68,17 @@ class MemberResult:
     index: int
     slots: tuple[int, ...]
     size: int
+    _slot: _Slot | None = field(default=None, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:
         """Whether nobody was missing."""
         return len(self.slots) == self.size
+
+    def lost(self) -> None:
+        """Tell that this result did not reach its caller, so that an equal call by content is a repetition."""
+        if self._slot is not None:
+            self._slot.delivered = False
 
 
 @dataclass
@@ -76,6 +87,8 @@ class AssemblyStats:
 
     members: int = 0
     retries: int = 0
+    recovered: int = 0
+    abandoned: int = 0
     groups: int = 0
     partial_groups: int = 0
     failed_groups: int = 0
@@ -83,24 +96,35 @@ class AssemblyStats:
     refused: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
-    response: str
+    digest: bytes
+    text: str | None  # until the group is scored
     waiters: int = 0
     delivered: bool = False
+    left_at: float = 0.0  # when the last waiter went away
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    score: GroupScore
+    slots: tuple[int, ...]
+    rows: dict[int, int]  # of each slot
 
 
 @dataclass(eq=False)
 class _Group:
     key: Hashable
-    prompt: Prompt
+    prompt: Prompt | None  # until it is scored
+    digest: str  # of the prompt
     size: int
     deadline: float
-    digest: str = ""  # of the prompt, where members are told apart by content
+    by_content: bool = False
     slots: dict[int, _Slot] = field(default_factory=dict)
     whole: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
-    task: asyncio.Task[tuple[GroupScore, tuple[int, ...]]] | None = None
+    task: asyncio.Task[_Outcome] | None = None
+    outcome: _Outcome | None = None
 
 
 class GroupAssembly:
@@ -111,7 +135,10 @@ class GroupAssembly:
         time_limit_s: seconds from a group's first member to its scoring, whoever is missing by then. It must be below
             the trainer's own timeout of a call (OpenRLHF: 180 s).
         keep_s: seconds a finished group is remembered for callers that ask again.
+        abandon_s: seconds after which a member by content whose caller has gone away is taken out of a group that still
+            waits for others: a trainer that was killed and started again must not meet what it left behind.
         max_members: members waiting at most; more are refused with :class:`BusyError`.
+        max_kept: finished groups remembered at most, the latest ones.
         clock: a seam for tests.
     """
 
@@ -121,19 +148,27 @@ class GroupAssembly:
         *,
         time_limit_s: float = 120.0,
         keep_s: float = 600.0,
+        abandon_s: float = 15.0,
         max_members: int = 65_536,
+        max_kept: int = 16_384,
         clock: Clock | None = None,
     ) -> None:
         if not time_limit_s > 0:
             reject("time_limit_s", time_limit_s, "seconds above 0")
         if not keep_s >= 0:
             reject("keep_s", keep_s, "seconds, at least 0")
+        if not abandon_s >= 0:
+            reject("abandon_s", abandon_s, "seconds, at least 0")
         if max_members < 1:
             reject("max_members", max_members, "at least 1")
+        if max_kept < 0:
+            reject("max_kept", max_kept, "at least 0")
         self.score = score
         self.time_limit_s = time_limit_s
         self.keep_s = keep_s
+        self.abandon_s = abandon_s
         self.max_members = max_members
+        self.max_kept = max_kept
         self.stats = AssemblyStats()
         self.clock: Clock = clock or SystemClock()
         self._groups: dict[Hashable, _Group] = {}
@@ -142,6 +177,7 @@ class GroupAssembly:
         self._waiting = 0
         self._serial = 0
         self._draining = False
+        self._cut_short = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -167,7 +203,8 @@ class GroupAssembly:
             attempt: a new value makes a new group of the same id (a later epoch, a resampled prompt).
 
         Raises:
-            InputError: size, prompt or the slot's response contradict what came before, or a bad slot.
+            ConflictError: size, prompt or the slot's response contradict what came before.
+            InputError: a bad slot, or the group cannot be scored.
             LateError: the group was scored without this slot.
             BusyError: too many members wait, or the assembly is draining and the group is new.
         """
@@ -181,15 +218,17 @@ class GroupAssembly:
         key = ("id", group_id, attempt)
         group = self._groups.get(key)
         if group is None:
-            group = self._open(key, prompt, size)
+            group = self._open(key, prompt, _prompt_digest(prompt), size)
         elif group.size != size:
-            reject("size", size, f"{group.size}, as its siblings of group {group_id!r} said")
-        elif canonical_prompt(group.prompt) != canonical_prompt(prompt):
-            reject("prompt", "another prompt", f"that of its siblings of group {group_id!r}")
+            raise ConflictError(f"size: got {size}, expected {group.size}, as its siblings of group {group_id!r} said")
+        elif group.digest != _prompt_digest(prompt):
+            raise ConflictError(f"prompt: got another prompt, expected that of its siblings of group {group_id!r}")
         known = group.slots.get(slot)
         if known is not None:
-            if known.response != response:
-                reject("response", "another text", f"that of the first call for slot {slot} of group {group_id!r}")
+            if known.digest != _digest(response):
+                raise ConflictError(
+                    f"response: got another text, expected that of the first call for slot {slot} of group {group_id!r}"
+                )
             self.stats.retries += 1
         else:
             self._add(group, slot, response)
@@ -199,48 +238,65 @@ class GroupAssembly:
         """Wait for a group of ``size`` responses to ``prompt`` and return this one's part.
 
         Equal responses are members of their own. A call is taken for the repetition of an earlier one, and shares its
-        result, only if that one's caller has gone away without an answer.
+        result, only if that one's caller has gone away without an answer (or :meth:`MemberResult.lost` says so). Where
+        an answer was lost and nobody noticed, its repetition finds no siblings; at the time limit it gets the result
+        of the earlier group that its text was in, rather than that of a group of its own.
 
-        Raises as :meth:`join`.
+        Raises:
+            InputError: a bad size, or the group cannot be scored.
+            BusyError: as :meth:`join`.
         """
         if size < 1:
             reject("size", size, "at least 1")
         if not isinstance(response, str):
             reject("response", type(response).__name__, "a string")
         self._forget_old()
-        name = _digest(prompt)
+        name, digest = _prompt_digest(prompt), _digest(response)
+        self._forget_abandoned(name)
         groups = self._by_prompt.get(name, [])
         for group in groups:
             for slot, known in group.slots.items():
-                if known.response == response and not known.waiters and not known.delivered and group.size == size:
+                if known.digest == digest and not known.waiters and not known.delivered and group.size == size:
                     self.stats.retries += 1
                     return await self._wait(group, slot)
         filling = next((g for g in groups if not g.closed and len(g.slots) < g.size and g.size == size), None)
         if filling is None:
             self._serial += 1
-            filling = self._open(("content", name, self._serial), prompt, size)
-            filling.digest = name
+            filling = self._open(("content", name, self._serial), prompt, name, size)
+            filling.by_content = True
             self._by_prompt.setdefault(name, []).append(filling)
-        slot = len(filling.slots)
+        slot = next(k for k in range(size) if k not in filling.slots)
         self._add(filling, slot, response)
         return await self._wait(filling, slot)
 
-    async def drain(self) -> None:
-        """Take no new groups, let the open ones fill until their time limit, and return when all are scored."""
+    async def drain(self, within_s: float | None = None) -> None:
+        """Take no new groups, let the open ones fill until their time limit, and return when all are scored.
+
+        Args:
+            within_s: seconds after which open groups are scored with the members they have, if that is sooner.
+        """
         self._draining = True
-        while tasks := [group.task for group in self._groups.values() if group.task and not group.task.done()]:
-            await asyncio.wait(tasks)
+        cut = None if within_s is None else asyncio.create_task(self._cut_after(within_s))
+        try:
+            while tasks := [group.task for group in self._groups.values() if group.task and not group.task.done()]:
+                await asyncio.wait(tasks)
+        finally:
+            if cut is not None:
+                cut.cancel()
         while self._waiting:  # let the waiters take their results
             await asyncio.sleep(0)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _open(self, key: Hashable, prompt: Prompt, size: int) -> _Group:
-        canonical_prompt(prompt)  # refuses what is no prompt
+    async def _cut_after(self, seconds: float) -> None:
+        await self.clock.sleep(seconds)
+        self._cut_short.set()
+
+    def _open(self, key: Hashable, prompt: Prompt, digest: str, size: int) -> _Group:
         if self._draining:
             self.stats.refused += 1
             raise BusyError("draining: no new groups are taken", 1.0)
-        group = _Group(key, prompt, size, self.clock.now() + self.time_limit_s)
+        group = _Group(key, prompt, digest, size, self.clock.now() + self.time_limit_s)
         self._groups[key] = group
         group.task = asyncio.create_task(self._run(group), name="rmcore group")
         # Somebody may have gone away before the end: nobody is then left to look at the exception.
@@ -256,11 +312,9 @@ class GroupAssembly:
             )
         if self._waiting >= self.max_members:
             self.stats.refused += 1
-            if not group.slots and group.task is not None:
-                self._forget(group)
-                group.task.cancel()
+            self._close_if_empty(group)
             raise BusyError(f"{self._waiting} members wait already", min(self.time_limit_s, 5.0))
-        group.slots[slot] = _Slot(response)
+        group.slots[slot] = _Slot(_digest(response), response)
         self.stats.members += 1
         if len(group.slots) == group.size:
             group.whole.set()
@@ -274,19 +328,17 @@ class GroupAssembly:
         if not siblings:
             self._by_prompt.pop(group.digest, None)
 
-    async def _run(self, group: _Group) -> tuple[GroupScore, tuple[int, ...]]:
+    async def _run(self, group: _Group) -> _Outcome:
         """Wait for the members, then score those present."""
         try:
             await self._until_whole(group)
             group.closed = True
-            slots = tuple(sorted(group.slots))
-            if len(slots) < group.size:
-                self.stats.partial_groups += 1
-                log.warning("scored %d of %d members: the time limit passed", len(slots), group.size)
-            result = await self.score(group.prompt, [group.slots[slot].response for slot in slots])
-            self.stats.groups += 1
+            group.outcome = self._answered_before(group) or await self._scored(group)
             self._finished[group.key] = (self.clock.now() + self.keep_s, group)
-            return result, slots
+            group.prompt = None
+            for slot in group.slots.values():
+                slot.text = None
+            return group.outcome
         except Exception:
             # Its members are told, and may come again as a new group: an error is not a result to remember.
             self.stats.failed_groups += 1
@@ -295,14 +347,45 @@ class GroupAssembly:
         finally:
             group.closed = True
 
+    async def _scored(self, group: _Group) -> _Outcome:
+        slots = tuple(sorted(group.slots))
+        if len(slots) < group.size:
+            self.stats.partial_groups += 1
+            log.warning("scored %d of %d members: the time limit passed", len(slots), group.size)
+        assert group.prompt is not None
+        result = await self.score(group.prompt, [group.slots[slot].text or "" for slot in slots])
+        self.stats.groups += 1
+        return _Outcome(result, slots, {slot: row for row, slot in enumerate(slots)})
+
+    def _answered_before(self, group: _Group) -> _Outcome | None:
+        """For members by content whose siblings did not come: the latest outcome of a whole group with their texts."""
+        if not group.by_content or len(group.slots) == group.size:
+            return None
+        for earlier in reversed(self._by_prompt.get(group.digest, [])):
+            if earlier.outcome is None or earlier.size != group.size or len(earlier.slots) < earlier.size:
+                continue
+            free = list(earlier.slots.items())
+            rows: dict[int, int] = {}
+            for slot, member in group.slots.items():
+                match = next((k for k, (_, known) in enumerate(free) if known.digest == member.digest), None)
+                if match is None:
+                    break
+                rows[slot] = earlier.outcome.rows[free.pop(match)[0]]
+            else:
+                self.stats.recovered += len(rows)
+                log.warning("%d members came a second time without their siblings; they share the result", len(rows))
+                return _Outcome(earlier.outcome.score, earlier.outcome.slots, rows)
+        return None
+
     async def _until_whole(self, group: _Group) -> None:
         whole = asyncio.ensure_future(group.whole.wait())
         limit = asyncio.ensure_future(self.clock.sleep(max(0.0, group.deadline - self.clock.now())))
+        cut = asyncio.ensure_future(self._cut_short.wait())
         try:
-            await asyncio.wait({whole, limit}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({whole, limit, cut}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            whole.cancel()
-            limit.cancel()
+            for waiting in (whole, limit, cut):
+                waiting.cancel()
 
     async def _wait(self, group: _Group, slot: int) -> MemberResult:
         member = group.slots[slot]
@@ -311,22 +394,44 @@ class GroupAssembly:
         try:
             assert group.task is not None
             # Shielded: a caller that is cancelled leaves the group alone.
-            score, slots = await asyncio.shield(group.task)
+            outcome = await asyncio.shield(group.task)
             member.delivered = True
-            return MemberResult(score, slots.index(slot), slots, group.size)
+            return MemberResult(outcome.score, outcome.rows[slot], outcome.slots, group.size, member)
         finally:
             member.waiters -= 1
+            member.left_at = self.clock.now()
             self._waiting -= 1
+
+    def _forget_abandoned(self, digest: str) -> None:
+        latest = self.clock.now() - self.abandon_s
+        for group in list(self._by_prompt.get(digest, [])):
+            gone = [k for k, slot in group.slots.items() if not slot.waiters and slot.left_at <= latest]
+            if group.closed or not gone or group.whole.is_set():
+                continue
+            for slot in gone:
+                del group.slots[slot]
+            self.stats.abandoned += len(gone)
+            self._close_if_empty(group)
+
+    def _close_if_empty(self, group: _Group) -> None:
+        if not group.slots and group.task is not None:
+            self._forget(group)
+            group.task.cancel()
 
     def _forget_old(self) -> None:
         now = self.clock.now()
         while self._finished:
             until, group = next(iter(self._finished.values()))
-            if until > now:
+            if until > now and len(self._finished) <= self.max_kept:
                 return
             self._forget(group)
 
 
-def _digest(prompt: Prompt) -> str:
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _prompt_digest(prompt: Prompt) -> str:
+    """Raises InputError for what is no prompt."""
     content: Any = canonical_prompt(prompt)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,6 +22,9 @@ from rich.table import Table
 
 from rmcore import cli_options as options
 from rmcore.errors import DataError, InputError, RmcoreError, reject
+from rmcore.selection_cli import best_of_command as _best_of
+from rmcore.selection_cli import filter_command as _filter
+from rmcore.serve_cli import serve as _serve
 from rmcore.verdicts_cli import app as _verdicts
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from rmcore.backbone import Backbone
     from rmcore.data import Group
     from rmcore.engine import RewardEngine
+    from rmcore.groups import GroupScore
+
+    Line = Callable[[Group, GroupScore], dict[str, Any] | None]
 
 app = typer.Typer(
     name="rmcore",
@@ -40,6 +46,9 @@ app = typer.Typer(
 )
 
 app.add_typer(_verdicts, name="verdicts")
+app.command("serve")(_serve)
+app.command("best-of")(_best_of)
+app.command("filter")(_filter)
 
 # Everything but results goes to stderr, so that stdout can be a pipe.
 _notes = Console(stderr=True)
@@ -233,7 +242,6 @@ def score(
     """
     with _errors():
         from rmcore.accounts import Accounts
-        from rmcore.data import read_groups
         from rmcore.engine import RewardEngine
         from rmcore.model import RewardModel
 
@@ -265,18 +273,12 @@ def score(
         loaded = RewardModel.from_pretrained(model, device=device)
         engine = RewardEngine(loaded, judge, router, backend=backend, judge_deadline_s=judge_deadline)  # type: ignore[arg-type]
         booked = Accounts(accounts)
-        done = 0
-        with _output(out) as stream, _bar() as bar:
-            task = bar.add_task("groups", total=None)
-            for chunk, error in _chunks(read_groups(groups), batch):
-                if chunk:
-                    _score_chunk(engine, chunk, stream, booked)
-                    done += len(chunk)
-                    bar.update(task, completed=done)
-                    if adaptive is not None and router_state is not None:
-                        adaptive.save(router_state)
-                if error is not None:
-                    raise error
+
+        def save() -> None:
+            if adaptive is not None and router_state is not None:
+                adaptive.save(router_state)
+
+        _score_stream(engine, groups, out, batch, booked, lambda group, score: score.to_record(), save)
         _print_accounts(booked.totals(), _notes)
 
 
@@ -372,7 +374,26 @@ def _print_accounts(totals: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts) -> None:
+def _score_stream(
+    engine: RewardEngine, source: str, out: str, batch: int, accounts: Accounts, line: Line, after: Callable[[], None]
+) -> None:
+    """Score the groups of ``source`` batch by batch; ``line`` makes what is written of each, ``after`` ends a batch."""
+    from rmcore.data import read_groups
+
+    done = 0
+    with _output(out) as stream, _bar() as bar:
+        task = bar.add_task("groups", total=None)
+        for chunk, error in _chunks(read_groups(source), batch):
+            if chunk:
+                _score_chunk(engine, chunk, stream, accounts, line)
+                done += len(chunk)
+                bar.update(task, completed=done)
+                after()
+            if error is not None:
+                raise error
+
+
+def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts, line: Line) -> None:
     try:
         scores = engine.score([group.prompt for group in chunk], [group.responses for group in chunk])
     except InputError:
@@ -384,13 +405,20 @@ def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts
                 raise DataError(str(error), source="groups", line=group.line) from error
         # One bad group must not take the good ones before it along: score them one at a time, up to the bad one.
         for group in chunk:
-            _score_chunk(engine, [group], stream, accounts)
+            _score_chunk(engine, [group], stream, accounts, line)
         return
-    for group, record in zip(chunk, scores.to_records(), strict=True):
-        named = {} if group.id is None else {"id": group.id}
-        stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
-    stream.flush()
     accounts.add(scores.summary())
+    try:
+        for group, score in zip(chunk, scores, strict=True):
+            try:
+                record = line(group, score)
+            except InputError as error:
+                raise DataError(str(error), source="groups", line=group.line) from error
+            if record is not None:
+                named = {} if group.id is None else {"id": group.id}
+                stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
+    finally:
+        stream.flush()
 
 
 def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], DataError | None]]:

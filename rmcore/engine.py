@@ -36,6 +36,7 @@ from rmcore.pairs import PairMatrices, concat_matrices, decide_by_rule, differen
 from rmcore.posterior import check_finite
 from rmcore.routing import BudgetedRouter, Candidates, NeverRoute, Router, ThresholdRouter
 from rmcore.score_call import MicroBatch, ScoreCall, micro_batches
+from rmcore.selection import BestOf, Ties, best_of, check_selection
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
 
@@ -196,6 +197,27 @@ class RewardEngine:
     ) -> GroupScores:
         """As :meth:`score_hidden`, for callers in an event loop: the head runs in a thread, the judge is awaited."""
         return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses))
+
+    def best_of(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[str]],
+        *,
+        penalty: float = 0.0,
+        ties: Ties = "first",
+    ) -> list[BestOf]:
+        """Score groups and choose the best response of each (:func:`rmcore.selection.best_of`).
+
+        Args:
+            prompts: one prompt a group.
+            responses: its responses.
+            penalty: c ≥ 0: choose by mean preference minus c times uncertainty.
+            ties: which of several equally good ones: the first, the shortest or the longest text.
+
+        Raises as :meth:`score` and :func:`~rmcore.selection.best_of`.
+        """
+        check_selection(penalty, ties)
+        return best_of(self.score(prompts, responses), responses, penalty=penalty, ties=ties)
 
     # -- learning ----------------------------------------------------------------------------------------------------
 

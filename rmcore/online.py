@@ -34,7 +34,8 @@ class LearningConfig:
     """How much a verdict may teach.
 
     Attributes:
-        judge_weight: in (0, 1], what a judged pair counts, where 1 is a pair of the training data.
+        judge_weight: positive, what a judged pair counts, where 1 is a pair of the training data. Below 1 for a judge
+            that errs more than they; above 1 where the stream has moved away from them, as an importance weight.
         flip_weight: in [0, 1], times this for a pair on which the two orders disagree. Default 0: the place of the
             answers decided, which says nothing about the answers; with any weight it would make the head surer of a
             region in which the judge has just shown that it cannot tell. A tie is an answer, and keeps its weight,
@@ -58,7 +59,7 @@ class LearningConfig:
 
     def __post_init__(self) -> None:
         checks = {
-            "judge_weight": (0 < self.judge_weight <= 1, "a number in (0, 1]"),
+            "judge_weight": (0 < self.judge_weight < math.inf, "a positive finite number"),
             "flip_weight": (0 <= self.flip_weight <= 1, "a number in [0, 1]"),
             "epsilon": (0 <= self.epsilon < 0.5, "a probability below 0.5"),
             "max_share": (self.max_share > 0, "a positive number"),
@@ -137,6 +138,7 @@ def fold(
         beta0=head.beta0,
         sample_weight=data.weights,
         max_passes=config.max_passes,
+        tolerance=1e-7,  # nats a pair; below that a handful of pairs is lost in float32 sums
         backend=backend,
         prior=belief,
     )

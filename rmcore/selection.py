@@ -22,7 +22,16 @@ from torch import Tensor
 from rmcore.errors import NonFiniteError, reject
 from rmcore.groups import GroupScore
 
-__all__ = ["BestOf", "Kept", "Ties", "best_of", "filter_groups", "member_uncertainty"]
+__all__ = [
+    "BestOf",
+    "Kept",
+    "Ties",
+    "best_of",
+    "check_filter",
+    "check_selection",
+    "filter_groups",
+    "member_uncertainty",
+]
 
 Ties: TypeAlias = Literal["first", "shortest", "longest"]
 """Which of several responses with the very same bound wins: the first in the group, or the shortest or longest text
@@ -80,6 +89,24 @@ def member_uncertainty(group: GroupScore) -> Tensor:
     return u.sum(1) / (k - 1)
 
 
+def check_selection(penalty: float, ties: str) -> None:
+    """Raise InputError for a penalty or a rule that :func:`best_of` would refuse, before anything is scored."""
+    if not (math.isfinite(penalty) and penalty >= 0):
+        reject("penalty", penalty, "a finite number, at least 0")
+    if ties not in ("first", "shortest", "longest"):
+        reject("ties", repr(ties), "first, shortest or longest")
+
+
+def check_filter(max_uncertainty: float, by: str, min_responses: int) -> None:
+    """Raise InputError for arguments that :func:`filter_groups` would refuse, before anything is scored."""
+    if not max_uncertainty >= 1:
+        reject("max_uncertainty", max_uncertainty, "a number, at least 1 (u ≥ 1)")
+    if by not in ("response", "group"):
+        reject("by", repr(by), "'response' or 'group'")
+    if min_responses < 1:
+        reject("min_responses", min_responses, "at least 1")
+
+
 def best_of(
     groups: Sequence[GroupScore],
     responses: Sequence[Sequence[str]] | None = None,
@@ -99,10 +126,7 @@ def best_of(
         InputError: a negative or non-finite penalty, an unknown rule, or texts that do not fit the groups.
         NonFiniteError: a group has no response with a preference; its index is in ``rows``.
     """
-    if not (math.isfinite(penalty) and penalty >= 0):
-        reject("penalty", penalty, "a finite number, at least 0")
-    if ties not in ("first", "shortest", "longest"):
-        reject("ties", repr(ties), "first, shortest or longest")
+    check_selection(penalty, ties)
     if responses is None and ties != "first":
         reject("responses", "None", f"texts, since ties={ties!r} compares them")
     if responses is not None and [len(texts) for texts in responses] != [group.size for group in groups]:
@@ -142,12 +166,7 @@ def filter_groups(
         InputError: ``max_uncertainty`` below 1 (u ≥ 1, so everything would go), an unknown ``by``, or no positive
             ``min_responses``.
     """
-    if not max_uncertainty >= 1:
-        reject("max_uncertainty", max_uncertainty, "a number, at least 1 (u ≥ 1)")
-    if by not in ("response", "group"):
-        reject("by", repr(by), "'response' or 'group'")
-    if min_responses < 1:
-        reject("min_responses", min_responses, "at least 1")
+    check_filter(max_uncertainty, by, min_responses)
     kept: list[tuple[int, ...]] = []
     for group in groups:
         u = member_uncertainty(group)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmcore.architecture import longest_exact, text_config
-from rmcore.errors import BackendError, reject
+from rmcore.errors import BackendError
 from rmcore.ops import Explanation
 from rmcore.packing import Pack, PrefixTree
 from rmcore.tree_attention import Packing, explain
@@ -49,14 +49,13 @@ class PrefixSharing:
         layers: int,
         max_length: int | None,
     ) -> None:
-        if packing not in ("auto", "flex", "sdpa", "padded"):
-            reject("packing", repr(packing), "auto, flex, sdpa or padded")
         self.model = model
         self.packing = packing
         self._encode_pack = encode_pack
         self._encode_alone = encode_alone
         self._layers = layers
         self._max_length = max_length
+        self._static = explain(model, packing)
         self._chosen: Explanation | None = None
         self._told_window = False
         self._lock = threading.RLock()
@@ -141,6 +140,8 @@ class PrefixSharing:
         everything = list(range(len(ids)))
         if self.packing == "padded" or (self.packing == "auto" and len(ids) < 2):
             return None, [], everything
+        if self._static.backend not in ("flex", "sdpa") and self._kind(self.explain()) is None:
+            return None, [], everything  # before a tree is built for nothing
         limit = longest_exact(self.model)
         fit = [k for k in everything if limit is None or len(ids[k]) <= limit]
         tree = PrefixTree([ids[k] for k in fit])

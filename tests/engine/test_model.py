@@ -138,7 +138,7 @@ def test_an_over_long_response_names_its_group(make_backbone, preferences, texts
 @pytest.mark.parametrize("overlong", ["error", "truncate-prompt-left", "truncate-right"])
 def test_packed_groups_have_the_states_of_padded_rows(make_backbone, preferences, mode, orders, overlong):
     """Whatever a policy cuts: a prompt cut for one pair is not that of another, and is not shared with it."""
-    limit = {} if overlong == "error" else {"max_length": 50, "overlong": overlong}
+    limit = {} if overlong == "error" else {"max_length": 50 if mode == "concat" else 28, "overlong": overlong}
     prompts = ["tell me about the quick brown fox that jumps over the lazy dog", "the capital of France " * 4]
     responses = [
         ["a good dog", "a bad dog " * 3, "the fox runs home", "Paris"],
@@ -153,7 +153,7 @@ def test_packed_groups_have_the_states_of_padded_rows(make_backbone, preferences
         stats = backbone.stats
         if packing == "sdpa":
             assert stats.padded_tokens == 0
-            assert stats.packed_tokens < stats.tokens
+            assert stats.packed_tokens < stats.tokens or overlong == "truncate-prompt-left"
         if overlong != "error":
             assert stats.truncated_texts > 0
     torch.testing.assert_close(rows["sdpa"], rows["padded"], rtol=1e-4, atol=1e-5)
@@ -166,8 +166,11 @@ def test_a_group_is_encoded_as_one_tree_by_default(make_backbone, hand_head):
     model.hidden_states([prompt], [group])
     segments = {s for text in model.encode_group(prompt, group) for s in text.segments}
     size = {name: sum(len(s.ids) for s in segments if s.name == name) for name in ("prompt", "first", "second")}
+    # The template's space before a response is one token of its segment, and begins all of them alike.
+    k, space = len(group), 1
+    closed = size["prompt"] + size["first"] + (k - 1) * size["second"]
     assert backbone.stats.padded_tokens == 0
-    assert backbone.stats.packed_tokens == size["prompt"] + size["first"] + (len(group) - 1) * size["second"]
+    assert backbone.stats.packed_tokens == closed - (k - 1) * space - k * (k - 2) * space
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------

@@ -757,3 +757,31 @@ def test_the_callers_context_reaches_the_backbone(make_engine):
     asyncio.run(run())
     assert set(seen) == {"caller"}
     assert not engine_threads()
+
+
+def test_an_adaptive_router_keeps_its_budget_over_micro_batches(make_engine, scripted_judge):
+    from rmcore.adaptive import AdaptiveRouter
+    from rmcore.budget import Budget
+
+    calls = Budget(3, "calls", max_per_pair=1)
+    engine = make_engine(scripted_judge(lambda _: WIN), AdaptiveRouter(1.0, calls))
+    scores = engine.score(PROMPTS, RESPONSES)
+    assert scores.overlap.micro_batches == 6
+    assert scores.judge_usage.calls == 3
+    assert calls.stats().left == 0
+    assert engine.score(PROMPTS, RESPONSES).judge_usage.calls == 0, "a budget per run is used up"
+
+
+def test_the_bench_runs(tmp_path):
+    """On a handful of groups and without latency; its claim is about real sizes and is not made here."""
+    import json
+
+    from rmcore.bench import overlap
+
+    options = ["--groups", "6", "--latency", "0", "--hidden-size", "32", "--layers", "1", "--rounds", "1"]
+    overlap.main([*options, "--others", "1000", "--tokens-per-batch", "256", "--sweep", "1", "--out", str(tmp_path)])
+    figures = json.loads((tmp_path / "overlap.json").read_text())
+    assert figures["pairs"] == 36
+    assert figures["judge_calls"] == 2 * figures["judged"] > 0
+    assert figures["last_overlapped_call"]["micro_batches"] > 1
+    assert figures["micro_batch_sizes"][0]["hidden_s"] >= 0

@@ -325,9 +325,32 @@ def test_keeping_a_non_finite_row_isolates_its_group(make_data, fit_head, row, b
     good = torch.cat([hidden[:row], hidden[row + 1 :]])
     again = head.score_pairs(good, torch.tensor([4, 5]), backend=backend)
     for a, b, c in zip(clean, kept, again, strict=True):
-        assert not bool(b[:10][touched].isfinite().any())
+        assert bool(b[:10][touched].isnan().all())
         assert torch.equal(a[10:], b[10:])
+        assert torch.equal(b[:10][~touched], c[:6]), "as if the row were not there, bit for bit"
         torch.testing.assert_close(c[:6], a[:10][~touched], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_keeping_bad_rows_of_many_groups(make_data, fit_head, backend):
+    """Groups without a good pair, with one, with a single row; several bad rows in one."""
+    data = make_data(dtype=torch.float32)
+    head = fit_head(data)
+    sizes = [3, 1, 2, 4, 2, 1]
+    bad = {0: NAN, 1: math.inf, 3: NAN, 4: -math.inf, 7: NAN}
+    hidden = data.hidden[: sum(sizes)].clone()
+    clean = head.score_pairs(hidden, torch.tensor(sizes), backend=backend)
+    for row, value in bad.items():
+        hidden[row] = value
+    kept = head.score_pairs(hidden, torch.tensor(sizes), backend=backend, nonfinite="keep")
+    start, usable = 0, []
+    for k in sizes:
+        rows = range(start, start + k)
+        usable += [i not in bad and j not in bad for i in rows for j in rows if i < j]
+        start += k
+    for a, b in zip(clean, kept, strict=True):
+        assert b.isfinite().tolist() == usable
+        torch.testing.assert_close(b[torch.tensor(usable)], a[torch.tensor(usable)], rtol=1e-4, atol=1e-6)
 
 
 # -- learning --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import transformers
@@ -132,3 +133,67 @@ class MeritJudge:
 @pytest.fixture
 def merit_judge() -> type[MeritJudge]:
     return MeritJudge
+
+
+class SteppingClock:
+    """Waits take no time but are noted, and move the clock."""
+
+    def __init__(self) -> None:
+        self.time, self.waits = 0.0, list[float]()
+
+    def now(self) -> float:
+        return self.time
+
+    def wall(self) -> float:
+        return 1.7e9 + self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.time += seconds
+
+
+class Served(httpx.AsyncBaseTransport):
+    """Hands requests to the real application of ``rmcore serve``; the first ``lost`` answers get lost on their way.
+
+    Attributes:
+        requests: (path, headers, body) of each.
+    """
+
+    def __init__(self, engine: Any, settings: Any = None, *, lost: int = 0) -> None:
+        from rmcore.serve import create_app
+
+        app = create_app(engine, settings)
+        self.service = app.state.service
+        self.inner = httpx.ASGITransport(app)
+        self.lost = lost
+        self.requests: list[tuple[str, httpx.Headers, bytes]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append((request.url.path, request.headers, await request.aread()))
+        response = await self.inner.handle_async_request(request)
+        if self.lost:
+            self.lost -= 1
+            raise httpx.ReadError("lost")
+        return response
+
+
+@pytest.fixture
+def stepping_clock() -> type[SteppingClock]:
+    return SteppingClock
+
+
+@pytest.fixture
+def served() -> type[Served]:
+    pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'rmcore[serve]')")
+    return Served
+
+
+@pytest.fixture
+def group_client() -> Callable[..., Any]:
+    """A client of ``http://127.0.0.1:8400`` over the given transport."""
+    from rmcore.integrations.client import GroupClient
+
+    def make(transport: httpx.AsyncBaseTransport, **options: Any) -> Any:
+        return GroupClient("http://127.0.0.1:8400", transport=transport, **options)
+
+    return make

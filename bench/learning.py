@@ -1,0 +1,440 @@
+"""What learning from verdicts is worth on real preferences: judge calls needed for an accuracy, with it and without.
+
+One stream, shuffled by seed: Auto-J's held-out pairs, LLMBar and XSTest. It is worked off in chunks; of each the
+router picks pairs, the judge decides those, and a learning head folds them in before it sees the next chunk. Accuracy
+is that of the routed system: the judge's where it was asked, the head's elsewhere.
+
+First the table of the data's own README (chunks of 64, the human label as judge), then curves of accuracy over the
+fraction judged, and from these the calls needed to hold 60, 65 and 70%, chosen beforehand, with and without learning.
+A second stream, of human pairs from PandaLM and hh-rlhf, shows the same where the head is not wrong but ignorant.
+
+Needs the data folder (``--data`` or RMCORE_DATA). Writes ``learning.json`` and ``learning.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rmcore
+from rmcore.data import read_lines
+from rmcore.demo import DEMO_HEAD, demo_backbone
+from rmcore.fit import fit
+from rmcore.head import FrozenHead, HeadConfig, SNGPHead
+from rmcore.judged import JudgedPairs
+from rmcore.model import encode_preferences
+from rmcore.online import LearningConfig, fold
+from rmcore.quality import encode_pairs
+from rmcore.streams import LabelledPair, find_data, load_corpus
+
+__all__ = ["main", "run"]
+
+LEVELS = (60, 65, 70)
+OTHER_LEVELS = (50, 55, 75)
+TARGET = 20.0
+"""Per cent fewer judge calls that learning is asked to bring."""
+PUBLISHED = {  # q: routed system (random fixed, random learning, u fixed, u learning), head alone on the second half
+    10: ((50.1, 51.4, 51.5, 53.5), (43.7, 46.2, 49.1)),
+    25: ((58.6, 60.9, 61.9, 64.7), (43.7, 48.3, 53.1)),
+    45: ((69.6, 73.0, 74.8, 75.9), (43.7, 52.6, 55.5)),
+}
+SECOND_STREAM_PAIRS = 400
+"""Taken from each of its two parts."""
+FRACTIONS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45)
+
+
+@dataclass(frozen=True)
+class Material:
+    """A stream, encoded once, with what the human and the judge said."""
+
+    rows: Tensor
+    """(N, 2, h), the stream's."""
+    truth: np.ndarray
+    """(N,) +1 where the first response is better, −1 where the second is."""
+    judged: dict[str, np.ndarray]
+    """(N,) by judge: its preference in [−1, 1], NaN for no verdict."""
+    flipped: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to route and to learn. ``grid`` holds fractions of a chunk, or thresholds' places in u's distribution."""
+
+    name: str
+    chunk: int = 64
+    router: str = "budget"
+    judge: str = "label"
+    stream: str = "mixed"
+    weight: float = 1.0
+    grid: Sequence[float] = FRACTIONS
+    note: str = ""
+
+
+SETUPS = (
+    Setup("top u of every 64"),
+    Setup("top u of every 16", chunk=16, grid=(0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40)),
+    Setup(
+        "top u of every 16, a judged pair counts 3",
+        chunk=16,
+        weight=3.0,
+        grid=(0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40),
+        note="the weight was chosen on this stream",
+    ),
+    # A place below 0 is a threshold under every u of the fixed head: a head that learns may come down to it.
+    Setup("u above a threshold", router="threshold", grid=(-0.6, -0.4, -0.2, 0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)),
+    Setup("top u of every 64, GPT-4 as judge on LLMBar", judge="gpt-4"),
+    Setup("second stream, top u of every 64", stream="second"),
+    Setup("second stream, a judged pair counts 3", stream="second", weight=3.0),
+)
+
+
+@dataclass
+class Walk:
+    """What happened on one way through the stream, in its order."""
+
+    right: np.ndarray
+    """(N,) 1 where the routed system is right, ½ for a tie."""
+    alone: np.ndarray
+    judged: np.ndarray
+    shifts: list[float] = field(default_factory=list)
+
+    def accuracy(self) -> float:
+        return 100 * float(self.right.mean())
+
+    def alone_later(self) -> float:
+        return 100 * float(self.alone[len(self.alone) // 2 :].mean())
+
+
+Choose = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def walk(
+    head: FrozenHead, material: Material, order: np.ndarray, setup: Setup, choose: Choose, learn: bool, seed: int
+) -> Walk:
+    """Through the stream once. ``choose`` takes the u of a chunk and says which of its pairs are judged."""
+    rng = np.random.default_rng([seed, 1])
+    settings = LearningConfig(judge_weight=setup.weight)
+    preference, flipped = material.judged[setup.judge][order], material.flipped[setup.judge][order]
+    truth, rows = material.truth[order], material.rows[torch.from_numpy(order)]
+    result = Walk(np.zeros(len(order)), np.zeros(len(order)), np.zeros(len(order), dtype=bool))
+    for start in range(0, len(order), setup.chunk):
+        part = slice(start, start + setup.chunk)
+        hidden = rows[part]
+        count = len(hidden)
+        scores = head.score_pairs(hidden.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
+        said = np.sign(scores.logit.double().numpy())
+        asked = choose(scores.uncertainty.double().numpy(), rng)
+        known = asked & ~np.isnan(preference[part])
+        said_by_all = np.where(known, preference[part], said)
+        result.alone[part] = _credit(said, truth[part])
+        result.right[part] = _credit(said_by_all, truth[part])
+        result.judged[part] = asked
+        usable = np.flatnonzero(known & ~flipped[part])
+        if learn and len(usable):
+            new = torch.from_numpy(usable)
+            pairs = JudgedPairs(
+                hidden[new].flatten(0, 1),
+                torch.from_numpy(0.5 + preference[part][usable] / 2).float(),
+                torch.full((len(new),), settings.judge_weight),
+                torch.arange(2 * len(new)).view(-1, 2),
+            )
+            head, report = fold(head, pairs, settings)
+            result.shifts.append(report.shift / report.weight**0.5)
+    return result
+
+
+def _credit(said: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return np.where(said == 0, 0.5, (np.sign(said) == truth).astype(float))
+
+
+def _top(fraction: float, *, at_random: bool = False) -> Choose:
+    def choose(u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        score = rng.random(len(u)) if at_random else u
+        chosen = np.zeros(len(u), dtype=bool)
+        chosen[np.argsort(-score, kind="stable")[: round(fraction * len(u))]] = True
+        return chosen
+
+    return choose
+
+
+def _above(threshold: float) -> Choose:
+    return lambda u, _rng: u > threshold
+
+
+# -- the figures -----------------------------------------------------------------------------------------------------
+
+
+def run(data: Path, seeds: int, cache: Path | None) -> dict[str, Any]:
+    """Encode (or read the cache), walk every setup for every seed; returns the figures, JSON values."""
+    started = time.perf_counter()
+    tensors = _encode(data, cache)
+    streams = {name: _material(pairs, tensors[name]) for name, pairs in _streams(data).items()}
+    heads = []
+    for seed in range(seeds):
+        head = SNGPHead(HeadConfig(tensors["train"].shape[1], seed=seed, **DEMO_HEAD))
+        heads.append(fit(head, tensors["train"], tensors["labels"], pairs=tensors["pairs"], dtype=torch.float16)[0])
+    table = _table(heads, streams["mixed"])
+    curves = []
+    for setup in SETUPS:
+        print(f"{time.perf_counter() - started:6.0f} s  {setup.name}", file=sys.stderr, flush=True)
+        curves.append(_curve(setup, heads, streams[setup.stream]))
+    reached = {
+        curve["name"]: [level for level in LEVELS if (curve["levels"][str(level)]["reduction"] or 0) >= TARGET]
+        for curve in curves
+    }
+    return {
+        "rmcore": rmcore.__version__,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "head": DEMO_HEAD,
+        "learning": "LearningConfig() but for judge_weight",
+        "seeds": seeds,
+        "pairs": {name: len(material.truth) for name, material in streams.items()},
+        "seconds": round(time.perf_counter() - started),
+        "table": table,
+        "curves": curves,
+        "target_reduction": TARGET,
+        "levels_at_which_it_is_reached": reached,
+    }
+
+
+def _orders(heads: list[FrozenHead], material: Material) -> list[tuple[FrozenHead, np.ndarray]]:
+    """Each seed's head with its order of the stream."""
+    return [(head, np.random.default_rng(seed).permutation(len(material.truth))) for seed, head in enumerate(heads)]
+
+
+def _table(heads: list[FrozenHead], material: Material) -> list[dict[str, Any]]:
+    result = []
+    for percent, (system, alone) in PUBLISHED.items():
+        walks = {
+            (by, learn): [
+                walk(head, material, order, SETUPS[0], _top(percent / 100, at_random=by == "random"), learn, seed)
+                for seed, (head, order) in enumerate(_orders(heads, material))
+            ]
+            for by in ("random", "u")
+            for learn in (False, True)
+        }
+        ours = [np.mean([w.accuracy() for w in some]) for some in walks.values()]
+        later = [
+            np.mean([w.alone_later() for w in walks[key]]) for key in (("u", False), ("random", True), ("u", True))
+        ]
+        result.append(
+            {
+                "judged_percent": percent,
+                "columns": ["random fixed", "random learning", "u fixed", "u learning"],
+                "accuracy": _round(ours),
+                "published": list(system),
+                "alone_columns": ["fixed", "random learning", "u learning"],
+                "head_alone_second_half": _round(later),
+                "published_alone": list(alone),
+            }
+        )
+    return result
+
+
+def _curve(setup: Setup, heads: list[FrozenHead], material: Material) -> dict[str, Any]:
+    points: dict[bool, np.ndarray] = {}
+    longest = 0.0
+    for learn in (False, True):
+        of_seeds = []
+        for seed, (head, order) in enumerate(_orders(heads, material)):
+            walks = [walk(head, material, order, setup, c, learn, seed) for c in _choices(setup, head, material)]
+            of_seeds.append([(100 * float(w.judged.mean()), w.accuracy()) for w in walks])
+            longest = max(longest, *(shift for w in walks for shift in w.shifts), 0.0)
+        points[learn] = np.array(of_seeds)  # (seeds, grid, 2)
+    return {
+        "name": setup.name,
+        "note": setup.note,
+        "chunk": setup.chunk,
+        "router": setup.router,
+        "judge": setup.judge,
+        "stream": setup.stream,
+        "judge_weight": setup.weight,
+        **{
+            name: {"judged_percent": _round(at[:, :, 0].mean(0)), "accuracy": _round(at[:, :, 1].mean(0)),
+                   "accuracy_by_seed": [_round(row) for row in at[:, :, 1]]}
+            for name, at in (("fixed", points[False]), ("learning", points[True]))
+        },
+        "largest_shift_of_trust_region": round(longest, 3),
+        "levels": {str(level): _calls(level, points, len(material.truth)) for level in (*LEVELS, *OTHER_LEVELS)},
+    }  # fmt: skip
+
+
+def _choices(setup: Setup, head: FrozenHead, material: Material) -> list[Choose]:
+    if setup.router == "budget":
+        return [_top(fraction) for fraction in setup.grid]
+    count = len(material.rows)
+    scores = head.score_pairs(material.rows.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
+    u = scores.uncertainty.double().numpy()
+    lowest = float(u.min())
+    return [_above(float(np.quantile(u, q)) if q >= 0 else lowest + q * (lowest - 1)) for q in setup.grid]
+
+
+def _calls(level: float, points: dict[bool, np.ndarray], pairs: int) -> dict[str, Any]:
+    """Judge calls to hold an accuracy, by linear interpolation of the mean over seeds; None outside the grid."""
+    fixed, learning = (_needed(level, points[learn].mean(0)) for learn in (False, True))
+    single = [
+        (_needed(level, without), _needed(level, with_it))
+        for without, with_it in zip(points[False], points[True], strict=True)
+    ]
+    return {
+        "fixed_percent": fixed and round(fixed, 2),
+        "learning_percent": learning and round(learning, 2),
+        "fixed_calls": fixed and round(fixed * pairs / 100),
+        "learning_calls": learning and round(learning * pairs / 100),
+        "reduction": None if not fixed or not learning else round(100 * (1 - learning / fixed), 1),
+        "reduction_by_seed": [round(100 * (1 - b / a), 1) if a and b else None for a, b in single],
+    }
+
+
+def _needed(level: float, curve: np.ndarray) -> float | None:
+    """The smallest fraction at which the curve (grid, 2) of (fraction, accuracy) reaches the level."""
+    ordered = curve[np.argsort(curve[:, 0])]
+    best = np.maximum.accumulate(ordered[:, 1])
+    return float(np.interp(level, best, ordered[:, 0])) if best[0] <= level <= best[-1] else None
+
+
+def _round(values: Any) -> list[float]:
+    return [round(float(value), 2) for value in values]
+
+
+# -- material --------------------------------------------------------------------------------------------------------
+
+
+def _streams(data: Path) -> dict[str, list[LabelledPair]]:
+    corpus = load_corpus(data)
+    second = []
+    for name in ("pandalm", "hh_harmless"):
+        rows = [row for _, row in read_lines(data / f"{name}.jsonl.gz")]
+        for k in np.random.default_rng(0).permutation(len(rows))[:SECOND_STREAM_PAIRS]:
+            pair = LabelledPair(rows[k]["prompt"], rows[k]["chosen"], rows[k]["rejected"], 1.0, name)
+            second.append(pair if k % 2 else pair.swapped())
+    return {"mixed": [pair for part in corpus.parts.values() for pair in part], "second": second}
+
+
+def _encode(data: Path, cache: Path | None) -> dict[str, Tensor]:
+    """Hidden rows of the training pairs and of both streams, from the cache where there is one."""
+    from safetensors.torch import load_file, save_file
+
+    if cache is not None and cache.is_file():
+        return load_file(cache)
+    backbone = demo_backbone()
+    hidden, labels, pairs = encode_preferences(backbone, load_corpus(data).train, "difference")
+    assert pairs is not None
+    tensors = {"train": hidden, "labels": labels, "pairs": pairs}
+    for name, stream in _streams(data).items():
+        tensors[name] = encode_pairs(backbone, stream, "difference").hidden.contiguous()
+    if cache is not None:
+        save_file(tensors, cache)
+    return tensors
+
+
+def _material(stream: list[LabelledPair], rows: Tensor) -> Material:
+    truth = np.array([1.0 if pair.label > 0.5 else -1.0 for pair in stream])
+    recorded = np.array([_recorded(pair) for pair in stream])
+    return Material(
+        rows=rows,
+        truth=truth,
+        judged={"label": truth, "gpt-4": np.where(recorded[:, 2] > 0, recorded[:, 0], truth)},
+        flipped={"label": np.zeros(len(stream), dtype=bool), "gpt-4": recorded[:, 1] > 0},
+    )
+
+
+def _recorded(pair: LabelledPair) -> tuple[float, bool, bool]:
+    """GPT-4's preference with both orders averaged, whether they disagree, and whether it was asked at all."""
+    if pair.verdicts is None:
+        return float("nan"), False, False
+    known = [{"win": 1.0, "loss": -1.0, "tie": 0.0}[word] for word in pair.verdicts if word is not None]
+    return (float(np.mean(known)) if known else float("nan")), len(known) == 2 and known[0] * known[1] < 0, True
+
+
+# -- picture ---------------------------------------------------------------------------------------------------------
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Left: accuracy over the fraction judged. Right: calls saved at each level, against the target."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#999999", "#555555")
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    for curve, colour in zip(figures["curves"][:3], colours, strict=False):
+        if curve is figures["curves"][0]:
+            fixed = curve["fixed"]
+            left.plot(fixed["judged_percent"], fixed["accuracy"], color="0.35", linewidth=2, linestyle="--",
+                      label="the same router, no learning")  # fmt: skip
+        x, by_seed = curve["learning"]["judged_percent"], np.array(curve["learning"]["accuracy_by_seed"])
+        left.plot(x, by_seed.mean(0), color=colour, linewidth=2, marker="o", markersize=4, label=curve["name"])
+        left.fill_between(x, by_seed.min(0), by_seed.max(0), color=colour, alpha=0.12, linewidth=0)
+    for level in LEVELS:
+        left.axhline(level, color="0.8", linewidth=0.8, zorder=0)
+    left.set_xlabel("pairs judged, %")
+    left.set_ylabel("accuracy of the routed system, %")
+    left.set_title(
+        f"one mixed stream of {figures['pairs']['mixed']} pairs, {figures['seeds']} seeds (band: min to max)",
+        fontsize=10,
+    )
+    left.legend(frameon=False, fontsize=9, loc="upper left")
+    width = 0.8 / len(figures["curves"])
+    for n, (curve, colour) in enumerate(zip(figures["curves"], colours, strict=False)):
+        saved = [curve["levels"][str(level)]["reduction"] for level in LEVELS]
+        places = np.arange(len(LEVELS)) + (n - (len(figures["curves"]) - 1) / 2) * width
+        bars = right.bar(places, [value or 0 for value in saved], width * 0.92, color=colour, label=curve["name"])
+        right.bar_label(bars, ["–" if value is None else f"{value:.0f}" for value in saved], fontsize=8, padding=2)
+    right.axhline(TARGET, color="black", linewidth=1, linestyle=":", label=f"target: {TARGET:.0f}%")
+    right.set_xticks(range(len(LEVELS)), [f"{level}%" for level in LEVELS])
+    right.set_xlabel("accuracy to hold")
+    right.set_ylabel("judge calls saved by learning, %")
+    right.set_ylim(0, max(right.get_ylim()[1], TARGET) * 1.35)
+    right.legend(frameon=False, fontsize=8, loc="upper right")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--cache", type=Path, help="file that keeps the encoded texts from run to run")
+    arguments = parser.parse_args(argv)
+    data = find_data(arguments.data)
+    if data is None:
+        print("learning: no data folder; give --data or set RMCORE_DATA. Nothing was measured.", file=sys.stderr)
+        return 2
+    figures = run(data, arguments.seeds, arguments.cache)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "learning.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    draw(figures, arguments.out / "learning.png")
+    for row in figures["table"]:
+        print(f"{row['judged_percent']}% judged: {row['accuracy']} | published {row['published']}", end="")
+        print(f" | alone {row['head_alone_second_half']}, published {row['published_alone']}")
+    for curve in figures["curves"]:
+        levels = {level: curve["levels"][str(level)] for level in LEVELS}
+        shown = ", ".join(
+            f"{level}%: {at['fixed_calls']} → {at['learning_calls']} calls ({at['reduction']}% fewer)"
+            for level, at in levels.items()
+        )
+        print(f"{curve['name']}: {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

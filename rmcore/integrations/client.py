@@ -1,0 +1,364 @@
+"""The group server's client, for trainers that score from many processes: one class, a method an endpoint.
+
+An answer may take as long as the slowest sibling, so a try waits long, and a try that is lost is made again: the server
+shares results, so asking twice is safe. No failure ever becomes a reward: each raises, saying what went wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from rmcore.assembly import ConflictError, LateError
+from rmcore.errors import InputError, JudgeError, RmcoreError, reject
+from rmcore.judge.base import Prompt
+from rmcore.judge.clock import Clock, SystemClock
+from rmcore.judge.connections import Connections
+from rmcore.judge.endpoint import check_base_url
+from rmcore.judge.retry import RetryPolicy, retry_delay_s
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["GroupClient", "GroupResult", "MemberPart", "ServerError"]
+
+T = TypeVar("T")
+Number: TypeAlias = float | None
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RETRIED = frozenset({408, 429, 502, 503, 504})
+_REFUSED = {409: ConflictError, 410: LateError, 400: InputError, 413: InputError, 422: InputError}
+# The deadline ends the tries, not their number.
+_RETRY = RetryPolicy(max_attempts=1_000_000, max_retry_after_s=math.inf)
+
+
+class ServerError(RmcoreError, RuntimeError):
+    """No answer from the group server. ``status`` is the last reply's, None if there was none."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one try came to: a status, or the reason why there is none."""
+
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    text: bytes = b""
+    reason: str = ""
+
+    @property
+    def may_turn_out_well(self) -> bool:
+        """Whether the same request may be answered next time."""
+        return self.status in _RETRIED and self._error("type") != "no_preference"
+
+    @property
+    def cause(self) -> str:
+        """Status and the server's own words, short and printable; or the reason."""
+        if self.status is None:
+            return self.reason
+        said = self._error("message") or self.text[:200].decode("utf-8", "replace")
+        said = "".join(c if c.isprintable() else " " for c in said)[:500].strip()
+        return f"HTTP {self.status}" + (f" ({said})" if said else "")
+
+    def _error(self, name: str) -> str:
+        try:
+            return str(json.loads(self.text)["error"][name])
+        except (ValueError, TypeError, KeyError):
+            return ""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """A scored group, from ``POST /v1/groups``.
+
+    Attributes:
+        advantages: A_i; None for a response without a preference, here and below.
+        rewards: S_i/m, for a leave-one-out baseline.
+        rewards_group_mean: S_i/(m−1), for a group-mean baseline without std scaling.
+        preference: (K, K) p̃, row i against column j.
+        uncertainty: (K, K) u.
+        record: the whole reply: who decided which pairs, cost, seconds.
+    """
+
+    advantages: tuple[Number, ...]
+    rewards: tuple[Number, ...]
+    rewards_group_mean: tuple[Number, ...]
+    preference: tuple[tuple[Number, ...], ...]
+    uncertainty: tuple[tuple[Number, ...], ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberPart:
+    """One member's part of its group, from ``POST /v1/rendezvous``.
+
+    Attributes:
+        advantage: A_i over the members present; None without a preference (alone of several, for one).
+        reward: S_i/m, for a leave-one-out baseline.
+        reward_group_mean: S_i/(m−1), for a group-mean baseline without std scaling.
+        preference, uncertainty: against each of ``slots``, itself included.
+        slots: the members scored together.
+        complete: whether all were there in time.
+        record: the whole reply.
+    """
+
+    advantage: Number
+    reward: Number
+    reward_group_mean: Number
+    preference: tuple[Number, ...]
+    uncertainty: tuple[Number, ...]
+    slots: tuple[int, ...]
+    complete: bool
+    record: Mapping[str, Any]
+
+
+class GroupClient:
+    """Asks a server started with ``rmcore serve``. Safe on several event loops; pickles as its settings.
+
+    Args:
+        url: as in ``http://127.0.0.1:8400``; http or https, without credentials, query or fragment.
+        token_env: environment variable with the server's bearer token, read at every call and kept nowhere; if it is
+            not set, none is sent.
+        timeout_s: for a call, all tries and waits together.
+        attempt_timeout_s: for one try. It must be above the server's time limit and its scoring, or a slow group is
+            asked for twice (which is safe).
+        transport: an ``httpx.AsyncBaseTransport`` instead of the network; not pickled.
+        clock, random_source: for deadlines and waits, and for jitter.
+
+    All methods raise
+
+        InputError: the server refused the request as malformed (400, 413, 422); its subclasses
+        ConflictError: it contradicts what siblings said (409),
+        LateError: the group was scored without this member (410);
+        ServerError: wrong token, wrong address, or no good answer before the deadline, whose last cause is named.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token_env: str = "RMCORE_SERVE_TOKEN",  # noqa: S107 - a variable's name
+        timeout_s: float = 600.0,
+        attempt_timeout_s: float = 180.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Clock | None = None,
+        random_source: random.Random | None = None,
+    ) -> None:
+        try:
+            self.url, loopback = check_base_url(url)
+        except JudgeError as error:
+            raise InputError(str(error).replace("base_url", "url", 1)) from None
+        if not isinstance(token_env, str) or not _ENV_NAME.fullmatch(token_env):
+            # The value is not shown: it may be the token itself, passed by mistake.
+            raise InputError("token_env: got no variable name, expected the NAME of an environment variable")
+        for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
+            if not (math.isfinite(value) and value > 0):
+                reject(name, value, "seconds above 0")
+        self.token_env = token_env
+        self.timeout_s = timeout_s
+        self.attempt_timeout_s = attempt_timeout_s
+        self.clock: Clock = clock or SystemClock()
+        self._trust_env = not loopback  # a proxy cannot reach this machine's own servers
+        self._random = random_source or random.Random()
+        self._connect(transport)
+
+    def _connect(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._process = os.getpid()
+        self._connections = Connections(
+            timeout_s=self.attempt_timeout_s, trust_env=self._trust_env, transport=transport
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings only: a copy sent to another process opens connections of its own."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_connections", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    async def groups(self, prompt: Prompt, responses: Sequence[str], *, id: int | str | None = None) -> GroupResult:
+        """Score one whole group.
+
+        Args:
+            prompt: text or message list.
+            responses: K ≥ 1 texts.
+            id: comes back in ``record``.
+        """
+        body: dict[str, Any] = {"prompt": _plain_prompt(prompt), "responses": list(responses)}
+        if id is not None:
+            body["id"] = id
+        # So that a try whose answer was lost is not judged, and paid for, again.
+        headers = {"idempotency-key": uuid.UUID(int=self._random.getrandbits(128)).hex}
+        reply = await self._post("/v1/groups", body, headers)
+        return _read(reply, lambda value: _group_result(value, len(responses)), "/v1/groups")
+
+    async def rendezvous(
+        self,
+        group_id: int | str,
+        slot: int,
+        k: int,
+        prompt: Prompt,
+        response: str,
+        *,
+        attempt: int | str = 0,
+    ) -> MemberPart:
+        """Wait for the siblings and return this member's part of the scored group.
+
+        Args:
+            group_id: what the trainer calls the group.
+            slot: which member this is, from 0.
+            k: how many the group has.
+            prompt: the same for all members.
+            response: this member's text.
+            attempt: a new value makes a new group of the same id.
+        """
+        body = {
+            "group_id": group_id,
+            "attempt": attempt,
+            "slot": slot,
+            "k": k,
+            "prompt": _plain_prompt(prompt),
+            "response": response,
+        }
+        return _read(await self._post("/v1/rendezvous", body), _member_part, "/v1/rendezvous")
+
+    async def get_reward(self, query: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
+        """OpenRLHF's call: ``{"rewards": [...], "scores": [...], "extra_logs": {...}}``, one value a query.
+
+        Args:
+            query: prompt and response in one text each, special tokens included. A single one waits for its siblings.
+            prompts: the prompt each starts with.
+        """
+        reply = await self._post("/get_reward", {"query": list(query), "prompts": list(prompts)})
+        return _read(reply, lambda value: _reward_reply(value, len(query)), "/get_reward")
+
+    async def aclose(self) -> None:
+        """Close the connections of every loop that still runs. The client can be used again; it then reconnects."""
+        await self._connections.aclose()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Any:
+        """The JSON of a good answer; tried again until the deadline where that can help."""
+        if self._process != os.getpid():  # forked: the parent's connections are not ours
+            self._connect(self._connections.transport)
+        content = json.dumps(body, allow_nan=False).encode("ascii")  # ASCII: a lone surrogate is escaped
+        sent = {"content-type": "application/json", "accept": "application/json", **(headers or {})}
+        deadline = self.clock.now() + self.timeout_s
+        tries = 0
+        while True:
+            left = deadline - self.clock.now()
+            answer = await self._try(path, content, sent, min(left, self.attempt_timeout_s))
+            tries += 1
+            if answer.status == 200:
+                try:
+                    return json.loads(answer.text)
+                except ValueError:
+                    raise ServerError(f"{self.url}{path}: got a reply that is not JSON", 200) from None
+            if answer.status is not None and not answer.may_turn_out_well:
+                raise self._refusal(path, answer)
+            delay = retry_delay_s(_RETRY, tries - 1, answer.headers, self.clock.wall(), self._random.random())
+            if delay is None or self.clock.now() + delay >= deadline:
+                raise ServerError(
+                    f"{self.url}{path}: got {answer.cause} after {tries} {'try' if tries == 1 else 'tries'}, expected "
+                    f"an answer within {self.timeout_s:g} s",
+                    answer.status,
+                )
+            await self.clock.sleep(delay)
+
+    async def _try(self, path: str, content: bytes, headers: Mapping[str, str], seconds: float) -> _Answer:
+        """One exchange, at most ``seconds`` long. Never raises because of the network or the server."""
+        import httpx
+
+        token = os.environ.get(self.token_env, "")
+        sent = dict(headers) | ({"authorization": f"Bearer {token}"} if token else {})
+        try:
+            async with asyncio.timeout(max(seconds, 0.0)):
+                with self._connections.here().client() as client:
+                    response = await client.post(
+                        f"{self.url}{path}", content=content, headers=sent, timeout=max(seconds, 1e-3)
+                    )
+                    return _Answer(response.status_code, response.headers, response.content)
+        except (TimeoutError, httpx.TimeoutException):
+            return _Answer(reason="no answer in time")
+        except (httpx.TransportError, OSError) as error:
+            # The type only: messages of HTTP libraries can quote headers, and one of them holds the token.
+            return _Answer(reason=f"a failed connection ({type(error).__name__})")
+
+    def _refusal(self, path: str, answer: _Answer) -> Exception:
+        message = f"{self.url}{path}: got {answer.cause}"
+        if answer.status in _REFUSED:
+            return _REFUSED[answer.status](message)
+        if answer.status in (401, 403):
+            found = "it was refused" if os.environ.get(self.token_env) else "it is not set"
+            message += f", expected the server's token in the variable {self.token_env}; {found}"
+        return ServerError(message, answer.status)
+
+
+def _read(reply: Any, make: Callable[[Any], T], path: str) -> T:
+    try:
+        return make(reply)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ServerError(
+            f"{path}: got a reply of another form ({error!r}), expected one of rmcore serve", 200
+        ) from None
+
+
+def _group_result(reply: Mapping[str, Any], count: int) -> GroupResult:
+    result = GroupResult(
+        _row(reply["advantages"]),
+        _row(reply["rewards"]),
+        _row(reply["rewards_group_mean"]),
+        tuple(_row(row) for row in reply["preference"]),
+        tuple(_row(row) for row in reply["uncertainty"]),
+        reply,
+    )
+    if len(result.advantages) != count:
+        raise ValueError(f"{len(result.advantages)} advantages for {count} responses")
+    return result
+
+
+def _member_part(reply: Mapping[str, Any]) -> MemberPart:
+    return MemberPart(
+        _number(reply["advantage"]),
+        _number(reply["reward"]["leave_one_out"]),
+        _number(reply["reward"]["group_mean"]),
+        _row(reply["preference"]),
+        _row(reply["uncertainty"]),
+        tuple(int(slot) for slot in reply["slots"]),
+        bool(reply["complete"]),
+        reply,
+    )
+
+
+def _reward_reply(reply: Mapping[str, Any], count: int) -> dict[str, Any]:
+    rewards, scores = ([float(value) for value in reply[name]] for name in ("rewards", "scores"))
+    if len(rewards) != count or len(scores) != count:
+        raise ValueError(f"{len(rewards)} rewards for {count} queries")
+    return {"rewards": rewards, "scores": scores, "extra_logs": dict(reply.get("extra_logs") or {})}
+
+
+def _row(values: Sequence[Any]) -> tuple[Number, ...]:
+    return tuple(_number(value) for value in values)
+
+
+def _number(value: Any) -> Number:
+    return None if value is None else float(value)
+
+
+def _plain_prompt(prompt: Prompt) -> Any:
+    """What the server's schema takes: a string, or messages of a role and a content."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]

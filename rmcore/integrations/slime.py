@@ -1,0 +1,149 @@
+"""slime: the reward of a whole group, for ``--group-rm``.
+
+    --group-rm --custom-rm-path rmcore.integrations.slime.group_rm --rm-url http://127.0.0.1:8400
+
+slime hands one prompt's samples over together, so nothing has to be gathered: the group goes to ``rmcore serve`` or to
+an engine in slime's own process, and the advantages A_i come back as rewards. With
+``--disable-rewards-normalization`` slime uses them as they are; they sum to 0, so its group mean would not change them,
+but its division by the std would.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from rmcore.engine import RewardEngine
+from rmcore.errors import reject
+from rmcore.integrations.client import GroupClient
+from rmcore.judge.base import Prompt
+from rmcore.model import RewardModel
+
+__all__ = ["GroupReward", "group_rm"]
+
+log = logging.getLogger(__name__)
+
+_FINISHED = ("completed", "truncated")
+
+
+class GroupReward:
+    """An async ``f(args, samples)`` for ``--custom-rm-path`` with ``--group-rm``.
+
+        # my_reward.py, for --custom-rm-path my_reward.reward
+        reward = GroupReward(RewardEngine(model, judge=ChatJudge(...), router=AdaptiveRouter(0.1)))
+
+    Args:
+        source: an engine to score in this process, or a client of the group server. None: what slime's arguments and
+            the environment say, at the first call; see :func:`group_rm`.
+        prompt_key: the key of ``sample.metadata`` that holds the prompt as the reward model shall see it, text or
+            messages. None: ``sample.prompt``, which has the policy's chat template in it under
+            ``--apply-chat-template``.
+    """
+
+    def __init__(self, source: RewardEngine | GroupClient | None = None, *, prompt_key: str | None = None) -> None:
+        if source is not None and not isinstance(source, (RewardEngine, GroupClient)):
+            reject("source", type(source).__name__, "a RewardEngine, a GroupClient or None")
+        self.prompt_key = prompt_key
+        self._source = source
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock."""
+        return {"prompt_key": self.prompt_key, "_source": self._source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    async def __call__(self, args: Any, samples: Sequence[Any], **_: Any) -> list[float]:
+        """A_i of each sample, in order.
+
+        A sample that was aborted or failed has no full response to compare. It is left out of the group, gets
+        ``remove_sample = True``, by which slime masks it in the loss, and 0.0 for a reward that nothing reads. The
+        same goes for one without a preference to any other.
+
+        Args:
+            args: slime's arguments.
+            samples: one prompt's samples.
+
+        Raises:
+            InputError: the samples are no group of one prompt, or no source is named.
+            ServerError: no answer from the group server.
+        """
+        key = getattr(args, "rmcore_prompt_key", None) or self.prompt_key
+        prompts = [_prompt(sample, key, k) for k, sample in enumerate(samples)]
+        for k, prompt in enumerate(prompts):
+            if prompt != prompts[0]:
+                reject(f"samples[{k}]", "another prompt", "that of samples[0]. Pass --group-rm")
+        finished = [k for k, sample in enumerate(samples) if _status(sample) in _FINISHED]
+        advantages: dict[int, float | None] = {}
+        # One alone has nothing to be compared with.
+        if len(finished) > 1 or len(samples) == 1 == len(finished):
+            texts = [samples[k].response for k in finished]
+            scored = await self._score(args, prompts[0], texts)
+            advantages = dict(zip(finished, scored, strict=True))
+        rewards = []
+        for k, sample in enumerate(samples):
+            advantage = advantages.get(k)
+            if advantage is None:
+                sample.remove_sample = True
+            rewards.append(0.0 if advantage is None else advantage)
+        removed = sum(advantages.get(k) is None for k in range(len(samples)))
+        if removed:
+            log.warning(
+                "%d of %d samples of a group have no advantage and are masked in the loss", removed, len(samples)
+            )
+        return rewards
+
+    async def _score(self, args: Any, prompt: Prompt, texts: list[str]) -> list[float | None]:
+        source = self._source or self._configured(args)
+        if isinstance(source, GroupClient):
+            return list((await source.groups(prompt, texts)).advantages)
+        scores = await source.score_async([prompt], [texts])
+        return [value if value == value else None for value in scores[0].advantages.tolist()]  # NaN: no preference
+
+    def _configured(self, args: Any) -> RewardEngine | GroupClient:
+        with self._lock:
+            if self._source is None:
+                url = getattr(args, "rm_url", None) or os.environ.get("RMCORE_SERVE_URL")
+                path = getattr(args, "rmcore_model", None) or os.environ.get("RMCORE_MODEL")
+                if not url and not path:
+                    reject(
+                        "--rm-url",
+                        "nothing",
+                        "the address of rmcore serve",
+                        "Or name a saved model by RMCORE_MODEL, to score in slime's own process",
+                    )
+                self._source = GroupClient(url) if url else RewardEngine(RewardModel.from_pretrained(str(path)))
+            return self._source
+
+
+group_rm = GroupReward()
+"""The function for ``--custom-rm-path rmcore.integrations.slime.group_rm``.
+
+It asks the group server at ``--rm-url`` or ``RMCORE_SERVE_URL``; without either it loads the model that
+``RMCORE_MODEL`` (or ``rmcore_model`` in the file of ``--custom-config-path``) names, and asks no judge. In the same
+file ``rmcore_prompt_key`` is :class:`GroupReward`'s ``prompt_key``.
+"""
+
+
+def _status(sample: Any) -> str:
+    status = getattr(sample, "status", None)
+    return str(getattr(status, "value", status)).lower()
+
+
+def _prompt(sample: Any, key: str | None, k: int) -> Prompt:
+    if isinstance(sample, (list, tuple)):
+        reject(f"samples[{k}]", "several samples", "one: agents that fan out into several cannot be scored by group")
+    prompt = sample.prompt
+    if key is not None:
+        metadata = getattr(sample, "metadata", None) or {}
+        if key not in metadata:
+            reject(f"samples[{k}].metadata", f"no key {key!r}", "the prompt under it")
+        prompt = metadata[key]
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]

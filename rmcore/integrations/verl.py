@@ -1,0 +1,307 @@
+"""verl (read from 0.9.1): a reward manager that meets the group's other samples at the group server.
+
+    reward.reward_manager.source=importlib
+    reward.reward_manager.name=PairwiseRewardManager
+    reward.reward_manager.module.path=pkg://rmcore.integrations.verl
+    +reward.reward_kwargs.rmcore.url=http://127.0.0.1:8400
+    algorithm.adv_estimator=rmcore
+
+verl scores one sample a call, on a random worker, so each call goes to ``rmcore serve``, waits there for its siblings
+(same ``uid``, ``session_id`` 0 to n−1) and takes its own advantage back. The estimator ``rmcore`` hands that through.
+
+An error is raised, never turned into 0.0 (as verl's own ``rate_limited`` manager does): verl's trainer then drops the
+sample's whole group, or stops, and says so in its log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore.errors import NonFiniteError, reject
+from rmcore.integrations.client import GroupClient, MemberPart, ServerError
+from rmcore.integrations.rows import completion_text
+
+__all__ = ["ADVANTAGE_ESTIMATOR", "PairwiseRewardManager", "passthrough_advantages", "register"]
+
+log = logging.getLogger(__name__)
+
+ADVANTAGE_ESTIMATOR = "rmcore"
+"""The name of the pass-through estimator in ``algorithm.adv_estimator``."""
+
+Returns: TypeAlias = Literal["advantage", "leave-one-out"]
+"""What a sample's score is: A_i itself, or S_i/m, from which a leave-one-out baseline makes A_i."""
+
+_SETTINGS = frozenset({"url", "returns", "token_env", "timeout_s", "attempt_timeout_s"})
+
+
+class PairwiseRewardManager:
+    """verl's reward manager; verl makes one in each reward-loop worker.
+
+    Settings come from ``reward.reward_kwargs.rmcore`` (``url``, ``returns``, ``token_env``, ``timeout_s``,
+    ``attempt_timeout_s``; the last three as in :class:`~rmcore.integrations.client.GroupClient`), the address also from
+    the environment variable ``RMCORE_SERVE_URL``.
+
+    The score is A_i for the estimator ``rmcore``, and for ``grpo`` with ``norm_adv_by_std_in_grpo=False`` (the A_i of a
+    group sum to 0, so its mean takes nothing away); S_i/m for ``rloo`` and ``rloo_vectorized``. With any other
+    estimator the advantages would be something else, so it is refused unless ``returns`` says what is wanted.
+
+    Args:
+        config: verl's whole configuration.
+        tokenizer: the policy's, to decode responses.
+        compute_score, reward_router_address, reward_model_tokenizer: what verl gives every manager; not used.
+        client: instead of one made from the settings; a seam for tests.
+
+    Raises:
+        InputError: a setting is missing or does not fit, named as verl knows it.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        compute_score: object = None,
+        reward_router_address: object = None,
+        reward_model_tokenizer: object = None,
+        *,
+        client: GroupClient | None = None,
+    ) -> None:
+        settings = _at(config, "reward.reward_kwargs.rmcore") or {}
+        unknown = sorted(str(name) for name in settings if name not in _SETTINGS)
+        if unknown:
+            reject("reward.reward_kwargs.rmcore", f"the keys {unknown}", f"only {sorted(_SETTINGS)}")
+        self.tokenizer = tokenizer
+        self.returns = _checked_returns(config, settings.get("returns"))
+        self.n = _samples(config, "actor_rollout_ref.rollout.n")
+        self.val_n = _samples(config, "actor_rollout_ref.rollout.val_kwargs.n", default=1)
+        self.client = client or _client(settings)
+        for warning in _inexact(config):
+            log.warning("advantages will not be exactly RLOO over the preferences: %s", warning)
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """The score of one sample, when its whole group is scored.
+
+        Args:
+            data: a ``DataProto`` of one trajectory; of several outputs the last counts, as in verl's own managers.
+
+        Returns:
+            ``reward_score`` and, in ``reward_extra_info``, the same four figures for every sample.
+
+        Raises:
+            InputError: the sample lacks a field, or contradicts its siblings.
+            LateError: the group was scored without it.
+            ServerError: no answer, or this response has no preference to any other.
+        """
+        item = data[-1:][0]
+        about = item.non_tensor_batch
+        uid, slot = self._place(about)
+        prompt = _messages(about)
+        response = await asyncio.to_thread(self._decode, item)
+        part = await self.client.rendezvous(
+            uid, slot, self._group_size(about), prompt, response, attempt=int(about.get("global_steps", 0))
+        )
+        score = part.advantage if self.returns == "advantage" else part.reward
+        if score is None or part.advantage is None:
+            raise ServerError(
+                f"uid {uid}, session_id {slot}: got no preference between this response and any other of the group's "
+                f"{len(part.slots)} present, expected one"
+            )
+        return {"reward_score": score, "reward_extra_info": _extra_info(part, slot, part.advantage)}
+
+    @classmethod
+    def assemble_rm_scores(cls, data: Any, scores: list[float]) -> Tensor:
+        """(B, response length) with each score at its response's last token, as verl's base class does it."""
+        prompt_length = data.batch["prompts"].size(1)
+        lengths = data.batch["attention_mask"][:, prompt_length:].sum(dim=1)
+        result = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
+        rows = torch.arange(result.size(0), device=result.device)
+        result[rows, lengths - 1] = result.new_tensor(scores)
+        return result
+
+    def _decode(self, item: Any) -> str:
+        ids = item.batch["responses"]
+        length = int(item.batch["attention_mask"][-ids.shape[-1] :].sum()) if ids.shape[-1] else 0
+        return str(self.tokenizer.decode(ids[:length], skip_special_tokens=True))
+
+    def _place(self, about: Mapping[str, Any]) -> tuple[str, int]:
+        for name in ("uid", "session_id"):
+            if name not in about:
+                reject(
+                    f"non_tensor_batch[{name!r}]",
+                    "nothing",
+                    "what tells the samples of a group apart",
+                    "Only verl's v1 trainer passes it: set trainer.use_v1=True",
+                )
+        return str(about["uid"]), int(about["session_id"])
+
+    def _group_size(self, about: Mapping[str, Any]) -> int:
+        """verl does not say whether a sample is one of validation, so where the sizes differ the data must."""
+        if self.n == self.val_n:
+            return self.n
+        extra = about.get("extra_info")
+        split = extra.get("split") if isinstance(extra, Mapping) else None
+        if split is None:
+            reject(
+                "actor_rollout_ref.rollout.val_kwargs.n",
+                self.val_n,
+                f"{self.n} as actor_rollout_ref.rollout.n, or a 'split' in each row's extra_info ('train' or another)",
+            )
+        return self.n if split == "train" else self.val_n
+
+
+def passthrough_advantages(
+    token_level_rewards: Tensor, response_mask: Tensor, config: object = None, index: object = None, **_: object
+) -> tuple[Tensor, Tensor]:
+    """verl's advantage estimator ``rmcore``: a sample's score is its advantage, at every token of the response.
+
+    Args:
+        token_level_rewards: (B, T), each sample's A_i at its last token and 0 elsewhere.
+        response_mask: (B, T), 1 for the policy's own tokens.
+        config: not used, like ``index`` and all else that verl gives every estimator.
+        index: not used.
+
+    Returns:
+        advantages and returns, (B, T) both, the same.
+
+    Raises:
+        NonFiniteError: a sample's score is NaN or infinite; its row is in ``rows``.
+    """
+    with torch.no_grad():
+        score = token_level_rewards.sum(-1, keepdim=True)
+        wrong = tuple((~score.isfinite()).nonzero()[:, 0].tolist())
+        if wrong:
+            raise NonFiniteError(f"token_level_rewards: got NaN or Inf in rows {wrong[:8]}, expected numbers", wrong)
+        advantages = score * response_mask
+    return advantages, advantages
+
+
+def register() -> None:
+    """Make the estimator known to verl. Importing this module does it where verl is loaded already.
+
+    Raises:
+        ImportError: verl is not installed.
+    """
+    from verl.trainer.ppo.core_algos import register_adv_est
+
+    register_adv_est(ADVANTAGE_ESTIMATOR)(passthrough_advantages)
+
+
+def _at(config: Any, path: str, default: Any = None) -> Any:
+    """A value of a nested configuration: OmegaConf's, a mapping or an object."""
+    for name in path.split("."):
+        if config is None:
+            return default
+        config = config.get(name) if hasattr(config, "get") else getattr(config, name, None)
+    return default if config is None else config
+
+
+def _samples(config: Any, path: str, default: int | None = None) -> int:
+    value = _at(config, path, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        reject(path, repr(value), "a number of samples, at least 1")
+    return value
+
+
+def _checked_returns(config: Any, chosen: Any) -> Returns:
+    estimator = _estimator(config)
+    divides = _at(config, "algorithm.norm_adv_by_std_in_grpo", True)
+    fitting: dict[str, Returns] = {
+        ADVANTAGE_ESTIMATOR: "advantage",
+        "rloo": "leave-one-out",
+        "rloo_vectorized": "leave-one-out",
+    }
+    if not divides:
+        fitting["grpo"] = "advantage"
+    if chosen is None:
+        if estimator not in fitting:
+            reject(
+                "algorithm.adv_estimator",
+                estimator + (" with norm_adv_by_std_in_grpo" if estimator == "grpo" else ""),
+                f"{ADVANTAGE_ESTIMATOR}, rloo, rloo_vectorized, or grpo with algorithm.norm_adv_by_std_in_grpo=False",
+                "Or say in reward.reward_kwargs.rmcore.returns what a score shall be: advantage or leave-one-out",
+            )
+        return fitting[estimator]
+    if chosen not in ("advantage", "leave-one-out"):
+        reject("reward.reward_kwargs.rmcore.returns", repr(chosen), "'advantage' or 'leave-one-out'")
+    if fitting.get(estimator, chosen) != chosen:
+        reject("reward.reward_kwargs.rmcore.returns", chosen, f"{fitting[estimator]} for adv_estimator={estimator}")
+    return chosen
+
+
+def _estimator(config: Any) -> str:
+    named = _at(config, "algorithm.adv_estimator")
+    return str(getattr(named, "value", named))
+
+
+def _inexact(config: Any) -> list[str]:
+    """Settings that keep verl's advantages from being RLOO over the preferences, and what to do."""
+    found = []
+    if _at(config, "algorithm.use_kl_in_reward", False):
+        found.append("algorithm.use_kl_in_reward subtracts a KL term from the score; set it to False")
+    estimator = _estimator(config)
+    divides = estimator == "grpo" and _at(config, "algorithm.norm_adv_by_std_in_grpo", True)
+    if divides or estimator not in (ADVANTAGE_ESTIMATOR, "rloo", "rloo_vectorized", "grpo"):
+        found.append(f"algorithm.adv_estimator={estimator} makes something else of a score; set {ADVANTAGE_ESTIMATOR}")
+    if _at(config, "actor_rollout_ref.rollout.n", 1) < 2:
+        found.append("actor_rollout_ref.rollout.n is 1, so there is nothing to compare; set at least 2")
+    return found
+
+
+def _client(settings: Mapping[str, Any]) -> GroupClient:
+    url = settings.get("url") or os.environ.get("RMCORE_SERVE_URL")
+    if not url:
+        reject(
+            "reward.reward_kwargs.rmcore.url",
+            "nothing",
+            "the address of rmcore serve",
+            "Pass +reward.reward_kwargs.rmcore.url=http://host:8400 or set RMCORE_SERVE_URL on every node",
+        )
+    return GroupClient(url, **{name: settings[name] for name in settings if name not in ("url", "returns")})
+
+
+def _messages(about: Mapping[str, Any]) -> Any:
+    """``raw_prompt`` as text, or as messages of a role and a content."""
+    raw = about.get("raw_prompt")
+    if raw is None:
+        reject("non_tensor_batch['raw_prompt']", "nothing", "the prompt's messages")
+    if isinstance(raw, str):
+        return raw
+    where = "raw_prompt"
+    messages = []
+    for k, message in enumerate(raw):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            reject(f"{where}[{k}]", repr(message)[:80], "a message with a role")
+        content = completion_text([dict(message)], where)
+        messages.append({"role": message["role"], "content": content})
+    if not messages:
+        reject(where, "no messages", "at least one")
+    return messages
+
+
+def _extra_info(part: MemberPart, slot: int, advantage: float) -> dict[str, float]:
+    # verl stacks these over samples, so every sample must have the same keys.
+    others = [u for s, u in zip(part.slots, part.uncertainty, strict=True) if s != slot and u is not None]
+    return {
+        "rmcore_advantage": advantage,
+        "rmcore_uncertainty": math.fsum(others) / len(others) if others else 1.0,
+        "rmcore_judge_rate": _judge_rate(part, slot),
+        "rmcore_members": float(len(part.slots)),
+    }
+
+
+def _judge_rate(part: MemberPart, slot: int) -> float:
+    routed = part.record.get("routed", ())
+    others = [bool(r) for s, r in zip(part.slots, routed, strict=False) if s != slot]
+    return sum(others) / len(others) if others else 0.0
+
+
+if "verl" in sys.modules:  # verl's trainer imports this module to find the manager, and then looks for the estimator
+    register()

@@ -1,0 +1,378 @@
+"""The HTTP application: routes, what stands behind them, and how errors become statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import rmcore
+from rmcore.assembly import BusyError, ConflictError, GroupAssembly, LateError, MemberResult
+from rmcore.batching import BatchScorer, ScoredGroup
+from rmcore.engine import RewardEngine
+from rmcore.errors import InputError, NonFiniteError, reject
+from rmcore.groups import GroupScore
+from rmcore.judge.base import Prompt
+from rmcore.judge.clock import Clock
+from rmcore.serve_figures import figures
+from rmcore.serve_guard import Guard, when_lost
+from rmcore.serve_metrics import CONTENT_TYPE, Histogram, render
+from rmcore.serve_openrlhf import grouped, prompt_text, response_text
+from rmcore.serve_replies import ReplyStore
+from rmcore.serve_schema import (
+    ErrorReply,
+    GroupReply,
+    GroupRequest,
+    GroupsBody,
+    HealthReply,
+    MemberReply,
+    MemberRequest,
+    PromptField,
+    RewardReply,
+    RewardRequest,
+    describe,
+    error_response,
+    first_errors,
+    group_reply,
+    json_response,
+    member_reply,
+    win_rates,
+)
+from rmcore.serve_settings import ServeSettings
+
+__all__ = ["RewardService", "create_app"]
+
+log = logging.getLogger(__name__)
+
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 120)
+
+_ERRORS: dict[int, str] = {
+    400: "The body is no JSON.",
+    401: "The bearer token is missing or wrong.",
+    408: "The body did not arrive in time.",
+    413: "The body is too long.",
+    421: "The Host header names another server.",
+    422: "The request cannot be scored as it is.",
+    429: "Too much is waiting, or the server is going down. `Retry-After` says when to come back.",
+}
+
+
+def _errors(*more: tuple[int, str], without: Iterable[int] = ()) -> dict[int | str, dict[str, Any]]:
+    told = {**_ERRORS, **dict(more)}
+    return {code: {"model": ErrorReply, "description": told[code]} for code in sorted(told) if code not in set(without)}
+
+
+class RewardService:
+    """What stands behind the routes: one engine, its batches, groups that are being put together, kept answers.
+
+    Args:
+        engine: scores the groups.
+        settings: limits and times.
+        model: a name for ``/health``.
+        clock: of all waits; a seam for tests.
+    """
+
+    def __init__(
+        self, engine: RewardEngine, settings: ServeSettings, *, model: str = "", clock: Clock | None = None
+    ) -> None:
+        self.settings, self.model = settings, model
+        self.batch_sizes = Histogram("rmcore_batch_groups", "Groups in a batch.", _BATCH_SIZES)
+        self.waits = Histogram("rmcore_group_wait_seconds", "From a group's arrival to its batch.", _SECONDS)
+        self.scorings = Histogram("rmcore_batch_seconds", "Scoring of a batch, the judge included.", _SECONDS)
+        self.scorer = BatchScorer(
+            engine,
+            max_groups=settings.batch_groups,
+            max_wait_s=settings.batch_wait_s,
+            max_queue=settings.max_queue,
+            max_in_flight=settings.batches_in_flight,
+            clock=clock,
+            observe=self._observe,
+        )
+        self.assembly = GroupAssembly(
+            self._score_assembled,
+            time_limit_s=settings.time_limit_s,
+            keep_s=settings.keep_s,
+            max_members=settings.max_members,
+            clock=clock,
+        )
+        self.replies = ReplyStore(settings.keep_s, settings.replay_bytes, clock)
+        self.guard: Guard | None = None
+        self.draining = False
+
+    async def drain(self) -> None:
+        """Take nothing new; return when everything accepted has its result, at the latest ``drain_s`` and scoring."""
+        self.draining = True
+        self.scorer.close()  # open groups are admitted already
+        await self.assembly.drain(self.settings.drain_s)
+        await self.scorer.drain()
+
+    # -- the routes' verbs -------------------------------------------------------------------------------------------
+
+    async def score_groups(self, requests: list[GroupRequest]) -> list[dict[str, Any]]:
+        """``/v1/groups``."""
+        limits = self.settings
+        if len(requests) > limits.max_groups:
+            reject("groups", len(requests), f"at most {limits.max_groups} in a request")
+        groups: list[tuple[Prompt, list[str]]] = []
+        for k, request in enumerate(requests):
+            where = f"groups[{k}]." if len(requests) > 1 else ""
+            if len(request.responses) > limits.max_responses:
+                reject(f"{where}responses", len(request.responses), f"at most {limits.max_responses}")
+            for i, response in enumerate(request.responses):
+                self._check_length(response, f"{where}responses[{i}]")
+            groups.append((self._prompt(request.prompt, f"{where}prompt"), request.responses))
+        scored = await self.scorer.submit(groups)
+        return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
+
+    async def join(self, request: MemberRequest) -> MemberResult:
+        """``/v1/rendezvous``."""
+        if request.k > self.settings.max_responses:
+            reject("k", request.k, f"at most {self.settings.max_responses}")
+        if request.slot >= request.k:
+            reject("slot", request.slot, f"below k = {request.k}")
+        self._check_length(request.response, "response")
+        prompt = self._prompt(request.prompt, "prompt")
+        return await self.assembly.join(
+            request.group_id, request.slot, request.k, prompt, request.response, attempt=request.attempt
+        )
+
+    async def rewards(self, body: RewardRequest, http: Request) -> tuple[list[float], list[float]]:
+        """``/get_reward``: rewards and win rates, NaN where there is no preference."""
+        if len(body.query) != len(body.prompts):
+            reject("prompts", len(body.prompts), f"{len(body.query)}, one a query")
+        count, size = len(body.query), self.settings.group_size
+        if count > self.settings.max_groups * self.settings.max_responses:
+            reject("query", count, f"at most {self.settings.max_groups * self.settings.max_responses}")
+        for name, texts in (("query", body.query), ("prompts", body.prompts)):
+            for k, text in enumerate(texts):
+                self._check_length(text, f"{name}[{k}]", times=2)
+        responses = [
+            response_text(query, prompt, self.settings.end_tokens, f"query[{k}]")
+            for k, (query, prompt) in enumerate(zip(body.query, body.prompts, strict=True))
+        ]
+        prompts = [prompt_text(prompt, self.settings, f"prompts[{k}]") for k, prompt in enumerate(body.prompts)]
+        if count == 0:  # what every server but the first gets
+            return [], []
+        if count == 1 and size is not None:
+            result = await self.assembly.join_by_content(prompts[0], responses[0], size)
+            when_lost(http.scope, result.lost)
+            if len(result.slots) == 1:
+                return [math.nan], [math.nan]
+            values = self._rewards_of(result.group)
+            return [values[0][result.index]], [values[1][result.index]]
+        groups = grouped(body.prompts, size)
+        for places in groups:
+            if len(places) > self.settings.max_responses:
+                reject("prompts", f"{len(places)} equal ones", f"at most {self.settings.max_responses}")
+        scored = await self.scorer.submit([(prompts[p[0]], [responses[k] for k in p]) for p in groups])
+        rewards, rates = [math.nan] * count, [math.nan] * count
+        for places, one in zip(groups, scored, strict=True):
+            for k, reward, rate in zip(places, *self._rewards_of(one.group), strict=True):
+                rewards[k], rates[k] = reward, rate
+        return rewards, rates
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _rewards_of(self, group: GroupScore) -> tuple[list[float], list[float]]:
+        return group.rewards_for(self.settings.baseline).tolist(), win_rates(group)
+
+    async def _score_assembled(self, prompt: Prompt, responses: Any) -> GroupScore:
+        return await self.scorer.score(prompt, responses, admitted=True)
+
+    def _prompt(self, prompt: PromptField, where: str) -> Prompt:
+        if isinstance(prompt, str):
+            self._check_length(prompt, where)
+            return prompt
+        self._check_length("".join(message.content for message in prompt), where)
+        return [{"role": message.role, "content": message.content} for message in prompt]
+
+    def _check_length(self, text: str, where: str, times: int = 1) -> None:
+        most = times * self.settings.max_chars
+        if len(text) > most:
+            reject(where, f"{len(text)} characters", f"at most {most}")
+
+    def _observe(self, results: Any) -> None:
+        scored: list[ScoredGroup] = list(results)
+        self.batch_sizes.observe(len(scored))
+        self.scorings.observe(scored[0].scoring_s)
+        for one in scored:
+            self.waits.observe(one.waited_s)
+
+
+def create_app(
+    engine: RewardEngine, settings: ServeSettings | None = None, *, model: str = "", clock: Clock | None = None
+) -> FastAPI:
+    """The application, to be run by any ASGI server (one process: groups are put together in its memory).
+
+    Args:
+        engine: scores the groups.
+        settings: limits and times; without them the defaults.
+        model: a name for ``/health``.
+        clock: a seam for tests.
+
+    Returns:
+        The application; ``app.state.service`` is its :class:`RewardService`.
+    """
+    settings = settings or ServeSettings()
+    service = RewardService(engine, settings, model=model, clock=clock)
+    app = FastAPI(
+        title="rmcore",
+        version=rmcore.__version__,
+        description="Rewards, advantages and uncertainties of groups of responses.",
+        redoc_url=None,
+    )
+    app.state.service = service
+    _add_routes(app, service)
+    _add_handlers(app)
+    app.openapi = lambda: describe(FastAPI.openapi(app), settings)  # type: ignore[method-assign]
+    paths = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
+    service.guard = Guard(app.build_middleware_stack(), settings, paths, clock)
+    app.middleware_stack = service.guard
+    return app
+
+
+def _add_routes(app: FastAPI, service: RewardService) -> None:
+    @app.post(
+        "/v1/groups",
+        response_model=GroupReply | list[GroupReply],
+        responses=_errors((409, "The Idempotency-Key was used for another request.")),
+        summary="Score whole groups",
+    )
+    async def score_groups(
+        body: GroupsBody,
+        idempotency_key: Annotated[
+            str | None,
+            Header(max_length=256, pattern=r"^[!-~]+$", description="A retry with the same key gets the same answer."),
+        ] = None,
+    ) -> Response:
+        """One group or a list of groups; a list is scored whole or not at all."""
+        requests = body if isinstance(body, list) else [body]
+        canonical = (
+            body.model_dump_json()
+            if isinstance(body, GroupRequest)
+            else "\n".join(request.model_dump_json() for request in body)
+        )
+        digest = hashlib.sha256(canonical.encode()).digest()
+
+        async def work() -> bytes:
+            replies = await service.score_groups(requests)
+            return bytes(json_response(replies if isinstance(body, list) else replies[0]).body)
+
+        if idempotency_key is not None:
+            content, replayed = await service.replies.once(("key", idempotency_key), digest, work)
+        elif isinstance(body, GroupRequest) and body.id is not None:
+            # An id may come again with other content: that is another group, no contradiction.
+            content, replayed = await service.replies.once(("id", str(body.id), digest), digest, work)
+        else:
+            content, replayed = await work(), False
+        headers = {"Idempotent-Replayed": "true"} if replayed else None
+        return Response(content, headers=headers, media_type="application/json")
+
+    @app.post(
+        "/v1/rendezvous",
+        response_model=MemberReply,
+        responses=_errors(
+            (409, "This member contradicts what it or its siblings said before."),
+            (410, "The group was scored without this member, since the time limit had passed."),
+        ),
+        summary="Join a group as one member and wait for the others",
+    )
+    async def join(body: MemberRequest) -> Response:
+        return json_response(member_reply(body, await service.join(body)))
+
+    @app.post(
+        "/get_reward",
+        response_model=RewardReply,
+        responses=_errors((503, "No reward: the time was up, or no preference is known. OpenRLHF asks again.")),
+        summary="OpenRLHF's remote reward model",
+    )
+    async def get_reward(body: RewardRequest, request: Request) -> Response:
+        async with asyncio.timeout(service.settings.answer_within_s):
+            rewards, rates = await service.rewards(body, request)
+        missing = sum(not math.isfinite(value) for value in (*rewards, *rates))
+        if missing:
+            # OpenRLHF cannot take a null, and 0 would be a reward like any other.
+            return error_response(503, "no_preference", "no preference is known for a response, so it has no reward")
+        return json_response({"rewards": rewards, "scores": rates, "extra_logs": {}})
+
+    @app.get("/health", response_model=HealthReply, responses=_errors(without=(400, 401, 422, 429)))
+    async def health() -> Response:
+        """Answers as long as the process lives; open to all."""
+        return json_response(_health(service))
+
+    @app.get(
+        "/ready",
+        response_model=HealthReply,
+        responses={**_errors(without=(400, 401, 422, 429)), 503: {"model": HealthReply, "description": "Going down."}},
+    )
+    async def ready() -> Response:
+        """As `/health`, but 503 while the server takes nothing new; open to all."""
+        return json_response(_health(service), 503 if service.draining else 200)
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={
+            **_errors(without=(400, 422, 429)),
+            200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        },
+    )
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(render(figures(service)), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _health(service: RewardService) -> dict[str, Any]:
+    return {
+        "status": "draining" if service.draining else "ok",
+        "ready": not service.draining,
+        "model": service.model,
+        "version": rmcore.__version__,
+    }
+
+
+def _add_handlers(app: FastAPI) -> None:
+    def handle(kind: type[Exception], make: Any) -> None:
+        async def handler(request: Request, error: Exception) -> Response:
+            answer: Response = make(error)
+            return answer
+
+        app.add_exception_handler(kind, handler)
+
+    handle(InputError, lambda error: error_response(422, "invalid", str(error)))
+    handle(NonFiniteError, lambda error: error_response(422, "not_scorable", str(error)))
+    handle(ConflictError, lambda error: error_response(409, "conflict", str(error)))
+    handle(LateError, lambda error: error_response(410, "late", str(error)))
+    handle(TimeoutError, lambda error: error_response(503, "timeout", "the group was not scored in time"))
+    handle(BusyError, _busy)
+    handle(RequestValidationError, _invalid)
+    handle(HTTPException, _http)
+    handle(Exception, lambda error: error_response(500, "internal", "internal error"))
+
+
+def _busy(error: BusyError) -> Response:
+    seconds = str(max(1, math.ceil(error.retry_after_s)))
+    return error_response(429, "busy", str(error), {"Retry-After": seconds})
+
+
+def _invalid(error: RequestValidationError) -> Response:
+    errors = error.errors()
+    if any(one["type"] == "json_invalid" for one in errors):
+        return error_response(400, "bad_json", "the body is no JSON")
+    return error_response(422, "invalid", first_errors(errors))
+
+
+def _http(error: HTTPException) -> Response:
+    if error.status_code == 400:  # JSON that Python refuses to read: nested too deeply, an endless number
+        return error_response(400, "bad_json", "the body is no JSON that can be read")
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+    return error_response(error.status_code, kind, str(error.detail), error.headers)

@@ -1,0 +1,148 @@
+"""``rmcore serve``: the command line of the group server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmcore import cli_options as options
+from rmcore.errors import reject
+
+__all__ = ["serve"]
+
+_TOKEN_VARIABLE = "RMCORE_SERVE_TOKEN"  # noqa: S105 - a name, no secret
+_JUDGE_S = 40.0
+"""Left to the judge: with the time limit of a group, within the 180 s after which OpenRLHF gives up."""
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")],
+    host: Annotated[str, typer.Option(help="Where to listen; other than loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8400,
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable with the bearer token clients must send, if it is set.")
+    ] = _TOKEN_VARIABLE,
+    group_size: Annotated[
+        int | None, typer.Option(help="K of OpenRLHF's groups (n_samples_per_prompt); needed for its single calls.")
+    ] = None,
+    baseline: Annotated[
+        str, typer.Option(help="What OpenRLHF's rewards are for: leave-one-out (rloo) or group-mean (dr_grpo).")
+    ] = "leave-one-out",
+    prompt_prefix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's start.")] = "",
+    prompt_suffix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's end.")] = "",
+    end_token: Annotated[
+        list[str] | None, typer.Option(help="Special token at the end of OpenRLHF's responses, besides common ones.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds a group waits for its members.")] = 120.0,
+    drain: Annotated[float, typer.Option(help="After SIGTERM: seconds open groups may wait for members.")] = 20.0,
+    batch: Annotated[int, typer.Option(help="Groups scored together at most.")] = 64,
+    batch_wait: Annotated[float, typer.Option(help="Seconds an idle server waits for company.")] = 0.004,
+    max_queue: Annotated[int, typer.Option(help="Groups that may wait for a batch.")] = 1024,
+    max_members: Annotated[int, typer.Option(help="Single responses that may wait for their siblings.")] = 8192,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20,
+    max_responses: Annotated[int, typer.Option(help="Responses in a group.")] = 64,
+    max_chars: Annotated[int, typer.Option(help="Characters of a prompt or a response.")] = 200_000,
+    threshold: options.Threshold = None,
+    budget: options.BudgetFraction = None,
+    judge_fraction: options.JudgeFraction = None,
+    max_calls: options.MaxCalls = None,
+    max_tokens: options.MaxTokens = None,
+    max_cost: options.MaxCost = None,
+    router_state: options.RouterState = None,
+    rank_by: options.RankByOption = "u",
+    judge_url: options.JudgeUrl = None,
+    judge_model: options.JudgeModel = "",
+    judge_key_env: options.JudgeKeyEnv = "OPENAI_API_KEY",
+    judge_orders: options.JudgeOrders = "both",
+    judge_soft: options.JudgeSoft = False,
+    judge_template: options.JudgeTemplate = None,
+    judge_deadline: options.JudgeDeadline = _JUDGE_S,
+    store: options.Store = None,
+    prices: options.Prices = None,
+    verdicts: options.Verdicts = None,
+    backend: Annotated[str, typer.Option(help="Kernels: auto, torch, cpu, triton, cuda.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")] = None,
+) -> None:
+    """Serve rewards of groups over HTTP, for OpenRLHF, verl and others; /docs describes the interface.
+
+    Requests are scored together in batches. SIGTERM answers everything accepted, then ends with status 0. Without
+    --threshold, --budget or --judge-fraction no pair goes to a judge.
+
+    Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
+    """
+    from rmcore import cli
+
+    with cli._errors():
+        from rmcore.engine import RewardEngine
+        from rmcore.model import RewardModel
+        from rmcore.serve import run
+        from rmcore.serve_settings import END_TOKENS, ServeSettings
+
+        token = os.environ.get(token_env) if token_env else None
+        if token == "":  # set, but empty: somebody's secret did not arrive
+            reject(f"the variable {token_env}", "an empty value", "a token, or no such variable")
+        settings = ServeSettings(
+            host=host,
+            port=port,
+            token=token,
+            group_size=group_size,
+            baseline=baseline,  # type: ignore[arg-type]
+            prompt_prefix=prompt_prefix,
+            prompt_suffix=prompt_suffix,
+            end_tokens=(*END_TOKENS, *(end_token or ())),
+            time_limit_s=time_limit,
+            answer_within_s=time_limit + (_JUDGE_S if judge_deadline is None else judge_deadline) + 10,
+            drain_s=drain,
+            batch_groups=batch,
+            batch_wait_s=batch_wait,
+            max_queue=max_queue,
+            max_groups=min(256, max_queue),
+            max_members=max_members,
+            max_body=max_body,
+            max_responses=max_responses,
+            max_chars=max_chars,
+        )
+        adaptive = options.make_adaptive_router(
+            judge_fraction,
+            calls=max_calls,
+            tokens=max_tokens,
+            cost=max_cost,
+            prices=prices,
+            model=judge_model,
+            rank_by=rank_by,
+            orders=judge_orders,
+            state=router_state,
+        )
+        router = options.make_router(threshold, budget, rank_by, adaptive)
+        judge = options.make_judge(
+            judge_url,
+            judge_model,
+            judge_key_env,
+            orders=judge_orders,
+            verdicts=verdicts,
+            store=store,
+            prices=prices,
+            soft=judge_soft,
+            template=judge_template,
+        )
+        loaded = RewardModel.from_pretrained(model, device=device)
+        engine = RewardEngine(
+            loaded,
+            judge,
+            router,
+            backend=backend,  # type: ignore[arg-type]
+            judge_deadline_s=judge_deadline,
+        )
+        if settings.answer_within_s >= 180:
+            cli._notes.print(
+                f"[yellow]answers may take {settings.answer_within_s:g} s, and OpenRLHF gives up after 180: lower "
+                "--time-limit or --judge-deadline if it calls this server[/yellow]"
+            )
+        try:
+            run(engine, settings, model=model.name, started=lambda url: cli._notes.print(f"serving {url}"))
+        finally:
+            if adaptive is not None and router_state is not None:
+                adaptive.save(router_state)
