@@ -52,7 +52,8 @@ PUBLISHED = {  # q: routed system (random fixed, random learning, u fixed, u lea
 }
 SECOND_STREAM_PAIRS = 400
 """Taken from each of its two parts."""
-FRACTIONS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45)
+FRACTIONS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
+SIXTEENTHS = tuple(k / 16 for k in range(1, 9))
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to route and to learn. ``grid`` holds fractions of a chunk, or thresholds' places in u's distribution."""
+    """One way to route and to learn. ``grid`` holds fractions of a chunk, or thresholds as quantiles of the fixed
+    head's u."""
 
     name: str
     chunk: int = 64
@@ -84,16 +86,15 @@ class Setup:
 
 SETUPS = (
     Setup("top u of every 64"),
-    Setup("top u of every 16", chunk=16, grid=(0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40)),
+    Setup("top u of every 16", chunk=16, grid=SIXTEENTHS),
     Setup(
         "top u of every 16, a judged pair counts 3",
         chunk=16,
         weight=3.0,
-        grid=(0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40),
+        grid=SIXTEENTHS,
         note="the weight was chosen on this stream",
     ),
-    # A place below 0 is a threshold under every u of the fixed head: a head that learns may come down to it.
-    Setup("u above a threshold", router="threshold", grid=(-0.6, -0.4, -0.2, 0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)),
+    Setup("u above a threshold", router="threshold", grid=(0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)),
     Setup("top u of every 64, GPT-4 as judge on LLMBar", judge="gpt-4"),
     Setup("second stream, top u of every 64", stream="second"),
     Setup("second stream, a judged pair counts 3", stream="second", weight=3.0),
@@ -279,8 +280,7 @@ def _choices(setup: Setup, head: FrozenHead, material: Material) -> list[Choose]
     count = len(material.rows)
     scores = head.score_pairs(material.rows.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
     u = scores.uncertainty.double().numpy()
-    lowest = float(u.min())
-    return [_above(float(np.quantile(u, q)) if q >= 0 else lowest + q * (lowest - 1)) for q in setup.grid]
+    return [_above(float(np.quantile(u, place))) for place in setup.grid]
 
 
 def _calls(level: float, points: dict[bool, np.ndarray], pairs: int) -> dict[str, Any]:
@@ -400,7 +400,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     right.set_xticks(range(len(LEVELS)), [f"{level}%" for level in LEVELS])
     right.set_xlabel("accuracy to hold")
     right.set_ylabel("judge calls saved by learning, %")
-    right.set_ylim(0, max(right.get_ylim()[1], TARGET) * 1.35)
+    low, high = right.get_ylim()
+    right.set_ylim(min(low, 0) - 1.5, max(high, TARGET) * 1.4)
+    right.axhline(0, color="0.5", linewidth=0.8)
     right.legend(frameon=False, fontsize=8, loc="upper right")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

@@ -139,6 +139,7 @@ def replay_server(pairs: Sequence[Pair], latency_s: float) -> Iterator[tuple[str
 
 def run(setting: Setting, sweep: Sequence[int] = ()) -> dict[str, Any]:
     """Measure; → JSON figures."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # client and server need a core too
     model = make_model(setting)
     prompts, responses = make_groups(setting)
     alone = RewardEngine(model, None, NeverRoute())

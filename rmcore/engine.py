@@ -42,7 +42,10 @@ __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
 
 log = logging.getLogger(__name__)
 
-_PASSES_A_MICRO_BATCH = 4
+# Measured on a CPU, 256 groups of 2, a small Llama: cutting the batch into micro-batches of 1, 2, 4, 8 or 16 forward
+# passes took 18, 17, 5, 3 or 0% more processor time than not cutting it; with groups of 4, which share more, nothing.
+_LEAST_PASSES = 4
+_MOST_MICRO_BATCHES = 12
 
 
 class RewardEngine:
@@ -63,9 +66,10 @@ class RewardEngine:
         judge_deadline_s: seconds from the start of a score call after which verdicts are of no use. It goes with each
             pair as its ``deadline``; a judge that pays no heed is cancelled two seconds later, and its pairs fail with
             ``deadline``.
-        micro_batch_tokens: about how many tokens a micro-batch has, whole groups. None: four full forward passes of
-            the backbone. Smaller starts the judge earlier; larger pads less. It decides what is computed together, so
-            it may show in the last bits of a result; the judge's timing never does.
+        micro_batch_tokens: about how many tokens a micro-batch has, whole groups. None: a twelfth of the call's, but at
+            least four full forward passes of the backbone. Smaller starts the judge earlier; larger pads less and
+            shares more. It decides what is computed together, so it may show in the last bits of a result; the judge's
+            timing never does.
         learner: lets the head learn from verdicts by :meth:`update`; without one it never changes. The engine takes
             over the learner's head, and results keep their hidden rows.
         clock: of deadlines and of the seconds reported; a seam for tests.
@@ -357,9 +361,11 @@ class RewardEngine:
             assert call.prompts is not None
             assert call.responses is not None
             call.encoded = self.model.encode_groups(call.prompts, call.responses, orders=self.orders)
-        limit = math.inf
+        limit: float = math.inf
         if self._may_ask and not self._whole_batch and not isinstance(self.router, NeverRoute):
-            limit = self.micro_batch_tokens or _PASSES_A_MICRO_BATCH * self.model.backbone.tokens_per_batch
+            total = sum(len(text) for group in call.encoded for text in group)
+            least = _LEAST_PASSES * self.model.backbone.tokens_per_batch
+            limit = self.micro_batch_tokens or max(least, total / _MOST_MICRO_BATCHES)
         return micro_batches(call.sizes, call.encoded, limit)
 
     def _why_no_overlap(self, parts: list[MicroBatch]) -> str:

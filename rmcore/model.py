@@ -254,6 +254,16 @@ def encode_preferences(
     backbone: Backbone, preferences: Sequence[Preference], mode: str, *, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden, labels, pairs) of training pairs: one row a response with pairs, or in concat mode a row an order."""
+    texts, labels = preference_texts(backbone, preferences, mode)
+    hidden = backbone.hidden(texts, progress=_tokens(progress))
+    pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
+    return hidden, labels.to(hidden.device), pairs
+
+
+def preference_texts(
+    backbone: Backbone, preferences: Sequence[Preference], mode: str
+) -> tuple[list[EncodedText], Tensor]:
+    """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order."""
     texts: list[EncodedText] = []
     labels: list[float] = []
     encode = backbone.encoder.encode
@@ -269,10 +279,7 @@ def encode_preferences(
                 labels += [item.label, 1 - item.label]
         except InputError as error:
             raise InputError(f"preferences[{k}]: {error}") from error
-    hidden = backbone.hidden(texts, progress=_tokens(progress))
-    target = torch.tensor(labels, dtype=torch.float32, device=hidden.device)
-    pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
-    return hidden, target, pairs
+    return texts, torch.tensor(labels, dtype=torch.float32)
 
 
 def _tokens(progress: Progress | None) -> Callable[[int, int], None] | None:

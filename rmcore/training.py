@@ -28,7 +28,7 @@ from rmcore.backbone import Backbone
 from rmcore.errors import InputError, NonFiniteError, reject
 from rmcore.fit import check_data
 from rmcore.head import SNGPHead
-from rmcore.model import Preference, Progress, encode_preferences
+from rmcore.model import Preference, Progress, encode_preferences, preference_texts
 from rmcore.text import EncodedText
 
 __all__ = ["TrainReport", "finetune", "train_layer"]
@@ -210,7 +210,7 @@ def finetune(
         if not 0 <= item.label <= 1:
             reject(f"preferences[{k}].label", item.label, "a probability in [0, 1]")
     groups = _backbone_groups(backbone, lr_backbone, weight_decay)
-    texts, labels = _encode(backbone, preferences, head.config.mode)
+    texts, labels = preference_texts(backbone, preferences, head.config.mode)
 
     _prepare(head, None if _has_length_scale(head) else _first_states(backbone, head, preferences, progress))
     groups += _head_groups(head, lr_head, weight_decay)
@@ -287,25 +287,6 @@ def _head_loss(head: SNGPHead, hidden: Tensor, labels: Tensor, pairs: Tensor | N
 
 
 # -- the backbone ----------------------------------------------------------------------------------------------------
-
-
-def _encode(backbone: Backbone, preferences: Sequence[Preference], mode: str) -> tuple[list[EncodedText], Tensor]:
-    """Texts 2k and 2k+1 of pair k, and (N,) labels, or (2N,) in concat mode: one for each order."""
-    texts: list[EncodedText] = []
-    labels: list[float] = []
-    encode = backbone.encoder.encode
-    for k, item in enumerate(preferences):
-        try:
-            if mode == "difference":
-                texts += [encode(item.prompt, item.chosen), encode(item.prompt, item.rejected)]
-                labels.append(item.label)
-            else:
-                texts.append(encode(item.prompt, item.chosen, item.rejected))
-                texts.append(encode(item.prompt, item.rejected, item.chosen))
-                labels += [item.label, 1 - item.label]
-        except InputError as error:
-            raise InputError(f"preferences[{k}]: {error}") from error
-    return texts, torch.tensor(labels, dtype=torch.float32)
 
 
 def _states(backbone: Backbone, texts: Sequence[EncodedText], autocast: torch.dtype | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import os
 import random
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import httpx
 
 __all__ = ["GroupClient", "GroupResult", "MemberPart", "ServerError"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Number: TypeAlias = float | None
@@ -198,8 +201,9 @@ class GroupClient:
         body: dict[str, Any] = {"prompt": _plain_prompt(prompt), "responses": list(responses)}
         if id is not None:
             body["id"] = id
-        # So that a try whose answer was lost is not judged, and paid for, again.
-        headers = {"idempotency-key": uuid.UUID(int=self._random.getrandbits(128)).hex}
+        # So that a try whose answer was lost is not judged, and paid for, again. Not from the random source: copies of
+        # this client in other processes would draw the same keys.
+        headers = {"idempotency-key": uuid.uuid4().hex}
         reply = await self._post("/v1/groups", body, headers)
         return _read(reply, lambda value: _group_result(value, len(responses)), "/v1/groups")
 
@@ -275,6 +279,7 @@ class GroupClient:
                     f"an answer within {self.timeout_s:g} s",
                     answer.status,
                 )
+            log.info("%s: %s; next try in %.1f s", path, answer.cause, delay)
             await self.clock.sleep(delay)
 
     async def _try(self, path: str, content: bytes, headers: Mapping[str, str], seconds: float) -> _Answer:

@@ -9,8 +9,10 @@
 verl scores one sample a call, on a random worker, so each call goes to ``rmcore serve``, waits there for its siblings
 (same ``uid``, ``session_id`` 0 to n−1) and takes its own advantage back. The estimator ``rmcore`` hands that through.
 
-An error is raised, never turned into 0.0 (as verl's own ``rate_limited`` manager does): verl's trainer then drops the
-sample's whole group, or stops, and says so in its log.
+An error is raised, never turned into 0.0 (as verl's own ``rate_limited`` manager does). verl logs it; its synchronous
+trainer then trains on the group's other samples, the asynchronous ones drop the group. The others' advantages are exact
+all the same with ``rmcore``, since they were made from the whole group; ``rloo`` would take its baseline over what is
+left.
 """
 
 from __future__ import annotations

@@ -277,6 +277,14 @@ def test_micro_batches_are_even_and_keep_the_order(counts, tokens, expected):
         assert part.first_row == sum(len(group) for group in encoded[: part.first])
 
 
+@pytest.mark.parametrize(("tokens_per_batch", "parts"), [(1, 12), (2, 9), (4, 5), (18, 1), (100, 1)])
+def test_micro_batches_by_default(make_engine, scripted_judge, tokens_per_batch, parts):
+    """72 tokens: a twelfth of them, but at least four forward passes."""
+    engine = make_engine(scripted_judge(lambda _: WIN), micro_batch_tokens=None)
+    engine.model.backbone.tokens_per_batch = tokens_per_batch
+    assert engine.score(PROMPTS * 3, RESPONSES * 3).overlap.micro_batches == parts
+
+
 @pytest.mark.parametrize("tokens", [0, -5])
 def test_bad_micro_batches(make_engine, tokens):
     with pytest.raises(InputError, match="micro_batch_tokens"):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmcore.engine import RewardEngine
 from rmcore.errors import InputError, NonFiniteError
 from rmcore.groups import GroupScore, PairDecision
 from rmcore.selection import best_of, filter_groups, member_uncertainty
@@ -117,3 +118,22 @@ def test_filters_count_what_they_drop():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_the_engine_scores_and_chooses_in_one_call(table_model, hand_head):
+    # u grows with the distance from the origin, and "9 0" is as far out as it is good
+    model = table_model(hand_head([1.0, 0.0]), lambda _prompt, text: [float(x) for x in text.split()[:2]])
+    engine = RewardEngine(model)
+    responses = [["1 0", "9 0", "0 0", "2 0"], ["0 0"]]
+    for penalty in (0.0, 1.0):
+        chosen = engine.best_of(["a", "b"], responses, penalty=penalty)
+        expected = best_of(engine.score(["a", "b"], responses), responses, penalty=penalty)
+        assert [(c.index, c.response, c.score) for c in chosen] == [(e.index, e.response, e.score) for e in expected]
+    assert engine.best_of(["a"], responses[:1])[0].response == "9 0"
+    assert engine.best_of(["a"], responses[:1], penalty=9.0)[0].response != "9 0"
+
+
+def test_a_bad_choice_is_refused_before_anything_is_scored(hand_head, table_model):
+    model = table_model(hand_head([1.0]), lambda *_: pytest.fail("scored"))
+    with pytest.raises(InputError, match="ties"):
+        RewardEngine(model).best_of(["a"], [["1", "2"]], ties="random")  # type: ignore[arg-type]

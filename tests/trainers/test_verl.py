@@ -328,3 +328,41 @@ def test_verls_trainer_knows_the_estimator_without_being_told(way, verl):
     code += "print(core_algos.get_adv_estimator_fn('rmcore').__name__)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert "passthrough_advantages" in done.stdout, done.stderr[-2000:]
+
+
+def test_verls_own_agent_loop_hands_over_what_the_manager_reads(verl, engine, tokenizer, served, group_client):
+    """Its agent loop makes the DataProto, its reward worker calls the manager; Ray and the rollout are left out."""
+    loop = pytest.importorskip("verl.experimental.agent_loop.agent_loop", reason="verl is not installed")
+    worker_of = pytest.importorskip("verl.experimental.reward_loop.reward_loop", reason="verl is not installed")
+    settings = full_config(verl, "rmcore")
+    settings.reward.reward_model = {"enable": False}
+    worker = object.__new__(worker_of.RewardLoopWorker)
+    worker.config = settings
+    worker.reward_manager = verl.reward.load_reward_manager(settings, tokenizer)
+    worker.reward_manager.client = group_client(served(engine), timeout_s=20.0)
+    agent = object.__new__(loop.AgentLoopWorker)
+    agent.reward_loop_worker_handles = [SimpleNamespace(compute_score=SimpleNamespace(remote=worker.compute_score))]
+    agent.processor = agent.mm_processor_kwargs = None
+    agent.config = settings
+
+    async def one(prompt: Any, text: str, slot: int) -> Any:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        output = loop.AgentLoopOutput(
+            prompt_ids=[5, 6, 7], response_ids=ids, response_mask=[1] * len(ids), num_turns=2, metrics={}
+        )
+        # what agent_loop_tq's _run_prompt passes on, with the columns of verl's own data sets
+        kwargs = {
+            "session_id": slot, "uid": f"uid-{prompt[0]['content']}", "raw_prompt": prompt, "global_steps": 3,
+            "index": 0, "data_source": "x", "reward_model": {"ground_truth": "", "style": "model"},
+            "extra_info": {"split": "train", "index": 0},
+        }  # fmt: skip
+        await agent._compute_score([output], kwargs=kwargs)
+        return output
+
+    async def gathered() -> list[Any]:
+        return await asyncio.gather(*(one(p, text, k) for p, texts in GROUPS for k, text in enumerate(texts)))
+
+    outputs = asyncio.run(gathered())
+    scores = torch.tensor([output.reward_score for output in outputs], dtype=torch.float64)
+    torch.testing.assert_close(scores, exact(engine), rtol=0, atol=1e-6)
+    assert outputs[0].extra_fields["reward_extra_info"]["rmcore_members"] == 4
