@@ -75,12 +75,19 @@ class Lengths:
     alike: float = 0.0
     given: float = 0.0
 
-    def group(self, k: int, rng: random.Random) -> tuple[int, list[int]]:
-        """Lengths of a prompt and of K responses to it."""
-        of_prompt, of_group = rng.gauss(0, 1), rng.gauss(0, 1)
-        shared = self.given * of_prompt + max(self.alike - self.given**2, 0.0) ** 0.5 * of_group
-        scores = [shared + (1 - self.alike) ** 0.5 * rng.gauss(0, 1) for _ in range(k)]
-        return _quantile(self.prompt, of_prompt), [_quantile(self.response, score) for score in scores]
+    def groups(self, count: int, k: int, rng: random.Random) -> list[tuple[int, list[int]]]:
+        """Lengths of a prompt and of K responses to it, ``count`` times.
+
+        Prompts are spread evenly over the distribution, and so is what a group's responses have in common, so that few
+        groups stand for many.
+        """
+        levels = [NormalDist().inv_cdf((n + 0.5) / count) for n in range(count)]
+        found = []
+        for of_prompt, of_group in zip(rng.sample(levels, count), rng.sample(levels, count), strict=True):
+            shared = self.given * of_prompt + max(self.alike - self.given**2, 0.0) ** 0.5 * of_group
+            scores = [shared + (1 - self.alike) ** 0.5 * rng.gauss(0, 1) for _ in range(k)]
+            found.append((_quantile(self.prompt, of_prompt), [_quantile(self.response, score) for score in scores]))
+        return found
 
 
 # Measured with SmolLM2's tokenizer on the 1018 pairs of Auto-J's test set (58 scenarios).
@@ -130,12 +137,14 @@ def encode(setup: Setup) -> Iterator[Row]:
         for lengths in (autoj, FIXED):
             if lengths.name not in (setup.lengths or (("autoj",) if setup.quick else ("autoj", FIXED.name))):
                 continue
-            tokens = 4_000 if setup.quick else 100_000 if gpu else 30_000
-            texts, groups = draw_texts(lengths, k, tokens, shape.vocabulary)
+            # Enough pairs for full batches: about 70 on a CPU, 200 on a GPU.
+            groups = max(1, (24 if setup.quick else 200 if gpu else 70) // (k * (k - 1)))
+            groups = min(groups, 2) if lengths is FIXED else max(groups, 2)
+            texts = draw_texts(lengths, k, groups, shape.vocabulary)
             variants = make_variants(model, budgets)
             setup.note(f"encode K={k} {lengths.name}: {groups} groups, {len(texts)} pairs")
-            # Enough rounds for a median, fewer where a round takes many minutes.
-            rounds = 1 if setup.quick or (not gpu and k > 8) else 3
+            # A round of K = 16, or of 8 long ones, takes many minutes on a CPU.
+            rounds = 1 if setup.quick or (not gpu and (k > 8 or (k > 4 and lengths is FIXED))) else 3
             measured = _measure(variants, texts, setup.device, rounds)
             yield from _rows(setup, shape, lengths, k, groups, texts, measured, str(dtype).removeprefix("torch."))
 
@@ -176,8 +185,8 @@ class _Ids:
         return {"input_ids": [1]}
 
 
-def draw_texts(lengths: Lengths, k: int, tokens: int, vocabulary: int) -> tuple[list[EncodedText], int]:
-    """Groups of random token ids until they hold ``tokens`` in all (at least one group) → texts, number of groups."""
+def draw_texts(lengths: Lengths, k: int, groups: int, vocabulary: int) -> list[EncodedText]:
+    """Every ordered pair of groups of random token ids."""
     from rmcore.text import EncodedText, Segment
 
     rng = random.Random(k)
@@ -186,13 +195,10 @@ def draw_texts(lengths: Lengths, k: int, tokens: int, vocabulary: int) -> tuple[
         return tuple(rng.randrange(2, vocabulary) for _ in range(count))
 
     texts: list[EncodedText] = []
-    groups = 0
-    while not texts or sum(map(len, texts)) < tokens:
-        prompt, responses = lengths.group(k, rng)
+    for prompt, responses in lengths.groups(groups, k, rng):
         x, ys = Segment("prompt", ids(prompt)), [ids(n) for n in responses]
         texts += [EncodedText((x, Segment("first", a), Segment("second", b)), 1) for a, b in permutations(ys, 2)]
-        groups += 1
-    return texts, groups
+    return texts
 
 
 Variant = Callable[["Sequence[EncodedText]"], tuple[Tensor, int]]

@@ -331,16 +331,15 @@ def _metrics(scores: GroupScores | None) -> dict[str, float]:
     summary: dict[str, Any] = {} if scores is None else scores.summary()
     decided = summary.get("decided_by", {})
     pairs = max(int(summary.get("pairs", 0)), 1)
-    u = summary.get("uncertainty") or {}
-    judge = summary.get("judge", {})
+    u, usage = summary.get("uncertainty") or {}, summary.get("judge_usage", {})
+    cost = usage.get("cost", 0.0)
     return {
         "judge_rate": summary.get("routed", 0) / pairs,
         "judge_failed": float(decided.get("judge_failed", 0)),
         "judge_flips": float(summary.get("judge_flips", 0)),
-        "judge_calls": float(judge.get("calls", 0)),
-        # An unknown price is no number, never 0.
-        "judge_cost": math.nan if judge.get("unpriced_calls") else float(judge.get("cost") or 0.0),
-        "judge_unpriced_calls": float(judge.get("unpriced_calls", 0)),
-        "judge_hidden_s": float(judge.get("hidden_s") or 0.0),
+        "judge_calls": float(usage.get("calls", 0)),
+        "judge_cache_hits": float(usage.get("cache_hits", 0)),
+        "judge_cost": math.nan if cost is None else float(cost),  # an unknown price is no number, never 0
+        "judge_hidden_s": float(summary.get("overlap", {}).get("hidden_s", 0.0)),
         "uncertainty": float(u.get("mean", math.nan)) if u else 1.0,
     }

@@ -13,8 +13,7 @@ from rmcore.bench.suites import Setup
 
 
 def test_lengths_follow_the_quantiles():
-    rng = random.Random(0)
-    drawn = [suite.AUTOJ.group(2, rng) for _ in range(4000)]
+    drawn = suite.AUTOJ.groups(4000, 2, random.Random(0))
     for values, quantiles in (
         ([prompt for prompt, _ in drawn], suite.AUTOJ.prompt),
         ([y for _, ys in drawn for y in ys], suite.AUTOJ.response),
@@ -29,14 +28,19 @@ def test_lengths_follow_the_quantiles():
 
 
 def test_fixed_lengths():
-    assert suite.FIXED.group(3, random.Random(0)) == (512, [512, 512, 512])
+    assert suite.FIXED.groups(2, 3, random.Random(0)) == [(512, [512, 512, 512])] * 2
+
+
+def test_few_groups_are_spread_evenly():
+    (low, _), (high, _) = sorted(suite.AUTOJ.groups(2, 4, random.Random(1)))
+    assert (low, high) == (suite.AUTOJ.prompt[5], suite.AUTOJ.prompt[15])
 
 
 def test_flop_of_rows_and_of_their_tree():
     shape = suite.Shape("tiny", 8, 2, 2, 1, 16, 50)
     assert shape.parameters == 2 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
-    texts, groups = suite.draw_texts(suite.Lengths("fixed", (10,), (5,)), 3, 1, 50_000)
-    assert (groups, len(texts)) == (1, 6)
+    texts = suite.draw_texts(suite.Lengths("fixed", (10,), (5,)), 3, 1, 50_000)
+    assert len(texts) == 6
     per_token = 2 * shape.parameters
     rows = 6 * 20 * per_token + 4 * 2 * 8 * 6 * (20 * 21 // 2)
     # x sees 1 to 10 tokens, three y_i 11 to 15, six y_j 16 to 20.

@@ -21,6 +21,7 @@ from rmcore.routing import BudgetRouter
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'rmcore[trl]')")
 datasets = pytest.importorskip("datasets")
 
+METRICS = ["judge_failed", "judge_flips", "judge_calls", "judge_cache_hits", "judge_cost", "judge_hidden_s"]
 PROMPTS = ["red tree house", "blue river stone", "green cloud", "house river red tree"]
 
 
@@ -94,6 +95,7 @@ def test_a_trainers_advantages_are_the_engines(
     assert logged
     assert 0 < logged[0]["rmcore/judge_rate"] <= 0.5
     assert logged[0]["rmcore/uncertainty"] >= 1
+    assert {f"rmcore/{name}" for name in METRICS} <= logged[0].keys()
 
 
 def test_a_synchronous_wrapper_gives_the_same(policy_path, tokenizer_of, reward_model, tmp_path):
