@@ -7,13 +7,14 @@ TORCH ?= 2.13.0
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test lint format quality soak bench gpu-check clean
+.PHONY: help demo test lint format quality soak soak-serve bench gpu-check clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
 	@echo "make lint     ruff, ruff format, mypy, clang-format"
 	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
+	@echo "make soak-serve  200 clients of the group server for a minute -> bench/results/serve_soak.json"
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
 $(VENV)/.torch:
@@ -59,6 +60,9 @@ quality: $(VENV)/.demo
 
 soak: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.judge_soak
+
+soak-serve: $(VENV)/.dev
+	$(BIN)/python -m rmcore.bench.serve_soak
 
 bench: $(VENV)/.demo
 	$(BIN)/rmcore bench --verbose

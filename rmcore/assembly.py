@@ -15,19 +15,27 @@ digests of the texts are kept.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from rmcore.errors import InputError, reject
+from rmcore.errors import reject
 from rmcore.groups import GroupScore
 from rmcore.judge.base import Prompt
 from rmcore.judge.clock import Clock, SystemClock
-from rmcore.judge.keys import canonical_prompt
+from rmcore.members import (
+    AssemblyStats,
+    BusyError,
+    ConflictError,
+    LateError,
+    MemberResult,
+    OpenGroup,
+    Outcome,
+    Slot,
+    prompt_digest,
+    text_digest,
+)
 
 __all__ = ["AssemblyStats", "BusyError", "ConflictError", "GroupAssembly", "LateError", "MemberResult", "Score"]
 
@@ -35,96 +43,6 @@ log = logging.getLogger(__name__)
 
 Score: TypeAlias = Callable[[Prompt, Sequence[str]], Awaitable[GroupScore]]
 """Scores one group; batching across groups is its business."""
-
-
-class ConflictError(InputError):
-    """A member contradicts what it or its siblings said before."""
-
-
-class LateError(InputError):
-    """The group was scored without this member, because it came after the time limit."""
-
-
-class BusyError(RuntimeError):
-    """Too much is waiting already; come back after ``retry_after_s`` seconds."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(frozen=True, slots=True)
-class MemberResult:
-    """One member's part of its scored group.
-
-    Attributes:
-        group: the scored group, its rows in the order of ``slots``.
-        index: this member's row.
-        slots: which slots were present, in order; shorter than ``size`` if the time limit passed.
-        size: how many there should have been.
-    """
-
-    group: GroupScore
-    index: int
-    slots: tuple[int, ...]
-    size: int
-    _slot: _Slot | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def complete(self) -> bool:
-        """Whether nobody was missing."""
-        return len(self.slots) == self.size
-
-    def lost(self) -> None:
-        """Tell that this result did not reach its caller, so that an equal call by content is a repetition."""
-        if self._slot is not None:
-            self._slot.delivered = False
-
-
-@dataclass
-class AssemblyStats:
-    """What happened so far."""
-
-    members: int = 0
-    retries: int = 0
-    recovered: int = 0
-    abandoned: int = 0
-    groups: int = 0
-    partial_groups: int = 0
-    failed_groups: int = 0
-    late_members: int = 0
-    refused: int = 0
-
-
-@dataclass(eq=False)
-class _Slot:
-    digest: bytes
-    text: str | None  # until the group is scored
-    waiters: int = 0
-    delivered: bool = False
-    left_at: float = 0.0  # when the last waiter went away
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    score: GroupScore
-    slots: tuple[int, ...]
-    rows: dict[int, int]  # of each slot
-
-
-@dataclass(eq=False)
-class _Group:
-    key: Hashable
-    prompt: Prompt | None  # until it is scored
-    digest: str  # of the prompt
-    size: int
-    deadline: float
-    by_content: bool = False
-    slots: dict[int, _Slot] = field(default_factory=dict)
-    whole: asyncio.Event = field(default_factory=asyncio.Event)
-    closed: bool = False
-    task: asyncio.Task[_Outcome] | None = None
-    outcome: _Outcome | None = None
 
 
 class GroupAssembly:
@@ -171,9 +89,9 @@ class GroupAssembly:
         self.max_kept = max_kept
         self.stats = AssemblyStats()
         self.clock: Clock = clock or SystemClock()
-        self._groups: dict[Hashable, _Group] = {}
-        self._by_prompt: dict[str, list[_Group]] = {}
-        self._finished: OrderedDict[Hashable, tuple[float, _Group]] = OrderedDict()
+        self._groups: dict[Hashable, OpenGroup] = {}
+        self._by_prompt: dict[str, list[OpenGroup]] = {}
+        self._finished: OrderedDict[Hashable, tuple[float, OpenGroup]] = OrderedDict()
         self._waiting = 0
         self._serial = 0
         self._draining = False
@@ -218,14 +136,14 @@ class GroupAssembly:
         key = ("id", group_id, attempt)
         group = self._groups.get(key)
         if group is None:
-            group = self._open(key, prompt, _prompt_digest(prompt), size)
+            group = self._open(key, prompt, prompt_digest(prompt), size)
         elif group.size != size:
             raise ConflictError(f"size: got {size}, expected {group.size}, as its siblings of group {group_id!r} said")
-        elif group.digest != _prompt_digest(prompt):
+        elif group.digest != prompt_digest(prompt):
             raise ConflictError(f"prompt: got another prompt, expected that of its siblings of group {group_id!r}")
         known = group.slots.get(slot)
         if known is not None:
-            if known.digest != _digest(response):
+            if known.digest != text_digest(response):
                 raise ConflictError(
                     f"response: got another text, expected that of the first call for slot {slot} of group {group_id!r}"
                 )
@@ -238,9 +156,10 @@ class GroupAssembly:
         """Wait for a group of ``size`` responses to ``prompt`` and return this one's part.
 
         Equal responses are members of their own. A call is taken for the repetition of an earlier one, and shares its
-        result, only if that one's caller has gone away without an answer (or :meth:`MemberResult.lost` says so). Where
-        an answer was lost and nobody noticed, its repetition finds no siblings; at the time limit it gets the result
-        of the earlier group that its text was in, rather than that of a group of its own.
+        result, only if that one's caller has gone away without an answer (or :meth:`MemberResult.lost` says so): ask
+        again only after the first call is known to be over here, a second later, say. Where an answer was lost and
+        nobody noticed, its repetition finds no siblings; at the time limit it gets the result of the earlier group that
+        its text was in, rather than that of a group of its own.
 
         Raises:
             InputError: a bad size, or the group cannot be scored.
@@ -251,7 +170,7 @@ class GroupAssembly:
         if not isinstance(response, str):
             reject("response", type(response).__name__, "a string")
         self._forget_old()
-        name, digest = _prompt_digest(prompt), _digest(response)
+        name, digest = prompt_digest(prompt), text_digest(response)
         self._forget_abandoned(name)
         groups = self._by_prompt.get(name, [])
         for group in groups:
@@ -292,18 +211,18 @@ class GroupAssembly:
         await self.clock.sleep(seconds)
         self._cut_short.set()
 
-    def _open(self, key: Hashable, prompt: Prompt, digest: str, size: int) -> _Group:
+    def _open(self, key: Hashable, prompt: Prompt, digest: str, size: int) -> OpenGroup:
         if self._draining:
             self.stats.refused += 1
             raise BusyError("draining: no new groups are taken", 1.0)
-        group = _Group(key, prompt, digest, size, self.clock.now() + self.time_limit_s)
+        group = OpenGroup(key, prompt, digest, size, self.clock.now() + self.time_limit_s)
         self._groups[key] = group
         group.task = asyncio.create_task(self._run(group), name="rmcore group")
         # Somebody may have gone away before the end: nobody is then left to look at the exception.
         group.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return group
 
-    def _add(self, group: _Group, slot: int, response: str) -> None:
+    def _add(self, group: OpenGroup, slot: int, response: str) -> None:
         if group.closed:
             self.stats.late_members += 1
             raise LateError(
@@ -314,12 +233,12 @@ class GroupAssembly:
             self.stats.refused += 1
             self._close_if_empty(group)
             raise BusyError(f"{self._waiting} members wait already", min(self.time_limit_s, 5.0))
-        group.slots[slot] = _Slot(_digest(response), response)
+        group.slots[slot] = Slot(text_digest(response), response)
         self.stats.members += 1
         if len(group.slots) == group.size:
             group.whole.set()
 
-    def _forget(self, group: _Group) -> None:
+    def _forget(self, group: OpenGroup) -> None:
         self._groups.pop(group.key, None)
         self._finished.pop(group.key, None)
         siblings = self._by_prompt.get(group.digest, [])
@@ -328,7 +247,7 @@ class GroupAssembly:
         if not siblings:
             self._by_prompt.pop(group.digest, None)
 
-    async def _run(self, group: _Group) -> _Outcome:
+    async def _run(self, group: OpenGroup) -> Outcome:
         """Wait for the members, then score those present."""
         try:
             await self._until_whole(group)
@@ -347,7 +266,7 @@ class GroupAssembly:
         finally:
             group.closed = True
 
-    async def _scored(self, group: _Group) -> _Outcome:
+    async def _scored(self, group: OpenGroup) -> Outcome:
         slots = tuple(sorted(group.slots))
         if len(slots) < group.size:
             self.stats.partial_groups += 1
@@ -355,9 +274,9 @@ class GroupAssembly:
         assert group.prompt is not None
         result = await self.score(group.prompt, [group.slots[slot].text or "" for slot in slots])
         self.stats.groups += 1
-        return _Outcome(result, slots, {slot: row for row, slot in enumerate(slots)})
+        return Outcome(result, slots, {slot: row for row, slot in enumerate(slots)})
 
-    def _answered_before(self, group: _Group) -> _Outcome | None:
+    def _answered_before(self, group: OpenGroup) -> Outcome | None:
         """For members by content whose siblings did not come: the latest outcome of a whole group with their texts."""
         if not group.by_content or len(group.slots) == group.size:
             return None
@@ -374,10 +293,10 @@ class GroupAssembly:
             else:
                 self.stats.recovered += len(rows)
                 log.warning("%d members came a second time without their siblings; they share the result", len(rows))
-                return _Outcome(earlier.outcome.score, earlier.outcome.slots, rows)
+                return Outcome(earlier.outcome.score, earlier.outcome.slots, rows)
         return None
 
-    async def _until_whole(self, group: _Group) -> None:
+    async def _until_whole(self, group: OpenGroup) -> None:
         whole = asyncio.ensure_future(group.whole.wait())
         limit = asyncio.ensure_future(self.clock.sleep(max(0.0, group.deadline - self.clock.now())))
         cut = asyncio.ensure_future(self._cut_short.wait())
@@ -387,7 +306,7 @@ class GroupAssembly:
             for waiting in (whole, limit, cut):
                 waiting.cancel()
 
-    async def _wait(self, group: _Group, slot: int) -> MemberResult:
+    async def _wait(self, group: OpenGroup, slot: int) -> MemberResult:
         member = group.slots[slot]
         member.waiters += 1
         self._waiting += 1
@@ -413,7 +332,7 @@ class GroupAssembly:
             self.stats.abandoned += len(gone)
             self._close_if_empty(group)
 
-    def _close_if_empty(self, group: _Group) -> None:
+    def _close_if_empty(self, group: OpenGroup) -> None:
         if not group.slots and group.task is not None:
             self._forget(group)
             group.task.cancel()
@@ -425,13 +344,3 @@ class GroupAssembly:
             if until > now and len(self._finished) <= self.max_kept:
                 return
             self._forget(group)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _prompt_digest(prompt: Prompt) -> str:
-    """Raises InputError for what is no prompt."""
-    content: Any = canonical_prompt(prompt)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

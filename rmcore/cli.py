@@ -278,7 +278,14 @@ def score(
             if adaptive is not None and router_state is not None:
                 adaptive.save(router_state)
 
-        _score_stream(engine, groups, out, batch, booked, lambda group, score: score.to_record(), save)
+        try:
+            _score_stream(engine, groups, out, batch, booked, lambda group, score: score.to_record(), save)
+        finally:
+            if judge is not None:
+                from rmcore.judge.contain import close_judge
+                from rmcore.judge.sync import run_sync
+
+                run_sync(close_judge(judge))
         _print_accounts(booked.totals(), _notes)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -26,15 +25,11 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from rmcore.serve_app import RewardService
+    from rmcore.serve_service import RewardService
 
 __all__ = ["ServeSettings", "create_app", "run"]
 
 log = logging.getLogger(__name__)
-
-_SWITCH_S = 0.0005
-"""How long a thread may hold the interpreter. The event loop gives it up at every read and write, and with Python's 5 ms
-it would get it back from the backbone's thread only 5 ms later, several times a request."""
 
 _WRITE_OUT_S = 10.0
 """How long the last answers may take to go out once all are known."""
@@ -102,12 +97,7 @@ def run(
         timeout_keep_alive=120,
         timeout_graceful_shutdown=int(_WRITE_OUT_S),
     )
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        _server(config, app.state.service, started).run()
-    finally:
-        sys.setswitchinterval(before)
+    _server(config, app.state.service, started).run()
 
 
 def _server(config: uvicorn.Config, service: RewardService, started: Callable[[str], None] | None) -> uvicorn.Server:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -15,18 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import rmcore
-from rmcore.assembly import BusyError, ConflictError, GroupAssembly, LateError, MemberResult
-from rmcore.batching import BatchScorer, ScoredGroup
+from rmcore.assembly import BusyError, ConflictError, LateError
 from rmcore.engine import RewardEngine
-from rmcore.errors import InputError, NonFiniteError, reject
-from rmcore.groups import GroupScore
-from rmcore.judge.base import Prompt
+from rmcore.errors import InputError, NonFiniteError
 from rmcore.judge.clock import Clock
 from rmcore.serve_figures import figures
-from rmcore.serve_guard import Guard, when_lost
-from rmcore.serve_metrics import CONTENT_TYPE, Histogram, render
-from rmcore.serve_openrlhf import grouped, prompt_text, response_text
-from rmcore.serve_replies import ReplyStore
+from rmcore.serve_guard import Guard
+from rmcore.serve_metrics import CONTENT_TYPE, render
 from rmcore.serve_schema import (
     ErrorReply,
     GroupReply,
@@ -35,25 +29,19 @@ from rmcore.serve_schema import (
     HealthReply,
     MemberReply,
     MemberRequest,
-    PromptField,
     RewardReply,
     RewardRequest,
     describe,
     error_response,
     first_errors,
-    group_reply,
     json_response,
     member_reply,
-    win_rates,
 )
+from rmcore.serve_service import RewardService
 from rmcore.serve_settings import ServeSettings
 
 __all__ = ["RewardService", "create_app"]
 
-log = logging.getLogger(__name__)
-
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 120)
 
 _ERRORS: dict[int, str] = {
     400: "The body is no JSON.",
@@ -69,143 +57,6 @@ _ERRORS: dict[int, str] = {
 def _errors(*more: tuple[int, str], without: Iterable[int] = ()) -> dict[int | str, dict[str, Any]]:
     told = {**_ERRORS, **dict(more)}
     return {code: {"model": ErrorReply, "description": told[code]} for code in sorted(told) if code not in set(without)}
-
-
-class RewardService:
-    """What stands behind the routes: one engine, its batches, groups that are being put together, kept answers.
-
-    Args:
-        engine: scores the groups.
-        settings: limits and times.
-        model: a name for ``/health``.
-        clock: of all waits; a seam for tests.
-    """
-
-    def __init__(
-        self, engine: RewardEngine, settings: ServeSettings, *, model: str = "", clock: Clock | None = None
-    ) -> None:
-        self.settings, self.model = settings, model
-        self.batch_sizes = Histogram("rmcore_batch_groups", "Groups in a batch.", _BATCH_SIZES)
-        self.waits = Histogram("rmcore_group_wait_seconds", "From a group's arrival to its batch.", _SECONDS)
-        self.scorings = Histogram("rmcore_batch_seconds", "Scoring of a batch, the judge included.", _SECONDS)
-        self.scorer = BatchScorer(
-            engine,
-            max_groups=settings.batch_groups,
-            max_wait_s=settings.batch_wait_s,
-            max_queue=settings.max_queue,
-            max_in_flight=settings.batches_in_flight,
-            clock=clock,
-            observe=self._observe,
-        )
-        self.assembly = GroupAssembly(
-            self._score_assembled,
-            time_limit_s=settings.time_limit_s,
-            keep_s=settings.keep_s,
-            max_members=settings.max_members,
-            clock=clock,
-        )
-        self.replies = ReplyStore(settings.keep_s, settings.replay_bytes, clock)
-        self.guard: Guard | None = None
-        self.draining = False
-
-    async def drain(self) -> None:
-        """Take nothing new; return when everything accepted has its result, at the latest ``drain_s`` and scoring."""
-        self.draining = True
-        self.scorer.close()  # open groups are admitted already
-        await self.assembly.drain(self.settings.drain_s)
-        await self.scorer.drain()
-
-    # -- the routes' verbs -------------------------------------------------------------------------------------------
-
-    async def score_groups(self, requests: list[GroupRequest]) -> list[dict[str, Any]]:
-        """``/v1/groups``."""
-        limits = self.settings
-        if len(requests) > limits.max_groups:
-            reject("groups", len(requests), f"at most {limits.max_groups} in a request")
-        groups: list[tuple[Prompt, list[str]]] = []
-        for k, request in enumerate(requests):
-            where = f"groups[{k}]." if len(requests) > 1 else ""
-            if len(request.responses) > limits.max_responses:
-                reject(f"{where}responses", len(request.responses), f"at most {limits.max_responses}")
-            for i, response in enumerate(request.responses):
-                self._check_length(response, f"{where}responses[{i}]")
-            groups.append((self._prompt(request.prompt, f"{where}prompt"), request.responses))
-        scored = await self.scorer.submit(groups)
-        return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
-
-    async def join(self, request: MemberRequest) -> MemberResult:
-        """``/v1/rendezvous``."""
-        if request.k > self.settings.max_responses:
-            reject("k", request.k, f"at most {self.settings.max_responses}")
-        if request.slot >= request.k:
-            reject("slot", request.slot, f"below k = {request.k}")
-        self._check_length(request.response, "response")
-        prompt = self._prompt(request.prompt, "prompt")
-        return await self.assembly.join(
-            request.group_id, request.slot, request.k, prompt, request.response, attempt=request.attempt
-        )
-
-    async def rewards(self, body: RewardRequest, http: Request) -> tuple[list[float], list[float]]:
-        """``/get_reward``: rewards and win rates, NaN where there is no preference."""
-        if len(body.query) != len(body.prompts):
-            reject("prompts", len(body.prompts), f"{len(body.query)}, one a query")
-        count, size = len(body.query), self.settings.group_size
-        if count > self.settings.max_groups * self.settings.max_responses:
-            reject("query", count, f"at most {self.settings.max_groups * self.settings.max_responses}")
-        for name, texts in (("query", body.query), ("prompts", body.prompts)):
-            for k, text in enumerate(texts):
-                self._check_length(text, f"{name}[{k}]", times=2)
-        responses = [
-            response_text(query, prompt, self.settings.end_tokens, f"query[{k}]")
-            for k, (query, prompt) in enumerate(zip(body.query, body.prompts, strict=True))
-        ]
-        prompts = [prompt_text(prompt, self.settings, f"prompts[{k}]") for k, prompt in enumerate(body.prompts)]
-        if count == 0:  # what every server but the first gets
-            return [], []
-        if count == 1 and size is not None:
-            result = await self.assembly.join_by_content(prompts[0], responses[0], size)
-            when_lost(http.scope, result.lost)
-            if len(result.slots) == 1:
-                return [math.nan], [math.nan]
-            values = self._rewards_of(result.group)
-            return [values[0][result.index]], [values[1][result.index]]
-        groups = grouped(body.prompts, size)
-        for places in groups:
-            if len(places) > self.settings.max_responses:
-                reject("prompts", f"{len(places)} equal ones", f"at most {self.settings.max_responses}")
-        scored = await self.scorer.submit([(prompts[p[0]], [responses[k] for k in p]) for p in groups])
-        rewards, rates = [math.nan] * count, [math.nan] * count
-        for places, one in zip(groups, scored, strict=True):
-            for k, reward, rate in zip(places, *self._rewards_of(one.group), strict=True):
-                rewards[k], rates[k] = reward, rate
-        return rewards, rates
-
-    # -- inside ------------------------------------------------------------------------------------------------------
-
-    def _rewards_of(self, group: GroupScore) -> tuple[list[float], list[float]]:
-        return group.rewards_for(self.settings.baseline).tolist(), win_rates(group)
-
-    async def _score_assembled(self, prompt: Prompt, responses: Any) -> GroupScore:
-        return await self.scorer.score(prompt, responses, admitted=True)
-
-    def _prompt(self, prompt: PromptField, where: str) -> Prompt:
-        if isinstance(prompt, str):
-            self._check_length(prompt, where)
-            return prompt
-        self._check_length("".join(message.content for message in prompt), where)
-        return [{"role": message.role, "content": message.content} for message in prompt]
-
-    def _check_length(self, text: str, where: str, times: int = 1) -> None:
-        most = times * self.settings.max_chars
-        if len(text) > most:
-            reject(where, f"{len(text)} characters", f"at most {most}")
-
-    def _observe(self, results: Any) -> None:
-        scored: list[ScoredGroup] = list(results)
-        self.batch_sizes.observe(len(scored))
-        self.scorings.observe(scored[0].scoring_s)
-        for one in scored:
-            self.waits.observe(one.waited_s)
 
 
 def create_app(
@@ -297,7 +148,7 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
     )
     async def get_reward(body: RewardRequest, request: Request) -> Response:
         async with asyncio.timeout(service.settings.answer_within_s):
-            rewards, rates = await service.rewards(body, request)
+            rewards, rates = await service.rewards(body, request.scope)
         missing = sum(not math.isfinite(value) for value in (*rewards, *rates))
         if missing:
             # OpenRLHF cannot take a null, and 0 would be a reward like any other.

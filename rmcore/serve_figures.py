@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rmcore.serve_metrics import Family, Histogram
 
 if TYPE_CHECKING:
-    from rmcore.serve_app import RewardService
+    from rmcore.serve_service import RewardService
 
 __all__ = ["figures"]
 

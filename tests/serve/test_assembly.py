@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmcore.assembly import BusyError, GroupAssembly, LateError
+from rmcore.assembly import BusyError, ConflictError, GroupAssembly, LateError
 from rmcore.errors import InputError
 from rmcore.groups import GroupScore
 
@@ -240,6 +240,89 @@ def test_prompts_do_not_mix():
     go(main())
 
 
+def test_a_lost_answer_is_given_again():
+    async def main():
+        assembly, scorer, _ = make()
+        results = await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("x", "yy")))
+        results[1].lost()
+        again = await assembly.join_by_content("p", "yy", 2)
+        assert (again.index, again.group) == (results[1].index, results[1].group)
+        assert len(scorer.calls) == 1
+
+    go(main())
+
+
+def test_a_repetition_after_an_answer_that_nobody_knew_was_lost_gets_that_answer_at_the_time_limit():
+    async def main():
+        assembly, scorer, clock = make()
+        texts = ("x", "x", "yy", "zzz")
+        await asyncio.gather(*(assembly.join_by_content("p", text, 4) for text in texts))
+        again = [asyncio.create_task(assembly.join_by_content("p", text, 4)) for text in ("x", "zzz", "x")]
+        await clock.advance(99)
+        assert not any(task.done() for task in again)
+        await clock.advance(1)
+        results = [await task for task in again]
+        assert len(scorer.calls) == 1
+        assert [len(texts[r.index]) for r in results] == [1, 3, 1]
+        assert results[0].index != results[2].index
+        assert all(r.complete for r in results)
+        assert (assembly.stats.recovered, assembly.stats.partial_groups) == (3, 0)
+        # Other texts, or one text more often than before, are a group of their own.
+        for repeated in (("x", "other"), ("x", "x", "x")):
+            calls = [asyncio.create_task(assembly.join_by_content("p", text, 4)) for text in repeated]
+            await clock.advance(100)
+            assert not (await calls[0]).complete
+        assert len(scorer.calls) == 3
+
+    go(main())
+
+
+def test_what_a_killed_trainer_left_behind_does_not_meet_its_successor():
+    async def main():
+        assembly, scorer, clock = make(abandon_s=15.0)
+        dead = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("old", "older")]
+        await clock.advance(1)
+        for task in dead:
+            task.cancel()
+        await clock.advance(14)
+        back = asyncio.create_task(assembly.join_by_content("p", "old", 3))  # only this one had lost its connection
+        await clock.advance(5)
+        new = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("a", "bb")]
+        results = [await task for task in (back, *new)]
+        assert scorer.calls == [("p", ["old", "a", "bb"])]
+        assert [r.index for r in results] == [0, 1, 2]
+        assert assembly.stats.abandoned == 1
+
+    go(main())
+
+
+def test_a_group_left_by_all_is_closed():
+    async def main():
+        assembly, scorer, clock = make(abandon_s=15.0)
+        lost = asyncio.create_task(assembly.join_by_content("p", "old", 2))
+        await settle()
+        lost.cancel()
+        await clock.advance(20)
+        await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("a", "b")))
+        assert scorer.calls == [("p", ["a", "b"])]
+        assert assembly.open_groups == 0
+
+    go(main())
+
+
+def test_a_scored_group_keeps_no_texts():
+    async def main():
+        assembly, _, _ = make()
+        await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)))
+        (group,) = assembly._groups.values()
+        assert group.prompt is None
+        assert [slot.text for slot in group.slots.values()] == [None, None]
+        with pytest.raises(ConflictError):
+            await assembly.join("g", 0, 2, "q", "x")
+
+    go(main())
+
+
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +363,35 @@ def test_draining_finishes_what_was_accepted():
         assert not (await lone).complete
         await drained
         assert len(scorer.calls) == 2
+
+    go(main())
+
+
+def test_a_drain_may_be_cut_short():
+    async def main():
+        assembly, _scorer, clock = make()
+        lone = asyncio.create_task(assembly.join("h", 0, 2, "q", "x"))
+        await settle()
+        drained = asyncio.create_task(assembly.drain(30.0))
+        await clock.advance(29)
+        assert not drained.done()
+        await clock.advance(1)
+        await drained
+        assert (await lone).slots == (0,)
+        assert clock.now() == 30
+
+    go(main())
+
+
+def test_only_so_many_finished_groups_are_remembered():
+    async def main():
+        assembly, scorer, _ = make(max_kept=3)
+        for k in range(10):
+            await assembly.join(k, 0, 1, "p", "x")
+        assert len(assembly._groups) <= 4
+        await assembly.join(9, 0, 1, "p", "x")
+        await assembly.join(0, 0, 1, "p", "x")
+        assert len(scorer.calls) == 11
 
     go(main())
 
@@ -325,7 +437,9 @@ def test_any_interleaving_scores_every_group_once_and_mixes_none(seed, sizes):
     go(main())
 
 
-@pytest.mark.parametrize("options", [{"time_limit_s": 0}, {"keep_s": -1}, {"max_members": 0}])
+@pytest.mark.parametrize(
+    "options", [{"time_limit_s": 0}, {"keep_s": -1}, {"abandon_s": -1}, {"max_members": 0}, {"max_kept": -1}]
+)
 def test_bad_limits_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
         make(**options)

@@ -685,7 +685,7 @@ def test_metrics_are_prometheus_text_that_adds_up(make_app, talk, judged_engine)
 # -- no group mixed or lost ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, seed):
     """Rendezvous, OpenRLHF and whole groups at random; some calls are made twice, some hang up and come back."""

@@ -12,8 +12,7 @@ import pytest
 TOKEN = "openapi-test-token"
 
 CONFIG = """
-# What JSON Schema cannot say: texts the model's tokens do not suffice for, a slot below k, queries that begin with their
-# prompts.
+# What JSON Schema cannot say: texts of too many tokens, a slot below k, queries that begin with their prompts.
 [[operations]]
 include-path = "/v1/groups"
 checks.positive_data_acceptance.expected-statuses = ["2xx", "409", "422"]

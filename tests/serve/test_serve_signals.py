@@ -51,6 +51,7 @@ def _read(log):
     return log.read()
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_loses_no_accepted_group(server, reward_model):
     process, url, log = server("--group-size", "3", "--drain", "4", "--batch", "8")
     rng = random.Random(0)
@@ -144,6 +145,7 @@ def test_sigterm_under_load_loses_no_accepted_group(server, reward_model):
         assert advantages == pytest.approx(engine.score(["red"], [responses])[0].advantages.tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_idle_server_ends_at_once_and_a_token_is_asked_for(server):
     process, url, log = server("--host", "0.0.0.0", RMCORE_SERVE_TOKEN="a-token-for-the-test")
     url = url.replace("0.0.0.0", "127.0.0.1")
