@@ -72,7 +72,8 @@ class Material:
 @dataclass(frozen=True)
 class Setup:
     """One way to route and to learn. ``grid`` holds fractions of a chunk, or thresholds as quantiles of the fixed
-    head's u."""
+    head's u.
+    """
 
     name: str
     chunk: int = 64

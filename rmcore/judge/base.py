@@ -132,7 +132,8 @@ class Judge(Protocol):
 
     ``judge`` returns exactly one verdict a pair, in order. It must not raise because a pair failed, timed out or was
     refused; the engine still survives one that does (every pair of the call is then marked failed, with the error's
-    name), and one that returns the wrong number of verdicts.
+    name), and one that returns the wrong number of verdicts. Several calls may be under way at once: the engine makes
+    one a micro-batch.
     """
 
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
