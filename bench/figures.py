@@ -100,5 +100,5 @@ def _encode(rows: list[Row], document: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, count, squeeze=False)[0]
     draw_encode(rows, axes)
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}, {document['environment']['name']}", fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ class Soak:
     seconds: float = 60.0
     group: int = 4
     hang_up: float = 0.05
-    pool: int = 200
+    pool: int = 2000
     time_limit_s: float = 10.0
     ratio_seconds: float = 3.0
     seed: int = 0
@@ -120,14 +120,17 @@ def tiny_model(seed: int) -> RewardModel:
 def make_pool(engine: RewardEngine, soak: Soak) -> list[Group]:
     """Groups with their scores, which hold for any number in place of the 0: they are all the same unknown word."""
     rng = random.Random(soak.seed)
-    words = PRAISE + BLAME + NEUTRAL
     prompts = [" ".join(rng.choices(NEUTRAL, k=6)) + " #" for _ in range(soak.pool)]
-    responses = [[" ".join(rng.choices(words, k=rng.randrange(6, 16))) for _ in range(soak.group)] for _ in prompts]
+    responses = [_texts(rng, soak.group) for _ in prompts]
     scores = engine.score([f"{prompt} 0" for prompt in prompts], responses)
     return [
         Group(prompt, texts, score.preference.tolist(), score.rewards.tolist())
         for prompt, texts, score in zip(prompts, responses, scores, strict=True)
     ]
+
+
+def _texts(rng: random.Random, count: int) -> list[str]:
+    return [" ".join(rng.choices(PRAISE + BLAME + NEUTRAL, k=rng.randrange(6, 16))) for _ in range(count)]
 
 
 # -- the server ------------------------------------------------------------------------------------------------------
@@ -307,57 +310,63 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak) -> Outcome:
 # -- batching against one at a time ----------------------------------------------------------------------------------
 
 
-async def throughput(engine: RewardEngine, pool: Sequence[Group], seconds: float, *, together: int) -> float:
+async def throughput(engine: RewardEngine, soak: Soak, *, together: int) -> float:
     """Groups a second that 64 callers get out of a scorer with batches of ``together`` groups."""
     scorer = BatchScorer(engine, max_groups=together)
-    until = time.perf_counter() + seconds
-    done = 0
 
-    async def caller(first: int) -> None:
-        nonlocal done
-        for number in itertools.count(first):
-            if time.perf_counter() >= until:
-                return
-            group = pool[number % len(pool)]
-            await scorer.score(f"{group.prompt} {number}", group.responses)
-            done += 1
+    async def one(prompt: str, responses: list[str]) -> None:
+        await scorer.score(prompt, responses)
 
-    began = time.perf_counter()
-    await asyncio.gather(*(caller(1000 * k) for k in range(64)))
-    return done / (time.perf_counter() - began)
+    return await _rate([one] * 64, soak)
 
 
-async def http_throughput(url: str, pool: Sequence[Group], seconds: float, *, clients: int) -> float:
+async def http_throughput(url: str, soak: Soak, *, clients: int) -> float:
     """Groups a second that so many clients get out of ``/v1/groups``, each waiting for its answer."""
-    until = time.perf_counter() + seconds
-    done = 0
+    connections = [Client(url) for _ in range(clients)]
 
-    async def client(first: int) -> None:
-        nonlocal done
-        connection = Client(url)
-        for number in itertools.count(first):
-            if time.perf_counter() >= until:
-                connection.hang_up()
-                return
-            group = pool[number % len(pool)]
-            await connection.send("/v1/groups", {"prompt": f"{group.prompt} {number}", "responses": group.responses})
+    def caller(connection: Client) -> _Call:
+        async def one(prompt: str, responses: list[str]) -> None:
+            await connection.send("/v1/groups", {"prompt": prompt, "responses": responses})
             status, _ = await connection.receive()
-            assert status == 200
+            if status != 200:
+                raise RuntimeError(f"got status {status}, expected 200")
+
+        return one
+
+    try:
+        return await _rate([caller(connection) for connection in connections], soak)
+    finally:
+        for connection in connections:
+            connection.hang_up()
+
+
+_Call = Callable[[str, list[str]], Awaitable[None]]
+
+
+async def _rate(callers: Sequence[_Call], soak: Soak) -> float:
+    """Calls a second. Every group has texts of its own, since equal ones in a batch are encoded once."""
+    done = 0
+    began = time.perf_counter()
+
+    async def loop(call: _Call, seed: int) -> None:
+        nonlocal done
+        rng = random.Random(seed)
+        while time.perf_counter() - began < soak.ratio_seconds:
+            await call(" ".join(rng.choices(NEUTRAL, k=6)), _texts(rng, soak.group))
             done += 1
 
-    began = time.perf_counter()
-    await asyncio.gather(*(client(1000 * k) for k in range(clients)))
+    await asyncio.gather(*(loop(call, seed) for seed, call in enumerate(callers)))
     return done / (time.perf_counter() - began)
 
 
-def measure_batching(engine: RewardEngine, url: str, pool: Sequence[Group], soak: Soak) -> dict[str, Any]:
+def measure_batching(engine: RewardEngine, url: str, soak: Soak) -> dict[str, Any]:
     """Alternating rounds, so that what else the machine does meets both alike."""
     figures: dict[str, list[float]] = {"one": [], "batched": [], "http_one": [], "http_batched": []}
     for _ in range(3):
-        figures["one"].append(asyncio.run(throughput(engine, pool, soak.ratio_seconds, together=1)))
-        figures["batched"].append(asyncio.run(throughput(engine, pool, soak.ratio_seconds, together=64)))
-        figures["http_one"].append(asyncio.run(http_throughput(url, pool, soak.ratio_seconds, clients=1)))
-        figures["http_batched"].append(asyncio.run(http_throughput(url, pool, soak.ratio_seconds, clients=64)))
+        figures["one"].append(asyncio.run(throughput(engine, soak, together=1)))
+        figures["batched"].append(asyncio.run(throughput(engine, soak, together=64)))
+        figures["http_one"].append(asyncio.run(http_throughput(url, soak, clients=1)))
+        figures["http_batched"].append(asyncio.run(http_throughput(url, soak, clients=64)))
     median = {name: statistics.median(values) for name, values in figures.items()}
     return {
         "groups_per_second": {name: [round(value, 1) for value in values] for name, values in figures.items()},

@@ -43,7 +43,7 @@ def run(soak: Soak) -> dict[str, Any]:
         path = Path(folder) / "tiny-rm"
         model.save_pretrained(path, backbone="embed")
         with server(path, soak) as (process, url):
-            batching = measure_batching(engine, url, pool, soak)
+            batching = measure_batching(engine, url, soak)
             before = _resident_mib(process.pid)
             scraped = _metrics(url)
             outcome = asyncio.run(drive(url, pool, soak))
