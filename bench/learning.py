@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 import rmcore
 from rmcore.data import read_lines
 from rmcore.demo import DEMO_HEAD, demo_backbone
-from rmcore.fit import fit
+from rmcore.fit import fit, newton
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.judged import JudgedPairs
 from rmcore.model import encode_preferences
@@ -110,7 +110,6 @@ class Walk:
     """(N,) 1 where the routed system is right, ½ for a tie."""
     alone: np.ndarray
     judged: np.ndarray
-    shifts: list[float] = field(default_factory=list)
 
     def accuracy(self) -> float:
         return 100 * float(self.right.mean())
@@ -122,12 +121,53 @@ class Walk:
 Choose = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
+class Online:
+    """Learns as the library does, one update a chunk."""
+
+    def __init__(self, head: FrozenHead, weight: float) -> None:
+        self.head = head
+        self.settings = LearningConfig(judge_weight=weight)
+        self.shifts: list[float] = []
+
+    def learn(self, pairs: JudgedPairs) -> FrozenHead:
+        """The head after one more chunk."""
+        self.head, report = fold(self.head, pairs, self.settings)
+        self.shifts.append(report.shift / report.weight**0.5)
+        return self.head
+
+
+class Refit:
+    """What online learning is held against: all data kept, β and P fitted anew after each chunk."""
+
+    def __init__(self, head: FrozenHead, train: dict[str, Tensor]) -> None:
+        self.head = head
+        self.hidden, self.labels, self.pairs = (train[name] for name in ("train", "labels", "pairs"))
+
+    def learn(self, pairs: JudgedPairs) -> FrozenHead:
+        """The head after one more chunk."""
+        assert pairs.pairs is not None
+        self.pairs = torch.cat([self.pairs, pairs.pairs + len(self.hidden)])
+        self.hidden = torch.cat([self.hidden, pairs.hidden])
+        self.labels = torch.cat([self.labels, pairs.labels])
+        head = self.head
+        beta, posterior, _ = newton(
+            head.feature_map, self.hidden, self.labels, head.config, pairs=self.pairs, start=head.beta
+        )
+        self.head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior)
+        return self.head
+
+
 def walk(
-    head: FrozenHead, material: Material, order: np.ndarray, setup: Setup, choose: Choose, learn: bool, seed: int
+    head: FrozenHead,
+    material: Material,
+    order: np.ndarray,
+    setup: Setup,
+    choose: Choose,
+    seed: int,
+    learner: Online | Refit | None,
 ) -> Walk:
     """Through the stream once. ``choose`` takes the u of a chunk and says which of its pairs are judged."""
     rng = np.random.default_rng([seed, 1])
-    settings = LearningConfig(judge_weight=setup.weight)
     preference, flipped = material.judged[setup.judge][order], material.flipped[setup.judge][order]
     truth, rows = material.truth[order], material.rows[torch.from_numpy(order)]
     result = Walk(np.zeros(len(order)), np.zeros(len(order)), np.zeros(len(order), dtype=bool))
@@ -144,16 +184,15 @@ def walk(
         result.right[part] = _credit(said_by_all, truth[part])
         result.judged[part] = asked
         usable = np.flatnonzero(known & ~flipped[part])
-        if learn and len(usable):
+        if learner is not None and len(usable):
             new = torch.from_numpy(usable)
             pairs = JudgedPairs(
                 hidden[new].flatten(0, 1),
                 torch.from_numpy(0.5 + preference[part][usable] / 2).float(),
-                torch.full((len(new),), settings.judge_weight),
+                torch.full((len(new),), setup.weight),
                 torch.arange(2 * len(new)).view(-1, 2),
             )
-            head, report = fold(head, pairs, settings)
-            result.shifts.append(report.shift / report.weight**0.5)
+            head = learner.learn(pairs)
     return result
 
 
@@ -187,7 +226,7 @@ def run(data: Path, seeds: int, cache: Path | None) -> dict[str, Any]:
     for seed in range(seeds):
         head = SNGPHead(HeadConfig(tensors["train"].shape[1], seed=seed, **DEMO_HEAD))
         heads.append(fit(head, tensors["train"], tensors["labels"], pairs=tensors["pairs"], dtype=torch.float16)[0])
-    table = _table(heads, streams["mixed"])
+    table = _table(heads, streams["mixed"], tensors)
     curves = []
     for setup in SETUPS:
         print(f"{time.perf_counter() - started:6.0f} s  {setup.name}", file=sys.stderr, flush=True)
@@ -218,29 +257,33 @@ def _orders(heads: list[FrozenHead], material: Material) -> list[tuple[FrozenHea
     return [(head, np.random.default_rng(seed).permutation(len(material.truth))) for seed, head in enumerate(heads)]
 
 
-def _table(heads: list[FrozenHead], material: Material) -> list[dict[str, Any]]:
+def _table(heads: list[FrozenHead], material: Material, train: dict[str, Tensor]) -> list[dict[str, Any]]:
+    learners: dict[str, Callable[[FrozenHead], Online | Refit | None]] = {
+        "fixed": lambda head: None,
+        "learning": lambda head: Online(head, 1.0),
+        "refit": lambda head: Refit(head, train),
+    }
+    columns = (*((by, how) for by in ("random", "u") for how in ("fixed", "learning")), ("u", "refit"))
     result = []
     for percent, (system, alone) in PUBLISHED.items():
         walks = {
-            (by, learn): [
-                walk(head, material, order, SETUPS[0], _top(percent / 100, at_random=by == "random"), learn, seed)
+            (by, how): [
+                walk(head, material, order, SETUPS[0], choose, seed, learners[how](head))
                 for seed, (head, order) in enumerate(_orders(heads, material))
             ]
-            for by in ("random", "u")
-            for learn in (False, True)
+            for by, how in columns
+            for choose in (_top(percent / 100, at_random=by == "random"),)
         }
         ours = [np.mean([w.accuracy() for w in some]) for some in walks.values()]
-        later = [
-            np.mean([w.alone_later() for w in walks[key]]) for key in (("u", False), ("random", True), ("u", True))
-        ]
+        later = [("u", "fixed"), ("random", "learning"), ("u", "learning"), ("u", "refit")]
         result.append(
             {
                 "judged_percent": percent,
-                "columns": ["random fixed", "random learning", "u fixed", "u learning"],
+                "columns": [" ".join(column) for column in columns],
                 "accuracy": _round(ours),
                 "published": list(system),
-                "alone_columns": ["fixed", "random learning", "u learning"],
-                "head_alone_second_half": _round(later),
+                "alone_columns": ["fixed", *(" ".join(key) for key in later[1:])],
+                "head_alone_second_half": _round(np.mean([w.alone_later() for w in walks[key]]) for key in later),
                 "published_alone": list(alone),
             }
         )
@@ -253,9 +296,13 @@ def _curve(setup: Setup, heads: list[FrozenHead], material: Material) -> dict[st
     for learn in (False, True):
         of_seeds = []
         for seed, (head, order) in enumerate(_orders(heads, material)):
-            walks = [walk(head, material, order, setup, c, learn, seed) for c in _choices(setup, head, material)]
-            of_seeds.append([(100 * float(w.judged.mean()), w.accuracy()) for w in walks])
-            longest = max(longest, *(shift for w in walks for shift in w.shifts), 0.0)
+            row = []
+            for choose in _choices(setup, head, material):
+                learner = Online(head, setup.weight) if learn else None
+                once = walk(head, material, order, setup, choose, seed, learner)
+                row.append((100 * float(once.judged.mean()), once.accuracy()))
+                longest = max([longest, *(learner.shifts if learner is not None else [])])
+            of_seeds.append(row)
         points[learn] = np.array(of_seeds)  # (seeds, grid, 2)
     return {
         "name": setup.name,

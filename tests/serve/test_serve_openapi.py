@@ -19,6 +19,7 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", "409", "422"]
 
 [[operations]]
 include-path = "/get_reward"
+checks.not_a_server_error.expected-statuses = ["2xx", "4xx", "503"]  # 503: its sibling did not come, as documented
 checks.positive_data_acceptance.expected-statuses = ["2xx", "422", "503"]
 
 [[operations]]
