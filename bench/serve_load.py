@@ -24,8 +24,8 @@ import torch
 
 from rmcore import RewardEngine
 from rmcore.backbone import Backbone, BackboneConfig
-from rmcore.batching import BatchScorer
 from rmcore.model import Preference, RewardModel
+from rmcore.serve.batching import BatchScorer
 
 __all__ = ["Client", "Group", "Outcome", "Soak", "drive", "make_pool", "measure_batching", "server", "tiny_model"]
 

@@ -24,7 +24,7 @@ from rmcore import cli_options as options
 from rmcore.errors import DataError, InputError, RmcoreError, reject
 from rmcore.selection_cli import best_of_command as _best_of
 from rmcore.selection_cli import filter_command as _filter
-from rmcore.serve_cli import serve as _serve
+from rmcore.serve.cli import serve as _serve
 from rmcore.verdicts_cli import app as _verdicts
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmcore.assembly import BusyError, ConflictError, GroupAssembly, LateError
 from rmcore.errors import InputError
 from rmcore.groups import GroupScore
+from rmcore.serve.assembly import BusyError, ConflictError, GroupAssembly, LateError
 
 
 class ManualClock:

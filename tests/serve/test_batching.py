@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 
-from rmcore.assembly import BusyError
-from rmcore.batching import BatchScorer
 from rmcore.errors import InputError
 from rmcore.groups import GroupScore, GroupScores
+from rmcore.serve.assembly import BusyError
+from rmcore.serve.batching import BatchScorer
 
 
 def scored(responses) -> GroupScore:

@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from rmcore.assembly import ConflictError
 from rmcore.errors import InputError
 from rmcore.serve import ServeSettings
-from rmcore.serve_metrics import Family, Histogram, render
-from rmcore.serve_openrlhf import grouped, prompt_text, response_text
-from rmcore.serve_replies import ReplyStore
-from rmcore.serve_settings import END_TOKENS, is_loopback
+from rmcore.serve.assembly import ConflictError
+from rmcore.serve.metrics import Family, Histogram, render
+from rmcore.serve.openrlhf import grouped, prompt_text, response_text
+from rmcore.serve.replies import ReplyStore
+from rmcore.serve.settings import END_TOKENS, is_loopback
 
 
 class Work:

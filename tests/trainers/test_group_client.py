@@ -13,11 +13,11 @@ import httpx
 import pytest
 import torch
 
-from rmcore.assembly import ConflictError, LateError
 from rmcore.engine import RewardEngine
 from rmcore.errors import InputError
 from rmcore.integrations.client import GroupClient, ServerError
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.assembly import ConflictError, LateError
+from rmcore.serve.settings import ServeSettings
 
 URL = "http://127.0.0.1:8400"
 PROMPT = "red tree house"

@@ -21,7 +21,7 @@ from rmcore.errors import InputError
 from rmcore.integrations import openrlhf
 from rmcore.integrations.client import ServerError
 from rmcore.integrations.openrlhf import agent_executor, make_reward_func
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.settings import ServeSettings
 
 PROMPT = "<|user|>red tree house<|assistant|>"
 TEXTS = ["good clear", "bad rude", "odd right red", "good clear"]

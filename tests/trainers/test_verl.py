@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from rmcore.assembly import LateError
 from rmcore.engine import RewardEngine
 from rmcore.errors import InputError, NonFiniteError
 from rmcore.integrations.client import ServerError
 from rmcore.integrations.verl import PairwiseRewardManager, passthrough_advantages, register
 from rmcore.routing import ThresholdRouter
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.assembly import LateError
+from rmcore.serve.settings import ServeSettings
 
 GROUPS = [
     ([{"role": "user", "content": "red tree house"}], ["good clear", "bad rude", "odd right red", "red"]),

@@ -79,7 +79,7 @@ def serve(
         from rmcore.engine import RewardEngine
         from rmcore.model import RewardModel
         from rmcore.serve import run
-        from rmcore.serve_settings import END_TOKENS, ServeSettings
+        from rmcore.serve.settings import END_TOKENS, ServeSettings
 
         token = os.environ.get(token_env) if token_env else None
         if token == "":  # set, but empty: somebody's secret did not arrive

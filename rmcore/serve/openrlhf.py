@@ -8,7 +8,7 @@ lists. An answer that is no 200 is retried four times, a second apart; then the 
 from __future__ import annotations
 
 from rmcore.errors import reject
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.settings import ServeSettings
 
 __all__ = ["grouped", "prompt_text", "response_text"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rmcore.serve_metrics import Family, Histogram
+from rmcore.serve.metrics import Family, Histogram
 
 if TYPE_CHECKING:
-    from rmcore.serve_service import RewardService
+    from rmcore.serve.service import RewardService
 
 __all__ = ["figures"]
 

@@ -16,13 +16,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from rmcore.assembly import BusyError
 from rmcore.checks import check_groups
 from rmcore.engine import RewardEngine
 from rmcore.errors import InputError, reject
 from rmcore.groups import GroupScore, GroupScores
 from rmcore.judge.base import JudgeUsage, Prompt
 from rmcore.judge.clock import Clock, SystemClock
+from rmcore.serve.assembly import BusyError
 
 __all__ = ["BatchScorer", "BatchStats", "ScoredGroup"]
 
@@ -87,7 +87,7 @@ class BatchScorer:
         max_characters: characters the backbone reads for a batch, about: a batch is closed when it has as many. None
             for no limit; the engine splits large batches by tokens anyhow.
         max_wait_s: how long the first group of a batch waits for company while the backbone is idle.
-        max_queue: groups waiting for a batch at most; more are refused with :class:`~rmcore.assembly.BusyError`.
+        max_queue: groups waiting for a batch at most; more are refused with :class:`~rmcore.serve.assembly.BusyError`.
         max_in_flight: batches under way at most, those included that only wait for the judge.
         clock: of waits and of the seconds reported; a seam for tests.
         observe: called with each batch's groups when it is done, for histograms.

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from rmcore.engine import RewardEngine
 from rmcore.errors import RmcoreError
 from rmcore.judge.clock import Clock
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from rmcore.serve_service import RewardService
+    from rmcore.serve.service import RewardService
 
 __all__ = ["ServeSettings", "create_app", "run"]
 
@@ -42,13 +42,13 @@ class MissingPackageError(RmcoreError, ImportError):
 def create_app(
     engine: RewardEngine, settings: ServeSettings | None = None, *, model: str = "", clock: Clock | None = None
 ) -> FastAPI:
-    """:func:`rmcore.serve_app.create_app`, imported when it is needed.
+    """:func:`rmcore.serve.app.create_app`, imported when it is needed.
 
     Raises:
         MissingPackageError: fastapi is not installed.
     """
     try:
-        from rmcore.serve_app import create_app as create
+        from rmcore.serve.app import create_app as create
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     return create(engine, settings, model=model, clock=clock)

@@ -14,14 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import rmcore
-from rmcore.assembly import BusyError, ConflictError, LateError
 from rmcore.engine import RewardEngine
 from rmcore.errors import InputError, NonFiniteError
 from rmcore.judge.clock import Clock
-from rmcore.serve_figures import figures
-from rmcore.serve_guard import Guard
-from rmcore.serve_metrics import CONTENT_TYPE, render
-from rmcore.serve_schema import (
+from rmcore.serve.assembly import BusyError, ConflictError, LateError
+from rmcore.serve.figures import figures
+from rmcore.serve.guard import Guard
+from rmcore.serve.metrics import CONTENT_TYPE, render
+from rmcore.serve.schema import (
     ErrorReply,
     GroupReply,
     GroupRequest,
@@ -37,8 +37,8 @@ from rmcore.serve_schema import (
     json_response,
     member_reply,
 )
-from rmcore.serve_service import RewardService
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.service import RewardService
+from rmcore.serve.settings import ServeSettings
 
 __all__ = ["RewardService", "create_app"]
 

@@ -1,4 +1,4 @@
-"""What groups are put together from: members, their results, and why one is refused. :mod:`rmcore.assembly` does it."""
+"""What groups are put together from: members, their results, and why one is refused (by ``serve.assembly``)."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from starlette.responses import Response
 from torch import Tensor
 
 from rmcore.accounting import usage_figures
-from rmcore.assembly import MemberResult
-from rmcore.batching import ScoredGroup
 from rmcore.groups import GroupScore
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.assembly import MemberResult
+from rmcore.serve.batching import ScoredGroup
+from rmcore.serve.settings import ServeSettings
 
 __all__ = [
     "OPEN_PATHS",

@@ -24,7 +24,7 @@ from rmcore.errors import reject
 from rmcore.groups import GroupScore
 from rmcore.judge.base import Prompt
 from rmcore.judge.clock import Clock, SystemClock
-from rmcore.members import (
+from rmcore.serve.members import (
     AssemblyStats,
     BusyError,
     ConflictError,

@@ -20,9 +20,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rmcore.judge.clock import Clock, SystemClock
-from rmcore.serve_metrics import Histogram
-from rmcore.serve_schema import OPEN_PATHS, error_response
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.metrics import Histogram
+from rmcore.serve.schema import OPEN_PATHS, error_response
+from rmcore.serve.settings import ServeSettings
 
 __all__ = ["Guard", "when_lost"]
 

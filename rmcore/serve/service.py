@@ -8,19 +8,19 @@ from typing import Any
 
 from starlette.types import Scope
 
-from rmcore.assembly import GroupAssembly, MemberResult
-from rmcore.batching import BatchScorer, ScoredGroup
 from rmcore.engine import RewardEngine
 from rmcore.errors import reject
 from rmcore.groups import GroupScore
 from rmcore.judge.base import Prompt
 from rmcore.judge.clock import Clock
-from rmcore.serve_guard import Guard, when_lost
-from rmcore.serve_metrics import Histogram
-from rmcore.serve_openrlhf import grouped, prompt_text, response_text
-from rmcore.serve_replies import ReplyStore
-from rmcore.serve_schema import GroupRequest, MemberRequest, PromptField, RewardRequest, group_reply, win_rates
-from rmcore.serve_settings import ServeSettings
+from rmcore.serve.assembly import GroupAssembly, MemberResult
+from rmcore.serve.batching import BatchScorer, ScoredGroup
+from rmcore.serve.guard import Guard, when_lost
+from rmcore.serve.metrics import Histogram
+from rmcore.serve.openrlhf import grouped, prompt_text, response_text
+from rmcore.serve.replies import ReplyStore
+from rmcore.serve.schema import GroupRequest, MemberRequest, PromptField, RewardRequest, group_reply, win_rates
+from rmcore.serve.settings import ServeSettings
 
 __all__ = ["RewardService"]
 

@@ -55,7 +55,7 @@ class ServeSettings:
         max_chars: characters of a prompt or a response.
         max_members: members that may wait for their groups.
         max_queue: groups that may wait for a batch.
-        batch_groups, batch_wait_s, batches_in_flight: as in :class:`~rmcore.batching.BatchScorer`.
+        batch_groups, batch_wait_s, batches_in_flight: as in :class:`~rmcore.serve.batching.BatchScorer`.
         replay_bytes: memory for answers that are kept for ``Idempotency-Key``.
         hosts: names by which a server without a token may be called, besides ``host``; others are refused, since a web
             page can make a browser call any name.

@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 
-from rmcore.assembly import ConflictError
 from rmcore.errors import reject
 from rmcore.judge.clock import Clock, SystemClock
+from rmcore.serve.assembly import ConflictError
 
 __all__ = ["ReplyStore"]
 
