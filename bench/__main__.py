@@ -54,6 +54,8 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         quick=arguments.quick,
         groups=tuple(arguments.group or ()),
         lengths=tuple(arguments.lengths or ()),
+        layers=arguments.layers,
+        rounds=arguments.rounds,
         data=find_data(arguments.data),
         note=(lambda text: console.print(f"[dim]{text}[/]")) if shown else (lambda _: None),
     )
@@ -129,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", action="append", type=int, metavar="B")
     parser.add_argument("--group", action="append", type=int, metavar="K", help="encode: responses a prompt")
     parser.add_argument("--lengths", action="append", choices=("autoj", "512+512"), help="encode: default both")
+    parser.add_argument("--layers", type=int, help="encode: cut the backbone to so many layers, to save time")
+    parser.add_argument("--rounds", type=int, help="encode: how often the variants take turns")
     parser.add_argument("--data", type=Path, help="encode: preference data for lengths; default RMCORE_DATA, if set")
     parser.add_argument("--device")
     parser.add_argument("--budget", type=float, help="seconds a variant")

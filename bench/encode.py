@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from pathlib import Path
 from statistics import NormalDist
@@ -129,6 +129,8 @@ def encode(setup: Setup) -> Iterator[Row]:
     """Every variant at every K and both kinds of lengths."""
     gpu = setup.device.type == "cuda"
     shape = SMALL if setup.quick else LLAMA_8B if gpu else SMOLLM2
+    if setup.layers is not None:
+        shape = replace(shape, layers=setup.layers, name=f"{setup.layers} layers of {shape.name}")
     dtype = torch.bfloat16 if gpu else torch.float32
     budgets = (16384,) if gpu else (2048, 8192)
     model = make_model(shape, setup.device, dtype)
@@ -145,7 +147,7 @@ def encode(setup: Setup) -> Iterator[Row]:
             setup.note(f"encode K={k} {lengths.name}: {groups} groups, {len(texts)} pairs")
             # A round of K = 16, or of 8 long ones, takes many minutes on a CPU.
             rounds = 1 if setup.quick or (not gpu and (k > 8 or (k > 4 and lengths is FIXED))) else 3
-            measured = _measure(variants, texts, setup.device, rounds)
+            measured = _measure(variants, texts, setup.device, setup.rounds or rounds)
             yield from _rows(setup, shape, lengths, k, groups, texts, measured, str(dtype).removeprefix("torch."))
 
 

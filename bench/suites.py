@@ -56,6 +56,8 @@ class Setup:
     quick: bool = False
     groups: tuple[int, ...] = ()
     lengths: tuple[str, ...] = ()
+    layers: int | None = None
+    rounds: int | None = None
     data: Path | None = None
 
 
