@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from rmcore.asking import Asking, ExitError
+from rmcore.gil import short_turns
 from rmcore.judge.sync import start_sync
 
 __all__ = ["StoppedError", "run_alongside", "run_alongside_async"]
@@ -30,7 +31,8 @@ def run_alongside(work: Callable[[], None], asking: Asking | None) -> None:
     judging = start_sync(asking.run())
     try:
         try:
-            work()
+            with short_turns():
+                work()
             asking.close()
         except StoppedError:
             pass  # the result says why
@@ -52,7 +54,8 @@ async def run_alongside_async(work: Callable[[], None], asking: Asking | None, s
     judging = None if asking is None else asyncio.create_task(asking.run())
     both: set[asyncio.Future[None]] = {working} if judging is None else {working, judging}
     try:
-        await asyncio.wait({working})  # unlike awaiting it, this leaves it alone when it is cancelled
+        with short_turns():
+            await asyncio.wait({working})  # unlike awaiting it, this leaves it alone when it is cancelled
         try:
             working.result()
         except StoppedError:

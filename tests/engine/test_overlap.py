@@ -793,3 +793,16 @@ def test_the_bench_runs(tmp_path):
     assert figures["judge_calls"] == 2 * figures["judged"] > 0
     assert figures["last_overlapped_call"]["micro_batches"] > 1
     assert figures["micro_batch_sizes"][0]["hidden_s"] >= 0
+
+
+def test_the_interpreters_turns_are_short_inside_and_as_before_outside():
+    import sys
+
+    from rmcore.gil import short_turns
+
+    before = sys.getswitchinterval()
+    with short_turns():
+        with short_turns():
+            assert sys.getswitchinterval() == pytest.approx(0.0005)
+        assert sys.getswitchinterval() == pytest.approx(0.0005), "somebody is still inside"
+    assert sys.getswitchinterval() == before
