@@ -278,14 +278,7 @@ def score(
             if adaptive is not None and router_state is not None:
                 adaptive.save(router_state)
 
-        try:
-            _score_stream(engine, groups, out, batch, booked, lambda group, score: score.to_record(), save)
-        finally:
-            if judge is not None:
-                from rmcore.judge.contain import close_judge
-                from rmcore.judge.sync import run_sync
-
-                run_sync(close_judge(judge))
+        _score_stream(engine, groups, out, batch, booked, lambda group, score: score.to_record(), save)
         _print_accounts(booked.totals(), _notes)
 
 
@@ -384,20 +377,30 @@ def _print_accounts(totals: dict[str, Any], console: Console) -> None:
 def _score_stream(
     engine: RewardEngine, source: str, out: str, batch: int, accounts: Accounts, line: Line, after: Callable[[], None]
 ) -> None:
-    """Score the groups of ``source`` batch by batch; ``line`` makes what is written of each, ``after`` ends a batch."""
+    """Score the groups of ``source`` batch by batch, then close the judge.
+
+    ``line`` makes what is written of each group, ``after`` ends a batch.
+    """
     from rmcore.data import read_groups
 
     done = 0
-    with _output(out) as stream, _bar() as bar:
-        task = bar.add_task("groups", total=None)
-        for chunk, error in _chunks(read_groups(source), batch):
-            if chunk:
-                _score_chunk(engine, chunk, stream, accounts, line)
-                done += len(chunk)
-                bar.update(task, completed=done)
-                after()
-            if error is not None:
-                raise error
+    try:
+        with _output(out) as stream, _bar() as bar:
+            task = bar.add_task("groups", total=None)
+            for chunk, error in _chunks(read_groups(source), batch):
+                if chunk:
+                    _score_chunk(engine, chunk, stream, accounts, line)
+                    done += len(chunk)
+                    bar.update(task, completed=done)
+                    after()
+                if error is not None:
+                    raise error
+    finally:
+        if engine.judge is not None:
+            from rmcore.judge.contain import close_judge
+            from rmcore.judge.sync import run_sync
+
+            run_sync(close_judge(engine.judge))
 
 
 def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts, line: Line) -> None:
