@@ -48,7 +48,7 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         limits=measure_limits(device, quick=arguments.quick),
         sizes=tuple(sizes),
         batches=batches,
-        dtypes=(torch.float16, torch.bfloat16) if gpu else (torch.bfloat16, torch.float16),
+        dtypes=(torch.float16, torch.bfloat16) if gpu else (torch.bfloat16, torch.float16, torch.int8),
         budget_s=arguments.budget or (0.15 if arguments.quick or gpu else 2.0),
         compiled=not (arguments.quick or arguments.no_compile),
         quick=arguments.quick,

@@ -177,6 +177,13 @@ def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         seconds = time_calls([lambda a=a, b=b: a @ b], device, budget_s=0.3, min_samples=5).low  # type: ignore[misc]
         matrix[name] = 2 * n**3 / seconds
+    if device.type == "cpu":
+        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
+        seconds = min(
+            time_calls([lambda y=y: torch._int_mm(a, y)], device, budget_s=0.3, min_samples=5).low  # type: ignore[misc]
+            for y in (b, b.mT)
+        )
+        matrix["int8"] = 2 * n**3 / seconds
     return Limits(bandwidth, kind, matrix)
 
 

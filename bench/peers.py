@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmcore import reference
+from rmcore.quantize import balance_columns, quantize_rows
 from rmcore.weights import FeatureMap, HeadWeights
 
 __all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "peer_truth", "truth"]
@@ -82,10 +84,9 @@ def make_problem(h: int, d: int, device: torch.device, dtype: torch.dtype, seed:
     phase = torch.rand(d, generator=generator)
     beta = torch.randn(d, generator=generator)
     layer, omega, phase, beta = (t.to(device) for t in (layer, omega, phase, beta))
-    projection = (omega @ layer).to(dtype)
-    scale = math.sqrt(2.0 / d)
-    feature_map = FeatureMap("rff", projection, phase, None, None, "none", False, h, d, dtype, feature_scale=scale)
     rows = torch.randn(2 * d, h, generator=generator).to(device)
+    feature_map = _freeze(omega @ layer, phase, dtype, rows)
+    scale = feature_map.feature_scale
     precision = torch.zeros(d, d, dtype=torch.float32, device=device)
     for chunk in rows.split(4096):
         phi = feature_map(chunk) * scale
@@ -96,6 +97,21 @@ def make_problem(h: int, d: int, device: torch.device, dtype: torch.dtype, seed:
         torch.linalg.cholesky(precision), torch.eye(d, dtype=torch.float64, device=device), upper=False
     )
     return Problem(h, d, layer, omega, phase, beta, precision, factor, feature_map)
+
+
+def _freeze(projection: Tensor, phase: Tensor, dtype: torch.dtype, rows: Tensor) -> FeatureMap:
+    d, h = projection.shape
+    quantized: dict[str, Any] = {}
+    if dtype == torch.int8:  # as SNGPHead.freeze_features does
+        shift, balance = balance_columns(rows)
+        phase = phase.double() + projection.double() @ shift.double()
+        phase = (phase - phase.floor()).float()
+        projection, scale = quantize_rows(projection.double() / balance.double())
+        quantized = {"projection_scale": scale, "hidden_shift": shift, "hidden_scale": balance}
+    return FeatureMap(
+        "rff", projection.to(dtype), phase, None, None, "none", False, h, d, dtype, feature_scale=math.sqrt(2.0 / d),
+        **quantized,
+    )  # fmt: skip
 
 
 def ours(problem: Problem) -> HeadWeights:
@@ -142,6 +158,42 @@ def _folded(x: Tensor, projection: Tensor, phase: Tensor, beta: Tensor, factor: 
     """Two dense products in the weights' dtype: the folded projection, and U kept dense."""
     c = torch.cos(2 * math.pi * (_wide(x.to(projection.dtype) @ projection.mT) + phase))
     return c @ beta, _wide(c.to(factor.dtype) @ factor.mT).square().sum(-1)
+
+
+def _int8_weights(problem: Problem) -> tuple[Tensor, ...]:
+    assert problem.feature_map.projection is not None
+    projection, p_scale = quantize_rows(problem.feature_map.projection)
+    factor = problem.factor * problem.scale
+    whole, f_scale = quantize_rows(factor.tril(-1))
+    diagonal = factor.diagonal().float()
+    # torch's product is fastest with the one layout for few rows, with the other for many: it gets both.
+    layouts = (projection, projection.mT.contiguous(), whole, whole.mT.contiguous())
+    return *layouts, p_scale, problem.phase, problem.beta * problem.scale, f_scale, diagonal
+
+
+def _folded_int8(
+    x: Tensor,
+    projection: Tensor,
+    projection_t: Tensor,
+    factor: Tensor,
+    factor_t: Tensor,
+    p_scale: Tensor,
+    phase: Tensor,
+    beta: Tensor,
+    f_scale: Tensor,
+    diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The folded form in 8 bits: rows and c to whole numbers with a factor a row, integer products."""
+    few = x.shape[0] <= 4
+    if x.dtype == torch.float64:
+        c = torch.cos(2 * math.pi * (x @ projection.mT * p_scale + phase))
+        return c @ beta, (c @ factor.mT * f_scale + c * diagonal).square().sum(-1)
+    largest = x.float().abs().amax(1, keepdim=True) / 127
+    whole = (x / largest).round().to(torch.int8)
+    product = torch._int_mm(whole, projection.mT if few else projection_t)
+    c = torch.cos(2 * math.pi * (product * (p_scale * largest) + phase))
+    product = torch._int_mm((127 * c).round().to(torch.int8), factor.mT if few else factor_t)
+    return c @ beta, (product * (f_scale / 127) + c * diagonal).square().sum(-1)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -212,13 +264,15 @@ def _solve_flop(b: int, h: int, d: int) -> float:
     return 2.0 * d**3 / 3 + 2.0 * b * (h * h + h * d + 2 * d * d)
 
 
-_F32, _BF16 = torch.float32, torch.bfloat16
+_F32, _BF16, _I8 = torch.float32, torch.bfloat16, torch.int8
 PEERS: tuple[Peer, ...] = (
     Peer("torch eager, dense fp32", _F32, _dense_weights, _dense, _dense_bytes, _dense_flop),
     Peer("torch.compile, dense fp32", _F32, _dense_weights, _dense, _dense_bytes, _dense_flop, True),
     Peer("torch eager, folded fp32", _F32, _folded_weights(_F32), _folded, _folded_bytes(4), _folded_flop),
     Peer("torch eager, folded bf16", _BF16, _folded_weights(_BF16), _folded, _folded_bytes(2), _folded_flop),
     Peer("torch.compile, folded bf16", _BF16, _folded_weights(_BF16), _folded, _folded_bytes(2), _folded_flop, True),
+    Peer("torch eager, folded int8", _I8, _int8_weights, _folded_int8, _folded_bytes(1), _folded_flop),
+    Peer("torch.compile, folded int8", _I8, _int8_weights, _folded_int8, _folded_bytes(1), _folded_flop, True),
     Peer("solve per call (published code)", _F32, _solve_weights, _solve, _dense_bytes, _solve_flop, max_rows=256),
 )
 if importlib.util.find_spec("linear_operator") is not None:

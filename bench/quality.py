@@ -67,7 +67,7 @@ def run(data: Path, seeds: int) -> tuple[dict[str, Any], dict[str, list[Evaluati
             str(dtype).removeprefix("torch."): _serving_error(
                 backbone.hidden_size, hidden, labels, pairs, states.hidden, dtype
             )
-            for dtype in (torch.float16, torch.bfloat16)
+            for dtype in (torch.float16, torch.bfloat16, torch.int8)
         },
         "streams": {name: _stream_figures(name, reports[name], corpus) for name in reports},
     }

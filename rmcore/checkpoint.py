@@ -129,8 +129,7 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
     tensors = {
         **feature_map.tensors(),
         "beta": head.beta,
-        "serving_beta": weights.beta,
-        "factor": weights.factor,
+        **{f"serving_{name}" if name == "beta" else name: tensor for name, tensor in weights.tensors().items()},
     }
     posterior = head.posterior if include_posterior else None
     if posterior is not None:
@@ -191,6 +190,11 @@ def _assemble(
         wanted["phase"] = ((d,), torch.float32)
     if not folds and m is not None:
         wanted["layer_weight"], wanted["layer_bias"] = ((m, h), dtype), ((m,), torch.float32)
+    if dtype == torch.int8:
+        for name in ("projection_scale", "factor_row_scale", "factor_diagonal"):
+            wanted[name] = ((d,), torch.float32)
+        if "hidden_shift" in tensors:
+            wanted["hidden_shift"] = wanted["hidden_scale"] = ((h,), torch.float32)
     if values["posterior"] is not None:
         wanted["gram"] = (lower, torch.float64)
     if set(tensors) != set(wanted):
@@ -214,6 +218,9 @@ def _assemble(
         dtype=dtype,
         input_scale=_scalar(values, "input_scale", positive=True),
         feature_scale=_scalar(values, "feature_scale", positive=True),
+        projection_scale=tensors.get("projection_scale"),
+        hidden_shift=tensors.get("hidden_shift"),
+        hidden_scale=tensors.get("hidden_scale"),
     )
     weights = HeadWeights(
         map=feature_map,
@@ -222,6 +229,8 @@ def _assemble(
         factor=tensors["factor"],
         factor_scale=_scalar(values, "factor_scale", positive=True),
         amplitude=config.resolved_amplitude,
+        factor_row_scale=tensors.get("factor_row_scale"),
+        factor_diagonal=tensors.get("factor_diagonal"),
     )
     posterior = None
     if "gram" in tensors:

@@ -17,6 +17,7 @@ from rmcore import ops, reference
 from rmcore.errors import NonFiniteError, reject
 from rmcore.ops import Backend, Scores
 from rmcore.posterior import Posterior, check_finite
+from rmcore.quantize import MAX_DEPTH, balance_columns, quantize_rows
 from rmcore.reference import Activation, Likelihood
 from rmcore.weights import SERVING_DTYPES, FeatureMap, HeadWeights, default_dtype, power_of_two_scale
 
@@ -217,7 +218,8 @@ class SNGPHead(nn.Module):
 
         Args:
             dtype: serving dtype; None takes the device's default.
-            calibration: (N, h) hidden rows; their largest magnitude sets the power-of-two input scale of fp16 heads.
+            calibration: (N, h) hidden rows; their largest magnitude sets the power-of-two input scale of fp16 heads,
+                their columns' means and spreads what int8 heads take rows through first.
         """
         config, device = self.config, self.beta.device
         dtype = default_dtype(device) if dtype is None else dtype
@@ -233,6 +235,11 @@ class SNGPHead(nn.Module):
         bias = None if self.bias is None else self.bias.double()
         folds = layer is not None and config.activation == "none" and not config.layernorm
         layer_weight = layer_bias = projection = phase = None
+        if dtype == torch.int8 and (config.features == "linear" or not (folds or layer is None)):
+            reject("dtype", "int8 for linear features, tanh or layernorm", "a 16-bit dtype, or float32")
+        if dtype == torch.int8 and max(config.hidden_size, config.num_features) > MAX_DEPTH:
+            sizes = f"int8 for h = {config.hidden_size}, D = {config.num_features}"
+            reject("dtype", sizes, f"at most {MAX_DEPTH:,} of each, or another dtype")
         if config.features == "linear":
             # z itself is the feature. W̄ is then the projection, unless a non-linearity follows it.
             if layer is not None and not folds:
@@ -250,6 +257,18 @@ class SNGPHead(nn.Module):
             elif not folds:
                 layer_weight, layer_bias = layer, bias
             feature_scale = config.kernel_scale * math.sqrt(2.0 / config.num_features)
+        quantized: dict[str, Tensor] = {}
+        if dtype == torch.int8:
+            assert projection is not None
+            assert phase is not None
+            check_finite(projection, f"projection in {dtype}")
+            if calibration is not None and calibration.numel():
+                check_finite(calibration, "calibration")
+                shift, balance = balance_columns(calibration)
+                phase = phase + projection @ shift.double()
+                phase, projection = phase - phase.floor(), projection / balance.double()
+                quantized |= {"hidden_shift": shift, "hidden_scale": balance}
+            projection, quantized["projection_scale"] = quantize_rows(projection)
         feature_map = FeatureMap(
             features=config.features,
             projection=None if projection is None else projection.to(dtype).contiguous(),
@@ -263,6 +282,7 @@ class SNGPHead(nn.Module):
             dtype=dtype,
             input_scale=scale,
             feature_scale=feature_scale,
+            **quantized,
         )
         for name, tensor in feature_map.tensors().items():
             check_finite(tensor, f"{name} in {dtype}")

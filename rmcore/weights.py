@@ -7,6 +7,9 @@ Serving features are the unscaled ``c``: ``cos(2π t)`` with the phase t in turn
 ``φ = feature_scale · c``. β and U are stored for ``c``, so no kernel multiplies by κ √(2/D). ``hidden`` is multiplied
 by ``input_scale`` (a power of two, undone in the weights) before it is rounded to 16 bits, so massive activations fit.
 
+int8 maps hold whole numbers and a factor for each row of projection and U (:mod:`rmcore.quantize`), and take ``hidden``
+through ``(x − hidden_shift) · hidden_scale`` first.
+
 The tensors are never written after construction; ``cache`` is where a backend keeps its own re-packed form of them.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from rmcore import reference
 from rmcore.errors import FactorizationError, reject
+from rmcore.quantize import dequantize_rows, quantize_rows
 from rmcore.reference import TILE, Activation
 
 __all__ = ["SERVING_DTYPES", "FeatureMap", "HeadWeights", "default_dtype", "from_handle", "power_of_two_scale"]
@@ -49,7 +54,7 @@ def from_handle(handle: int) -> FeatureMap | HeadWeights:
     return weights
 
 
-SERVING_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SERVING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -92,6 +97,9 @@ class FeatureMap:
         dtype: serving dtype; what hidden rows and c are rounded to by the 16-bit backends.
         input_scale: s, a power of two.
         feature_scale: φ = feature_scale · c.
+        projection_scale: (D,) float32 factors of an int8 projection's rows.
+        hidden_shift: (h,) float32 taken from hidden rows first, int8 only, or None.
+        hidden_scale: (h,) float32 powers of two multiplied into them then; goes with ``hidden_shift``.
     """
 
     features: Literal["rff", "linear"]
@@ -106,6 +114,9 @@ class FeatureMap:
     dtype: torch.dtype
     input_scale: float = 1.0
     feature_scale: float = 1.0
+    projection_scale: Tensor | None = None
+    hidden_shift: Tensor | None = None
+    hidden_scale: Tensor | None = None
     cache: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     handle: int = field(default=0, init=False, repr=False)
 
@@ -126,15 +137,44 @@ class FeatureMap:
     @cached_property
     def _float(self) -> tuple[Tensor | None, Tensor | None]:
         # The torch backend multiplies in float32; upcasting 16-bit weights on every call would cost more than the call.
+        projection = self.projection
+        if projection is not None and self.projection_scale is not None:
+            projection = dequantize_rows(projection, self.projection_scale)
         return (
-            None if self.projection is None else self.projection.float(),
+            None if projection is None else projection.float(),
             None if self.layer_weight is None else self.layer_weight.float(),
+        )
+
+    @cached_property
+    def dequantized(self) -> FeatureMap:
+        """The float32 map with the same c, for passes without an int8 kernel; itself where it is not int8."""
+        if self.dtype != torch.int8:
+            return self
+        assert self.projection is not None
+        assert self.projection_scale is not None
+        assert self.phase is not None
+        projection = self.projection.double() * self.projection_scale.double()[:, None]
+        phase = self.phase.double()
+        if self.hidden_shift is not None and self.hidden_scale is not None:
+            projection = projection * self.hidden_scale.double()
+            phase = phase - projection @ (self.hidden_shift.double() * self.input_scale)
+        return replace(
+            self,
+            projection=projection.float(),
+            phase=(phase - phase.floor()).float(),
+            dtype=torch.float32,
+            projection_scale=None,
+            hidden_shift=None,
+            hidden_scale=None,
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """c (..., D) in float32, or float64 for float64 rows, with ordinary torch operations."""
         compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        x = hidden.to(compute) * self.input_scale
+        x = hidden.to(compute)
+        if self.hidden_shift is not None and self.hidden_scale is not None:
+            x = (x - self.hidden_shift.to(compute)) * self.hidden_scale.to(compute)
+        x = x * self.input_scale
         projection, layer = (None if t is None else t.to(compute) for t in self._float)
         if layer is not None:
             bias = None if self.layer_bias is None else self.layer_bias.to(compute)
@@ -159,7 +199,15 @@ class FeatureMap:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it holds, by field name."""
-        names = ("projection", "phase", "layer_weight", "layer_bias")
+        names = (
+            "projection",
+            "phase",
+            "layer_weight",
+            "layer_bias",
+            "projection_scale",
+            "hidden_shift",
+            "hidden_scale",
+        )
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
 
@@ -174,6 +222,9 @@ class HeadWeights:
         factor: packed lower tiles (n(n+1)/2, 128, 128) of U for c, times a power of two, serving dtype.
         factor_scale: v = factor_scale · ‖factor c‖² undoes that power of two.
         amplitude: a of u = √(1 + a v).
+        factor_row_scale: (D,) float32 factors of an int8 U's rows; its tiles then leave out the diagonal, which is far
+            larger than the rest of a row and would leave it no digits.
+        factor_diagonal: (D,) float32 diagonal of an int8 U.
     """
 
     map: FeatureMap
@@ -182,6 +233,8 @@ class HeadWeights:
     factor: Tensor
     factor_scale: float
     amplitude: float
+    factor_row_scale: Tensor | None = None
+    factor_diagonal: Tensor | None = None
     cache: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     handle: int = field(default=0, init=False, repr=False)
 
@@ -199,6 +252,8 @@ class HeadWeights:
         s = feature_map.feature_scale
         u = factor.double() * s
         largest = float(u.abs().max())
+        if feature_map.dtype == torch.int8:
+            return cls._build_int8(feature_map, beta, beta0, u, amplitude)
         # Rows of U hold values across many magnitudes. Centring the largest at 2^10 keeps all that matter out of fp16's
         # subnormals (below 6e-5), and sums of squares of D products stay far inside float32.
         exponent = 10 - math.frexp(largest)[1] if largest > 0 and math.isfinite(largest) else 0
@@ -215,6 +270,24 @@ class HeadWeights:
             factor=packed,
             factor_scale=2.0 ** (-2 * exponent),
             amplitude=float(amplitude),
+        )
+
+    @classmethod
+    def _build_int8(
+        cls, feature_map: FeatureMap, beta: Tensor, beta0: float, u: Tensor, amplitude: float
+    ) -> HeadWeights:
+        if not bool(u.isfinite().all()):
+            raise FactorizationError("factor: got NaN or Inf, expected a finite triangular factor. Raise the ridge")
+        whole, row_scale = quantize_rows(u.tril(-1))
+        return cls(
+            map=feature_map,
+            beta=(beta.double() * feature_map.feature_scale).float(),
+            beta0=float(beta0),
+            factor=reference.pack_lower(whole, TILE),
+            factor_scale=1.0,
+            amplitude=float(amplitude),
+            factor_row_scale=row_scale,
+            factor_diagonal=u.diagonal().float(),
         )
 
     @property
@@ -240,17 +313,28 @@ class HeadWeights:
     @cached_property
     def dense_factor(self) -> Tensor:
         """U for c as a dense float32 (D, D), for the torch backend; made on first use and kept."""
-        return reference.unpack_lower(self.factor, self.num_features).float() * math.sqrt(self.factor_scale)
+        factor = reference.unpack_lower(self.factor, self.num_features).float() * math.sqrt(self.factor_scale)
+        if self.factor_row_scale is None or self.factor_diagonal is None:
+            return factor
+        return factor * self.factor_row_scale[:, None] + torch.diag(self.factor_diagonal)
 
     def to(self, device: torch.device | str) -> HeadWeights:
         """The same weights on another device."""
-        return replace(self, map=self.map.to(device), beta=self.beta.to(device), factor=self.factor.to(device))
+        return self._with(self.map.to(device), lambda tensor: tensor.to(device))
 
     def clone(self) -> HeadWeights:
         """The same weights in memory of their own."""
-        return replace(self, map=self.map.clone(), beta=self.beta.clone(), factor=self.factor.clone())
+        return self._with(self.map.clone(), Tensor.clone)
+
+    def _with(self, feature_map: FeatureMap, change: Callable[[Tensor], Tensor]) -> HeadWeights:
+        return replace(self, map=feature_map, **{name: change(tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it holds beside its map's, by field name."""
+        names = ("beta", "factor", "factor_row_scale", "factor_diagonal")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def nbytes(self) -> int:
         """Bytes of the weights a full scoring pass reads."""
-        tensors = [*self.map.tensors().values(), self.beta, self.factor]
+        tensors = [*self.map.tensors().values(), *self.tensors().values()]
         return sum(t.numel() * t.element_size() for t in tensors)

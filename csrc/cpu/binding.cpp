@@ -55,20 +55,34 @@ Rows make_rows(uintptr_t data, const std::string& dtype, int64_t count, int64_t 
 }
 
 Dtype weight_dtype(const std::string& name) {
+  if (name == "int8") return Dtype::i8;
   const Dtype dtype = parse_dtype(name);
   require(dtype != Dtype::f64, "dtype: float64 weights have no kernel");
   return dtype;
 }
 
+constexpr int64_t kInt8Depth = 65536;  // whole-number sums of more products than this could leave int32
+
+Quantized make_quantized(uintptr_t scale, uintptr_t sum) {
+  return {pointer<const float>(scale), pointer<const int32_t>(sum)};
+}
+
 Map make_map(const std::string& dtype, bool cosine, bool tanh, bool layernorm, int64_t hidden, int64_t layer_size,
              int64_t features, uintptr_t layer, uintptr_t layer_bias, uintptr_t projection, uintptr_t phase,
-             float input_scale) {
+             float input_scale, uintptr_t projection_scale, uintptr_t projection_sum, uintptr_t hidden_shift,
+             uintptr_t hidden_scale) {
   require(hidden > 0 && features > 0, "map: expected positive sizes");
   require((layer == 0) == (layer_bias == 0) && (projection == 0) == (phase == 0), "map: a matrix needs its bias");
   require(layer == 0 || layer_size > 0, "map: expected a positive layer size");
   require(projection != 0 || !cosine, "map: random Fourier features need a projection");
   require(projection != 0 || features == (layer == 0 ? hidden : layer_size), "map: features differ from their input");
-  return {weight_dtype(dtype),
+  const Dtype type = weight_dtype(dtype);
+  require((hidden_shift == 0) == (hidden_scale == 0), "map: hidden_shift goes with hidden_scale");
+  require(type == Dtype::i8 || (projection_scale == 0 && hidden_shift == 0), "map: scales are for int8");
+  require(type != Dtype::i8 || (cosine && layer == 0 && projection_scale != 0 && projection_sum != 0),
+          "map: int8 takes random Fourier features of a folded projection, with its scales and sums");
+  require(type != Dtype::i8 || (hidden <= kInt8Depth && features <= kInt8Depth), "map: too large for int8");
+  return {type,
           cosine,
           tanh,
           layernorm,
@@ -79,12 +93,25 @@ Map make_map(const std::string& dtype, bool cosine, bool tanh, bool layernorm, i
           pointer<const float>(layer_bias),
           pointer<const void>(projection),
           pointer<const float>(phase),
-          input_scale};
+          input_scale,
+          make_quantized(projection_scale, projection_sum),
+          pointer<const float>(hidden_shift),
+          pointer<const float>(hidden_scale)};
 }
 
-Head make_head(const Map& map, uintptr_t beta, uintptr_t factor, float beta0, float factor_scale, float amplitude) {
+Head make_head(const Map& map, uintptr_t beta, uintptr_t factor, float beta0, float factor_scale, float amplitude,
+               uintptr_t factor_row_scale, uintptr_t factor_row_sum, uintptr_t factor_diagonal) {
   require(beta != 0 && factor != 0, "head: null pointer");
-  return {map, pointer<const float>(beta), pointer<const void>(factor), beta0, factor_scale, amplitude};
+  require((map.dtype == Dtype::i8) == (factor_row_scale != 0 && factor_row_sum != 0 && factor_diagonal != 0),
+          "head: int8 needs row scales, row sums and the diagonal");
+  return {map,
+          pointer<const float>(beta),
+          pointer<const void>(factor),
+          beta0,
+          factor_scale,
+          amplitude,
+          make_quantized(factor_row_scale, factor_row_sum),
+          pointer<const float>(factor_diagonal)};
 }
 
 // Asks for large pages: panels are read in long runs, and small pages stop the hardware's prefetch every 4 KB.
@@ -105,7 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("PANEL") = kPanel;
 
   m.def(
-      "isa", [] { return isa_name(active_isa()); }, "The instruction set in use: scalar, avx2, avx512 or avx512_bf16.");
+      "isa", [] { return isa_name(active_isa()); }, "The instruction set in use: scalar, avx2, avx512, avx512_vnni or avx512_bf16.");
   m.def("best_isa", [] { return isa_name(detect_isa()); }, "The best instruction set of this machine.");
   m.def(
       "set_isa",
@@ -117,10 +144,13 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Map>(m, "Map", "A feature map in packed form; the caller keeps its tensors alive.")
       .def(py::init(&make_map), py::kw_only(), py::arg("dtype"), py::arg("cosine"), py::arg("tanh"),
            py::arg("layernorm"), py::arg("hidden"), py::arg("layer_size"), py::arg("features"), py::arg("layer"),
-           py::arg("layer_bias"), py::arg("projection"), py::arg("phase"), py::arg("input_scale"));
+           py::arg("layer_bias"), py::arg("projection"), py::arg("phase"), py::arg("input_scale"),
+           py::arg("projection_scale") = 0, py::arg("projection_sum") = 0, py::arg("hidden_shift") = 0,
+           py::arg("hidden_scale") = 0);
   py::class_<Head>(m, "Head", "Head weights in packed form; the caller keeps their tensors alive.")
       .def(py::init(&make_head), py::kw_only(), py::arg("map"), py::arg("beta"), py::arg("factor"), py::arg("beta0"),
-           py::arg("factor_scale"), py::arg("amplitude"));
+           py::arg("factor_scale"), py::arg("amplitude"), py::arg("factor_row_scale") = 0,
+           py::arg("factor_row_sum") = 0, py::arg("factor_diagonal") = 0);
 
   m.def("advise_huge", &advise_huge, py::arg("address"), py::arg("bytes"), "Wish for large pages here.");
   m.def(
@@ -158,6 +188,7 @@ PYBIND11_MODULE(_cpu, m) {
          size_t workspace_bytes) {
         const Rows rows = make_rows(data, dtype, count, row_stride, col_stride);
         require(out_stride % kPanel == 0 && out_stride >= map.features, "out_stride: expected whole panels");
+        require(map.dtype != Dtype::i8, "features: int8 maps go dequantized");
         return run(workspace, workspace_bytes, [&](void* memory) {
           return kernels().features(map, rows, pointer<float>(out), out_stride, threads, memory);
         });
@@ -172,6 +203,7 @@ PYBIND11_MODULE(_cpu, m) {
          uintptr_t precision, bool precision_double, uintptr_t gradient, bool gradient_double, uintptr_t log_likelihood,
          int threads, uintptr_t workspace, size_t workspace_bytes) {
         const Rows rows = make_rows(data, dtype, count, row_stride, col_stride);
+        require(map.dtype != Dtype::i8, "accumulate: int8 maps go dequantized");
         require((pairs == 0) == (features == 0), "pairs: go with the features of all rows");
         require(features == 0 || (features_stride % kPanel == 0 && features_stride >= map.features),
                 "features_stride: expected whole panels");

@@ -13,10 +13,13 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
   static const Kernels of_avx2 = RMCORE_KERNELS_OF(avx2);
   static const Kernels of_avx512 = RMCORE_KERNELS_OF(avx512);
+  static const Kernels of_avx512_vnni = RMCORE_KERNELS_OF(avx512_vnni);
   static const Kernels of_avx512_bf16 = RMCORE_KERNELS_OF(avx512_bf16);
   switch (active_isa()) {
     case Isa::avx512_bf16:
       return of_avx512_bf16;
+    case Isa::avx512_vnni:
+      return of_avx512_vnni;
     case Isa::avx512:
       return of_avx512;
     case Isa::avx2:

@@ -1,10 +1,15 @@
 // Matrix products of rows with weight panels: acc (rows × 64) += A (rows × k) · panel (k × 64), float32 accumulators.
 //
 // A panel holds 64 columns of the product, k-major: float and fp16 as [k][64], bf16 as pairs [k/2][64][2], which is
-// what the bf16 dot product takes, and which a shift and a mask turn into two float vectors elsewhere. A block of 6
-// rows × 64 (AVX-512) or fewer columns stays in registers while k runs through one weight block; blocks are summed
-// apart and then added, which keeps rounding errors small. The order of additions along k is the same for every row,
-// whatever block it falls in, so a row's result does not depend on its neighbours or on the size of the batch.
+// what the bf16 dot product takes, and which a shift and a mask turn into two float vectors elsewhere; int8 as quads
+// [k/4][64][4], likewise. A block of 6 rows × 64 (AVX-512) or fewer columns stays in registers while k runs through one
+// weight block; blocks are summed apart and then added, which keeps rounding errors small. The order of additions along
+// k is the same for every row, whatever block it falls in, so a row's result does not depend on its neighbours or on
+// the size of the batch.
+//
+// int8 weights meet activations that are whole numbers −127 … 127 times a factor of the row. With VNNI they are stored
+// as bytes, 128 too high, since the instruction takes unsigned times signed; sums are exact in int32 (k ≤ 65,536), and
+// what 128 · Σ weights adds is taken away at the end. Elsewhere the same whole numbers are floats.
 #pragma once
 
 #include <cstddef>
@@ -51,6 +56,18 @@ struct BF16 {
   static constexpr int kStep = 2;
 };
 
+struct I8 {
+  using Store = int8_t;
+#if defined(__AVX512VNNI__)
+  using Act = uint8_t;
+  static constexpr int kDepth = 2048;
+#else
+  using Act = float;
+  static constexpr int kDepth = kConvertDepth;
+#endif
+  static constexpr int kStep = 4;
+};
+
 template <class A, class B>
 struct Same {
   static constexpr bool value = false;
@@ -64,7 +81,7 @@ struct Same<A, A> {
 template <class W>
 constexpr int kStepLines = W::kStep * kPanel * static_cast<int>(sizeof(typename W::Store)) / 64;
 
-// True where 16-bit weights meet float activations, so that converting the weights can be shared by many rows.
+// True where narrow weights meet float activations, so that converting the weights can be shared by many rows.
 template <class W>
 constexpr bool kConverts = !Same<W, F32>::value && Same<typename W::Act, float>::value;
 
@@ -77,6 +94,8 @@ inline void load_step(const typename W::Store* w, Vec (&b)[W::kStep][N]) {
       b[0][j] = load(w + j * kWidth);
     } else if constexpr (Same<W, F16>::value) {
       b[0][j] = load_f16(w + j * kWidth);
+    } else if constexpr (Same<W, I8>::value) {
+      load_i8_quads(w + 4 * j * kWidth, b[0][j], b[1][j], b[2][j], b[3][j]);
     } else {
       load_bf16_pairs(w + 2 * j * kWidth, b[0][j], b[1][j]);
     }
@@ -89,6 +108,48 @@ template <class W, int R, Ahead kAhead, int Lines>
 inline void block_product(const typename W::Act* a, ptrdiff_t row_stride, ptrdiff_t step_stride,
                           const typename W::Store* w, int k, float* acc, bool accumulate, const char* next) {
   constexpr int N = kColumnVecs;
+#if defined(__AVX512VNNI__)
+  if constexpr (Same<W, I8>::value) {
+    // Not __m512i, whose sums gcc 12 writes back to the stack at every step.
+    typedef int Whole __attribute__((vector_size(64)));
+    Whole s[R][N];
+    RMCORE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      RMCORE_UNROLL
+      for (int j = 0; j < N; ++j) s[r][j] = Whole{};
+    }
+    for (int p = 0; p < k; p += W::kStep) {
+      if constexpr (kAhead != Ahead::nothing) {
+        RMCORE_UNROLL
+        for (int i = 0; i < Lines; ++i) __builtin_prefetch(next + 64 * i, 0, kAhead == Ahead::near ? 3 : 2);
+        next += 64 * Lines;
+      }
+      __m512i b[N];
+      RMCORE_UNROLL
+      for (int j = 0; j < N; ++j) b[j] = _mm512_loadu_si512(w + j * 4 * kWidth);
+      RMCORE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        int quad;
+        std::memcpy(&quad, a + r * row_stride, 4);
+        const __m512i x = _mm512_set1_epi32(quad);
+        RMCORE_UNROLL
+        for (int j = 0; j < N; ++j) s[r][j] = (Whole)_mm512_dpbusd_epi32((__m512i)s[r][j], x, b[j]);
+      }
+      a += step_stride;
+      w += kPanel * W::kStep;
+    }
+    RMCORE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      RMCORE_UNROLL
+      for (int j = 0; j < N; ++j) {
+        float* out = acc + r * kPanel + j * kWidth;  // int32 until finish_product
+        const __m512i sum = (__m512i)s[r][j];
+        _mm512_storeu_si512(out, accumulate ? _mm512_add_epi32(_mm512_loadu_si512(out), sum) : sum);
+      }
+    }
+    return;
+  }
+#endif
   Vec s[R][N];
   RMCORE_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -214,12 +275,38 @@ void convert_block(const typename W::Store* w, int k, float* out) {
   }
 }
 
+// What int8 products are multiplied with; not read for other weights.
+struct Scales {
+  const float* columns;  // of the panel's 64 columns: the factor of its weights
+  const int32_t* sums;   // of the panel's 64 columns: the sum of its weights
+  const float* rows;     // the factor of each row's activations
+};
+
+// Whole-number products → floats: acc[r, c] ← (acc[r, c] − offset · sums[c]) columns[c] rows[r].
+inline void finish_product(int rows, const Scales& scales, float* acc) {
+  for (int c = 0; c < kPanel; c += kWidth) {
+    const Vec column = load(scales.columns + c);
+#if defined(__AVX512VNNI__)
+    const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(scales.sums + c), 7);
+#endif
+    for (int r = 0; r < rows; ++r) {
+      float* out = acc + r * kPanel + c;
+#if defined(__AVX512VNNI__)
+      const Vec whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(out), offset));
+#else
+      const Vec whole = load(out);
+#endif
+      store(out, mul(mul(whole, column), splat(scales.rows[r])));
+    }
+  }
+}
+
 // acc (rows × 64) = A (rows × k, row-major with stride lda) · panel. k is a multiple of kStep. `scratch` holds
 // kConvertDepth × 64 floats; `next` is the panel this thread will read after this one, or nullptr. Where `low` is not
 // 0, A is the sum of what is at `a` and at `a + low`.
 template <class W>
 void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, ptrdiff_t low, const typename W::Store* w, int k,
-                   float* acc, float* scratch, const void* next) {
+                   const Scales& scales, float* acc, float* scratch, const void* next) {
   const bool convert = kConverts<W> && rows >= kConvertRows;
   if (k == 0) std::memset(acc, 0, sizeof(float) * kPanel * rows);
   for (int k0 = 0; k0 < k; k0 += W::kDepth) {
@@ -230,13 +317,15 @@ void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, ptrdiff_t 
     if constexpr (kConverts<W>) {
       if (convert) {
         convert_block<W>(block, n, scratch);
-        rows_product<F32, kStepLines<W> / W::kStep>(rows, a + k0, lda, 1, scratch, n, acc, k0 > 0, following);
+        constexpr int lines = (kStepLines<W> + W::kStep - 1) / W::kStep;
+        rows_product<F32, lines>(rows, a + k0, lda, 1, scratch, n, acc, k0 > 0, following);
         continue;
       }
     }
     rows_product<W, kStepLines<W>>(rows, a + k0, lda, W::kStep, block, n, acc, k0 > 0, following);
     if (low != 0) rows_product<W, kStepLines<W>>(rows, a + low + k0, lda, W::kStep, block, n, acc, true, nullptr);
   }
+  if constexpr (Same<W, I8>::value) finish_product(rows, scales, acc);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 namespace rmcore::cpu {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4 };
 
 // The best instruction set of this processor and operating system.
 Isa detect_isa();

@@ -6,7 +6,7 @@
 
 namespace rmcore::cpu {
 
-enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, i8 = 4 };
 
 constexpr int kPanel = 64;  // columns of a weight panel
 
@@ -19,8 +19,15 @@ struct Rows {
   int64_t col_stride;
 };
 
+// What int8 panels of a matrix come with, padded with zeros to whole panels: the factor of each row of the matrix, and
+// the sum of its whole numbers. nullptr for other weights.
+struct Quantized {
+  const float* scale;
+  const int32_t* sum;
+};
+
 // A FeatureMap in packed form. `layer` and `projection` are panels (pack.cpp), nullptr where the map has none; bias
-// and phase are padded with zeros to whole panels.
+// and phase are padded with zeros to whole panels. int8 maps are a projection without a layer.
 struct Map {
   Dtype dtype;
   bool cosine;  // c = cos 2πt, else c = t
@@ -34,6 +41,9 @@ struct Map {
   const void* projection;
   const float* phase;
   float input_scale;
+  Quantized projection_int8;
+  const float* hidden_shift;  // (h) taken from rows first, or nullptr
+  const float* hidden_scale;  // (h) multiplied into rows then, or nullptr; only with hidden_shift
 };
 
 // HeadWeights in packed form: β padded with zeros to whole panels, U as triangular panels.
@@ -44,6 +54,8 @@ struct Head {
   float beta0;
   float factor_scale;
   float amplitude;
+  Quantized factor_int8;         // U without its diagonal
+  const float* factor_diagonal;  // padded with zeros to whole panels; int8 only
 };
 
 struct AccumulateTask {
@@ -84,6 +96,9 @@ namespace avx2 {
 RMCORE_DECLARE_KERNELS
 }
 namespace avx512 {
+RMCORE_DECLARE_KERNELS
+}
+namespace avx512_vnni {
 RMCORE_DECLARE_KERNELS
 }
 namespace avx512_bf16 {

@@ -1,7 +1,7 @@
 // Weights → panels, once per head.
 //
 //   pack_panels  matrix (N, K) row-major → ⌈N/64⌉ panels of 64 output columns, each k-major over K:
-//                float and fp16 [K][64], bf16 [⌈K/2⌉][64][2]; zeros beyond N and K.
+//                float and fp16 [K][64], bf16 [⌈K/2⌉][64][2], int8 [⌈K/4⌉][64][4]; zeros beyond N and K.
 //   pack_factor  lower 128 × 128 tiles of U (D, D) → ⌈D/64⌉ panels of 64 rows of U, panel p over k < 64 (p + 1) only.
 //
 // Reads and writes each byte of the weights once.
@@ -66,6 +66,8 @@ void pack_panels(const void* matrix, Dtype dtype, int64_t rows, int64_t cols, vo
     pack_matrix<float, 1>(static_cast<const float*>(matrix), rows, cols, static_cast<float*>(panels), threads);
   } else if (dtype == Dtype::f16) {
     pack_matrix<uint16_t, 1>(static_cast<const uint16_t*>(matrix), rows, cols, static_cast<uint16_t*>(panels), threads);
+  } else if (dtype == Dtype::i8) {
+    pack_matrix<int8_t, 4>(static_cast<const int8_t*>(matrix), rows, cols, static_cast<int8_t*>(panels), threads);
   } else {
     pack_matrix<uint16_t, 2>(static_cast<const uint16_t*>(matrix), rows, cols, static_cast<uint16_t*>(panels), threads);
   }
@@ -76,6 +78,8 @@ void pack_factor(const void* tiles, Dtype dtype, int64_t size, void* panels, int
     pack_tiles<float, 1>(static_cast<const float*>(tiles), size, static_cast<float*>(panels), threads);
   } else if (dtype == Dtype::f16) {
     pack_tiles<uint16_t, 1>(static_cast<const uint16_t*>(tiles), size, static_cast<uint16_t*>(panels), threads);
+  } else if (dtype == Dtype::i8) {
+    pack_tiles<int8_t, 4>(static_cast<const int8_t*>(tiles), size, static_cast<int8_t*>(panels), threads);
   } else {
     pack_tiles<uint16_t, 2>(static_cast<const uint16_t*>(tiles), size, static_cast<uint16_t*>(panels), threads);
   }

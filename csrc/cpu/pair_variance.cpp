@@ -89,6 +89,9 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
   auto* row_logits = workspace.take<float>(panels * most_rows);  // (panel, row)
   auto* partial = workspace.take<float>(panels * most_pairs);    // (panel, pair)
   auto* members = workspace.take<Group>(most_groups);
+  // int8: how large a row's differences are is known only when all its panels are there.
+  auto* exact = Same<W, I8>::value ? workspace.take<float>(most_rows * stride) : nullptr;
+  auto* delta_factor = Same<W, I8>::value ? workspace.take<float>(most_rows) : nullptr;
   if (workspace.counting()) return workspace.used();
 
   parallel(threads, [&](Team& team) {
@@ -108,15 +111,26 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
           team, map, rows, row, chunk.rows, most_rows, buffers, [&](float* tile, int64_t panel, int64_t, int64_t n) {
             subtract_first(tile, members, chunk.groups);
             beta_product(static_cast<int>(n), tile, head.beta + panel * kPanel, row_logits + panel * most_rows);
-            Act* to = delta + panel * kPanel;
             for (int64_t r = 0; r < n; ++r) {
               for (int j = 0; j < kPanel; j += kWidth) {
-                store_act(to + r * stride + j, load(tile + r * kPanel + j));
+                const Vec d = load(tile + r * kPanel + j);
+                if constexpr (Same<W, I8>::value) {
+                  store(exact + r * stride + panel * kPanel + j, d);
+                } else {
+                  store_act(delta + r * stride + panel * kPanel + j, d);
+                }
               }
             }
           });
-      factor_stage<W>(team, map.features, static_cast<const typename W::Store*>(head.factor), delta, stride, chunk.rows,
-                      most_rows, buffers, [&](const float* tile, int64_t panel, int64_t, int64_t) {
+      if constexpr (Same<W, I8>::value) {
+        team.each(chunk.rows, [&](int64_t r) {
+          const float* row = exact + r * stride;
+          delta_factor[r] =
+              quantize_row(panels * kPanel, delta + r * stride, 0, [&](int64_t i) { return load(row + i); });
+        });
+      }
+      factor_stage<W>(team, head, delta, stride, delta_factor, chunk.rows, most_rows, buffers,
+                      [&](const float* tile, int64_t panel, int64_t, int64_t) {
                         pair_squares(tile, members, chunk.groups, partial + panel * most_pairs);
                       });
       team.each(chunk.groups, [&](int64_t i) {
@@ -149,7 +163,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
 size_t pair_variance(const Head& head, const Rows& rows, const int64_t* group_sizes, int64_t groups, float* logits,
                      float* variances, int threads, void* workspace) {
   if (rows.count == 0) return 0;
-  return with_weight_type(head.map.dtype, [&](auto weight) {
+  return with_any_weight_type(head.map.dtype, [&](auto weight) {
     return pair_variance_chunks<decltype(weight)>(head, rows, group_sizes, groups, logits, variances, threads,
                                                   workspace);
   });

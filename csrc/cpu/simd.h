@@ -57,6 +57,7 @@ inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float sum(Vec a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -76,6 +77,14 @@ inline void load_bf16_pairs(const uint16_t* p, Vec& a, Vec& b) {
   a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// Interleaved quads (a0 b0 c0 d0 a1 ...) → a, b, c, d.
+inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
+  const __m512i quads = _mm512_loadu_si512(p);
+  a = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 24), 24));
+  b = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 16), 24));
+  c = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 8), 24));
+  d = _mm512_cvtepi32_ps(_mm512_srai_epi32(quads, 24));
+}
 
 #elif defined(__AVX2__)
 
@@ -93,6 +102,7 @@ inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline float sum(Vec a) {
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
@@ -107,6 +117,13 @@ inline void load_bf16_pairs(const uint16_t* p, Vec& a, Vec& b) {
   const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   a = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
   b = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
+  const __m256i quads = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24), 24));
+  b = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 16), 24));
+  c = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 8), 24));
+  d = _mm256_cvtepi32_ps(_mm256_srai_epi32(quads, 24));
 }
 
 #else  // any machine: four lanes of the compiler's own vectors
@@ -129,6 +146,10 @@ inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec abs(Vec a) { return (Vec)((VecBits)a & VecBits{0x7fffffffu, 0x7fffffffu, 0x7fffffffu, 0x7fffffffu}); }
+inline Vec larger(Vec a, Vec b) {
+  const VecBits above = (VecBits)(a > b);
+  return (Vec)(((VecBits)a & above) | ((VecBits)b & ~above));
+}
 // Adding and taking away 1.5·2²³ leaves the nearest integer; beyond 2²² every float is one to within the phase's own
 // error, and Inf − Inf is the NaN that the caller's subtraction would give.
 inline Vec nearest(Vec a) {
@@ -150,6 +171,15 @@ inline void load_bf16_pairs(const uint16_t* p, Vec& a, Vec& b) {
   a = Vec{bf16_to_float(p[0]), bf16_to_float(p[2]), bf16_to_float(p[4]), bf16_to_float(p[6])};
   b = Vec{bf16_to_float(p[1]), bf16_to_float(p[3]), bf16_to_float(p[5]), bf16_to_float(p[7])};
 }
+inline Vec every_fourth(const int8_t* p) {
+  return Vec{static_cast<float>(p[0]), static_cast<float>(p[4]), static_cast<float>(p[8]), static_cast<float>(p[12])};
+}
+inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
+  a = every_fourth(p);
+  b = every_fourth(p + 1);
+  c = every_fourth(p + 2);
+  d = every_fourth(p + 3);
+}
 
 #endif
 
@@ -164,6 +194,27 @@ inline void store_bf16_pairs(uint16_t* p, Vec a, Vec b) {
   _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 #endif
+
+#if defined(__AVX512VNNI__)
+// Whole numbers −127 … 127 → bytes, 128 too high.
+inline void store_bytes(uint8_t* p, Vec a) {
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(128));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+}
+inline Vec load_bytes(const uint8_t* p) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(bytes, _mm512_set1_epi32(128)));
+}
+#endif
+
+// The largest lane.
+inline float largest(Vec a) {
+  float lanes[kWidth], most;
+  store(lanes, a);
+  most = lanes[0];
+  for (int i = 1; i < kWidth; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
 
 // cos 2πt by t − round(t) and sin 2π(¼ − |r|), an odd polynomial of degree 9 on [−¼, ¼] fitted in the largest error:
 // 3e-9 in exact arithmetic, 2e-7 in float32. NaN and Inf give NaN.

@@ -72,6 +72,7 @@ inline float element(const Rows& rows, int64_t index) {
     case Dtype::bf16:
       return bf16_to_float(static_cast<const uint16_t*>(rows.data)[index]);
     case Dtype::f64:
+    case Dtype::i8:  // weights only
       break;
   }
   return static_cast<float>(static_cast<const double*>(rows.data)[index]);
@@ -86,6 +87,7 @@ inline Vec load_elements(const Rows& rows, int64_t index) {
     case Dtype::bf16:
       return load_bf16(static_cast<const uint16_t*>(rows.data) + index);
     case Dtype::f64:
+    case Dtype::i8:  // weights only
       break;
   }
   float buffer[kWidth];
@@ -107,11 +109,53 @@ inline void store_act(Act* out, int64_t low, Vec x) {
   }
 }
 
-// True where rows are worth two bf16 terms each: they hold more than one, and the product that takes them is the lesser
-// part of the work. A property of the head and the dtype of its rows, never of how many there are.
+// int8 activations: whole numbers −127 … 127, each row with a factor of its own.
+constexpr float kWhole = 127.0f;
+inline void store_whole(float* out, Vec x) { store(out, x); }
+#if defined(__AVX512VNNI__)
+inline void store_whole(uint8_t* out, Vec x) { store_bytes(out, x); }
+inline Vec load_whole(const uint8_t* p) { return load_bytes(p); }
+#endif
+inline Vec load_whole(const float* p) { return load(p); }
+
+constexpr float kLowTerm = 1.0f / (2.0f * kWhole);  // a low term's factor over its row's: rounding leaves half a step
+
+// Columns 0 … columns of a row, kWidth at a time from `values(i)`, to whole numbers; returns the row's factor, which is
+// NaN where a value is not finite. Where `low` is not 0, what rounding took away goes to `out + low`.
+template <class Act, class Values>
+float quantize_row(int64_t columns, Act* out, int64_t low, Values&& values) {
+  Vec most = zero(), spoilt = zero();
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const Vec x = values(i);
+    most = larger(most, abs(x));
+    spoilt = add(spoilt, sub(x, x));
+  }
+  const float edge = largest(most);
+  const Vec factor = splat(edge > 1e-30f ? kWhole / edge : 0.0f);
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const Vec x = mul(values(i), factor), whole = nearest(x);
+    store_whole(out + i, whole);
+    if (low != 0) store_whole(out + low + i, nearest(mul(sub(x, whole), splat(1.0f / kLowTerm))));
+  }
+  return edge / kWhole + sum(spoilt);
+}
+
+// c, which is within ±1, in whole numbers of 1/127; a NaN is anything, so that whoever sums must bring it back.
+template <class W>
+void store_feature(typename W::Act* out, Vec c) {
+  if constexpr (Same<W, I8>::value) {
+    store_whole(out, nearest(mul(c, splat(kWhole))));
+  } else {
+    store_act(out, c);
+  }
+}
+
+// True where rows are worth two terms each, bf16 or int8: they hold more than one, and the product that takes them is
+// the lesser part of the work. A property of the head and the dtype of its rows, never of how many there are.
 template <class W>
 bool two_terms(const Map& map, const Rows& rows) {
-  return !Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16 && 2 * map.hidden <= map.features;
+  const bool rounds = Same<W, I8>::value || (!Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16);
+  return rounds && 2 * map.hidden <= map.features;
 }
 
 // Row `row` times `scale`, rounded to Act, zeros up to a whole panel.
@@ -132,6 +176,34 @@ void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* 
   }
 }
 
+// Row `row` of the map's input, shifted and scaled by column, as whole numbers; returns the row's factor.
+template <class Act>
+float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int64_t low) {
+  const int64_t start = row * rows.row_stride;
+  const bool centred = map.hidden_shift != nullptr;
+  return quantize_row(round_up(map.hidden, kPanel), out, low, [&](int64_t i) {
+    Vec x, shift = zero(), scale = splat(map.input_scale);
+    if (rows.col_stride == 1 && i + kWidth <= map.hidden) {
+      x = load_elements(rows, start + i);
+      if (centred) {
+        shift = load(map.hidden_shift + i);
+        scale = mul(scale, load(map.hidden_scale + i));
+      }
+    } else {
+      float values[kWidth] = {}, shifts[kWidth] = {}, scales[kWidth] = {};
+      for (int j = 0; j < kWidth && i + j < map.hidden; ++j) {
+        values[j] = element(rows, start + (i + j) * rows.col_stride);
+        shifts[j] = centred ? map.hidden_shift[i + j] : 0.0f;
+        scales[j] = (centred ? map.hidden_scale[i + j] : 1.0f) * map.input_scale;
+      }
+      x = load(values);
+      shift = load(shifts);
+      scale = load(scales);
+    }
+    return mul(sub(x, shift), scale);
+  });
+}
+
 // -- layer and features -----------------------------------------------------------------------------------------------
 
 // Buffers of the feature stages for `rows` rows at a time.
@@ -143,8 +215,11 @@ struct FeatureBuffers {
   Act* activated;      // (rows, m)
   int64_t hidden_low;  // from a row to its low term, or 0
   int64_t hidden_stride, layer_stride, activated_stride;
+  float* hidden_factor;                 // (rows), int8 only
+  float* hidden_low_factor;             // (rows), of their low terms
   Workspace::PerThread<float> acc;      // (rows of a task, 64)
   Workspace::PerThread<float> scratch;  // (kConvertDepth, 64)
+  Workspace::PerThread<float> low_acc;  // (rows of a task, 64), int8 in two terms only
 };
 
 template <class W>
@@ -155,6 +230,11 @@ FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, boo
   b.hidden_stride = act_stride<Act>(map.hidden);
   b.hidden_low = two ? rows * b.hidden_stride : 0;
   b.hidden = workspace.take<Act>(rows * b.hidden_stride * (two ? 2 : 1));
+  if (Same<W, I8>::value) {
+    b.hidden_factor = workspace.take<float>(rows);
+    b.hidden_low_factor = workspace.take<float>(rows);
+    if (two) b.low_acc = workspace.take_each<float>(threads, task_rows * kPanel);
+  }
   if (map.layer != nullptr) {
     b.layer_stride = act_stride<float>(map.layer_size);
     b.activated_stride = act_stride<Act>(map.layer_size);
@@ -217,6 +297,16 @@ inline void beta_product(int rows, const float* tile, const float* beta, float* 
   }
 }
 
+// Factors of one panel's product with rows from `first` on.
+template <class W>
+Scales scales_of(const Quantized& matrix, int64_t panel, const float* row_factors, int64_t first) {
+  if constexpr (Same<W, I8>::value) {
+    return {matrix.scale + panel * kPanel, matrix.sum + panel * kPanel, row_factors + first};
+  } else {
+    return {};
+  }
+}
+
 // Walks one group of rows through the stages up to c. `emit(tile, panel, first, n)` receives c of rows first..first+n
 // (within the group) for one panel of 64 columns, (n, 64) contiguous, in the claiming thread; every (row, panel) once.
 // `task_rows` bounds n. Ends with all threads met.
@@ -246,7 +336,13 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
   }
 
   team.each(count, [&](int64_t r) {
-    load_row(rows, start + r, map.hidden, map.input_scale, b.hidden + r * b.hidden_stride, b.hidden_low);
+    Act* row = b.hidden + r * b.hidden_stride;
+    if constexpr (Same<W, I8>::value) {
+      b.hidden_factor[r] = load_row_int8(map, rows, start + r, row, b.hidden_low);
+      b.hidden_low_factor[r] = b.hidden_factor[r] * kLowTerm;
+    } else {
+      load_row(rows, start + r, map.hidden, map.input_scale, row, b.hidden_low);
+    }
   });
 
   const Act* input = b.hidden;
@@ -259,8 +355,8 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       const int64_t panel = task / groups, first = task % groups * task_rows;
       const int64_t n = minimum(task_rows, count - first);
       const auto* weights = static_cast<const typename W::Store*>(map.layer) + panel * k * kPanel;
-      panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, low, weights, k, acc, scratch,
-                       nullptr);
+      panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, low, weights, k, {}, acc,
+                       scratch, nullptr);
       for (int64_t r = 0; r < n; ++r) {
         for (int c = 0; c < kPanel; c += kWidth) {
           const Vec z = add(load(acc + r * kPanel + c), load(map.layer_bias + panel * kPanel + c));
@@ -269,7 +365,8 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       }
     });
     team.each(count, [&](int64_t r) {
-      finish_layer_row(map, b.layer + r * b.layer_stride, b.activated + r * b.activated_stride);
+      if constexpr (!Same<W, I8>::value)
+        finish_layer_row(map, b.layer + r * b.layer_stride, b.activated + r * b.activated_stride);
     });
     input = b.activated;
     input_stride = b.activated_stride;
@@ -297,8 +394,19 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     const int64_t panel = task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? projection + following / groups * k * kPanel : nullptr;
-    panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, low,
-                     projection + panel * k * kPanel, k, acc, scratch, next);
+    const auto* weights = projection + panel * k * kPanel;
+    const auto product = [&](int64_t from, int64_t two, const float* row_factors, float* to, const void* ahead) {
+      panel_product<W>(static_cast<int>(n), input + first * input_stride + from, input_stride, two, weights, k,
+                       scales_of<W>(map.projection_int8, panel, row_factors, first), to, scratch, ahead);
+    };
+    if (Same<W, I8>::value && low != 0) {  // whole numbers of different sizes are summed apart
+      float* low_acc = b.low_acc[team.rank()];
+      product(0, 0, b.hidden_factor, acc, nullptr);
+      product(low, 0, b.hidden_low_factor, low_acc, next);
+      for (int64_t i = 0; i < n * kPanel; i += kWidth) store(acc + i, add(load(acc + i), load(low_acc + i)));
+    } else {
+      product(0, low, b.hidden_factor, acc, next);
+    }
     finish_features(map, panel, static_cast<int>(n), acc);
     emit(acc, panel, first, n);
   });
@@ -314,10 +422,26 @@ inline int64_t factor_offset(int64_t panel) {
   return static_cast<int64_t>(kPanel) * kPanel * (panel * (panel + 1) / 2);
 }
 
-// y = U c by panels, longest first. `emit(tile, panel, first, n)` receives y as feature_stages does c.
+// int8 factors keep their diagonal apart, in float32: y[r, c] += diagonal[c] c_r[c] for the panel's 64 columns. It is a
+// hundred times the rest of a row, and would leave the rest no digits.
+template <class Act>
+void add_diagonal(const float* diagonal, const Act* c, int64_t stride, const float* c_factor, int rows, float* acc) {
+  for (int j = 0; j < kPanel; j += kWidth) {
+    const Vec d = load(diagonal + j);
+    for (int r = 0; r < rows; ++r) {
+      float* y = acc + r * kPanel + j;
+      store(y, fma(mul(d, splat(c_factor[r])), load_whole(c + r * stride + j), load(y)));
+    }
+  }
+}
+
+// y = U c by panels, longest first; `c_factor` are the factors of int8 rows c. `emit(tile, panel, first, n)` receives y
+// as feature_stages does c.
 template <class W, class Emit>
-void factor_stage(Team& team, int64_t size, const typename W::Store* factor, const typename W::Act* c, int64_t stride,
+void factor_stage(Team& team, const Head& head, const typename W::Act* c, int64_t stride, const float* c_factor,
                   int64_t count, int64_t task_rows, const FeatureBuffers<W>& b, Emit&& emit) {
+  const int64_t size = head.map.features;
+  const auto* factor = static_cast<const typename W::Store*>(head.factor);
   const int64_t groups = ceil_div(count, task_rows), panels = panels_of(size), tasks = panels * groups;
   team.each_ahead(tasks, [&](int64_t task, int64_t following) {
     const int64_t panel = panels - 1 - task / groups, first = task % groups * task_rows;
@@ -325,7 +449,12 @@ void factor_stage(Team& team, int64_t size, const typename W::Store* factor, con
     const auto* next = following < tasks ? factor + factor_offset(panels - 1 - following / groups) : nullptr;
     float* acc = b.acc[team.rank()];
     panel_product<W>(static_cast<int>(n), c + first * stride, stride, 0, factor + factor_offset(panel),
-                     static_cast<int>(factor_depth(size, panel, W::kStep)), acc, b.scratch[team.rank()], next);
+                     static_cast<int>(factor_depth(size, panel, W::kStep)),
+                     scales_of<W>(head.factor_int8, panel, c_factor, first), acc, b.scratch[team.rank()], next);
+    if constexpr (Same<W, I8>::value) {
+      add_diagonal(head.factor_diagonal + panel * kPanel, c + first * stride + panel * kPanel, stride, c_factor + first,
+                   static_cast<int>(n), acc);
+    }
     emit(acc, panel, first, n);
   });
 }
@@ -341,6 +470,12 @@ size_t with_weight_type(Dtype dtype, Run&& run) {
     default:
       return run(F32{});
   }
+}
+
+// The same for the kernels that also take int8 weights.
+template <class Run>
+size_t with_any_weight_type(Dtype dtype, Run&& run) {
+  return dtype == Dtype::i8 ? run(I8{}) : with_weight_type(dtype, run);
 }
 
 // Rows of one task, so that a short list of panels still keeps every thread busy.

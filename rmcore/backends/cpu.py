@@ -8,6 +8,8 @@ What to know as a caller:
 - bf16 heads on a CPU with AVX-512 bf16 dot products multiply hidden rows and c rounded to bf16; float32 and fp16 rows
   are taken in two bf16 terms where 2 h ≤ D, which costs little there. On every other CPU, and for fp16 and fp32 heads
   everywhere, rows and c stay float32. So fp16 is the accurate 16-bit head here and bf16 the fast one.
+- int8 heads round hidden rows and c to whole numbers too, with a factor a row, on every CPU: sums are exact integers
+  where there are 8-bit dot products (AVX-512 VNNI), and float32 sums of the same whole numbers elsewhere.
 - float64 rows are computed in float32; for float64 arithmetic use the ``torch`` backend.
 - The first call with a head packs its weights into column panels kept in ``cache``: the head then exists twice in
   memory, canonical and packed.
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmcore import reference
 from rmcore.reference import Likelihood
 from rmcore.weights import SERVING_DTYPES, FeatureMap, HeadWeights
 
@@ -46,6 +49,7 @@ _NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float64: "float64",
 }
+_WEIGHT_NAMES = {**_NAMES, torch.int8: "int8"}
 
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -98,8 +102,10 @@ def _panels(matrix: Tensor | None) -> Tensor | None:
         return None
     matrix = matrix.contiguous()
     rows, cols = matrix.shape
-    panels = _large(_round_up(rows, _cpu.PANEL) * _round_up(cols, 2) * matrix.element_size())
-    _cpu.pack_panels(matrix.data_ptr(), _NAMES[matrix.dtype], rows, cols, panels.data_ptr(), torch.get_num_threads())
+    panels = _large(_round_up(rows, _cpu.PANEL) * _round_up(cols, 4) * matrix.element_size())
+    _cpu.pack_panels(
+        matrix.data_ptr(), _WEIGHT_NAMES[matrix.dtype], rows, cols, panels.data_ptr(), torch.get_num_threads()
+    )
     return panels
 
 
@@ -108,7 +114,7 @@ def _factor_panels(weights: HeadWeights) -> Tensor:
     tiles, count = weights.factor.contiguous(), -(-weights.num_features // _cpu.PANEL)
     panels = _large(_cpu.PANEL**2 * (count * (count + 1) // 2) * tiles.element_size())
     _cpu.pack_factor(
-        tiles.data_ptr(), _NAMES[tiles.dtype], weights.num_features, panels.data_ptr(), torch.get_num_threads()
+        tiles.data_ptr(), _WEIGHT_NAMES[tiles.dtype], weights.num_features, panels.data_ptr(), torch.get_num_threads()
     )
     return panels
 
@@ -119,6 +125,15 @@ def _padded(vector: Tensor | None, size: int) -> Tensor:
     if vector is not None:
         padded[:size] = vector
     return padded
+
+
+def _row_sums(whole: Tensor | None) -> Tensor | None:
+    """Σ of each int8 row, zero-padded to whole panels."""
+    if whole is None or whole.dtype != torch.int8:
+        return None
+    sums = torch.zeros(_round_up(whole.shape[0], _cpu.PANEL), dtype=torch.int32)
+    sums[: whole.shape[0]] = whole.sum(dim=1, dtype=torch.int32)
+    return sums
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -132,8 +147,12 @@ def _map(feature_map: FeatureMap) -> Any:
         size = 0 if feature_map.layer_weight is None else feature_map.layer_weight.shape[0]
         bias = None if layer is None else _padded(feature_map.layer_bias, size)
         phase = None if projection is None else _padded(feature_map.phase, feature_map.num_features)
+        scale, sums = None, _row_sums(feature_map.projection)
+        if feature_map.projection_scale is not None:
+            scale = _padded(feature_map.projection_scale, feature_map.num_features)
+        shift, balance = feature_map.hidden_shift, feature_map.hidden_scale
         view = _cpu.Map(
-            dtype=_NAMES[feature_map.dtype],
+            dtype=_WEIGHT_NAMES[feature_map.dtype],
             cosine=feature_map.features == "rff",
             tanh=feature_map.activation == "tanh",
             layernorm=feature_map.layernorm,
@@ -145,8 +164,12 @@ def _map(feature_map: FeatureMap) -> Any:
             projection=_address(projection),
             phase=_address(phase),
             input_scale=feature_map.input_scale,
+            projection_scale=_address(scale),
+            projection_sum=_address(sums),
+            hidden_shift=_address(shift),
+            hidden_scale=_address(balance),
         )
-        packed = _Packed(view, (layer, bias, projection, phase))
+        packed = _Packed(view, (layer, bias, projection, phase, scale, sums, shift, balance))
         feature_map.cache["cpu"] = packed
     return packed.view
 
@@ -155,6 +178,11 @@ def _head(weights: HeadWeights) -> Any:
     packed = weights.cache.get("cpu")
     if not isinstance(packed, _Packed):
         beta, factor = _padded(weights.beta, weights.num_features), _factor_panels(weights)
+        scale, sums, diagonal = None, None, None
+        if weights.factor_row_scale is not None:
+            diagonal = _padded(weights.factor_diagonal, weights.num_features)
+            scale = _padded(weights.factor_row_scale, weights.num_features)
+            sums = _row_sums(reference.unpack_lower(weights.factor, weights.num_features))
         view = _cpu.Head(
             map=_map(weights.map),
             beta=beta.data_ptr(),
@@ -162,8 +190,11 @@ def _head(weights: HeadWeights) -> Any:
             beta0=weights.beta0,
             factor_scale=weights.factor_scale,
             amplitude=weights.amplitude,
+            factor_row_scale=_address(scale),
+            factor_row_sum=_address(sums),
+            factor_diagonal=_address(diagonal),
         )
-        packed = _Packed(view, (beta, factor))
+        packed = _Packed(view, (beta, factor, scale, sums, diagonal))
         weights.cache["cpu"] = packed
     return packed.view
 

@@ -40,7 +40,7 @@ _MAX_RUNS = 4
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``op`` cannot run here, or None."""
-    if dtype not in SERVING_DTYPES:
+    if dtype not in SERVING_DTYPES or dtype == torch.int8:
         return f"it computes in float16, bfloat16 and float32, not {dtype}"
     if not _installed():
         return "triton is not installed"

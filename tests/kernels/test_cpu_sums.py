@@ -18,7 +18,7 @@ from rmcore.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 AVAILABLE = ISAS[: ISAS.index(_cpu.best_isa()) + 1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

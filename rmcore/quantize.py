@@ -1,0 +1,55 @@
+"""int8 serving: whole numbers −127 … 127 with one factor a row, of weights once and of activations at every call.
+
+Half the bytes of 16-bit weights, and twice the multiplications a cycle where the machine has 8-bit dot products. The
+projection's rounding is not an error: the posterior is fitted with the rounded projection, whose Ω is random anyway.
+What is rounded behind the posterior's back are hidden rows, c and U. Hidden rows are first centred and balanced by
+column, since a few large columns would otherwise leave whole numbers too coarse for all others
+(SmoothQuant, Xiao et al. 2023, arXiv:2211.10438, equation 4 with α = ½); both are folded into the projection exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_DEPTH", "WHOLE", "balance_columns", "dequantize_rows", "quantize_rows"]
+
+WHOLE = 127
+"""The largest whole number used; −128 is not."""
+MAX_DEPTH = 65_536
+"""Sums of more products than this (255 · 127 each) could leave 32-bit integers."""
+
+
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) → int8 (N, K) and float32 factors (N,): each row's largest magnitude becomes ±127. Zero rows get 1."""
+    largest = matrix.double().abs().amax(dim=1)
+    # The factor that is kept, in float32, is the one divided by: no second rounding.
+    scale = torch.where(largest > 0, largest / WHOLE, torch.ones_like(largest)).float()
+    whole = (matrix.double() / scale.double()[:, None]).round_().clamp_(-WHOLE, WHOLE)
+    return whole.to(torch.int8), scale
+
+
+def dequantize_rows(whole: Tensor, scale: Tensor) -> Tensor:
+    """The float32 (N, K) matrix that int8 rows and their factors stand for."""
+    return whole.float() * scale[:, None]
+
+
+def balance_columns(calibration: Tensor) -> tuple[Tensor, Tensor]:
+    """What to take from hidden rows and then multiply into them, by column, before they are rounded.
+
+    Args:
+        calibration: (N, h) finite rows like those to come.
+
+    Returns:
+        shift (h,) float32, the mean; scale (h,) float32, the power of two nearest to √(typical spread / spread): exact
+        to multiply by and to undo. Columns that never vary are left as they are.
+    """
+    rows = calibration.double()
+    shift = rows.mean(dim=0).float()
+    spread = (rows - shift.double()).abs().amax(dim=0)
+    varies = spread > 0
+    if not bool(varies.any()):
+        return shift, torch.ones_like(shift)
+    typical = spread[varies].median()
+    exponent = torch.where(varies, 0.5 * torch.log2(typical / spread.clamp_min(1e-300)), torch.zeros_like(spread))
+    return shift, torch.ldexp(torch.ones_like(shift), exponent.round().clamp(-24, 24).to(torch.int32))

@@ -1,0 +1,322 @@
+"""int8 heads on the cpu backend: against float64, and against the same whole numbers multiplied by torch.
+
+The rule of test_cpu_score: at most twice the error that torch makes with operands rounded to the same whole numbers,
+plus a bound from the number of additions. Sums of whole numbers are exact with VNNI and rounded as float32 elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rmcore import ops, reference
+from rmcore.backends import cpu
+from rmcore.errors import BackendError, InputError
+from rmcore.head import SNGPHead
+from rmcore.weights import FeatureMap, HeadWeights
+
+_cpu = pytest.importorskip("rmcore._cpu")
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+AVAILABLE = ISAS[: ISAS.index(_cpu.best_isa()) + 1]
+SIZES = [(1, 1), (3, 70), (33, 65), (385, 129), (64, 1000), (1000, 33), (129, 258)]
+"""h ≤ D/2 takes rows in two terms; both kinds are here."""
+
+
+@pytest.fixture(autouse=True)
+def _best_isa_afterwards():
+    yield
+    _cpu.set_isa("auto")
+
+
+def draw(rows, h, dtype=torch.float32, seed=0):
+    return torch.randn(rows, h, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_head(h, d, *, calibrated=True):
+    """A head frozen to int8, with columns of very different size where it has calibration rows."""
+    generator = torch.Generator().manual_seed(h * 1000 + d)
+    head = SNGPHead(h, num_features=d, length_scale=2 * math.sqrt(h), kernel_scale=3.0, mode="concat")
+    feature_map = head.freeze_features(torch.int8, calibration=spread(draw(200, h, seed=9)) if calibrated else None)
+    factor = torch.randn(d, d, generator=generator).tril(-1) / d + torch.eye(d)
+    return HeadWeights.build(feature_map, torch.randn(d, generator=generator), 0.3, factor.double(), math.pi / 8)
+
+
+def spread(hidden):
+    """Every eleventh column twelve times as large and off centre."""
+    hidden = hidden.clone()
+    hidden[:, ::11] = 12 * hidden[:, ::11] + 5
+    return hidden
+
+
+def run(hidden, weights):
+    out = torch.full((4, hidden.shape[0]), math.nan)
+    cpu.score(hidden, weights, out)
+    return out
+
+
+def whole_rows(x):
+    """Whole numbers and a factor a row, as the kernel takes them: in float32, half to even."""
+    edge = x.abs().amax(1, keepdim=True)
+    factor = torch.where(edge > 1e-30, 127 / edge, torch.zeros_like(edge))
+    return (x * factor).round().double(), edge / 127, x * factor
+
+
+def whole_features(hidden, feature_map):
+    """c (R, D) float64 from hidden rows in whole numbers."""
+    x = hidden.float()
+    if feature_map.hidden_shift is not None:
+        x = (x - feature_map.hidden_shift) * (feature_map.input_scale * feature_map.hidden_scale)
+    else:
+        x = x * feature_map.input_scale
+    whole, factor, exact = whole_rows(x)
+    if 2 * feature_map.hidden_size <= feature_map.num_features:
+        whole = whole + ((exact.double() - whole) * 254).round() / 254
+    turns = whole @ feature_map.projection.double().T * feature_map.projection_scale.double() * factor.double()
+    turns = turns + feature_map.phase.double()
+    return torch.cos(2 * math.pi * (turns - turns.round()))
+
+
+def whole_factor(weights):
+    """U (D, D) float64 as stored."""
+    tiles = reference.unpack_lower(weights.factor, weights.num_features).double()
+    return tiles * weights.factor_row_scale.double()[:, None] + torch.diag(weights.factor_diagonal.double())
+
+
+def same_numbers(hidden, weights):
+    """What torch gets from the same whole numbers."""
+    c = whole_features(hidden, weights.map)
+    g = c @ weights.beta.double() + weights.beta0
+    v = ((127 * c).round() / 127 @ whole_factor(weights).T).square().sum(-1)
+    u = reference.uncertainty(v, weights.amplitude)
+    return torch.stack([g, v, u, g / u])
+
+
+def truth(hidden, weights):
+    c = weights.map(hidden.double())
+    return torch.stack(
+        reference.score(
+            c, weights.beta.double(), whole_factor(weights), beta0=weights.beta0, amplitude=weights.amplitude
+        )
+    )
+
+
+def check(got, hidden, weights):
+    expected = truth(hidden, weights)
+    allowed = 2 * (same_numbers(hidden, weights) - expected).abs().amax(1)
+    additions = weights.hidden_size + weights.num_features
+    sizes = torch.stack([weights.beta.norm().double(), *expected[1:].abs().amax(1)]) + expected.abs().amax(1)
+    bound = 4 * math.sqrt(additions) * 2.0**-24 * sizes
+    error = (got.double() - expected).abs().amax(1)
+    assert bool((error <= allowed + bound).all()), f"error {error.tolist()}, allowed {(allowed + bound).tolist()}"
+
+
+# -- score -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize(("h", "d"), SIZES)
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_agrees_with_float64(isa, h, d, calibrated):
+    _cpu.set_isa(isa)
+    weights, hidden = make_head(h, d, calibrated=calibrated), spread(draw(129, h))
+    check(run(hidden, weights), hidden, weights)
+
+
+@pytest.mark.parametrize(("h", "d"), SIZES)
+def test_instruction_sets_multiply_the_same_whole_numbers(h, d):
+    # c on the edge between two whole numbers may fall either way: one step of 1/127 in a few of D features.
+    weights, hidden = make_head(h, d), spread(draw(67, h))
+    results = []
+    for isa in AVAILABLE:
+        _cpu.set_isa(isa)
+        results.append(run(hidden, weights))
+    for other in results[1:]:
+        torch.testing.assert_close(other[0], results[0][0], rtol=0, atol=1e-5 * float(weights.beta.norm()))
+        torch.testing.assert_close(other[1], results[0][1], rtol=2e-3 / math.sqrt(d) + 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize(("h", "d"), [(385, 200), (64, 200)])
+def test_a_row_depends_neither_on_its_batch_nor_on_threads_nor_on_the_run(isa, h, d):
+    _cpu.set_isa(isa)
+    weights, hidden = make_head(h, d), draw(450, h)
+    torch.set_num_threads(2)
+    full = run(hidden, weights)
+    assert torch.equal(full, run(hidden, weights))
+    for rows in (0, 1, 2, 3, 7, 64, 65, 127, 129):
+        assert torch.equal(full[:, 5 : 5 + rows], run(hidden[5 : 5 + rows], weights)), rows
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(full, run(hidden, weights)), threads
+    torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_any_dtype_and_strides_of_rows(isa, dtype):
+    _cpu.set_isa(isa)
+    weights, h = make_head(101, 70), 101
+    hidden = draw(20, h, dtype)
+    expected = run(hidden.contiguous(), weights)
+    wide = torch.full((40, 2 * h + 3), math.nan, dtype=dtype)
+    wide[::2, 1 : 2 * h + 1 : 2] = hidden
+    assert torch.equal(run(wide[::2, 1 : 2 * h + 1 : 2], weights), expected)
+    wide[:20, 3 : 3 + h] = hidden
+    assert torch.equal(run(wide[:20, 3 : 3 + h], weights), expected)
+    assert torch.equal(run(hidden.T.contiguous().T, weights), expected)
+    check(expected, hidden, weights)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize(("h", "d"), [(100, 130), (60, 130)])
+def test_a_non_finite_row_spoils_itself_only(isa, h, d):
+    _cpu.set_isa(isa)
+    weights, hidden = make_head(h, d), draw(14, h)
+    clean = run(hidden, weights)
+    for row, value in ((0, math.nan), (6, math.inf), (13, -math.inf)):
+        hidden[row, h - 1 - row] = value
+    got, sick = run(hidden, weights), torch.tensor([0, 6, 13])
+    assert not bool(got[:, sick].isfinite().any())
+    healthy = [row for row in range(14) if row not in sick]
+    assert torch.equal(got[:, healthy], clean[:, healthy])
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_rows_of_any_size(isa):
+    _cpu.set_isa(isa)
+    weights = make_head(50, 66, calibrated=False)
+    hidden = torch.stack([torch.zeros(50), torch.full((50,), 1e-38), torch.full((50,), 3e37), draw(1, 50)[0] * 1e-12])
+    got = run(hidden, weights)
+    assert bool(got.isfinite().all())
+    check(got[:, [0, 1, 3]], hidden[[0, 1, 3]], weights)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_the_largest_sums_do_not_saturate(isa):
+    # Every product is the largest there is: 127 · 127, stored as 255 · 127.
+    _cpu.set_isa(isa)
+    h, d = 4096, 64
+    projection = torch.full((d, h), 127, dtype=torch.int8)
+    projection[::2] = -127
+    scale = torch.full((d,), 1.0 / (127 * h))
+    feature_map = FeatureMap(
+        "rff", projection, torch.full((d,), 0.1), None, None, "none", False, h, d, torch.int8, projection_scale=scale
+    )
+    weights = HeadWeights.build(feature_map, torch.randn(d), 0.0, torch.eye(d).double(), 0.4)
+    hidden = torch.cat([torch.ones(3, h), -torch.ones(3, h)]) * 0.3
+    check(run(hidden, weights), hidden, weights)
+
+
+def test_writes_all_of_out_and_nothing_else():
+    weights, hidden = make_head(33, 65), draw(7, 33)
+    memory = torch.full((6, 7), 12345.0)
+    cpu.score(hidden, weights, memory[1:5])
+    assert bool((memory[0] == 12345).all())
+    assert bool((memory[5] == 12345).all())
+    assert torch.equal(memory[1:5], run(hidden, weights))
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize(("h", "d"), [(33, 65), (385, 129), (64, 1000)])
+def test_pairs_agree_with_float64(isa, h, d):
+    _cpu.set_isa(isa)
+    weights, sizes = make_head(h, d), torch.tensor([1, 4, 0, 7, 2, 65])
+    hidden = spread(draw(int(sizes.sum()), h))
+    g, v = cpu.pair_variance(hidden, sizes, weights)
+    c, factor = weights.map(hidden.double()), whole_factor(weights)
+    rounded = whole_features(hidden, weights.map)
+    at = row = 0
+    for k in sizes.tolist():
+        i, j = torch.triu_indices(k, k, 1)
+        pairs = slice(at, at + len(i))
+        delta, own = c[row + i] - c[row + j], rounded[row : row + k]
+        expected_g, expected_v = delta @ weights.beta.double(), (delta @ factor.T).square().sum(-1)
+        if len(i):
+            whole, step, _ = whole_rows((own - own[:1]).float())
+            near = whole * step.double()
+            same_v = ((near[i] - near[j]) @ factor.T).square().sum(-1)
+            same_g = (own[i] - own[j]) @ weights.beta.double()
+            slack = 1e-5 * (1 + float(expected_v.max()))
+            assert float((v[pairs] - expected_v).abs().max()) <= 2 * float((same_v - expected_v).abs().max()) + slack
+            slack = 1e-5 * float(weights.beta.norm())
+            assert float((g[pairs] - expected_g).abs().max()) <= 2 * float((same_g - expected_g).abs().max()) + slack
+        row, at = row + k, at + len(i)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_equal_rows_have_no_difference(isa):
+    _cpu.set_isa(isa)
+    weights, hidden = make_head(70, 130), draw(6, 70)
+    hidden[4] = hidden[2]
+    hidden[5] = hidden[0]
+    g, v = cpu.pair_variance(hidden, torch.tensor([6]), weights)
+    order = [(i, j) for i in range(6) for j in range(i + 1, 6)]
+    for pair in ((2, 4), (0, 5)):
+        assert float(g[order.index(pair)]) == 0
+        assert float(v[order.index(pair)]) == 0
+    assert float(v.max()) > 0
+
+
+def test_a_non_finite_row_is_seen_in_its_pairs():
+    weights, hidden = make_head(70, 130), draw(8, 70)
+    hidden[6, 3] = math.nan
+    g, v = cpu.pair_variance(hidden, torch.tensor([4, 4]), weights)
+    assert bool(g[:6].isfinite().all())
+    assert bool(v[:6].isfinite().all())
+    sick = [pair for pair, (i, j) in enumerate((i, j) for i in range(4) for j in range(i + 1, 4)) if 2 in (i, j)]
+    assert not bool(v[6:][sick].isfinite().any())
+    assert not bool(g[6:][sick].isfinite().any())
+
+
+# -- through the operations ------------------------------------------------------------------------------------------
+
+
+def test_accumulate_takes_the_same_features_in_float32():
+    weights, hidden = make_head(65, 130), spread(draw(50, 65))
+    d, feature_map = 130, weights.map
+    grams = []
+    for taken in (feature_map, feature_map.dequantized):
+        gram, slope = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+        ops.accumulate(hidden, torch.ones(50), taken, torch.zeros(d), precision=gram, gradient=slope)
+        grams.append((gram, slope))
+    assert torch.equal(grams[0][0], grams[1][0])
+    assert torch.equal(grams[0][1], grams[1][1])
+    phi = feature_map(hidden.double()) * feature_map.feature_scale
+    torch.testing.assert_close(grams[0][0].tril(), (phi.T @ phi / 4).tril(), rtol=1e-4, atol=1e-5)
+
+
+def test_no_other_backend_than_torch_takes_them_by_mistake():
+    weights = make_head(16, 32)
+    assert ops.explain("score", "cpu", torch.int8).backend == "cpu"
+    for backend in ("triton", "cuda"):
+        with pytest.raises(BackendError, match=f"{backend}.*cannot run score"):
+            ops.score(draw(2, 16), weights, backend=backend)
+    plain, fast = ops.score(draw(9, 16), weights, backend="torch"), ops.score(draw(9, 16), weights)
+    torch.testing.assert_close(fast.uncertainty, plain.uncertainty, rtol=1e-3, atol=0)
+
+
+def test_compiles_into_one_graph():
+    weights, hidden = make_head(24, 48), draw(5, 24)
+    compiled = torch.compile(lambda x: ops.score(x, weights).preference * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden), ops.score(hidden, weights).preference * 2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"features": "linear"}, {"layer_size": 8, "activation": "tanh"}, {"layer_size": 8, "layernorm": True}],
+)
+def test_heads_without_a_folded_projection_are_refused(config):
+    head = SNGPHead(12, num_features=12 if "layer_size" not in config else 16, length_scale=1.0, **config)
+    with pytest.raises(InputError, match=r"^dtype: got int8 for linear features, tanh or layernorm"):
+        head.freeze_features(torch.int8)
+
+
+def test_too_large_a_head_is_refused():
+    with pytest.raises(InputError, match=r"^dtype: got int8 for h = 70000"):
+        SNGPHead(70_000, num_features=1, length_scale=1.0).freeze_features(torch.int8)
