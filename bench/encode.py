@@ -282,7 +282,7 @@ def flop(shape: Shape, texts: Sequence[EncodedText], *, packed: bool) -> float:
     """Multiply-adds of the products and of causal attention, padding left out: of every text, or of their tree."""
     ids = [text.ids for text in texts]
     if packed:
-        from rmcore.packing import PrefixTree
+        from rmcore.encoding.packing import PrefixTree
 
         (pack,) = PrefixTree(ids).packs(sum(map(len, ids)) + 1)
         tokens, seen = len(pack), int(pack.positions.sum()) + len(pack)

@@ -33,9 +33,9 @@ from rmcore.data import read_lines
 from rmcore.demo import DEMO_HEAD, demo_backbone
 from rmcore.fit import fit, newton
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
-from rmcore.judged import JudgedPairs
+from rmcore.learning.judged import JudgedPairs
+from rmcore.learning.online import LearningConfig, fold
 from rmcore.model import encode_preferences
-from rmcore.online import LearningConfig, fold
 from rmcore.quality import encode_pairs
 from rmcore.streams import LabelledPair, find_data, load_corpus
 

@@ -13,15 +13,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rmcore.adaptive import AdaptiveRouter
     from rmcore.advantage import grpo_advantages, rloo_advantages
-    from rmcore.budget import Budget
     from rmcore.engine import GroupScores, RewardEngine
     from rmcore.head import FrozenHead, SNGPHead
     from rmcore.judge.base import Judge
     from rmcore.learning import LearningConfig, VerdictLearner
     from rmcore.model import RewardModel
-    from rmcore.routing import AlwaysRoute, BudgetRouter, NeverRoute, RandomRouter, Router, ThresholdRouter
+    from rmcore.routing import (
+        AdaptiveRouter,
+        AlwaysRoute,
+        Budget,
+        BudgetRouter,
+        NeverRoute,
+        RandomRouter,
+        Router,
+        ThresholdRouter,
+    )
 
 __version__ = "0.1.0"
 
@@ -48,15 +55,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "rmcore.adaptive": ("AdaptiveRouter",),
     "rmcore.advantage": ("grpo_advantages", "rloo_advantages"),
-    "rmcore.budget": ("Budget",),
     "rmcore.engine": ("GroupScores", "RewardEngine"),
     "rmcore.head": ("FrozenHead", "SNGPHead"),
     "rmcore.judge.base": ("Judge",),
     "rmcore.learning": ("LearningConfig", "VerdictLearner"),
     "rmcore.model": ("RewardModel",),
-    "rmcore.routing": ("AlwaysRoute", "BudgetRouter", "NeverRoute", "RandomRouter", "Router", "ThresholdRouter"),
+    "rmcore.routing": (
+        "AdaptiveRouter",
+        "AlwaysRoute",
+        "Budget",
+        "BudgetRouter",
+        "NeverRoute",
+        "RandomRouter",
+        "Router",
+        "ThresholdRouter",
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,8 +1,8 @@
 """A Hugging Face backbone as a function from encoded texts to pooled hidden states, computing little twice.
 
-Texts are deduplicated. A decoder's texts that begin alike are encoded as packed trees (:mod:`rmcore.packing`), the rest
-sorted by length and padded, both within a token budget. A chosen layer stops the forward pass there. transformers is
-imported on first use.
+Texts are deduplicated. A decoder's texts that begin alike are encoded as packed trees
+(:mod:`rmcore.encoding.packing`), the rest sorted by length and padded, both within a token budget. A chosen layer
+stops the forward pass there. transformers is imported on first use.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmcore.architecture import block, final_linear, pair_separator, position_limit, text_config
 from rmcore.backbone_config import BackboneConfig, Pooling
+from rmcore.encoding.architecture import block, final_linear, pair_separator, position_limit, text_config
+from rmcore.encoding.packing import Pack
+from rmcore.encoding.sharing import Kind, PrefixSharing
+from rmcore.encoding.tree_attention import Packing, TreeAttentionError, attending
 from rmcore.errors import CheckpointError, reject
 from rmcore.ops import Explanation
-from rmcore.packing import Pack
-from rmcore.sharing import Kind, PrefixSharing
 from rmcore.text import EncodedText, PairTemplate, TextEncoder
-from rmcore.tree_attention import Packing, TreeAttentionError, attending
 
 __all__ = ["Backbone", "BackboneConfig", "EncodingStats", "Pooling", "choose_attention", "length_batches"]
 

@@ -19,9 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rmcore.asking import Asking
 from rmcore.backbone import EncodingStats
-from rmcore.checks import check_group_sizes, check_groups
 from rmcore.errors import NonFiniteError, reject
 from rmcore.groups import GroupScore, GroupScores, PairDecision
 from rmcore.head import FrozenHead
@@ -31,11 +29,13 @@ from rmcore.judge.sync import background_loop
 from rmcore.learning import UpdateReport, VerdictLearner
 from rmcore.model import Progress, RewardModel
 from rmcore.ops import Backend
-from rmcore.overlap import run_alongside, run_alongside_async
-from rmcore.pairs import PairMatrices, concat_matrices, decide_by_rule, difference_matrices, find_pairs, look_up
 from rmcore.posterior import check_finite
 from rmcore.routing import BudgetedRouter, Candidates, NeverRoute, Router, ThresholdRouter
-from rmcore.score_call import MicroBatch, ScoreCall, micro_batches
+from rmcore.scoring.asking import Asking
+from rmcore.scoring.checks import check_group_sizes, check_groups
+from rmcore.scoring.overlap import run_alongside, run_alongside_async
+from rmcore.scoring.pairs import PairMatrices, concat_matrices, decide_by_rule, difference_matrices, find_pairs, look_up
+from rmcore.scoring.score_call import MicroBatch, ScoreCall, micro_batches
 from rmcore.selection import BestOf, Ties, best_of, check_selection
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]

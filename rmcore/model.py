@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rmcore import checkpoint
 from rmcore.backbone import Backbone, BackboneConfig, EncodingStats
+from rmcore.encoding.tree_attention import Packing
 from rmcore.errors import CheckpointError, InputError, reject
 from rmcore.fit import FitReport, fit, upgrade
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.judge.base import Prompt
 from rmcore.text import EncodedText, check_prompt
-from rmcore.tree_attention import Packing
 
 __all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
 

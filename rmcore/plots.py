@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmcore.accounts import Accounts
-from rmcore.drift import StepRecord
 from rmcore.errors import RmcoreError, reject
 from rmcore.report import EvaluationReport, ScoreReport
+from rmcore.routing.drift import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +124,7 @@ def plot_routing(history: Sequence[StepRecord], path: str | Path | None = None) 
     """A router's run: u and the threshold that follows it, the share of pairs routed, what each budget spent.
 
     Args:
-        history: of an :class:`~rmcore.adaptive.AdaptiveRouter`.
+        history: of an :class:`~rmcore.routing.adaptive.AdaptiveRouter`.
         path: a .png to write.
     """
     if not history:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,14 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
 
 @dataclass(frozen=True)
 class _Packed:
-    """A native view and the tensors its pointers lead to."""
+    """A native view and what its pointers lead to."""
 
     view: Any
-    tensors: tuple[Tensor | None, ...]
+    owners: tuple[Tensor | _Packed | None, ...]
+
+
+_packing = threading.RLock()
+"""Threads that meet at a new head pack it once: a second copy would free the first under a call that reads it."""
 
 
 def _aligned(nbytes: int, alignment: int = _ALIGNMENT) -> Tensor:
@@ -140,63 +145,74 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _map(feature_map: FeatureMap) -> Any:
-    packed = feature_map.cache.get("cpu")
+def _once(cache: dict[str, object], pack: Callable[[], _Packed]) -> _Packed:
+    packed = cache.get("cpu")
     if not isinstance(packed, _Packed):
-        layer, projection = _panels(feature_map.layer_weight), _panels(feature_map.projection)
-        size = 0 if feature_map.layer_weight is None else feature_map.layer_weight.shape[0]
-        bias = None if layer is None else _padded(feature_map.layer_bias, size)
-        phase = None if projection is None else _padded(feature_map.phase, feature_map.num_features)
-        scale, sums = None, _row_sums(feature_map.projection)
-        if feature_map.projection_scale is not None:
-            scale = _padded(feature_map.projection_scale, feature_map.num_features)
-        shift, balance = feature_map.hidden_shift, feature_map.hidden_scale
-        view = _cpu.Map(
-            dtype=_WEIGHT_NAMES[feature_map.dtype],
-            cosine=feature_map.features == "rff",
-            tanh=feature_map.activation == "tanh",
-            layernorm=feature_map.layernorm,
-            hidden=feature_map.hidden_size,
-            layer_size=size,
-            features=feature_map.num_features,
-            layer=_address(layer),
-            layer_bias=_address(bias),
-            projection=_address(projection),
-            phase=_address(phase),
-            input_scale=feature_map.input_scale,
-            projection_scale=_address(scale),
-            projection_sum=_address(sums),
-            hidden_shift=_address(shift),
-            hidden_scale=_address(balance),
-        )
-        packed = _Packed(view, (layer, bias, projection, phase, scale, sums, shift, balance))
-        feature_map.cache["cpu"] = packed
-    return packed.view
+        with _packing:
+            packed = cache.get("cpu")
+            if not isinstance(packed, _Packed):
+                packed = cache["cpu"] = pack()
+    return packed
+
+
+def _pack_map(feature_map: FeatureMap) -> _Packed:
+    layer, projection = _panels(feature_map.layer_weight), _panels(feature_map.projection)
+    size = 0 if feature_map.layer_weight is None else feature_map.layer_weight.shape[0]
+    bias = None if layer is None else _padded(feature_map.layer_bias, size)
+    phase = None if projection is None else _padded(feature_map.phase, feature_map.num_features)
+    scale, sums = None, _row_sums(feature_map.projection)
+    if feature_map.projection_scale is not None:
+        scale = _padded(feature_map.projection_scale, feature_map.num_features)
+    shift, balance = feature_map.hidden_shift, feature_map.hidden_scale
+    view = _cpu.Map(
+        dtype=_WEIGHT_NAMES[feature_map.dtype],
+        cosine=feature_map.features == "rff",
+        tanh=feature_map.activation == "tanh",
+        layernorm=feature_map.layernorm,
+        hidden=feature_map.hidden_size,
+        layer_size=size,
+        features=feature_map.num_features,
+        layer=_address(layer),
+        layer_bias=_address(bias),
+        projection=_address(projection),
+        phase=_address(phase),
+        input_scale=feature_map.input_scale,
+        projection_scale=_address(scale),
+        projection_sum=_address(sums),
+        hidden_shift=_address(shift),
+        hidden_scale=_address(balance),
+    )
+    return _Packed(view, (layer, bias, projection, phase, scale, sums, shift, balance))
+
+
+def _pack_head(weights: HeadWeights) -> _Packed:
+    feature_map = _once(weights.map.cache, lambda: _pack_map(weights.map))
+    beta, factor = _padded(weights.beta, weights.num_features), _factor_panels(weights)
+    scale, sums, diagonal = None, None, None
+    if weights.factor_row_scale is not None:
+        diagonal = _padded(weights.factor_diagonal, weights.num_features)
+        scale = _padded(weights.factor_row_scale, weights.num_features)
+        sums = _row_sums(reference.unpack_lower(weights.factor, weights.num_features))
+    view = _cpu.Head(
+        map=feature_map.view,
+        beta=beta.data_ptr(),
+        factor=factor.data_ptr(),
+        beta0=weights.beta0,
+        factor_scale=weights.factor_scale,
+        amplitude=weights.amplitude,
+        factor_row_scale=_address(scale),
+        factor_row_sum=_address(sums),
+        factor_diagonal=_address(diagonal),
+    )
+    return _Packed(view, (feature_map, beta, factor, scale, sums, diagonal))
+
+
+def _map(feature_map: FeatureMap) -> Any:
+    return _once(feature_map.cache, lambda: _pack_map(feature_map)).view
 
 
 def _head(weights: HeadWeights) -> Any:
-    packed = weights.cache.get("cpu")
-    if not isinstance(packed, _Packed):
-        beta, factor = _padded(weights.beta, weights.num_features), _factor_panels(weights)
-        scale, sums, diagonal = None, None, None
-        if weights.factor_row_scale is not None:
-            diagonal = _padded(weights.factor_diagonal, weights.num_features)
-            scale = _padded(weights.factor_row_scale, weights.num_features)
-            sums = _row_sums(reference.unpack_lower(weights.factor, weights.num_features))
-        view = _cpu.Head(
-            map=_map(weights.map),
-            beta=beta.data_ptr(),
-            factor=factor.data_ptr(),
-            beta0=weights.beta0,
-            factor_scale=weights.factor_scale,
-            amplitude=weights.amplitude,
-            factor_row_scale=_address(scale),
-            factor_row_sum=_address(sums),
-            factor_diagonal=_address(diagonal),
-        )
-        packed = _Packed(view, (beta, factor, scale, sums, diagonal))
-        weights.cache["cpu"] = packed
-    return packed.view
+    return _once(weights.cache, lambda: _pack_head(weights)).view
 
 
 # -- calls -----------------------------------------------------------------------------------------------------------

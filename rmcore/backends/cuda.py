@@ -170,9 +170,10 @@ def _prepare(weights: HeadWeights) -> _Prepared:
         factor_scale=weights.factor_scale,
         amplitude=weights.amplitude,
     )
-    prepared = _Prepared(head, (projection, layer, phase, bias, beta, factor))
-    weights.cache[_CACHE] = prepared
-    return prepared
+    # Of threads that meet at a new head the first one's copy stays, and is what all of them use.
+    kept = weights.cache.setdefault(_CACHE, _Prepared(head, (projection, layer, phase, bias, beta, factor)))
+    assert isinstance(kept, _Prepared)
+    return kept
 
 
 def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:

@@ -16,12 +16,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from rmcore.checks import check_groups
 from rmcore.engine import RewardEngine
 from rmcore.errors import InputError, reject
 from rmcore.groups import GroupScore, GroupScores
 from rmcore.judge.base import JudgeUsage, Prompt
 from rmcore.judge.clock import Clock, SystemClock
+from rmcore.scoring.checks import check_groups
 from rmcore.serve.assembly import BusyError
 
 __all__ = ["BatchScorer", "BatchStats", "ScoredGroup"]

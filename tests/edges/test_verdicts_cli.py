@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
+from rmcore.cli.verdicts import printable
 from rmcore.data import read_preferences
 from rmcore.judge import JudgeUsage, RecordedJudge, Verdict, VerdictStore
 from rmcore.judge.calls import Question, Reply
 from rmcore.judge.ledger import VerdictLedger
-from rmcore.verdicts_cli import printable
 
 runner = CliRunner()
 CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]

@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-import rmcore.adaptive
+import rmcore.routing.adaptive
 from rmcore import AdaptiveRouter, Budget, RewardEngine
 from rmcore.errors import CheckpointError, InputError
 from rmcore.judge.base import JudgeUsage, Verdict
-from rmcore.recent import ForgettingSample, SampleQuantiles
 from rmcore.routing import (
     AlwaysRoute,
     BudgetedRouter,
@@ -32,6 +31,7 @@ from rmcore.routing import (
     Reservation,
     ThresholdRouter,
 )
+from rmcore.routing.recent import ForgettingSample, SampleQuantiles
 
 FREE = JudgeUsage()
 
@@ -77,7 +77,7 @@ def drifting(pairs: int = 40_000, seed: int = 0) -> np.ndarray:
 
 
 def test_the_example_of_the_docstring():
-    result = doctest.testmod(rmcore.adaptive)
+    result = doctest.testmod(rmcore.routing.adaptive)
     assert result.attempted > 0
     assert result.failed == 0
 
@@ -727,7 +727,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rmcore.state.os.fsync", fail)
+    monkeypatch.setattr("rmcore.routing.state.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         router.save(path)
     assert path.read_bytes() == old

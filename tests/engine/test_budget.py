@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-import rmcore.budget
+import rmcore.routing.budget
 from rmcore import Budget
 from rmcore.errors import CheckpointError, InputError
 from rmcore.judge.base import JudgeUsage
-from rmcore.recent import SlidingSum
+from rmcore.routing.recent import SlidingSum
 
 LENGTH = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
 
@@ -48,8 +48,8 @@ def usage(unit: str, amount: float, calls: int = 1) -> JudgeUsage:
 
 
 def test_the_example_of_the_docstring():
-    assert doctest.testmod(rmcore.budget).attempted > 0
-    assert doctest.testmod(rmcore.budget).failed == 0
+    assert doctest.testmod(rmcore.routing.budget).attempted > 0
+    assert doctest.testmod(rmcore.routing.budget).failed == 0
 
 
 # ------------------------------------------------------------------------------------ the property

@@ -18,12 +18,12 @@ from rmcore import AlwaysRoute, RewardEngine
 from rmcore.checkpoint import load_head, save_head
 from rmcore.errors import CheckpointError, InputError
 from rmcore.groups import GroupScore, GroupScores, PairDecision
-from rmcore.journal import Journal
 from rmcore.judge import RecordedJudge
 from rmcore.judge.base import Verdict
 from rmcore.judge.rules import RULE
-from rmcore.judged import JudgedPairs, judged_pairs
 from rmcore.learning import LearningConfig, VerdictLearner
+from rmcore.learning.journal import Journal
+from rmcore.learning.judged import JudgedPairs, judged_pairs
 
 WIN, LOSS, TIE = (Verdict.of(word) for word in ("win", "loss", "tie"))
 
@@ -304,7 +304,7 @@ CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 from rmcore.checkpoint import load_head
-from rmcore.judged import JudgedPairs
+from rmcore.learning.judged import JudgedPairs
 from rmcore.learning import VerdictLearner
 learner = VerdictLearner(load_head(sys.argv[1]), sys.argv[2], snapshot_every=3)
 hidden = torch.load(sys.argv[3], weights_only=True)

@@ -11,8 +11,8 @@ import torch
 from rmcore.errors import InputError, NonFiniteError
 from rmcore.fit import fit
 from rmcore.head import FrozenHead, SNGPHead
-from rmcore.judged import JudgedPairs
-from rmcore.online import LearningConfig, fold
+from rmcore.learning.judged import JudgedPairs
+from rmcore.learning.online import LearningConfig, fold
 from rmcore.posterior import Posterior
 
 FREE = LearningConfig(max_shift=math.inf)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmcore.encoding.packing import Pack, PrefixTree
 from rmcore.errors import InputError
-from rmcore.packing import Pack, PrefixTree
 
 
 def tokens(rng: random.Random, count: int) -> tuple[int, ...]:

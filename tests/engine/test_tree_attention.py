@@ -19,14 +19,13 @@ import transformers as t
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rmcore.sharing
-import rmcore.tree_attention
-from rmcore.architecture import longest_exact, unfit
 from rmcore.backbone import Backbone, BackboneConfig
+from rmcore.encoding import sharing, tree_attention
+from rmcore.encoding.architecture import longest_exact, unfit
+from rmcore.encoding.packing import PrefixTree
+from rmcore.encoding.tree_attention import TreeAttentionError, attending, block_mask_of, explain
 from rmcore.errors import BackendError, InputError
-from rmcore.packing import PrefixTree
 from rmcore.text import EncodedText, Segment
-from rmcore.tree_attention import TreeAttentionError, attending, block_mask_of, explain
 
 COMMON = {
     "vocab_size": 300,
@@ -144,9 +143,9 @@ def test_a_wrong_mask_would_be_far_off(monkeypatch):
     """The bound of the test above means something: letting siblings see each other breaks it a hundredfold."""
     backbone = make("llama")
     texts = groups(1)
-    whole = rmcore.tree_attention._causal_rows
-    monkeypatch.setattr(rmcore.tree_attention, "_causal_rows", lambda n, like: torch.zeros_like(whole(n, like)))
-    monkeypatch.setattr(rmcore.sharing.PrefixSharing, "_trial", lambda *_: None)
+    whole = tree_attention._causal_rows
+    monkeypatch.setattr(tree_attention, "_causal_rows", lambda n, like: torch.zeros_like(whole(n, like)))
+    monkeypatch.setattr(sharing.PrefixSharing, "_trial", lambda *_: None)
     assert relative(backbone.hidden(texts), one_at_a_time(backbone, texts)) > 1e-2
 
 
@@ -469,14 +468,14 @@ def test_a_model_that_does_not_look_its_attention_up():
 
 
 def test_flex_that_breaks_on_real_texts_falls_back_to_sdpa(monkeypatch, caplog):
-    monkeypatch.setitem(rmcore.tree_attention._ORDER, "cpu", ("flex", "sdpa"))
-    monkeypatch.setattr(rmcore.tree_attention, "_no_flex", lambda _device: None)
-    monkeypatch.setattr(rmcore.sharing.PrefixSharing, "_trial", lambda *_: None)
+    monkeypatch.setitem(tree_attention._ORDER, "cpu", ("flex", "sdpa"))
+    monkeypatch.setattr(tree_attention, "_no_flex", lambda _device: None)
+    monkeypatch.setattr(sharing.PrefixSharing, "_trial", lambda *_: None)
 
     def broken() -> Any:
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr(rmcore.tree_attention, "_compiled", broken)
+    monkeypatch.setattr(tree_attention, "_compiled", broken)
     backbone = make("llama")
     texts = groups(17, sizes=(4, 4))
     assert backbone.explain().backend == "flex"

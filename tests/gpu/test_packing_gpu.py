@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from rmcore.backbone import Backbone, BackboneConfig
-from rmcore.packing import PrefixTree
+from rmcore.encoding.packing import PrefixTree
+from rmcore.encoding.tree_attention import _compiled, block_mask_of
 from rmcore.text import EncodedText, Segment
-from rmcore.tree_attention import _compiled, block_mask_of
 
 pytestmark = [
     pytest.mark.gpu,

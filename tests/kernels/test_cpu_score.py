@@ -10,6 +10,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 from rmcore import ops, reference
 from rmcore.backends import cpu
+from rmcore.head import SNGPHead
 from rmcore.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
@@ -215,6 +218,34 @@ def test_cosine_is_accurate_to_a_millionth(isa):
     c = run(turns[:, None], weights)[0]
     assert float((c.double() - torch.cos(2 * math.pi * turns.double())).abs().max()) < 1e-6
     assert float(c.abs().max()) <= 1.0 + 2**-22
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_threads_that_meet_at_a_new_head_pack_it_once(monkeypatch, dtype):
+    # A second packing would free the first under a kernel that still reads it.
+    packed = []
+    for name in ("_pack_map", "_pack_head"):
+        pack = getattr(cpu, name)
+
+        def slow(weights, pack=pack, name=name):
+            packed.append(name)
+            time.sleep(0.05)
+            return pack(weights)
+
+        monkeypatch.setattr(cpu, name, slow)
+    head = SNGPHead(40, num_features=130, length_scale=8.0)
+    weights = HeadWeights.build(head.freeze_features(dtype), torch.ones(130), 0.0, torch.eye(130).double(), 0.4)
+    hidden, barrier = draw(5, 40), threading.Barrier(4)
+
+    def first_call(_):
+        barrier.wait()
+        return run(hidden, weights)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(first_call, range(4)))
+    assert sorted(packed) == ["_pack_head", "_pack_map"]
+    assert all(torch.equal(result, results[0]) for result in results)
+    torch.testing.assert_close(results[0][1], ops.score(hidden, weights, backend="torch").variance, rtol=2e-2, atol=0)
 
 
 def test_goes_through_ops_and_several_python_threads():

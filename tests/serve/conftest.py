@@ -197,6 +197,11 @@ def manual_clock() -> ManualClock:
     return ManualClock()
 
 
+@pytest.fixture(scope="session")
+def new_manual_clock() -> type[ManualClock]:
+    return ManualClock
+
+
 class EchoEngine:
     """p̃_ij = number in response i minus number in response j, so every member can tell whether its row is its own.
 

@@ -15,33 +15,6 @@ from rmcore.groups import GroupScore
 from rmcore.serve.assembly import BusyError, ConflictError, GroupAssembly, LateError
 
 
-class ManualClock:
-    """Sleepers wake when the test says what time it is."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self._sleepers: list[tuple[float, asyncio.Event]] = []
-
-    def now(self) -> float:
-        return self.time
-
-    def wall(self) -> float:
-        return self.time
-
-    async def sleep(self, seconds: float) -> None:
-        awake = asyncio.Event()
-        self._sleepers.append((self.time + seconds, awake))
-        await awake.wait()
-
-    async def advance(self, seconds: float) -> None:
-        await settle()
-        self.time += seconds
-        for at, awake in self._sleepers:
-            if at <= self.time:
-                awake.set()
-        await settle()
-
-
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -68,16 +41,22 @@ class Scorer:
         return scored(responses)
 
 
-def make(**options):
-    scorer, clock = Scorer(), ManualClock()
-    return GroupAssembly(scorer, clock=clock, **{"time_limit_s": 100.0, "keep_s": 500.0, **options}), scorer, clock
+@pytest.fixture(scope="session")
+def make(new_manual_clock):
+    """An assembly, its scorer and its clock. Of the session, since it keeps nothing: Hypothesis asks for that."""
+
+    def build(**options):
+        scorer, clock = Scorer(), new_manual_clock()
+        return GroupAssembly(scorer, clock=clock, **{"time_limit_s": 100.0, "keep_s": 500.0, **options}), scorer, clock
+
+    return build
 
 
 def go(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 20))
 
 
-def test_members_get_their_own_row_whatever_the_order_of_arrival():
+def test_members_get_their_own_row_whatever_the_order_of_arrival(make):
     async def main():
         assembly, scorer, _ = make()
         texts = ["a", "bb", "ccc", "dddd"]
@@ -93,7 +72,7 @@ def test_members_get_their_own_row_whatever_the_order_of_arrival():
     go(main())
 
 
-def test_the_time_limit_scores_those_present_and_refuses_the_late():
+def test_the_time_limit_scores_those_present_and_refuses_the_late(make):
     async def main():
         assembly, scorer, clock = make()
         waiting = [asyncio.create_task(assembly.join("g", k, 3, "p", "x" * (k + 1))) for k in (0, 2)]
@@ -114,7 +93,7 @@ def test_the_time_limit_scores_those_present_and_refuses_the_late():
     go(main())
 
 
-def test_a_cancelled_waiter_does_not_cancel_the_group_and_its_retry_takes_over():
+def test_a_cancelled_waiter_does_not_cancel_the_group_and_its_retry_takes_over(make):
     async def main():
         assembly, scorer, _ = make()
         lost = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))
@@ -129,7 +108,7 @@ def test_a_cancelled_waiter_does_not_cancel_the_group_and_its_retry_takes_over()
     go(main())
 
 
-def test_an_attempt_makes_a_new_group():
+def test_an_attempt_makes_a_new_group(make):
     async def main():
         assembly, scorer, _ = make()
         for attempt in (0, 1):
@@ -139,7 +118,7 @@ def test_an_attempt_makes_a_new_group():
     go(main())
 
 
-def test_contradictions_are_refused():
+def test_contradictions_are_refused(make):
     async def main():
         assembly, _, _ = make()
         waiting = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))
@@ -163,7 +142,7 @@ def test_contradictions_are_refused():
     go(main())
 
 
-def test_an_error_reaches_all_members_and_is_not_remembered():
+def test_an_error_reaches_all_members_and_is_not_remembered(make):
     async def main():
         assembly, scorer, _ = make()
         scorer.fail = 1
@@ -181,7 +160,7 @@ def test_an_error_reaches_all_members_and_is_not_remembered():
 # -- by content ------------------------------------------------------------------------------------------------------
 
 
-def test_equal_responses_are_members_of_their_own():
+def test_equal_responses_are_members_of_their_own(make):
     async def main():
         assembly, scorer, _ = make()
         results = await asyncio.gather(*(assembly.join_by_content("p", text, 3) for text in ("x", "x", "yy")))
@@ -191,7 +170,7 @@ def test_equal_responses_are_members_of_their_own():
     go(main())
 
 
-def test_a_repeated_call_whose_first_went_away_is_the_same_member():
+def test_a_repeated_call_whose_first_went_away_is_the_same_member(make):
     """OpenRLHF gives up after 180 s and asks again, one second later."""
 
     async def main():
@@ -219,7 +198,7 @@ def test_a_repeated_call_whose_first_went_away_is_the_same_member():
     go(main())
 
 
-def test_the_same_texts_later_are_a_new_group_once_delivered():
+def test_the_same_texts_later_are_a_new_group_once_delivered(make):
     async def main():
         assembly, scorer, _ = make()
         for _ in range(2):
@@ -229,7 +208,7 @@ def test_the_same_texts_later_are_a_new_group_once_delivered():
     go(main())
 
 
-def test_prompts_do_not_mix():
+def test_prompts_do_not_mix(make):
     async def main():
         assembly, scorer, _ = make()
         chat = [{"role": "user", "content": "p"}]
@@ -240,7 +219,7 @@ def test_prompts_do_not_mix():
     go(main())
 
 
-def test_a_lost_answer_is_given_again():
+def test_a_lost_answer_is_given_again(make):
     async def main():
         assembly, scorer, _ = make()
         results = await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("x", "yy")))
@@ -252,7 +231,7 @@ def test_a_lost_answer_is_given_again():
     go(main())
 
 
-def test_a_repetition_after_an_answer_that_nobody_knew_was_lost_gets_that_answer_at_the_time_limit():
+def test_a_repetition_after_an_answer_that_nobody_knew_was_lost_gets_that_answer_at_the_time_limit(make):
     async def main():
         assembly, scorer, clock = make()
         texts = ("x", "x", "yy", "zzz")
@@ -277,7 +256,7 @@ def test_a_repetition_after_an_answer_that_nobody_knew_was_lost_gets_that_answer
     go(main())
 
 
-def test_what_a_killed_trainer_left_behind_does_not_meet_its_successor():
+def test_what_a_killed_trainer_left_behind_does_not_meet_its_successor(make):
     async def main():
         assembly, scorer, clock = make(abandon_s=15.0)
         dead = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("old", "older")]
@@ -296,7 +275,7 @@ def test_what_a_killed_trainer_left_behind_does_not_meet_its_successor():
     go(main())
 
 
-def test_a_group_left_by_all_is_closed():
+def test_a_group_left_by_all_is_closed(make):
     async def main():
         assembly, scorer, clock = make(abandon_s=15.0)
         lost = asyncio.create_task(assembly.join_by_content("p", "old", 2))
@@ -310,7 +289,7 @@ def test_a_group_left_by_all_is_closed():
     go(main())
 
 
-def test_a_scored_group_keeps_no_texts():
+def test_a_scored_group_keeps_no_texts(make):
     async def main():
         assembly, _, _ = make()
         await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)))
@@ -326,7 +305,7 @@ def test_a_scored_group_keeps_no_texts():
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_too_many_waiting_members_are_sent_away_and_leave_nothing_behind():
+def test_too_many_waiting_members_are_sent_away_and_leave_nothing_behind(make):
     async def main():
         assembly, _, _ = make(max_members=3)
         waiting = [asyncio.create_task(assembly.join("g", k, 4, "p", "x")) for k in range(3)]
@@ -346,7 +325,7 @@ def test_too_many_waiting_members_are_sent_away_and_leave_nothing_behind():
     go(main())
 
 
-def test_draining_finishes_what_was_accepted():
+def test_draining_finishes_what_was_accepted(make):
     async def main():
         assembly, scorer, clock = make()
         half = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))
@@ -367,7 +346,7 @@ def test_draining_finishes_what_was_accepted():
     go(main())
 
 
-def test_a_drain_may_be_cut_short():
+def test_a_drain_may_be_cut_short(make):
     async def main():
         assembly, _scorer, clock = make()
         lone = asyncio.create_task(assembly.join("h", 0, 2, "q", "x"))
@@ -383,7 +362,7 @@ def test_a_drain_may_be_cut_short():
     go(main())
 
 
-def test_only_so_many_finished_groups_are_remembered():
+def test_only_so_many_finished_groups_are_remembered(make):
     async def main():
         assembly, scorer, _ = make(max_kept=3)
         for k in range(10):
@@ -396,7 +375,7 @@ def test_only_so_many_finished_groups_are_remembered():
     go(main())
 
 
-def test_old_groups_are_forgotten():
+def test_old_groups_are_forgotten(make):
     async def main():
         assembly, _, clock = make(keep_s=10.0)
         for k in range(50):
@@ -413,7 +392,7 @@ def test_old_groups_are_forgotten():
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6))
-def test_any_interleaving_scores_every_group_once_and_mixes_none(seed, sizes):
+def test_any_interleaving_scores_every_group_once_and_mixes_none(make, seed, sizes):
     async def main():
         assembly, scorer, _ = make()
         rng = random.Random(seed)
@@ -440,6 +419,6 @@ def test_any_interleaving_scores_every_group_once_and_mixes_none(seed, sizes):
 @pytest.mark.parametrize(
     "options", [{"time_limit_s": 0}, {"keep_s": -1}, {"abandon_s": -1}, {"max_members": 0}, {"max_kept": -1}]
 )
-def test_bad_limits_are_named(options):
+def test_bad_limits_are_named(make, options):
     with pytest.raises(InputError, match=next(iter(options))):
         make(**options)

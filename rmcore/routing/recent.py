@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmcore.errors import reject
-from rmcore.state import StateReader, plain
+from rmcore.routing.state import StateReader, plain
 
 __all__ = ["ForgettingSample", "SampleQuantiles", "SlidingSum", "Tail"]
 

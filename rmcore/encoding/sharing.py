@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rmcore.architecture import longest_exact, text_config
+from rmcore.encoding.architecture import longest_exact, text_config
+from rmcore.encoding.packing import Pack, PrefixTree
+from rmcore.encoding.tree_attention import Packing, explain
 from rmcore.errors import BackendError
 from rmcore.ops import Explanation
-from rmcore.packing import Pack, PrefixTree
-from rmcore.tree_attention import Packing, explain
 
 __all__ = ["PrefixSharing"]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from rmcore import cli_options as options
+from rmcore.cli import options
+from rmcore.cli.console import notes, reported_errors
+from rmcore.cli.engine import close_engine, make_engine
 from rmcore.errors import reject
 
 __all__ = ["serve"]
@@ -18,8 +20,17 @@ _JUDGE_S = 40.0
 """Left to the judge: with the time limit of a group, within the 180 s after which OpenRLHF gives up."""
 
 
+@dataclass(frozen=True)
+class ServeJudging(options.Judging):
+    """The options of every command that may ask a judge, with a deadline: a client waits for the answer."""
+
+    judge_deadline: options.JudgeDeadline = _JUDGE_S
+
+
+@options.with_options
 def serve(
-    model: Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")],
+    *,
+    model: options.Model,
     host: Annotated[str, typer.Option(help="Where to listen; other than loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8400,
     token_env: Annotated[
@@ -45,26 +56,9 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20,
     max_responses: Annotated[int, typer.Option(help="Responses in a group.")] = 64,
     max_chars: Annotated[int, typer.Option(help="Characters of a prompt or a response.")] = 200_000,
-    threshold: options.Threshold = None,
-    budget: options.BudgetFraction = None,
-    judge_fraction: options.JudgeFraction = None,
-    max_calls: options.MaxCalls = None,
-    max_tokens: options.MaxTokens = None,
-    max_cost: options.MaxCost = None,
-    router_state: options.RouterState = None,
-    rank_by: options.RankByOption = "u",
-    judge_url: options.JudgeUrl = None,
-    judge_model: options.JudgeModel = "",
-    judge_key_env: options.JudgeKeyEnv = "OPENAI_API_KEY",
-    judge_orders: options.JudgeOrders = "both",
-    judge_soft: options.JudgeSoft = False,
-    judge_template: options.JudgeTemplate = None,
-    judge_deadline: options.JudgeDeadline = _JUDGE_S,
-    store: options.Store = None,
-    prices: options.Prices = None,
-    verdicts: options.Verdicts = None,
-    backend: Annotated[str, typer.Option(help="Kernels: auto, torch, cpu, triton, cuda.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")] = None,
+    judging: ServeJudging,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
 ) -> None:
     """Serve rewards of groups over HTTP, for OpenRLHF, verl and others; /docs describes the interface.
 
@@ -73,11 +67,7 @@ def serve(
 
     Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
     """
-    from rmcore import cli
-
-    with cli._errors():
-        from rmcore.engine import RewardEngine
-        from rmcore.model import RewardModel
+    with reported_errors():
         from rmcore.serve import run
         from rmcore.serve.settings import END_TOKENS, ServeSettings
 
@@ -94,7 +84,7 @@ def serve(
             prompt_suffix=prompt_suffix,
             end_tokens=(*END_TOKENS, *(end_token or ())),
             time_limit_s=time_limit,
-            answer_within_s=time_limit + (_JUDGE_S if judge_deadline is None else judge_deadline) + 10,
+            answer_within_s=time_limit + (_JUDGE_S if judging.judge_deadline is None else judging.judge_deadline) + 10,
             drain_s=drain,
             batch_groups=batch,
             batch_wait_s=batch_wait,
@@ -105,44 +95,16 @@ def serve(
             max_responses=max_responses,
             max_chars=max_chars,
         )
-        adaptive = options.make_adaptive_router(
-            judge_fraction,
-            calls=max_calls,
-            tokens=max_tokens,
-            cost=max_cost,
-            prices=prices,
-            model=judge_model,
-            rank_by=rank_by,
-            orders=judge_orders,
-            state=router_state,
-        )
-        router = options.make_router(threshold, budget, rank_by, adaptive)
-        judge = options.make_judge(
-            judge_url,
-            judge_model,
-            judge_key_env,
-            orders=judge_orders,
-            verdicts=verdicts,
-            store=store,
-            prices=prices,
-            soft=judge_soft,
-            template=judge_template,
-        )
-        loaded = RewardModel.from_pretrained(model, device=device)
-        engine = RewardEngine(
-            loaded,
-            judge,
-            router,
-            backend=backend,  # type: ignore[arg-type]
-            judge_deadline_s=judge_deadline,
-        )
+        engine, save_router = make_engine(model, judging, backend=backend, device=device)
         if settings.answer_within_s >= 180:
-            cli._notes.print(
+            notes.print(
                 f"[yellow]answers may take {settings.answer_within_s:g} s, and OpenRLHF gives up after 180: lower "
                 "--time-limit or --judge-deadline if it calls this server[/yellow]"
             )
         try:
-            run(engine, settings, model=model.name, started=lambda url: cli._notes.print(f"serving {url}"))
+            run(engine, settings, model=model.name, started=lambda url: notes.print(f"serving {url}"))
         finally:
-            if adaptive is not None and router_state is not None:
-                adaptive.save(router_state)
+            try:
+                save_router()
+            finally:
+                close_engine(engine)

@@ -1,7 +1,7 @@
-"""Learning from verdicts: judged pairs change the head, in versions that are journalled and can be taken back.
+"""The head that learns, and its versions.
 
-A head is never changed in place: an update makes a new one (:func:`rmcore.online.fold`), factor and serving weights
-included, and publishes it by swapping one reference. A score under way keeps the head it began with.
+A head is never changed in place: an update makes a new one (:func:`rmcore.learning.online.fold`), factor and serving
+weights included, and publishes it by swapping one reference. A score under way keeps the head it began with.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rmcore import reference
 from rmcore.errors import CheckpointError, reject
 from rmcore.groups import GroupScores
 from rmcore.head import FrozenHead
-from rmcore.journal import Journal, Version
-from rmcore.judged import JudgedPairs, judged_pairs
-from rmcore.online import LearningConfig, UpdateReport, fold, posterior_of, with_data
+from rmcore.learning.journal import Journal, Version
+from rmcore.learning.judged import JudgedPairs, judged_pairs
+from rmcore.learning.online import LearningConfig, UpdateReport, fold, posterior_of, with_data
 from rmcore.ops import Backend
 from rmcore.posterior import Posterior
 from rmcore.reference import TILE
@@ -42,7 +42,8 @@ class VerdictLearner:
 
     Args:
         head: the head as it is now, with its posterior.
-        journal: folder of the journal (:mod:`rmcore.journal`); made if missing. One learner at a time may have it.
+        journal: folder of the journal (:mod:`rmcore.learning.journal`); made if missing. One learner at a time may
+            have it.
         config: how much a verdict may teach.
         snapshot_every: every so many versions the whole state is written, D²/2 · 8 bytes; between them a version is
             replayed from its rows. Smaller reverts faster, larger costs less disk.
@@ -101,9 +102,10 @@ class VerdictLearner:
             reject("head", "one with other features than the learner's", "the head the learner was made with")
 
     def update(self, scores: GroupScores) -> UpdateReport:
-        """Learn from the judged pairs of a scored batch (:func:`rmcore.judged.judged_pairs`). Raises as :meth:`learn`.
+        """Learn from the judged pairs of a scored batch (:func:`rmcore.learning.judged.judged_pairs`).
 
-        No usable verdict is no error: the report says why there was none, and the version stays.
+        Raises as :meth:`learn`. No usable verdict is no error: the report says why there was none, and the version
+        stays.
         """
         weights = {name: getattr(self.config, name) for name in ("judge_weight", "flip_weight", "epsilon")}
         return self.learn(judged_pairs(scores, self._head.config.mode, **weights))

@@ -22,7 +22,7 @@ def unfit(model: Any) -> str | None:
     """Why a token's state does not depend on the tokens before it and on its own position alone; None if it does.
 
     Judged by configuration and structure. A model that passes may still surprise, so
-    :class:`rmcore.sharing.PrefixSharing` tries before it relies on the answer.
+    :class:`rmcore.encoding.sharing.PrefixSharing` tries before it relies on the answer.
     """
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):

@@ -7,9 +7,9 @@ import contextvars
 import threading
 from collections.abc import Callable
 
-from rmcore.asking import Asking, ExitError
-from rmcore.gil import short_turns
 from rmcore.judge.sync import start_sync
+from rmcore.scoring.asking import Asking, ExitError
+from rmcore.scoring.gil import short_turns
 
 __all__ = ["StoppedError", "run_alongside", "run_alongside_async"]
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from rmcore.recent import Floats, SampleQuantiles
-from rmcore.state import StateReader, plain
+from rmcore.routing.recent import Floats, SampleQuantiles
+from rmcore.routing.state import StateReader, plain
 
 __all__ = ["Drift", "StepLog", "StepRecord"]
 

@@ -31,15 +31,15 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from rmcore.errors import reject
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.clock import Clock, SystemClock
-from rmcore.recent import SlidingSum
-from rmcore.state import StateReader
+from rmcore.routing.pair_cost import FIRST_ESTIMATE, PairCost
+from rmcore.routing.recent import SlidingSum
+from rmcore.routing.state import StateReader
 
 __all__ = ["Budget", "BudgetStats", "Hold", "Period", "Unit"]
 
@@ -56,12 +56,6 @@ WINDOWS = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
 _UNITS = ("pairs", "calls", "tokens", "cost")
 _PERIODS = ("run", "step", *WINDOWS)
 _BILLION = 10**9
-# Before anything is known: two orders with one call each, and for tokens a long prompt and answer in each of them.
-_FIRST = {"pairs": 1, "calls": 2, "tokens": 2 * 4096}
-_RECENT = 64  # settlements whose highest cost a pair is the estimate
-_HEADROOM = 1.25  # over that highest cost
-_TRUSTED = 16  # pairs that must be settled before the estimate may fall below the first one
-_MEMORY = 256  # pairs: half-life of the mean cost a pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,18 +176,16 @@ class Budget:
         if unit == "cost" and max_per_pair is None and first_estimate is None:
             reject("max_per_pair, first_estimate", "neither", "one of them, since nothing is known about prices")
         if max_per_pair is None and first_estimate is None and unit in ("pairs", "calls"):
-            max_per_pair = _FIRST[unit]
-        self._bound = None if max_per_pair is None else self._grains("max_per_pair", max_per_pair, 1)
-        first = _FIRST.get(unit, 0) if first_estimate is None else first_estimate
-        self._first = 0 if self._bound is not None else self._grains("first_estimate", first, 1)
+            max_per_pair = FIRST_ESTIMATE[unit]
+        bound = None if max_per_pair is None else self._grains("max_per_pair", max_per_pair, 1)
+        first = FIRST_ESTIMATE.get(unit, 0) if first_estimate is None else first_estimate
+        self._pair = PairCost(bound, 0 if bound is not None else self._grains("first_estimate", first, 1))
         self.clock: Clock = SystemClock() if clock is None else clock
         self._lock = threading.Lock()
         self._now = -math.inf
         self._account = _Account(WINDOWS.get(per))
         self._open: dict[int, tuple[Hold, int, _Account]] = {}
         self._next_id = 1
-        self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._mean: float | None = None
         self._total = self._settled = self._denied = self._excess = self._overshoot = 0
 
     @property
@@ -217,7 +209,7 @@ class Budget:
         if not isinstance(pairs, int) or isinstance(pairs, bool) or pairs < 0:
             reject("pairs", repr(pairs), "a non-negative integer")
         with self._lock:
-            rate = self._rate()
+            rate = self._pair.highest(self._settled)
             room = self._limit - self._account.spent(self._time()) - self._account.reserved
             granted = min(pairs, max(room, 0) // rate)
             self._denied += pairs - granted
@@ -259,7 +251,7 @@ class Budget:
             self._total += charge
             self._settled += hold.pairs
             if known and usage is not None and hold.pairs:
-                self._learn(hold.pairs, charge, usage)
+                self._pair.learn(hold.pairs, charge, usage)
             self._excess += max(charge - reserved, 0)
             over = account.spent(now) - self._limit
             if over > 0 and charge:
@@ -286,8 +278,8 @@ class Budget:
                 denied_pairs=self._denied,
                 excess=self._units(self._excess),
                 overshoot=self._units(self._overshoot),
-                per_pair=self._units(self._rate()),
-                mean_per_pair=self._units(self._expected()),
+                per_pair=self._units(self._pair.highest(self._settled)),
+                mean_per_pair=self._units(self._pair.average(self._settled)),
             )
 
     def expected_pairs(self, *, whole_period: bool = False) -> float:
@@ -298,7 +290,7 @@ class Budget:
         """
         with self._lock:
             spent = self._account.spent(self._time())
-            each = self._expected() if spent else float(self._rate())
+            each = self._pair.average(self._settled) if spent else float(self._pair.highest(self._settled))
             used = 0.0 if whole_period else spent + self._account.pairs * each
             return max(self._limit - used, 0.0) / each
 
@@ -320,8 +312,8 @@ class Budget:
                 "denied_pairs": self._denied,
                 "excess": self._excess,
                 "overshoot": self._overshoot,
-                "recent": list(self._recent),
-                "mean": self._mean,
+                "recent": list(self._pair.recent),
+                "mean": self._pair.mean,
                 "next_id": self._next_id,
             }
 
@@ -366,19 +358,6 @@ class Budget:
         account.pairs -= hold.pairs
         return amount, account
 
-    def _rate(self) -> int:
-        """What to reserve for a pair, ≥ 1."""
-        highest = max(self._recent, default=0)
-        if self._bound is not None:
-            return max(self._bound, highest)  # a bound that was seen broken is none
-        estimate = math.ceil(highest * _HEADROOM)
-        return max(estimate if self._settled >= _TRUSTED and self._recent else max(self._first, estimate), 1)
-
-    def _expected(self) -> float:
-        """What a pair costs on average, > 0."""
-        # Half a grain at least: a judge that is free so far must not make every plan infinite.
-        return float(self._rate()) if self._mean is None else max(self._mean, 0.5)
-
     def _charge(self, hold: Hold, usage: JudgeUsage | None) -> int | None:
         """What the judge says it cost; None where it does not say all."""
         if self.unit == "pairs":
@@ -401,13 +380,6 @@ class Budget:
             return max(reserved, round(usage.cost * self._scale))  # the priced calls alone may have cost more
         return reserved
 
-    def _learn(self, pairs: int, charge: int, usage: JudgeUsage) -> None:
-        each, fresh = charge / pairs, 1 - 0.5 ** (pairs / _MEMORY)
-        self._mean = each if self._mean is None else self._mean + fresh * (each - self._mean)
-        if usage.calls:
-            # As if nothing had come from a store: a run of cached pairs must not make the next fresh one look free.
-            self._recent.append(math.ceil(each * (usage.calls + max(usage.cache_hits, 0)) / usage.calls))
-
     def _parse(self, state: object, where: str) -> dict[str, Any]:
         fields = ("unit", "per", "spent", "window", "total", "settled_pairs", "denied_pairs", "excess", "overshoot")
         reader = StateReader(state, where, (*fields, "recent", "mean", "next_id"))
@@ -426,8 +398,7 @@ class Budget:
             reader.fail("mean", "a non-negative number")
         return {
             "_account": account,
-            "_mean": mean,
-            "_recent": deque(reader.integers("recent"), maxlen=_RECENT),
+            "_pair": PairCost(self._pair.bound, self._pair.first, reader.integers("recent"), mean),
             "_next_id": reader.integer("next_id", 1),
             "_settled": reader.integer("settled_pairs"),
             "_denied": reader.integer("denied_pairs"),

@@ -7,7 +7,6 @@ models in training: on the way to a terminal every character that is not printab
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rmcore.cli.console import opened_output, progress_bar, reported_errors, results_console
 from rmcore.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,9 +76,7 @@ def export(
     Both orders of a pair are one row. Its preference is their mean: 1 where both agree, 0.5 where one is a tie. Rows
     with a preference of 0 (flips and ties) have no better response; with --flips or --ties they come along, marked.
     """
-    from rmcore.cli import _bar, _output
-
-    with _opened(store) as ledger, _output(out) as stream, _bar() as bar:
+    with _opened(store) as ledger, opened_output(out) as stream, progress_bar() as bar:
         task = bar.add_task("pairs", total=None, visible=out != "-")
         if not 0 <= min_preference <= 1:
             raise InputError(f"--min-preference: got {min_preference}, expected a number in [0, 1]")
@@ -166,7 +163,7 @@ def _print_table(ledger: VerdictLedger, calls: list[LoggedCall]) -> None:
         )
         # Text, not str: brackets in stored words are not rich's markup.
         table.add_row(*(Text(printable(cell)) for cell in cells))
-    _console().print(table)
+    results_console(160).print(table)
 
 
 def _verdict(call: LoggedCall) -> str:
@@ -236,22 +233,17 @@ def _print_stats(told: dict[str, Any]) -> None:
         numbers = (sums["calls"], sums["prompt_tokens"], sums["completion_tokens"], money, sums["unpriced_calls"])
         table.add_row(Text(printable(day)), *(Text(printable(number)) for number in numbers))
     if told["days"]:
-        _console().print(table)
+        results_console(160).print(table)
 
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[VerdictLedger]:
     """The store, with errors as the other commands report them."""
-    from rmcore.cli import _errors
     from rmcore.judge.ledger import VerdictLedger
 
-    with _errors(), VerdictLedger(path) as ledger:
+    with reported_errors(), VerdictLedger(path) as ledger:
         yield ledger

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rmcore import reference
 from rmcore.accounting import Overlap, Span, tally_by_judge
-from rmcore.asking import Asked, Asking
 from rmcore.backbone import EncodingStats
 from rmcore.errors import reject
 from rmcore.groups import GroupScore, GroupScores, PairDecision
@@ -21,9 +20,10 @@ from rmcore.head import FrozenHead
 from rmcore.judge.base import JudgeUsage, Pair, Prompt
 from rmcore.judge.clock import Clock
 from rmcore.model import Progress
-from rmcore.overlap import StoppedError
-from rmcore.pairs import PairMatrices, Where
 from rmcore.routing import Reservation
+from rmcore.scoring.asking import Asked, Asking
+from rmcore.scoring.overlap import StoppedError
+from rmcore.scoring.pairs import PairMatrices, Where
 from rmcore.text import EncodedText
 
 __all__ = ["MicroBatch", "Reserved", "ScoreCall", "micro_batches"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rmcore.budget import WINDOWS, Budget
-from rmcore.recent import SlidingSum
-from rmcore.state import StateReader
+from rmcore.routing.budget import WINDOWS, Budget
+from rmcore.routing.recent import SlidingSum
+from rmcore.routing.state import StateReader
 
 __all__ = ["Pace"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from rmcore.errors import reject
 from rmcore.fit import Belief, check_data, newton
 from rmcore.head import FrozenHead
-from rmcore.judged import JudgedPairs
+from rmcore.learning.judged import JudgedPairs
 from rmcore.ops import Backend
 from rmcore.posterior import Posterior
 

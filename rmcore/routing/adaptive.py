@@ -35,14 +35,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmcore.budget import Budget, Hold
-from rmcore.drift import Drift, StepLog, StepRecord
 from rmcore.errors import CheckpointError, reject
 from rmcore.judge.base import JudgeUsage
-from rmcore.pacing import Pace
-from rmcore.recent import Floats, ForgettingSample
-from rmcore.routing import Candidates, RankBy, Reservation, rank_score
-from rmcore.state import StateReader, plain, read_state, write_state
+from rmcore.routing.budget import Budget, Hold
+from rmcore.routing.drift import Drift, StepLog, StepRecord
+from rmcore.routing.pacing import Pace
+from rmcore.routing.recent import Floats, ForgettingSample
+from rmcore.routing.routers import Candidates, RankBy, Reservation, rank_score
+from rmcore.routing.state import StateReader, plain, read_state, write_state
 
 __all__ = ["AdaptiveRouter"]
 
@@ -75,7 +75,7 @@ class AdaptiveRouter:
 
     Args:
         target_fraction: of pairs to route. Without it, it follows from the budgets: what is left over what is to come.
-        budget: hard limits, none ever exceeded (:mod:`rmcore.budget` says exactly what that means). With a
+        budget: hard limits, none ever exceeded (:mod:`rmcore.routing.budget` says exactly what that means). With a
             ``target_fraction`` they slow the router down before they run out, where it can be foreseen.
         by: the score: ``u``, ``margin`` or ``error_probability``.
         warmup: pairs to see before the quantile is trusted.

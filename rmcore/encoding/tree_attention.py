@@ -8,7 +8,7 @@ the time of a forward pass the name is ours (:func:`attending`).
 ``sdpa``   ``scaled_dot_product_attention`` once a node (and 256 query rows), over the keys of the node's path.
 
 Both compute what the padded forward computes, up to rounding, where a token's state depends on the tokens before it and
-on its position alone. :func:`rmcore.architecture.unfit` names the models for which that is not so.
+on its position alone. :func:`rmcore.encoding.architecture.unfit` names the models for which that is not so.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rmcore.architecture import unfit
+from rmcore.encoding.architecture import unfit
+from rmcore.encoding.packing import Pack
 from rmcore.errors import RmcoreError, reject
 from rmcore.ops import Explanation
-from rmcore.packing import Pack
 
 __all__ = ["Packing", "Plan", "TreeAttentionError", "attending", "block_mask_of", "explain"]
 

@@ -1,0 +1,70 @@
+"""The command line: ``rmcore train | upgrade | score | evaluate | demo``. JSON Lines in, JSON Lines out.
+
+Exit codes: 0 done; 1 something failed (a model that cannot be loaded, say); 2 bad input or usage. A bad line names its
+number and what is wrong, and everything before it is scored and written first.
+
+A file a family of commands; what they share is in ``options`` (options of several commands), ``engine`` (the reward
+engine these name) and ``console`` (notes, progress, errors). Heavy imports stay inside the commands, so that
+``rmcore --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+
+from rmcore.cli import accounts, bench, demo, evaluate, score, selection, serve, train, verdicts
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rmcore",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Uncertainty-aware pairwise reward models: train one, score groups of responses with it, send only the "
+    "uncertain pairs to an LLM judge, get RLOO advantages back.\n\nTry `rmcore demo` first.",
+)
+
+app.add_typer(verdicts.app, name="verdicts")
+app.command("serve")(serve.serve)
+app.command("best-of")(selection.best_of_command)
+app.command("filter")(selection.filter_command)
+app.command("train")(train.train)
+app.command("upgrade")(train.upgrade)
+app.command("score")(score.score)
+app.command("accounts")(accounts.show_accounts)
+app.command("evaluate")(evaluate.evaluate)
+app.command("demo")(demo.demo)
+app.command(
+    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)(bench.bench)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+) -> None:
+    """Options of all commands."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("httpx", "httpcore", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if version:
+        import rmcore
+
+        typer.echo(rmcore.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the ``rmcore`` command."""
+    app()

@@ -1,0 +1,26 @@
+"""``rmcore demo``: the main job end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmcore.cli.console import reported_errors, results_console
+
+__all__ = ["demo"]
+
+
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of preference data; default: RMCORE_DATA, else examples.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and plots.")] = Path("rmcore-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the features and the mixed streams.")] = 0,
+) -> None:
+    """Train, evaluate, route to a judge over loopback HTTP and print advantages, on real text, in minutes on a CPU."""
+    with reported_errors():
+        from rmcore.demo import run_demo
+
+        run_demo(data, out, results_console(120), seed=seed)

@@ -1,0 +1,53 @@
+"""``rmcore evaluate``: a model on held-out preferences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmcore.cli import options
+from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.errors import reject
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: options.Model,
+    preferences: Annotated[str, typer.Argument(help="JSONL of held-out preferences; - for stdin.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and a plot.")] = None,
+    train_data: Annotated[Path | None, typer.Option("--train", help="Training preferences, for one control.")] = None,
+    replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
+    device: options.Device = None,
+) -> None:
+    """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
+    with reported_errors():
+        from rmcore.data import read_preferences
+        from rmcore.model import RewardModel, encode_preferences
+        from rmcore.quality import encode_pairs, evaluate_head
+        from rmcore.streams import LabelledPair
+
+        items = list(read_preferences(preferences))
+        if not items:
+            reject("preferences", "no lines", "at least one")
+        loaded = RewardModel.from_pretrained(model, device=device)
+        pairs = [LabelledPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
+        with progress_bar() as bar:
+            states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=encoding_progress(bar))
+            known = None
+            if train_data is not None:
+                known, _, _ = encode_preferences(
+                    loaded.backbone, list(read_preferences(train_data)), loaded.mode, progress=encoding_progress(bar)
+                )
+        report = evaluate_head(loaded.head, states, pairs, train=known, replicates=replicates)
+        typer.echo(report.to_markdown())
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+            from rmcore.plots import plot_report
+
+            plot_report(report, out / "report.png")
+            notes.print(f"wrote {out / 'report.json'} and {out / 'report.png'}")

@@ -1,0 +1,102 @@
+"""Options that several commands share: which pairs go to a judge, which judge, and what it may cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+T = TypeVar("T")
+
+Model = Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")]
+Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, torch, cpu, triton, cuda.")]
+
+Threshold = Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")]
+BudgetFraction = Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")]
+JudgeFraction = Annotated[
+    float | None, typer.Option(help="Route this fraction of all pairs by a threshold that follows their scores.")
+]
+MaxCalls = Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge calls.")]
+MaxTokens = Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge tokens.")]
+MaxCost = Annotated[float | None, typer.Option(help="With --judge-fraction and --prices: never more money.")]
+RouterState = Annotated[
+    Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
+]
+RankByOption = Annotated[str, typer.Option(help="u, margin, error_probability or rank_sum.")]
+JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")]
+JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]
+JudgeKeyEnv = Annotated[str, typer.Option(help="Environment variable with its key; empty for none.")]
+JudgeOrders = Annotated[str, typer.Option(help="Ask both orders of a pair, or one.")]
+JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
+JudgeTemplate = Annotated[Path | None, typer.Option(help="Text file with the question's template.")]
+JudgeDeadline = Annotated[
+    float | None, typer.Option(help="Seconds from the start of a batch after which verdicts are of no use.")
+]
+Store = Annotated[Path | None, typer.Option(help="Verdict store: what is in it is not bought again.")]
+Prices = Annotated[Path | None, typer.Option(help="JSON price table of the judge's models, for costs.")]
+Verdicts = Annotated[Path | None, typer.Option(help="Replay recorded verdicts (JSONL) instead of asking.")]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The options of every command that may ask a judge; :func:`with_options` gives them to a command."""
+
+    threshold: Threshold = None
+    budget: BudgetFraction = None
+    judge_fraction: JudgeFraction = None
+    max_calls: MaxCalls = None
+    max_tokens: MaxTokens = None
+    max_cost: MaxCost = None
+    router_state: RouterState = None
+    rank_by: RankByOption = "u"
+    judge_url: JudgeUrl = None
+    judge_model: JudgeModel = ""
+    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY"
+    judge_orders: JudgeOrders = "both"
+    judge_soft: JudgeSoft = False
+    judge_template: JudgeTemplate = None
+    judge_deadline: JudgeDeadline = None
+    store: Store = None
+    prices: Prices = None
+    verdicts: Verdicts = None
+
+
+def with_options(command: Callable[..., T]) -> Callable[..., T]:
+    """A command for typer in which each parameter of a dataclass type (:class:`Judging`) is spread into its fields.
+
+    typer knows single options only; this way a group of them is written down once.
+    """
+    spread: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for own in inspect.signature(command, eval_str=True).parameters.values():
+        if not dataclasses.is_dataclass(own.annotation):
+            parameters.append(own.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        spread[own.name] = own.annotation
+        hints = get_type_hints(own.annotation, include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in dataclasses.fields(own.annotation)
+        ]
+
+    @functools.wraps(command)
+    def gathered(**given: Any) -> T:
+        for name, group in spread.items():
+            given[name] = group(**{f.name: given.pop(f.name) for f in dataclasses.fields(group)})
+        return command(**given)
+
+    return with_parameters(gathered, parameters)
+
+
+def with_parameters(command: Callable[..., T], parameters: list[inspect.Parameter]) -> Callable[..., T]:
+    """``command``, which takes keyword arguments, with the parameters that typer is to see."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command

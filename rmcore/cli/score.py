@@ -1,0 +1,162 @@
+"""``rmcore score``, and what ``best-of`` and ``filter`` share with it: the options, and the loop over the groups."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from rmcore.cli import options
+from rmcore.cli.accounts import print_accounts
+from rmcore.cli.console import notes, opened_output, progress_bar, reported_errors
+from rmcore.cli.engine import close_engine, make_engine
+from rmcore.errors import DataError, InputError, reject
+
+if TYPE_CHECKING:
+    from rmcore.accounts import Accounts
+    from rmcore.data import Group
+    from rmcore.engine import RewardEngine
+    from rmcore.groups import GroupScore
+
+__all__ = ["Line", "Run", "score", "with_scoring"]
+
+Line: TypeAlias = "Callable[[Group, GroupScore], dict[str, Any] | None]"
+"""What is written of a group; nothing for None."""
+
+Run: TypeAlias = Callable[[Line], None]
+"""Scores all groups and writes a line of each."""
+
+
+@options.with_options
+def _scoring(
+    *,
+    model: options.Model,
+    groups: Annotated[str, typer.Argument(help='JSONL of groups: {"prompt": ..., "responses": [...]}; - for stdin.')],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where results go; - for stdout.")] = "-",
+    judging: options.Judging,
+    batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
+    accounts: Annotated[
+        Path | None, typer.Option(help="Append a summary of each batch to this file (rmcore accounts shows it).")
+    ] = None,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+) -> Run:
+    """Make the engine the options name."""
+    from rmcore.accounts import Accounts
+
+    if batch < 1:
+        reject("--batch", batch, "at least 1")
+    engine, save = make_engine(model, judging, backend=backend, device=device)
+    booked = Accounts(accounts)
+
+    def run(line: Line) -> None:
+        _score_stream(engine, groups, out, batch, booked, line, save)
+        print_accounts(booked.totals(), notes)
+
+    return run
+
+
+def with_scoring(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of ``score`` besides its own; its first argument makes the :data:`Run`.
+
+    A function, so that what is wrong with the command's own options is found before a model is loaded.
+    """
+    shared = inspect.signature(_scoring, eval_str=True).parameters
+    _load, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @functools.wraps(command)
+    def combined(**given: Any) -> None:
+        with reported_errors():
+            load = functools.partial(_scoring, **{name: given.pop(name) for name in shared})
+            command(load, **given)
+
+    needed = [p for p in shared.values() if p.default is inspect.Parameter.empty]
+    rest = [p for p in shared.values() if p.default is not inspect.Parameter.empty]
+    added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    return options.with_parameters(combined, [*needed, *added, *rest])
+
+
+@with_scoring
+def score(load: Callable[[], Run]) -> None:
+    """Score groups of responses: preferences, uncertainties, rewards and RLOO advantages, one JSON line a group.
+
+    Without --threshold, --budget or --judge-fraction no pair goes to a judge.
+
+    Example: `rmcore score my-rm groups.jsonl --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
+    """
+    load()(lambda group, score: score.to_record())
+
+
+def _score_stream(
+    engine: RewardEngine, source: str, out: str, batch: int, accounts: Accounts, line: Line, after: Callable[[], None]
+) -> None:
+    """Score the groups of ``source`` batch by batch, then close the judge.
+
+    ``line`` makes what is written of each group, ``after`` ends a batch.
+    """
+    from rmcore.data import read_groups
+
+    done = 0
+    try:
+        with opened_output(out) as stream, progress_bar() as bar:
+            task = bar.add_task("groups", total=None)
+            for chunk, error in _chunks(read_groups(source), batch):
+                if chunk:
+                    _score_chunk(engine, chunk, stream, accounts, line)
+                    done += len(chunk)
+                    bar.update(task, completed=done)
+                    after()
+                if error is not None:
+                    raise error
+    finally:
+        close_engine(engine)
+
+
+def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts, line: Line) -> None:
+    try:
+        scores = engine.score([group.prompt for group in chunk], [group.responses for group in chunk])
+    except InputError:
+        if len(chunk) == 1:
+            group = chunk[0]
+            try:
+                engine.score([group.prompt], [group.responses])
+            except InputError as error:
+                raise DataError(str(error), source="groups", line=group.line) from error
+        # One bad group must not take the good ones before it along: score them one at a time, up to the bad one.
+        for group in chunk:
+            _score_chunk(engine, [group], stream, accounts, line)
+        return
+    accounts.add(scores.summary())
+    try:
+        for group, score in zip(chunk, scores, strict=True):
+            try:
+                record = line(group, score)
+            except InputError as error:
+                raise DataError(str(error), source="groups", line=group.line) from error
+            if record is not None:
+                named = {} if group.id is None else {"id": group.id}
+                stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
+    finally:
+        stream.flush()
+
+
+def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], DataError | None]]:
+    chunk: list[Group] = []
+    while True:
+        try:
+            group = next(groups, None)
+        except DataError as error:
+            yield chunk, error
+            return
+        if group is None:
+            yield chunk, None
+            return
+        chunk.append(group)
+        if len(chunk) == size:
+            yield chunk, None
+            chunk = []

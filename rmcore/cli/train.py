@@ -1,0 +1,174 @@
+"""``rmcore train`` and ``rmcore upgrade``: what makes a model with uncertainties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmcore.cli import options
+from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.errors import reject
+
+if TYPE_CHECKING:
+    from rmcore.backbone import Backbone, BackboneConfig
+
+__all__ = ["train", "upgrade"]
+
+Overlong = Annotated[
+    str,
+    typer.Option(help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right, -longest."),
+]
+
+
+def train(
+    preferences: Annotated[str, typer.Argument(help="JSONL of preferences (prompt, chosen, rejected); - for stdin.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model to.")],
+    backbone: Annotated[str, typer.Option(help="Hugging Face model: hub name or folder.")],
+    mode: Annotated[str, typer.Option(help="difference (a row a response) or concat (a row a pair).")] = "difference",
+    pooling: Annotated[str, typer.Option(help="last, mean or first token.")] = "last",
+    layer: Annotated[int | None, typer.Option(help="Pool this layer's output and skip the later ones.")] = None,
+    features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 1024,
+    layer_size: Annotated[int | None, typer.Option(help="Width of a spectral-normalised layer.")] = None,
+    epochs: Annotated[int, typer.Option(help="AdamW epochs over the layer first; needs --layer-size.")] = 0,
+    finetune_epochs: Annotated[int, typer.Option(help="AdamW epochs over backbone and head first; stores both.")] = 0,
+    lr_backbone: Annotated[float, typer.Option(help="Learning rate of the backbone.")] = 2e-5,
+    ridge: Annotated[float, typer.Option(help="Prior precision of β.")] = 1.0,
+    kernel_scale: Annotated[float, typer.Option(help="κ; 3 suits difference mode.")] = 3.0,
+    length_scale_factor: Annotated[float, typer.Option(help="ℓ as a multiple of the median distance.")] = 2.0,
+    length_feature: Annotated[float, typer.Option(help="Weight of a log-length feature, 0 for none.")] = 0.0,
+    likelihood: Annotated[
+        str, typer.Option(help="Posterior: logistic, or gaussian as in the published code.")
+    ] = "logistic",
+    dtype: Annotated[str | None, typer.Option(help="Serving dtype: float32, float16, bfloat16, int8.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
+    overlong: Overlong = "error",
+    chat: Annotated[str, typer.Option(help="auto, always or never use the tokenizer's chat template.")] = "auto",
+    embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
+    device: options.Device = None,
+) -> None:
+    """Train an uncertainty-aware reward model from preferences.
+
+    The backbone stays as it is unless --finetune-epochs is given. Texts are encoded once; β is fitted by Newton's
+    method in a few passes, and the posterior that gives uncertainties falls out of the last one.
+
+    Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
+    """
+    with reported_errors():
+        from rmcore.backbone import BackboneConfig
+        from rmcore.data import read_preferences
+        from rmcore.fit import fit
+        from rmcore.head import HeadConfig, SNGPHead
+        from rmcore.model import RewardModel, encode_preferences
+        from rmcore.training import finetune, train_layer
+
+        if epochs and layer_size is None:
+            reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        items = list(read_preferences(preferences))
+        if not items:
+            reject("preferences", "no lines", "at least one")
+        spine = _load_backbone(
+            BackboneConfig(
+                name=backbone,
+                pooling=pooling,  # type: ignore[arg-type]
+                layer=layer,
+                length_feature=length_feature,
+                max_length=max_length,
+                overlong=overlong,  # type: ignore[arg-type]
+                chat=chat,  # type: ignore[arg-type]
+            ),
+            device,
+        )
+        config = HeadConfig(
+            spine.hidden_size,
+            num_features=features,
+            mode=mode,  # type: ignore[arg-type]
+            layer_size=layer_size,
+            ridge=ridge,
+            kernel_scale=kernel_scale,
+            length_scale_factor=length_scale_factor,
+            likelihood=likelihood,  # type: ignore[arg-type]
+            seed=seed,
+        )
+        with progress_bar() as bar:
+            head = SNGPHead(config).to(spine.device)
+            if finetune_epochs:
+                finetune(spine, head, items, epochs=finetune_epochs, lr_backbone=lr_backbone, seed=seed)
+            hidden, labels, pairs = encode_preferences(spine, items, mode, progress=encoding_progress(bar))
+            if epochs:
+                train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed)
+            frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
+        model = RewardModel(spine, frozen)
+        model.save_pretrained(out, backbone="embed" if embed_backbone or finetune_epochs else "name")
+        right = _training_accuracy(model, hidden, labels, pairs)
+        notes.print(
+            f"{len(items)} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
+            f"after {report.passes} passes; training accuracy {100 * right:.1f}%; wrote {out}"
+        )
+
+
+def upgrade(
+    model: Annotated[str, typer.Argument(help="A reward model: AutoModelForSequenceClassification with one label.")],
+    pairs: Annotated[str, typer.Argument(help="JSONL of preferences like those it will score; - for stdin.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
+    ridge: Annotated[float, typer.Option(help="Prior precision of its last layer.")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="Serving dtype of the head.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
+    overlong: Overlong = "error",
+    chat: Annotated[str, typer.Option(help="auto, always or never use the tokenizer's chat template.")] = "auto",
+    embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
+    device: options.Device = None,
+) -> None:
+    """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
+    with reported_errors():
+        from rmcore.backbone import BackboneConfig
+        from rmcore.data import read_preferences
+        from rmcore.model import RewardModel
+
+        items = list(read_preferences(pairs))
+        config = BackboneConfig(
+            name=model,
+            kind="classifier",
+            pooling="classifier",
+            max_length=max_length,
+            overlong=overlong,  # type: ignore[arg-type]
+            chat=chat,  # type: ignore[arg-type]
+            append_eos=False,
+        )
+        spine = _load_backbone(config, device)
+        with progress_bar() as bar:
+            upgraded = RewardModel.upgrade(
+                spine, items, ridge=ridge, dtype=_dtype(dtype), progress=encoding_progress(bar)
+            )
+        upgraded.save_pretrained(out, backbone="embed" if embed_backbone else "name")
+        notes.print(f"{len(items)} pairs, {spine.stats.tokens} tokens; wrote {out}")
+
+
+def _load_backbone(config: BackboneConfig, device: str | None) -> Backbone:
+    from rmcore.backbone import Backbone
+
+    return Backbone.from_pretrained(config, device=device)
+
+
+def _training_accuracy(model: Any, hidden: Any, labels: Any, pairs: Any) -> float:
+    import torch
+
+    if pairs is None:
+        wrong = (model.head.score(hidden).logit > 0) != (labels > 0.5)
+    else:
+        g = model.head.score_pairs(hidden[pairs.flatten()], torch.full((len(pairs),), 2, dtype=torch.int64)).logit
+        wrong = (g > 0) != (labels > 0.5)
+    return 1 - float(wrong.float().mean())
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+    if name not in kinds:
+        reject("--dtype", repr(name), f"one of {', '.join(kinds)}")
+    return kinds[name]
