@@ -10,8 +10,8 @@ from .suites import Row
 
 __all__ = ["draw"]
 
-_OURS = ("#0072B2", "#56B4E9", "#009E73", "#004C77", "#66C2A5")
-_OTHERS = ("0.35", "0.55", "#D55E00", "#CC79A7", "#E69F00", "0.7", "#8C564B")
+_DTYPES = {"float32": "0.45", "bfloat16": "#0072B2", "float16": "#56B4E9", "int8": "#009E73"}
+_OTHERS = ("#D55E00", "#CC79A7", "#E69F00", "#8C564B")
 
 
 def draw(rows: list[Row], document: dict[str, Any], out: Path) -> list[Path]:
@@ -51,26 +51,29 @@ def _figure(width: float, height: float) -> Any:
 def _latency(rows: list[Row], document: dict[str, Any], path: Path, size: str) -> None:
     figure = _figure(9, 5.4)
     axis = figure.subplots()
-    names = list(dict.fromkeys((row["variant"], row["dtype"]) for row in rows))
-    colours = {"ours": iter(_OURS * 3), "others": iter(_OTHERS * 3)}
+    own_torch = ("rmcore torch",)  # our fallback is no peer, and three more lines of it hide those that are
+    names = [n for n in dict.fromkeys((row["variant"], row["dtype"]) for row in rows) if n[0] not in own_torch]
+    names.sort(key=lambda n: not n[0].startswith("rmcore"))
+    others = iter(_OTHERS * 3)
     for name, dtype in names:
         points = sorted((r["rows"], 1e3 * r["median_s"]) for r in rows if (r["variant"], r["dtype"]) == (name, dtype))
-        mine = name.startswith("rmcore") and not name.endswith("torch")
-        label = f"{name} {dtype}" if name.startswith("rmcore") else name
+        mine = name.startswith("rmcore")
+        by_dtype = mine or name.startswith("torch")  # a colour for each dtype, a style for each kind of variant
         axis.plot(
             *zip(*points, strict=True),
-            marker="o",
+            marker="o" if mine else "s" if "dense" in name else "^",
             markersize=4,
             linewidth=2.4 if mine else 1.2,
-            linestyle="-" if mine else "--",
-            color=next(colours["ours" if mine else "others"]),
-            label=label,
+            linestyle="-" if mine else ":" if "compile" in name else "--",
+            color=_DTYPES[dtype] if by_dtype else next(others),
+            label=f"{name} {dtype}" if mine else name,
         )
-    best = [name for name in names if name[0].startswith("rmcore")]
-    if best:
-        dtype = best[0][1]
-        floor = sorted({(r["rows"], 1e3 * r["floor_s"]) for r in rows if (r["variant"], r["dtype"]) == best[0]})
-        axis.plot(*zip(*floor, strict=True), color="black", linewidth=1, linestyle=":", label=f"limit, {dtype}")
+    for name, dtype in names:
+        if name == names[0][0]:
+            points = sorted(
+                (r["rows"], 1e3 * r["floor_s"]) for r in rows if (r["variant"], r["dtype"]) == (name, dtype)
+            )
+            axis.plot(*zip(*points, strict=True), color=_DTYPES[dtype], linewidth=0.8, label=f"limit, {dtype}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("rows B")
@@ -84,7 +87,9 @@ def _latency(rows: list[Row], document: dict[str, Any], path: Path, size: str) -
 def _memory(rows: list[Row], path: Path) -> None:
     figure = _figure(8, 0.45 * len(rows) + 1.2)
     axis = figure.subplots()
-    labels = [f"{row['variant']} {row['dtype']}" for row in rows]
+    labels = [
+        f"{row['variant']} {row['dtype']}" if row["variant"].startswith("rmcore") else row["variant"] for row in rows
+    ]
     axis.barh(labels, [row["bytes"] / 1e6 for row in rows], color="#0072B2", label="weights")
     repacked = [row.get("repacked_bytes", 0) / 1e6 for row in rows]
     axis.barh(labels, repacked, left=[row["bytes"] / 1e6 for row in rows], color="#56B4E9", label="re-packed copy")

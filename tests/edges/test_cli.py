@@ -190,6 +190,24 @@ def test_training_on_nothing_or_on_bad_lines_exits_2(backbone_path: Path, tmp_pa
         assert says in result.stderr
 
 
+def test_a_head_in_8_bits_scores_like_one_in_32(backbone_path: Path, preferences: Path, tmp_path: Path) -> None:
+    uncertainties = []
+    for dtype in ("float32", "int8"):
+        out = tmp_path / dtype
+        options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 256, "--dtype", dtype, "-o", out]
+        assert call("train", preferences, *options).exit_code == 0
+        assert json.loads((out / "rmcore.json").read_text())["head"]["dtype"] == dtype
+        result = call("score", out, "-", stdin=json.dumps(group(3)) + "\n")
+        assert result.exit_code == 0, result.stderr
+        uncertainties.append(json.loads(result.stdout)["uncertainty"])
+    flat = [[u for row in matrix for u in row if u is not None] for matrix in uncertainties]
+    assert flat[1] == pytest.approx(flat[0], rel=0.01)
+    assert flat[1] != flat[0]
+    refused = call("train", preferences, "--backbone", backbone_path, "--dtype", "int4", "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "int8" in refused.stderr
+
+
 def test_training_the_layer_and_the_backbone_stores_both(
     backbone_path: Path, preferences: Path, tmp_path: Path
 ) -> None:
