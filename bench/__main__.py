@@ -15,10 +15,11 @@ from rich.table import Table
 
 from rmcore.streams import find_data
 
+from .contract import Row, Setup
 from .encode import encode_table
 from .figures import draw
 from .harness import as_dict, environment, measure_limits
-from .suites import SUITES, Row, Setup
+from .suites import SUITES
 
 __all__ = ["main"]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rmcore.backbone import Backbone
     from rmcore.text import EncodedText
 
-    from .suites import Row, Setup
+    from .contract import Row, Setup
 
 __all__ = ["AUTOJ", "Lengths", "Shape", "draw_encode", "encode", "encode_table", "flop"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .contract import Row
 from .encode import draw_encode
-from .suites import Row
 
 __all__ = ["draw"]
 

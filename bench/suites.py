@@ -14,9 +14,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,39 +24,18 @@ from rmcore import ops, reference
 from rmcore.ops import Backend
 from rmcore.weights import FeatureMap
 
+from .contract import Row, Setup
 from .encode import encode
-from .harness import Limits, Timing, as_dict, relative_error, rotations, synchronize, time_calls
+from .harness import Timing, as_dict, relative_error, rotations, synchronize, time_calls
 from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
 
-__all__ = ["SUITES", "Row", "Setup"]
-
-Row = dict[str, Any]
+__all__ = ["SUITES"]
 
 COMPILED_BATCHES = (1, 16, 64, 256, 1024, 4096)
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3, torch.int8: 4e-2}
 """Largest error of v over the largest v at which a timed variant counts as right: a sanity bound, looser than the
 tests', since peers round where they like."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What to measure and on what."""
-
-    device: torch.device
-    limits: Limits
-    sizes: tuple[tuple[int, int], ...]
-    batches: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-    budget_s: float
-    compiled: bool = True
-    note: Callable[[str], None] = lambda _text: None
-    quick: bool = False
-    groups: tuple[int, ...] = ()
-    lengths: tuple[str, ...] = ()
-    layers: int | None = None
-    rounds: int | None = None
-    data: Path | None = None
 
 
 def _backends(op: str, setup: Setup, dtype: torch.dtype, rows: int, weights: Any) -> list[Backend]:

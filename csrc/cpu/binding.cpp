@@ -132,7 +132,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("PANEL") = kPanel;
 
   m.def(
-      "isa", [] { return isa_name(active_isa()); }, "The instruction set in use: scalar, avx2, avx512, avx512_vnni or avx512_bf16.");
+      "isa", [] { return isa_name(active_isa()); },
+      "The instruction set in use: scalar, avx2, avx512, avx512_vnni or avx512_bf16.");
   m.def("best_isa", [] { return isa_name(detect_isa()); }, "The best instruction set of this machine.");
   m.def(
       "set_isa",

@@ -8,8 +8,8 @@ import statistics
 import pytest
 import torch
 from rmcore.bench import encode as suite
+from rmcore.bench.contract import Setup
 from rmcore.bench.harness import Limits
-from rmcore.bench.suites import Setup
 
 
 def test_lengths_follow_the_quantiles():

@@ -1,0 +1,156 @@
+// Hidden rows → what the products take: float, bf16, or whole numbers with a factor a row; and c likewise.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+#include "kernels.h"
+#include "simd.h"
+#include "workspace.h"
+
+namespace rmcore::cpu::RMCORE_ISA {
+namespace {
+
+inline float element(const Rows& rows, int64_t index) {
+  switch (rows.dtype) {
+    case Dtype::f32:
+      return static_cast<const float*>(rows.data)[index];
+    case Dtype::f16:
+      return f16_to_float(static_cast<const uint16_t*>(rows.data)[index]);
+    case Dtype::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(rows.data)[index]);
+    case Dtype::f64:
+    case Dtype::i8:  // weights only
+      break;
+  }
+  return static_cast<float>(static_cast<const double*>(rows.data)[index]);
+}
+
+inline Vec load_elements(const Rows& rows, int64_t index) {
+  switch (rows.dtype) {
+    case Dtype::f32:
+      return load(static_cast<const float*>(rows.data) + index);
+    case Dtype::f16:
+      return load_f16(static_cast<const uint16_t*>(rows.data) + index);
+    case Dtype::bf16:
+      return load_bf16(static_cast<const uint16_t*>(rows.data) + index);
+    case Dtype::f64:
+    case Dtype::i8:  // weights only
+      break;
+  }
+  float buffer[kWidth];
+  for (int i = 0; i < kWidth; ++i) buffer[i] = static_cast<float>(static_cast<const double*>(rows.data)[index + i]);
+  return load(buffer);
+}
+
+inline void store_act(float* out, Vec x) { store(out, x); }
+#if defined(__AVX512BF16__)
+inline void store_act(uint16_t* out, Vec x) { store_bf16(out, x); }
+#endif
+
+// x at `out`; where `low` is not 0, what rounding took away at `out + low`.
+template <class Act>
+inline void store_act(Act* out, int64_t low, Vec x) {
+  store_act(out, x);
+  if constexpr (!Same<Act, float>::value) {
+    if (low != 0) store_act(out + low, sub(x, load_bf16(out)));
+  }
+}
+
+// int8 activations: whole numbers −127 … 127, each row with a factor of its own.
+constexpr float kWhole = 127.0f;
+inline void store_whole(float* out, Vec x) { store(out, x); }
+#if defined(__AVX512VNNI__)
+inline void store_whole(uint8_t* out, Vec x) { store_bytes(out, x); }
+inline Vec load_whole(const uint8_t* p) { return load_bytes(p); }
+#endif
+inline Vec load_whole(const float* p) { return load(p); }
+
+constexpr float kLowTerm = 1.0f / (2.0f * kWhole);  // a low term's factor over its row's: rounding leaves half a step
+
+// Columns 0 … columns of a row, kWidth at a time from `values(i)`, to whole numbers; returns the row's factor, which is
+// NaN where a value is not finite. Where `low` is not 0, what rounding took away goes to `out + low`.
+template <class Act, class Values>
+float quantize_row(int64_t columns, Act* out, int64_t low, Values&& values) {
+  Vec most = zero(), spoilt = zero();
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const Vec x = values(i);
+    most = larger(most, abs(x));
+    spoilt = add(spoilt, sub(x, x));
+  }
+  const float edge = largest(most);
+  const Vec factor = splat(edge > 1e-30f ? kWhole / edge : 0.0f);
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const Vec x = mul(values(i), factor), whole = nearest(x);
+    store_whole(out + i, whole);
+    if (low != 0) store_whole(out + low + i, nearest(mul(sub(x, whole), splat(1.0f / kLowTerm))));
+  }
+  return edge / kWhole + sum(spoilt);
+}
+
+// c, which is within ±1, in whole numbers of 1/127; a NaN is anything, so that whoever sums must bring it back.
+template <class W>
+void store_feature(typename W::Act* out, Vec c) {
+  if constexpr (Same<W, I8>::value) {
+    store_whole(out, nearest(mul(c, splat(kWhole))));
+  } else {
+    store_act(out, c);
+  }
+}
+
+// True where rows are worth two terms each, bf16 or int8: they hold more than one, and the product that takes them is
+// the lesser part of the work. A property of the head and the dtype of its rows, never of how many there are.
+template <class W>
+bool two_terms(const Map& map, const Rows& rows) {
+  const bool rounds = Same<W, I8>::value || (!Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16);
+  return rounds && 2 * map.hidden <= map.features;
+}
+
+// Row `row` times `scale`, rounded to Act, zeros up to a whole panel.
+template <class Act>
+void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* out, int64_t low) {
+  const int64_t start = row * rows.row_stride;
+  const Vec factor = splat(scale);
+  int64_t i = 0;
+  if (rows.col_stride == 1) {
+    for (; i + kWidth <= columns; i += kWidth) store_act(out + i, low, mul(load_elements(rows, start + i), factor));
+  }
+  for (; i < round_up(columns, kPanel); i += kWidth) {
+    float buffer[kWidth];
+    for (int j = 0; j < kWidth; ++j) {
+      buffer[j] = i + j < columns ? element(rows, start + (i + j) * rows.col_stride) : 0.0f;
+    }
+    store_act(out + i, low, mul(load(buffer), factor));
+  }
+}
+
+// Row `row` of the map's input, shifted and scaled by column, as whole numbers; returns the row's factor.
+template <class Act>
+float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int64_t low) {
+  const int64_t start = row * rows.row_stride;
+  const bool centred = map.hidden_shift != nullptr;
+  return quantize_row(round_up(map.hidden, kPanel), out, low, [&](int64_t i) {
+    Vec x, shift = zero(), scale = splat(map.input_scale);
+    if (rows.col_stride == 1 && i + kWidth <= map.hidden) {
+      x = load_elements(rows, start + i);
+      if (centred) {
+        shift = load(map.hidden_shift + i);
+        scale = mul(scale, load(map.hidden_scale + i));
+      }
+    } else {
+      float values[kWidth] = {}, shifts[kWidth] = {}, scales[kWidth] = {};
+      for (int j = 0; j < kWidth && i + j < map.hidden; ++j) {
+        values[j] = element(rows, start + (i + j) * rows.col_stride);
+        shifts[j] = centred ? map.hidden_shift[i + j] : 0.0f;
+        scales[j] = (centred ? map.hidden_scale[i + j] : 1.0f) * map.input_scale;
+      }
+      x = load(values);
+      shift = load(shifts);
+      scale = load(scales);
+    }
+    return mul(sub(x, shift), scale);
+  });
+}
+
+}  // namespace
+}  // namespace rmcore::cpu::RMCORE_ISA
