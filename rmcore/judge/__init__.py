@@ -28,6 +28,7 @@ from rmcore.judge.verdict import Labels, Parsed, parse_verdict
 
 if TYPE_CHECKING:
     from rmcore.judge.chat import ChatJudge
+    from rmcore.judge.limits import RateLimits
     from rmcore.judge.prices import Price, PriceTable
     from rmcore.judge.replay import Fault, ReplayServer
     from rmcore.judge.store import StoreError, VerdictStore
@@ -57,6 +58,7 @@ __all__ = [
     "Price",
     "PriceTable",
     "Prompt",
+    "RateLimits",
     "RecordedJudge",
     "ReplayServer",
     "RetryPolicy",
@@ -79,6 +81,7 @@ _LAZY = {
     "Fault": "rmcore.judge.replay",
     "Price": "rmcore.judge.prices",
     "PriceTable": "rmcore.judge.prices",
+    "RateLimits": "rmcore.judge.limits",
     "ReplayServer": "rmcore.judge.replay",
     "StoreError": "rmcore.judge.store",
     "VerdictStore": "rmcore.judge.store",

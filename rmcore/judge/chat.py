@@ -22,6 +22,7 @@ from rmcore.judge.canary_pairs import CANARY_ID
 from rmcore.judge.client import ChatClient
 from rmcore.judge.clock import Clock
 from rmcore.judge.dialect import Dialect
+from rmcore.judge.limits import RateLimits
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
 from rmcore.judge.prices import PriceTable, price_call
 from rmcore.judge.prompt import JudgePrompt, Output
@@ -86,6 +87,7 @@ class ChatJudge:
             ``deadline``. ``None``: no limit. A pair's own ``deadline`` counts where it is earlier.
         retry: see :class:`~rmcore.judge.retry.RetryPolicy`.
         requests_per_minute, tokens_per_minute: limits of our own; ``None``: none (:mod:`rmcore.judge.limits`).
+        limits: instead of the two: a :class:`~rmcore.judge.limits.RateLimits` that judges with one key share.
         breaker: when to leave a failing endpoint alone (:class:`~rmcore.judge.breaker.BreakerPolicy`); ``None``: never.
         temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they accept;
             reasoning models mostly want ``max_completion_tokens`` and no temperature. An endpoint that refuses one of
@@ -128,6 +130,7 @@ class ChatJudge:
         retry: RetryPolicy | None = None,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
+        limits: RateLimits | None = None,
         breaker: BreakerPolicy | None = DEFAULT_BREAKER,
         temperature: float | None = None,
         max_tokens: int | None = None,
@@ -179,6 +182,7 @@ class ChatJudge:
             retry=retry,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
+            limits=limits,
             breaker=breaker,
             transport=transport,
             clock=clock,

@@ -106,11 +106,13 @@ class ChatClient:
         requests_per_minute, tokens_per_minute: limits of our own, ``None`` for none; attempts count, failed ones too.
             Their exact meaning is told in :mod:`rmcore.judge.limits`. Whatever they are, a server's ``x-ratelimit-*``
             headers, and ``retry-after`` on 429 and 503, hold back all calls.
+        limits: instead of the two numbers: limits kept together with other clients, of the same key say.
         breaker: see :class:`~rmcore.judge.breaker.BreakerPolicy`; ``None`` for no circuit breaker.
         transport: an ``httpx.AsyncBaseTransport`` instead of the network. It must suit every loop it is used on.
         clock, random_source: for deadlines and waits, and for jitter.
 
-    A copy made by pickling, and a forked process, start with limits, places and breaker of their own.
+    A copy made by pickling, and a forked process, start with limits, places and breaker of their own; limits that were
+    shared become the same numbers for each client.
 
     Raises:
         JudgeError: an argument is unusable.
@@ -128,6 +130,7 @@ class ChatClient:
         retry: RetryPolicy | None = None,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
+        limits: RateLimits | None = None,
         breaker: BreakerPolicy | None = DEFAULT_BREAKER,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock | None = None,
@@ -141,18 +144,22 @@ class ChatClient:
             raise JudgeError("concurrency, timeout_s and max_reply_bytes: got one that is not positive")
         if breaker is not None and not isinstance(breaker, BreakerPolicy):
             raise JudgeError(f"breaker: got {type(breaker).__name__}, expected a BreakerPolicy or None")
+        if limits is not None and (requests_per_minute, tokens_per_minute) != (None, None):
+            raise JudgeError("limits: got them and requests_per_minute or tokens_per_minute, expected one or the other")
         self.api_key_env = api_key_env
         self.concurrency = concurrency
         self.timeout_s = timeout_s
         self.max_reply_bytes = max_reply_bytes
         self.retry = retry or RetryPolicy()
-        self.requests_per_minute = requests_per_minute
-        self.tokens_per_minute = tokens_per_minute
+        self.requests_per_minute = requests_per_minute if limits is None else limits.requests_per_minute
+        self.tokens_per_minute = tokens_per_minute if limits is None else limits.tokens_per_minute
         self.breaker = breaker
         self.clock: Clock = clock or SystemClock()
         self._transport = transport
         self._random = random_source or random.Random()
         self._start_afresh()
+        if limits is not None:
+            self._limits = limits
 
     def _start_afresh(self) -> None:
         """Everything that belongs to one process: locks, connections, and what was learnt about the endpoint."""

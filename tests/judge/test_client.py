@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import random
 import threading
 
@@ -14,6 +15,7 @@ from rmcore.judge import ChatJudge, Pair, RetryPolicy
 from rmcore.judge.breaker import BreakerPolicy
 from rmcore.judge.client import ChatClient
 from rmcore.judge.latency import LatencyEstimate
+from rmcore.judge.limits import RateLimits
 
 REPLY = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 30, "completion_tokens": 10}}
 ONCE = RetryPolicy(max_attempts=1)
@@ -116,6 +118,30 @@ def test_attempts_that_fail_count_against_requests_per_minute(play):
         assert all(sum(t <= other < t + 60 for other in times) <= 7 for t in times)
 
     play(work, lambda n, t: status(500) if n % 3 == 1 else ok(), requests_per_minute=7)
+
+
+def test_clients_of_one_key_keep_their_limits_together(virtual):
+    async def work(clock):
+        limits, endpoint = RateLimits(6, clock=clock), Endpoint(clock)
+        clients = [client_of(endpoint, limits=limits) for _ in range(3)]
+        done = await asyncio.gather(*(client.complete({}) for client in clients for _ in range(10)))
+        assert all(c.choice is not None for c in done)
+        times = endpoint.times
+        assert len(times) == 30
+        assert all(sum(t <= other < t + 60 for other in times) <= 6 for t in times)
+        assert times[-1] >= 240
+        assert clients[0].state.limits == clients[2].state.limits
+        copy = pickle.loads(pickle.dumps(ChatClient("http://127.0.0.1:9/v1", api_key_env=None, limits=RateLimits(6))))
+        assert copy.requests_per_minute == 6
+
+    virtual(work)
+
+
+def test_shared_limits_and_numbers_are_not_both_given():
+    with pytest.raises(JudgeError, match=r"^limits: got them and requests_per_minute"):
+        ChatJudge("http://127.0.0.1:9/v1", "m", None, limits=RateLimits(5), tokens_per_minute=100)
+    judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, limits=RateLimits(5, 700))
+    assert (judge.client.requests_per_minute, judge.client.tokens_per_minute) == (5, 700)
 
 
 def test_tokens_are_reserved_as_estimated_and_settled_as_used(play):
