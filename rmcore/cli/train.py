@@ -12,7 +12,10 @@ from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_
 from rmcore.errors import reject
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rmcore.backbone import Backbone, BackboneConfig
+    from rmcore.head import FrozenHead
 
 __all__ = ["train", "upgrade"]
 
@@ -41,6 +44,9 @@ def train(
     likelihood: Annotated[
         str, typer.Option(help="Posterior: logistic, or gaussian as in the published code.")
     ] = "logistic",
+    calibrate: Annotated[
+        str | None, typer.Option(help="JSONL of held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Serving dtype: float32, float16, bfloat16, int8.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
     overlong: Overlong = "error",
@@ -59,7 +65,7 @@ def train(
     with reported_errors():
         from rmcore.backbone import BackboneConfig
         from rmcore.data import read_preferences
-        from rmcore.fit import fit
+        from rmcore.fit import fit, fit_amplitude
         from rmcore.head import HeadConfig, SNGPHead
         from rmcore.model import RewardModel, encode_preferences
         from rmcore.training import finetune, train_layer
@@ -69,6 +75,9 @@ def train(
         items = list(read_preferences(preferences))
         if not items:
             reject("preferences", "no lines", "at least one")
+        held_out = [] if calibrate is None else list(read_preferences(calibrate))
+        if calibrate is not None and not held_out:
+            reject("--calibrate", "no lines", "at least one")
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
@@ -100,12 +109,19 @@ def train(
             if epochs:
                 train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed)
             frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
+            if held_out:
+                unseen, outcomes, unseen_pairs = encode_preferences(
+                    spine, held_out, mode, progress=encoding_progress(bar)
+                )
+                frozen = fit_amplitude(frozen, *_scored(frozen, unseen, unseen_pairs), outcomes)
         model = RewardModel(spine, frozen)
         model.save_pretrained(out, backbone="embed" if embed_backbone or finetune_epochs else "name")
-        right = _training_accuracy(model, hidden, labels, pairs)
+        logit, _ = _scored(frozen, hidden, pairs)
+        right = float(((logit > 0) == (labels > 0.5)).float().mean())
+        amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out else ""
         notes.print(
             f"{len(items)} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
-            f"after {report.passes} passes; training accuracy {100 * right:.1f}%; wrote {out}"
+            f"after {report.passes} passes; training accuracy {100 * right:.1f}%; {amplitude}wrote {out}"
         )
 
 
@@ -152,15 +168,16 @@ def _load_backbone(config: BackboneConfig, device: str | None) -> Backbone:
     return Backbone.from_pretrained(config, device=device)
 
 
-def _training_accuracy(model: Any, hidden: Any, labels: Any, pairs: Any) -> float:
+def _scored(head: FrozenHead, hidden: Tensor, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logit and variance of every pair, as ``encode_preferences`` gives them."""
     import torch
 
     if pairs is None:
-        wrong = (model.head.score(hidden).logit > 0) != (labels > 0.5)
-    else:
-        g = model.head.score_pairs(hidden[pairs.flatten()], torch.full((len(pairs),), 2, dtype=torch.int64)).logit
-        wrong = (g > 0) != (labels > 0.5)
-    return 1 - float(wrong.float().mean())
+        scores = head.score(hidden)
+        return scores.logit, scores.variance
+    twos = torch.full((len(pairs),), 2, dtype=torch.int64)
+    found = head.score_pairs(hidden[pairs.flatten()], twos)
+    return found.logit, found.variance
 
 
 def _dtype(name: str | None) -> Any:

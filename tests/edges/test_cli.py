@@ -208,6 +208,32 @@ def test_a_head_in_8_bits_scores_like_one_in_32(backbone_path: Path, preferences
     assert "int8" in refused.stderr
 
 
+@pytest.mark.parametrize("mode", ["difference", "concat"])
+def test_held_out_preferences_set_the_amplitude(
+    backbone_path: Path, preferences: Path, tmp_path: Path, mode: str
+) -> None:
+    options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 64, "--mode", mode]
+    wrong = tmp_path / "wrong.jsonl"  # the same pairs, preferred the other way round: the head knows nothing
+    with preferences.open() as lines, wrong.open("w") as out:
+        for line in lines:
+            item = json.loads(line)
+            item["chosen"], item["rejected"] = item["rejected"], item["chosen"]
+            out.write(json.dumps(item) + "\n")
+    amplitudes = {}
+    for name, more in (("plain", []), ("right", ["--calibrate", preferences]), ("wrong", ["--calibrate", wrong])):
+        result = call("train", preferences, *options, *more, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert ("amplitude" in result.stderr) == bool(more)
+        amplitudes[name] = json.loads((tmp_path / name / "rmcore.json").read_text())["head"]["config"]["amplitude"]
+    assert amplitudes["plain"] is None
+    assert 0 <= amplitudes["right"] < 1 < amplitudes["wrong"]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused = call("train", preferences, *options, "--calibrate", empty, "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "--calibrate" in refused.stderr
+
+
 def test_training_the_layer_and_the_backbone_stores_both(
     backbone_path: Path, preferences: Path, tmp_path: Path
 ) -> None:
