@@ -204,8 +204,7 @@ def _snapshot(head: FrozenHead) -> dict[str, Tensor]:
     return {
         "beta": head.beta,
         "gram": reference.pack_lower(posterior_of(head).gram, TILE),
-        "serving_beta": weights.beta,
-        "factor": weights.factor,
+        **{"serving_beta" if name == "beta" else name: tensor for name, tensor in weights.tensors().items()},
         "factor_scale": torch.tensor(weights.factor_scale, dtype=torch.float64),
     }
 
@@ -216,9 +215,8 @@ def _from_snapshot(base: FrozenHead, tensors: Mapping[str, Tensor], count: int) 
     posterior = Posterior.from_gram(
         reference.unpack_lower(on["gram"], known.num_features), count, ridge=known.ridge, likelihood=known.likelihood
     )
-    weights = replace(
-        base.weights, beta=on["serving_beta"], factor=on["factor"], factor_scale=float(tensors["factor_scale"])
-    )
+    served = {name: on["serving_beta" if name == "beta" else name] for name in base.weights.tensors()}
+    weights = replace(base.weights, factor_scale=float(tensors["factor_scale"]), **served)  # type: ignore[arg-type]
     return FrozenHead(base.config, base.feature_map, on["beta"], base.beta0, posterior, weights)
 
 

@@ -44,7 +44,7 @@ def rows(count, size=3):
 
 def bits(head):
     """Everything a head serves and learns with, as bytes."""
-    tensors = (head.beta, head.posterior.gram.tril(), head.weights.beta, head.weights.factor)
+    tensors = (head.beta, head.posterior.gram.tril(), *head.weights.tensors().values())
     return [t.view(torch.uint8).numpy().tobytes() for t in tensors], head.posterior.count, head.weights.factor_scale
 
 
@@ -168,8 +168,9 @@ def learnt(learner, data, updates):
 
 @pytest.mark.parametrize("mode", ["difference", "concat"])
 @pytest.mark.parametrize("likelihood", ["logistic", "gaussian"])
-def test_revert_gives_every_version_back_bit_for_bit(data, fit_head, tmp_path, mode, likelihood):
-    head = fit_head(data, mode=mode, likelihood=likelihood, dtype=torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_revert_gives_every_version_back_bit_for_bit(data, fit_head, tmp_path, mode, likelihood, dtype):
+    head = fit_head(data, mode=mode, likelihood=likelihood, dtype=dtype)
     with VerdictLearner(head, tmp_path, snapshot_every=3) as learner:
         states = [bits(head)]
         for k in range(7):

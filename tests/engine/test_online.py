@@ -123,7 +123,7 @@ def test_concat_mode_takes_rows_as_data(make_data, fit_head):
     assert bool((after.variance <= before.variance * 1.0001).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 def test_the_old_head_is_left_alone_and_the_new_one_learns(make_data, fit_head, dtype):
     data = make_data(dtype=torch.float32)
     head = fit_head(data, dtype=dtype)
