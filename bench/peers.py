@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmcore import reference
-from rmcore.quantize import balance_columns, quantize_rows
+from rmcore.quantize import quantize_projection, quantize_rows
 from rmcore.weights import FeatureMap, HeadWeights
 
 __all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "peer_truth", "truth"]
@@ -102,12 +102,9 @@ def make_problem(h: int, d: int, device: torch.device, dtype: torch.dtype, seed:
 def _freeze(projection: Tensor, phase: Tensor, dtype: torch.dtype, rows: Tensor) -> FeatureMap:
     d, h = projection.shape
     quantized: dict[str, Any] = {}
-    if dtype == torch.int8:  # as SNGPHead.freeze_features does
-        shift, balance = balance_columns(rows)
-        phase = phase.double() + projection.double() @ shift.double()
-        phase = (phase - phase.floor()).float()
-        projection, scale = quantize_rows(projection.double() / balance.double())
-        quantized = {"projection_scale": scale, "hidden_shift": shift, "hidden_scale": balance}
+    if dtype == torch.int8:
+        quantized = quantize_projection(projection.double(), phase.double(), rows)
+        projection, phase = quantized.pop("projection"), quantized.pop("phase")
     return FeatureMap(
         "rff", projection.to(dtype), phase, None, None, "none", False, h, d, dtype, feature_scale=math.sqrt(2.0 / d),
         **quantized,
@@ -166,7 +163,7 @@ def _int8_weights(problem: Problem) -> tuple[Tensor, ...]:
     factor = problem.factor * problem.scale
     whole, f_scale = quantize_rows(factor.tril(-1))
     diagonal = factor.diagonal().float()
-    # torch's product is fastest with the one layout for few rows, with the other for many: it gets both.
+    # torch's product is fastest with the one layout for a single row, with the other for more: it gets both.
     layouts = (projection, projection.mT.contiguous(), whole, whole.mT.contiguous())
     return *layouts, p_scale, problem.phase, problem.beta * problem.scale, f_scale, diagonal
 
@@ -184,15 +181,15 @@ def _folded_int8(
     diagonal: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The folded form in 8 bits: rows and c to whole numbers with a factor a row, integer products."""
-    few = x.shape[0] <= 4
+    alone = x.shape[0] == 1
     if x.dtype == torch.float64:
         c = torch.cos(2 * math.pi * (x @ projection.mT * p_scale + phase))
         return c @ beta, (c @ factor.mT * f_scale + c * diagonal).square().sum(-1)
     largest = x.float().abs().amax(1, keepdim=True) / 127
     whole = (x / largest).round().to(torch.int8)
-    product = torch._int_mm(whole, projection.mT if few else projection_t)
+    product = torch._int_mm(whole, projection.mT if alone else projection_t)
     c = torch.cos(2 * math.pi * (product * (p_scale * largest) + phase))
-    product = torch._int_mm((127 * c).round().to(torch.int8), factor.mT if few else factor_t)
+    product = torch._int_mm((127 * c).round().to(torch.int8), factor.mT if alone else factor_t)
     return c @ beta, (product * (f_scale / 127) + c * diagonal).square().sum(-1)
 
 

@@ -129,7 +129,7 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
     tensors = {
         **feature_map.tensors(),
         "beta": head.beta,
-        **{f"serving_{name}" if name == "beta" else name: tensor for name, tensor in weights.tensors().items()},
+        **weights.stored_tensors(),
     }
     posterior = head.posterior if include_posterior else None
     if posterior is not None:

@@ -147,6 +147,7 @@ def newton(
     Arguments as in :func:`fit`; ``start`` defaults to the prior's mean. → β (D,) float64, posterior, report.
     """
     device, ridge = hidden.device, config.ridge
+    feature_map = feature_map.dequantized()  # once, not in every pass
     mean = torch.zeros(feature_map.num_features, dtype=torch.float64, device=device) if prior is None else prior.beta
     beta = mean.clone() if start is None else start.to(mean, copy=True)
     curvature = None if prior is None else prior.empty_of_new_data("logistic").precision

@@ -17,7 +17,7 @@ from rmcore import ops, reference
 from rmcore.errors import NonFiniteError, reject
 from rmcore.ops import Backend, Scores
 from rmcore.posterior import Posterior, check_finite
-from rmcore.quantize import MAX_DEPTH, balance_columns, quantize_rows
+from rmcore.quantize import MAX_DEPTH, quantize_projection
 from rmcore.reference import Activation, Likelihood
 from rmcore.weights import SERVING_DTYPES, FeatureMap, HeadWeights, default_dtype, power_of_two_scale
 
@@ -262,13 +262,10 @@ class SNGPHead(nn.Module):
             assert projection is not None
             assert phase is not None
             check_finite(projection, f"projection in {dtype}")
-            if calibration is not None and calibration.numel():
+            if calibration is not None:
                 check_finite(calibration, "calibration")
-                shift, balance = balance_columns(calibration)
-                phase = phase + projection @ shift.double()
-                phase, projection = phase - phase.floor(), projection / balance.double()
-                quantized |= {"hidden_shift": shift, "hidden_scale": balance}
-            projection, quantized["projection_scale"] = quantize_rows(projection)
+            quantized = quantize_projection(projection, phase, calibration)
+            projection, phase = quantized.pop("projection"), quantized.pop("phase")
         feature_map = FeatureMap(
             features=config.features,
             projection=None if projection is None else projection.to(dtype).contiguous(),

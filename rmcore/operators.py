@@ -60,7 +60,7 @@ def accumulate(
 ) -> Tensor:
     """Add one pass over the data; see :func:`rmcore.ops.accumulate`."""
     ops.check_pairs(pairs, hidden.shape[0])
-    feature_map = _features(handle)
+    feature_map = _features(handle).dequantized()
     name: Any = backend
     kind: Any = likelihood
     module = ops.select("accumulate", hidden, feature_map.dtype, name, feature_map)

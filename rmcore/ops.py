@@ -212,7 +212,6 @@ def accumulate(
         InputError: a shape, dtype or device does not fit, or a pair index is out of range.
         BackendError: the named backend cannot run here.
     """
-    feature_map = feature_map.dequantized
     _check_hidden(hidden, feature_map)
     d, n = feature_map.num_features, hidden.shape[0] if pairs is None else pairs.shape[0]
     _check_vector("labels", labels, n)
@@ -241,6 +240,7 @@ def accumulate(
             backend,
         )
     check_pairs(pairs, hidden.shape[0])
+    feature_map = feature_map.dequantized()
     module = select("accumulate", hidden, feature_map.dtype, backend, feature_map)
     return module.accumulate(
         hidden, labels, feature_map, beta, precision, gradient, pairs, sample_weight, beta0, likelihood

@@ -4,7 +4,8 @@ Half the bytes of 16-bit weights, and twice the multiplications a cycle where th
 projection's rounding is not an error: the posterior is fitted with the rounded projection, whose Ω is random anyway.
 What is rounded behind the posterior's back are hidden rows, c and U. Hidden rows are first centred and balanced by
 column, since a few large columns would otherwise leave whole numbers too coarse for all others
-(SmoothQuant, Xiao et al. 2023, arXiv:2211.10438, equation 4 with α = ½); both are folded into the projection exactly.
+(SmoothQuant, Xiao et al. 2023, arXiv:2211.10438, equation 4 with α = ½, for weights whose columns are alike); both are
+folded into the projection exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_DEPTH", "WHOLE", "balance_columns", "dequantize_rows", "quantize_rows"]
+__all__ = ["MAX_DEPTH", "WHOLE", "balance_columns", "dequantize_rows", "quantize_projection", "quantize_rows"]
 
 WHOLE = 127
 """The largest whole number used; −128 is not."""
@@ -22,9 +23,9 @@ MAX_DEPTH = 65_536
 
 def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) → int8 (N, K) and float32 factors (N,): each row's largest magnitude becomes ±127. Zero rows get 1."""
-    largest = matrix.double().abs().amax(dim=1)
     # The factor that is kept, in float32, is the one divided by: no second rounding.
-    scale = torch.where(largest > 0, largest / WHOLE, torch.ones_like(largest)).float()
+    scale = (matrix.double().abs().amax(dim=1) / WHOLE).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # zero, or below what float32 holds
     whole = (matrix.double() / scale.double()[:, None]).round_().clamp_(-WHOLE, WHOLE)
     return whole.to(torch.int8), scale
 
@@ -44,12 +45,25 @@ def balance_columns(calibration: Tensor) -> tuple[Tensor, Tensor]:
         shift (h,) float32, the mean; scale (h,) float32, the power of two nearest to √(typical spread / spread): exact
         to multiply by and to undo. Columns that never vary are left as they are.
     """
-    rows = calibration.double()
-    shift = rows.mean(dim=0).float()
-    spread = (rows - shift.double()).abs().amax(dim=0)
+    shift = calibration.mean(dim=0, dtype=torch.float64).float()
+    spread = torch.maximum(calibration.amax(dim=0) - shift, shift - calibration.amin(dim=0)).double()
     varies = spread > 0
     if not bool(varies.any()):
         return shift, torch.ones_like(shift)
     typical = spread[varies].median()
     exponent = torch.where(varies, 0.5 * torch.log2(typical / spread.clamp_min(1e-300)), torch.zeros_like(spread))
     return shift, torch.ldexp(torch.ones_like(shift), exponent.round().clamp(-24, 24).to(torch.int32))
+
+
+def quantize_projection(projection: Tensor, phase: Tensor, calibration: Tensor | None) -> dict[str, Tensor]:
+    """A folded projection (D, h) and its phase (D,) in turns, float64, as the int8 fields of a ``FeatureMap``.
+
+    ``calibration`` (N, h) are rows to centre and balance columns by; without them hidden rows are taken as they are.
+    """
+    fields: dict[str, Tensor] = {}
+    if calibration is not None and calibration.numel():
+        shift, balance = balance_columns(calibration)
+        phase, projection = phase + projection @ shift.double(), projection / balance.double()
+        fields = {"hidden_shift": shift, "hidden_scale": balance}
+    whole, scale = quantize_rows(projection)
+    return {**fields, "projection": whole, "projection_scale": scale, "phase": (phase - phase.floor()).float()}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -145,9 +145,11 @@ class FeatureMap:
             None if self.layer_weight is None else self.layer_weight.float(),
         )
 
-    @cached_property
     def dequantized(self) -> FeatureMap:
-        """The float32 map with the same c, for passes without an int8 kernel; itself where it is not int8."""
+        """The float32 map with the same c, for passes without an int8 kernel; itself where it is not int8.
+
+        Not kept: it is four times as large. Who makes several passes holds on to it.
+        """
         if self.dtype != torch.int8:
             return self
         assert self.projection is not None
@@ -252,13 +254,16 @@ class HeadWeights:
         s = feature_map.feature_scale
         u = factor.double() * s
         largest = float(u.abs().max())
-        if feature_map.dtype == torch.int8:
-            return cls._build_int8(feature_map, beta, beta0, u, amplitude)
         # Rows of U hold values across many magnitudes. Centring the largest at 2^10 keeps all that matter out of fp16's
         # subnormals (below 6e-5), and sums of squares of D products stay far inside float32.
         exponent = 10 - math.frexp(largest)[1] if largest > 0 and math.isfinite(largest) else 0
-        packed = reference.pack_lower(torch.ldexp(u, torch.tensor(exponent)).to(feature_map.dtype), TILE)
-        if not bool(packed.isfinite().all()):
+        u = torch.ldexp(u, torch.tensor(exponent))
+        row_scale = diagonal = None
+        if feature_map.dtype == torch.int8 and math.isfinite(largest):
+            diagonal = u.diagonal().float()
+            u, row_scale = quantize_rows(u.tril(-1))
+        packed = reference.pack_lower(u.to(feature_map.dtype), TILE)
+        if not math.isfinite(largest) or not bool(packed.isfinite().all()):
             raise FactorizationError(
                 f"factor: got values that {feature_map.dtype} cannot hold (largest {largest:.3g}), expected a finite "
                 "triangular factor. Raise the ridge"
@@ -270,24 +275,8 @@ class HeadWeights:
             factor=packed,
             factor_scale=2.0 ** (-2 * exponent),
             amplitude=float(amplitude),
-        )
-
-    @classmethod
-    def _build_int8(
-        cls, feature_map: FeatureMap, beta: Tensor, beta0: float, u: Tensor, amplitude: float
-    ) -> HeadWeights:
-        if not bool(u.isfinite().all()):
-            raise FactorizationError("factor: got NaN or Inf, expected a finite triangular factor. Raise the ridge")
-        whole, row_scale = quantize_rows(u.tril(-1))
-        return cls(
-            map=feature_map,
-            beta=(beta.double() * feature_map.feature_scale).float(),
-            beta0=float(beta0),
-            factor=reference.pack_lower(whole, TILE),
-            factor_scale=1.0,
-            amplitude=float(amplitude),
             factor_row_scale=row_scale,
-            factor_diagonal=u.diagonal().float(),
+            factor_diagonal=diagonal,
         )
 
     @property
@@ -313,10 +302,10 @@ class HeadWeights:
     @cached_property
     def dense_factor(self) -> Tensor:
         """U for c as a dense float32 (D, D), for the torch backend; made on first use and kept."""
-        factor = reference.unpack_lower(self.factor, self.num_features).float() * math.sqrt(self.factor_scale)
-        if self.factor_row_scale is None or self.factor_diagonal is None:
-            return factor
-        return factor * self.factor_row_scale[:, None] + torch.diag(self.factor_diagonal)
+        factor = reference.unpack_lower(self.factor, self.num_features).float()
+        if self.factor_row_scale is not None and self.factor_diagonal is not None:
+            factor = dequantize_rows(factor, self.factor_row_scale) + torch.diag(self.factor_diagonal)
+        return factor * math.sqrt(self.factor_scale)
 
     def to(self, device: torch.device | str) -> HeadWeights:
         """The same weights on another device."""
@@ -333,6 +322,15 @@ class HeadWeights:
         """The tensors it holds beside its map's, by field name."""
         names = ("beta", "factor", "factor_row_scale", "factor_diagonal")
         return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The same by the names they have on disk, where ``beta`` is the posterior's float64 β for φ."""
+        return {"serving_beta" if name == "beta" else name: tensor for name, tensor in self.tensors().items()}
+
+    def with_stored(self, tensors: Mapping[str, Tensor], factor_scale: float) -> HeadWeights:
+        """The same head with other serving tensors, by the names of :meth:`stored_tensors`."""
+        fields = {name: tensors["serving_beta" if name == "beta" else name] for name in self.tensors()}
+        return replace(self, factor_scale=factor_scale, **fields)  # type: ignore[arg-type]
 
     def nbytes(self) -> int:
         """Bytes of the weights a full scoring pass reads."""

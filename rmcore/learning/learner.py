@@ -204,7 +204,7 @@ def _snapshot(head: FrozenHead) -> dict[str, Tensor]:
     return {
         "beta": head.beta,
         "gram": reference.pack_lower(posterior_of(head).gram, TILE),
-        **{"serving_beta" if name == "beta" else name: tensor for name, tensor in weights.tensors().items()},
+        **weights.stored_tensors(),
         "factor_scale": torch.tensor(weights.factor_scale, dtype=torch.float64),
     }
 
@@ -215,8 +215,7 @@ def _from_snapshot(base: FrozenHead, tensors: Mapping[str, Tensor], count: int) 
     posterior = Posterior.from_gram(
         reference.unpack_lower(on["gram"], known.num_features), count, ridge=known.ridge, likelihood=known.likelihood
     )
-    served = {name: on["serving_beta" if name == "beta" else name] for name in base.weights.tensors()}
-    weights = replace(base.weights, factor_scale=float(tensors["factor_scale"]), **served)  # type: ignore[arg-type]
+    weights = base.weights.with_stored(on, float(tensors["factor_scale"]))
     return FrozenHead(base.config, base.feature_map, on["beta"], base.beta0, posterior, weights)
 
 

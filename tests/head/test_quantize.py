@@ -33,10 +33,32 @@ def test_rows_are_kept_to_half_a_step(shape, size):
     assert bool((error <= scale.double()[:, None] * (0.5 + 1e-5)).all())
 
 
-def test_a_row_of_zeros_stays_zero():
-    whole, scale = quantize_rows(torch.zeros(2, 5))
+@pytest.mark.parametrize("value", [0.0, 1e-60])
+def test_a_row_of_zeros_stays_zero(value):
+    whole, scale = quantize_rows(torch.full((2, 5), value, dtype=torch.float64))
     assert not bool(whole.any())
-    assert bool(scale.isfinite().all())
+    assert bool((scale == 1).all())
+
+
+@pytest.mark.parametrize("size", [1, 127, 129, 300])
+@pytest.mark.parametrize("size_of_u", [1e-15, 1.0, 1e12])
+def test_the_factor_is_kept_at_a_power_of_two_whatever_the_ridge(size, size_of_u):
+    head = SNGPHead(8, num_features=size, length_scale=3.0)
+    frozen = head.freeze_features(torch.int8)
+    u = (torch.eye(size) + draw(size, size).tril(-1) / 100).double() * size_of_u
+    weights = HeadWeights.build(frozen, torch.zeros(size), 0.0, u, 0.4)
+    assert math.frexp(weights.factor_scale)[0] == 0.5
+    assert 2**9 <= float(weights.factor_diagonal.max()) <= 2**10
+    hidden = torch.randint(-127, 128, (10, 8), generator=torch.Generator().manual_seed(3)) / 64
+    hidden[:, 0] = 127 / 64  # rows that are whole numbers already: what is left is the rounding of c and of U
+    phi = frozen(hidden.double()) * frozen.feature_scale
+    exact = reference.variance(phi, u)
+    # c is off by half of 1/127 at most, an entry of U by half of 1/127 of its row's largest.
+    off = size_of_u * math.sqrt(size) * frozen.feature_scale / 254 * (1.5 + size / 100)
+    for backend in ("torch", "cpu"):
+        v = ops.score(hidden, weights, backend=backend).variance.double()
+        assert bool((v.sqrt() - exact.sqrt()).abs().max() <= off), backend
+        assert float(v.max()) > 0
 
 
 def test_columns_are_centred_and_brought_together_by_powers_of_two():
@@ -94,10 +116,9 @@ def test_massive_activations_need_calibration_rows():
 def test_the_float32_map_has_the_same_features():
     head = SNGPHead(40, num_features=90, length_scale=6.0)
     frozen = head.freeze_features(torch.int8, calibration=draw(100, 40) * 3 + 1)
-    plain = frozen.dequantized
+    plain = frozen.dequantized()
     assert plain.dtype == torch.float32
-    assert plain is frozen.dequantized
-    assert plain.dequantized is plain
+    assert plain.dequantized() is plain
     hidden = draw(30, 40).double() * 3 + 1
     torch.testing.assert_close(plain(hidden), frozen(hidden), rtol=0, atol=1e-5)
 

@@ -82,7 +82,8 @@ def whole_features(hidden, feature_map):
 def whole_factor(weights):
     """U (D, D) float64 as stored."""
     tiles = reference.unpack_lower(weights.factor, weights.num_features).double()
-    return tiles * weights.factor_row_scale.double()[:, None] + torch.diag(weights.factor_diagonal.double())
+    factor = tiles * weights.factor_row_scale.double()[:, None] + torch.diag(weights.factor_diagonal.double())
+    return factor * math.sqrt(weights.factor_scale)
 
 
 def same_numbers(hidden, weights):
@@ -281,7 +282,7 @@ def test_accumulate_takes_the_same_features_in_float32():
     weights, hidden = make_head(65, 130), spread(draw(50, 65))
     d, feature_map = 130, weights.map
     grams = []
-    for taken in (feature_map, feature_map.dequantized):
+    for taken in (feature_map, feature_map.dequantized()):
         gram, slope = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
         ops.accumulate(hidden, torch.ones(50), taken, torch.zeros(d), precision=gram, gradient=slope)
         grams.append((gram, slope))
@@ -294,6 +295,7 @@ def test_accumulate_takes_the_same_features_in_float32():
 def test_no_other_backend_than_torch_takes_them_by_mistake():
     weights = make_head(16, 32)
     assert ops.explain("score", "cpu", torch.int8).backend == "cpu"
+    assert ops.explain("score", "cuda", torch.int8).backend == "torch"
     for backend in ("triton", "cuda"):
         with pytest.raises(BackendError, match=f"{backend}.*cannot run score"):
             ops.score(draw(2, 16), weights, backend=backend)
