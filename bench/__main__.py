@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rmcore.streams import find_data
+from rmcore.evaluation.streams import find_data
 
-from .contract import Row, Setup
 from .encode import encode_table
-from .figures import draw
 from .harness import as_dict, environment, measure_limits
+from .plots import draw
+from .setup import Row, Setup
 from .suites import SUITES
 
 __all__ = ["main"]

@@ -26,10 +26,10 @@ from torch import Tensor
 from .harness import synchronize
 
 if TYPE_CHECKING:
-    from rmcore.backbone import Backbone
-    from rmcore.text import EncodedText
+    from rmcore.model.backbone import Backbone
+    from rmcore.model.text import EncodedText
 
-    from .contract import Row, Setup
+    from .setup import Row, Setup
 
 __all__ = ["AUTOJ", "Lengths", "Shape", "draw_encode", "encode", "encode_table", "flop"]
 
@@ -113,7 +113,7 @@ def _quantile(values: Sequence[int], score: float) -> int:
 
 def lengths_of(data: Path) -> Lengths:
     """As ``AUTOJ``, from the data folder: characters are counted and converted, correlations kept."""
-    from rmcore.data import read_lines
+    from rmcore.model.data import read_lines
 
     rows = [row for _, row in read_lines(data / "autoj.jsonl.gz")]
     prompts = [len(row["prompt"]) / CHARACTERS_PER_TOKEN[0] for row in rows]
@@ -189,7 +189,7 @@ class _Ids:
 
 def draw_texts(lengths: Lengths, k: int, groups: int, vocabulary: int) -> list[EncodedText]:
     """Every ordered pair of groups of random token ids."""
-    from rmcore.text import EncodedText, Segment
+    from rmcore.model.text import EncodedText, Segment
 
     rng = random.Random(k)
 
@@ -209,7 +209,7 @@ Variant = Callable[["Sequence[EncodedText]"], tuple[Tensor, int]]
 
 def make_variants(model: Any, budgets: Sequence[int]) -> dict[str, Variant]:
     """The published way, length-sorted rows at each token budget, and rmcore's default."""
-    from rmcore.backbone import Backbone, BackboneConfig
+    from rmcore.model.backbone import Backbone, BackboneConfig
 
     def backbone(packing: Any, budget: int) -> Backbone:
         return Backbone(model, _Ids(), BackboneConfig(), tokens_per_batch=budget, packing=packing)
@@ -282,7 +282,7 @@ def flop(shape: Shape, texts: Sequence[EncodedText], *, packed: bool) -> float:
     """Multiply-adds of the products and of causal attention, padding left out: of every text, or of their tree."""
     ids = [text.ids for text in texts]
     if packed:
-        from rmcore.encoding.packing import PrefixTree
+        from rmcore.model.encoding.packing import PrefixTree
 
         (pack,) = PrefixTree(ids).packs(sum(map(len, ids)) + 1)
         tokens, seen = len(pack), int(pack.positions.sum()) + len(pack)

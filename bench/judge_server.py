@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rmcore.errors import InputError
-from rmcore.judge.prompt import JudgePrompt, ParsedPrompt
+from rmcore._base.errors import InputError
+from rmcore.judge.question.prompt import JudgePrompt, ParsedPrompt
 
 __all__ = ["FAULTS", "STORMS", "JudgeServer", "Storm", "main", "worth_of"]
 

@@ -32,10 +32,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rmcore import AlwaysRoute, FrozenHead, GroupScores, RewardEngine
+from rmcore import FrozenHead, GroupScores, RewardEngine
+from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
+from rmcore.head.posterior import Posterior
 from rmcore.judge import ChatJudge
-from rmcore.posterior import Posterior
 
 from .harness import environment
 from .judge_server import FAULTS, STORMS, worth_of

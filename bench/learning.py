@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 
 import rmcore
-from rmcore.data import read_lines
-from rmcore.demo import DEMO_HEAD, demo_backbone
-from rmcore.fit import fit, newton
+from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
+from rmcore.engine.learning.judged import JudgedPairs
+from rmcore.engine.learning.online import LearningConfig, fold
+from rmcore.evaluation.evaluate import encode_pairs
+from rmcore.evaluation.streams import LabelledPair, find_data, load_corpus
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
-from rmcore.learning.judged import JudgedPairs
-from rmcore.learning.online import LearningConfig, fold
-from rmcore.model import encode_preferences
-from rmcore.quality import encode_pairs
-from rmcore.streams import LabelledPair, find_data, load_corpus
+from rmcore.head.fit import fit, newton
+from rmcore.model.data import read_lines
+from rmcore.model.reward_model import encode_preferences
 
 __all__ = ["main", "run"]
 

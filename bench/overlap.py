@@ -32,14 +32,14 @@ from typing import Any
 
 import torch
 
-from rmcore.backbone import Backbone, BackboneConfig
 from rmcore.engine import RewardEngine
-from rmcore.groups import GroupScores
+from rmcore.engine.groups import GroupScores
+from rmcore.engine.routing import BudgetRouter, NeverRoute, ThresholdRouter
 from rmcore.head import HeadConfig
 from rmcore.judge.base import Pair
 from rmcore.judge.chat import ChatJudge
 from rmcore.model import Preference, RewardModel
-from rmcore.routing import BudgetRouter, NeverRoute, ThresholdRouter
+from rmcore.model.backbone import Backbone, BackboneConfig
 
 from .harness import environment
 
@@ -127,7 +127,7 @@ def replay_server(pairs: Sequence[Pair], latency_s: float) -> Iterator[tuple[str
                 verdict = "win" if len(pair.first) > len(pair.second) else "loss"
                 row = {"prompt": pair.prompt, "first": pair.first, "second": pair.second, "verdict": verdict}
                 lines.write(json.dumps(row) + "\n")
-        command = [sys.executable, "-m", "rmcore.judge.replay", str(file), "--latency", str(latency_s)]
+        command = [sys.executable, "-m", "rmcore.judge.testing", str(file), "--latency", str(latency_s)]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
             assert server.stdout is not None

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmcore import reference
-from rmcore.quantize import quantize_projection, quantize_rows
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore.ops import reference
+from rmcore.ops.quantize import quantize_projection, quantize_rows
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "peer_truth", "truth"]
 

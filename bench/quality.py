@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import rmcore
-from rmcore.demo import DEMO_HEAD, demo_backbone
-from rmcore.evaluate import EvaluationReport
-from rmcore.fit import fit
+from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
+from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
+from rmcore.evaluation.statistics import EvaluationReport
+from rmcore.evaluation.streams import Corpus, find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
-from rmcore.model import encode_preferences
-from rmcore.quality import encode_pairs, evaluate_head
-from rmcore.reference import uncertainty, variance
-from rmcore.streams import Corpus, find_data, load_corpus
+from rmcore.head.fit import fit
+from rmcore.model.reward_model import encode_preferences
+from rmcore.ops.reference import uncertainty, variance
 
 __all__ = ["main", "run"]
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from rmcore import RewardEngine
-from rmcore.backbone import Backbone, BackboneConfig
+from rmcore.integrations.server.batching import BatchScorer
 from rmcore.model import Preference, RewardModel
-from rmcore.serve.batching import BatchScorer
+from rmcore.model.backbone import Backbone, BackboneConfig
 
 __all__ = ["Client", "Group", "Outcome", "Soak", "drive", "make_pool", "measure_batching", "server", "tiny_model"]
 

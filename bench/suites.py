@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmcore import ops, reference
-from rmcore.ops import Backend
-from rmcore.weights import FeatureMap
+from rmcore import ops
+from rmcore.ops import Backend, reference
+from rmcore.ops.weights import FeatureMap
 
-from .contract import Row, Setup
 from .encode import encode
 from .harness import Timing, as_dict, relative_error, rotations, synchronize, time_calls
 from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
+from .setup import Row, Setup
 
 __all__ = ["SUITES"]
 

@@ -24,12 +24,12 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rmcore import BudgetRouter, RewardEngine, RewardModel
-from rmcore.backbone import Backbone, BackboneConfig
-from rmcore.groups import GroupScores
+from rmcore.engine.groups import GroupScores
 from rmcore.integrations.trl import PairwiseReward, check_trl_config
 from rmcore.judge import ChatJudge, RecordedJudge, ReplayServer
 from rmcore.judge.base import Verdict
 from rmcore.model import Preference
+from rmcore.model.backbone import Backbone, BackboneConfig
 
 KIND = ["good", "clear", "right", "exact", "helpful", "kind", "true", "warm", "fair", "wise"]
 UNKIND = ["bad", "vague", "wrong", "rude", "lazy", "odd", "false", "cold", "mean", "dull"]

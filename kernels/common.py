@@ -15,7 +15,7 @@ COSINE = tl.constexpr(1)
 TANH = tl.constexpr(2)
 
 EDGE = tl.constexpr(128)
-"""Edge of the packed tiles of U (``rmcore.reference.TILE``)."""
+"""Edge of the packed tiles of U (``rmcore.ops.reference.TILE``)."""
 AREA = tl.constexpr(128 * 128)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and taking it away rounds |t| < 2^22 to an integer
 # sin(2πq) = q · S(q²) on |q| ≤ 1/4, fitted for the least largest error: 3.4e-9, below float32's own rounding.

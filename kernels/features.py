@@ -26,7 +26,7 @@ from rmcore.kernels.common import COSINE, IDENTITY, TANH, cdiv, cos_turns, group
 from rmcore.kernels.heuristics import Device
 from torch import Tensor
 
-from rmcore.weights import FeatureMap
+from rmcore.ops.weights import FeatureMap
 
 PAD = 256
 """Columns of c are a multiple of this: whole tiles of every later kernel."""

@@ -9,79 +9,95 @@ Importing rmcore imports torch and nothing slower: transformers, triton and the 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rmcore._base import lazy
+from rmcore._base.version import __version__
 
 if TYPE_CHECKING:
-    from rmcore.advantage import grpo_advantages, rloo_advantages
-    from rmcore.engine import GroupScores, RewardEngine
-    from rmcore.head import FrozenHead, SNGPHead
-    from rmcore.judge.base import Judge
-    from rmcore.learning import LearningConfig, VerdictLearner
-    from rmcore.model import RewardModel
-    from rmcore.routing import (
-        AdaptiveRouter,
-        AlwaysRoute,
-        Budget,
-        BudgetRouter,
-        NeverRoute,
-        RandomRouter,
-        Router,
-        ThresholdRouter,
-    )
-
-__version__ = "0.1.0"
+    from rmcore import ops
+    from rmcore.engine.advantage import grpo_advantages, rloo_advantages
+    from rmcore.engine.engine import RewardEngine
+    from rmcore.engine.groups import GroupScores
+    from rmcore.engine.routing import AdaptiveRouter, BudgetRouter
+    from rmcore.head import FrozenHead, HeadConfig, SNGPHead
+    from rmcore.judge import ChatJudge
+    from rmcore.model import Backbone, Preference, RewardModel
 
 __all__ = [
     "AdaptiveRouter",
-    "AlwaysRoute",
-    "Budget",
+    "Backbone",
     "BudgetRouter",
+    "ChatJudge",
     "FrozenHead",
     "GroupScores",
-    "Judge",
-    "LearningConfig",
-    "NeverRoute",
-    "RandomRouter",
+    "HeadConfig",
+    "Preference",
     "RewardEngine",
     "RewardModel",
-    "Router",
     "SNGPHead",
-    "ThresholdRouter",
-    "VerdictLearner",
     "__version__",
     "grpo_advantages",
+    "ops",
     "rloo_advantages",
 ]
 
-_HOMES = {
-    "rmcore.advantage": ("grpo_advantages", "rloo_advantages"),
-    "rmcore.engine": ("GroupScores", "RewardEngine"),
-    "rmcore.head": ("FrozenHead", "SNGPHead"),
-    "rmcore.judge.base": ("Judge",),
-    "rmcore.learning": ("LearningConfig", "VerdictLearner"),
-    "rmcore.model": ("RewardModel",),
-    "rmcore.routing": (
-        "AdaptiveRouter",
-        "AlwaysRoute",
-        "Budget",
-        "BudgetRouter",
-        "NeverRoute",
-        "RandomRouter",
-        "Router",
-        "ThresholdRouter",
-    ),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_ROUTING, _LEARNING = "rmcore.engine.routing", "rmcore.engine.learning"
 
+__getattr__, __dir__, _ = lazy.attach(
+    __name__,
+    {
+        "rmcore.engine.advantage": ("grpo_advantages", "rloo_advantages"),
+        "rmcore.engine.engine": ("RewardEngine",),
+        "rmcore.engine.groups": ("GroupScores",),
+        "rmcore.engine.routing": ("AdaptiveRouter", "BudgetRouter"),
+        "rmcore.head": ("FrozenHead", "HeadConfig", "SNGPHead"),
+        "rmcore.judge": ("ChatJudge",),
+        "rmcore.model": ("Backbone", "Preference", "RewardModel"),
+        "rmcore.ops": (),
+    },
+    moved={
+        **dict.fromkeys(
+            ("AlwaysRoute", "Budget", "NeverRoute", "RandomRouter", "Router", "ThresholdRouter"),
+            f"import it from {_ROUTING}",
+        ),
+        **dict.fromkeys(("LearningConfig", "VerdictLearner"), f"import it from {_LEARNING}"),
+        "Judge": "import it from rmcore.judge",
+    },
+)
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'rmcore' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+lazy.refuse_moved_modules(
+    __name__,
+    {
+        "accounting": "rmcore.engine.usage",
+        "accounts": "rmcore.engine.accounts",
+        "advantage": "rmcore.engine.advantage",
+        "backbone": "rmcore.model.backbone",
+        "backbone_config": "rmcore.model.backbone_config",
+        "backends": "rmcore.ops.backends",
+        "checkpoint": "rmcore.head.checkpoint",
+        "data": "rmcore.model.data",
+        "demo": "rmcore.cli.run_demo",
+        "encoding": "rmcore.model.encoding",
+        "errors": "rmcore._base.errors",
+        "evaluate": "rmcore.evaluation.statistics",
+        "fit": "rmcore.head.fit",
+        "groups": "rmcore.engine.groups",
+        "learning": _LEARNING,
+        "operators": "rmcore.ops.library",
+        "plots": "rmcore.evaluation.plots",
+        "posterior": "rmcore.head.posterior",
+        "quality": "rmcore.evaluation.evaluate",
+        "quantize": "rmcore.ops.quantize",
+        "reference": "rmcore.ops.reference",
+        "report": "rmcore.evaluation.report",
+        "routing": _ROUTING,
+        "scoring": "rmcore.engine",
+        "selection": "rmcore.engine.selection",
+        "serve": "rmcore.integrations.server",
+        "streams": "rmcore.evaluation.streams",
+        "text": "rmcore.model.text",
+        "training": "rmcore.model.training",
+        "weights": "rmcore.ops.weights",
+    },
+)

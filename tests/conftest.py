@@ -7,10 +7,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from rmcore.fit import fit
 from rmcore.head import FrozenHead, SNGPHead
+from rmcore.head.fit import fit
+
+pytest_plugins = ("support.models", "support.folders")
+
+settings.register_profile("rmcore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+settings.load_profile("rmcore")
 
 
 class Data(NamedTuple):
@@ -26,7 +32,7 @@ class Data(NamedTuple):
 def _one_thread_for_small_matrices(request) -> Iterator[None]:
     """Threads only hurt where matrices are tiny, and on a busy machine they hurt by minutes."""
     threads = torch.get_num_threads()
-    if request.path.parent.name in ("head", "reference"):
+    if {"engine", "head", "model", "reference"} & set(request.path.parts):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -3,8 +3,8 @@
 Exit codes: 0 done; 1 something failed (a model that cannot be loaded, say); 2 bad input or usage. A bad line names its
 number and what is wrong, and everything before it is scored and written first.
 
-A file a family of commands; what they share is in ``options`` (options of several commands), ``engine`` (the reward
-engine these name) and ``console`` (notes, progress, errors). Heavy imports stay inside the commands, so that
+A file a family of commands; what they share is in ``options`` (options of several commands), ``build_engine`` (the
+reward engine these name) and ``console`` (notes, progress, errors). Heavy imports stay inside the commands, so that
 ``rmcore --help`` is quick.
 """
 
@@ -16,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-from rmcore.cli import accounts, bench, demo, evaluate, score, selection, serve, train, verdicts
+from rmcore._base.version import __version__
+from rmcore.cli import accounts, bench, best_of, demo, evaluate, score, serve, train, verdicts
 
 __all__ = ["app", "main"]
 
@@ -31,8 +32,8 @@ app = typer.Typer(
 
 app.add_typer(verdicts.app, name="verdicts")
 app.command("serve")(serve.serve)
-app.command("best-of")(selection.best_of_command)
-app.command("filter")(selection.filter_command)
+app.command("best-of")(best_of.best_of_command)
+app.command("filter")(best_of.filter_command)
 app.command("train")(train.train)
 app.command("upgrade")(train.upgrade)
 app.command("score")(score.score)
@@ -59,9 +60,7 @@ def root(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if version:
-        import rmcore
-
-        typer.echo(rmcore.__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 

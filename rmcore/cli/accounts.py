@@ -20,20 +20,20 @@ def show_accounts(
 ) -> None:
     """Show what judging came to in a run, or so far in one that goes on: verdicts, cost, latency, hidden time."""
     with reported_errors():
-        from rmcore.accounts import Accounts
+        from rmcore.engine.accounts import Accounts
 
         booked = Accounts.read(log)
         print_accounts(booked.totals(), results_console(120))
         if plot is not None:
-            from rmcore.plots import plot_accounts
+            from rmcore.evaluation.plots import plot_accounts
 
             plot_accounts(booked, plot)
             notes.print(f"wrote {plot}")
 
 
 def print_accounts(totals: dict[str, Any], console: Console) -> None:
-    """The totals of an :class:`~rmcore.accounts.Accounts` as a table."""
-    from rmcore.accounts import account_lines
+    """The totals of an :class:`~rmcore.engine.accounts.Accounts` as a table."""
+    from rmcore.engine.accounts import account_lines
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in account_lines(totals):

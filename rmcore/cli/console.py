@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rmcore.errors import InputError, RmcoreError
+from rmcore._base.errors import InputError, RmcoreError
 
 __all__ = ["encoding_progress", "notes", "opened_output", "progress_bar", "reported_errors", "results_console"]
 

@@ -21,6 +21,6 @@ def demo(
 ) -> None:
     """Train, evaluate, route to a judge over loopback HTTP and print advantages, on real text, in minutes on a CPU."""
     with reported_errors():
-        from rmcore.demo import run_demo
+        from rmcore.cli.run_demo import run_demo
 
         run_demo(data, out, results_console(120), seed=seed)

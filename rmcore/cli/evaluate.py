@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
-from rmcore.errors import reject
 
 __all__ = ["evaluate"]
 
@@ -25,10 +25,10 @@ def evaluate(
 ) -> None:
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
     with reported_errors():
-        from rmcore.data import read_preferences
-        from rmcore.model import RewardModel, encode_preferences
-        from rmcore.quality import encode_pairs, evaluate_head
-        from rmcore.streams import LabelledPair
+        from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
+        from rmcore.evaluation.streams import LabelledPair
+        from rmcore.model.data import read_preferences
+        from rmcore.model.reward_model import RewardModel, encode_preferences
 
         items = list(read_preferences(preferences))
         if not items:
@@ -47,7 +47,7 @@ def evaluate(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
-            from rmcore.plots import plot_report
+            from rmcore.evaluation.plots import plot_report
 
             plot_report(report, out / "report.png")
             notes.print(f"wrote {out / 'report.json'} and {out / 'report.png'}")

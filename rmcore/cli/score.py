@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
 from rmcore.cli.accounts import print_accounts
+from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.console import notes, opened_output, progress_bar, reported_errors
-from rmcore.cli.engine import close_engine, make_engine
-from rmcore.errors import DataError, InputError, reject
 
 if TYPE_CHECKING:
-    from rmcore.accounts import Accounts
-    from rmcore.data import Group
-    from rmcore.engine import RewardEngine
-    from rmcore.groups import GroupScore
+    from rmcore.engine.accounts import Accounts
+    from rmcore.engine.engine import RewardEngine
+    from rmcore.engine.groups import GroupScore
+    from rmcore.model.data import Group
 
 __all__ = ["Line", "Run", "score", "with_scoring"]
 
@@ -47,7 +47,7 @@ def _scoring(
     device: options.Device = None,
 ) -> Run:
     """Make the engine the options name."""
-    from rmcore.accounts import Accounts
+    from rmcore.engine.accounts import Accounts
 
     if batch < 1:
         reject("--batch", batch, "at least 1")
@@ -99,7 +99,7 @@ def _score_stream(
 
     ``line`` makes what is written of each group, ``after`` ends a batch.
     """
-    from rmcore.data import read_groups
+    from rmcore.model.data import read_groups
 
     done = 0
     try:

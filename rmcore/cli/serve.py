@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from rmcore._base.errors import reject
 from rmcore.cli import options
+from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.console import notes, reported_errors
-from rmcore.cli.engine import close_engine, make_engine
-from rmcore.errors import reject
 
 __all__ = ["serve"]
 
@@ -68,8 +68,8 @@ def serve(
     Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
     """
     with reported_errors():
-        from rmcore.serve import run
-        from rmcore.serve.settings import END_TOKENS, ServeSettings
+        from rmcore.integrations.server import run
+        from rmcore.integrations.server.settings import END_TOKENS, ServeSettings
 
         token = os.environ.get(token_env) if token_env else None
         if token == "":  # set, but empty: somebody's secret did not arrive

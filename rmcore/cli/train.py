@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
-from rmcore.errors import reject
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rmcore.backbone import Backbone, BackboneConfig
-    from rmcore.head import FrozenHead
+    from rmcore.head.frozen import FrozenHead
+    from rmcore.model.backbone import Backbone, BackboneConfig
 
 __all__ = ["train", "upgrade"]
 
@@ -63,12 +63,13 @@ def train(
     Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
     """
     with reported_errors():
-        from rmcore.backbone import BackboneConfig
-        from rmcore.data import read_preferences
-        from rmcore.fit import fit, fit_amplitude
-        from rmcore.head import HeadConfig, SNGPHead
-        from rmcore.model import RewardModel, encode_preferences
-        from rmcore.training import finetune, train_layer
+        from rmcore.head.config import HeadConfig
+        from rmcore.head.fit import fit, fit_amplitude
+        from rmcore.head.sngp import SNGPHead
+        from rmcore.model.backbone import BackboneConfig
+        from rmcore.model.data import read_preferences
+        from rmcore.model.reward_model import RewardModel, encode_preferences
+        from rmcore.model.training import finetune, train_layer
 
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
@@ -139,9 +140,9 @@ def upgrade(
 ) -> None:
     """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
     with reported_errors():
-        from rmcore.backbone import BackboneConfig
-        from rmcore.data import read_preferences
-        from rmcore.model import RewardModel
+        from rmcore.model.backbone import BackboneConfig
+        from rmcore.model.data import read_preferences
+        from rmcore.model.reward_model import RewardModel
 
         items = list(read_preferences(pairs))
         config = BackboneConfig(
@@ -163,7 +164,7 @@ def upgrade(
 
 
 def _load_backbone(config: BackboneConfig, device: str | None) -> Backbone:
-    from rmcore.backbone import Backbone
+    from rmcore.model.backbone import Backbone
 
     return Backbone.from_pretrained(config, device=device)
 

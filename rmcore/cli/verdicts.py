@@ -17,11 +17,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from rmcore._base.errors import InputError
 from rmcore.cli.console import opened_output, progress_bar, reported_errors, results_console
-from rmcore.errors import InputError
 
 if TYPE_CHECKING:
-    from rmcore.judge.ledger import JudgedPair, LoggedCall, VerdictLedger
+    from rmcore.judge.store.ledger import JudgedPair, LoggedCall, VerdictLedger
 
 app = typer.Typer(no_args_is_help=True, help="Read a verdict store: show calls, export preferences, count.")
 
@@ -103,7 +103,7 @@ def stats(
 ) -> None:
     """Count calls, verdicts, failures, flips, tokens and costs, in all and day by day."""
     with _opened(store) as ledger:
-        from rmcore.judge.prices import PriceTable
+        from rmcore.judge.store.prices import PriceTable
 
         told = ledger.stats(None if prices is None else PriceTable.from_file(prices))
         if as_json:
@@ -243,7 +243,7 @@ def _counts(counts: dict[str, int]) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[VerdictLedger]:
     """The store, with errors as the other commands report them."""
-    from rmcore.judge.ledger import VerdictLedger
+    from rmcore.judge.store.ledger import VerdictLedger
 
     with reported_errors(), VerdictLedger(path) as ledger:
         yield ledger

@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from rmcore.errors import InputError, JudgeError, RmcoreError, reject
+from rmcore._base.clock import Clock, SystemClock
+from rmcore._base.endpoint import check_base_url
+from rmcore._base.errors import InputError, JudgeError, RmcoreError, reject
+from rmcore._base.http import Connections
+from rmcore._base.retry import RetryPolicy, retry_delay_s
+from rmcore.integrations.server.assembly import ConflictError, LateError
 from rmcore.judge.base import Prompt
-from rmcore.judge.clock import Clock, SystemClock
-from rmcore.judge.connections import Connections
-from rmcore.judge.endpoint import check_base_url
-from rmcore.judge.retry import RetryPolicy, retry_delay_s
-from rmcore.serve.assembly import ConflictError, LateError
 
 if TYPE_CHECKING:
     import httpx

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
-from rmcore.errors import reject
+from rmcore._base.errors import reject
+from rmcore._base.loop import run_sync
 from rmcore.integrations.client import GroupClient, ServerError
-from rmcore.judge.sync import run_sync
 
 __all__ = ["agent_executor", "make_reward_func"]
 

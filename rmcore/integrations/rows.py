@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rmcore.errors import InputError, reject
+from rmcore._base.errors import InputError, reject
 from rmcore.judge.base import Prompt
 
 __all__ = ["GroupingError", "completion_text", "group_size_of_runs", "prompt_key", "split_groups"]

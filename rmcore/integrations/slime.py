@@ -16,11 +16,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rmcore.engine import RewardEngine
-from rmcore.errors import reject
+from rmcore._base.errors import reject
+from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.client import GroupClient
 from rmcore.judge.base import Prompt
-from rmcore.model import RewardModel
+from rmcore.model.reward_model import RewardModel
 
 __all__ = ["GroupReward", "group_rm"]
 

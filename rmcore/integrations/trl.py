@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rmcore.engine import RewardEngine
-from rmcore.errors import InputError, reject
-from rmcore.groups import GroupScores
+from rmcore._base.errors import InputError, reject
+from rmcore.engine.engine import RewardEngine
+from rmcore.engine.groups import GroupScores
+from rmcore.engine.routing import Router
+from rmcore.engine.selection import member_uncertainty
 from rmcore.integrations.rows import GroupingError, completion_text, group_size_of_runs, prompt_key, split_groups
 from rmcore.judge.base import Judge
-from rmcore.routing import Router
-from rmcore.selection import member_uncertainty
 
 __all__ = ["ConfigIssue", "PairwiseReward", "check_trl_config"]
 
@@ -122,7 +122,7 @@ class PairwiseReward:
         engine_options: further keyword arguments of :class:`~rmcore.engine.RewardEngine` for a folder.
 
     Attributes:
-        last: the :class:`~rmcore.groups.GroupScores` of the last call on this rank, for logs and tests.
+        last: the :class:`~rmcore.engine.groups.GroupScores` of the last call on this rank, for logs and tests.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class PairwiseReward:
         """The engine, made now if this came from a folder."""
         with self._lock:
             if self._engine is None:
-                from rmcore.model import RewardModel
+                from rmcore.model.reward_model import RewardModel
 
                 options = {"judge_deadline_s": 0.8 * self.deadline_s, **self._settings}
                 assert self._path is not None

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rmcore.errors import NonFiniteError, reject
+from rmcore._base.errors import NonFiniteError, reject
 from rmcore.integrations.client import GroupClient, MemberPart, ServerError
 from rmcore.integrations.rows import completion_text
 

@@ -10,29 +10,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rmcore.judge.accept import Accept
+from rmcore._base import lazy
+from rmcore._base.retry import RetryPolicy
 from rmcore.judge.alarm import Alarm
 from rmcore.judge.base import Judge, JudgeUsage, Message, Outcome, Pair, Prompt, Verdict
-from rmcore.judge.breaker import BreakerPolicy
-from rmcore.judge.canary import CanaryJudge
-from rmcore.judge.canary_pairs import CANARY_ID, CANARY_KINDS, CanaryKind
+from rmcore.judge.client.breaker import BreakerPolicy
 from rmcore.judge.contain import checked_verdicts
-from rmcore.judge.disagreement import DisagreementAlarm, MonitoredJudge
 from rmcore.judge.keys import call_key, pair_key
 from rmcore.judge.orders import Orders, combine_orders, exchanged
-from rmcore.judge.prompt import JudgePrompt
+from rmcore.judge.question.prompt import JudgePrompt
+from rmcore.judge.question.verdict import Labels, Parsed, parse_verdict
 from rmcore.judge.recorded import RecordedJudge
-from rmcore.judge.retry import RetryPolicy
-from rmcore.judge.tiers import Tier, TieredJudge
-from rmcore.judge.verdict import Labels, Parsed, parse_verdict
+from rmcore.judge.wrappers.accept import Accept
+from rmcore.judge.wrappers.canary import CanaryJudge
+from rmcore.judge.wrappers.canary_pairs import CANARY_ID, CANARY_KINDS, CanaryKind
+from rmcore.judge.wrappers.disagreement import DisagreementAlarm, MonitoredJudge
+from rmcore.judge.wrappers.tiers import Tier, TieredJudge
 
 if TYPE_CHECKING:
+    from rmcore._base.loop import run_sync
     from rmcore.judge.chat import ChatJudge
-    from rmcore.judge.limits import RateLimits
-    from rmcore.judge.prices import Price, PriceTable
-    from rmcore.judge.replay import Fault, ReplayServer
-    from rmcore.judge.store import StoreError, VerdictStore
-    from rmcore.judge.sync import run_sync
+    from rmcore.judge.client.limits import RateLimits
+    from rmcore.judge.store.prices import Price, PriceTable
+    from rmcore.judge.store.store import StoreError, VerdictStore
+    from rmcore.judge.testing import Fault, ReplayServer
 
 __all__ = [
     "CANARY_ID",
@@ -76,28 +77,14 @@ __all__ = [
     "run_sync",
 ]
 
-_LAZY = {
-    "ChatJudge": "rmcore.judge.chat",
-    "Fault": "rmcore.judge.replay",
-    "Price": "rmcore.judge.prices",
-    "PriceTable": "rmcore.judge.prices",
-    "RateLimits": "rmcore.judge.limits",
-    "ReplayServer": "rmcore.judge.replay",
-    "StoreError": "rmcore.judge.store",
-    "VerdictStore": "rmcore.judge.store",
-    "run_sync": "rmcore.judge.sync",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__, _ = lazy.attach(
+    __name__,
+    {
+        "rmcore._base.loop": ("run_sync",),
+        "rmcore.judge.chat": ("ChatJudge",),
+        "rmcore.judge.client.limits": ("RateLimits",),
+        "rmcore.judge.store.prices": ("Price", "PriceTable"),
+        "rmcore.judge.store.store": ("StoreError", "VerdictStore"),
+        "rmcore.judge.testing": ("Fault", "ReplayServer"),
+    },
+)

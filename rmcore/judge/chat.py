@@ -14,28 +14,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rmcore.errors import InputError, JudgeError
+from rmcore._base.clock import Clock
+from rmcore._base.errors import InputError, JudgeError
+from rmcore._base.loop import run_sync
+from rmcore._base.retry import RetryPolicy
 from rmcore.judge.base import Pair, Prompt, Verdict
-from rmcore.judge.breaker import DEFAULT_BREAKER, BreakerPolicy
-from rmcore.judge.calls import Question, Reply, reply_text
-from rmcore.judge.canary_pairs import CANARY_ID
-from rmcore.judge.client import ChatClient
-from rmcore.judge.clock import Clock
-from rmcore.judge.dialect import Dialect
-from rmcore.judge.limits import RateLimits
+from rmcore.judge.client.breaker import DEFAULT_BREAKER, BreakerPolicy
+from rmcore.judge.client.chat_client import ChatClient
+from rmcore.judge.client.limits import RateLimits
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
-from rmcore.judge.prices import PriceTable, price_call
-from rmcore.judge.prompt import JudgePrompt, Output
-from rmcore.judge.retry import RetryPolicy
+from rmcore.judge.question.dialect import Dialect
+from rmcore.judge.question.prompt import JudgePrompt, Output
 from rmcore.judge.rules import rule_verdict
-from rmcore.judge.sync import run_sync
+from rmcore.judge.store.prices import PriceTable, price_call
+from rmcore.judge.store.records import Question, Reply, reply_text
+from rmcore.judge.wrappers.canary_pairs import CANARY_ID
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import httpx
 
-    from rmcore.judge.store import VerdictStore
+    from rmcore.judge.store.store import VerdictStore
 
 __all__ = ["ChatJudge"]
 
@@ -56,10 +56,10 @@ class ChatJudge:
     Blank and identical responses are decided by rule (:mod:`rmcore.judge.rules`) and cost nothing.
 
     A pair that fails gets a verdict with a reason, never an exception and never a tie. The reasons are those of
-    :class:`~rmcore.judge.reply.Completion` (the call), of :class:`~rmcore.judge.verdict.Parsed` (the reply), and
-    ``bad_pair`` for a pair that is not text. A verdict that is there may carry a note in ``reason``: ``rule:<which>``,
-    ``one_order:<why the other failed>``, ``cut:<characters>``, ``hard:<why it is not soft>``. How both orders are put
-    together is told in :mod:`rmcore.judge.orders`.
+    :class:`~rmcore.judge.client.reply.Completion` (the call), of :class:`~rmcore.judge.question.verdict.Parsed` (the
+    reply), and ``bad_pair`` for a pair that is not text. A verdict that is there may carry a note in ``reason``:
+    ``rule:<which>``, ``one_order:<why the other failed>``, ``cut:<characters>``, ``hard:<why it is not soft>``. How
+    both orders are put together is told in :mod:`rmcore.judge.orders`.
 
     Use it from asynchronous code (``await judge.judge(pairs)``) or synchronous code (:meth:`judge_sync`), on any number
     of event loops. ``async with``, :meth:`aclose` or :meth:`close` closes the connections; otherwise
@@ -74,25 +74,25 @@ class ChatJudge:
         prompt: the question's template.
         output: ``"text"``, or ``"json_schema"`` for a structured reply under a strict schema. An endpoint that refuses
             the schema or answers it with nothing is asked for text instead. ``None``: what ``prompt`` says.
-        soft: read how sure the judge is from the log-probabilities of its label (:mod:`rmcore.judge.soft`); where that
-            cannot be had the verdict is hard, with a note.
+        soft: read how sure the judge is from the log-probabilities of its label (:mod:`rmcore.judge.question.soft`);
+            where that cannot be had the verdict is hard, with a note.
         top_logprobs: alternatives to ask for with ``soft``. Most endpoints allow 5, some 20.
         rules: decide blank and identical responses without a call.
         max_response_chars: of longer responses the judge is shown the beginning, and told so. ``None``: what ``prompt``
             says.
         concurrency: requests in flight at most, over all event loops and concurrent :meth:`judge` calls. How many
-            there really are is found out by trying (:mod:`rmcore.judge.concurrency`).
+            there really are is found out by trying (:mod:`rmcore.judge.client.concurrency`).
         timeout_s: seconds for one attempt.
         deadline_s: seconds for one :meth:`judge` call over all its pairs; what is not answered by then fails with
             ``deadline``. ``None``: no limit. A pair's own ``deadline`` counts where it is earlier.
-        retry: see :class:`~rmcore.judge.retry.RetryPolicy`.
-        requests_per_minute, tokens_per_minute: limits of our own; ``None``: none (:mod:`rmcore.judge.limits`).
-        limits: instead of the two: a :class:`~rmcore.judge.limits.RateLimits` that judges with one key share.
-        breaker: when to leave a failing endpoint alone (:class:`~rmcore.judge.breaker.BreakerPolicy`); ``None``: never.
-        temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they accept;
-            reasoning models mostly want ``max_completion_tokens`` and no temperature. An endpoint that refuses one of
-            them, or ``logprobs``, by name is asked again without it (a limit on tokens: under its other name), and
-            from then on never with it; see :attr:`dropped`.
+        retry: see :class:`~rmcore._base.retry.RetryPolicy`.
+        requests_per_minute, tokens_per_minute: limits of our own; ``None``: none (:mod:`rmcore.judge.client.limits`).
+        limits: instead of the two: a :class:`~rmcore.judge.client.limits.RateLimits` that judges with one key share.
+        breaker: when to leave a failing endpoint alone (:class:`~rmcore.judge.client.breaker.BreakerPolicy`); ``None``:
+        never. temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they
+            accept; reasoning models mostly want ``max_completion_tokens`` and no temperature. An endpoint that refuses
+            one of them, or ``logprobs``, by name is asked again without it (a limit on tokens: under its other name),
+            and from then on never with it; see :attr:`dropped`.
         extra_body: further fields of the request, JSON values.
         max_reply_bytes: longer replies fail with ``reply_too_large``.
         store: where verdicts are kept: a :class:`~rmcore.judge.store.VerdictStore`, or the path of one. What it holds
@@ -100,8 +100,8 @@ class ChatJudge:
             store cannot be read, pairs fail with ``store``.
         judge_id: the name the store files verdicts under, besides the model: the same name, the same judge. Give one if
             a judge moves between addresses. Default: ``base_url``.
-        prices: a :class:`~rmcore.judge.prices.PriceTable`, a mapping or a JSON file, for ``usage.cost``. Without it, or
-            for a model that is not in it, calls are counted in ``usage.unpriced_calls``.
+        prices: a :class:`~rmcore.judge.store.prices.PriceTable`, a mapping or a JSON file, for ``usage.cost``. Without
+            it, or for a model that is not in it, calls are counted in ``usage.unpriced_calls``.
         transport, clock, random_source: seams for tests and for unusual networks. ``random_source`` draws markers,
             labels and jitter; without it they come from the operating system and cannot be foreseen.
 
@@ -208,7 +208,7 @@ class ChatJudge:
 
     @property
     def counts(self) -> Counter[str]:
-        """What happened so far: ``rule:<which>``, and the counts of :class:`~rmcore.judge.dialect.Dialect`."""
+        """What happened so far: ``rule:<which>``, and the counts of :class:`~rmcore.judge.question.dialect.Dialect`."""
         return self._dialect.tally()
 
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
@@ -238,7 +238,7 @@ class ChatJudge:
         return verdicts
 
     def judge_sync(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """:meth:`judge` for synchronous code, with or without a running loop (:func:`~rmcore.judge.sync.run_sync`)."""
+        """:meth:`judge` for synchronous code, with or without a running loop (:func:`~rmcore._base.loop.run_sync`)."""
         return run_sync(self.judge(pairs))
 
     async def aclose(self) -> None:
@@ -346,7 +346,7 @@ def _open_store(store: VerdictStore | str | Path | None) -> VerdictStore | None:
     """The store, opened if it is a path. Without one, sqlite is not even imported."""
     if store is None:
         return None
-    from rmcore.judge.store import VerdictStore
+    from rmcore.judge.store.store import VerdictStore
 
     if isinstance(store, (str, Path)):
         return VerdictStore(store)
@@ -356,7 +356,7 @@ def _open_store(store: VerdictStore | str | Path | None) -> VerdictStore | None:
 
 
 def _store_error() -> type[Exception]:
-    from rmcore.judge.store import StoreError
+    from rmcore.judge.store.store import StoreError
 
     return StoreError
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rmcore.errors import JudgeError
+from rmcore._base.errors import JudgeError
 from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict
 
 __all__ = ["checked_verdicts", "close_judge", "contained_verdicts", "log_contained"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from rmcore.errors import reject
+from rmcore._base.errors import reject
 from rmcore.judge.base import Prompt
 
 __all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "canonical_prompt", "pair_key"]

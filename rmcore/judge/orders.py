@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, TypeAlias, cast
 
-from rmcore.errors import reject
+from rmcore._base.errors import reject
 from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.keys import pair_key
 
@@ -28,7 +28,7 @@ Orders: TypeAlias = Literal["both", "one"]
 
 
 def check_orders(orders: str) -> Orders:
-    """``orders``, if it is one of the two words; :class:`~rmcore.errors.InputError` otherwise."""
+    """``orders``, if it is one of the two words; :class:`~rmcore._base.errors.InputError` otherwise."""
     if orders not in ("both", "one"):
         reject("orders", repr(orders)[:80], "'both' or 'one'")
     return cast("Orders", orders)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from rmcore.errors import DataError, InputError, reject
+from rmcore._base.errors import DataError, InputError, reject
 from rmcore.judge.base import Outcome, Pair, Prompt, Verdict
 from rmcore.judge.keys import pair_key
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged

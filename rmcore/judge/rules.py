@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rmcore.judge.base import Pair, Verdict
-from rmcore.judge.neutralise import blank
+from rmcore.judge.question.sanitise import blank
 
 __all__ = ["RULE", "rule_verdict"]
 
@@ -15,8 +15,8 @@ def rule_verdict(pair: Pair) -> Verdict | None:
     """The verdict that the texts alone decide, or ``None`` if a judge is needed.
 
     - identical responses: a tie, ``rule:identical``;
-    - both blank (:func:`~rmcore.judge.neutralise.blank`: nothing but white space and invisible characters): a tie,
-      ``rule:both_blank``;
+    - both blank (:func:`~rmcore.judge.question.sanitise.blank`: nothing but white space and invisible characters): a
+      tie, ``rule:both_blank``;
     - one blank: the other wins, ``rule:blank``.
 
     The rule stands in ``reason``, and ``judge`` is :data:`RULE`. A pair that is not text is left to the judge's own

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore import AlwaysRoute, BudgetRouter, NeverRoute, RewardEngine, RewardModel, ThresholdRouter
-from rmcore.advantage import rloo_advantages
+from rmcore import BudgetRouter, RewardEngine, RewardModel
+from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine import GroupScores
-from rmcore.errors import InputError, NonFiniteError
+from rmcore.engine.advantage import rloo_advantages
+from rmcore.engine.routing import AlwaysRoute, NeverRoute, ThresholdRouter
 from rmcore.judge.base import Verdict
 
 A = 3.0  # the amplitude of the hand-made heads

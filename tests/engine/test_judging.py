@@ -10,7 +10,8 @@ import threading
 import pytest
 import torch
 
-from rmcore import AlwaysRoute, BudgetRouter, RewardEngine, ThresholdRouter
+from rmcore import BudgetRouter, RewardEngine
+from rmcore.engine.routing import AlwaysRoute, ThresholdRouter
 from rmcore.judge import RecordedJudge, run_sync
 from rmcore.judge.base import JudgeUsage, Verdict
 

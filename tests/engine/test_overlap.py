@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from rmcore import AlwaysRoute, BudgetRouter, NeverRoute, RewardEngine, RewardModel, ThresholdRouter
-from rmcore.errors import InputError, NonFiniteError
+from rmcore import BudgetRouter, RewardEngine, RewardModel
+from rmcore._base.errors import InputError, NonFiniteError
+from rmcore.engine.routing import AlwaysRoute, NeverRoute, Reservation, ThresholdRouter
+from rmcore.engine.score_call import micro_batches
 from rmcore.judge import run_sync
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
-from rmcore.routing import Reservation
-from rmcore.scoring.score_call import micro_batches
 
 WIN = Verdict(1.0, usage=JudgeUsage(calls=1, attempts=1, prompt_tokens=10))
 PATIENCE = 20.0  # seconds until a test that hangs fails
@@ -451,7 +451,7 @@ def test_an_interrupt_of_a_sync_call_cancels_the_judge(make_engine, where):
 
 
 def test_a_judge_that_will_not_be_cancelled_is_left(make_engine, monkeypatch, caplog):
-    monkeypatch.setattr("rmcore.scoring.asking._PATIENCE_S", 0.01)
+    monkeypatch.setattr("rmcore.engine.judging._PATIENCE_S", 0.01)
     release = asyncio.Event()
 
     class Stubborn:
@@ -720,7 +720,7 @@ def test_a_pair_the_head_cannot_score_and_the_budget_does_not_reach(hand_head, s
 
 
 def test_no_loop_is_started_where_nobody_is_asked(make_engine, monkeypatch):
-    monkeypatch.setattr("rmcore.engine.background_loop", lambda: pytest.fail("no judge, no loop"))
+    monkeypatch.setattr("rmcore.engine.engine.background_loop", lambda: pytest.fail("no judge, no loop"))
     assert len(make_engine(None, NeverRoute()).score(PROMPTS, RESPONSES)) == 6
     assert len(make_engine(Gated(), NeverRoute()).score(PROMPTS, RESPONSES)) == 6
 
@@ -768,7 +768,7 @@ def test_the_callers_context_reaches_the_backbone(make_engine):
 
 
 def test_an_adaptive_router_keeps_its_budget_over_micro_batches(make_engine, scripted_judge):
-    from rmcore.routing import AdaptiveRouter, Budget
+    from rmcore.engine.routing import AdaptiveRouter, Budget
 
     calls = Budget(3, "calls", max_per_pair=1)
     engine = make_engine(scripted_judge(lambda _: WIN), AdaptiveRouter(1.0, calls))
@@ -797,7 +797,7 @@ def test_the_bench_runs(tmp_path):
 def test_the_interpreters_turns_are_short_inside_and_as_before_outside():
     import sys
 
-    from rmcore.scoring.gil import short_turns
+    from rmcore.engine.gil import short_turns
 
     before = sys.getswitchinterval()
     with short_turns():

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine import RewardEngine
-from rmcore.errors import InputError, NonFiniteError
-from rmcore.groups import GroupScore, PairDecision
-from rmcore.selection import best_of, filter_groups, member_uncertainty
+from rmcore.engine.groups import GroupScore, PairDecision
+from rmcore.engine.selection import best_of, filter_groups, member_uncertainty
 
 
 def group(preference: list[list[float]], uncertainty: list[list[float]] | None = None, decisions=()) -> GroupScore:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmcore import errors, ops, reference
-from rmcore.backends import cuda
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore import ops
+from rmcore._base import errors
+from rmcore.ops import reference
+from rmcore.ops.backends import cuda
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

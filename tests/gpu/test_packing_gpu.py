@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from rmcore.backbone import Backbone, BackboneConfig
-from rmcore.encoding.packing import PrefixTree
-from rmcore.encoding.tree_attention import _compiled, block_mask_of
-from rmcore.text import EncodedText, Segment
+from rmcore.model.backbone import Backbone, BackboneConfig
+from rmcore.model.encoding.packing import PrefixTree
+from rmcore.model.encoding.tree_attention import _compiled, block_mask_of
+from rmcore.model.text import EncodedText, Segment
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import triton_checks as checks
 
 from rmcore import ops
-from rmcore.backends import triton as backend
+from rmcore.ops.backends import triton as backend
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmcore import checkpoint
-from rmcore.checkpoint import load_head, save_head
-from rmcore.errors import CheckpointError, InputError
+from rmcore._base.errors import CheckpointError, InputError
+from rmcore.head import checkpoint
+from rmcore.head.checkpoint import load_head, save_head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = [{}, {"features": "linear"}, {"layer_size": 12}, {"layer_size": 12, "features": "linear"},

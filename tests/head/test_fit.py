@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from rmcore import reference
-from rmcore.errors import FactorizationError, InputError, NonFiniteError, RmcoreError
-from rmcore.fit import fit, fit_amplitude, newton, upgrade
+from rmcore._base.errors import FactorizationError, InputError, NonFiniteError, RmcoreError
 from rmcore.head import HeadConfig, SNGPHead
+from rmcore.head.fit import fit, fit_amplitude, newton, upgrade
+from rmcore.ops import reference
 
 F64 = torch.float64
 

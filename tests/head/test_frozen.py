@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from rmcore import reference
-from rmcore.backends import torch as backend
-from rmcore.errors import FactorizationError, InputError, NonFiniteError
-from rmcore.fit import fit
+from rmcore._base.errors import FactorizationError, InputError, NonFiniteError
 from rmcore.head import FrozenHead, SNGPHead
-from rmcore.weights import HeadWeights, default_dtype, power_of_two_scale
+from rmcore.head.fit import fit
+from rmcore.ops import reference
+from rmcore.ops.backends import torch as backend
+from rmcore.ops.weights import HeadWeights, default_dtype, power_of_two_scale
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")

@@ -13,10 +13,10 @@ import weakref
 import pytest
 import torch
 
-from rmcore import reference
-from rmcore.errors import FactorizationError, InputError, NonFiniteError
+from rmcore._base.errors import FactorizationError, InputError, NonFiniteError
 from rmcore.head import SNGPHead
-from rmcore.posterior import Posterior
+from rmcore.head.posterior import Posterior
+from rmcore.ops import reference
 
 F64 = torch.float64
 
@@ -135,7 +135,7 @@ def test_ranks_reduce_to_one_pass(tmp_path):
         """
         import sys, torch, torch.distributed as dist
         from rmcore.head import SNGPHead
-        from rmcore.posterior import Posterior
+        from rmcore.head.posterior import Posterior
 
         rank, folder = int(sys.argv[1]), sys.argv[2]
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

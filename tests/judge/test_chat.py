@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rmcore.errors import InputError, JudgeError
+from rmcore._base.errors import InputError, JudgeError
 from rmcore.judge import (
     ChatJudge,
     Fault,

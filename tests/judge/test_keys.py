@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore.errors import InputError
+from rmcore._base.errors import InputError
 from rmcore.judge.keys import canonical_prompt, pair_key
 
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from rmcore.errors import DataError, InputError
+from rmcore._base.errors import DataError, InputError
 from rmcore.judge import Judge, Pair, RecordedJudge, Verdict, combine_orders, exchanged, pair_key
 from rmcore.judge.orders import shown_exchanged
 

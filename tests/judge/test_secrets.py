@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore.errors import JudgeError
+from rmcore._base.endpoint import check_base_url
+from rmcore._base.errors import JudgeError
 from rmcore.judge import ChatJudge, Pair, ReplayServer
-from rmcore.judge.endpoint import check_base_url
-from rmcore.judge.reply import error_detail, scrub
+from rmcore.judge.client.reply import error_detail, scrub
 
 PAIR = Pair("p-win", "a", "b")
 

@@ -108,7 +108,7 @@ def _weights(
     h: int, d: int, dtype: torch.dtype, *, layer: int = 0, activation: str = "none", layernorm: bool = False,
     features: str = "rff", projection: bool = True,
 ) -> Any:  # fmt: skip
-    from rmcore.weights import FeatureMap, HeadWeights
+    from rmcore.ops.weights import FeatureMap, HeadWeights
 
     meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
     feature_map = FeatureMap(
@@ -128,7 +128,7 @@ def _weights(
 
 
 def _score(weights: Any, rows: int, dtype: torch.dtype) -> None:
-    from rmcore.backends import triton as backend
+    from rmcore.ops.backends import triton as backend
 
     hidden = torch.empty(rows, weights.hidden_size, dtype=dtype, device="meta")
     backend.score(hidden, weights, torch.empty(4, rows, device="meta"))
@@ -138,7 +138,7 @@ def _accumulate(
     weights: Any, precision: torch.dtype, dtype: torch.dtype, rows: int = 8192, *, likelihood: str = "logistic",
     weighted: bool = False,
 ) -> None:  # fmt: skip
-    from rmcore.backends import triton as backend
+    from rmcore.ops.backends import triton as backend
 
     d = weights.num_features
     meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
@@ -152,7 +152,7 @@ def _accumulate(
 
 
 def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
-    from rmcore.backends import triton as backend
+    from rmcore.ops.backends import triton as backend
 
     for groups in counts:
         hidden = torch.empty(groups * 8, weights.hidden_size, dtype=dtype, device="meta")
@@ -160,7 +160,7 @@ def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...]) ->
 
 
 def _power(h: int, dtype: torch.dtype, rows: int = 4096) -> None:
-    from rmcore.backends import triton as backend
+    from rmcore.ops.backends import triton as backend
 
     backend.power_iteration(torch.empty(rows, h, dtype=dtype, device="meta"), torch.empty(h, device="meta"), 2)
 
@@ -218,7 +218,7 @@ def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list
     """Compile what the ``share``-th part of the calls launch on ``arch``."""
     from rmcore.kernels.heuristics import Device
 
-    from rmcore.backends import triton as backend
+    from rmcore.ops.backends import triton as backend
 
     backend._device = lambda device: Device(KIND[arch], MULTIPROCESSORS[arch])  # type: ignore[assignment]
     with compiling(arch) as builds:

@@ -11,11 +11,12 @@ import math
 import pytest
 import torch
 
-from rmcore import ops, reference
-from rmcore.backends import cpu
-from rmcore.errors import BackendError, InputError
+from rmcore import ops
+from rmcore._base.errors import BackendError, InputError
 from rmcore.head import SNGPHead
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore.ops import reference
+from rmcore.ops.backends import cpu
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
 

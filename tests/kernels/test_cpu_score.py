@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rmcore import ops, reference
-from rmcore.backends import cpu
+from rmcore import ops
 from rmcore.head import SNGPHead
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore.ops import reference
+from rmcore.ops.backends import cpu
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
 

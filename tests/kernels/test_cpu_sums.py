@@ -11,10 +11,10 @@ import math
 import pytest
 import torch
 
-from rmcore import reference
-from rmcore.backends import cpu
-from rmcore.backends import torch as plain
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore.ops import reference
+from rmcore.ops.backends import cpu
+from rmcore.ops.backends import torch as plain
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
 

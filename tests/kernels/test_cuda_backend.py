@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from rmcore import errors, ops
-from rmcore.backends import cuda
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore import ops
+from rmcore._base import errors
+from rmcore.ops.backends import cuda
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 CUDA = torch.device("cuda", 0)
 

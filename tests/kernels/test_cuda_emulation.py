@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmcore import reference
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore.ops import reference
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}

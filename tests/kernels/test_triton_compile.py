@@ -44,7 +44,7 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
 
 def test_rmcore_and_its_backend_import_without_triton():
     code = (
-        "import sys, torch, rmcore, rmcore.ops, rmcore.backends.triton as t\n"
+        "import sys, torch, rmcore, rmcore.ops, rmcore.ops.backends.triton as t\n"
         "t.unavailable('score', torch.device('cpu'), torch.float16)\n"
         "sys.exit('triton' in sys.modules)"
     )
@@ -54,7 +54,7 @@ def test_rmcore_and_its_backend_import_without_triton():
 def test_on_a_cpu_the_backend_says_what_it_needs(monkeypatch):
     import torch
 
-    from rmcore.backends import triton
+    from rmcore.ops.backends import triton
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "cpu" in str(triton.unavailable("score", torch.device("cpu"), torch.float16))

@@ -28,7 +28,7 @@ from rmcore.kernels import common, heuristics
 from rmcore.kernels.heuristics import Tile
 
 from rmcore import ops
-from rmcore.backends import triton as backend
+from rmcore.ops.backends import triton as backend
 
 DTYPES = [torch.float16, torch.float32]
 ROWS = [1, 2, 3, 7, 64, 65, 127, 129]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmcore import reference
-from rmcore.backends import torch as truth
-from rmcore.backends import triton as backend
-from rmcore.weights import FeatureMap, HeadWeights
+from rmcore.ops import reference
+from rmcore.ops.backends import torch as truth
+from rmcore.ops.backends import triton as backend
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
 EPS = 2.0**-24
 COSINE_ERROR = 2.0**-22

@@ -1,0 +1,134 @@
+"""The reward engine that a command's options name: a model, a router and a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rmcore._base.errors import reject
+from rmcore.cli.options import Judging
+
+if TYPE_CHECKING:
+    from rmcore.engine.engine import RewardEngine
+    from rmcore.engine.routing import AdaptiveRouter, RankBy, Router
+    from rmcore.judge.base import Judge
+
+__all__ = ["close_engine", "make_engine"]
+
+
+def make_engine(
+    model: Path, judging: Judging, *, backend: str, device: str | None
+) -> tuple[RewardEngine, Callable[[], None]]:
+    """The engine, and what saves its router's state where --router-state asks for that.
+
+    What is wrong with the options is found before the model is loaded. :func:`close_engine` is the caller's to call.
+    """
+    from rmcore.engine.engine import RewardEngine
+    from rmcore.model.reward_model import RewardModel
+
+    adaptive = _adaptive_router(judging)
+    router = _router(judging, adaptive)
+    judge = _judge(judging)
+    engine = RewardEngine(
+        RewardModel.from_pretrained(model, device=device),
+        judge,
+        router,
+        backend=backend,  # type: ignore[arg-type]
+        judge_deadline_s=judging.judge_deadline,
+    )
+
+    def save() -> None:
+        if adaptive is not None and judging.router_state is not None:
+            adaptive.save(judging.router_state)
+
+    return engine, save
+
+
+def close_engine(engine: RewardEngine) -> None:
+    """Close its judge: connections, and the store's file."""
+    if engine.judge is not None:
+        from rmcore._base.loop import run_sync
+        from rmcore.judge.contain import close_judge
+
+        run_sync(close_judge(engine.judge))
+
+
+def _adaptive_router(judging: Judging) -> AdaptiveRouter | None:
+    """The router of --judge-fraction, or None where that is not given."""
+    calls, tokens, cost, state = judging.max_calls, judging.max_tokens, judging.max_cost, judging.router_state
+    if judging.judge_fraction is None:
+        if (calls, tokens, cost, state) != (None, None, None, None):
+            reject(
+                "--max-calls, --max-tokens, --max-cost, --router-state",
+                "without --judge-fraction",
+                "together with it",
+            )
+        return None
+    from rmcore.engine.routing import AdaptiveRouter, Budget
+
+    orders = 1 if judging.judge_orders == "one" else 2
+    budgets = [] if calls is None else [Budget(calls, "calls", max_per_pair=orders)]
+    budgets += [] if tokens is None else [Budget(tokens, "tokens")]
+    if cost is not None:
+        budgets.append(Budget(cost, "cost", first_estimate=orders * _first_call_cost(judging)))
+    router = AdaptiveRouter(judging.judge_fraction, budgets, by=judging.rank_by)  # type: ignore[arg-type]
+    if state is not None and state.exists():
+        router.load(state)
+    return router
+
+
+def _first_call_cost(judging: Judging) -> float:
+    """What a call is taken to cost before one has been bought: a long prompt and a long answer."""
+    prices, model = judging.prices, judging.judge_model
+    if prices is None:
+        reject("--max-cost", "without --prices", "together with it: costs are known from a price table only")
+    from rmcore.judge.base import JudgeUsage
+    from rmcore.judge.store.prices import PriceTable
+
+    table = PriceTable.from_file(prices)
+    cost = table.cost(JudgeUsage(calls=1, prompt_tokens=3072, completion_tokens=1024), model)
+    if cost is None:
+        reject("--max-cost", f"no price for {model!r} in {prices}", "a price table that has the judge's model")
+    return cost
+
+
+def _router(judging: Judging, adaptive: AdaptiveRouter | None) -> Router:
+    """The router the options name; without any, none is routed."""
+    from rmcore.engine.routing import BudgetRouter, NeverRoute, ThresholdRouter
+
+    by: RankBy = judging.rank_by  # type: ignore[assignment]
+    if sum(given is not None for given in (judging.threshold, judging.budget, adaptive)) > 1:
+        reject("--threshold, --budget, --judge-fraction", "more than one", "at most one")
+    if adaptive is not None:
+        return adaptive
+    if judging.threshold is not None:
+        return ThresholdRouter(judging.threshold, by)
+    return NeverRoute() if judging.budget is None else BudgetRouter(fraction=judging.budget, by=by)
+
+
+def _judge(judging: Judging) -> Judge | None:
+    """The judge the options name, or None."""
+    from rmcore.judge import ChatJudge, JudgePrompt, RecordedJudge
+
+    url, verdicts, template = judging.judge_url, judging.verdicts, judging.judge_template
+    if url is not None and verdicts is not None:
+        reject("--judge-url, --verdicts", "both", "at most one")
+    if verdicts is not None:
+        return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)  # type: ignore[arg-type]
+    if url is None:
+        if judging.store is not None or judging.prices is not None:
+            reject("--store, --prices", "without --judge-url", "together with it")
+        return None
+    if not judging.judge_model:
+        reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
+    return ChatJudge(
+        url,
+        judging.judge_model,
+        judging.judge_key_env or None,
+        orders=judging.judge_orders,  # type: ignore[arg-type]
+        prompt=None if template is None else JudgePrompt.from_file(template),
+        store=judging.store,
+        prices=judging.prices,
+        soft=judging.judge_soft,
+    )

@@ -1,0 +1,70 @@
+"""Advantages and trainer rewards from a group's preferences (design 2.8)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.ops import reference
+
+__all__ = ["group_rewards", "grpo_advantages", "rloo_advantages"]
+
+
+def _check_square(preferences: Tensor) -> None:
+    if preferences.dim() < 2 or preferences.shape[-1] != preferences.shape[-2] or preferences.shape[-1] == 0:
+        reject("preferences", f"shape {tuple(preferences.shape)}", "(..., K, K) with K ≥ 1")
+
+
+def rloo_advantages(preferences: Tensor) -> Tensor:
+    """A_i = mean over j ≠ i of p̃_ij: RLOO over pairwise preferences (NeurIPS 2025, arXiv:2402.14740).
+
+    Args:
+        preferences: (..., K, K) antisymmetric p̃, logits. A NaN pair has no preference (a row that could not be scored
+            and was not judged) and is left out of both its members' means; the diagonal is not read.
+
+    Returns:
+        (..., K). K = 1 gives 0; a member with no usable pair in a group of K > 1 gives NaN.
+    """
+    _check_square(preferences)
+    if preferences.shape[-1] == 1:
+        return torch.zeros_like(preferences[..., 0])
+    total, count = _sums(preferences)
+    return total / count
+
+
+def group_rewards(preferences: Tensor, baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out") -> Tensor:
+    """Rewards from which a stock trainer gets :func:`rloo_advantages` back, to rounding.
+
+    With S_i = Σ_j p̃_ij over the m members that have preferences (ΣS = 0): S_i/m for a leave-one-out baseline (TRL's
+    RLOOTrainer), S_i/(m−1) for a group mean without std scaling (GRPOTrainer with scale_rewards="none"). Members
+    without a usable pair get NaN, which trainers are told as None. The identity is exact when every pair between the m
+    members has a preference. (..., K, K) → (..., K).
+    """
+    _check_square(preferences)
+    if baseline not in ("leave-one-out", "group-mean"):
+        reject("baseline", repr(baseline), "'leave-one-out' or 'group-mean'")
+    if preferences.shape[-1] == 1:
+        return torch.zeros_like(preferences[..., 0])
+    total, count = _sums(preferences)
+    members = (count > 0).sum(-1, keepdim=True).to(total.dtype)
+    total = torch.where(count > 0, total, torch.nan)
+    return total / (members if baseline == "leave-one-out" else (members - 1).clamp_min(1))
+
+
+def _sums(preferences: Tensor) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(preferences.shape[-1], dtype=torch.bool, device=preferences.device)
+    usable = ~(preferences.isnan() | eye)
+    return preferences.masked_fill(~usable, 0.0).sum(-1), usable.sum(-1).to(preferences.dtype)
+
+
+def grpo_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
+    """A_i = (r_i − mean) / (std + eps) over the last dimension (arXiv:2402.03300), std unbiased as in TRL.
+
+    ``scale_by_std=False`` leaves the division out (Dr. GRPO, arXiv:2503.20783). (..., K) → (..., K); K = 1 gives 0.
+    """
+    if rewards.dim() < 1 or rewards.shape[-1] == 0:
+        reject("rewards", f"shape {tuple(rewards.shape)}", "(..., K) with K ≥ 1")
+    return reference.grpo_advantages(rewards, scale_by_std=scale_by_std, eps=eps)

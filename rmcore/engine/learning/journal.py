@@ -1,0 +1,248 @@
+"""The journal of a head that learns: every update on disk, in order, so that any version can be had again.
+
+A folder::
+
+    journal.jsonl                  one JSON object a line: "open", then "update" and "revert" as they happened
+    update-000001.safetensors      the judged rows, labels and weights of version 1, and β after it
+    snapshot-000000.safetensors    Σ w φφᵀ (packed lower tiles) and β of version 0; then of every n-th version
+    lock                           held by the one process that may write
+
+Versions are numbered from 0, the head as it was given, and never reused; each names its parent, so a revert loses
+nothing. A tensor file is complete under its final name before its line is written, and a line counts once its newline
+is on disk: whatever a crash leaves behind is either a whole version or none. Files are named by their sha256 in the
+line that refers to them, and every version by the digest of its state. No pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rmcore._base.errors import CheckpointError, InputError
+from rmcore._base.version import __version__
+from rmcore.head.checkpoint import digest_file, sync_path
+
+__all__ = ["Journal", "Version"]
+
+log = logging.getLogger(__name__)
+
+LINES = "journal.jsonl"
+FORMAT = "rmcore-journal"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One state of the head.
+
+    Attributes:
+        number: of the version; 0 is the head as it was given.
+        parent: the version it was learned from, None for 0.
+        state: hex sha256 of β and the posterior.
+        count: data in the posterior.
+        report: what the update did, JSON values.
+        file: the update's tensors, empty for 0.
+        sha256: of that file.
+        snapshot: file with the whole state, empty where there is none.
+        snapshot_sha256: of that file.
+    """
+
+    number: int
+    parent: int | None
+    state: str
+    count: int
+    report: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    sha256: str = ""
+    snapshot: str = ""
+    snapshot_sha256: str = ""
+
+
+class Journal:
+    """Opens or creates the folder, takes its lock, and reads what is there.
+
+    Args:
+        path: the folder; made if missing.
+
+    Raises:
+        InputError: another process, or another learner of this one, writes to it.
+        CheckpointError: it is damaged in a way no crash explains, foreign, or of another format version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.versions: list[Version] = []
+        self.current = 0
+        self.identity: dict[str, Any] = {}
+        """What the head of this journal is, as :meth:`begin` was told."""
+        self._lock = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(
+                f"journal: got {str(path)!r}, which another learner has open, expected a folder of its own. "
+                "Close that one first"
+            ) from None
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the lock back. Closing twice is fine."""
+        self._lock.close()
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._lock.closed
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def begin(self, identity: dict[str, Any], state: str, count: int, snapshot: Mapping[str, Tensor]) -> None:
+        """Write version 0."""
+        name = "snapshot-000000.safetensors"
+        sha256 = self._write_tensors(name, snapshot)
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "rmcore_version": __version__, "head": identity}
+        line = {"event": "open", **head, "state": state, "count": count, "snapshot": name, "snapshot_sha256": sha256}
+        self._append(line)
+        self._take(line)
+
+    def add(
+        self,
+        state: str,
+        count: int,
+        report: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        snapshot: Mapping[str, Tensor] | None,
+    ) -> Version:
+        """Write a version whose parent is the current one, and make it current."""
+        number = len(self.versions)
+        name = f"update-{number:06d}.safetensors"
+        line: dict[str, Any] = {"event": "update", "version": number, "parent": self.current, "state": state}
+        line |= {"count": count, "file": name, "sha256": self._write_tensors(name, tensors), "report": dict(report)}
+        if snapshot is not None:
+            line["snapshot"] = f"snapshot-{number:06d}.safetensors"
+            line["snapshot_sha256"] = self._write_tensors(line["snapshot"], snapshot)
+        self._append(line)
+        self._take(line)
+        return self.versions[-1]
+
+    def revert(self, number: int) -> None:
+        """Note that version ``number`` is current from now on."""
+        line = {"event": "revert", "version": number}
+        self._append(line)
+        self._take(line)
+
+    def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        from safetensors.torch import save_file
+
+        self._check_open()
+        target, work = self.path / name, self.path / f".{name}.tmp"
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, work)
+        sync_path(work)
+        os.replace(work, target)
+        sync_path(self.path)
+        return digest_file(target)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._check_open()
+        data = (json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n").encode()
+        with (self.path / LINES).open("ab", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            try:
+                if stream.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, "only part of a line could be written", str(self.path / LINES))
+                os.fsync(stream.fileno())
+                sync_path(self.path)
+            except BaseException:
+                # Half a line must not be glued to the next one, nor a version stand on disk that nobody knows of.
+                stream.truncate(size)
+                raise
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise InputError(f"journal: got {str(self.path)!r}, which was closed, expected an open one")
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def update_tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors of an update, checked against their digest."""
+        return self._read_tensors(self.versions[number].file, self.versions[number].sha256)
+
+    def snapshot_tensors(self, number: int) -> dict[str, Tensor]:
+        """The whole state of a version that has a snapshot, checked against its digest."""
+        return self._read_tensors(self.versions[number].snapshot, self.versions[number].snapshot_sha256)
+
+    def _read_tensors(self, name: str, sha256: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self.path / name
+        if not file.is_file() or digest_file(file) != sha256:
+            raise CheckpointError(f"{file}: missing, or its sha256 differs from the journal's. Copy the folder again")
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: not readable ({error})") from error
+
+    def _read(self) -> None:
+        file = self.path / LINES
+        content = file.read_bytes() if file.is_file() else b""
+        whole, newline, rest = content.rpartition(b"\n")
+        if rest:
+            log.warning("%s: the last line was cut off by a crash (%d bytes); it never happened", file, len(rest))
+            with file.open("r+b") as stream:
+                stream.truncate(len(content) - len(rest))
+                os.fsync(stream.fileno())
+        if not newline:
+            return
+        for number, text in enumerate(whole.split(b"\n"), 1):
+            try:
+                self._take(json.loads(text))
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(f"{file}:{number}: got a line that does not fit here ({error!r})") from error
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        """Apply one line to what is known."""
+        event, number = line["event"], len(self.versions)
+        if event == "revert":
+            if not 0 <= line["version"] < number:
+                raise ValueError(f"revert to version {line['version']} of {number}")
+            self.current = line["version"]
+            return
+        if event == "open":
+            if (line["format"], line["format_version"]) != (FORMAT, FORMAT_VERSION):
+                raise CheckpointError(
+                    f"{self.path}: got {line['format']!r} version {line['format_version']!r}, expected {FORMAT!r} "
+                    f"{FORMAT_VERSION}"
+                )
+            if number:
+                raise ValueError("a second beginning")
+            self.identity = dict(line["head"])
+        elif event != "update" or line["version"] != number or not 0 <= line["parent"] < number:
+            raise ValueError(f"{event} where version {number} was due")
+        names = ("file", "sha256", "snapshot", "snapshot_sha256")
+        files = {name: str(line.get(name, "")) for name in names}
+        for name in (files["file"], files["snapshot"]):
+            if name != Path(name).name:
+                raise ValueError(f"a file outside the folder: {name!r}")
+        parent = line.get("parent")
+        self.versions.append(
+            Version(number, parent, str(line["state"]), int(line["count"]), line.get("report", {}), **files)
+        )
+        self.current = number

@@ -1,0 +1,119 @@
+"""Two things at once: the backbone works in one thread, the judge's calls are awaited on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+
+from rmcore._base.loop import start_sync
+from rmcore.engine.gil import short_turns
+from rmcore.engine.judging import Asking, ExitError
+
+__all__ = ["StoppedError", "run_alongside", "run_alongside_async"]
+
+
+class StoppedError(Exception):
+    """Raised by the work itself when it finds that nobody wants its result any more."""
+
+
+def run_alongside(work: Callable[[], None], asking: Asking | None) -> None:
+    """Do ``work`` in this thread while ``asking`` runs on the background loop; return when both are done.
+
+    If the work raises, or the caller is interrupted, the judge's calls are cancelled before the error goes on. If the
+    asking fails, ``asking.broken`` is set; the work then raises :class:`StoppedError` at its next step, and the
+    asking's error goes on.
+    """
+    if asking is None:
+        work()
+        return
+    judging = start_sync(asking.run())
+    try:
+        try:
+            with short_turns():
+                work()
+            asking.close()
+        except StoppedError:
+            pass  # the result says why
+        judging.result()
+    except ExitError as exit:
+        raise exit.error from None
+    except BaseException:
+        judging.cancel()
+        raise
+
+
+async def run_alongside_async(work: Callable[[], None], asking: Asking | None, stop: threading.Event) -> None:
+    """As :func:`run_alongside`, with the work in a thread of its own and the asking on the running loop.
+
+    Cancelling this cancels the judge's calls, sets ``stop``, at which the work raises :class:`StoppedError` at its
+    next step, and waits for both: nothing is left behind.
+    """
+    working = _in_thread(work)
+    judging = None if asking is None else asyncio.create_task(asking.run())
+    both: set[asyncio.Future[None]] = {working} if judging is None else {working, judging}
+    try:
+        with short_turns():
+            await asyncio.wait({working})  # unlike awaiting it, this leaves it alone when it is cancelled
+        try:
+            working.result()
+        except StoppedError:
+            pass  # the result says why
+        if asking is not None and judging is not None:
+            asking.close()
+            await asyncio.wait({judging})
+            judging.result()
+    except ExitError as exit:
+        raise exit.error from None
+    except BaseException:
+        stop.set()
+        if judging is not None:
+            judging.cancel()
+        await _ended(both)
+        raise
+
+
+def _in_thread(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Run ``work`` in a new thread; a future of the running loop that is done when the thread is.
+
+    Not on the loop's executor: a call cancelled while that is full would have to wait for strangers.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def finish(error: BaseException | None) -> None:
+        thread.join()  # it has nothing left to do
+        if error is None:
+            future.set_result(None)
+        else:  # a future refuses StopIteration
+            future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            context.run(work)
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(finish, error)
+        except RuntimeError:  # the loop was closed meanwhile: nobody is left to be told
+            pass
+
+    thread = threading.Thread(target=run, name="rmcore-score")
+    thread.start()
+    return future
+
+
+async def _ended(tasks: set[asyncio.Future[None]]) -> None:
+    """Wait until all are done, however often the waiting is cancelled; their errors are looked at, not raised."""
+    pending = tasks
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            pending = {task for task in pending if not task.done()}
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()

@@ -1,0 +1,258 @@
+"""Which pairs go to the judge: small policies with one verb, ``select``.
+
+A router says with ``whole_batch`` whether it needs all candidate pairs of a score call at once, or can be asked
+micro-batch by micro-batch, so that judge calls start while the backbone still runs. Routers that keep to a budget
+(:class:`BudgetedRouter`) reserve before the judge is called and are told afterwards what it cost.
+
+A router ranks by one of four scores, highest first:
+
+- ``u``: the epistemic uncertainty (default, as in the paper). Finds what is *unlike the training data*, where the head
+  is confidently wrong.
+- ``margin``: −|p|, the closest calls. Better than u *in* distribution, harmful off it: a confidently wrong head has
+  large margins exactly where it errs.
+- ``error_probability``: −|g| / √v, how likely the sign of g is wrong under the posterior.
+- ``rank_sum``: the ranks by u and by margin added; never the best, never bad. Take it when you do not know whether the
+  stream is in distribution.
+
+No score wins everywhere: measure with ``rmcore evaluate`` on pairs like yours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import reject
+
+if TYPE_CHECKING:
+    from rmcore.judge.base import JudgeUsage
+
+__all__ = [
+    "AlwaysRoute",
+    "BudgetRouter",
+    "BudgetedRouter",
+    "Candidates",
+    "NeverRoute",
+    "RandomRouter",
+    "RankBy",
+    "Reservation",
+    "Router",
+    "ThresholdRouter",
+    "rank_score",
+]
+
+RankBy: TypeAlias = Literal["u", "margin", "error_probability", "rank_sum"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The pairs a router may choose from, one value a pair, all (Q,) float on the CPU.
+
+    Attributes:
+        logit: g.
+        variance: v.
+        uncertainty: u = √(1 + a v).
+    """
+
+    logit: Tensor
+    variance: Tensor
+    uncertainty: Tensor
+
+    def __len__(self) -> int:
+        return len(self.logit)
+
+
+class Router(Protocol):
+    """Anything that chooses pairs.
+
+    A router may carry ``whole_batch``: True if choosing a pair depends on the rest of the batch, False if pairs can be
+    chosen micro-batch by micro-batch, as they come. Without it True is assumed.
+    """
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """(Q,) bool, True where the pair goes to the judge."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a :class:`BudgetedRouter` set aside for the pairs of one ``reserve``. Hand it back to ``settle``, once.
+
+    Attributes:
+        id: names it; unique within its router.
+        pairs: how many pairs were chosen.
+        amount: what was set aside in each of the router's budgets, in that budget's unit and order.
+    """
+
+    id: int
+    pairs: int
+    amount: tuple[float, ...] = ()
+
+
+@runtime_checkable
+class BudgetedRouter(Router, Protocol):
+    """A router that reserves what its pairs may cost and is told what they did cost.
+
+    Any number of reservations may be open at once, and they may be settled in any order and from any thread.
+    """
+
+    def begin_step(self) -> None:
+        """A step begins; the engine calls it once at the start of every score call."""
+        ...
+
+    def reserve(self, candidates: Candidates) -> tuple[Tensor, Reservation]:
+        """The mask as of ``select``, and what was set aside for it.
+
+        Candidates with u = inf (a non-finite hidden state, with the engine's ``nonfinite="route"``) come first in line
+        but are bound by the budget like any other.
+        """
+        ...
+
+    def settle(self, reservation: Reservation, usage: JudgeUsage | None) -> None:
+        """What the pairs of a reservation cost; to be called exactly once a reservation.
+
+        ``None`` means that nobody knows (the calls were cancelled, say): everything reserved then counts as spent.
+        """
+        ...
+
+
+_SCORES = ("u", "margin", "error_probability", "rank_sum")
+
+
+def _ranks(score: Tensor) -> Tensor:
+    # Average ranks, so that ties (u = 1 exactly, say) are not ordered by their position in the batch.
+    _, inverse, counts = torch.unique(score, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]
+
+
+def rank_score(candidates: Candidates, by: RankBy) -> Tensor:
+    """(Q,) float64 score by which pairs are routed, highest first. See the module's text for the choice."""
+    _check_score(by)
+    u, g, v = (t.double() for t in (candidates.uncertainty, candidates.logit, candidates.variance))
+    if by == "u":
+        return u
+    if by == "margin":
+        return -(g / u).abs()
+    if by == "error_probability":
+        # v = 0 means the posterior is certain of the sign: last in line, unless g = 0 too and there is no sign.
+        ratio = g.abs() / v.sqrt()
+        return -torch.where(v > 0, ratio, torch.where(g == 0, 0.0, math.inf))
+    return _ranks(u) + _ranks(-(g / u).abs())
+
+
+@dataclass(frozen=True)
+class ThresholdRouter:
+    """Routes pairs whose score exceeds ``threshold``.
+
+    With ``by="u"`` that is u > threshold (u ≥ 1, so 1.0 routes everything with any uncertainty), as in the paper; the
+    other scores have their own scales, see :func:`rank_score`. ``rank_sum`` depends on the batch and has no threshold.
+    """
+
+    threshold: float
+    by: RankBy = "u"
+    whole_batch: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.threshold):
+            reject("threshold", self.threshold, "a number")
+        _check_score(self.by)
+        if self.by == "rank_sum":
+            reject("by", "'rank_sum'", "a score with a scale of its own", "Use BudgetRouter for rank_sum")
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """Pairs above the threshold."""
+        return rank_score(candidates, self.by) > self.threshold
+
+
+@dataclass(frozen=True)
+class BudgetRouter:
+    """Routes the highest-scoring pairs of the batch: a ``fraction`` of them (rounded down), or at most ``count``.
+
+    Equal scores are taken in the order of the batch.
+    """
+
+    fraction: float | None = None
+    count: int | None = None
+    by: RankBy = "u"
+    whole_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_budget(self.fraction, self.count)
+        _check_score(self.by)
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """The top of the batch."""
+        chosen = torch.zeros(len(candidates), dtype=torch.bool)
+        budget = _budget(self.fraction, self.count, len(candidates))
+        order = torch.argsort(rank_score(candidates, self.by), descending=True, stable=True)
+        chosen[order[:budget]] = True
+        return chosen
+
+
+class RandomRouter:
+    """The baseline: as many pairs as a :class:`BudgetRouter`, drawn at random.
+
+    Args:
+        fraction, count: as in :class:`BudgetRouter`.
+        seed: of the draws; successive batches draw on.
+    """
+
+    whole_batch: ClassVar[bool] = True
+
+    def __init__(self, fraction: float | None = None, count: int | None = None, *, seed: int = 0) -> None:
+        _check_budget(fraction, count)
+        self.fraction, self.count, self.seed = fraction, count, seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """A random subset."""
+        chosen = torch.zeros(len(candidates), dtype=torch.bool)
+        budget = _budget(self.fraction, self.count, len(candidates))
+        chosen[torch.randperm(len(candidates), generator=self._generator)[:budget]] = True
+        return chosen
+
+
+@dataclass(frozen=True)
+class NeverRoute:
+    """The head alone."""
+
+    whole_batch: ClassVar[bool] = False
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """No pair."""
+        return torch.zeros(len(candidates), dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class AlwaysRoute:
+    """The judge alone."""
+
+    whole_batch: ClassVar[bool] = False
+
+    def select(self, candidates: Candidates) -> Tensor:
+        """Every pair."""
+        return torch.ones(len(candidates), dtype=torch.bool)
+
+
+def _check_score(by: str) -> None:
+    if by not in _SCORES:
+        reject("by", repr(by), f"one of {', '.join(_SCORES)}")
+
+
+def _check_budget(fraction: float | None, count: int | None) -> None:
+    if (fraction is None) == (count is None):
+        reject("fraction, count", (fraction, count), "exactly one of them")
+    if fraction is not None and not 0 <= fraction <= 1:
+        reject("fraction", fraction, "a number in [0, 1]")
+    if count is not None and count < 0:
+        reject("count", count, "a non-negative number of pairs")
+
+
+def _budget(fraction: float | None, count: int | None, pairs: int) -> int:
+    # The small term keeps 0.1 * 10 (0.9999...) from losing a pair to rounding.
+    return min(pairs, count if count is not None else math.floor((fraction or 0.0) * pairs + 1e-9))

@@ -1,0 +1,267 @@
+"""Heads and models on disk: a folder of safetensors and JSON, written atomically, checked when read. No pickle.
+
+``rmcore.json`` says what the folder is (format version, configurations, scalars, the tensor file's sha256);
+``head.safetensors`` holds the serving weights bit for bit and, unless left out, the posterior's Σ w φφᵀ;
+``backbone/`` holds an embedded backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore._base.version import __version__
+from rmcore.head.config import HeadConfig
+from rmcore.head.frozen import FrozenHead
+from rmcore.head.posterior import Posterior
+from rmcore.ops import reference
+from rmcore.ops.reference import TILE
+from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
+
+__all__ = [
+    "CONFIG_FILE",
+    "FORMAT_VERSION",
+    "atomic_folder",
+    "digest_file",
+    "load_head",
+    "read_config",
+    "save_head",
+    "sync_path",
+    "write_head",
+]
+
+CONFIG_FILE = "rmcore.json"
+TENSOR_FILE = "head.safetensors"
+FORMAT = "rmcore"
+FORMAT_VERSION = 1
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in SERVING_DTYPES}
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder that takes ``path``'s place only if the block succeeds; a reader never sees a half-written one.
+
+    Raises InputError where ``path`` exists and is not an rmcore folder (nothing of somebody else's is replaced).
+    """
+    target = Path(path).resolve()
+    if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        reject("path", repr(str(target)), "a new or empty folder, or one that rmcore wrote")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    work = target.with_name(f".{target.name}.{mark}.tmp")
+    work.mkdir()
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                sync_path(file)
+        old = target.with_name(f".{target.name}.{mark}.old")
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(work, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        sync_path(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_head(head: FrozenHead, path: str | os.PathLike[str], *, include_posterior: bool = True) -> None:
+    """Write a head as a folder of its own. ``include_posterior`` keeps it able to learn; it costs 4·D² bytes."""
+    with atomic_folder(path) as folder:
+        write_config(folder, {"kind": "head", "head": write_head(head, folder, include_posterior=include_posterior)})
+
+
+def load_head(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> FrozenHead:
+    """Read a head from a folder written by :func:`save_head` or by a model.
+
+    Raises CheckpointError for a truncated, altered, foreign or newer file, or one whose parts do not fit together.
+    """
+    config = read_config(path)
+    return read_head(Path(path), config.get("head"), device)
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    """Write ``rmcore.json`` with the format's own fields in front."""
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "rmcore_version": __version__, **values}
+    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check ``rmcore.json``."""
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"path: got {str(path)!r}, expected a folder with {CONFIG_FILE}")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: got a file of another program, expected format {FORMAT!r}")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: got format_version {values.get('format_version')!r}, this rmcore ({__version__}) reads "
+            f"{FORMAT_VERSION}. Use the rmcore that wrote it ({values.get('rmcore_version')})"
+        )
+    return values
+
+
+def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True) -> dict[str, Any]:
+    """Write ``head.safetensors`` into ``folder``; returns the JSON values that go with it."""
+    from safetensors.torch import save_file
+
+    weights, feature_map = head.weights, head.feature_map
+    tensors = {
+        **feature_map.tensors(),
+        "beta": head.beta,
+        **weights.stored_tensors(),
+    }
+    posterior = head.posterior if include_posterior else None
+    if posterior is not None:
+        tensors["gram"] = reference.pack_lower(posterior.gram, TILE)
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
+    return {
+        "config": head.config.to_dict(),
+        "dtype": str(head.dtype).removeprefix("torch."),
+        "beta0": head.beta0,
+        "input_scale": feature_map.input_scale,
+        "feature_scale": feature_map.feature_scale,
+        "factor_scale": weights.factor_scale,
+        "posterior": None if posterior is None else {"count": posterior.count},
+        "sha256": digest_file(folder / TENSOR_FILE),
+    }
+
+
+def read_head(folder: Path, values: object, device: torch.device | str) -> FrozenHead:
+    """Build the head described by ``values`` from ``folder``'s tensors, checking everything."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / TENSOR_FILE
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: got no 'head' section")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing")
+    if digest_file(file) != values.get("sha256"):
+        raise CheckpointError(
+            f"{file}: got contents that differ from the sha256 in {CONFIG_FILE}: the file is truncated, altered, or "
+            "from another save. Copy the folder again"
+        )
+    try:
+        tensors = load_file(file, device=str(device))
+        config = HeadConfig.from_dict(values["config"])
+        dtype = _DTYPES[values["dtype"]]
+        return _assemble(config, dtype, values, tensors, str(file))
+    except (SafetensorError, InputError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: got a head that does not fit together ({error})") from error
+
+
+def _assemble(
+    config: HeadConfig, dtype: torch.dtype, values: dict[str, Any], tensors: dict[str, Tensor], file: str
+) -> FrozenHead:
+    h, m, d = config.hidden_size, config.layer_size, config.num_features
+    tiles = -(-d // TILE)
+    lower = (tiles * (tiles + 1) // 2, TILE, TILE)
+    folds = m is None or (config.activation == "none" and not config.layernorm)
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "beta": ((d,), torch.float64),
+        "serving_beta": ((d,), torch.float32),
+        "factor": (lower, dtype),
+    }
+    if config.features == "rff" or m is not None:
+        wanted["projection"] = ((d, h if folds or m is None else m), dtype)
+        wanted["phase"] = ((d,), torch.float32)
+    if not folds and m is not None:
+        wanted["layer_weight"], wanted["layer_bias"] = ((m, h), dtype), ((m,), torch.float32)
+    if dtype == torch.int8:
+        for name in ("projection_scale", "factor_row_scale", "factor_diagonal"):
+            wanted[name] = ((d,), torch.float32)
+        if "hidden_shift" in tensors:
+            wanted["hidden_shift"] = wanted["hidden_scale"] = ((h,), torch.float32)
+    if values["posterior"] is not None:
+        wanted["gram"] = (lower, torch.float64)
+    if set(tensors) != set(wanted):
+        raise CheckpointError(f"{file}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
+    for name, (shape, kind) in wanted.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != kind:
+            raise CheckpointError(f"{file}: {name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {kind}")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name}: got NaN or Inf, expected finite values")
+    feature_map = FeatureMap(
+        features=config.features,
+        projection=tensors.get("projection"),
+        phase=tensors.get("phase"),
+        layer_weight=tensors.get("layer_weight"),
+        layer_bias=tensors.get("layer_bias"),
+        activation=config.activation,
+        layernorm=config.layernorm,
+        hidden_size=h,
+        num_features=d,
+        dtype=dtype,
+        input_scale=_scalar(values, "input_scale", positive=True),
+        feature_scale=_scalar(values, "feature_scale", positive=True),
+        projection_scale=tensors.get("projection_scale"),
+        hidden_shift=tensors.get("hidden_shift"),
+        hidden_scale=tensors.get("hidden_scale"),
+    )
+    weights = HeadWeights(
+        map=feature_map,
+        beta=tensors["serving_beta"],
+        beta0=_scalar(values, "beta0"),
+        factor=tensors["factor"],
+        factor_scale=_scalar(values, "factor_scale", positive=True),
+        amplitude=config.resolved_amplitude,
+        factor_row_scale=tensors.get("factor_row_scale"),
+        factor_diagonal=tensors.get("factor_diagonal"),
+    )
+    posterior = None
+    if "gram" in tensors:
+        posterior = Posterior.from_gram(
+            reference.unpack_lower(tensors["gram"], d),
+            int(values["posterior"]["count"]),
+            ridge=config.ridge,
+            likelihood=config.likelihood,
+        )
+    return FrozenHead(config, feature_map, tensors["beta"], weights.beta0, posterior, weights)
+
+
+def _scalar(values: dict[str, Any], name: str, *, positive: bool = False) -> float:
+    value = float(values[name])
+    if not math.isfinite(value) or (positive and value <= 0):
+        reject(name, value, "a positive finite number" if positive else "a finite number")
+    return value
+
+
+def digest_file(file: Path) -> str:
+    """Hex sha256 of a file's contents."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """Have a file, or a folder's list of names, written through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

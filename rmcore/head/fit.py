@@ -1,0 +1,331 @@
+"""Fitting a head: β to its MAP by Newton's method, and with it the Laplace posterior (design 2.4).
+
+Three ways, all ending at a :class:`~rmcore.head.FrozenHead` whose posterior belongs to the β it serves:
+
+- :func:`fit`: features as they are; β by Newton/IRLS with the same ``accumulate`` pass that builds P (about 6 passes);
+- :func:`rmcore.model.training.train_layer` / ``finetune`` first: W (and the backbone) by AdamW, then :func:`fit`;
+- :func:`upgrade`: β is an existing reward model's scalar head and stays; only P is fitted, in difference mode.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.head.config import HeadConfig
+from rmcore.head.frozen import FrozenHead
+from rmcore.head.posterior import Posterior, check_finite
+from rmcore.head.sngp import SNGPHead
+from rmcore.ops import reference
+from rmcore.ops.dispatch import Backend
+from rmcore.ops.weights import FeatureMap
+
+__all__ = ["Belief", "FitReport", "check_data", "fit", "fit_amplitude", "newton", "upgrade"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a Newton fit did.
+
+    ``log_posterior`` holds Σ log p(y|β) − s/2 ‖β‖² at each accepted β, ``decrements`` the squared Newton decrement
+    gᵀP⁻¹g of each step, in nats; ``passes`` counts passes over the data, posterior pass included.
+    """
+
+    converged: bool
+    passes: int
+    log_posterior: tuple[float, ...]
+    decrements: tuple[float, ...] = field(default=())
+
+
+class Belief(NamedTuple):
+    """What is known of β before new data: N(beta, precision⁻¹) with the posterior's precision."""
+
+    beta: Tensor
+    posterior: Posterior
+
+    def empty_of_new_data(self, likelihood: reference.Likelihood) -> Posterior:
+        """A copy of the posterior for new data to be added to, as curvature of ``likelihood``.
+
+        A gaussian posterior counts every datum with weight 1; the logistic curvature of a datum is at most 1/4 of that
+        (Böhning & Lindsay 1988), so Newton's method takes a quarter of it.
+        """
+        known = self.posterior
+        bound = 0.25 if (known.likelihood, likelihood) == ("gaussian", "logistic") else 1.0
+        gram = known.gram if bound == 1.0 else bound * known.gram
+        return Posterior.from_gram(gram, known.count, ridge=known.ridge, likelihood=likelihood)
+
+
+def fit(
+    head: SNGPHead,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    pairs: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    sample_weight: Tensor | None = None,
+    max_passes: int = 30,
+    tolerance: float = 1e-8,
+    backend: Backend = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> tuple[FrozenHead, FitReport]:
+    """Freeze the head's features and fit β and the posterior on them.
+
+    Args:
+        head: its W is used as it is; its length-scale is set by the median rule if still unset; its β is the start.
+        hidden: (R, h) finite rows; in difference mode one a response, in concat mode one a pair.
+        labels: (N,) in [0, 1], the probability that the pair's first response is better.
+        pairs: (N, 2) int64 rows of ``hidden``; required in difference mode, refused in concat mode.
+        dtype: serving dtype, None for the device's default.
+        sample_weight: (N,) factors on each datum.
+        max_passes: stop, with a warning, after this many Newton passes.
+        tolerance: converged when half the squared Newton decrement, the nats still to gain, is below this times N.
+        backend: of the accumulate passes.
+        progress: called with a line of text after each pass.
+
+    Returns:
+        The frozen head and a report.
+
+    Raises:
+        InputError: shapes, labels or mode do not fit; no data.
+        NonFiniteError: a hidden row holds NaN or Inf.
+        FactorizationError: P is not positive definite; the message says what to change.
+    """
+    check_data(head.config, hidden, labels, pairs, sample_weight)
+    if not math.isfinite(float(head.length_scale)) and head.config.features == "rff":
+        head.set_length_scale(hidden)
+    feature_map = head.freeze_features(dtype, calibration=hidden)
+    beta0 = float(head.beta0.detach())
+    beta, posterior, report = newton(
+        feature_map,
+        hidden,
+        labels,
+        head.config,
+        pairs=pairs,
+        start=head.beta.detach(),
+        beta0=beta0,
+        sample_weight=sample_weight,
+        max_passes=max_passes,
+        tolerance=tolerance,
+        backend=backend,
+        progress=progress,
+    )
+    with torch.no_grad():
+        head.beta.copy_(beta)
+    return FrozenHead(_resolved(head), feature_map, beta, beta0, posterior), report
+
+
+@torch.no_grad()
+def newton(
+    feature_map: FeatureMap,
+    hidden: Tensor,
+    labels: Tensor,
+    config: HeadConfig,
+    *,
+    pairs: Tensor | None = None,
+    start: Tensor | None = None,
+    beta0: float = 0.0,
+    sample_weight: Tensor | None = None,
+    max_passes: int = 30,
+    tolerance: float = 1e-8,
+    backend: Backend = "auto",
+    progress: Callable[[str], None] | None = None,
+    prior: Belief | None = None,
+) -> tuple[Tensor, Posterior, FitReport]:
+    """The MAP of β under its prior by damped Newton, and the posterior at it.
+
+    A step is β ← β + t P⁻¹(Φᵀ(y−p) − S(β − m)) for the prior N(m, S⁻¹), by default N(0, I/s); t is halved while the log
+    posterior falls, which the concave objective needs only far from its maximum. With ``prior`` this is one step of
+    online Laplace (assumed-density filtering): what was known stays in as a quadratic, the new data count in full.
+
+    Arguments as in :func:`fit`; ``start`` defaults to the prior's mean. → β (D,) float64, posterior, report.
+    """
+    device, ridge = hidden.device, config.ridge
+    feature_map = feature_map.dequantized()  # once, not in every pass
+    mean = torch.zeros(feature_map.num_features, dtype=torch.float64, device=device) if prior is None else prior.beta
+    beta = mean.clone() if start is None else start.to(mean, copy=True)
+    curvature = None if prior is None else prior.empty_of_new_data("logistic").precision
+
+    def evaluate(at: Tensor, likelihood: reference.Likelihood = "logistic") -> tuple[Posterior, Tensor, float]:
+        if prior is None:
+            posterior = Posterior(feature_map.num_features, ridge=ridge, likelihood=likelihood, device=device)
+        else:
+            posterior = prior.empty_of_new_data(likelihood)
+        gradient, total = posterior.accumulate(
+            hidden,
+            labels,
+            feature_map,
+            at,
+            pairs=pairs,
+            sample_weight=sample_weight,
+            beta0=beta0,
+            backend=backend,
+        )
+        pull = ridge * at if curvature is None else curvature @ (at - mean)
+        return posterior, gradient - pull, total - 0.5 * float((at - mean) @ pull)
+
+    posterior, slope, value = evaluate(beta)
+    values, decrements, passes, converged = [value], [], 1, False
+    while passes < max_passes:
+        step = posterior.solve(slope)
+        decrement = float(slope @ step)
+        decrements.append(decrement)
+        if decrement / 2 <= tolerance * max(len(labels), 1):
+            converged = True
+            break
+        scale, accepted = 1.0, False
+        while passes < max_passes and scale > 1e-6:
+            candidate = beta + scale * step
+            trial = evaluate(candidate)
+            passes += 1
+            if trial[2] >= value:
+                (posterior, slope, value), beta, accepted = trial, candidate, True
+                break
+            scale /= 2
+        if not accepted:
+            # No step improves any more: the remaining decrement is below what the features' arithmetic resolves.
+            converged = decrement / 2 <= 1e-5 * len(labels)
+            break
+        values.append(value)
+        if progress is not None:
+            progress(f"pass {passes}: log posterior {value:.4f}, to gain about {decrement / 2:.2e}")
+    if not converged:
+        log.warning(
+            "Newton did not converge in %d passes (decrement %.2e)", passes, decrements[-1] if decrements else 0
+        )
+    if config.likelihood == "gaussian":
+        posterior, _, _ = evaluate(beta, "gaussian")
+        passes += 1
+    posterior.factor()
+    return beta, posterior, FitReport(converged, passes, tuple(values), tuple(decrements))
+
+
+def upgrade(
+    hidden: Tensor,
+    pairs: Tensor,
+    beta: Tensor,
+    beta0: float = 0.0,
+    *,
+    labels: Tensor | None = None,
+    config: HeadConfig | None = None,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> FrozenHead:
+    """Posterior only: keep an existing scalar reward head as β, fit P around it in difference mode (design 2.6).
+
+    Args:
+        hidden: (R, h) the inputs of the reward model's last linear layer, one row a response.
+        pairs: (N, 2) int64, preferred row first.
+        beta: (h,) that layer's weight: scores are unchanged by construction.
+        beta0: its bias.
+        labels: (N,) in [0, 1]; default 1, the first of each pair is preferred.
+        config: linear, difference mode, h wide; default ridge 1.
+        dtype: serving dtype.
+        backend: of the accumulate pass.
+
+    Raises as :func:`fit`.
+    """
+    config = config or HeadConfig(hidden.shape[1], mode="difference", features="linear")
+    if (config.mode, config.features, config.layer_size) != ("difference", "linear", None):
+        reject("config", (config.mode, config.features, config.layer_size), "difference mode, linear, no layer")
+    if labels is None:
+        labels = torch.ones(len(pairs), dtype=torch.float32, device=hidden.device)
+    check_data(config, hidden, labels, pairs)
+    if beta.shape != (config.hidden_size,):
+        reject("beta", f"shape {tuple(beta.shape)}", f"({config.hidden_size},)")
+    head = SNGPHead(config).to(hidden.device)
+    feature_map = head.freeze_features(dtype, calibration=hidden)
+    posterior = Posterior(config.num_features, ridge=config.ridge, likelihood=config.likelihood, device=hidden.device)
+    posterior.accumulate(hidden, labels, feature_map, beta.double(), pairs=pairs, beta0=0.0, backend=backend)
+    return FrozenHead(config, feature_map, beta, beta0, posterior)
+
+
+@torch.no_grad()
+def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Tensor) -> FrozenHead:
+    """The same head with the amplitude a ≥ 0 that minimises the held-out NLL of σ(g / √(1 + a v)).
+
+    Args:
+        head: a frozen head.
+        logit: (N,) g of held-out pairs.
+        variance: (N,) v of the same pairs.
+        labels: (N,) in [0, 1].
+
+    The NLL is unimodal in log a for all practical data; a grid brackets it and golden section refines it. A held-out
+    set the head gets mostly wrong wants a → ∞ (say nothing); the search stops at 10⁴ / median v and logs a warning.
+    """
+    g, v, y = logit.double(), variance.double(), labels.double()
+    if not len(g):
+        reject("logit", "0 held-out pairs", "at least one")
+
+    def nll(amplitude: float) -> float:
+        return -float(reference.log_likelihood(g / torch.sqrt(1 + amplitude * v), y).mean())
+
+    middle = float(v.median())
+    if middle <= 0:
+        reject("variance", "a median of 0", "held-out pairs with positive variance")
+    grid = [10 ** (e / 4) / middle for e in range(-16, 17)]
+    best = min(range(len(grid)), key=lambda i: nll(grid[i]))
+    if best == len(grid) - 1:
+        log.warning("held-out data wants the largest amplitude tried: the head is no better than chance there")
+    low, high = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, len(grid) - 1)])
+    golden = (math.sqrt(5) - 1) / 2
+    while high - low > 1e-6:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if nll(math.exp(left)) <= nll(math.exp(right)):
+            high = right
+        else:
+            low = left
+    amplitude = math.exp((low + high) / 2)
+    amplitude = 0.0 if nll(0.0) <= nll(amplitude) else amplitude
+    config = replace(head.config, amplitude=amplitude)
+    weights = replace(head.weights, amplitude=amplitude)
+    return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights)
+
+
+def _resolved(head: SNGPHead) -> HeadConfig:
+    if head.config.features == "linear":
+        return head.config
+    return replace(head.config, length_scale=float(head.length_scale))
+
+
+def check_data(
+    config: HeadConfig,
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None = None,
+) -> None:
+    """Raise InputError (NonFiniteError for hidden rows) unless the arguments are data as :func:`fit` describes them."""
+    if hidden.dim() != 2 or hidden.shape[1] != config.hidden_size:
+        reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {config.hidden_size})")
+    if config.mode == "difference" and pairs is None:
+        reject("pairs", "None", "an (N, 2) int64 tensor of rows, since the head is in difference mode")
+    if config.mode == "concat" and pairs is not None:
+        reject("pairs", "a tensor", "None, since a concat-mode row is already a pair")
+    if not len(labels):
+        reject("labels", "0 data", "at least one")
+    if pairs is not None:
+        if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+            reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
+        if len(pairs) and (int(pairs.min()) < 0 or int(pairs.max()) >= len(hidden)):
+            reject("pairs", f"indices {int(pairs.min())}..{int(pairs.max())}", f"row indices 0..{len(hidden) - 1}")
+    count = len(hidden) if pairs is None else len(pairs)
+    if labels.shape != (count,):
+        reject("labels", f"shape {tuple(labels.shape)}", f"({count},)")
+    if not bool(((labels >= 0) & (labels <= 1)).all()):
+        reject("labels", f"values in {float(labels.min())}..{float(labels.max())}", "probabilities in [0, 1]")
+    if sample_weight is not None:
+        if sample_weight.shape != (count,):
+            reject("sample_weight", f"shape {tuple(sample_weight.shape)}", f"({count},)")
+        if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
+            low, high = float(sample_weight.min()), float(sample_weight.max())
+            reject("sample_weight", f"values in {low}..{high}", "finite non-negative factors")
+    check_finite(hidden)

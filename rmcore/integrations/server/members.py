@@ -1,0 +1,135 @@
+"""What groups are put together from: members, their results, and why one is refused (by ``serve.assembly``)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rmcore._base.errors import InputError
+from rmcore.engine.groups import GroupScore
+from rmcore.judge.base import Prompt
+from rmcore.judge.keys import canonical_prompt
+
+__all__ = [
+    "AssemblyStats",
+    "BusyError",
+    "ConflictError",
+    "LateError",
+    "MemberResult",
+    "OpenGroup",
+    "Outcome",
+    "Slot",
+    "prompt_digest",
+    "text_digest",
+]
+
+
+class ConflictError(InputError):
+    """A member contradicts what it or its siblings said before."""
+
+
+class LateError(InputError):
+    """The group was scored without this member, because it came after the time limit."""
+
+
+class BusyError(RuntimeError):
+    """Too much is waiting already; come back after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class MemberResult:
+    """One member's part of its scored group.
+
+    Attributes:
+        group: the scored group, its rows in the order of ``slots``.
+        index: this member's row.
+        slots: which slots were present, in order; shorter than ``size`` if the time limit passed.
+        size: how many there should have been.
+    """
+
+    group: GroupScore
+    index: int
+    slots: tuple[int, ...]
+    size: int
+    _slot: Slot | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nobody was missing."""
+        return len(self.slots) == self.size
+
+    def lost(self) -> None:
+        """Tell that this result did not reach its caller, so that an equal call by content is a repetition."""
+        if self._slot is not None:
+            self._slot.delivered = False
+
+
+@dataclass
+class AssemblyStats:
+    """What happened so far."""
+
+    members: int = 0
+    retries: int = 0
+    recovered: int = 0
+    abandoned: int = 0
+    groups: int = 0
+    partial_groups: int = 0
+    failed_groups: int = 0
+    late_members: int = 0
+    refused: int = 0
+
+
+@dataclass(eq=False)
+class Slot:
+    """A member. ``left_at`` is when its last waiter went away."""
+
+    digest: bytes
+    text: str | None  # until the group is scored
+    waiters: int = 0
+    delivered: bool = False
+    left_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A scored group: the slots present, and the row of each member."""
+
+    score: GroupScore
+    slots: tuple[int, ...]
+    rows: dict[int, int]
+
+
+@dataclass(eq=False)
+class OpenGroup:
+    """A group from its first member until it is forgotten."""
+
+    key: Hashable
+    prompt: Prompt | None  # until it is scored
+    digest: str  # of the prompt
+    size: int
+    deadline: float
+    by_content: bool = False
+    slots: dict[int, Slot] = field(default_factory=dict)
+    whole: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
+    task: asyncio.Task[Outcome] | None = None
+    outcome: Outcome | None = None
+
+
+def text_digest(text: str) -> bytes:
+    """sha256, of any string Python can hold."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """sha256 of what a judge would be shown; raises InputError for what is no prompt."""
+    content: Any = canonical_prompt(prompt)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

@@ -1,0 +1,327 @@
+"""What goes over the wire: requests, replies and errors, as the OpenAPI page shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from starlette.responses import Response
+from torch import Tensor
+
+from rmcore.engine.groups import GroupScore
+from rmcore.engine.usage import usage_figures
+from rmcore.integrations.server.assembly import MemberResult
+from rmcore.integrations.server.batching import ScoredGroup
+from rmcore.integrations.server.settings import ServeSettings
+
+__all__ = [
+    "OPEN_PATHS",
+    "ErrorReply",
+    "GroupReply",
+    "GroupRequest",
+    "GroupsBody",
+    "HealthReply",
+    "MemberReply",
+    "MemberRequest",
+    "RewardReply",
+    "RewardRequest",
+    "describe",
+    "error_response",
+    "first_errors",
+    "group_reply",
+    "json_response",
+    "member_reply",
+    "win_rates",
+]
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What may be read without a token."""
+
+Row = list[float | None]
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def _is_list(value: object) -> str:
+    return "list" if isinstance(value, (list, tuple)) else "one"
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+        raise ValueError("no Unicode text: it holds a lone surrogate") from None
+    return text
+
+
+def _integral(value: object) -> object:
+    # JSON knows no integers: 1.0 is one.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    model_config = _STRICT
+    role: Text = Field(min_length=1, examples=["user"])
+    content: Text
+
+
+Conversation = Annotated[list[Message], Field(min_length=1)]
+PromptField = Annotated[
+    Annotated[Text, Tag("one")] | Annotated[Conversation, Tag("list")],
+    Discriminator(_is_list),
+    Field(description="Plain text, or a conversation."),
+]
+Name = Annotated[Integer, Field(ge=-(2**53), le=2**53)] | Annotated[Text, Field(max_length=512)]
+
+
+class GroupRequest(BaseModel):
+    """A prompt and the responses to compare."""
+
+    model_config = _STRICT
+    prompt: PromptField = Field(examples=["What is a tree?"])
+    responses: list[Text] = Field(min_length=1, examples=[["A plant.", "A fish."]])
+    id: Name | None = Field(default=None, description="Comes back in the reply; with equal content it marks a retry.")
+
+
+GroupsBody = Annotated[
+    Annotated[GroupRequest, Tag("one")] | Annotated[list[GroupRequest], Field(min_length=1), Tag("list")],
+    Discriminator(_is_list),
+]
+
+
+class Decisions(BaseModel):
+    """How many pairs each decided."""
+
+    head: int
+    judge: int
+    judge_failed: int = Field(description="No verdict: the head's preference stands.")
+    identical: int = Field(description="Equal responses: 0 by rule.")
+    flips: int = Field(description="Verdicts that changed with the order of the responses.")
+    failures: dict[str, int] = Field(description="Why there was no verdict.")
+
+
+class Cost(BaseModel):
+    """What the verdicts cost."""
+
+    calls: int
+    attempts: int
+    cache_hits: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None = Field(description="Of the calls that have a price; null if nothing is known.")
+    unpriced_calls: int
+
+
+class Seconds(BaseModel):
+    """Where the time went."""
+
+    waited: float
+    scoring: float
+
+
+class GroupReply(BaseModel):
+    """A scored group; row i, column j is response i against response j. Null: no preference is known."""
+
+    id: Name | None
+    advantages: Row = Field(description="RLOO advantages.")
+    rewards: Row = Field(description="Give the advantages back under a leave-one-out baseline.")
+    rewards_group_mean: Row = Field(description="The same under a group-mean baseline without std scaling.")
+    preference: list[Row] = Field(description="Antisymmetric, in logits.")
+    uncertainty: list[Row] = Field(description="u ≥ 1, symmetric.")
+    routed: list[list[bool]]
+    one_order: bool
+    decisions: Decisions
+    cost: Cost
+    seconds: Seconds
+
+
+class RewardRequest(BaseModel):
+    """OpenRLHF's call: a list of whole groups, or one response whose siblings come in calls of their own."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    query: list[Text] = Field(description="Prompt and response, special tokens included.")
+    prompts: list[Text]
+    labels: Any = Field(default=None, description="Not used.")
+
+
+class RewardReply(BaseModel):
+    """OpenRLHF's answer, one value a query."""
+
+    rewards: list[float]
+    scores: list[float] = Field(description="Mean win rate against the siblings, in (0, 1).")
+    extra_logs: dict[str, Any]
+
+
+class MemberRequest(BaseModel):
+    """One member of a group whose siblings come in calls of their own."""
+
+    model_config = _STRICT
+    group_id: Name
+    attempt: Name = Field(default=0, description="A new value makes a new group of the same id.")
+    slot: Integer = Field(ge=0, lt=2**31, description="Which member this is; below k.")
+    k: Integer = Field(ge=1, lt=2**31, description="How many members the group has.")
+    prompt: PromptField
+    response: Text
+
+
+class Reward(BaseModel):
+    """Rewards that give the advantage back under either baseline."""
+
+    leave_one_out: float | None
+    group_mean: float | None
+
+
+class MemberReply(BaseModel):
+    """One member's part of its group."""
+
+    group_id: Name
+    attempt: Name
+    slot: int
+    reward: Reward
+    advantage: float | None
+    preference: Row = Field(description="Against each of `slots`, in their order.")
+    uncertainty: Row
+    routed: list[bool]
+    slots: list[int] = Field(description="The members that were scored together.")
+    complete: bool = Field(description="False if the time limit passed before all had come.")
+
+
+class HealthReply(BaseModel):
+    """Answers as long as the process lives."""
+
+    status: Literal["ok", "draining"]
+    ready: bool
+    model: str
+    version: str
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class ErrorReply(BaseModel):
+    """Every error looks like this."""
+
+    error: ErrorBody
+
+
+# -- replies ---------------------------------------------------------------------------------------------------------
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """ASCII JSON, so that no text can break the encoding."""
+    body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return Response(body, status, headers, "application/json")
+
+
+def error_response(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in the one form all have."""
+    return json_response({"error": {"type": kind, "message": message[:2000]}}, status, headers)
+
+
+def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
+    """A :class:`GroupReply` as JSON values."""
+    group = scored.group
+    by = Counter(decision.by for decision in group.decisions)
+    figures = usage_figures(scored.usage)
+    return {
+        "id": name,
+        "advantages": _row(group.advantages),
+        "rewards": _row(group.rewards),
+        "rewards_group_mean": _row(group.rewards_for("group-mean")),
+        "preference": _rows(group.preference),
+        "uncertainty": _rows(group.uncertainty),
+        "routed": group.routed.tolist(),
+        "one_order": group.one_order,
+        "decisions": {
+            "head": group.size * (group.size - 1) // 2 - len(group.decisions),
+            "judge": by["judge"],
+            "judge_failed": by["judge_failed"],
+            "identical": by["identical"],
+            "flips": sum(d.by == "judge" and d.verdict is not None and d.verdict.flipped for d in group.decisions),
+            "failures": dict(Counter(d.reason for d in group.decisions if d.by == "judge_failed")),
+        },
+        "cost": {name: figures[name] for name in Cost.model_fields},
+        "seconds": {"waited": scored.waited_s, "scoring": scored.scoring_s},
+    }
+
+
+def member_reply(request: MemberRequest, result: MemberResult) -> dict[str, Any]:
+    """A :class:`MemberReply` as JSON values. A member that is left alone of several has no preference: null, not 0."""
+    group, i = result.group, result.index
+    alone = len(result.slots) == 1 and result.size > 1
+    values = (group.rewards[i], group.rewards_for("group-mean")[i], group.advantages[i])
+    leave_one_out, group_mean, advantage = (None if alone else _number(float(value)) for value in values)
+    return {
+        "group_id": request.group_id,
+        "attempt": request.attempt,
+        "slot": request.slot,
+        "reward": {"leave_one_out": leave_one_out, "group_mean": group_mean},
+        "advantage": advantage,
+        "preference": _row(group.preference[i]),
+        "uncertainty": _row(group.uncertainty[i]),
+        "routed": group.routed[i].tolist(),
+        "slots": list(result.slots),
+        "complete": result.complete,
+    }
+
+
+def win_rates(group: GroupScore) -> list[float]:
+    """(K,) mean probability of winning against a sibling, σ(p̃); NaN without a preference."""
+    rates = group.preference.sigmoid().clone()
+    rates.fill_diagonal_(math.nan)
+    return rates.nanmean(1).tolist()
+
+
+def _row(values: Tensor) -> Row:
+    return [_number(value) for value in values.tolist()]
+
+
+def _rows(values: Tensor) -> list[Row]:
+    return [[_number(value) for value in row] for row in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def first_errors(errors: Sequence[Mapping[str, Any]], count: int = 5) -> str:
+    """Pydantic's errors in one line, without what was sent."""
+    told = []
+    for error in errors[:count]:
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+        told.append(f"{where.lstrip('.')}: {error['msg']}")
+    more = f"; and {len(errors) - count} more" if len(errors) > count else ""
+    return "; ".join(told) + more
+
+
+def describe(page: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
+    """The OpenAPI page with what only the settings know: limits, and whether a token is needed."""
+    schemas, paths = page["components"]["schemas"], page["paths"]
+    request, member = (schemas[name]["properties"] for name in ("GroupRequest", "MemberRequest"))
+    request["responses"]["maxItems"] = settings.max_responses
+    member["k"] |= {"maximum": settings.max_responses}
+    member["slot"] |= {"maximum": settings.max_responses - 1}
+    request["responses"]["items"]["maxLength"] = member["response"]["maxLength"] = settings.max_chars
+    for prompt in (request["prompt"], member["prompt"]):
+        next(kind for kind in prompt["oneOf"] if kind["type"] == "string")["maxLength"] = settings.max_chars
+    groups = paths["/v1/groups"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    next(kind for kind in groups["oneOf"] if kind.get("type") == "array")["maxItems"] = settings.max_groups
+    if settings.token is not None:
+        page["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path, operations in paths.items():
+            for operation in operations.values():
+                operation["security"] = [] if path in OPEN_PATHS else [{"token": []}]
+    return page

@@ -1,0 +1,171 @@
+"""What stands behind the routes: one engine, its batches, groups that are being put together, kept answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import Scope
+
+from rmcore._base.clock import Clock
+from rmcore._base.errors import reject
+from rmcore.engine.engine import RewardEngine
+from rmcore.engine.groups import GroupScore
+from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
+from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
+from rmcore.integrations.server.guard import Guard, when_lost
+from rmcore.integrations.server.prometheus import Histogram
+from rmcore.integrations.server.remote_rm import grouped, prompt_text, response_text
+from rmcore.integrations.server.replies import ReplyStore
+from rmcore.integrations.server.schema import (
+    GroupRequest,
+    MemberRequest,
+    PromptField,
+    RewardRequest,
+    group_reply,
+    win_rates,
+)
+from rmcore.integrations.server.settings import ServeSettings
+from rmcore.judge.base import Prompt
+
+__all__ = ["RewardService"]
+
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 120)
+
+
+class RewardService:
+    """The verbs of the routes, and their limits.
+
+    Args:
+        engine: scores the groups.
+        settings: limits and times.
+        model: a name for ``/health``.
+        clock: of all waits; a seam for tests.
+    """
+
+    def __init__(
+        self, engine: RewardEngine, settings: ServeSettings, *, model: str = "", clock: Clock | None = None
+    ) -> None:
+        self.settings, self.model = settings, model
+        self.batch_sizes = Histogram("rmcore_batch_groups", "Groups in a batch.", _BATCH_SIZES)
+        self.waits = Histogram("rmcore_group_wait_seconds", "From a group's arrival to its batch.", _SECONDS)
+        self.scorings = Histogram("rmcore_batch_seconds", "Scoring of a batch, the judge included.", _SECONDS)
+        self.scorer = BatchScorer(
+            engine,
+            max_groups=settings.batch_groups,
+            max_wait_s=settings.batch_wait_s,
+            max_queue=settings.max_queue,
+            max_in_flight=settings.batches_in_flight,
+            clock=clock,
+            observe=self._observe,
+        )
+        self.assembly = GroupAssembly(
+            self._score_assembled,
+            time_limit_s=settings.time_limit_s,
+            keep_s=settings.keep_s,
+            max_members=settings.max_members,
+            clock=clock,
+        )
+        self.replies = ReplyStore(settings.keep_s, settings.replay_bytes, clock)
+        self.guard: Guard | None = None
+        self.draining = False
+
+    async def drain(self) -> None:
+        """Take nothing new; return when everything accepted has its result, at the latest ``drain_s`` and scoring."""
+        self.draining = True
+        self.scorer.close()  # open groups are admitted already
+        await self.assembly.drain(self.settings.drain_s)
+        await self.scorer.drain()
+
+    # -- the routes' verbs -------------------------------------------------------------------------------------------
+
+    async def score_groups(self, requests: list[GroupRequest]) -> list[dict[str, Any]]:
+        """``/v1/groups``."""
+        limits = self.settings
+        if len(requests) > limits.max_groups:
+            reject("groups", len(requests), f"at most {limits.max_groups} in a request")
+        groups: list[tuple[Prompt, list[str]]] = []
+        for k, request in enumerate(requests):
+            where = f"groups[{k}]." if len(requests) > 1 else ""
+            if len(request.responses) > limits.max_responses:
+                reject(f"{where}responses", len(request.responses), f"at most {limits.max_responses}")
+            for i, response in enumerate(request.responses):
+                self._check_length(response, f"{where}responses[{i}]")
+            groups.append((self._prompt(request.prompt, f"{where}prompt"), request.responses))
+        scored = await self.scorer.submit(groups)
+        return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
+
+    async def join(self, request: MemberRequest) -> MemberResult:
+        """``/v1/rendezvous``."""
+        if request.k > self.settings.max_responses:
+            reject("k", request.k, f"at most {self.settings.max_responses}")
+        if request.slot >= request.k:
+            reject("slot", request.slot, f"below k = {request.k}")
+        self._check_length(request.response, "response")
+        prompt = self._prompt(request.prompt, "prompt")
+        return await self.assembly.join(
+            request.group_id, request.slot, request.k, prompt, request.response, attempt=request.attempt
+        )
+
+    async def rewards(self, body: RewardRequest, scope: Scope) -> tuple[list[float], list[float]]:
+        """``/get_reward``: rewards and win rates, NaN where there is no preference."""
+        if len(body.query) != len(body.prompts):
+            reject("prompts", len(body.prompts), f"{len(body.query)}, one a query")
+        count, size = len(body.query), self.settings.group_size
+        if count > self.settings.max_groups * self.settings.max_responses:
+            reject("query", count, f"at most {self.settings.max_groups * self.settings.max_responses}")
+        for name, texts in (("query", body.query), ("prompts", body.prompts)):
+            for k, text in enumerate(texts):
+                self._check_length(text, f"{name}[{k}]", times=2)
+        responses = [
+            response_text(query, prompt, self.settings.end_tokens, f"query[{k}]")
+            for k, (query, prompt) in enumerate(zip(body.query, body.prompts, strict=True))
+        ]
+        prompts = [prompt_text(prompt, self.settings, f"prompts[{k}]") for k, prompt in enumerate(body.prompts)]
+        if count == 0:  # what every server but the first gets
+            return [], []
+        if count == 1 and size is not None:
+            result = await self.assembly.join_by_content(prompts[0], responses[0], size)
+            when_lost(scope, result.lost)
+            if len(result.slots) == 1:
+                return [math.nan], [math.nan]
+            values = self._rewards_of(result.group)
+            return [values[0][result.index]], [values[1][result.index]]
+        groups = grouped(body.prompts, size)
+        for places in groups:
+            if len(places) > self.settings.max_responses:
+                reject("prompts", f"{len(places)} equal ones", f"at most {self.settings.max_responses}")
+        scored = await self.scorer.submit([(prompts[p[0]], [responses[k] for k in p]) for p in groups])
+        rewards, rates = [math.nan] * count, [math.nan] * count
+        for places, one in zip(groups, scored, strict=True):
+            for k, reward, rate in zip(places, *self._rewards_of(one.group), strict=True):
+                rewards[k], rates[k] = reward, rate
+        return rewards, rates
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _rewards_of(self, group: GroupScore) -> tuple[list[float], list[float]]:
+        return group.rewards_for(self.settings.baseline).tolist(), win_rates(group)
+
+    async def _score_assembled(self, prompt: Prompt, responses: Sequence[str]) -> GroupScore:
+        return await self.scorer.score(prompt, responses, admitted=True)
+
+    def _prompt(self, prompt: PromptField, where: str) -> Prompt:
+        if isinstance(prompt, str):
+            self._check_length(prompt, where)
+            return prompt
+        self._check_length("".join(message.content for message in prompt), where)
+        return [{"role": message.role, "content": message.content} for message in prompt]
+
+    def _check_length(self, text: str, where: str, times: int = 1) -> None:
+        most = times * self.settings.max_chars
+        if len(text) > most:
+            reject(where, f"{len(text)} characters", f"at most {most}")
+
+    def _observe(self, scored: Sequence[ScoredGroup]) -> None:
+        self.batch_sizes.observe(len(scored))
+        self.scorings.observe(scored[0].scoring_s)
+        for one in scored:
+            self.waits.observe(one.waited_s)

@@ -1,0 +1,129 @@
+"""What a server is told: where it listens, whom it lets in, how much it takes, how long it waits."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from rmcore._base.errors import reject
+
+__all__ = ["END_TOKENS", "Baseline", "ServeSettings", "is_loopback"]
+
+Baseline = Literal["leave-one-out", "group-mean"]
+
+END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<eos>",
+    "</s>",
+    "<pad>",
+    "[EOS]",
+    "[PAD]",
+)
+"""What common policies end a response with, as decoding with special tokens shows it."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Settings of :func:`rmcore.integrations.server.create_app` and :func:`rmcore.integrations.server.run`.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one. Other hosts than loopback need a token.
+        token: what clients must send as ``Authorization: Bearer``; None lets everybody in who can reach the port.
+        group_size: K of the groups behind ``/get_reward``, OpenRLHF's n_samples_per_prompt. None: its lists are grouped
+            by equal prompts, and single responses are refused.
+        baseline: what ``/get_reward``'s rewards are for: ``leave-one-out`` for OpenRLHF's ``rloo``, ``group-mean`` for
+            its ``dr_grpo``.
+        end_tokens: taken off the end of a response in ``query``, and off its start before the prompt.
+        prompt_prefix, prompt_suffix: of the policy's chat template; taken off the prompts of ``/get_reward``.
+        time_limit_s: from the first member of a group to its scoring, whoever is missing by then.
+        answer_within_s: a call of ``/get_reward`` that takes longer is answered 503, before OpenRLHF gives up at 180 s.
+        keep_s: how long results are remembered for callers that ask again.
+        drain_s: after SIGTERM, how long open groups may wait for missing members.
+        read_s: how long a request's body may take to arrive.
+        max_body: bytes of a request's body.
+        max_groups: groups in a request.
+        max_responses: responses in a group.
+        max_chars: characters of a prompt or a response.
+        max_members: members that may wait for their groups.
+        max_queue: groups that may wait for a batch.
+        batch_groups, batch_wait_s, batches_in_flight: as in :class:`~rmcore.integrations.server.batching.BatchScorer`.
+        replay_bytes: memory for answers that are kept for ``Idempotency-Key``.
+        hosts: names by which a server without a token may be called, besides ``host``; others are refused, since a web
+            page can make a browser call any name.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8400
+    token: str | None = field(default=None, repr=False)
+    group_size: int | None = None
+    baseline: Baseline = "leave-one-out"
+    end_tokens: tuple[str, ...] = END_TOKENS
+    prompt_prefix: str = ""
+    prompt_suffix: str = ""
+    time_limit_s: float = 120.0
+    answer_within_s: float = 170.0
+    keep_s: float = 600.0
+    drain_s: float = 20.0
+    read_s: float = 60.0
+    max_body: int = 16 * 2**20
+    max_groups: int = 256
+    max_responses: int = 64
+    max_chars: int = 200_000
+    max_members: int = 8192
+    max_queue: int = 1024
+    batch_groups: int = 64
+    batch_wait_s: float = 0.004
+    batches_in_flight: int = 4
+    replay_bytes: int = 128 * 2**20
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            reject("port", self.port, "0 to 65535")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
+            reject("token", "other characters", "printable ASCII without spaces")
+        if self.token == "":
+            reject("token", "an empty one", "characters, or None")
+        if self.token is None and not is_loopback(self.host):
+            reject("host", repr(self.host), "a loopback address, since there is no token")
+        if self.baseline not in get_args(Baseline):
+            reject("baseline", repr(self.baseline), "'leave-one-out' or 'group-mean'")
+        if self.group_size is not None and not 2 <= self.group_size <= self.max_responses:
+            reject("group_size", self.group_size, f"2 to max_responses = {self.max_responses}, or None")
+        if "" in self.end_tokens:
+            reject("end_tokens", "an empty string", "tokens")
+        for name in ("time_limit_s", "answer_within_s", "read_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                reject(name, value, "seconds above 0")
+        for name in ("keep_s", "drain_s", "batch_wait_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                reject(name, value, "seconds, at least 0")
+        if self.time_limit_s >= self.answer_within_s:
+            reject("time_limit_s", self.time_limit_s, f"below answer_within_s = {self.answer_within_s:g}")
+        limits = ("max_body", "max_groups", "max_responses", "max_chars", "max_members", "max_queue")
+        for name in (*limits, "batch_groups", "batches_in_flight", "replay_bytes"):
+            if getattr(self, name) < 1:
+                reject(name, getattr(self, name), "at least 1")
+        if self.max_groups > self.max_queue:
+            reject("max_groups", self.max_groups, f"at most max_queue = {self.max_queue}, or it could never be taken")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""Chat completions over HTTP within limits: rates, concurrency, retries, a breaker, deadlines."""

@@ -1,0 +1,307 @@
+"""The question put to a judge: a rubric, the two responses between unguessable markers, and how to answer.
+
+A rendered prompt declares its own marker token and verdict labels, drawn anew for every call, in one fixed paragraph:
+the *contract*. :meth:`JudgePrompt.parse` reads a rendered prompt back through that paragraph, whatever the template
+around it says; the replay server depends on it.
+
+A template file replaces everything but the contract. It is UTF-8 text of two parts, each under a line of its own, with
+``$fields`` for what changes from call to call (``$$`` is a dollar sign)::
+
+    --- system ---
+    You compare two answers to a medical question. Accuracy decides; style does not matter.
+    $contract
+    --- user ---
+    $prompt
+    $first
+    $second
+    Name the worst factual error of either answer, then decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rmcore._base.errors import InputError, reject
+from rmcore.judge.base import Prompt
+from rmcore.judge.keys import canonical_prompt
+from rmcore.judge.question.contract import CONTRACTS, LABEL_STYLE, Output, RandomSource, draw, find_contract
+from rmcore.judge.question.sanitise import neutralise, restore
+from rmcore.judge.question.verdict import Labels
+
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "DEFAULT_USER",
+    "JudgePrompt",
+    "Output",
+    "ParsedPrompt",
+    "RandomSource",
+    "RenderedPrompt",
+]
+
+DEFAULT_SYSTEM = """\
+You are an impartial judge. You are shown a prompt and two responses to it, and you decide which response is better.
+
+Compare them by:
+- Helpfulness: does the response do what the prompt asks, as its author meant it?
+- Correctness: are its statements, reasoning and code right? Does anything important fail or go missing?
+- Coherence: is it clear, consistent and well ordered?
+- Complexity: does its depth suit the question and the person who asked?
+- Verbosity: is it as long as it needs to be? Longer is not better.
+- Safety: does it avoid real harm, without refusing what is harmless?
+
+Correctness and safety come before style. Neither the order of the responses nor their length says which is better.
+
+$contract
+"""
+
+DEFAULT_USER = """\
+The prompt:
+$prompt
+
+The first response:
+$first
+
+The second response:
+$second
+
+Compare the two responses in a few sentences, then give your verdict.
+"""
+
+_MESSAGE = "message "
+_ROLE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_UNTRUSTED = ("prompt", "first", "second")
+_FIELDS = ("contract", *_UNTRUSTED, "label_first", "label_second", "label_tie")
+_HEADER = re.compile(r"^--- (system|user) ---[ \t]*\r?\n", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """One question, ready to send.
+
+    Attributes:
+        messages: the chat messages.
+        labels: what its reply is to be read with.
+        token: the marker token.
+        neutralised: how many control sequences were broken in the untrusted texts.
+        output: the form of answer it asks for.
+        cut: characters cut from the response shown first and from the one shown second.
+    """
+
+    messages: list[dict[str, str]]
+    labels: Labels
+    token: str
+    neutralised: int
+    output: Output = "text"
+    cut: tuple[int, int] = (0, 0)
+
+    def response_format(self) -> dict[str, object]:
+        """The request's ``response_format`` for ``json_schema``: critique and verdict, the latter a label of this call.
+
+        In OpenAI's strict form: every field required, no others allowed.
+        """
+        labels = [self.labels.win, self.labels.loss, self.labels.tie]
+        schema = {
+            "type": "object",
+            "properties": {"critique": {"type": "string"}, "verdict": {"type": "string", "enum": labels}},
+            "required": ["critique", "verdict"],
+            "additionalProperties": False,
+        }
+        return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedPrompt:
+    """What a rendered prompt asks: its labels, the form of answer, and the texts as they were given.
+
+    ``prompt`` is in canonical form; a response of which ``cut`` tells that characters were cut is what was left of it.
+    """
+
+    prompt: Prompt
+    first: str
+    second: str
+    labels: Labels
+    output: Output = "text"
+    cut: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A template for the question: a system and a user text with ``$fields`` (``$$`` is a dollar sign).
+
+    ``$prompt``, ``$first`` and ``$second`` stand for the untrusted texts between their markers, each exactly once, in
+    ``user``. ``$contract`` (the paragraph that declares markers and labels) stands exactly once, in ``system`` or in
+    ``user`` before the texts. ``$label_first``, ``$label_second`` and ``$label_tie`` may stand anywhere. With an empty
+    ``system`` no system message is sent. Texts are put in once and never searched for fields.
+
+    Args:
+        system, user: the template.
+        output: the form of answer that the contract asks for. A template says nothing of it, so one serves for both.
+        max_response_chars: of a longer response the judge is shown the beginning, and told below it how many
+            characters were cut. ``None``: all of it.
+
+    Raises:
+        InputError: a field is missing, repeated, unknown or in the wrong place, or an argument is out of range.
+    """
+
+    system: str = DEFAULT_SYSTEM
+    user: str = DEFAULT_USER
+    output: Output = "text"
+    max_response_chars: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.output not in CONTRACTS:
+            reject("output", repr(self.output)[:80], "'text' or 'json_schema'")
+        limit = self.max_response_chars
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            reject("max_response_chars", repr(limit)[:80], "a number of characters, at least 1, or None")
+        system, user = _fields(self.system, "system"), _fields(self.user, "user")
+        for name in _UNTRUSTED:
+            if name in system or user.count(name) != 1:
+                reject(
+                    "template",
+                    f"${name} {user.count(name)} times in user, {system.count(name)} in system",
+                    "once, in user",
+                )
+        if (system + user).count("contract") != 1:
+            reject("template", f"$contract {(system + user).count('contract')} times", "exactly once")
+        if "contract" in user and user.index("contract") > min(user.index(name) for name in _UNTRUSTED):
+            # A text before the contract could write a contract of its own.
+            reject("template", "$contract after an untrusted text", "$contract before $prompt, $first and $second")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> JudgePrompt:
+        """Read a template from a UTF-8 text file in the form that this module's documentation shows.
+
+        The lines ``--- system ---`` and ``--- user ---`` begin the two parts, each at most once. A file without such
+        lines is all user text, with no system message. Set ``output`` and ``max_response_chars`` with
+        :func:`dataclasses.replace`, or as arguments of :class:`~rmcore.judge.chat.ChatJudge`.
+
+        Raises:
+            InputError: the file is not UTF-8, has text before the first header, repeats a part, or is no template.
+            OSError: the file cannot be read.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"template {Path(path).name}: not UTF-8: {error.reason} at byte {error.start}") from None
+        pieces = _HEADER.split(text)
+        if len(pieces) == 1:
+            return cls(system="", user=text)
+        names = pieces[1::2]
+        if pieces[0].strip() or len(set(names)) != len(names):
+            reject(f"template {Path(path).name}", "text before the first header or a repeated part", "each part once")
+        parts = dict(zip(names, pieces[2::2], strict=True))
+        return cls(system=parts.get("system", ""), user=parts.get("user", ""))
+
+    @property
+    def version(self) -> str:
+        """Twelve hex digits over everything that shapes the question except the texts: part of a cache key.
+
+        That is the template, the contract with its form of answer, the look of labels, and the length cap.
+        """
+        limit = str(self.max_response_chars)
+        content = "\0".join([self.system, self.user, CONTRACTS[self.output], LABEL_STYLE, limit])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+    def render(
+        self, prompt: Prompt, first: str, second: str, random_source: RandomSource | None = None
+    ) -> RenderedPrompt:
+        """The question "which is better", ``first`` shown first, with a token and labels of its own.
+
+        The token and the labels are drawn until they occur neither in the texts nor in the template, so no text can
+        hold a marker of this call; marker look-alikes and control tokens in the texts are neutralised and counted.
+
+        Raises:
+            InputError: a text is not text, the conversation is empty, or a role is not one plain word.
+            JudgeError: ``random_source`` keeps drawing words that are taken.
+        """
+        canonical = canonical_prompt(prompt)
+        turns = [("prompt", canonical)] if isinstance(canonical, str) else _turns(canonical)
+        for name, text in (("first", first), ("second", second)):
+            if not isinstance(text, str):
+                reject(name, type(text).__name__, "a string")
+        taken = [part for turn in turns for part in turn] + [first, second, self.system, self.user]
+        token, labels = draw(taken, random_source)
+        count = 0
+
+        def segment(name: str, text: str) -> str:
+            nonlocal count
+            safe, broken = neutralise(text)
+            count += broken
+            return f"<<<{token}:{name}>>>\n{safe}\n<<<{token}:end>>>"
+
+        def response(name: str, text: str) -> tuple[str, int]:
+            limit = len(text) if self.max_response_chars is None else self.max_response_chars
+            # The note stands outside of the markers, where no response can write one.
+            gone = max(len(text) - limit, 0)
+            return segment(name, text[:limit]) + (f"\n[cut: {gone} characters]" if gone else ""), gone
+
+        trusted = {"label_first": labels.win, "label_second": labels.loss, "label_tie": labels.tie}
+        contract = string.Template(CONTRACTS[self.output])
+        trusted["contract"] = contract.substitute(token=token, win=labels.win, loss=labels.loss, tie=labels.tie)
+        asked = "\n".join(segment(name, text) for name, text in turns)
+        (shown_first, cut_first), (shown_second, cut_second) = response("first", first), response("second", second)
+        texts = {"prompt": asked, "first": shown_first, "second": shown_second}
+        # Template substitutes in one pass over the template: what it puts in is never looked at again.
+        messages = [{"role": "system", "content": string.Template(self.system).substitute(trusted)}]
+        messages.append({"role": "user", "content": string.Template(self.user).substitute(trusted | texts)})
+        shown = messages if self.system.strip() else messages[1:]
+        return RenderedPrompt(shown, labels, token, count, self.output, (cut_first, cut_second))
+
+    @staticmethod
+    def parse(messages: Sequence[Mapping[str, object]]) -> ParsedPrompt:
+        """The inverse of :meth:`render`, for any template: the texts and labels of a rendered prompt.
+
+        Raises:
+            InputError: ``messages`` is no rendered prompt of this library.
+        """
+        whole = "\n\n".join(text for message in messages if isinstance(text := message.get("content"), str))
+        declared = find_contract(whole)
+        if declared is None:
+            reject("messages", "no contract paragraph", "a prompt rendered by JudgePrompt")
+        output, contract = declared
+        token = contract["token"]
+        segments = re.findall(
+            rf"<<<{token}:([\w. -]+)>>>\n(.*?)\n<<<{token}:end>>>(?:\n\[cut: (\d+) characters\])?", whole, re.DOTALL
+        )
+        texts: dict[str, str] = {}
+        cut: dict[str, int] = {}
+        turns: list[dict[str, str]] = []
+        for name, text, gone in segments:
+            if name.startswith(_MESSAGE):
+                turns.append({"role": name.removeprefix(_MESSAGE), "content": restore(text)})
+            else:
+                texts[name], cut[name] = restore(text), int(gone or 0)
+        if not {"first", "second"} <= texts.keys() or ("prompt" in texts) == bool(turns):
+            reject("messages", f"the segments {sorted(texts)} and {len(turns)} turns", "prompt, first and second")
+        labels = Labels(contract["win"], contract["loss"], contract["tie"])
+        lost = (cut["first"], cut["second"])
+        return ParsedPrompt(turns or texts["prompt"], texts["first"], texts["second"], labels, output, lost)
+
+
+def _fields(template: str, name: str) -> list[str]:
+    """The field names of a template in order, repeats included."""
+    found = []
+    for match in string.Template.pattern.finditer(template):
+        field = match["named"] or match["braced"]
+        if field is None and match["escaped"] is None:
+            reject(f"template {name}", f"a lone $ at character {match.start()}", "a field, or $$ for a dollar sign")
+        if field is not None:
+            if field not in _FIELDS:
+                reject(f"template {name}", f"the field ${field}", "one of $" + ", $".join(_FIELDS))
+            found.append(field)
+    return found
+
+
+def _turns(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """A conversation as named segments, one a message."""
+    for index, message in enumerate(messages):
+        if not _ROLE.fullmatch(message["role"]):
+            # The role becomes part of a marker line, so it must not be able to end one.
+            reject(f"prompt[{index}]['role']", repr(message["role"][:40]), "one plain word such as 'user'")
+    return [(_MESSAGE + message["role"], message["content"]) for message in messages]

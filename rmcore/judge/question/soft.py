@@ -1,0 +1,120 @@
+"""Soft verdicts: how sure a judge is of its verdict, read from the log-probabilities of the label it wrote.
+
+Labels are drawn with different first letters (:mod:`rmcore.judge.question.prompt`), so the judge commits itself at one
+token: the one that holds the label's first letter, however the tokenizer cuts the rest. At that token the alternatives
+are added up by the label they begin, and
+
+    preference = (P(first) − P(second)) / (P(first) + P(second) + P(tie)),
+
+which is 2P − 1 with P = P(first) / (P(first) + P(second)) where ties have no mass. The probabilities are those *after*
+the critique, so a judge that has argued for its verdict is mostly near ±1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rmcore.judge.base import Outcome
+from rmcore.judge.question.verdict import Labels, statements
+
+__all__ = ["MIN_MASS", "Soft", "soft_preference"]
+
+MIN_MASS = 0.5
+"""Least probability that the three labels must have together; below it the judge was about to write something else."""
+
+_OUTCOMES: tuple[Outcome, ...] = ("win", "loss", "tie")
+_DECORATION = b" \t\r\n*_`\"'"
+_MAX_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Soft:
+    """A soft verdict: ``preference`` in [-1, 1] from the side of the response shown first, ``mass`` of all labels.
+
+    Where there is none ``preference`` is ``None`` and ``reason`` says why: ``no_logprobs`` (the endpoint sent none that
+    can be used), ``labels`` (their first letters do not differ), ``position`` (the label was not found among the
+    tokens), ``mass`` (below :data:`MIN_MASS`).
+    """
+
+    preference: float | None
+    mass: float = 0.0
+    reason: str = ""
+
+
+def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
+    """Read the probabilities of the verdict that was read as ``outcome`` from a chat-completions choice.
+
+    Total: any object whatever gives a :class:`Soft`, never an exception.
+
+    Args:
+        choice: with ``logprobs.content``: one ``{token, logprob, bytes, top_logprobs}`` a token.
+        labels: the call's own.
+        outcome: what :func:`~rmcore.judge.question.verdict.parse_verdict` read.
+    """
+    initials = {labels.label(o)[:1].upper() for o in _OUTCOMES}
+    if len(initials) != 3 or "" in initials:
+        return Soft(None, reason="labels")
+    entries = _entries(choice)
+    if not entries:
+        return Soft(None, reason="no_logprobs")
+    pieces = [_bytes(entry) for entry in entries]
+    stream = b"".join(pieces)
+    # Latin-1 gives one character a byte, so places in the text are places in the stream; labels are ASCII.
+    places = [s.start for s in statements(stream.decode("latin-1"), labels) if s.outcome == outcome]
+    if not places:
+        return Soft(None, reason="position")
+    at = places[-1]
+    at += len(stream[at:]) - len(stream[at:].lstrip(_DECORATION))
+    start = index = 0
+    while start + len(pieces[index]) <= at:
+        start += len(pieces[index])
+        index += 1
+    lead = pieces[index][: at - start].rstrip(_DECORATION)
+    mass = dict.fromkeys(_OUTCOMES, 0.0)
+    for token, probability in _alternatives(entries[index]).items():
+        if token.startswith(lead):
+            begun = token[len(lead) :].lstrip(_DECORATION).upper()
+            for word in _OUTCOMES:
+                label = labels.label(word).upper().encode()
+                if begun and (label.startswith(begun) or begun.startswith(label)):
+                    mass[word] += probability
+    total = math.fsum(mass.values())
+    if not total <= 1.001:  # no probabilities; a little above 1 is rounding
+        return Soft(None, reason="no_logprobs")
+    if total < MIN_MASS:
+        return Soft(None, total, "mass")
+    return Soft((mass["win"] - mass["loss"]) / total, min(total, 1.0))
+
+
+def _entries(choice: object) -> Sequence[Mapping[str, object]]:
+    """The tokens of a choice, empty if they are not all of the form they should be."""
+    told = choice.get("logprobs") if isinstance(choice, Mapping) else None
+    content = told.get("content") if isinstance(told, Mapping) else None
+    if not isinstance(content, list) or len(content) > _MAX_TOKENS:
+        return []
+    return content if all(isinstance(entry, Mapping) for entry in content) else []
+
+
+def _bytes(entry: Mapping[str, object]) -> bytes:
+    """A token's bytes: those told, since a token may be half a character, or else its text's."""
+    told = entry.get("bytes")
+    if isinstance(told, list) and told and all(type(b) is int and 0 <= b < 256 for b in told):
+        return bytes(told)
+    token = entry.get("token")
+    return token.encode("utf-8", "surrogatepass") if isinstance(token, str) else b""
+
+
+def _alternatives(entry: Mapping[str, object]) -> dict[bytes, float]:
+    """The token and its alternatives with their probabilities; what has none that makes sense is left out."""
+    listed = entry.get("top_logprobs")
+    found: dict[bytes, float] = {}
+    for one in [entry, *(listed if isinstance(listed, list) else [])]:
+        if isinstance(one, Mapping):
+            logprob = one.get("logprob")
+            # The lower bound is far below any that counts, and keeps out whole numbers that no float can hold.
+            if isinstance(logprob, (int, float)) and not isinstance(logprob, bool) and -1e6 <= logprob <= 1e-3:
+                token = _bytes(one)
+                found[token] = max(found.get(token, 0.0), math.exp(min(logprob, 0.0)))
+    return found

@@ -1,0 +1,200 @@
+"""Reading a judge's reply: the final answer only, whole labels only, and no verdict where there is doubt.
+
+Two forms of answer are read, whichever was asked for: a line ``<verdict>LABEL</verdict>``, and a JSON object with the
+fields ``critique`` and ``verdict``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rmcore.judge.base import Outcome
+
+__all__ = ["MAX_CRITIQUE", "Labels", "Parsed", "Statement", "parse_verdict", "statements"]
+
+MAX_CRITIQUE = 32_768
+"""Longest critique kept, in characters: enough for any real one, and no reply can fill the memory."""
+
+_TAG = re.compile(r"<\s{0,8}verdict\s{0,8}>([^<>]{0,200})<\s{0,8}/\s{0,8}verdict\s{0,8}>", re.IGNORECASE)
+_PAIR = re.compile(r'(?<!\\)"verdict"\s{0,8}:\s{0,8}"([^"\\<>]{0,200})"')
+# Where reasoning begins and ends when a server leaves it in the text: tags of many names, Magistral's and Kimi's
+# brackets, and the channels of gpt-oss. `rmcore.judge.question.sanitise` breaks all of these in untrusted text.
+_THINK = r"think|thinking|thoughts?|reasoning|reflection|seed:think"
+_THINK_OPEN = re.compile(
+    rf"<\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[THINK\]|◁think▷|<\|channel\|>\s?(?:analysis|commentary)\b", re.IGNORECASE
+)
+_THINK_CLOSE = re.compile(
+    rf"<\s{{0,8}}/\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[/THINK\]|◁/think▷|<\|channel\|>\s?final\s?<\|message\|>",
+    re.IGNORECASE,
+)
+_FENCED = re.compile(r"```[a-zA-Z]{0,10}\s*(\{.*\})\s*```", re.DOTALL)
+_DECORATION = " \t\r\n*_`\"'"  # what models put around a label they mean
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The words one call asks its judge to answer with, each inside ``<verdict>…</verdict>``.
+
+    ``win`` means that the response shown first is better, ``loss`` the one shown second, ``tie`` neither.
+    """
+
+    win: str
+    loss: str
+    tie: str
+
+    def outcome(self, text: str) -> Outcome | None:
+        """Which verdict ``text`` is: the whole label, case and surrounding emphasis aside; ``None`` if it is none."""
+        word = text.strip(_DECORATION)
+        if not word.isascii():
+            return None  # letters whose upper case is a Latin one are not that letter
+        word = word.upper()
+        if word == self.win.upper():
+            return "win"
+        if word == self.loss.upper():
+            return "loss"
+        return "tie" if word == self.tie.upper() else None
+
+    def label(self, outcome: Outcome) -> str:
+        """The word that stands for ``outcome``."""
+        return {"win": self.win, "loss": self.loss, "tie": self.tie}[outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a reply says: ``outcome`` from the side of the response shown first, or ``None`` with a ``reason``.
+
+    ``reason`` is one of ``length``, ``filter``, ``refusal``, ``no_content``, ``conflicting``, ``unparsable``.
+    ``critique`` is the final answer without its verdict tags, at most :data:`MAX_CRITIQUE` characters.
+    """
+
+    outcome: Outcome | None
+    reason: str = ""
+    critique: str = ""
+
+
+class Statement(NamedTuple):
+    """What stands in one place that has the form of a verdict: where the text begins, and which verdict it is."""
+
+    start: int
+    outcome: Outcome | None
+
+
+def statements(text: str, labels: Labels) -> list[Statement]:
+    """Every ``<verdict>…</verdict>`` in ``text`` and every ``"verdict": "LABEL"`` with a whole label of ours, in order.
+
+    A JSON pair with anything else is left out: it may be a quotation, which a tag in a final answer hardly is.
+    """
+    tags = [Statement(tag.start(1), labels.outcome(tag[1])) for tag in _TAG.finditer(text)]
+    pairs = [Statement(pair.start(1), labels.outcome(pair[1])) for pair in _PAIR.finditer(text)]
+    return sorted(tags + [pair for pair in pairs if pair.outcome is not None], key=lambda statement: statement.start)
+
+
+def parse_verdict(reply: object, labels: Labels) -> Parsed:
+    """Read one reply: a chat-completions choice, its message alone, or the bare text.
+
+    Only the final answer counts. Reasoning is never searched, whether it comes in a field of its own
+    (``reasoning_content``, ``reasoning``), as a typed part, or inline up to the *last* ``</think>`` (or another
+    model's mark for it); a ``<think>`` left open means that the reply was cut off. A reply with ``finish_reason``
+    ``length`` or ``content_filter``, a refusal or no content gives no verdict whatever its text says.
+
+    If the answer is a JSON object (code fences aside) with a ``verdict``, that field is the verdict and ``critique``
+    the critique. Otherwise every ``<verdict>LABEL</verdict>`` and every ``"verdict": "LABEL"`` counts. Whole labels of
+    ours count only, in any number, if all agree; labels that disagree are ``conflicting``. A last tag or field that
+    holds anything but a label takes back what stood before it: ``unparsable``.
+
+    Total: any object whatever gives a :class:`Parsed`, never an exception.
+    """
+    if isinstance(reply, str):
+        return _read(reply, labels)
+    if not isinstance(reply, Mapping):
+        return Parsed(None, "unparsable")
+    message = reply.get("message", reply)
+    if not isinstance(message, Mapping):
+        return Parsed(None, "unparsable")
+    finish = reply.get("finish_reason")
+    finish = finish.lower() if isinstance(finish, str) else ""
+    content = message.get("content")
+    if isinstance(content, list):
+        content, refused = _join_parts(content)
+    else:
+        refused = False
+    text = content if isinstance(content, str) else ""
+    if finish in ("length", "max_tokens", "model_length"):
+        return Parsed(None, "length", text[:MAX_CRITIQUE])
+    if finish in ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "spii", "sensitive"):
+        return Parsed(None, "filter", text[:MAX_CRITIQUE])
+    if refused or finish == "refusal" or message.get("refusal"):
+        return Parsed(None, "refusal", text[:MAX_CRITIQUE])
+    if content is not None and not isinstance(content, str):
+        return Parsed(None, "unparsable")
+    return _read(text, labels)
+
+
+def _join_parts(parts: list[object]) -> tuple[str | None, bool]:
+    """The text of a content given as a list of typed parts, and whether one of them is a refusal."""
+    texts, refused = [], False
+    for part in parts:
+        if isinstance(part, Mapping):
+            refused = refused or part.get("type") == "refusal"
+            text = part.get("text")
+            # Parts of other types ("thinking", "reasoning") are not the answer.
+            if part.get("type") in ("text", "output_text") and isinstance(text, str):
+                texts.append(text)
+    return ("".join(texts) if texts else None), refused
+
+
+def _read(text: str, labels: Labels) -> Parsed:
+    """Read a complete message text."""
+    # Before reasoning is cut off: a critique in a JSON string may quote a closing tag without closing anything.
+    parsed = _read_object(text, labels)
+    if parsed is not None:
+        return parsed
+    answer_from = 0
+    for close in _THINK_CLOSE.finditer(text):
+        answer_from = close.end()
+    answer = text[answer_from:]
+    if _THINK_OPEN.search(answer):
+        return Parsed(None, "length")
+    if not answer.strip():
+        return Parsed(None, "no_content")
+    parsed = _read_object(answer, labels) if answer_from else None
+    if parsed is not None:
+        return parsed
+    return _decide([statement.outcome for statement in statements(answer, labels)], _TAG.sub("", answer))
+
+
+def _read_object(text: str, labels: Labels) -> Parsed | None:
+    """Read an answer that is one JSON object with a verdict; ``None`` if it is something else."""
+    text = text.strip()
+    if (fenced := _FENCED.fullmatch(text)) is not None:
+        text = fenced[1]
+    if not (text.startswith("{") and text.endswith("}")):
+        return None
+    try:
+        fields = json.loads(text, object_pairs_hook=tuple)  # pairs, so that a field given twice is seen
+    except (ValueError, RecursionError):
+        return None
+    given = [value for name, value in fields if name == "verdict"]
+    if not given:
+        return None
+    critique = next((value for name, value in reversed(fields) if name == "critique" and isinstance(value, str)), "")
+    # A verdict in the critique that disagrees is doubt, as it would be in a text.
+    found = [quoted for quoted in statements(critique, labels) if quoted.outcome is not None]
+    # As written, not spelt in JSON's escapes: what a response may not hold could come back from it in another spelling.
+    stated = [labels.outcome(value) if isinstance(value, str) and value in text else None for value in given]
+    return _decide([quoted.outcome for quoted in found] + stated, critique)
+
+
+def _decide(found: list[Outcome | None], critique: str) -> Parsed:
+    """One verdict from all that an answer states, the last one last."""
+    critique = critique.strip()[:MAX_CRITIQUE]
+    outcomes = {outcome for outcome in found if outcome is not None}
+    if len(outcomes) > 1:
+        return Parsed(None, "conflicting", critique)
+    if not found or found[-1] is None:
+        return Parsed(None, "unparsable", critique)
+    return Parsed(found[-1], "", critique)

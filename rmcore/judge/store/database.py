@@ -1,0 +1,291 @@
+"""The verdict store's file: its schema, how it is opened, and the statements that write and look up one call.
+
+One sqlite database in WAL mode. ``calls`` is a log that is only ever appended to: a row for every question that was put
+to a judge, whatever came of it. Texts and judges stand in tables of their own, once each. ``claims`` and ``owners``
+say who is asking what at this moment; they hold nothing worth keeping.
+
+Texts are kept as JSON strings, so that every ``str`` comes back as it was, lone surrogates and NULs included (two
+halves of a pair come back as the character they spell, which is what a judge is sent). There is no pickle in the file,
+and no endpoint's key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+import urllib.parse
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from rmcore._base.errors import InputError
+from rmcore.judge.base import JudgeUsage, Verdict
+from rmcore.judge.store.records import MAX_REPLY, Question, Reply
+
+__all__ = ["SCHEMA_VERSION", "Reuse", "StoreError", "find_reply", "insert_call", "load_text", "open_database"]
+
+Reuse: TypeAlias = Literal["replies", "verdicts"]
+"""What answers an equal question: whatever the judge replied, or only replies that hold a verdict."""
+
+_APPLICATION_ID: Final = 0x726D7673  # "rmvs": tells our files from other people's databases
+_BUSY_S: Final = 30.0
+
+_MIGRATIONS: Final = (
+    # Step n takes a file from version n to n + 1; an empty file is version 0. Released steps are never edited.
+    """
+    CREATE TABLE texts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, body TEXT NOT NULL);
+    CREATE TABLE judges (
+        id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE,
+        judge TEXT NOT NULL, model TEXT NOT NULL, parameters TEXT NOT NULL, template TEXT NOT NULL);
+    CREATE TABLE calls (
+        id INTEGER PRIMARY KEY,
+        key TEXT NOT NULL, pair TEXT NOT NULL, shown TEXT NOT NULL CHECK (shown IN ('ab', 'ba')),
+        judge INTEGER NOT NULL REFERENCES judges, prompt INTEGER NOT NULL REFERENCES texts,
+        first INTEGER NOT NULL REFERENCES texts, second INTEGER NOT NULL REFERENCES texts,
+        preference REAL CHECK (preference BETWEEN -1 AND 1), reason TEXT NOT NULL,
+        replied INTEGER NOT NULL CHECK (replied IN (0, 1) AND (replied OR preference IS NULL)),
+        critique TEXT NOT NULL, reply TEXT NOT NULL, reply_cut INTEGER NOT NULL, labels TEXT NOT NULL,
+        neutralised INTEGER NOT NULL, attempts INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+        reasoning_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+        seconds REAL NOT NULL, cost REAL, currency TEXT NOT NULL,
+        canary INTEGER NOT NULL, at TEXT NOT NULL, version TEXT NOT NULL);
+    CREATE INDEX calls_by_key ON calls (key);
+    CREATE INDEX calls_by_pair ON calls (judge, pair);
+    CREATE TABLE owners (
+        id TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL, beat REAL NOT NULL);
+    CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL);
+    """,
+)
+SCHEMA_VERSION: Final = len(_MIGRATIONS)
+"""The version this release writes, in the file's ``user_version``."""
+
+
+class StoreError(InputError):
+    """A verdict store cannot be used: missing, damaged, another program's file, or of a later version."""
+
+
+def open_database(path: str | Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """Open a store, made with mode 0600 and brought to this release's version unless ``read_only``.
+
+    The connection is in autocommit mode and may be handed to one other thread.
+
+    Raises:
+        StoreError: the file is damaged, foreign, of a later version, or (``read_only``) missing or of an older one;
+            or it lies where sqlite cannot keep a write-ahead log, such as a network file system.
+    """
+    path = Path(path).absolute()
+    try:
+        if not read_only:
+            _create_file(path)
+        elif not path.is_file():
+            raise StoreError(f"{path}: got {'no file' if path.is_dir() else 'nothing'}, expected a verdict store")
+        return _open(path, read_only)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened ({error.strerror or type(error).__name__})") from None
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: no usable verdict store ({error})") from None
+
+
+def _open(path: Path, read_only: bool) -> sqlite3.Connection:
+    database = _connect(path, "ro" if read_only else "rw")
+    try:
+        version = _check_owner(database, path)
+        if read_only:
+            if version < SCHEMA_VERSION:
+                state = f"version {version}" if version else "an empty file"
+                raise StoreError(f"{path}: got {state}, expected a store of version {SCHEMA_VERSION}")
+            return database
+        _begin_wal(database, path)
+        if version < SCHEMA_VERSION:
+            _migrate(database, path)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _create_file(path: Path) -> None:
+    """Make an empty file that nobody else may read; sqlite gives its log the same mode. Leave an existing one alone."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    def connect(options: str) -> sqlite3.Connection:
+        url = f"file:{urllib.parse.quote(str(path))}?{options}"
+        database = sqlite3.connect(url, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA trusted_schema = OFF")  # the file may be somebody else's: run no code of its own
+            database.execute("PRAGMA schema_version").fetchone()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    try:
+        return connect(f"mode={mode}")
+    except sqlite3.OperationalError:
+        # A finished store in a folder where no log can be made, as on read-only media.
+        if mode != "ro" or Path(f"{path}-wal").exists() or os.access(path.parent, os.W_OK):
+            raise
+        return connect("mode=ro&immutable=1")
+
+
+def _check_owner(database: sqlite3.Connection, path: Path) -> int:
+    """The file's version, if it is ours or empty."""
+    (application,) = database.execute("PRAGMA application_id").fetchone()
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    (objects,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != _APPLICATION_ID and (application or version or objects):
+        raise StoreError(f"{path}: got another program's database, expected a verdict store")
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path}: got version {version}, expected at most {SCHEMA_VERSION}. It was written by a later rmcore"
+        )
+    return int(version)
+
+
+def _begin_wal(database: sqlite3.Connection, path: Path) -> None:
+    """Switch to the write-ahead log, which lets readers and a writer work at once."""
+    until = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            # Asking for it again is free. sqlite does not wait for others here by itself.
+            (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
+            break
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise StoreError(f"{path}: got journal mode {mode!r}, expected a local file system, where sqlite can use WAL")
+
+
+def _migrate(database: sqlite3.Connection, path: Path) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        version = _check_owner(database, path)  # again: another process may have been quicker
+        for step in _MIGRATIONS[version:]:
+            for statement in step.split(";"):
+                database.execute(statement)
+        database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        database.execute("COMMIT")
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def find_reply(database: sqlite3.Connection, key: str, reuse: Reuse) -> Reply | None:
+    """What answers the question ``key`` without a call: the first verdict, or else the latest reply without one.
+
+    The *first* verdict, so that the answer stays what it was, even if a question was bought twice.
+    """
+    row = database.execute(
+        "SELECT preference, reason, critique, reply, labels, neutralised, currency FROM calls WHERE key = ? "
+        "AND replied AND (preference IS NOT NULL OR ?) "
+        "ORDER BY preference IS NULL, CASE WHEN preference IS NULL THEN -id ELSE id END LIMIT 1",
+        (key, reuse == "replies"),
+    ).fetchone()
+    if row is None:
+        return None
+    preference, reason, critique, text, labels, neutralised, currency = row
+    verdict = Verdict(preference, reason, critique=load_text(critique), usage=JudgeUsage(cache_hits=1))
+    return Reply(verdict, True, load_text(text), load_text(labels), neutralised, currency=currency)
+
+
+def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, at: float, version: str) -> None:
+    """Append one call, inside the caller's transaction. ``at`` is in seconds since the Unix epoch."""
+    usage, verdict = reply.verdict.usage, reply.verdict
+    row = {
+        "key": question.key,
+        "pair": question.pair,
+        "shown": question.shown,
+        "judge": _judge_id(database, question),
+        "prompt": _text_id(database, question.prompt),
+        "first": _text_id(database, question.first),
+        "second": _text_id(database, question.second),
+        "preference": verdict.preference,
+        "reason": verdict.reason,
+        "replied": int(reply.replied),
+        "critique": _dump(verdict.critique),
+        "reply": _dump(reply.text[:MAX_REPLY]),
+        "reply_cut": max(0, len(reply.text) - MAX_REPLY),
+        "labels": _dump(None if reply.labels is None else dict(reply.labels)),
+        "neutralised": reply.neutralised,
+        "attempts": usage.attempts,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "seconds": usage.seconds,
+        "cost": None if usage.unpriced_calls else usage.cost,
+        "currency": reply.currency,
+        "canary": int(question.canary),
+        "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"),
+        "version": version,
+    }
+    names = ", ".join(row)
+    database.execute(f"INSERT INTO calls ({names}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))  # noqa: S608
+
+
+def load_text(stored: str) -> Any:
+    """The value of a stored JSON text.
+
+    Raises:
+        StoreError: it is none, so the file was not written by this library.
+    """
+    try:
+        return json.loads(stored)
+    except (ValueError, TypeError, RecursionError):
+        raise StoreError("verdict store: got a text that is no JSON, expected what this library writes") from None
+
+
+def _dump(value: object) -> str:
+    """``value`` as JSON: readable where it can be, escaped where it holds what UTF-8 cannot encode."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if _encodable(text) else json.dumps(value, separators=(",", ":"))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_id(database: sqlite3.Connection, text: object) -> int:
+    body = _dump(text)
+    return _id(database, "texts", body, lambda: {"body": body})
+
+
+def _judge_id(database: sqlite3.Connection, question: Question) -> int:
+    parameters = json.dumps(dict(question.parameters), sort_keys=True, separators=(",", ":"))
+    row = {"judge": question.judge, "model": question.model, "parameters": parameters, "template": question.template}
+    return _id(database, "judges", _dump(list(row.values())), lambda: row)
+
+
+def _id(database: sqlite3.Connection, table: str, content: str, row: Callable[[], dict[str, str]]) -> int:
+    """The id of a row of ``table`` that is found by the hash of its content and made if it is not there."""
+    digest = hashlib.sha256(content.encode()).digest()
+    found = database.execute(f"SELECT id FROM {table} WHERE hash = ?", (digest,)).fetchone()  # noqa: S608
+    if found is None:
+        values = row()
+        names = ", ".join(values)
+        added = database.execute(
+            f"INSERT INTO {table} (hash, {names}) VALUES (?{', ?' * len(values)})",  # noqa: S608
+            (digest, *values.values()),
+        )
+        return int(added.lastrowid or 0)
+    return int(found[0])

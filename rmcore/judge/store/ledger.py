@@ -1,0 +1,364 @@
+"""Reading a verdict store without touching it: what was asked, what it came to, and preferences to train on.
+
+The file is opened read-only, and another process may be writing to it meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from rmcore._base.errors import InputError, reject
+from rmcore.judge.base import JudgeUsage, Prompt, Verdict
+from rmcore.judge.keys import canonical_prompt
+from rmcore.judge.orders import combine_orders, exchanged
+from rmcore.judge.store.database import StoreError, load_text, open_database
+from rmcore.judge.store.prices import PriceTable, price_call
+from rmcore.judge.store.records import Shown
+
+__all__ = ["JudgedPair", "LoggedCall", "VerdictLedger"]
+
+_CALLS = """
+    SELECT calls.id, calls.judge, key, pair, shown, judges.judge, model, template, preference, reason, replied, canary,
+        attempts, prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens, seconds, cost, currency,
+        neutralised, reply_cut, at, version
+    FROM calls JOIN judges ON judges.id = calls.judge"""
+_KINDS: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None))}
+_TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedCall:
+    """One row of the log. ``preference`` is from the side of the response shown first, ``None`` without a verdict.
+
+    ``asked`` is equal for calls of the same judge, model, parameters and template.
+    """
+
+    id: int
+    asked: int
+    key: str
+    pair: str
+    shown: Shown
+    judge: str
+    model: str
+    template: str
+    preference: float | None
+    reason: str
+    replied: int
+    canary: int
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int
+    seconds: float
+    cost: float | None
+    currency: str
+    neutralised: int
+    reply_cut: int
+    at: str
+    version: str
+
+    @property
+    def outcome(self) -> Literal["win", "loss", "tie", "none"]:
+        """The verdict as a word, from the side of the response shown first."""
+        return Verdict(self.preference).outcome or "none"
+
+    @property
+    def usage(self) -> JudgeUsage:
+        """Its tokens and attempts, as one call."""
+        tokens = {name: getattr(self, name) for name in _TOKENS}
+        return JudgeUsage(calls=1, attempts=self.attempts, seconds=self.seconds, **tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPair:
+    """What one judge said of one pair, its two orders put together as in :mod:`rmcore.judge.orders`.
+
+    Attributes:
+        pair: the key that both orders share.
+        judge, model: who was asked.
+        prompt: a text or a list of messages.
+        a, b: the responses; ``a`` is the one shown first in the order ``ab``.
+        verdict: from ``a``'s side.
+        orders: in how many orders there is a verdict.
+        critiques: what was written, by order shown.
+    """
+
+    pair: str
+    judge: str
+    model: str
+    prompt: Prompt
+    a: str
+    b: str
+    verdict: Verdict
+    orders: int
+    critiques: Mapping[Shown, str]
+
+    def to_row(self) -> dict[str, Any]:
+        """A preference as TRL reads it (plain or conversational, as the prompt is), and what is known of it besides.
+
+        ``preference`` is its strength, from 0 (the orders contradict each other, or a tie; ``chosen`` then means
+        nothing) to 1. A critique names the response that it was shown first: ``chosen`` or ``rejected``.
+
+        Raises:
+            InputError: the pair has no verdict.
+        """
+        preference = self.verdict.preference
+        if preference is None:
+            reject("pair", f"no verdict ({self.verdict.reason})", "a pair with a verdict")
+        chosen, rejected = (self.a, self.b) if preference >= 0 else (self.b, self.a)
+        first: dict[Shown, str] = {"ab": "chosen", "ba": "rejected"}
+        if preference < 0:
+            first = {"ab": "rejected", "ba": "chosen"}
+        return {
+            "prompt": self.prompt,
+            "chosen": _as_answer(self.prompt, chosen),
+            "rejected": _as_answer(self.prompt, rejected),
+            "preference": abs(preference),
+            "flipped": self.verdict.flipped,
+            "orders": self.orders,
+            "reason": self.verdict.reason,
+            "critiques": [{"shown_first": first[shown], "text": text} for shown, text in self.critiques.items()],
+            "model": self.model,
+            "judge": self.judge,
+            "pair": self.pair,
+        }
+
+
+class VerdictLedger:
+    """A verdict store, opened for reading; use it in a ``with`` statement, in one thread.
+
+    Raises:
+        StoreError: the file is missing, damaged, foreign or of another version; methods raise it too, for damage that
+            is found later.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._database = open_database(self.path, read_only=True)
+
+    def __enter__(self) -> VerdictLedger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def calls(
+        self,
+        *,
+        key: str | None = None,
+        model: str | None = None,
+        reason: str | None = None,
+        limit: int | None = None,
+    ) -> list[LoggedCall]:
+        """Calls, the latest first.
+
+        Args:
+            key: a call's key or a pair's, or the beginning of one (4 hex digits or more).
+            model: of this model only.
+            reason: with this reason, or with one that begins with it and a colon.
+            limit: that many at most.
+
+        Raises:
+            InputError: ``key`` is no beginning of a key, or ``limit`` is not positive.
+        """
+        if limit is not None and limit < 1:
+            reject("limit", limit, "at least 1")
+        where, values = ["1"], []
+        if key is not None:
+            if not re.fullmatch(r"[0-9a-f]{4,64}", key):
+                reject("key", repr(key)[:80], "4 to 64 hex digits")
+            # A range instead of LIKE: it uses the index, and nothing in it can be a pattern.
+            where.append("(key BETWEEN ? AND ? OR pair BETWEEN ? AND ?)")
+            values += [key, key + "g", key, key + "g"]
+        if model is not None:
+            where.append("model = ?")
+            values.append(model)
+        if reason is not None:
+            where.append("(reason = ? OR substr(reason, 1, length(?) + 1) = ? || ':')")
+            values += [reason] * 3
+        query = f"{_CALLS} WHERE {' AND '.join(where)} ORDER BY calls.id DESC LIMIT ?"
+        return list(self._calls(query, *values, -1 if limit is None else limit))
+
+    def texts(self, call: LoggedCall) -> dict[str, Any]:
+        """Everything said in one call: ``prompt``, ``first``, ``second``, ``critique``, ``reply``, ``labels``, and the
+        request's ``parameters``.
+        """
+        query = """
+            SELECT p.body, a.body, b.body, critique, reply, labels, parameters FROM calls
+            JOIN judges ON judges.id = calls.judge JOIN texts p ON p.id = calls.prompt
+            JOIN texts a ON a.id = calls.first JOIN texts b ON b.id = calls.second WHERE calls.id = ?"""
+        names = ("prompt", "first", "second", "critique", "reply", "labels", "parameters")
+        for row in self._rows(query, call.id):
+            said = dict(zip(names, map(load_text, row), strict=True))
+            if not all(isinstance(said[name], str) for name in names[1:5]):
+                raise StoreError(f"{self.path}: call {call.id} holds texts that are none")
+            try:
+                canonical_prompt(said["prompt"])
+            except InputError as error:
+                raise StoreError(f"{self.path}: call {call.id}: {error}") from None
+            return said
+        raise StoreError(f"{self.path}: call {call.id} has no texts")
+
+    def pairs(self, *, model: str | None = None, canaries: bool = False, texts: bool = True) -> Iterator[JudgedPair]:
+        """What each judge said of each pair, pair by pair, in memory for one pair.
+
+        Args:
+            model: of this model only.
+            canaries: also pairs that were made up to test the judge.
+            texts: read the texts; without, they are empty.
+        """
+        query = f"{_CALLS} WHERE (canary = 0 OR ?) AND (model = ? OR ? IS NULL) ORDER BY calls.judge, pair, calls.id"
+        calls = self._calls(query, canaries, model, model)
+        for _, group in groupby(calls, key=lambda call: (call.asked, call.pair)):
+            yield self._together(list(group), texts)
+
+    def stats(self, prices: PriceTable | None = None) -> dict[str, Any]:
+        """Counts over the whole log, as JSON values.
+
+        Args:
+            prices: what tokens cost now; without it, costs are those of the time of each call.
+        """
+        counts: dict[str, Counter[str]] = {name: Counter() for name in ("models", "outcomes", "reasons", "shown_first")}
+        total = _Sums()
+        days: defaultdict[str, _Sums] = defaultdict(_Sums)
+        latencies: list[float] = []
+        keys: set[str] = set()
+        first = last = None
+        for call in self._calls(f"{_CALLS} ORDER BY calls.id"):
+            keys.add(call.key)
+            first, last = first or call.at, call.at
+            counts["models"][call.model] += 1
+            counts["outcomes"][call.outcome] += 1
+            if call.preference is None:
+                counts["reasons"][call.reason] += 1
+            elif not call.canary:
+                counts["shown_first"][{"win": "preferred", "loss": "not preferred", "tie": "tie"}[call.outcome]] += 1
+            latencies.append(call.seconds)
+            for sums in (total, days[call.at[:10]]):
+                sums.add(call, prices)
+        pairs: Counter[str] = Counter()
+        for pair in self.pairs(texts=False):
+            pairs["judged"] += 1
+            pairs[_kind(pair.verdict)] += 1
+            pairs["both_orders"] += pair.orders == 2
+        latencies.sort()
+        (texts,) = next(iter(self._rows("SELECT count(*) FROM texts")))
+        return {
+            **total.told(),
+            "questions": len(keys),
+            **{name: dict(counter.most_common()) for name, counter in counts.items()},
+            "pairs": {name: pairs[name] for name in ("judged", "both_orders", "decided", "flips", "ties", "failed")},
+            "latency_s": {"p50": _quantile(latencies, 0.5), "p95": _quantile(latencies, 0.95)},
+            "file": {"bytes": self.path.stat().st_size, "texts": texts, "first": first, "last": last},
+            "days": {day: sums.told() for day, sums in sorted(days.items())},
+        }
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _calls(self, query: str, *values: object) -> Iterator[LoggedCall]:
+        """Rows as calls; sqlite lets a column hold anything, so a file that others wrote is not believed."""
+        for row in self._rows(query, *values):
+            call = LoggedCall(*row)
+            for part in fields(LoggedCall):
+                value = getattr(call, part.name)
+                if not isinstance(value, _KINDS.get(str(part.type), str)):
+                    raise StoreError(f"{self.path}: call {call.id!r:.20}: {part.name} is no {part.type}")
+            if call.shown not in ("ab", "ba") or not -1 <= (call.preference or 0.0) <= 1:
+                raise StoreError(f"{self.path}: call {call.id}: shown or preference is none that this library writes")
+            yield call
+
+    def _rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        try:
+            yield from self._database.execute(query, values)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: cannot be read ({error})") from None
+
+    def _together(self, calls: Sequence[LoggedCall], texts: bool) -> JudgedPair:
+        """The calls of one judge for one pair as one verdict."""
+        by_order: dict[Shown, LoggedCall] = {}
+        for shown in ("ab", "ba"):
+            asked = [call for call in calls if call.shown == shown]
+            if asked:
+                by_order[shown] = _standing(asked)
+        said = {shown: self.texts(call) for shown, call in by_order.items()} if texts else {}
+        verdicts = [
+            verdict if shown == "ab" else exchanged(verdict)
+            for shown, call in by_order.items()
+            for verdict in [Verdict(call.preference, call.reason)]
+        ]
+        one = calls[0]
+        prompt, a, b = "", "", ""
+        for shown, text in said.items():
+            prompt, a, b = text["prompt"], text["first"], text["second"]
+            if shown == "ba":
+                a, b = b, a
+        return JudgedPair(
+            pair=one.pair,
+            judge=one.judge,
+            model=one.model,
+            prompt=prompt,
+            a=a,
+            b=b,
+            verdict=verdicts[0] if len(verdicts) == 1 else combine_orders(*verdicts),
+            orders=sum(not verdict.failed for verdict in verdicts),
+            critiques={shown: text["critique"] for shown, text in said.items() if text["critique"]},
+        )
+
+
+def _standing(calls: Sequence[LoggedCall]) -> LoggedCall:
+    """What answers a question that was put several times: the first verdict, or else the latest reply or failure."""
+    verdicts = [call for call in calls if call.preference is not None]
+    return verdicts[0] if verdicts else ([call for call in calls if call.replied] or calls)[-1]
+
+
+def _as_answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """A response in the form of its prompt: TRL wants both plain or both conversational."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _kind(verdict: Verdict) -> str:
+    if verdict.preference is None:
+        return "failed"
+    if verdict.preference:
+        return "decided"
+    return "flips" if verdict.flipped else "ties"
+
+
+def _quantile(ordered: Sequence[float], fraction: float) -> float | None:
+    """The nearest-rank quantile of sorted values; ``None`` of none."""
+    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
+
+
+class _Sums:
+    """Calls, tokens and costs."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.cost: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, call: LoggedCall, prices: PriceTable | None) -> None:
+        told = {"calls": 1, "retries": max(0, call.attempts - 1), "canaries": call.canary}
+        told |= {"neutralised": call.neutralised} | {name: getattr(call, name) for name in _TOKENS}
+        self.counts.update(told)
+        cost, currency = call.cost, call.currency
+        if prices is not None:
+            usage = price_call(prices, call.usage, call.model, call.reason)
+            cost, currency = None if usage.unpriced_calls else usage.cost, prices.currency
+        if cost is None:
+            self.counts["unpriced_calls"] += 1
+        elif cost:
+            self.cost[currency] += cost
+
+    def told(self) -> dict[str, Any]:
+        """JSON values."""
+        names = ("calls", "retries", "canaries", "neutralised", *_TOKENS, "unpriced_calls")
+        return {name: self.counts[name] for name in names} | {"cost": dict(self.cost)}

@@ -1,0 +1,246 @@
+"""The verdict store: the cache of a judge, its audit log, and what a run that was killed goes on from, in one file.
+
+What is promised:
+
+- A verdict is handed out after its row is committed, so nothing that was handed out is bought again: not after
+  ``kill -9``, and, as rows are synced (``synchronous = FULL``), not after a power cut where disks keep their word.
+  Replies that were on their way at that moment are lost, at most one a call in progress.
+- Equal questions share one call: tasks, threads and event loops of this process, and processes on this machine. The
+  one who asks holds a *claim* in the file. If it dies, its claim ends at once where the system tells (Linux), and
+  after ``lease_s`` everywhere; if it is stopped for longer than ``lease_s`` and goes on, a question may be bought
+  twice, and the first verdict to be committed is the answer from then on.
+- Whoever asks may be cancelled; somebody who waits for the same answer then asks in its place.
+
+sqlite runs in one thread of its own, which commits whatever has come in meanwhile as one transaction; event loops never
+wait for a disk. A write-ahead log needs a local file system: no sharing between machines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from rmcore._base.clock import Clock, SystemClock
+from rmcore._base.errors import reject
+from rmcore.judge.store.database import Reuse, StoreError, open_database
+from rmcore.judge.store.records import Question, Reply
+from rmcore.judge.store.writer import BUSY, Claim, Find, Record, Release, Writer
+
+__all__ = ["StoreError", "VerdictStore"]
+
+_logger = logging.getLogger(__name__)
+_FIRST_POLL_S, _LAST_POLL_S = 0.02, 0.25
+
+
+class VerdictStore:
+    """Verdicts in a sqlite file. Give it to judges; use it from any thread, event loop or process.
+
+    Args:
+        path: the file; made if it is not there, with mode 0600, since prompts may be confidential.
+        reuse: ``"replies"``: whatever a judge replied answers an equal question later, refusals and unreadable replies
+            included, for they were paid for and will mostly come again; ``"verdicts"``: replies without a verdict are
+            asked anew. Failures on the way to the judge are logged and never reused.
+        lease_s: seconds after which a claim of a process that gives no sign of life ends.
+        clock: the wall clock, for timestamps and leases; it must agree with that of other processes.
+
+    Raises:
+        StoreError: the file is damaged, of another program, of a later version, or cannot be used.
+        InputError: another argument is unusable.
+    """
+
+    _writer: Writer | None
+
+    def __init__(
+        self, path: str | Path, *, reuse: Reuse = "replies", lease_s: float = 30.0, clock: Clock | None = None
+    ) -> None:
+        if not isinstance(path, (str, Path)) or not str(path):
+            reject("path", type(path).__name__ if path != "" else "an empty one", "the path of a file")
+        if reuse not in ("replies", "verdicts"):
+            reject("reuse", repr(reuse)[:80], "'replies' or 'verdicts'")
+        if not lease_s > 0:
+            reject("lease_s", lease_s, "seconds above 0")
+        self.path = Path(path).absolute()
+        self.reuse: Reuse = reuse
+        self.lease_s = lease_s
+        self.clock: Clock = clock or SystemClock()
+        open_database(self.path).close()  # what is wrong with the file is told here, not at the first call
+        self._start_anew()
+
+    def __repr__(self) -> str:
+        return f"VerdictStore({str(self.path)!r}, reuse={self.reuse!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings only: a copy in another process opens the file for itself."""
+        return {name: self.__dict__[name] for name in ("path", "reuse", "lease_s", "clock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_anew()
+
+    # -- one question at a time --------------------------------------------------------------------------------------
+
+    def get(self, question: Question) -> Reply | None:
+        """The stored answer, without a call and without waiting for one under way; ``None`` if there is none.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        return self._submit(Find(question.key)).result()
+
+    def put(self, question: Question, reply: Reply) -> Reply:
+        """Log one call; returns, once it is committed, the reply that answers the question from now on.
+
+        That is ``reply``, unless an earlier one holds a verdict already; its usage stays that of ``reply``.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        return self._submit(Record(question, reply)).result()
+
+    async def once(
+        self, question: Question, ask: Callable[[], Awaitable[Reply]], *, timeout_s: float | None = None
+    ) -> Reply | None:
+        """The answer to ``question``: the stored one, that of an equal question under way, or else that of ``ask()``.
+
+        ``ask`` is awaited at most once. What it returns is committed before it is returned, also if this call is
+        cancelled in between; if the file cannot be written (a full disk), it is returned all the same, since it is
+        paid for, and the error is logged. A reply under way that fails is shared like any other, unless it failed only
+        for its own deadline.
+
+        Args:
+            question: what is asked.
+            ask: puts it to the judge.
+            timeout_s: longest wait for *other* askers; ``ask`` keeps its own time. ``None``: no limit.
+
+        Returns:
+            The reply, with a usage of one cache hit if it was not ``ask`` that brought it; ``None`` if ``timeout_s``
+            passed while others were asking.
+
+        Raises:
+            StoreError: the file cannot be read or claimed. Nothing was asked then.
+            BaseException: what ``ask`` raises, cancellation included.
+        """
+        self._check_process()
+        until = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        while True:
+            flight, leads = self._join(question.key)
+            if leads:
+                return await self._lead(question, ask, flight, until)
+            try:
+                async with asyncio.timeout_at(until):
+                    shared = await asyncio.wrap_future(flight)
+            except TimeoutError:
+                return None
+            if shared is not None:
+                return shared.as_hit()
+
+    def close(self) -> None:
+        """Commit what is waiting and close the file. The store can be used again; it then opens the file anew."""
+        self._check_process()
+        with self._lock:
+            writer = self._writer
+            self._writer = None
+        if writer is not None:
+            writer.stop()
+
+    def __enter__(self) -> VerdictStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- single flight -----------------------------------------------------------------------------------------------
+
+    def _join(self, key: str) -> tuple[Future[Reply | None], bool]:
+        """The flight of ``key``, and whether the caller has just begun it and has to lead it."""
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                return flight, False
+            flight = self._flights[key] = Future()
+            flight.set_running_or_notify_cancel()  # so that a follower that is cancelled cannot cancel it for all
+            return flight, True
+
+    async def _lead(
+        self,
+        question: Question,
+        ask: Callable[[], Awaitable[Reply]],
+        flight: Future[Reply | None],
+        until: float | None,
+    ) -> Reply | None:
+        shared: Reply | None = None
+        release = True
+        try:
+            found = await self._claim(question.key, until)
+            if isinstance(found, Reply):
+                shared, release = found, False
+                return found.as_hit()
+            if found is BUSY:
+                return None
+            own = await ask()
+            if not own.verdict.usage.attempts:
+                return own  # nothing was sent: no call to log
+            try:
+                # The job is in the writer's queue before anything is awaited: a paid reply is kept, come what may.
+                kept = await asyncio.wrap_future(self._submit(Record(question, own)))
+                release = False
+            except StoreError as error:
+                _logger.error("%s; a reply that was paid for is used and not stored", error)
+                kept = own
+            shared = kept if kept.shareable else None
+            return kept
+        finally:
+            try:
+                if release:
+                    self._submit(Release(question.key))  # before the next leader can claim it
+            finally:
+                with self._lock:
+                    if self._flights.get(question.key) is flight:
+                        del self._flights[question.key]
+                flight.set_result(shared)
+
+    async def _claim(self, key: str, until: float | None) -> Reply | object:
+        """The stored answer; ``BUSY`` if another process was asking until time ran out; ``None``: it is ours to ask."""
+        loop, delay = asyncio.get_running_loop(), _FIRST_POLL_S
+        while True:
+            found = await asyncio.wrap_future(self._submit(Claim(key)))
+            if found is not BUSY:
+                return found
+            left = delay if until is None else until - loop.time()
+            if left <= 0:
+                return BUSY
+            await asyncio.sleep(min(delay, left))
+            delay = min(2 * delay, _LAST_POLL_S)
+
+    # -- the writer --------------------------------------------------------------------------------------------------
+
+    def _submit(self, job: Any) -> Future[Any]:
+        self._check_process()
+        with self._lock:
+            if self._writer is None:
+                self._writer = Writer(self.path, self.reuse, self.lease_s, self.clock)
+                # At exit too: what is in the queue then is paid for.
+                weakref.finalize(self, self._writer.stop)
+            return self._writer.submit(job)
+
+    def _start_anew(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._flights: dict[str, Future[Reply | None]] = {}
+        self._writer = None
+
+    def _check_process(self) -> None:
+        """After a fork the writer's thread is not there, and its connection must not be touched, not even closed."""
+        if self._process != os.getpid():
+            _abandoned.append(self._writer)
+            self._start_anew()
+
+
+_abandoned: list[Writer | None] = []

@@ -1,0 +1,1 @@
+"""Judges around judges: tiers, canaries, a watch on disagreement."""

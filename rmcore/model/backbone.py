@@ -1,0 +1,416 @@
+"""A Hugging Face backbone as a function from encoded texts to pooled hidden states, computing little twice.
+
+Texts are deduplicated. A decoder's texts that begin alike are encoded as packed trees
+(:mod:`rmcore.model.encoding.packing`), the rest sorted by length and padded, both within a token budget. A chosen layer
+stops the forward pass there. transformers is imported on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import CheckpointError, reject
+from rmcore.model.backbone_config import BackboneConfig, Pooling
+from rmcore.model.encoding.architecture import block, final_linear, pair_separator, position_limit, text_config
+from rmcore.model.encoding.packing import Pack
+from rmcore.model.encoding.sharing import Kind, PrefixSharing
+from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
+from rmcore.model.text import EncodedText, PairTemplate, TextEncoder
+from rmcore.ops.dispatch import Explanation
+
+__all__ = ["Backbone", "BackboneConfig", "EncodingStats", "Pooling", "choose_attention", "length_batches"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EncodingStats:
+    """What encoding did so far.
+
+    Attributes:
+        texts: texts seen.
+        encoded: distinct ones.
+        tokens: of the distinct texts, each in full.
+        padded_tokens: tokens of padded forward passes, padding included.
+        truncated_texts: texts that a policy cut.
+        cut_tokens: what it took.
+        packed_tokens: tokens of packed forward passes, where shared beginnings count once.
+    """
+
+    texts: int = 0
+    encoded: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    truncated_texts: int = 0
+    cut_tokens: int = 0
+    packed_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens the model computed, to hold against ``tokens``."""
+        return self.padded_tokens + self.packed_tokens
+
+    def add(self, other: EncodingStats) -> None:
+        """Add another's counts to these."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each at most ``max_tokens`` when padded (or one text)."""
+    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
+    start = 0
+    while start < len(order):
+        count = max(1, max_tokens // max(lengths[order[start]], 1))
+        yield order[start : start + count]
+        start += count
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The attention implementation for a device and dtype, and why."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "flash-attn is not installed"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa", "flash-attn needs an NVIDIA GPU of compute capability 8.0 or later"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"flash-attn needs float16 or bfloat16, not {dtype}"
+    return "flash_attention_2", "flash-attn is installed and usable"
+
+
+class _EnoughError(Exception):
+    """Carries a layer's output out of a forward pass that need not go on."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class Backbone:
+    """A model, its tokenizer and a pooling rule. Build it with :meth:`from_pretrained`.
+
+    Args:
+        model: a Hugging Face model in eval mode.
+        tokenizer: its fast tokenizer.
+        config: what a text's hidden state is.
+        tokens_per_batch: tokens of one forward pass, padding included.
+        attention: the implementation of padded forward passes in use and why, for reports.
+        packing: how shared beginnings are encoded: ``auto`` packs them where that saves and is exact, ``flex`` and
+            ``sdpa`` always pack, with that attention or an error, ``padded`` gives every text a row of its own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: BackboneConfig,
+        *,
+        tokens_per_batch: int = 8192,
+        attention: tuple[str, str] = ("", ""),
+        packing: Packing = "auto",
+    ) -> None:
+        if tokens_per_batch < 1:
+            reject("tokens_per_batch", tokens_per_batch, "at least 1")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.tokens_per_batch = tokens_per_batch
+        self.attention = attention
+        self.stats = EncodingStats()
+        limit = position_limit(model)
+        if config.max_length is not None and limit is not None and config.max_length > limit:
+            reject("max_length", config.max_length, f"at most the model's {limit} positions")
+        append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
+        self.encoder = TextEncoder(
+            tokenizer,
+            template=PairTemplate(config.single_template, config.pair_template),
+            chat=config.chat,
+            append_eos=append_eos,
+            max_length=config.max_length or limit,
+            overlong=config.overlong,
+        )
+        self._separator = pair_separator(model, tokenizer)
+        self._final_linear = final_linear(model) if config.kind == "classifier" else None
+        if config.layer is not None:
+            block(model, config.layer)
+        self._lock = threading.RLock()
+        self._sharing = PrefixSharing(
+            model,
+            packing,
+            encode_pack=self._encode_pack,
+            encode_alone=lambda ids: self._forward([ids])[0],
+            layers=config.layer or int(getattr(text_config(model), "num_hidden_layers", 0)),
+            max_length=self.encoder.max_length,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        config: BackboneConfig | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        tokens_per_batch: int = 8192,
+        packing: Packing = "auto",
+        **kwargs: Any,
+    ) -> Backbone:
+        """Load a backbone by hub name or folder.
+
+        Args:
+            config: a name, or a :class:`BackboneConfig`.
+            device: None takes CUDA if there is one.
+            dtype: None takes bfloat16 on a GPU, float32 on a CPU.
+            attention: ``auto``, or what transformers calls ``attn_implementation``.
+            tokens_per_batch: tokens of one forward pass.
+            packing: see :class:`Backbone`.
+            kwargs: fields of :class:`BackboneConfig` where ``config`` is a name.
+
+        Raises:
+            CheckpointError: the name cannot be loaded; the message carries the loader's reason.
+        """
+        from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+        if isinstance(config, str):
+            config = BackboneConfig(name=config, **kwargs)
+        elif kwargs:
+            reject("kwargs", sorted(kwargs), "none beside a BackboneConfig")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        loader = AutoModelForSequenceClassification if config.kind == "classifier" else AutoModel
+        choice = choose_attention(device, dtype) if attention == "auto" else (attention, "asked for")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+            load = functools.partial(
+                loader.from_pretrained, config.name, revision=config.revision, dtype=dtype, output_loading_info=True
+            )
+            try:
+                model, info = load(attn_implementation=choice[0])
+            except ValueError as error:
+                if attention != "auto" or "attention" not in str(error).lower():
+                    raise
+                choice = ("eager", f"this model does not support {choice[0]}")
+                model, info = load(attn_implementation="eager")
+        except Exception as error:  # a hub, a damaged file, a config from elsewhere: the loader raises many kinds
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
+            raise CheckpointError(f"backbone: got {config.name!r}, which transformers cannot load: {reason}") from error
+        if config.kind == "classifier" and info["missing_keys"]:
+            raise CheckpointError(
+                f"backbone: got {config.name!r} without {', '.join(sorted(info['missing_keys'])[:4])}, expected a "
+                "trained reward model"
+            )
+        model.to(device).eval()
+        return cls(model, tokenizer, config, tokens_per_batch=tokens_per_batch, attention=choice, packing=packing)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the pooled states, the length feature included."""
+        width = (
+            self._final_linear.in_features if self._final_linear is not None else text_config(self.model).hidden_size
+        )
+        return int(width) + (self.config.length_feature != 0)
+
+    @property
+    def packing(self) -> Packing:
+        """How shared beginnings were asked to be encoded."""
+        return self._sharing.packing
+
+    def explain(self) -> Explanation:
+        """How shared beginnings are encoded (``flex``, ``sdpa``, ``padded``), and why not otherwise.
+
+        The first call may run the model on a few made-up tokens, to see that a packed tree changes nothing.
+        """
+        return self._sharing.explain()
+
+    def scalar_head(self) -> tuple[Tensor, float]:
+        """(weight (h,), bias) of a reward model's last linear layer, for :func:`rmcore.head.fit.upgrade`."""
+        if self._final_linear is None:
+            reject("kind", self.config.kind, "'classifier'")
+        if self._final_linear.out_features != 1:
+            reject("model", f"{self._final_linear.out_features} labels", "a reward model with one")
+        bias = self._final_linear.bias
+        return self._final_linear.weight[0].detach().float(), 0.0 if bias is None else float(bias[0].detach())
+
+    def hidden(
+        self,
+        texts: Sequence[EncodedText],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        stats: EncodingStats | None = None,
+    ) -> Tensor:
+        """Pooled hidden states (N, h) float32 on the model's device, one row a text, in order.
+
+        Args:
+            texts: encoded texts; equal ones are encoded once.
+            progress: called with (tokens done, tokens in all) after each batch.
+            stats: what this call did is added to it. ``self.stats`` counts all calls, of all threads.
+        """
+        distinct: dict[tuple[int, ...], int] = {}
+        rows = [distinct.setdefault(text.ids, len(distinct)) for text in texts]
+        ids = list(distinct)
+        if () in distinct:
+            reject(f"texts[{rows.index(distinct[()])}]", "no tokens at all", "at least one token")
+        call = EncodingStats(
+            texts=len(texts),
+            encoded=len(ids),
+            tokens=sum(map(len, ids)),
+            truncated_texts=sum(text.cut_tokens > 0 for text in texts),
+            cut_tokens=sum(text.cut_tokens for text in texts),
+        )
+        width = self.hidden_size - (self.config.length_feature != 0)
+        pooled = torch.empty(len(ids), width, dtype=torch.float32, device=self.device)
+        done = 0
+        with torch.inference_mode():
+            for batch, states in self._encode(ids, call):
+                pooled[torch.tensor(batch, device=self.device)] = states
+                done += sum(len(ids[k]) for k in batch)
+                if progress is not None:
+                    progress(done, call.tokens)
+        with self._lock:  # reading, adding and writing back is not one step
+            self.stats.add(call)
+        if stats is not None:
+            stats.add(call)
+        if call.truncated_texts:
+            log.warning(
+                "%d of %d texts were longer than %s tokens; the policy %r cut %d tokens",
+                call.truncated_texts,
+                call.texts,
+                self.encoder.max_length,
+                self.config.overlong,
+                call.cut_tokens,
+            )
+        return self.add_length_feature(pooled[torch.tensor(rows, dtype=torch.long, device=self.device)], texts)
+
+    def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """(indices of texts, their pooled states) of one forward pass after another."""
+        kind, packs, padded = self._sharing.split(ids, self.tokens_per_batch)
+        while packs and kind is not None:
+            texts = [ids[text] for text in packs[0].texts]
+            try:
+                states, _ = self._encode_pack(packs[0], texts, kind)
+            except TreeAttentionError as error:
+                kind = self._sharing.give_up(kind, str(error))
+                continue
+            pack = packs.pop(0)
+            stats.packed_tokens += len(pack)
+            yield pack.texts, states
+        padded += [text for pack in packs for text in pack.texts]
+        for batch in length_batches([len(ids[k]) for k in padded], self.tokens_per_batch):
+            states, tokens = self._forward([ids[padded[k]] for k in batch])
+            stats.padded_tokens += tokens
+            yield [padded[k] for k in batch], states
+
+    def add_length_feature(self, pooled: Tensor, texts: Sequence[EncodedText]) -> Tensor:
+        """Append the configured length feature to pooled rows (N, h')."""
+        if self.config.length_feature == 0:
+            return pooled
+        counts = torch.tensor([text.content_tokens for text in texts], dtype=torch.float32, device=pooled.device)
+        feature = self.config.length_feature * (torch.log1p(counts) - 5)
+        return torch.cat([pooled, feature[:, None]], dim=1)
+
+    def pooled_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature."""
+        states = self._states(self._inputs(input_ids, attention_mask)).float()
+        if states.dim() == 2:  # a classifier that pools by itself
+            return states
+        if self.config.pooling == "mean":
+            mask = attention_mask[..., None].to(states.dtype)
+            return (states * mask).sum(1) / mask.sum(1)
+        count = attention_mask.sum(1)
+        if self.config.pooling == "classifier":
+            # Decoders score every position; transformers reads the last one that is not the padding token, which a real
+            # token may be too where eos doubles as padding.
+            pad = text_config(self.model).pad_token_id
+            scored = attention_mask if pad is None else attention_mask * (input_ids != pad)
+            index = (scored * torch.arange(scored.shape[1], device=scored.device)).argmax(1)
+        else:
+            index = count - 1 if self.config.pooling == "last" else torch.zeros_like(count)
+        return states[torch.arange(len(states), device=states.device), index]
+
+    def _encode_pack(self, pack: Pack, texts: Sequence[Sequence[int]], kind: Kind) -> tuple[Tensor, int]:
+        """Pooled states (n, h') of the texts a pack completes, and the attention calls of the forward pass."""
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(pack.ids)[None].to(self.device),
+            "position_ids": torch.from_numpy(pack.positions)[None].to(self.device),
+        }
+        if getattr(text_config(self.model), "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        with self._lock, torch.inference_mode(), attending(self.model, pack, kind) as plan:
+            states = self._states(inputs)[0]
+        return self._pool_pack(states, pack, texts), plan.calls
+
+    def _pool_pack(self, states: Tensor, pack: Pack, texts: Sequence[Sequence[int]]) -> Tensor:
+        if self.config.pooling == "mean":
+            # Sums over paths: a node's is its parent's and its own tokens'.
+            sums: list[Tensor] = []
+            for start, stop, _, parent in pack.spans:
+                own = states[start:stop].sum(0, dtype=torch.float32)
+                sums.append(own if parent < 0 else sums[parent] + own)
+            return torch.stack([sums[leaf] / len(text) for leaf, text in zip(pack.leaves, texts, strict=True)])
+        where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
+        return states[torch.tensor(where, device=states.device)].float()
+
+    def _pooled_at(self, text: Sequence[int]) -> int:
+        if self.config.pooling == "first":
+            return 0
+        pad = text_config(self.model).pad_token_id if self.config.pooling == "classifier" else None
+        return next((k for k in range(len(text) - 1, -1, -1) if pad is None or text[k] != pad), 0)
+
+    def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        longest = max(map(len, ids))
+        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        input_ids = torch.full((len(ids), longest), padding, dtype=torch.long)
+        mask = torch.zeros(len(ids), longest, dtype=torch.long)
+        for row, text in enumerate(ids):
+            input_ids[row, : len(text)] = torch.tensor(text)
+            mask[row, : len(text)] = 1
+        return self.pooled_states(input_ids.to(self.device), mask.to(self.device)).float(), input_ids.numel()
+
+    def _states(self, inputs: dict[str, Any]) -> Tensor:
+        """States (B, T, h) of the configured layer, or what enters a classifier's last linear layer."""
+        with self._lock:  # hooks and the attention's name are set on the model itself, so one caller at a time
+            if self._final_linear is not None:
+                return self._stopped(self._final_linear.register_forward_pre_hook, inputs)
+            if self.config.layer is not None:
+                return self._stopped(block(self.model, self.config.layer).register_forward_hook, inputs)
+            states: Tensor = self.model(**inputs).last_hidden_state
+            return states
+
+    def _inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        if getattr(text_config(self.model), "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        if self._separator is not None:
+            # What the tokenizer gives two texts: type 1 behind the first separator. Content never holds a separator.
+            separators = (input_ids == self._separator).long()
+            inputs["token_type_ids"] = ((separators.cumsum(1) - separators) > 0).long() * mask
+        return inputs
+
+    def _stopped(self, register: Callable[[Any], Any], inputs: dict[str, Any]) -> Tensor:
+        """Run the model only until a hook that ``register`` sets fires; what the hook saw (output, or input before)."""
+
+        def stop(_module: object, inputs: Any, *output: Any) -> None:
+            seen = output[0] if output else inputs
+            raise _EnoughError(seen[0] if isinstance(seen, tuple) else seen)
+
+        handle = register(stop)
+        try:
+            self.model(**inputs)
+        except _EnoughError as enough:
+            return enough.hidden
+        finally:
+            handle.remove()
+        raise CheckpointError(f"backbone: a layer of {type(self.model).__name__} that is to be read never ran")

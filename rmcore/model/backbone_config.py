@@ -1,0 +1,73 @@
+"""What decides a text's hidden state, as plain JSON values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+from rmcore._base.errors import reject
+from rmcore.model.text import OverlongPolicy, PairTemplate
+
+__all__ = ["BackboneConfig", "Pooling"]
+
+Pooling: TypeAlias = Literal["last", "mean", "first", "classifier"]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Everything that decides what a text's hidden state is, all of it JSON.
+
+    Attributes:
+        name: hub name or folder; empty when embedded in the model's own folder.
+        revision: hub revision, None for the default branch.
+        kind: ``base`` loads AutoModel, ``classifier`` AutoModelForSequenceClassification (an upgraded reward model).
+        pooling: ``last`` token, ``mean`` of the tokens, ``first`` token ([CLS]), or ``classifier``: the input of the
+            reward model's own last linear layer.
+        layer: pool the output of this layer (1 = first block) instead of the last hidden state; later layers are
+            skipped.
+        length_feature: appends one feature, length_feature · (log1p(content tokens) − 5), where not 0.
+        max_length: most tokens of a text; None takes the model's position limit.
+        overlong: policy for longer texts.
+        chat: see :class:`rmcore.model.text.TextEncoder`.
+        append_eos: end plain texts with eos; None does so for ``last`` pooling.
+        single_template, pair_template: see :class:`rmcore.model.text.PairTemplate`. A model of BERT's kind has a form
+            of its own for two texts, ``{prompt}[SEP]{first}`` with its separator: what follows it gets token type 1.
+    """
+
+    name: str = ""
+    revision: str | None = None
+    kind: Literal["base", "classifier"] = "base"
+    pooling: Pooling = "last"
+    layer: int | None = None
+    length_feature: float = 0.0
+    max_length: int | None = None
+    overlong: OverlongPolicy = "error"
+    chat: Literal["auto", "always", "never"] = "auto"
+    append_eos: bool | None = None
+    single_template: str = PairTemplate.single
+    pair_template: str = PairTemplate.pair
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("base", "classifier"):
+            reject("kind", repr(self.kind), "'base' or 'classifier'")
+        if self.pooling not in ("last", "mean", "first", "classifier"):
+            reject("pooling", repr(self.pooling), "last, mean, first or classifier")
+        if (self.pooling == "classifier") != (self.kind == "classifier"):
+            reject("pooling", self.pooling, f"'classifier' exactly with kind='classifier' (kind is {self.kind!r})")
+        if self.layer is not None and (self.layer < 1 or self.kind == "classifier"):
+            reject("layer", self.layer, "a layer from 1 of a base model, or None")
+        if not math.isfinite(self.length_feature):
+            reject("length_feature", self.length_feature, "a finite number")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BackboneConfig:
+        """From :meth:`to_dict`; an unknown key is rejected by name."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            reject("backbone config", f"unknown keys {sorted(unknown)}", "keys of BackboneConfig")
+        return cls(**values)

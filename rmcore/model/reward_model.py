@@ -1,0 +1,288 @@
+"""A reward model: a backbone and a head, fitted from preferences, saved and loaded as one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore.head import checkpoint
+from rmcore.head.config import HeadConfig
+from rmcore.head.fit import FitReport, fit, upgrade
+from rmcore.head.frozen import FrozenHead
+from rmcore.head.sngp import SNGPHead
+from rmcore.judge.base import Prompt
+from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
+from rmcore.model.encoding.tree_attention import Packing
+from rmcore.model.text import EncodedText, check_prompt
+
+__all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with (what is being done, units done, units in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One training pair: ``chosen`` is better than ``rejected`` with probability ``label``."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    label: float = 1.0
+
+
+class RewardModel:
+    """Prompts and responses in, logits and uncertainties of pairs out.
+
+    Args:
+        backbone: makes hidden states.
+        head: a frozen head as wide as them.
+    """
+
+    def __init__(self, backbone: Backbone, head: FrozenHead) -> None:
+        if head.config.hidden_size != backbone.hidden_size:
+            reject("head.hidden_size", head.config.hidden_size, f"the backbone's {backbone.hidden_size}")
+        self.backbone = backbone
+        self.head = head if head.device == backbone.device else head.to(backbone.device)
+
+    @property
+    def mode(self) -> str:
+        """``difference`` or ``concat``."""
+        return self.head.config.mode
+
+    # -- fitting -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        backbone: Backbone,
+        preferences: Sequence[Preference],
+        config: HeadConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+        **kwargs: Any,
+    ) -> tuple[RewardModel, FitReport]:
+        """Encode preferences once and fit a head on them (:func:`rmcore.head.fit.fit`).
+
+        Args:
+            backbone: a backbone; it is not changed.
+            preferences: at least one pair. In concat mode each is used in both orders.
+            config: the head; None takes defaults.
+            dtype: serving dtype of the head.
+            progress: progress callback.
+            **kwargs: fields of the head's configuration to override.
+
+        Raises InputError, NonFiniteError or FactorizationError as :func:`rmcore.head.fit.fit`.
+        """
+        if not preferences:
+            reject("preferences", "an empty list", "at least one pair")
+        config = replace(config or HeadConfig(backbone.hidden_size), **kwargs)
+        hidden, labels, pairs = encode_preferences(backbone, preferences, config.mode, progress=progress)
+        note = None if progress is None else (lambda _line: progress("fitting", 0, 0))
+        head, report = fit(SNGPHead(config).to(hidden.device), hidden, labels, pairs=pairs, dtype=dtype, progress=note)
+        return cls(backbone, head), report
+
+    @classmethod
+    def upgrade(
+        cls,
+        backbone: Backbone,
+        preferences: Sequence[Preference],
+        *,
+        ridge: float = 1.0,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> RewardModel:
+        """Make an existing scalar reward model uncertainty-aware: its head is kept as β, only P is fitted.
+
+        ``backbone`` must have ``kind="classifier"`` and one label.
+        """
+        if not preferences:
+            reject("preferences", "an empty list", "at least one pair")
+        beta, beta0 = backbone.scalar_head()
+        hidden, labels, pairs = encode_preferences(backbone, preferences, "difference", progress=progress)
+        assert pairs is not None
+        config = HeadConfig(backbone.hidden_size, mode="difference", features="linear", ridge=ridge)
+        head = upgrade(hidden, pairs, beta.to(hidden.device), beta0, labels=labels, config=config, dtype=dtype)
+        return cls(backbone, head)
+
+    # -- encoding ----------------------------------------------------------------------------------------------------
+
+    def encode_group(
+        self, prompt: Prompt, responses: Sequence[str], *, orders: Literal["both", "one"] = "both"
+    ) -> list[EncodedText]:
+        """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``)."""
+        encode = self.backbone.encoder.encode
+        if self.mode == "difference":
+            return [encode(prompt, response) for response in responses]
+        return [
+            encode(prompt, a, b)
+            for i, a in enumerate(responses)
+            for j, b in enumerate(responses)
+            if (i != j if orders == "both" else i < j)
+        ]
+
+    def encode_groups(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[str]],
+        *,
+        orders: Literal["both", "one"] = "both",
+    ) -> list[list[EncodedText]]:
+        """:meth:`encode_group` of every group. An InputError names the group by its place among ``prompts``."""
+        groups = []
+        for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                groups.append(self.encode_group(prompt, group, orders=orders))
+            except InputError as error:
+                raise InputError(f"group {k}: {error}") from error
+        return groups
+
+    def hidden_rows(
+        self,
+        groups: Sequence[Sequence[EncodedText]],
+        *,
+        progress: Progress | None = None,
+        stats: EncodingStats | None = None,
+    ) -> Tensor:
+        """Hidden rows of encoded groups, in the order ``RewardEngine.score_hidden`` takes them.
+
+        What texts have in common at their beginning is computed once where the backbone allows it (a prompt, each first
+        response, a system prompt of all groups): the more groups a call has, the more there is to share.
+
+        Args:
+            groups: some or all of what :meth:`encode_groups` returned.
+            progress: called with ("encoding", tokens done, tokens in all) after each forward pass.
+            stats: what this call did is added to it, besides to the backbone's own running counts.
+        """
+        return self.backbone.hidden([t for group in groups for t in group], progress=_tokens(progress), stats=stats)
+
+    def hidden_states(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[str]],
+        *,
+        orders: Literal["both", "one"] = "both",
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """:meth:`encode_groups` and :meth:`hidden_rows` in one."""
+        return self.hidden_rows(self.encode_groups(prompts, responses, orders=orders), progress=progress)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backbone: Literal["name", "embed"] = "name",
+        include_posterior: bool = True,
+    ) -> None:
+        """Write the model as one folder, atomically.
+
+        Args:
+            path: a new folder, or one rmcore wrote before, which is replaced.
+            backbone: ``name`` stores where to load it from, ``embed`` stores its weights and tokenizer too.
+            include_posterior: keep the posterior, so that the head can learn further.
+        """
+        if backbone not in ("name", "embed"):
+            reject("backbone", repr(backbone), "'name' or 'embed'")
+        config = self.backbone.config
+        if backbone == "name" and not config.name:
+            reject("backbone", "'name' for a backbone that came without one", "'embed'")
+        with checkpoint.atomic_folder(path) as folder:
+            head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
+            if backbone == "embed":
+                self.backbone.model.save_pretrained(folder / "backbone", safe_serialization=True)
+                self.backbone.tokenizer.save_pretrained(folder / "backbone")
+            values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": backbone == "embed"}
+            checkpoint.write_config(folder, values)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        tokens_per_batch: int = 8192,
+        packing: Packing = "auto",
+        backbone: Backbone | None = None,
+    ) -> RewardModel:
+        """Load a folder written by :meth:`save_pretrained`.
+
+        Args:
+            path: the folder.
+            device: of the backbone, as are the next four; see :meth:`rmcore.model.backbone.Backbone.from_pretrained`.
+            dtype: arithmetic of the backbone.
+            attention: attention implementation.
+            tokens_per_batch: tokens of one forward pass.
+            packing: how texts that begin alike are encoded.
+            backbone: use this one instead of loading the one recorded (it must be as wide).
+
+        Raises CheckpointError for anything truncated, foreign or inconsistent.
+        """
+        values = checkpoint.read_config(path)
+        if values.get("kind") != "model":
+            raise CheckpointError(f"path: got {str(path)!r}, which holds a {values.get('kind')}, expected a model")
+        head = checkpoint.read_head(Path(path), values.get("head"), "cpu")
+        if backbone is None:
+            try:
+                config = BackboneConfig.from_dict(values["backbone"])
+                if values.get("embedded"):
+                    config = replace(config, name=str(Path(path) / "backbone"), revision=None)
+                loaded = Backbone.from_pretrained(
+                    config,
+                    device=device,
+                    dtype=dtype,
+                    attention=attention,
+                    tokens_per_batch=tokens_per_batch,
+                    packing=packing,
+                )
+                return cls(loaded, head)
+            except (InputError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path}: got a backbone section that does not fit ({error})") from error
+        return cls(backbone, head)
+
+
+def encode_preferences(
+    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, progress: Progress | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden, labels, pairs) of training pairs: one row a response with pairs, or in concat mode a row an order."""
+    texts, labels = preference_texts(backbone, preferences, mode)
+    hidden = backbone.hidden(texts, progress=_tokens(progress))
+    pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
+    return hidden, labels.to(hidden.device), pairs
+
+
+def preference_texts(
+    backbone: Backbone, preferences: Sequence[Preference], mode: str
+) -> tuple[list[EncodedText], Tensor]:
+    """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order."""
+    texts: list[EncodedText] = []
+    labels: list[float] = []
+    encode = backbone.encoder.encode
+    for k, item in enumerate(preferences):
+        check_prompt(item.prompt, f"preferences[{k}].prompt")
+        try:
+            if mode == "difference":
+                texts += [encode(item.prompt, item.chosen), encode(item.prompt, item.rejected)]
+                labels.append(item.label)
+            else:
+                texts.append(encode(item.prompt, item.chosen, item.rejected))
+                texts.append(encode(item.prompt, item.rejected, item.chosen))
+                labels += [item.label, 1 - item.label]
+        except InputError as error:
+            raise InputError(f"preferences[{k}]: {error}") from error
+    return texts, torch.tensor(labels, dtype=torch.float32)
+
+
+def _tokens(progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else (lambda done, total: progress("encoding", done, total))

@@ -1,0 +1,301 @@
+"""From prompts and responses to token ids, segment by segment.
+
+A text is a list of named segments (``prompt``, ``first``, ``second``). Each is tokenised on its own, so a response's
+tokens never depend on its neighbours and encodings can be shared between pairs. Template text may hold special tokens;
+prompts and responses are hostile input and never produce one: ``<|im_end|>`` in a response becomes ordinary characters.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from rmcore._base.errors import InputError, reject
+from rmcore.judge.base import Message, Prompt
+
+__all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "check_prompt"]
+
+OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest"]
+"""``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
+alone are too long. ``truncate-right``: drop from the end, the longest response first, then the prompt's end.
+``truncate-longest``: drop from the end of whichever is longest, prompt or response, until all fits."""
+
+_POLICIES = ("error", "truncate-prompt-left", "truncate-right", "truncate-longest")
+
+_ROLE = re.compile(r"[\w.-]+")
+_FIELD = re.compile(r"\{(prompt|first|second)\}")
+# Private-use characters stand in for message contents while a chat template is rendered.
+_HOLD = "\ue0f0rm{}\ue0f1"
+_HELD = re.compile("\ue0f0rm(\\d+)\ue0f1")
+
+
+class Segment(NamedTuple):
+    """A named run of token ids: ``prompt``, ``first`` or ``second``, template text included where it belongs."""
+
+    name: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """One backbone input: its segments in order, the content length before any cut, and how many tokens were cut."""
+
+    segments: tuple[Segment, ...]
+    content_tokens: int
+    cut_tokens: int = 0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All token ids in order."""
+        return tuple(i for segment in self.segments for i in segment.ids)
+
+    def __len__(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """The text around the named segments; ``{prompt}``, ``{first}`` and ``{second}`` are the only fields.
+
+    ``single`` is used in difference mode (prompt and first), ``pair`` in concat mode. With a conversation, the part
+    after ``{prompt}`` becomes the assistant turn of the tokenizer's chat template.
+    """
+
+    single: str = "{prompt}\n\n{first}"
+    pair: str = "{prompt}\n\n### Response A\n{first}\n\n### Response B\n{second}"
+
+    def __post_init__(self) -> None:
+        for name, wanted in (("single", ["prompt", "first"]), ("pair", ["prompt", "first", "second"])):
+            found = _FIELD.findall(getattr(self, name))
+            if found != wanted:
+                reject(f"template.{name}", f"fields {found}", f"exactly {wanted}, in that order")
+
+
+def check_prompt(prompt: object, where: str = "prompt") -> None:
+    """Raise InputError unless ``prompt`` is a string or a non-empty list of ``{"role", "content"}`` strings."""
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, Sequence) or not prompt:
+        reject(where, type(prompt).__name__ if prompt else "an empty list", "a string or a list of messages")
+    for k, message in enumerate(prompt):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            reject(f"{where}[{k}]", repr(message)[:80], '{"role": str, "content": str}')
+
+
+class TextEncoder:
+    """Tokenises prompts and responses for one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer.
+        template: the text around the segments.
+        chat: ``auto`` uses the tokenizer's chat template for message lists and leaves plain prompts plain; ``always``
+            makes a plain prompt one user message; ``never`` writes messages as "Role: content" paragraphs.
+        append_eos: end plain texts with the tokenizer's eos token, for last-token pooling.
+        max_length: most tokens a text may have, specials included; None for no limit.
+        overlong: what happens to longer ones.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template: PairTemplate | None = None,
+        chat: Literal["auto", "always", "never"] = "auto",
+        append_eos: bool = False,
+        max_length: int | None = None,
+        overlong: OverlongPolicy = "error",
+    ) -> None:
+        if chat not in ("auto", "always", "never"):
+            reject("chat", repr(chat), "auto, always or never")
+        if overlong not in _POLICIES:
+            reject("overlong", repr(overlong), f"one of {', '.join(_POLICIES)}")
+        if max_length is not None and max_length < 1:
+            reject("max_length", max_length, "a positive number of tokens or None")
+        if chat == "always" and not getattr(tokenizer, "chat_template", None):
+            reject("chat", "'always'", "a tokenizer with a chat template")
+        self.tokenizer = tokenizer
+        self.template = template or PairTemplate()
+        self.chat = chat
+        self.append_eos = append_eos
+        self.max_length = max_length
+        self.overlong = overlong
+        # Whether special tokens count is a state of the tokenizer, set before each call: one caller at a time.
+        self._lock = threading.Lock()
+        self._literal = functools.lru_cache(maxsize=256)(self._tokenize_literal)
+        self._content = functools.lru_cache(maxsize=16384)(self._tokenize_content)
+        self._prefix, self._suffix = self._special_tokens()
+
+    def encode(self, prompt: Prompt, first: str, second: str | None = None) -> EncodedText:
+        """Tokenise one response (difference mode) or, with ``second``, one ordered pair (concat mode).
+
+        Raises InputError for an over-long text under the policy ``error``, or one the policy cannot shorten enough.
+        """
+        template = self.template.single if second is None else self.template.pair
+        texts = {"first": first} if second is None else {"first": first, "second": second}
+        uses_chat = self.chat == "always" or (
+            self.chat == "auto" and not isinstance(prompt, str) and bool(getattr(self.tokenizer, "chat_template", None))
+        )
+        pieces = self._chat_pieces(prompt, template) if uses_chat else self._plain_pieces(prompt, template)
+        return self._assemble(pieces, texts)
+
+    # A piece is (segment name, kind, text): kind "literal" is template text, "content" is hostile text and "field"
+    # names a response.
+    def _plain_pieces(self, prompt: Prompt, template: str) -> list[tuple[str, str, str]]:
+        text = prompt if isinstance(prompt, str) else _as_paragraphs(prompt)
+        return [("prompt", "ids", "prefix"), *_template_pieces(template, text), ("", "ids", "suffix")]
+
+    def _chat_pieces(self, prompt: Prompt, template: str) -> list[tuple[str, str, str]]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turn = template.split("{prompt}", 1)[1].lstrip("\n")
+        roles = [m["role"] for m in messages]
+        bad = [role for role in roles if not _ROLE.fullmatch(role)]
+        if bad:  # a role is rendered as template text, where special tokens count
+            reject("prompt.role", repr(bad[0])[:80], "a word")
+        held = [{"role": role, "content": _HOLD.format(k)} for k, role in enumerate([*roles, "assistant"])]
+        try:
+            parts = _HELD.split(str(self.tokenizer.apply_chat_template(held, tokenize=False)))
+        except Exception as error:  # a template is a program and may raise anything
+            raise InputError(
+                f"prompt: got roles {roles}, which this tokenizer's chat template refuses ({error}), expected roles it "
+                "renders, then an assistant turn"
+            ) from error
+        if [int(k) for k in parts[1::2]] != list(range(len(held))):
+            reject("prompt", f"roles {roles}", "roles this tokenizer's chat template renders, each once and in order")
+        pieces: list[tuple[str, str, str]] = [("prompt", "literal", parts[0])]
+        for k, after in zip(parts[1::2], parts[2::2], strict=True):
+            if int(k) < len(messages):
+                pieces += [("prompt", "content", messages[int(k)]["content"]), ("prompt", "literal", after)]
+            else:
+                pieces += [*_template_pieces(turn, None), ("", "literal", after)]
+        return pieces
+
+    def _assemble(self, pieces: list[tuple[str, str, str]], texts: dict[str, str]) -> EncodedText:
+        # Ids a policy may cut (content) are kept apart from those it may not (template, special tokens).
+        runs: list[tuple[str, bool, tuple[int, ...]]] = []
+        current = "prompt"
+        for name, kind, text in pieces:
+            current = name or current
+            if kind == "ids":
+                ids = self._prefix if text == "prefix" else self._suffix
+            elif kind == "literal":
+                ids = self._literal(text)
+            else:
+                ids = self._content(texts[text] if kind == "field" else text)
+            if ids:
+                runs.append((current, kind in ("content", "field"), ids))
+        content = sum(len(ids) for _, cuttable, ids in runs if cuttable)
+        excess = 0 if self.max_length is None else sum(len(ids) for *_, ids in runs) - self.max_length
+        if excess > 0:
+            runs = self._shorten(runs, excess)
+        segments: list[Segment] = []
+        for name in ("prompt", "first", "second"):
+            ids = tuple(i for run, _, part in runs if run == name for i in part)
+            if ids:
+                segments.append(Segment(name, ids))
+        return EncodedText(tuple(segments), content, max(excess, 0))
+
+    def _shorten(self, runs: list[tuple[str, bool, tuple[int, ...]]], excess: int) -> list[tuple[str, bool, Any]]:
+        total = sum(len(ids) for *_, ids in runs)
+        if self.overlong == "error":
+            reject(
+                "prompt and response",
+                f"{total} tokens",
+                f"at most {self.max_length}",
+                f"Pass a larger max_length, or an overlong policy: {', '.join(_POLICIES[1:])}",
+            )
+        sizes = [len(ids) if cuttable else 0 for _, cuttable, ids in runs]
+        left = [0] * len(runs)
+        right = [0] * len(runs)
+        prompts = [k for k, run in enumerate(runs) if run[0] == "prompt" and run[1]]
+        if self.overlong == "truncate-prompt-left":
+            for k in prompts:
+                left[k] = min(sizes[k], excess)
+                excess -= left[k]
+        else:
+            # A unit is what is shortened as one: a response, or all messages of the prompt.
+            units = [[k] for k, run in enumerate(runs) if run[0] != "prompt" and run[1]]
+            if self.overlong == "truncate-longest" and prompts:
+                units.insert(0, prompts)
+            excess -= _level(units, sizes, right, excess)
+            if self.overlong == "truncate-right":
+                excess -= _level([prompts], sizes, right, excess)
+        if excess > 0:
+            reject(
+                "prompt and response",
+                f"{total} tokens, of which {excess} too many remain after the policy {self.overlong!r}",
+                f"at most {self.max_length}",
+            )
+        return [(name, cut, ids[left[k] : len(ids) - right[k]]) for k, (name, cut, ids) in enumerate(runs)]
+
+    def _tokenize_literal(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+        return tuple(encoded["input_ids"])
+
+    def _tokenize_content(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        # JSON may carry half a surrogate pair, which no tokenizer takes: it becomes U+FFFD.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return tuple(encoded["input_ids"])
+
+    def _special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        # What the tokenizer puts around a text ([CLS] ... [SEP], <s> ...), found from an example, not from names.
+        bare = self._tokenize_literal("a")
+        full = tuple(self.tokenizer("a")["input_ids"])
+        start = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
+        prefix, suffix = full[:start], full[start + len(bare) :]
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        if self.append_eos and eos is not None and suffix[-1:] != (eos,):
+            suffix = (*suffix, eos)
+        return prefix, suffix
+
+
+def _level(units: list[list[int]], sizes: list[int], right: list[int], excess: int) -> int:
+    """Cut up to ``excess`` tokens from the ends of ``units`` into ``right``, the longest unit first; how many it was.
+
+    The longest is brought down to the next longest (or as far as needed) before another is touched, so none pays for
+    another.
+    """
+    left = [sum(sizes[k] for k in unit) for unit in units]
+    cut = 0
+    while cut < excess and any(left):
+        longest = max(range(len(units)), key=lambda n: left[n])
+        others = max((size for n, size in enumerate(left) if n != longest), default=0)
+        drop = min(max(1, left[longest] - others), excess - cut, left[longest])
+        left[longest] -= drop
+        cut += drop
+        for k in reversed(units[longest]):
+            taken = min(drop, sizes[k] - right[k])
+            right[k] += taken
+            drop -= taken
+    return cut
+
+
+def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, str]]:
+    """Literals and fields of a template; a literal belongs to the segment that follows it."""
+    parts = _FIELD.split(template)
+    pieces: list[tuple[str, str, str]] = []
+    for literal, name in zip(parts[0::2], [*parts[1::2], ""], strict=True):
+        pieces.append((name, "literal", literal))
+        if name == "prompt":
+            pieces.append(("prompt", "content", prompt or ""))
+        elif name:
+            pieces.append((name, "field", name))
+    return pieces
+
+
+def _as_paragraphs(messages: Sequence[Message]) -> str:
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\n\nAssistant:"

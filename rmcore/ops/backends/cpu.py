@@ -1,0 +1,386 @@
+"""The ``cpu`` backend: fused, multi-threaded kernels over ``rmcore._cpu`` (csrc/cpu), ISA chosen at run time.
+
+What to know as a caller:
+
+- Threads follow ``torch.get_num_threads()`` at each call. Results do not depend on it: every sum has one order. A row's
+  scores (a group's pairs) do not depend on what else is in the call; the sums of ``accumulate`` do, in their rounding.
+  Results depend on the instruction set (``RMCORE_CPU_ISA``).
+- bf16 heads on a CPU with AVX-512 bf16 dot products multiply hidden rows and c rounded to bf16; float32 and fp16 rows
+  are taken in two bf16 terms where 2 h ≤ D, which costs little there. On every other CPU, and for fp16 and fp32 heads
+  everywhere, rows and c stay float32. So fp16 is the accurate 16-bit head here and bf16 the fast one.
+- int8 heads round hidden rows and c to whole numbers too, with a factor a row, on every CPU: sums are exact integers
+  where there are 8-bit dot products (AVX-512 VNNI), and float32 sums of the same whole numbers elsewhere.
+- float64 rows are computed in float32; for float64 arithmetic use the ``torch`` backend.
+- The first call with a head packs its weights into column panels kept in ``cache``: the head then exists twice in
+  memory, canonical and packed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmcore.ops import reference
+from rmcore.ops.reference import Likelihood
+from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
+
+try:
+    from rmcore import _cpu
+except ImportError as error:  # pragma: no cover - a build without the native module
+    _cpu = None
+    _missing = str(error)
+
+__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
+
+_ALIGNMENT = 64
+_HUGE_PAGE = 2 << 20
+_FEATURE_BYTES = 1 << 29
+"""Pairs mode keeps c of this many bytes at a time; beyond it the pairs are taken in runs, and rows once per run."""
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+_WEIGHT_NAMES = {**_NAMES, torch.int8: "int8"}
+
+
+def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``op`` cannot run here for weights in ``dtype`` on ``device``, or None."""
+    if _cpu is None:
+        return f"rmcore._cpu was not built ({_missing})"
+    if not hasattr(_cpu, op):
+        return "rmcore._cpu is from an older build; install again"
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in SERVING_DTYPES:
+        return f"no kernel for {dtype} weights"
+    return None
+
+
+# -- packed weights --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A native view and what its pointers lead to."""
+
+    view: Any
+    owners: tuple[Tensor | _Packed | None, ...]
+
+
+_packing = threading.RLock()
+"""Threads that meet at a new head pack it once: a second copy would free the first under a call that reads it."""
+
+
+def _aligned(nbytes: int, alignment: int = _ALIGNMENT) -> Tensor:
+    """An uninitialised uint8 tensor of ``nbytes`` whose address is a multiple of ``alignment``."""
+    raw = torch.empty(nbytes + alignment, dtype=torch.uint8)
+    start = -raw.data_ptr() % alignment
+    return raw[start : start + nbytes]
+
+
+def _large(nbytes: int) -> Tensor:
+    # Panels are read in long runs: on huge pages where there is more than one of them to fill.
+    if nbytes < _HUGE_PAGE:
+        return _aligned(nbytes)
+    tensor = _aligned(nbytes, _HUGE_PAGE)
+    _cpu.advise_huge(tensor.data_ptr(), nbytes)
+    return tensor
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _panels(matrix: Tensor | None) -> Tensor | None:
+    """(N, K) as panels of 64 output columns (csrc/cpu/pack.cpp)."""
+    if matrix is None:
+        return None
+    matrix = matrix.contiguous()
+    rows, cols = matrix.shape
+    panels = _large(_round_up(rows, _cpu.PANEL) * _round_up(cols, 4) * matrix.element_size())
+    _cpu.pack_panels(
+        matrix.data_ptr(), _WEIGHT_NAMES[matrix.dtype], rows, cols, panels.data_ptr(), torch.get_num_threads()
+    )
+    return panels
+
+
+def _factor_panels(weights: HeadWeights) -> Tensor:
+    """The packed tiles of U as triangular panels (csrc/cpu/pack.cpp)."""
+    tiles, count = weights.factor.contiguous(), -(-weights.num_features // _cpu.PANEL)
+    panels = _large(_cpu.PANEL**2 * (count * (count + 1) // 2) * tiles.element_size())
+    _cpu.pack_factor(
+        tiles.data_ptr(), _WEIGHT_NAMES[tiles.dtype], weights.num_features, panels.data_ptr(), torch.get_num_threads()
+    )
+    return panels
+
+
+def _padded(vector: Tensor | None, size: int) -> Tensor:
+    """``vector`` (zeros where None) in float32, zero-padded to whole panels."""
+    padded = torch.zeros(_round_up(size, _cpu.PANEL))
+    if vector is not None:
+        padded[:size] = vector
+    return padded
+
+
+def _row_sums(whole: Tensor | None) -> Tensor | None:
+    """Σ of each int8 row, zero-padded to whole panels."""
+    if whole is None or whole.dtype != torch.int8:
+        return None
+    sums = torch.zeros(_round_up(whole.shape[0], _cpu.PANEL), dtype=torch.int32)
+    sums[: whole.shape[0]] = whole.sum(dim=1, dtype=torch.int32)
+    return sums
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _once(cache: dict[str, object], pack: Callable[[], _Packed]) -> _Packed:
+    packed = cache.get("cpu")
+    if not isinstance(packed, _Packed):
+        with _packing:
+            packed = cache.get("cpu")
+            if not isinstance(packed, _Packed):
+                packed = cache["cpu"] = pack()
+    return packed
+
+
+def _pack_map(feature_map: FeatureMap) -> _Packed:
+    layer, projection = _panels(feature_map.layer_weight), _panels(feature_map.projection)
+    size = 0 if feature_map.layer_weight is None else feature_map.layer_weight.shape[0]
+    bias = None if layer is None else _padded(feature_map.layer_bias, size)
+    phase = None if projection is None else _padded(feature_map.phase, feature_map.num_features)
+    scale, sums = None, _row_sums(feature_map.projection)
+    if feature_map.projection_scale is not None:
+        scale = _padded(feature_map.projection_scale, feature_map.num_features)
+    shift, balance = feature_map.hidden_shift, feature_map.hidden_scale
+    view = _cpu.Map(
+        dtype=_WEIGHT_NAMES[feature_map.dtype],
+        cosine=feature_map.features == "rff",
+        tanh=feature_map.activation == "tanh",
+        layernorm=feature_map.layernorm,
+        hidden=feature_map.hidden_size,
+        layer_size=size,
+        features=feature_map.num_features,
+        layer=_address(layer),
+        layer_bias=_address(bias),
+        projection=_address(projection),
+        phase=_address(phase),
+        input_scale=feature_map.input_scale,
+        projection_scale=_address(scale),
+        projection_sum=_address(sums),
+        hidden_shift=_address(shift),
+        hidden_scale=_address(balance),
+    )
+    return _Packed(view, (layer, bias, projection, phase, scale, sums, shift, balance))
+
+
+def _pack_head(weights: HeadWeights) -> _Packed:
+    feature_map = _once(weights.map.cache, lambda: _pack_map(weights.map))
+    beta, factor = _padded(weights.beta, weights.num_features), _factor_panels(weights)
+    scale, sums, diagonal = None, None, None
+    if weights.factor_row_scale is not None:
+        diagonal = _padded(weights.factor_diagonal, weights.num_features)
+        scale = _padded(weights.factor_row_scale, weights.num_features)
+        sums = _row_sums(reference.unpack_lower(weights.factor, weights.num_features))
+    view = _cpu.Head(
+        map=feature_map.view,
+        beta=beta.data_ptr(),
+        factor=factor.data_ptr(),
+        beta0=weights.beta0,
+        factor_scale=weights.factor_scale,
+        amplitude=weights.amplitude,
+        factor_row_scale=_address(scale),
+        factor_row_sum=_address(sums),
+        factor_diagonal=_address(diagonal),
+    )
+    return _Packed(view, (feature_map, beta, factor, scale, sums, diagonal))
+
+
+def _map(feature_map: FeatureMap) -> Any:
+    return _once(feature_map.cache, lambda: _pack_map(feature_map)).view
+
+
+def _head(weights: HeadWeights) -> Any:
+    return _once(weights.cache, lambda: _pack_head(weights)).view
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def _rows(hidden: Tensor) -> tuple[Tensor, tuple[int, str, int, int, int]]:
+    """``hidden`` as the kernels take it. What comes back first must outlive the call."""
+    if hidden.dtype not in _NAMES:
+        hidden = hidden.float()
+    row_stride, col_stride = hidden.stride()
+    return hidden, (hidden.data_ptr(), _NAMES[hidden.dtype], hidden.shape[0], row_stride, col_stride)
+
+
+def _run(kernel: Callable[..., int]) -> None:
+    """``kernel`` with the workspace it asks for."""
+    workspace = _large(max(kernel(workspace=0, workspace_bytes=0), 1))
+    kernel(workspace=workspace.data_ptr(), workspace_bytes=workspace.numel())
+
+
+def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
+    """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
+    hidden, rows = _rows(hidden)
+    _run(functools.partial(_cpu.score, _head(weights), *rows, out.data_ptr(), torch.get_num_threads()))
+
+
+def accumulate(
+    hidden: Tensor,
+    labels: Tensor,
+    feature_map: FeatureMap,
+    beta: Tensor,
+    precision: Tensor,
+    gradient: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None,
+    beta0: float,
+    likelihood: Likelihood,
+) -> Tensor:
+    """Add ΦᵀWΦ (lower triangle) and Φᵀ(y−p) in place, return Σ log-likelihood. See :func:`rmcore.ops.accumulate`."""
+    total = torch.zeros((), dtype=torch.float64)
+    if pairs is None:
+        _accumulate(
+            hidden, labels, feature_map, beta, precision, gradient, None, sample_weight, beta0, likelihood, total
+        )
+        return total
+    stride = _round_up(feature_map.num_features, _cpu.PANEL)
+    rows_at_once = max(_FEATURE_BYTES // (4 * stride), 2)
+    step = pairs.shape[0] if hidden.shape[0] <= rows_at_once else rows_at_once // 2
+    for start in range(0, pairs.shape[0], max(step, 1)):
+        run = slice(start, start + step)
+        members, local = (None, pairs[run]) if step == pairs.shape[0] else pairs[run].unique(return_inverse=True)
+        part = torch.zeros((), dtype=torch.float64)
+        _accumulate(
+            hidden if members is None else hidden[members],
+            labels[run],
+            feature_map,
+            beta,
+            precision,
+            gradient,
+            local,
+            None if sample_weight is None else sample_weight[run],
+            beta0,
+            likelihood,
+            part,
+        )
+        total += part
+    return total
+
+
+def _accumulate(
+    hidden: Tensor,
+    labels: Tensor,
+    feature_map: FeatureMap,
+    beta: Tensor,
+    precision: Tensor,
+    gradient: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None,
+    beta0: float,
+    likelihood: Likelihood,
+    total: Tensor,
+) -> None:
+    view = _map(feature_map)
+    hidden, rows = _rows(hidden)
+    d = feature_map.num_features
+    features = None
+    if pairs is not None:
+        pairs = pairs.contiguous()
+        features = (
+            _aligned(4 * hidden.shape[0] * _round_up(d, _cpu.PANEL)).view(torch.float32).view(hidden.shape[0], -1)
+        )
+        _run(
+            functools.partial(
+                _cpu.features, view, *rows, features.data_ptr(), features.shape[1], torch.get_num_threads()
+            )
+        )
+    padded_beta = _padded(beta * feature_map.feature_scale, d)
+    labels = labels.float().contiguous()
+    sample_weight = None if sample_weight is None else sample_weight.float().contiguous()
+    gram, slope = precision.contiguous(), gradient.contiguous()
+    _run(
+        functools.partial(
+            _cpu.accumulate,
+            view,
+            *rows,
+            beta=padded_beta.data_ptr(),
+            beta0=beta0,
+            logistic=likelihood == "logistic",
+            feature_scale=feature_map.feature_scale,
+            labels=labels.data_ptr(),
+            sample_weight=_address(sample_weight),
+            features=_address(features),
+            features_stride=0 if features is None else features.shape[1],
+            pairs=_address(pairs),
+            pair_count=0 if pairs is None else pairs.shape[0],
+            precision=gram.data_ptr(),
+            precision_double=gram.dtype == torch.float64,
+            gradient=slope.data_ptr(),
+            gradient_double=slope.dtype == torch.float64,
+            log_likelihood=total.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+    )
+    if gram.data_ptr() != precision.data_ptr():
+        precision.copy_(gram)
+    if slope.data_ptr() != gradient.data_ptr():
+        gradient.copy_(slope)
+
+
+def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
+    """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
+    hidden, rows = _rows(hidden)
+    sizes = group_sizes.contiguous()
+    pairs = int((sizes * (sizes - 1)).sum()) // 2
+    logits, variances = torch.empty(pairs), torch.empty(pairs)
+    if pairs:
+        _run(
+            functools.partial(
+                _cpu.pair_variance,
+                _head(weights),
+                *rows,
+                sizes.data_ptr(),
+                sizes.numel(),
+                logits.data_ptr(),
+                variances.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+    return logits, variances
+
+
+def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """σ(W) and the new right vector, in float32 arithmetic. See :func:`rmcore.ops.power_iteration`."""
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    v = vector.to(torch.float32, copy=True).contiguous()
+    sigma = torch.full((), math.nan)
+    _run(
+        functools.partial(
+            _cpu.power_iteration,
+            weight.data_ptr(),
+            _NAMES[weight.dtype],
+            weight.shape[0],
+            weight.shape[1],
+            weight.stride(0),
+            iterations,
+            v.data_ptr(),
+            sigma.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return sigma.to(vector.dtype), v.to(vector.dtype)

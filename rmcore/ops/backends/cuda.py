@@ -1,0 +1,268 @@
+"""The ``cuda`` backend: latency kernels for small batches on NVIDIA GPUs from compute capability 8.0 (csrc/cuda).
+
+``score`` is one cooperative launch for up to 64 rows; ``power_iteration`` reads its matrix once per iteration. Results
+are bit-identical from run to run. The native module is loaded on first use and allocates nothing: weights are used
+where they lie (rows that do not begin at multiples of 16 bytes are copied once, into ``weights.cache``), and the
+workspace comes from torch, one for each device and stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import BackendError
+from rmcore.ops.reference import Likelihood
+from rmcore.ops.weights import FeatureMap, HeadWeights
+
+__all__ = ["MAX_ROWS", "accumulate", "declines", "pair_variance", "power_iteration", "score", "unavailable"]
+
+MAX_ROWS = 64
+"""Rows of one ``score`` call."""
+
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_DTYPES = {"score": (torch.float16, torch.bfloat16), "power_iteration": tuple(_NAMES)}
+_CACHE = "cuda"
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+@functools.cache
+def _native() -> Any | None:
+    try:
+        return importlib.import_module("rmcore._cuda")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _lacking(index: int) -> str | None:
+    """What device ``index`` or this build lacks to run any kernel here."""
+    native = _native()
+    if native is None:
+        return "rmcore._cuda is not part of this build (nvcc was not found, or RMCORE_CUDA was off)"
+    if index >= native.device_count():
+        return f"no CUDA device {index} for this process"
+    properties = native.properties(index)
+    if properties["capability"] < (8, 0):
+        return f"compute capability {'.'.join(map(str, properties['capability']))}, the kernels need 8.0"
+    return None if properties["cooperative"] else "the device has no cooperative launch"
+
+
+def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``op`` cannot run on weights of ``dtype`` on ``device``, or None."""
+    if op not in _DTYPES:
+        return f"has no {op} kernel; triton serves it"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on a CUDA device"
+    if dtype not in _DTYPES[op]:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[op])
+        return f"{op} serves {names} weights, not {str(dtype).removeprefix('torch.')}"
+    if _native() is None or _native().device_count() == 0:  # type: ignore[union-attr]
+        return _lacking(0)
+    return _lacking(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def declines(op: str, rows: int, weights: HeadWeights | FeatureMap | Tensor | None) -> str | None:
+    """Why a call that :func:`unavailable` allows should go elsewhere for its shape, or None.
+
+    ``weights`` is the head for ``score`` and the matrix for ``power_iteration``.
+    """
+    if op == "score" and isinstance(weights, HeadWeights):
+        if rows > MAX_ROWS:
+            return f"batch of {rows} rows: the latency kernel serves up to {MAX_ROWS}"
+        if weights.map.projection is None:
+            return "linear features without a projection: the latency kernel starts from one"
+    if op == "power_iteration" and isinstance(weights, Tensor):
+        native = _native()
+        widest = 0 if native is None else native.max_power_columns(weights.element_size())
+        if native is not None and weights.shape[1] > widest:
+            return f"matrix of {weights.shape[1]} columns: the kernel serves up to {widest} in {weights.dtype}"
+        if weights.numel() == 0:
+            return "empty matrix"
+    return None
+
+
+def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls the native module; its errors, which name the CUDA call, become BackendError."""
+    try:
+        return function(*args, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"backend: cuda: {error}") from error
+
+
+def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
+    """At least ``size`` bytes that only ``stream`` uses; their contents do not matter.
+
+    A captured graph gets its own from its own memory pool, since it may be replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    key = (device.index, stream)
+    found = _workspaces.get(key)
+    if found is None or found.numel() < size:
+        found = _workspaces[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    return found
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """``matrix`` with rows that begin at multiples of 16 bytes and end in zeros up to the next; a copy if need be."""
+    unit = 16 // matrix.element_size()
+    rows, columns = matrix.shape
+    in_rows = columns % unit == 0 and (rows <= 1 or matrix.stride(0) % unit == 0) and matrix.stride(1) == 1
+    if in_rows and matrix.data_ptr() % 16 == 0 and (rows <= 1 or matrix.stride(0) >= columns):
+        return matrix
+    copy = matrix.new_zeros(rows, -(-columns // unit) * unit)
+    copy[:, :columns] = matrix
+    return copy
+
+
+@dataclass
+class _Prepared:
+    """A head as the native module sees it, and the tensors that must live as long."""
+
+    head: Any
+    tensors: tuple[Tensor | None, ...]
+    plans: dict[int, Any] = field(default_factory=dict)
+
+
+def _prepare(weights: HeadWeights) -> _Prepared:
+    found = weights.cache.get(_CACHE)
+    if isinstance(found, _Prepared):
+        return found
+    native, m = _native(), weights.map
+    if native is None or m.projection is None or m.phase is None:
+        raise BackendError(f"backend: got 'cuda', which cannot run score here: {declines('score', 1, weights)}")
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "backend: cuda: the first call with a head copies weights; score once before capturing a graph"
+        )
+    projection = _aligned(m.projection)
+    layer = None if m.layer_weight is None else _aligned(m.layer_weight)
+    phase, beta = m.phase.float().contiguous(), weights.beta.float().contiguous()
+    bias = None if m.layer_bias is None else m.layer_bias.float().contiguous()
+    factor = weights.factor.contiguous()
+    factor = factor if factor.data_ptr() % 16 == 0 else factor.clone()
+    head = _run(
+        native.Head,
+        dtype=_NAMES[weights.dtype],
+        hidden_size=m.hidden_size,
+        num_features=m.num_features,
+        layer_size=0 if layer is None else layer.shape[0],
+        projection=projection.data_ptr(),
+        projection_pitch=projection.stride(0),
+        phase=phase.data_ptr(),
+        layer=0 if layer is None else layer.data_ptr(),
+        layer_pitch=0 if layer is None else layer.stride(0),
+        layer_bias=0 if bias is None else bias.data_ptr(),
+        beta=beta.data_ptr(),
+        factor=factor.data_ptr(),
+        tanh=m.activation == "tanh",
+        layernorm=m.layernorm,
+        linear=m.features == "linear",
+        input_scale=m.input_scale,
+        beta0=weights.beta0,
+        factor_scale=weights.factor_scale,
+        amplitude=weights.amplitude,
+    )
+    # Of threads that meet at a new head the first one's copy stays, and is what all of them use.
+    kept = weights.cache.setdefault(_CACHE, _Prepared(head, (projection, layer, phase, bias, beta, factor)))
+    assert isinstance(kept, _Prepared)
+    return kept
+
+
+def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
+    """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
+    rows = hidden.shape[0]
+    if rows == 0:
+        return
+    reason = declines("score", rows, weights)
+    if reason is not None:
+        raise BackendError(f"backend: got 'cuda', which cannot run this score: {reason}")
+    hidden = hidden.detach()
+    if hidden.dtype not in _NAMES:
+        hidden = hidden.float()
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    native, prepared, device = _native(), _prepare(weights), hidden.device
+    assert native is not None
+    bucket = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+    plan = prepared.plans.get(bucket)
+    if plan is None:
+        plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, device.index)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    workspace = _workspace(device, stream, plan.workspace_bytes)
+    _run(
+        native.score,
+        prepared.head,
+        plan,
+        hidden.data_ptr(),
+        _NAMES[hidden.dtype],
+        hidden.stride(0) if rows > 1 else 0,
+        rows,
+        out.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        device.index,
+        stream,
+    )
+
+
+def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """σ(W) and the new right vector, in the vector's dtype. See :func:`rmcore.ops.power_iteration`."""
+    native, device = _native(), weight.device
+    reason = declines("power_iteration", 0, weight)
+    if native is None or reason is not None:
+        raise BackendError(f"backend: got 'cuda', which cannot run this power_iteration: {reason or _lacking(0)}")
+    m, h = weight.shape
+    matrix = _aligned(weight.detach())
+    start = vector.detach().to(device=device, dtype=torch.float32).contiguous()
+    plan = _run(native.PowerPlan, m, h, matrix.element_size(), device.index)
+    result = torch.empty(h + 1, dtype=torch.float32, device=device)
+    sigma, new = result[h], result[:h]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    workspace = _workspace(device, stream, plan.workspace_bytes)
+    _run(
+        native.power_iteration,
+        plan,
+        _NAMES[weight.dtype],
+        matrix.data_ptr(),
+        matrix.stride(0) if m > 1 else matrix.shape[1],
+        m,
+        h,
+        start.data_ptr(),
+        iterations,
+        sigma.data_ptr(),
+        new.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        device.index,
+        stream,
+    )
+    return sigma.to(vector.dtype), new.to(vector.dtype)
+
+
+def accumulate(
+    hidden: Tensor,
+    labels: Tensor,
+    feature_map: FeatureMap,
+    beta: Tensor,
+    precision: Tensor,
+    gradient: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None,
+    beta0: float,
+    likelihood: Likelihood,
+) -> NoReturn:
+    """Not a latency problem: always raises. See :func:`unavailable`."""
+    raise BackendError(f"backend: cuda {unavailable('accumulate', hidden.device, feature_map.dtype)}")
+
+
+def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> NoReturn:
+    """Not a latency problem: always raises. See :func:`unavailable`."""
+    raise BackendError(f"backend: cuda {unavailable('pair_variance', hidden.device, weights.dtype)}")

@@ -1,0 +1,269 @@
+"""The ``triton`` backend: the kernels of ``rmcore.kernels`` on any GPU Triton compiles for, or in its interpreter.
+
+Outputs and workspaces are torch tensors, launches go to the current stream of the tensors' device, nothing waits for
+the GPU and no shape decides anything after the launch: a captured CUDA graph replays it. Triton is imported by the
+first call. Rows are taken in chunks, so a workspace stays below :data:`WORKSPACE` bytes whatever B is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rmcore.ops.reference import Likelihood
+from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
+
+if TYPE_CHECKING:
+    from rmcore.kernels.heuristics import Device
+
+__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
+
+WORKSPACE = 256 << 20
+"""Bytes of features held at a time. 32,768 rows at D = 4096 in 16 bits: thousands of tiles, so chunks cost nothing."""
+GRAM_WORKSPACE = 128 << 20
+"""The same for ``accumulate``, whose float32 sums run over one chunk: 16,384 rows at D = 4096 in 16 bits."""
+PAIR_WORKSPACE = 2 << 30
+"""Bytes of float32 features up to which ``accumulate`` computes every row once, however many pairs share it."""
+_MIN_CAPABILITY = (8, 0)
+_MAX_RUNS = 4
+
+
+# -- what can run ----------------------------------------------------------------------------------------------------
+
+
+def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``op`` cannot run here, or None."""
+    if dtype not in SERVING_DTYPES or dtype == torch.int8:
+        return f"it computes in float16, bfloat16 and float32, not {dtype}"
+    if not _installed():
+        return "triton is not installed"
+    if device.type == "cpu" and _interpreted():
+        return "the interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"it needs a GPU and the tensors are on {device.type}"
+    if _interpreted():
+        return "TRITON_INTERPRET=1 is set"
+    capability = (9, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"it needs compute capability 8.0 and the device has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device.
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _device(device: torch.device) -> Device:
+    from rmcore.kernels import heuristics
+
+    return heuristics.device(device)
+
+
+def _chunk(budget: int, columns: int, element: int) -> int:
+    """Rows of ``columns`` elements that fit the budget, a multiple of 256."""
+    return max(256, budget // (columns * element) // 256 * 256)
+
+
+# -- score -----------------------------------------------------------------------------------------------------------
+
+
+def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
+    """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
+    from rmcore.kernels import features, variance
+
+    device = _device(hidden.device)
+    d = weights.num_features
+    chunk = _chunk(WORKSPACE, d, weights.dtype.itemsize)
+    with _on(hidden):
+        for start in range(0, hidden.shape[0], chunk):
+            rows = hidden[start : start + chunk]
+            c, logits = features.features(rows, weights.map, device, beta=weights.beta)
+            assert logits is not None
+            variance.score(
+                logits,
+                variance.squares(c, weights.factor, d, device),
+                out[:, start : start + chunk],
+                beta0=weights.beta0,
+                factor_scale=weights.factor_scale,
+                amplitude=weights.amplitude,
+            )
+
+
+# -- accumulate ------------------------------------------------------------------------------------------------------
+
+
+def accumulate(
+    hidden: Tensor,
+    labels: Tensor,
+    feature_map: FeatureMap,
+    beta: Tensor,
+    precision: Tensor,
+    gradient: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None,
+    beta0: float,
+    likelihood: Likelihood,
+) -> Tensor:
+    """Add ΦᵀWΦ (lower triangle) and Φᵀ(y−p) in place, return Σ log-likelihood. See :func:`rmcore.ops.accumulate`."""
+    from rmcore.kernels import features, gram
+
+    device = _device(hidden.device)
+    d, serving, scale = feature_map.num_features, feature_map.dtype, feature_map.feature_scale
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    n = labels.shape[0]
+    labels = labels.to(torch.float32).contiguous()
+    sample_weight = None if sample_weight is None else sample_weight.to(torch.float32).contiguous()
+    beta = beta.to(torch.float32).contiguous()
+    target = precision.contiguous()
+    chunk = _chunk(GRAM_WORKSPACE, d, serving.itemsize if pairs is None else 8)
+    with _on(hidden):
+        # In difference mode the rows' features are kept in float32 until they are subtracted: all of them where they
+        # fit, so that rows shared by many pairs are computed once, or else those of a chunk's pairs.
+        shared = None
+        if pairs is not None:
+            pairs = pairs.contiguous()
+            if n and hidden.shape[0] * d * 4 <= PAIR_WORKSPACE:
+                shared = features.features(hidden, feature_map, device, beta=beta, dtype=torch.float32)
+        for start in range(0, n, chunk):
+            part = slice(start, min(start + chunk, n))
+            index = None if pairs is None else pairs[part]
+            if index is None:
+                c, logits = features.features(hidden[part], feature_map, device, beta=beta)
+            elif shared is not None:
+                c, logits = shared
+            else:
+                rows = hidden.index_select(0, index.flatten())
+                c, logits = features.features(rows, feature_map, device, beta=beta, dtype=torch.float32)
+                index = torch.arange(rows.shape[0], device=hidden.device).reshape(-1, 2)
+            assert logits is not None
+            weighed = gram.weigh(
+                c,
+                logits,
+                labels[part],
+                dtype=serving,
+                feature_scale=scale,
+                beta0=beta0,
+                logistic=likelihood == "logistic",
+                pairs=index,
+                sample_weight=None if sample_weight is None else sample_weight[part],
+            )
+            gram.gram(weighed.weighted, target, device, scale=scale * scale)
+            gradient += (weighed.gradient[:, :d].sum(0, dtype=torch.float64) * scale).to(gradient.dtype)
+            total += weighed.likelihood.sum(dtype=torch.float64)
+    if target is not precision:
+        precision.copy_(target)
+    return total
+
+
+# -- pair_variance ---------------------------------------------------------------------------------------------------
+
+
+def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
+    """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
+    from rmcore.kernels import features, pair_variance, variance
+
+    device = _device(hidden.device)
+    d = weights.num_features
+    sizes: list[int] = group_sizes.tolist()
+    count = sum(k * (k - 1) // 2 for k in sizes)
+    g = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    v = torch.empty_like(g)
+    chunk = _chunk(WORKSPACE, d, 8 + weights.dtype.itemsize)
+    row = pair = 0
+    with _on(hidden):
+        for groups in _chunks(sizes, chunk):
+            rows = sum(groups)
+            first, left, right = _pair_rows(groups, hidden.device)
+            taken = left.shape[0]
+            if taken:
+                c = features.features(hidden[row : row + rows], weights.map, device, dtype=torch.float32).c
+                centred, logits = pair_variance.centre(c, first, weights.beta, weights.dtype)
+                y = variance.product(centred, weights.factor, d, device)
+                out = slice(pair, pair + taken)
+                pair_variance.pairs(y, logits, left, right, g[out], v[out], weights.factor_scale)
+            row, pair = row + rows, pair + taken
+    return g, v
+
+
+def _chunks(sizes: list[int], limit: int) -> list[list[int]]:
+    """Whole groups, together at most ``limit`` rows or a single group."""
+    chunks: list[list[int]] = []
+    rows = 0
+    for k in sizes:
+        if not chunks or (rows and rows + k > limit):
+            chunks.append([])
+            rows = 0
+        chunks[-1].append(k)
+        rows += k
+    return chunks
+
+
+def _pair_rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's first row of its group (R,), and the rows i < j of every pair (Q,).
+
+    Runs of groups of one size are made on the device from numbers alone, which a graph can capture. Where sizes keep
+    changing that is a launch or ten a group, so they are made on the host and copied, unless a graph is being captured.
+    """
+    runs = [(k, len(list(same))) for k, same in itertools.groupby(sizes)]
+    if len(runs) > _MAX_RUNS and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        made = _ragged_pair_rows(torch.tensor(sizes))
+        if device.type == "cuda":
+            made = tuple(t.pin_memory() for t in made)
+        first, left, right = (t.to(device, non_blocking=True) for t in made)
+        return first, left, right
+    firsts, lefts, rights = [], [], []
+    start = 0
+    for k, count in runs:
+        heads = torch.arange(count, device=device)[:, None] * k + start
+        i, j = torch.triu_indices(k, k, 1, device=device)
+        firsts.append(heads.expand(-1, k).reshape(-1))
+        lefts.append((heads + i).reshape(-1))
+        rights.append((heads + j).reshape(-1))
+        start += count * k
+    return torch.cat(firsts), torch.cat(lefts), torch.cat(rights)
+
+
+def _ragged_pair_rows(sizes: Tensor) -> tuple[Tensor, ...]:
+    starts = sizes.cumsum(0) - sizes
+    pairs = sizes * (sizes - 1) // 2
+    group = torch.repeat_interleave(torch.arange(len(sizes)), pairs)
+    k = sizes[group]
+    # Pairs still to come in the group, this one included, number r = (k − i)(k − i − 1)/2 at the start of row i.
+    left = pairs[group] - (torch.arange(len(group)) - (pairs.cumsum(0) - pairs)[group])
+    i = k - 1 - (((8 * left - 7).double().sqrt() + 1) / 2).floor().long()
+    j = k - (left - (k - i - 1) * (k - i - 2) // 2)
+    return torch.repeat_interleave(starts, sizes), starts[group] + i, starts[group] + j
+
+
+# -- power_iteration -------------------------------------------------------------------------------------------------
+
+
+def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """σ(W) and the new right vector, in the vector's dtype. See :func:`rmcore.ops.power_iteration`."""
+    from rmcore.kernels import power_iteration
+    from rmcore.ops import reference
+
+    if weight.shape[1] > power_iteration.MAX_COLUMNS or weight.shape[0] == 0:
+        return reference.power_iteration(weight, vector, iterations)
+    with _on(weight):
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        sigma, v = power_iteration.power_iteration(weight, vector, iterations, _device(weight.device))
+    return sigma.to(vector.dtype), v.to(vector.dtype)

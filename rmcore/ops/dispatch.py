@@ -1,0 +1,112 @@
+"""Which backend runs an operation: a table of orders, and :func:`explain`, which tells without running."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import BackendError, reject
+from rmcore.ops.weights import FeatureMap, HeadWeights
+
+__all__ = ["OPS", "Backend", "Explanation", "check_group_sizes", "check_pairs", "explain", "select"]
+
+Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "cuda"]
+OPS = ("score", "accumulate", "pair_variance", "power_iteration")
+
+# Fastest first, by device type. On CPUs the order is measured (bench/results/cpu.json). On GPUs it is by design, not
+# yet by measurement: one launch with grid barriers for small batches, GEMM-shaped kernels for the rest.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_ALL = ("cuda", "triton", "cpu", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Which backend would run (``none`` where a named one cannot), and why each other considered would not."""
+
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend}: chosen", *(f"{name}: {why}" for name, why in self.reasons.items())])
+
+
+def explain(
+    op: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float16,
+    backend: Backend = "auto",
+    *,
+    rows: int | None = None,
+    weights: FeatureMap | HeadWeights | Tensor | None = None,
+) -> Explanation:
+    """Which backend ``op`` would run on, and why the others would not.
+
+    Args:
+        op: ``score``, ``accumulate``, ``pair_variance`` or ``power_iteration``.
+        device: of the tensors.
+        dtype: of the head, or of the matrix.
+        backend: as the operation would be called.
+        rows: rows of the batch, where the answer depends on it.
+        weights: the head (or power iteration's matrix), likewise.
+
+    Raises InputError for an unknown operation or backend.
+    """
+    if op not in OPS:
+        reject("op", repr(op), f"one of {', '.join(OPS)}")
+    if backend not in ("auto", *_ALL):
+        reject("backend", repr(backend), f"one of auto, {', '.join(_ALL)}")
+    device = torch.device(device)
+    order = _ORDER.get(device.type, ("torch",)) if backend == "auto" else (backend,)
+    reasons: dict[str, str] = {}
+    for name in order:
+        module = _module(name)
+        why = "not part of this build" if module is None else module.unavailable(op, device, dtype)
+        if why is None and rows is not None and hasattr(module, "declines"):
+            why = module.declines(op, rows, weights)
+        if why is None:
+            return Explanation(name, reasons)
+        reasons[name] = why
+    return Explanation("none", reasons)
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    home = f"rmcore.ops.backends.{name}"
+    return importlib.import_module(home) if importlib.util.find_spec(home) else None
+
+
+def select(
+    op: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    backend: Backend,
+    weights: FeatureMap | HeadWeights | Tensor | None = None,
+) -> Any:
+    """The backend module that runs ``op`` on ``tensor``; raises BackendError where the named one cannot."""
+    if backend == "auto" and tensor.dtype == torch.float64:
+        backend = "torch"  # the kernels compute in float32; who brings float64 wants it kept
+    explanation = explain(op, tensor.device, dtype, backend, rows=tensor.shape[0], weights=weights)
+    if explanation.backend == "none":
+        raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {explanation.reasons[backend]}")
+    return _module(explanation.backend)
+
+
+def check_pairs(pairs: Tensor | None, rows: int) -> None:
+    """Raise InputError for a pair index outside 0..rows−1."""
+    if pairs is not None and pairs.numel():
+        low, high = int(pairs.min()), int(pairs.max())
+        if low < 0 or high >= rows:
+            reject("pairs", f"indices {low}..{high}", f"row indices 0..{rows - 1}")
+
+
+def check_group_sizes(group_sizes: Tensor, rows: int) -> None:
+    """Raise InputError unless the sizes are non-negative and sum to ``rows``."""
+    if bool((group_sizes < 0).any()) or int(group_sizes.sum()) != rows:
+        shown = group_sizes.tolist() if len(group_sizes) <= 8 else f"{group_sizes[:8].tolist()}..."
+        reject("group_sizes", f"{shown} (sum {int(group_sizes.sum())})", f"non-negative sizes that sum to {rows} rows")

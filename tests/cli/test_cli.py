@@ -1,0 +1,298 @@
+"""The command line on a tiny model, end to end, in process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rmcore.cli import app
+from rmcore.judge.testing import ReplayServer
+
+runner = CliRunner()
+
+
+def call(*arguments: object, stdin: str | None = None) -> Result:
+    return runner.invoke(app, [str(a) for a in arguments], input=stdin, catch_exceptions=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path, backbone_path: Path, preferences: Path) -> Path:
+    out = tmp_path / "model"
+    result = call("train", preferences, "--backbone", backbone_path, "--pooling", "mean", "--features", 64, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def group(k: int = 3, **extra: object) -> dict[str, object]:
+    return {"prompt": "red tree house", "responses": ["good clear", "bad rude", "odd vague"][:k], **extra}
+
+
+def test_train_reports_and_writes_a_model(model: Path) -> None:
+    assert {p.name for p in model.iterdir()} == {"rmcore.json", "head.safetensors"}
+
+
+def test_score_streams_one_line_a_group(model: Path) -> None:
+    lines = [json.dumps(group(k, id=f"g{k}")) for k in (1, 2, 3)]
+    result = call("score", model, "-", "--batch", 2, stdin="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["id"] for r in records] == ["g1", "g2", "g3"]
+    assert [len(r["advantages"]) for r in records] == [1, 2, 3]
+    assert records[0]["advantages"] == [0.0]
+    assert records[2]["advantages"][0] > records[2]["advantages"][1], "praise must beat its contrary"
+    assert "3 groups, 4 pairs" in result.stderr
+
+
+def test_a_bad_line_exits_2_and_keeps_everything_before_it(model: Path) -> None:
+    stdin = json.dumps(group()) + "\n" + json.dumps(group(id=7)) + "\nnot json\n" + json.dumps(group()) + "\n"
+    result = call("score", model, "-", stdin=stdin)
+    assert result.exit_code == 2
+    assert len(result.stdout.splitlines()) == 2
+    assert "<input>:3" in result.stderr or "-:3" in result.stderr
+    assert "not JSON" in result.stderr
+
+
+def test_an_overlong_group_names_its_line_and_keeps_the_good_ones(model: Path) -> None:
+    long = {"prompt": "red", "responses": ["good " * 200, "bad"]}
+    stdin = "\n".join(json.dumps(g) for g in (group(), long, group())) + "\n"
+    result = call("score", model, "-", stdin=stdin)
+    assert result.exit_code == 2
+    assert len(result.stdout.splitlines()) == 1
+    assert "groups:2" in result.stderr
+    assert "at most 64" in result.stderr
+
+
+def test_recorded_verdicts_decide_routed_pairs(model: Path, tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.jsonl"
+    rows = [
+        {"prompt": "red tree house", "first": "good clear", "second": "bad rude", "verdict": "loss"},
+        {"prompt": "red tree house", "first": "good clear", "second": "odd vague", "verdict": None},
+    ]
+    verdicts.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    result = call("score", model, "-", "--budget", 1.0, "--verdicts", verdicts, stdin=json.dumps(group()) + "\n")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["preference"][0][1] == pytest.approx(-1.9924, abs=1e-3)
+    by = {(d["i"], d["j"]): (d["by"], d.get("reason", "")) for d in record["decisions"]}
+    assert by[0, 1][0] == "judge"
+    assert by[0, 2] == ("judge_failed", "no_verdict")
+    assert by[1, 2] == ("judge_failed", "no_record")
+    assert record["preference"][0][2] == pytest.approx(record["logit"][0][2] / record["uncertainty"][0][2], rel=1e-6)
+
+
+def test_an_adaptive_router_keeps_to_its_calls_over_several_runs(model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "router.json"
+    options = ["--judge-fraction", 1.0, "--max-calls", 10, "--router-state", state, "--batch", 1]
+    lines = "\n".join(json.dumps(group()) for _ in range(2)) + "\n"  # 3 pairs a group, 2 calls a pair
+    decided = []
+    with ReplayServer({}) as server:
+        judge = ["--judge-url", server.base_url, "--judge-model", "m", "--judge-key-env", ""]
+        for _ in range(2):
+            result = call("score", model, "-", *options, *judge, stdin=lines)
+            assert result.exit_code == 0, result.stderr
+            decided.append(sum(len(json.loads(line)["decisions"]) for line in result.stdout.splitlines()))
+    assert decided == [5, 0]
+    spent = json.loads(state.read_text())["budgets"][0]["spent"]
+    assert spent == 10
+    state.write_text("{}")
+    assert call("score", model, "-", *options, *judge, stdin=lines).exit_code == 1
+
+
+def test_accounts_are_kept_over_runs_shown_and_drawn(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    verdicts, log, plot = tmp_path / "verdicts.jsonl", tmp_path / "accounts.jsonl", tmp_path / "accounts.png"
+    row = {"prompt": "red tree house", "first": "good clear", "second": "bad rude", "verdict": "win"}
+    verdicts.write_text(json.dumps(row) + "\n")
+    stdin = (json.dumps(group()) + "\n") * 3
+    for _ in range(2):
+        options = ["--budget", 1.0, "--verdicts", verdicts, "--batch", 2, "--accounts", log]
+        result = call("score", model, "-", *options, stdin=stdin)
+        assert result.exit_code == 0, result.stderr
+    assert "6 groups, 18 pairs" in result.stderr, "the second run goes on counting"
+    assert "no_record 12" in result.stderr
+    shown = call("accounts", log, "--plot", plot)
+    assert shown.exit_code == 0, shown.stderr
+    assert "the head 0, the judge 6, by rule 0" in shown.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    missing = call("accounts", tmp_path / "none.jsonl")
+    assert missing.exit_code == 2
+    assert "none.jsonl" in missing.stderr
+
+
+def test_evaluate_prints_a_table_and_writes_report_and_plot(model: Path, held_out: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    result = call("evaluate", model, held_out, "-o", out, "--replicates", 50)
+    assert result.exit_code == 0, result.stderr
+    assert "margin" in result.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert report["pairs"]["total"] == 30
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, preferences: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    out = tmp_path / "upgraded"
+    result = call("upgrade", classifier_path, preferences, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    scored = call("score", out, "-", stdin=json.dumps(group()) + "\n")
+    assert scored.exit_code == 0, scored.stderr
+    logit = json.loads(scored.stdout)["logit"]
+    tokenizer = AutoTokenizer.from_pretrained(classifier_path)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier_path).eval()
+    with torch.no_grad():
+        own = [
+            float(model(**tokenizer(f"red tree house\n\n{text}", return_tensors="pt")).logits[0, 0])
+            for text in ("good clear", "bad rude", "odd vague")
+        ]
+    assert logit[0][1] == pytest.approx(own[0] - own[1], abs=2e-6)
+    assert logit[1][2] == pytest.approx(own[1] - own[2], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--threshold", "1.1", "--budget", "0.5"], "at most one"),
+        (["--budget", "0.5"], "judge: got None"),
+        (["--judge-fraction", "0.1", "--budget", "0.5"], "at most one"),
+        (["--max-calls", "10"], "without --judge-fraction"),
+        (["--judge-fraction", "1.5"], "target_fraction"),
+        (["--budget", "2", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "fraction"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "--judge-model"),
+        (["--backend", "abacus"], "backend"),
+        (["--batch", "0"], "--batch"),
+    ],
+)
+def test_usage_errors_exit_2_and_say_what_to_give(model: Path, arguments: list[str], says: str) -> None:
+    result = call("score", model, "-", *arguments, stdin=json.dumps(group()) + "\n")
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def test_a_missing_or_foreign_model_is_reported_without_a_traceback(tmp_path: Path) -> None:
+    result = call("score", tmp_path / "nothing", "-", stdin="")
+    assert result.exit_code == 1
+    assert "rmcore.json" in result.stderr
+
+
+def test_training_on_nothing_or_on_bad_lines_exits_2(backbone_path: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for source, says in ((empty, "at least one"), (tmp_path / "missing.jsonl", "missing.jsonl")):
+        result = call("train", source, "--backbone", backbone_path, "-o", tmp_path / "m")
+        assert result.exit_code == 2
+        assert says in result.stderr
+
+
+def test_a_head_in_8_bits_scores_like_one_in_32(backbone_path: Path, preferences: Path, tmp_path: Path) -> None:
+    uncertainties = []
+    for dtype in ("float32", "int8"):
+        out = tmp_path / dtype
+        options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 256, "--dtype", dtype, "-o", out]
+        assert call("train", preferences, *options).exit_code == 0
+        assert json.loads((out / "rmcore.json").read_text())["head"]["dtype"] == dtype
+        result = call("score", out, "-", stdin=json.dumps(group(3)) + "\n")
+        assert result.exit_code == 0, result.stderr
+        uncertainties.append(json.loads(result.stdout)["uncertainty"])
+    flat = [[u for row in matrix for u in row if u is not None] for matrix in uncertainties]
+    assert flat[1] == pytest.approx(flat[0], rel=0.01)
+    assert flat[1] != flat[0]
+    refused = call("train", preferences, "--backbone", backbone_path, "--dtype", "int4", "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "int8" in refused.stderr
+
+
+@pytest.mark.parametrize("mode", ["difference", "concat"])
+def test_held_out_preferences_set_the_amplitude(
+    backbone_path: Path, preferences: Path, tmp_path: Path, mode: str
+) -> None:
+    options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 64, "--mode", mode]
+    wrong = tmp_path / "wrong.jsonl"  # the same pairs, preferred the other way round: the head knows nothing
+    with preferences.open() as lines, wrong.open("w") as out:
+        for line in lines:
+            item = json.loads(line)
+            item["chosen"], item["rejected"] = item["rejected"], item["chosen"]
+            out.write(json.dumps(item) + "\n")
+    amplitudes = {}
+    for name, more in (("plain", []), ("right", ["--calibrate", preferences]), ("wrong", ["--calibrate", wrong])):
+        result = call("train", preferences, *options, *more, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert ("amplitude" in result.stderr) == bool(more)
+        amplitudes[name] = json.loads((tmp_path / name / "rmcore.json").read_text())["head"]["config"]["amplitude"]
+    assert amplitudes["plain"] is None
+    assert 0 <= amplitudes["right"] < 1 < amplitudes["wrong"]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused = call("train", preferences, *options, "--calibrate", empty, "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "--calibrate" in refused.stderr
+
+
+def test_training_the_layer_and_the_backbone_stores_both(
+    backbone_path: Path, preferences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tuned"
+    options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 64, "--layer-size", 16, "--epochs", 2]
+    result = call("train", preferences, *options, "--finetune-epochs", 1, "--lr-backbone", 1e-3, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert (out / "backbone" / "model.safetensors").is_file()
+    own = (out / "backbone" / "model.safetensors").read_bytes()
+    assert own != (backbone_path / "model.safetensors").read_bytes()
+    assert call("score", out, "-", stdin=json.dumps(group()) + "\n").exit_code == 0
+
+
+def test_help_teaches_every_command() -> None:
+    assert "rmcore demo" in call("--help").stdout
+    for command in ("train", "upgrade", "score", "evaluate", "demo"):
+        assert call(command, "--help").exit_code == 0
+
+
+def test_the_installed_command_survives_a_reader_that_goes_away(model: Path) -> None:
+    lines = (json.dumps(group()) + "\n") * 50
+    command = f"{sys.executable} -m rmcore.cli score '{model}' - --batch 1 | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], input=lines, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert json.loads(done.stdout)["advantages"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_budget_in_money_needs_a_price_for_the_judge(model: Path, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.json"
+    prices.write_text(json.dumps({"currency": "USD", "models": {"judge": {"prompt": 1.0, "completion": 4.0}}}))
+    base = ["score", model, "-", "--judge-fraction", 0.5, "--max-cost", 1, "--judge-url", "http://127.0.0.1:9/v1"]
+    for extra, message in [
+        (["--judge-model", "judge"], "without --prices"),
+        (["--judge-model", "other", "--prices", prices], "no price for 'other'"),
+    ]:
+        result = call(*base, *extra, stdin="")
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+    result = call(*base, "--judge-model", "judge", "--prices", prices, "--judge-key-env", "", stdin="")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_store_keeps_verdicts_between_runs(model: Path, tmp_path: Path) -> None:
+    from rmcore.judge import RecordedJudge, ReplayServer
+
+    recorded = RecordedJudge.from_rows(
+        {"prompt": "red tree house", "first": a, "second": b, "verdict": "win"}
+        for a, b in [("good clear", "bad rude"), ("good clear", "odd vague"), ("bad rude", "odd vague")]
+    )
+    outputs = []
+    with ReplayServer(recorded) as server:
+        for _ in range(2):
+            result = call(
+                "score", model, "-", "--budget", 1.0, "--judge-url", server.base_url, "--judge-model", "replay",
+                "--judge-key-env", "", "--store", tmp_path / "verdicts.db", stdin=json.dumps(group()) + "\n",
+            )  # fmt: skip
+            assert result.exit_code == 0, result.stderr
+            outputs.append(json.loads(result.stdout)["advantages"])
+        assert server.requests == 6, "three pairs in both orders, bought once"
+    assert outputs[0] == outputs[1]

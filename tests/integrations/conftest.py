@@ -1,0 +1,199 @@
+"""A policy, a reward model and a judge over a vocabulary of forty words, all made on the spot."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from rmcore.judge.base import Pair, Verdict
+from rmcore.model import Preference, RewardModel
+from rmcore.model.backbone import Backbone, BackboneConfig
+
+PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
+BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
+NEUTRAL = ["red", "blue", "green", "tree", "house", "river", "user", "assistant", "stone", "cloud"]
+SPECIAL = ["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def word_tokenizer(*, chat: bool = False) -> Any:
+    vocabulary = {word: k for k, word in enumerate(SPECIAL + PRAISE + BLAME + NEUTRAL)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        padding_side="left",
+    )
+    if chat:
+        wrapped.chat_template = CHAT
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Callable[..., Any]:
+    return word_tokenizer
+
+
+@pytest.fixture(scope="session")
+def policy_path(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a tiny random policy, ``llama`` or ``qwen2``, without a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            torch.manual_seed(0)
+            common = {"vocab_size": 26, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+            common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+            common |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+            if kind == "llama":
+                model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
+            else:
+                model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
+            made[kind] = tmp_path_factory.mktemp(kind)
+            model.save_pretrained(made[kind])
+        return made[kind]
+
+    return get
+
+
+def preference(rng: random.Random) -> Preference:
+    filler = rng.sample(NEUTRAL, 2)
+    return Preference(
+        " ".join(rng.sample(NEUTRAL, 3)),
+        " ".join([*rng.sample(PRAISE, 3), *filler]),
+        " ".join([*rng.sample(BLAME, 3), *filler]),
+    )
+
+
+@pytest.fixture(scope="session")
+def reward_model() -> RewardModel:
+    """Difference mode on a random encoder: likes praise."""
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=26, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    backbone = Backbone(
+        transformers.BertModel(config).eval(), word_tokenizer(), BackboneConfig(pooling="mean", append_eos=False)
+    )
+    rng = random.Random(0)
+    model, _ = RewardModel.fit(
+        backbone, [preference(rng) for _ in range(60)], mode="difference", num_features=64, kernel_scale=3.0
+    )
+    return model
+
+
+@pytest.fixture(scope="session")
+def reward_model_path(reward_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward model") / "model"
+    reward_model.save_pretrained(folder, backbone="embed")
+    return folder
+
+
+def merit(text: str) -> int:
+    words = text.split()
+    return sum(word in PRAISE for word in words) - sum(word in BLAME for word in words)
+
+
+class MeritJudge:
+    """Counts praise and blame; fails on every ``fail_every``-th pair it is asked."""
+
+    def __init__(self, fail_every: int = 0) -> None:
+        self.fail_every = fail_every
+        self.asked = 0
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        verdicts = []
+        for pair in pairs:
+            self.asked += 1
+            if self.fail_every and self.asked % self.fail_every == 0:
+                verdicts.append(Verdict.none("http_500"))
+                continue
+            difference = merit(pair.first) - merit(pair.second)
+            verdicts.append(Verdict.of("win" if difference > 0 else "loss" if difference < 0 else "tie"))
+        return verdicts
+
+
+@pytest.fixture
+def merit_judge() -> type[MeritJudge]:
+    return MeritJudge
+
+
+class SteppingClock:
+    """Waits take no time but are noted, and move the clock."""
+
+    def __init__(self) -> None:
+        self.time, self.waits = 0.0, list[float]()
+
+    def now(self) -> float:
+        return self.time
+
+    def wall(self) -> float:
+        return 1.7e9 + self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.time += seconds
+
+
+class Served(httpx.AsyncBaseTransport):
+    """Hands requests to the real application of ``rmcore serve``; the first ``lost`` answers get lost on their way.
+
+    Attributes:
+        requests: (path, headers, body) of each.
+    """
+
+    def __init__(self, engine: Any, settings: Any = None, *, lost: int = 0) -> None:
+        from rmcore.integrations.server import create_app
+
+        app = create_app(engine, settings)
+        self.service = app.state.service
+        self.inner = httpx.ASGITransport(app)
+        self.lost = lost
+        self.requests: list[tuple[str, httpx.Headers, bytes]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append((request.url.path, request.headers, await request.aread()))
+        response = await self.inner.handle_async_request(request)
+        if self.lost:
+            self.lost -= 1
+            raise httpx.ReadError("lost")
+        return response
+
+
+@pytest.fixture
+def stepping_clock() -> type[SteppingClock]:
+    return SteppingClock
+
+
+@pytest.fixture
+def served() -> type[Served]:
+    pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'rmcore[serve]')")
+    return Served
+
+
+@pytest.fixture
+def group_client() -> Callable[..., Any]:
+    """A client of ``http://127.0.0.1:8400`` over the given transport."""
+    from rmcore.integrations.client import GroupClient
+
+    def make(transport: httpx.AsyncBaseTransport, **options: Any) -> Any:
+        return GroupClient("http://127.0.0.1:8400", transport=transport, **options)
+
+    return make

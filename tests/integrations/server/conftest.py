@@ -1,0 +1,247 @@
+"""A tiny reward model made on the spot, a judge that counts words, and servers around them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import transformers
+import uvicorn
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from rmcore.engine import RewardEngine
+from rmcore.engine.groups import GroupScore, GroupScores
+from rmcore.engine.routing import AlwaysRoute
+from rmcore.integrations.server import ServeSettings, create_app
+from rmcore.judge.base import JudgeUsage, Pair, Verdict
+from rmcore.model import Preference, RewardModel
+from rmcore.model.backbone import Backbone, BackboneConfig
+
+PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
+BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
+NEUTRAL = ["red", "blue", "green", "tree", "house", "river", "user", "assistant", "stone", "cloud"]
+
+
+def _tokenizer() -> Any:
+    special = ["[PAD]", "[UNK]", "[EOS]"]
+    vocabulary = {word: k for k, word in enumerate(special + PRAISE + BLAME + NEUTRAL)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
+
+
+@pytest.fixture(scope="session")
+def reward_model() -> RewardModel:
+    """Difference mode on a random encoder that takes 64 tokens: likes praise."""
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    encoder = transformers.BertModel(config).eval()
+    backbone = Backbone(encoder, _tokenizer(), BackboneConfig(pooling="mean", append_eos=True, max_length=64))
+    rng = random.Random(0)
+    items = [
+        Preference(
+            " ".join(rng.sample(NEUTRAL, 3)),
+            " ".join([*rng.sample(PRAISE, 3), *rng.sample(NEUTRAL, 2)]),
+            " ".join([*rng.sample(BLAME, 3), *rng.sample(NEUTRAL, 2)]),
+        )
+        for _ in range(60)
+    ]
+    model, _ = RewardModel.fit(backbone, items, mode="difference", num_features=64, kernel_scale=3.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def reward_model_path(reward_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward model") / "tiny-rm"
+    reward_model.save_pretrained(folder, backbone="embed")
+    return folder
+
+
+@pytest.fixture
+def engine(reward_model) -> RewardEngine:
+    return RewardEngine(reward_model)
+
+
+class MeritJudge:
+    """Counts praise and blame; each answer costs 2."""
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        verdicts = []
+        for pair in pairs:
+            if "stone" in pair.first:
+                verdicts.append(Verdict.none("refusal"))
+                continue
+            first, second = (
+                sum(w in PRAISE for w in text.split()) - sum(w in BLAME for w in text.split())
+                for text in (pair.first, pair.second)
+            )
+            usage = JudgeUsage(calls=1, attempts=1, prompt_tokens=10, cost=2.0)
+            verdicts.append(Verdict.of("win" if first > second else "loss" if second > first else "tie", usage=usage))
+        return verdicts
+
+
+@pytest.fixture
+def judged_engine(reward_model) -> RewardEngine:
+    """Every pair goes to the judge."""
+    return RewardEngine(reward_model, MeritJudge(), AlwaysRoute())
+
+
+def texts(rng: random.Random, count: int) -> list[str]:
+    return [" ".join(rng.choices(PRAISE + BLAME + NEUTRAL, k=rng.randrange(3, 12))) for _ in range(count)]
+
+
+@pytest.fixture
+def some_texts() -> Callable[[random.Random, int], list[str]]:
+    return texts
+
+
+@pytest.fixture
+def make_app(engine) -> Callable[..., Any]:
+    """An application around the engine; ``make_app(judged_engine, group_size=3)``."""
+
+    def make(given: RewardEngine | None = None, clock: Any = None, **options: Any) -> Any:
+        settings = ServeSettings(**{"time_limit_s": 20.0, "batch_wait_s": 0.0, **options})
+        return create_app(given or engine, settings, model="tiny", clock=clock)
+
+    return make
+
+
+@pytest.fixture
+def talk() -> Callable[..., Any]:
+    """Run ``main(client)`` against an application, in process."""
+
+    def run(app: Any, main: Callable[[httpx.AsyncClient], Any], **options: Any) -> Any:
+        async def go() -> Any:
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", **options) as client:
+                return await asyncio.wait_for(main(client), 60)
+
+        return asyncio.run(go())
+
+    return run
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """The application behind a real socket, in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve_app() -> Callable[[Any], Any]:
+    return serving
+
+
+class ManualClock:
+    """Sleepers wake when the test says what time it is."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self._sleepers: list[tuple[float, asyncio.Event]] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def wall(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        awake = asyncio.Event()
+        self._sleepers.append((self.time + seconds, awake))
+        await awake.wait()
+
+    async def advance(self, seconds: float) -> None:
+        await settle()
+        self.time += seconds
+        for at, awake in self._sleepers:
+            if at <= self.time:
+                awake.set()
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def manual_clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture(scope="session")
+def new_manual_clock() -> type[ManualClock]:
+    return ManualClock
+
+
+class EchoEngine:
+    """p̃_ij = number in response i minus number in response j, so every member can tell whether its row is its own.
+
+    ``gate`` holds scoring; texts with ``crash`` raise what no input should, ``nan`` have no preference.
+    """
+
+    def __init__(self) -> None:
+        self.scored: list[tuple[object, list[str]]] = []
+        self.open = True
+
+    async def score_async(self, prompts: Any, responses: Any, *, progress: Any = None) -> GroupScores:
+        while not self.open:
+            await asyncio.sleep(0.001)
+        if any("crash" in text for texts in responses for text in texts):
+            raise ZeroDivisionError("secret detail")
+        self.scored += [(p, list(r)) for p, r in zip(prompts, responses, strict=True)]
+        return GroupScores(tuple(echo(texts) for texts in responses))
+
+
+def echo(responses: Sequence[str]) -> GroupScore:
+    numbers = [float(word) if (word := text.split()[0]).isdigit() else 0.0 for text in responses]
+    values = torch.tensor(numbers, dtype=torch.float64)
+    p = values[:, None] - values[None, :]
+    for k, text in enumerate(responses):
+        if "nan" in text:
+            p[k, :] = p[:, k] = torch.nan
+    u = torch.ones_like(p)
+    return GroupScore(p, u, p.clone(), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.bool))
+
+
+@pytest.fixture
+def echo_engine() -> EchoEngine:
+    return EchoEngine()
+
+
+@pytest.fixture
+def echoed() -> Callable[[Sequence[str]], GroupScore]:
+    return echo
+
+
+@pytest.fixture
+def new_echo_engine() -> type[EchoEngine]:
+    return EchoEngine

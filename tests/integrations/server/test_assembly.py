@@ -1,0 +1,424 @@
+"""Groups out of single members: whole, late, repeated, equal, cancelled, refused; on a clock the test moves."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmcore._base.errors import InputError
+from rmcore.engine.groups import GroupScore
+from rmcore.integrations.server.assembly import BusyError, ConflictError, GroupAssembly, LateError
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def scored(responses) -> GroupScore:
+    """p̃_ij = length of i minus length of j: every member can tell whether its row is its own."""
+    lengths = torch.tensor([float(len(r)) for r in responses], dtype=torch.float64)
+    p = lengths[:, None] - lengths[None, :]
+    return GroupScore(p, torch.ones_like(p), p.clone(), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.bool))
+
+
+class Scorer:
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, list[str]]] = []
+        self.fail = 0
+
+    async def __call__(self, prompt, responses):
+        self.calls.append((prompt, list(responses)))
+        await asyncio.sleep(0)
+        if self.fail:
+            self.fail -= 1
+            raise ValueError("no score today")
+        return scored(responses)
+
+
+@pytest.fixture(scope="session")
+def make(new_manual_clock):
+    """An assembly, its scorer and its clock. Of the session, since it keeps nothing: Hypothesis asks for that."""
+
+    def build(**options):
+        scorer, clock = Scorer(), new_manual_clock()
+        return GroupAssembly(scorer, clock=clock, **{"time_limit_s": 100.0, "keep_s": 500.0, **options}), scorer, clock
+
+    return build
+
+
+def go(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_members_get_their_own_row_whatever_the_order_of_arrival(make):
+    async def main():
+        assembly, scorer, _ = make()
+        texts = ["a", "bb", "ccc", "dddd"]
+        order = [2, 0, 3, 1]
+        results = await asyncio.gather(*(assembly.join("g", k, 4, "p", texts[k]) for k in order))
+        for k, result in zip(order, results, strict=True):
+            assert result.index == k
+            assert result.complete
+            assert float(result.group.advantages[k]) == pytest.approx(len(texts[k]) - (10 - len(texts[k])) / 3)
+        assert scorer.calls == [("p", texts)]
+        assert assembly.waiting == assembly.open_groups == 0
+
+    go(main())
+
+
+def test_the_time_limit_scores_those_present_and_refuses_the_late(make):
+    async def main():
+        assembly, scorer, clock = make()
+        waiting = [asyncio.create_task(assembly.join("g", k, 3, "p", "x" * (k + 1))) for k in (0, 2)]
+        await clock.advance(99)
+        assert not any(task.done() for task in waiting)
+        await clock.advance(1)
+        first, third = [await task for task in waiting]
+        assert first.slots == third.slots == (0, 2)
+        assert (first.index, third.index) == (0, 1)
+        assert not first.complete
+        assert scorer.calls == [("p", ["x", "xxx"])]
+        with pytest.raises(LateError, match=r"members \[0, 2\]"):
+            await assembly.join("g", 1, 3, "p", "xx")
+        again = await assembly.join("g", 2, 3, "p", "xxx")  # a retry of one that was in time
+        assert again.index == 1
+        assert (assembly.stats.partial_groups, assembly.stats.late_members, assembly.stats.retries) == (1, 1, 1)
+
+    go(main())
+
+
+def test_a_cancelled_waiter_does_not_cancel_the_group_and_its_retry_takes_over(make):
+    async def main():
+        assembly, scorer, _ = make()
+        lost = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))
+        await settle()
+        lost.cancel()
+        await settle()
+        second = asyncio.create_task(assembly.join("g", 1, 2, "p", "yy"))
+        assert (await second).slots == (0, 1)
+        assert (await assembly.join("g", 0, 2, "p", "x")).index == 0
+        assert len(scorer.calls) == 1
+
+    go(main())
+
+
+def test_an_attempt_makes_a_new_group(make):
+    async def main():
+        assembly, scorer, _ = make()
+        for attempt in (0, 1):
+            await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k], attempt=attempt) for k in (0, 1)))
+        assert len(scorer.calls) == 2
+
+    go(main())
+
+
+def test_contradictions_are_refused(make):
+    async def main():
+        assembly, _, _ = make()
+        waiting = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))
+        await settle()
+        for arguments, message in [
+            (("g", 1, 3, "p", "y"), "size: got 3"),
+            (("g", 1, 2, "q", "y"), "prompt: got another prompt"),
+            (("g", 0, 2, "p", "other"), "response: got another text"),
+            (("g", 2, 2, "p", "y"), "slot: got 2"),
+            (("h", -1, 2, "p", "y"), "slot: got -1"),
+            (("h", 0, 0, "p", "y"), "size: got 0"),
+            (("h", 0, 2, 7, "y"), "prompt: got int"),
+            (("h", 0, 2, "p", 7), "response: got int"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                await assembly.join(*arguments)
+        await assembly.join("g", 1, 2, "p", "y")
+        await waiting
+        assert assembly.open_groups == 0
+
+    go(main())
+
+
+def test_an_error_reaches_all_members_and_is_not_remembered(make):
+    async def main():
+        assembly, scorer, _ = make()
+        scorer.fail = 1
+        results = await asyncio.gather(
+            *(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)), return_exceptions=True
+        )
+        assert [str(r) for r in results] == ["no score today"] * 2
+        again = await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)))
+        assert [r.index for r in again] == [0, 1]
+        assert assembly.stats.failed_groups == 1
+
+    go(main())
+
+
+# -- by content ------------------------------------------------------------------------------------------------------
+
+
+def test_equal_responses_are_members_of_their_own(make):
+    async def main():
+        assembly, scorer, _ = make()
+        results = await asyncio.gather(*(assembly.join_by_content("p", text, 3) for text in ("x", "x", "yy")))
+        assert sorted(r.index for r in results) == [0, 1, 2]
+        assert scorer.calls == [("p", ["x", "x", "yy"])]
+
+    go(main())
+
+
+def test_a_repeated_call_whose_first_went_away_is_the_same_member(make):
+    """OpenRLHF gives up after 180 s and asks again, one second later."""
+
+    async def main():
+        assembly, scorer, clock = make(time_limit_s=150.0)
+        hung = asyncio.Event()
+
+        async def slow(prompt, responses):
+            scorer.calls.append((prompt, list(responses)))
+            await hung.wait()
+            return scored(responses)
+
+        assembly.score = slow
+        calls = [asyncio.create_task(assembly.join_by_content("p", text, 2)) for text in ("x", "yy")]
+        await clock.advance(180)
+        for call in calls:
+            call.cancel()
+        await clock.advance(1)
+        again = [asyncio.create_task(assembly.join_by_content("p", text, 2)) for text in ("x", "yy")]
+        await settle()
+        hung.set()
+        assert [(await task).index for task in again] == [0, 1]
+        assert len(scorer.calls) == 1
+        assert assembly.stats.retries == 2
+
+    go(main())
+
+
+def test_the_same_texts_later_are_a_new_group_once_delivered(make):
+    async def main():
+        assembly, scorer, _ = make()
+        for _ in range(2):
+            await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("x", "y")))
+        assert len(scorer.calls) == 2
+
+    go(main())
+
+
+def test_prompts_do_not_mix(make):
+    async def main():
+        assembly, scorer, _ = make()
+        chat = [{"role": "user", "content": "p"}]
+        calls = [("p", "a"), (chat, "b"), ("p", "c"), (chat, "d")]
+        await asyncio.gather(*(assembly.join_by_content(prompt, text, 2) for prompt, text in calls))
+        assert sorted((str(p), r) for p, r in scorer.calls) == sorted([("p", ["a", "c"]), (str(chat), ["b", "d"])])
+
+    go(main())
+
+
+def test_a_lost_answer_is_given_again(make):
+    async def main():
+        assembly, scorer, _ = make()
+        results = await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("x", "yy")))
+        results[1].lost()
+        again = await assembly.join_by_content("p", "yy", 2)
+        assert (again.index, again.group) == (results[1].index, results[1].group)
+        assert len(scorer.calls) == 1
+
+    go(main())
+
+
+def test_a_repetition_after_an_answer_that_nobody_knew_was_lost_gets_that_answer_at_the_time_limit(make):
+    async def main():
+        assembly, scorer, clock = make()
+        texts = ("x", "x", "yy", "zzz")
+        await asyncio.gather(*(assembly.join_by_content("p", text, 4) for text in texts))
+        again = [asyncio.create_task(assembly.join_by_content("p", text, 4)) for text in ("x", "zzz", "x")]
+        await clock.advance(99)
+        assert not any(task.done() for task in again)
+        await clock.advance(1)
+        results = [await task for task in again]
+        assert len(scorer.calls) == 1
+        assert [len(texts[r.index]) for r in results] == [1, 3, 1]
+        assert results[0].index != results[2].index
+        assert all(r.complete for r in results)
+        assert (assembly.stats.recovered, assembly.stats.partial_groups) == (3, 0)
+        # Other texts, or one text more often than before, are a group of their own.
+        for repeated in (("x", "other"), ("x", "x", "x")):
+            calls = [asyncio.create_task(assembly.join_by_content("p", text, 4)) for text in repeated]
+            await clock.advance(100)
+            assert not (await calls[0]).complete
+        assert len(scorer.calls) == 3
+
+    go(main())
+
+
+def test_what_a_killed_trainer_left_behind_does_not_meet_its_successor(make):
+    async def main():
+        assembly, scorer, clock = make(abandon_s=15.0)
+        dead = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("old", "older")]
+        await clock.advance(1)
+        for task in dead:
+            task.cancel()
+        await clock.advance(14)
+        back = asyncio.create_task(assembly.join_by_content("p", "old", 3))  # only this one had lost its connection
+        await clock.advance(5)
+        new = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("a", "bb")]
+        results = [await task for task in (back, *new)]
+        assert scorer.calls == [("p", ["old", "a", "bb"])]
+        assert [r.index for r in results] == [0, 1, 2]
+        assert assembly.stats.abandoned == 1
+
+    go(main())
+
+
+def test_a_group_left_by_all_is_closed(make):
+    async def main():
+        assembly, scorer, clock = make(abandon_s=15.0)
+        lost = asyncio.create_task(assembly.join_by_content("p", "old", 2))
+        await settle()
+        lost.cancel()
+        await clock.advance(20)
+        await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("a", "b")))
+        assert scorer.calls == [("p", ["a", "b"])]
+        assert assembly.open_groups == 0
+
+    go(main())
+
+
+def test_a_scored_group_keeps_no_texts(make):
+    async def main():
+        assembly, _, _ = make()
+        await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)))
+        (group,) = assembly._groups.values()
+        assert group.prompt is None
+        assert [slot.text for slot in group.slots.values()] == [None, None]
+        with pytest.raises(ConflictError):
+            await assembly.join("g", 0, 2, "q", "x")
+
+    go(main())
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_too_many_waiting_members_are_sent_away_and_leave_nothing_behind(make):
+    async def main():
+        assembly, _, _ = make(max_members=3)
+        waiting = [asyncio.create_task(assembly.join("g", k, 4, "p", "x")) for k in range(3)]
+        await settle()
+        with pytest.raises(BusyError) as error:
+            await assembly.join("h", 0, 2, "p", "y")
+        assert error.value.retry_after_s > 0
+        assert assembly.open_groups == 1
+        with pytest.raises(BusyError):
+            await assembly.join("g", 3, 4, "p", "x")
+        for task in waiting:
+            task.cancel()
+        await settle()
+        assert assembly.waiting == 0
+        assert (await assembly.join("g", 3, 4, "p", "x")).slots == (0, 1, 2, 3)
+
+    go(main())
+
+
+def test_draining_finishes_what_was_accepted(make):
+    async def main():
+        assembly, scorer, clock = make()
+        half = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))
+        lone = asyncio.create_task(assembly.join("h", 0, 2, "q", "x"))
+        await settle()
+        drained = asyncio.create_task(assembly.drain())
+        await settle()
+        with pytest.raises(BusyError):
+            await assembly.join("new", 0, 2, "p", "x")
+        assert (await assembly.join("g", 1, 2, "p", "y")).complete
+        await half
+        assert not drained.done()
+        await clock.advance(100)
+        assert not (await lone).complete
+        await drained
+        assert len(scorer.calls) == 2
+
+    go(main())
+
+
+def test_a_drain_may_be_cut_short(make):
+    async def main():
+        assembly, _scorer, clock = make()
+        lone = asyncio.create_task(assembly.join("h", 0, 2, "q", "x"))
+        await settle()
+        drained = asyncio.create_task(assembly.drain(30.0))
+        await clock.advance(29)
+        assert not drained.done()
+        await clock.advance(1)
+        await drained
+        assert (await lone).slots == (0,)
+        assert clock.now() == 30
+
+    go(main())
+
+
+def test_only_so_many_finished_groups_are_remembered(make):
+    async def main():
+        assembly, scorer, _ = make(max_kept=3)
+        for k in range(10):
+            await assembly.join(k, 0, 1, "p", "x")
+        assert len(assembly._groups) <= 4
+        await assembly.join(9, 0, 1, "p", "x")
+        await assembly.join(0, 0, 1, "p", "x")
+        assert len(scorer.calls) == 11
+
+    go(main())
+
+
+def test_old_groups_are_forgotten(make):
+    async def main():
+        assembly, _, clock = make(keep_s=10.0)
+        for k in range(50):
+            await asyncio.gather(*(assembly.join(k, s, 2, "p", "xy"[s]) for s in (0, 1)))
+            await asyncio.gather(*(assembly.join_by_content(f"p{k}", t, 2) for t in "xy"))
+        assert len(assembly._groups) == 100
+        await clock.advance(11)
+        await asyncio.gather(*(assembly.join("last", s, 2, "p", "xy"[s]) for s in (0, 1)))
+        assert len(assembly._groups) == 1
+        assert not assembly._by_prompt
+
+    go(main())
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_any_interleaving_scores_every_group_once_and_mixes_none(make, seed, sizes):
+    async def main():
+        assembly, scorer, _ = make()
+        rng = random.Random(seed)
+        members = [(g, k, size) for g, size in enumerate(sizes) for k in range(size)]
+        members += [m for m in members if rng.random() < 0.3]  # calls made twice
+        rng.shuffle(members)
+
+        async def call(g, k, size):
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+            return await assembly.join(g, k, size, f"prompt {g}", "x" * (10 * g + k + 1))
+
+        results = await asyncio.gather(*(call(*member) for member in members))
+        assert len(scorer.calls) == len(sizes)
+        for (g, k, size), result in zip(members, results, strict=True):
+            assert result.slots == tuple(range(size))
+            assert result.index == k
+            own = [len("x" * (10 * g + j + 1)) for j in range(size)]
+            assert result.group.preference[k].tolist() == [own[k] - other for other in own]
+
+    go(main())
+
+
+@pytest.mark.parametrize(
+    "options", [{"time_limit_s": 0}, {"keep_s": -1}, {"abandon_s": -1}, {"max_members": 0}, {"max_kept": -1}]
+)
+def test_bad_limits_are_named(make, options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        make(**options)

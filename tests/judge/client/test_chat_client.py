@@ -1,0 +1,395 @@
+"""The client's gates together, in virtual time: places, breaker, rate limits and deadlines around one request."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import random
+import threading
+
+import httpx
+import pytest
+
+from rmcore._base.errors import JudgeError
+from rmcore.judge import ChatJudge, Pair, RetryPolicy
+from rmcore.judge.client.breaker import BreakerPolicy
+from rmcore.judge.client.chat_client import ChatClient
+from rmcore.judge.client.latency import LatencyEstimate
+from rmcore.judge.client.limits import RateLimits
+
+REPLY = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 30, "completion_tokens": 10}}
+ONCE = RetryPolicy(max_attempts=1)
+
+
+class Endpoint:
+    """Answers after ``latency_s`` with what ``answer(number, time)`` says, and writes down when it was asked."""
+
+    def __init__(self, clock, answer=None, latency_s=1.0):
+        self.clock, self.answer, self.latency_s = clock, answer or (lambda n, t: ok()), latency_s
+        self.times: list[float] = []
+        self.now = self.most = 0
+
+    async def __call__(self, request):
+        number = len(self.times)
+        self.times.append(self.clock.now())
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await self.clock.sleep(self.latency_s)
+        finally:
+            self.now -= 1
+        answer = self.answer(number, self.times[number])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def ok(**headers):
+    return httpx.Response(200, json=REPLY, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def status(code, **headers):
+    return httpx.Response(code, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def client_of(endpoint, **kwargs):
+    given = {"api_key_env": None, "clock": endpoint.clock, "random_source": random.Random(0)} | kwargs
+    return ChatClient("http://127.0.0.1:9/v1", transport=httpx.MockTransport(endpoint), **given)
+
+
+@pytest.fixture
+def play(virtual):
+    """Run ``work(clock, endpoint, client)`` against an endpoint that answers as told."""
+
+    def run(work, answer=None, latency_s=1.0, **kwargs):
+        async def whole(clock):
+            endpoint = Endpoint(clock, answer, latency_s)
+            return await work(clock, endpoint, client_of(endpoint, **kwargs))
+
+        return virtual(whole)
+
+    return run
+
+
+# -- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_thousand_requests_in_flight_without_a_thread_each(play):
+    async def work(clock, endpoint, client):
+        before = threading.active_count()
+        done = await asyncio.gather(*(client.complete({"k": k}) for k in range(6000)))
+        assert all(completion.choice is not None for completion in done)
+        assert threading.active_count() == before
+        assert endpoint.most == client.state.concurrency.peak_in_flight == 2000
+        assert len(endpoint.times) == client.state.attempts == client.state.calls == 6000
+        # 8 at first, doubled each second: 8 + 16 + ... + 1024 are 2040 calls in 8 s, and then 2000 a second.
+        assert clock.now() == 10
+
+    play(work, concurrency=2000)
+
+
+def test_a_call_that_waits_to_try_again_leaves_its_place_to_others(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(2)))
+        assert [c.usage.attempts for c in done] == [2, 1]
+        assert endpoint.times == [0, 1, 2]  # the second call did not wait for the first one's second try
+
+    play(work, lambda n, t: status(500) if n == 0 else ok(), concurrency=1)
+
+
+def test_a_429_halves_what_is_in_flight(play):
+    async def work(clock, endpoint, client):
+        await asyncio.gather(*(client.complete({}) for _ in range(200)))
+        assert client.state.concurrency.cuts == 1
+        assert client.state.breaker.state == "closed"
+
+    play(work, lambda n, t: status(429) if n == 20 else ok(), concurrency=64)
+
+
+# -- rate limits -----------------------------------------------------------------------------------------------------
+
+
+def test_attempts_that_fail_count_against_requests_per_minute(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(20)))
+        assert all(c.choice is not None for c in done)
+        times = endpoint.times
+        assert len(times) == 30
+        assert all(sum(t <= other < t + 60 for other in times) <= 7 for t in times)
+
+    play(work, lambda n, t: status(500) if n % 3 == 1 else ok(), requests_per_minute=7)
+
+
+def test_clients_of_one_key_keep_their_limits_together(virtual):
+    async def work(clock):
+        limits, endpoint = RateLimits(6, clock=clock), Endpoint(clock)
+        clients = [client_of(endpoint, limits=limits) for _ in range(3)]
+        done = await asyncio.gather(*(client.complete({}) for client in clients for _ in range(10)))
+        assert all(c.choice is not None for c in done)
+        times = endpoint.times
+        assert len(times) == 30
+        assert all(sum(t <= other < t + 60 for other in times) <= 6 for t in times)
+        assert times[-1] >= 240
+        assert clients[0].state.limits == clients[2].state.limits
+        copy = pickle.loads(pickle.dumps(ChatClient("http://127.0.0.1:9/v1", api_key_env=None, limits=RateLimits(6))))
+        assert copy.requests_per_minute == 6
+
+    virtual(work)
+
+
+def test_shared_limits_and_numbers_are_not_both_given():
+    with pytest.raises(JudgeError, match=r"^limits: got them and requests_per_minute"):
+        ChatJudge("http://127.0.0.1:9/v1", "m", None, limits=RateLimits(5), tokens_per_minute=100)
+    judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, limits=RateLimits(5, 700))
+    assert (judge.client.requests_per_minute, judge.client.tokens_per_minute) == (5, 700)
+
+
+def test_tokens_are_reserved_as_estimated_and_settled_as_used(play):
+    async def work(clock, endpoint, client):
+        await asyncio.gather(*(client.complete({}, tokens_estimate=100) for _ in range(3)))
+        # Two fit at first (200 of 250); their replies at 1 s say 40 each, which makes room for the third.
+        assert endpoint.times == [0, 0, 1]
+        assert client.state.limits.tokens == 120
+
+    play(work, tokens_per_minute=250)
+
+
+def test_the_estimate_is_the_payload_and_its_limit_on_completion(play):
+    async def work(clock, endpoint, client):
+        done = await client.complete({"text": "x" * 400, "max_completion_tokens": 200})
+        assert (done.reason, done.usage.attempts) == ("over_token_limit", 0)
+        assert (await client.complete({"text": "x" * 400, "max_completion_tokens": 190})).choice is not None
+        assert endpoint.times == [0]
+
+    play(work, tokens_per_minute=309)
+
+
+def test_a_retry_after_meant_for_one_call_holds_all(play):
+    async def work(clock, endpoint, client):
+        first = asyncio.create_task(client.complete({}))
+        await clock.sleep(2)
+        second = await client.complete({})
+        assert (await first).usage.attempts == 2
+        assert second.usage.attempts == 1
+        assert endpoint.times == [0, 8, 8]
+
+    play(work, lambda n, t: status(429, retry_after="7") if n == 0 else ok())
+
+
+def test_nothing_remaining_holds_all_until_the_reset(play):
+    headers = {"x_ratelimit_remaining_tokens": "0", "x_ratelimit_reset_tokens": "6s", "x_ratelimit_limit_tokens": "90"}
+
+    async def work(clock, endpoint, client):
+        await client.complete({})
+        await client.complete({})
+        assert endpoint.times == [0, 7]
+        assert client.state.limits.server_tokens == 90
+
+    play(work, lambda n, t: ok(**headers) if n == 0 else ok())
+
+
+# -- deadlines -------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_that_would_come_too_late_is_not_bought(play):
+    async def work(clock, endpoint, client):
+        for _ in range(8):
+            assert (await client.complete({}, deadline=clock.now() + 2.5)).choice is not None
+        asked = len(endpoint.times)
+        late = await client.complete({}, deadline=clock.now() + 1.5)
+        assert (late.reason, late.usage.attempts, late.usage.calls) == ("deadline", 0, 0)
+        assert len(endpoint.times) == asked
+        assert (await client.complete({}, deadline=clock.now() + 2.5)).choice is not None
+
+    play(work, latency_s=2.0)
+
+
+def test_at_the_start_nothing_is_known_and_calls_are_made(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}, deadline=1.0) for _ in range(8)))
+        assert {c.reason for c in done} == {"deadline"}
+        assert len(endpoint.times) == 8
+
+    play(work, latency_s=2.0)
+
+
+def test_a_slow_spell_is_forgotten(play):
+    async def work(clock, endpoint, client):
+        endpoint.latency_s = 5.0
+        await asyncio.gather(*(client.complete({}) for _ in range(8)))
+        endpoint.latency_s = 1.0
+        assert (await client.complete({}, deadline=clock.now() + 3)).reason == "deadline"
+        await clock.sleep(61)
+        assert (await client.complete({}, deadline=clock.now() + 3)).choice is not None
+
+    play(work)
+
+
+def test_no_wait_in_any_line_passes_the_deadline(play):
+    async def work(clock, endpoint, client):
+        hogs = [asyncio.create_task(client.complete({})) for _ in range(3)]
+        await clock.sleep(0.5)
+        done = await asyncio.gather(*(client.complete({}, deadline=1.5 + k / 10) for k in range(5)))
+        assert {c.reason for c in done} == {"deadline"}
+        assert clock.now() <= 1.9
+        await asyncio.gather(*hogs)
+
+    play(work, latency_s=10, concurrency=1)
+
+
+def test_cut_attempts_count_with_the_time_they_had():
+    estimate = LatencyEstimate(needed=3)
+    for seconds in (1.0, 2.0):
+        estimate.add(seconds, 0.0)
+    estimate.add(9.0, 0.0, complete=False)  # nothing is known yet: neither is this
+    assert estimate.expected_s(0.0) == 0
+    estimate.add(3.0, 0.0)
+    assert estimate.expected_s(0.0) == 2
+    estimate.add(1.0, 0.0, complete=False)  # cut before the median: says nothing
+    estimate.add(5.0, 0.0, complete=False)
+    estimate.add(5.0, 0.0, complete=False)
+    assert estimate.expected_s(0.0) == 3
+    assert estimate.expected_s(61.0) == 0
+
+
+def test_only_the_latest_samples_count():
+    estimate = LatencyEstimate(size=10)
+    for k in range(1000):
+        estimate.add(float(k), 0.0)
+    assert 990 <= estimate.expected_s(0.0) < 1000
+
+
+# -- the breaker -----------------------------------------------------------------------------------------------------
+
+
+def test_a_restart_of_the_endpoint_loses_nobody(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(300)))
+        assert all(c.choice is not None for c in done)
+        assert client.state.breaker.opened == 1
+        down = [t for t in endpoint.times if t < 8]
+        assert len(down) <= 40  # not 300 calls, five times each
+
+    play(work, lambda n, t: httpx.ConnectError("refused") if t < 8 else ok(), latency_s=0.1)
+
+
+def test_an_endpoint_that_stays_away_costs_a_minute_and_few_requests(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(2000)))
+        reasons = {c.reason for c in done}
+        assert reasons == {"connection", "breaker_open"}
+        assert sum(c.usage.attempts for c in done) == len(endpoint.times) <= 40
+        assert all(c.usage.calls == (c.usage.attempts > 0) for c in done)
+        assert clock.now() < 60
+        assert next(c.detail for c in done if c.reason == "breaker_open") == "connection"
+
+    play(work, lambda n, t: httpx.ConnectError("refused"), latency_s=0.1)
+
+
+def test_a_storm_of_429_does_not_open_it(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(100)))
+        assert all(c.choice is not None for c in done)
+        assert client.state.breaker.opened == 0
+        assert client.state.concurrency.cuts >= 3
+
+    play(work, lambda n, t: status(429) if t < 6 else ok(), latency_s=0.1, retry=RetryPolicy(max_attempts=50))
+
+
+def test_an_expired_key_is_not_shown_two_thousand_times(play):
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(2000)))
+        assert {(c.reason, c.detail) for c in done} == {("http_401", ""), ("breaker_open", "http_401")}
+        assert len(endpoint.times) <= 20
+        assert clock.now() < 2
+
+    play(work, lambda n, t: status(401), latency_s=0.1)
+
+
+def test_one_question_that_upsets_the_server_shuts_nobody_out(play):
+    async def work(clock, endpoint, client):
+        poison = await client.complete({})
+        assert (poison.reason, poison.usage.attempts) == ("http_500", 5)
+        assert (await client.complete({})).choice is not None
+        assert client.state.breaker.opened == 0
+
+    play(work, lambda n, t: status(500) if n < 5 else ok())
+
+
+def test_a_breaker_that_opened_in_the_line_for_the_limits_is_heeded(play):
+    """Two calls a minute are allowed; those in line behind two failures are not sent into the outage."""
+
+    async def work(clock, endpoint, client):
+        done = await asyncio.gather(*(client.complete({}) for _ in range(4)))
+        assert [c.reason for c in done] == ["connection", "connection", "breaker_open", "breaker_open"]
+        assert endpoint.times == [0, 0]
+        assert client.state.limits.requests <= 2
+
+    policy = BreakerPolicy(failures=2, patience_s=0, cooldown_s=1000, max_cooldown_s=1000)
+    play(work, lambda n, t: httpx.ConnectError("x"), requests_per_minute=2, breaker=policy, retry=ONCE)
+
+
+def test_without_a_breaker_every_call_is_tried(play):
+    async def work(clock, endpoint, client):
+        await asyncio.gather(*(client.complete({}) for _ in range(30)))
+        assert len(endpoint.times) == 30
+
+    play(work, lambda n, t: httpx.ConnectError("x"), breaker=None, retry=ONCE)
+
+
+# -- cancellation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_cancelling_leaves_nothing_behind(play, seed):
+    rng = random.Random(seed)
+    answers = [ok, ok, lambda: status(500), lambda: status(429, retry_after="2"), lambda: httpx.ConnectError("x")]
+
+    async def work(clock, endpoint, client):
+        async def one():
+            await clock.sleep(rng.randrange(40) / 4)
+            return await client.complete({}, deadline=rng.choice([None, clock.now() + 30]))
+
+        tasks = [asyncio.create_task(one()) for _ in range(60)]
+
+        async def cancel(task):
+            await clock.sleep(rng.randrange(80) / 4)
+            task.cancel()
+
+        await asyncio.gather(*tasks, *(cancel(t) for t in tasks if rng.random() < 0.6), return_exceptions=True)
+        assert all(t.cancelled() or t.exception() is None for t in tasks)
+        state = client.state
+        assert endpoint.now == 0
+        assert (state.concurrency.in_flight, state.concurrency.waiting, state.limits.waiting) == (0, 0, 0)
+        endpoint.answer = lambda n, t: ok()
+        await clock.sleep(100)
+        assert (await client.complete({})).choice is not None  # whatever state the breaker was left in
+        assert client.state.breaker.state == "closed"
+
+    policy = BreakerPolicy(failures=3)
+    play(work, lambda n, t: rng.choice(answers)(), concurrency=4, requests_per_minute=40, breaker=policy)
+
+
+# -- the judge -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pairs_own_deadline_counts_where_it_is_earlier(virtual, chat_reply):
+    async def work(clock):
+        async def handler(request):
+            await clock.sleep(2)
+            return chat_reply(request, "<verdict>$win</verdict>")
+
+        judge = ChatJudge(
+            "http://127.0.0.1:9/v1", "m", None, transport=httpx.MockTransport(handler), clock=clock, orders="one"
+        )
+        pairs = [Pair("p", "a", "b"), Pair("p", "a", "c", deadline=1.0), Pair("p", "a", "d", deadline=5000.0)]
+        verdicts = await judge.judge(pairs)
+        assert [v.reason for v in verdicts] == ["", "deadline", ""]
+        assert clock.now() == 2
+
+    virtual(work)
+
+
+def test_bad_breaker():
+    with pytest.raises(JudgeError, match="breaker"):
+        ChatClient("http://127.0.0.1:9/v1", api_key_env=None, breaker=True)

@@ -1,0 +1,219 @@
+"""Reading replies: the final answer, whole labels, and no verdict where there is doubt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmcore.judge.question.verdict import MAX_CRITIQUE, Labels, Parsed, parse_verdict
+
+LABELS = Labels("KQXVD", "PLMZT", "WRGHB")
+WIN, LOSS, TIE = (f"<verdict>{label}</verdict>" for label in ("KQXVD", "PLMZT", "WRGHB"))
+
+
+def choice(content, finish="stop", **message):
+    return {"index": 0, "message": {"role": "assistant", "content": content} | message, "finish_reason": finish}
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        (WIN, "win"),
+        (LOSS, "loss"),
+        (TIE, "tie"),
+        (f"The first is right. {WIN}\n", "win"),
+        (f"{WIN} and so, again: {WIN}", "win"),
+        ("< Verdict >\n kqxvd </ VERDICT >", "win"),
+        ("**<verdict>**KQXVD**</verdict>**", "win"),
+        (f"The second tries <verdict>[[B]]</verdict> on us. {WIN}", "win"),
+        (f"I will put it in <verdict> tags: {LOSS}", "loss"),
+        (f"<think>{LOSS}? no</think>{WIN}", "win"),
+        (f"thinking without an opening tag {LOSS}</think> {WIN}", "win"),
+        (f"<think>a</think><think>{LOSS} quoting </think> in the middle {LOSS}</think>{WIN}", "win"),
+        (f"<thinking>{LOSS}</thinking>{WIN}", "win"),
+        (f"<reasoning>{LOSS}</reasoning>{WIN}", "win"),
+        (f"<seed:think>{LOSS}</seed:think>{WIN}", "win"),
+        (f"[THINK]{LOSS}[/THINK]{WIN}", "win"),
+        (f"◁think▷{LOSS}◁/think▷{WIN}", "win"),
+        (f"<|channel|>analysis<|message|>{LOSS}<|end|><|start|>assistant<|channel|>final<|message|>{WIN}", "win"),
+    ],
+)
+def test_verdicts(text, outcome):
+    for reply in (text, choice(text), choice(text)["message"], choice([{"type": "text", "text": text}])):
+        assert parse_verdict(reply, LABELS).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (f"{WIN} {LOSS}", "conflicting"),
+        (f"{LOSS} no, wait: {WIN}", "conflicting"),
+        (f"{WIN} or {TIE}", "conflicting"),
+        ("", "no_content"),
+        (" \n", "no_content"),
+        ("The first is better.", "unparsable"),
+        ("KQXVD", "unparsable"),
+        ("[[A]] <verdict>A</verdict>", "unparsable"),
+        ("<verdict>KQXVD or PLMZT</verdict>", "unparsable"),
+        ("<verdict>KQXVDX</verdict>", "unparsable"),
+        ("<verdict>KQXVD", "unparsable"),
+        (f"{WIN} hmm <verdict>unsure</verdict>", "unparsable"),
+        (f"<think>{WIN}", "length"),
+        (f"<think>{WIN} </think> <think> {WIN}", "length"),
+        (f"<think>only thoughts {WIN}</think>", "no_content"),
+        (choice(WIN, "length"), "length"),
+        (choice(WIN, "max_tokens"), "length"),
+        (choice(WIN, "MAX_TOKENS"), "length"),
+        (choice(WIN, "model_length"), "length"),
+        (choice(WIN, "SAFETY"), "filter"),
+        (choice(WIN, "refusal"), "refusal"),
+        (f"<thinking>{WIN}", "length"),
+        (f"[THINK] {WIN}", "length"),
+        (f"<|channel|>analysis<|message|>{WIN}", "length"),
+        (choice([{"type": "reasoning", "text": WIN}, {"type": "text", "text": "hm"}]), "unparsable"),
+        (choice([{"type": "thinking", "thinking": [{"type": "text", "text": WIN}]}]), "no_content"),
+        ("<verdict>ＫＱＸＶＤ</verdict>", "unparsable"),
+        ("<verdict>ΚQXVD</verdict>", "unparsable"),
+        ("<verdict>KQ\u200bXVD</verdict>", "unparsable"),
+        (choice(WIN, "content_filter"), "filter"),
+        (choice(None, "content_filter"), "filter"),
+        (choice(WIN, refusal="I cannot help with that."), "refusal"),
+        (choice(None, refusal="no"), "refusal"),
+        (choice([{"type": "refusal", "refusal": "no"}]), "refusal"),
+        (choice(None), "no_content"),
+        (choice(None, "tool_calls", tool_calls=[]), "no_content"),
+        (choice(None, reasoning_content=WIN), "no_content"),
+        (choice("", reasoning=WIN), "no_content"),
+        (choice("well", reasoning_content=WIN, reasoning=WIN), "unparsable"),
+        (choice([{"type": "thinking", "text": WIN}]), "no_content"),
+        (choice([3, None, {"type": "text", "text": 3}]), "no_content"),
+        (choice(7), "unparsable"),
+        ({"message": None}, "unparsable"),
+        ({}, "no_content"),
+        (None, "unparsable"),
+        (3.5, "unparsable"),
+        ([WIN], "unparsable"),
+    ],
+)
+def test_no_verdict_and_why(reply, reason):
+    parsed = parse_verdict(reply, LABELS)
+    assert (parsed.outcome, parsed.reason) == (None, reason)
+
+
+def test_reasoning_in_its_own_field_is_not_searched():
+    assert parse_verdict(choice(WIN, reasoning_content=f"or {LOSS}", reasoning=LOSS), LABELS).outcome == "win"
+
+
+def test_the_critique_is_the_answer_without_its_tag():
+    parsed = parse_verdict(f"<think>secret</think>Because it is right.\n{WIN}", LABELS)
+    assert parsed == Parsed("win", "", "Because it is right.")
+    assert parse_verdict("Who knows?", LABELS).critique == "Who knows?"
+
+
+def test_an_unhashable_finish_reason_is_none():
+    assert parse_verdict(choice(WIN, finish=["length"]), LABELS).outcome == "win"
+
+
+def test_a_list_of_parts_is_one_text():
+    parts = [
+        {"type": "thinking", "text": LOSS},
+        {"type": "text", "text": "Right. <ver"},
+        {"type": "text", "text": WIN[4:]},
+    ]
+    assert parse_verdict(choice(parts), LABELS) == Parsed("win", "", "Right.")
+
+
+def test_no_sign_of_unicode_passes_for_a_label():
+    """Some become ASCII letters in upper case: such as the long s, and ligatures."""
+    passing = [sign for point in range(0x80, 0x110000) if (sign := chr(point)).upper().isascii()]
+    assert "ſ" in passing
+    for sign in passing:
+        labels = Labels("BCD" + sign.upper(), "PLMZT", "WRGHB")
+        assert labels.outcome("BCD" + sign.upper()) == "win"
+        assert labels.outcome("BCD" + sign) is None
+
+
+def test_the_critique_is_bounded():
+    assert len(parse_verdict("x" * 10**6 + WIN, LABELS).critique) == MAX_CRITIQUE
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("unit", ["<verdict>", "</think>", "<think", "< " * 9, "<verdict>K", "<verdict></", "\n", "<"])
+def test_time_is_linear_in_hostile_text(unit):
+    parse_verdict(unit * (2_000_000 // len(unit)), LABELS)
+
+
+PIECES = st.sampled_from(
+    [
+        WIN,
+        LOSS,
+        TIE,
+        "<verdict>",
+        "</verdict>",
+        "<think>",
+        "</think>",
+        "KQXVD",
+        "<",
+        ">",
+        "[[A]]",
+        '{"verdict": "KQXVD"}',
+        '{"critique": "',
+        '", "verdict": "PLMZT"}',
+        "```json\n",
+        "\n```",
+        "[THINK]",
+        "<|channel|>final<|message|>",
+        " ",
+        "\ud800",
+        "ﬁ",
+        "ß",
+    ]
+)
+TEXTS = st.one_of(st.text(st.characters()), st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["message", "content", "finish_reason", "refusal", "type", "text", "reasoning", "verdict", "critique"]
+            ),
+            inner,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.one_of(TEXTS, JSON))
+def test_total(reply):
+    parsed = parse_verdict(reply, LABELS)
+    assert (parsed.outcome is None) == bool(parsed.reason)
+    assert parsed.outcome in (None, "win", "loss", "tie")
+
+
+@given(TEXTS)
+def test_a_verdict_needs_a_label_of_ours(text):
+    parsed = parse_verdict(text, Labels("NNNNN", "JJJJJ", "FFFFF"))
+    assert parsed.outcome is None or any(word in text.upper() for word in ("NNNNN", "JJJJJ", "FFFFF"))
+
+
+@given(JSON)
+def test_total_on_json_as_text(value):
+    text = json.dumps(value)
+    parsed = parse_verdict(text, LABELS)
+    assert (parsed.outcome is None) == bool(parsed.reason)
+    assert parse_verdict({"message": {"content": text}}, LABELS) == parsed
+
+
+@given(st.sampled_from(["win", "loss", "tie"]), TEXTS)
+def test_json_written_by_a_serializer_is_read_exactly(word, critique):
+    reply = json.dumps({"critique": critique, "verdict": LABELS.label(word)})
+    parsed = parse_verdict(reply, LABELS)
+    assert parsed.outcome in (word, None)
+    if parsed.outcome is None:
+        assert parsed.reason == "conflicting"  # a label of ours within the critique, as a verdict
+    assert parsed.critique == critique.strip()[:MAX_CRITIQUE]

@@ -1,0 +1,46 @@
+"""Names and modules that moved say where they are now."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+
+import rmcore
+from rmcore._base import lazy
+
+MODULES = next(finder for finder in __import__("sys").meta_path if isinstance(finder, lazy._Refusal)).moved
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_moved_module_names_its_new_home(name):
+    with pytest.raises(ImportError, match=rf"^rmcore\.{name} has moved: it is {re.escape(MODULES[name])} now$"):
+        importlib.import_module(f"rmcore.{name}")
+    importlib.import_module(MODULES[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["AlwaysRoute", "Budget", "Judge", "LearningConfig", "NeverRoute", "Router", "VerdictLearner"]
+)
+def test_a_moved_name_says_where_to_import_it_from(name):
+    with pytest.raises(ImportError, match=rf"rmcore\.{name} has moved: import it from rmcore\.") as caught:
+        getattr(rmcore, name)
+    assert hasattr(importlib.import_module(str(caught.value).rsplit(" ", 1)[1]), name)
+
+
+def test_from_import_of_a_moved_name_raises_with_the_same_words():
+    with pytest.raises(ImportError, match=r"import it from rmcore\.engine\.routing"):
+        exec("from rmcore import ThresholdRouter", {})
+
+
+def test_a_submodule_of_a_moved_package_is_told_too():
+    with pytest.raises(ImportError, match=r"rmcore\.routing has moved: it is rmcore\.engine\.routing now"):
+        importlib.import_module("rmcore.routing.budget")
+
+
+def test_what_never_was_is_an_ordinary_error():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'rmcore.nothing'"):
+        importlib.import_module("rmcore.nothing")
+    with pytest.raises(AttributeError, match="module 'rmcore' has no attribute 'nothing'"):
+        rmcore.nothing  # noqa: B018
