@@ -40,7 +40,7 @@ def test_a_submodule_of_a_moved_package_is_told_too():
 
 
 def test_what_never_was_is_an_ordinary_error():
-    with pytest.raises(ModuleNotFoundError, match="No module named 'rmcore.nothing'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'rmcore\.nothing'"):
         importlib.import_module("rmcore.nothing")
     with pytest.raises(AttributeError, match="module 'rmcore' has no attribute 'nothing'"):
         rmcore.nothing  # noqa: B018
