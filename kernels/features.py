@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import COSINE, IDENTITY, TANH, cdiv, cos_turns, grouped, halves, launch, tanh
 from rmcore.kernels.heuristics import Device
-from torch import Tensor
-
 from rmcore.ops.weights import FeatureMap
 
 PAD = 256

@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import cdiv, launch, power_of_two, triangle_row
 from rmcore.kernels.heuristics import Device
-from torch import Tensor
 
 _WEIGH_PARTS = 64
 _ADD_ROWS = 16

@@ -16,10 +16,11 @@ their way. ``fold`` adds the programs' sums in order; the norm is applied by who
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import cdiv, launch, power_of_two
 from rmcore.kernels.heuristics import Device
-from torch import Tensor
 
 MAX_COLUMNS = 16384
 """A row of W must fit the registers of one program."""

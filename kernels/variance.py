@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rmcore.kernels import heuristics
 from rmcore.kernels.common import AREA, EDGE, cdiv, grouped, launch, power_of_two, triangle_row
 from rmcore.kernels.heuristics import Device
-from torch import Tensor
 
 SQUARE = tl.constexpr(0)
 STORE = tl.constexpr(1)

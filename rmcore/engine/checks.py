@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.judge.base import Prompt
-from rmcore.model.text import check_prompt
+from rmcore._base.prompt import Prompt, check_prompt
 
 __all__ = ["check_group_sizes", "check_groups"]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.loop import background_loop
+from rmcore._base.prompt import Prompt
 from rmcore.engine.checks import check_group_sizes, check_groups
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import Asking
@@ -40,7 +41,7 @@ from rmcore.engine.score_call import MicroBatch, ScoreCall, micro_batches
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import check_finite
-from rmcore.judge.base import Judge, Prompt
+from rmcore.judge.base import Judge
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.ops.dispatch import Backend

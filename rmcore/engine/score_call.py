@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
+from rmcore._base.prompt import Prompt
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import Asked, Asking
 from rmcore.engine.overlap import StoppedError
@@ -20,7 +21,7 @@ from rmcore.engine.pair_table import PairMatrices, Where
 from rmcore.engine.routing import Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
 from rmcore.head.frozen import FrozenHead
-from rmcore.judge.base import JudgeUsage, Pair, Prompt
+from rmcore.judge.base import JudgeUsage, Pair
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress
 from rmcore.model.text import EncodedText

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import DataError
-from rmcore.judge.base import Prompt
+from rmcore._base.prompt import Prompt
 from rmcore.model.data import read_lines
 from rmcore.model.reward_model import Preference
 

@@ -22,9 +22,9 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.endpoint import check_base_url
 from rmcore._base.errors import InputError, JudgeError, RmcoreError, reject
 from rmcore._base.http import Connections
+from rmcore._base.prompt import Prompt
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError
-from rmcore.judge.base import Prompt
 
 if TYPE_CHECKING:
     import httpx

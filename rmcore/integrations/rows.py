@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmcore._base.errors import InputError, reject
-from rmcore.judge.base import Prompt
+from rmcore._base.prompt import Prompt
 
 __all__ = ["GroupingError", "completion_text", "group_size_of_runs", "prompt_key", "split_groups"]
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmcore._base.errors import reject
+from rmcore._base.prompt import Prompt
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.client import GroupClient
-from rmcore.judge.base import Prompt
 from rmcore.model.reward_model import RewardModel
 
 __all__ = ["GroupReward", "group_rm"]

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rmcore._base import lazy
+from rmcore._base.prompt import Message, Prompt
 from rmcore._base.retry import RetryPolicy
 from rmcore.judge.alarm import Alarm
-from rmcore.judge.base import Judge, JudgeUsage, Message, Outcome, Pair, Prompt, Verdict
+from rmcore.judge.base import Judge, JudgeUsage, Outcome, Pair, Verdict
 from rmcore.judge.client.breaker import BreakerPolicy
 from rmcore.judge.contain import checked_verdicts
 from rmcore.judge.keys import call_key, pair_key

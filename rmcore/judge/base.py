@@ -5,18 +5,14 @@ The engine depends on this file alone; everything else in ``rmcore.judge`` is on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Judge", "JudgeUsage", "Message", "Outcome", "Pair", "Prompt", "Verdict"]
+from rmcore._base.prompt import Prompt
 
-Message: TypeAlias = Mapping[str, str]
-"""One chat message: ``{"role": ..., "content": ...}``."""
-
-Prompt: TypeAlias = str | Sequence[Message]
-"""A plain-text prompt, or a conversation as a list of messages."""
+__all__ = ["Judge", "JudgeUsage", "Outcome", "Pair", "Verdict"]
 
 Outcome: TypeAlias = Literal["win", "loss", "tie"]
 """``win``: the first response is better; ``loss``: the second is; ``tie``: the judge says neither is."""

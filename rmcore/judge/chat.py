@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rmcore._base.clock import Clock
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
+from rmcore._base.prompt import Prompt
 from rmcore._base.retry import RetryPolicy
-from rmcore.judge.base import Pair, Prompt, Verdict
+from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.client.breaker import DEFAULT_BREAKER, BreakerPolicy
 from rmcore.judge.client.chat_client import ChatClient
 from rmcore.judge.client.limits import RateLimits

@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rmcore._base.errors import reject
-from rmcore.judge.base import Prompt
+from rmcore._base.prompt import Prompt, canonical_prompt
 
-__all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "canonical_prompt", "pair_key"]
+__all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 
 KEY_VERSION = 1
 """Part of every key. It changes if, and only if, the same texts would get another key."""
 
 CALL_KEY_VERSION = 1
 """As :data:`KEY_VERSION`, for :func:`call_key`."""
-
-
-def canonical_prompt(prompt: Prompt) -> str | list[dict[str, str]]:
-    """The part of ``prompt`` that a judge gets to see, in one form.
-
-    Plain text stays text. A conversation becomes a list of ``{"role", "content"}``: other fields of a message are
-    dropped, since no judge is shown them, and a content of ``None`` (an assistant turn that only called tools) is the
-    empty text. Plain text and a one-message conversation with the same words stay different prompts.
-
-    Raises:
-        InputError: ``prompt`` is neither a string nor a non-empty sequence of messages with text roles and contents.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, Sequence) or not prompt:
-        what = "an empty message list" if isinstance(prompt, Sequence) else type(prompt).__name__
-        reject("prompt", what, "a string or a non-empty list of messages")
-    messages = []
-    for index, message in enumerate(prompt):
-        if not isinstance(message, Mapping):
-            reject(f"prompt[{index}]", type(message).__name__, "a message: a mapping with 'role' and 'content'")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            reject(f"prompt[{index}]['role']", type(role).__name__, "a non-empty string")
-        if content is not None and not isinstance(content, str):
-            reject(f"prompt[{index}]['content']", type(content).__name__, "a string or None")
-        messages.append({"role": role, "content": content or ""})
-    return messages
 
 
 def pair_key(prompt: Prompt, first: str, second: str) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from rmcore._base.errors import DataError, InputError, reject
-from rmcore.judge.base import Outcome, Pair, Prompt, Verdict
+from rmcore._base.prompt import Prompt
+from rmcore.judge.base import Outcome, Pair, Verdict
 from rmcore.judge.keys import pair_key
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rmcore._base.errors import DataError, InputError
-from rmcore.judge.base import Prompt
+from rmcore._base.prompt import Prompt, check_prompt
 from rmcore.model.reward_model import Preference
-from rmcore.model.text import check_prompt
 
 __all__ = ["Group", "parse_group", "parse_preference", "read_groups", "read_lines", "read_preferences"]
 

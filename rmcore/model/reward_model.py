@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore._base.prompt import Prompt, check_prompt
 from rmcore.head import checkpoint
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import FitReport, fit, upgrade
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
-from rmcore.judge.base import Prompt
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
-from rmcore.model.text import EncodedText, check_prompt
+from rmcore.model.text import EncodedText
 
 __all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
 

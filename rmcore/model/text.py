@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rmcore._base.errors import InputError, reject
-from rmcore.judge.base import Message, Prompt
+from rmcore._base.prompt import Message, Prompt
 
-__all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "check_prompt"]
+__all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder"]
 
 OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest"]
 """``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
@@ -73,21 +73,6 @@ class PairTemplate:
             found = _FIELD.findall(getattr(self, name))
             if found != wanted:
                 reject(f"template.{name}", f"fields {found}", f"exactly {wanted}, in that order")
-
-
-def check_prompt(prompt: object, where: str = "prompt") -> None:
-    """Raise InputError unless ``prompt`` is a string or a non-empty list of ``{"role", "content"}`` strings."""
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, Sequence) or not prompt:
-        reject(where, type(prompt).__name__ if prompt else "an empty list", "a string or a list of messages")
-    for k, message in enumerate(prompt):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
-            reject(f"{where}[{k}]", repr(message)[:80], '{"role": str, "content": str}')
 
 
 class TextEncoder:

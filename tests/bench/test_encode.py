@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+
 from rmcore.bench import encode as suite
 from rmcore.bench.harness import Limits
 from rmcore.bench.setup import Setup

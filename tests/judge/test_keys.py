@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
-from rmcore.judge.keys import canonical_prompt, pair_key
+from rmcore._base.prompt import canonical_prompt
+from rmcore.judge.keys import pair_key
 
 
 def test_key_is_the_same_in_every_release():

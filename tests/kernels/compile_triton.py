@@ -217,7 +217,6 @@ def compiling(arch: int) -> Iterator[dict[str, Build]]:
 def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list[Build]:
     """Compile what the ``share``-th part of the calls launch on ``arch``."""
     from rmcore.kernels.heuristics import Device
-
     from rmcore.ops.backends import triton as backend
 
     backend._device = lambda device: Device(KIND[arch], MULTIPROCESSORS[arch])  # type: ignore[assignment]

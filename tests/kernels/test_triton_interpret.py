@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton
 import triton.language as tl
 import triton_checks as checks
-from rmcore.kernels import common, heuristics
-from rmcore.kernels.heuristics import Tile
 
 from rmcore import ops
+from rmcore.kernels import common, heuristics
+from rmcore.kernels.heuristics import Tile
 from rmcore.ops.backends import triton as backend
 
 DTYPES = [torch.float16, torch.float32]

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
-from rmcore.model.text import PairTemplate, TextEncoder, check_prompt
+from rmcore._base.prompt import check_prompt
+from rmcore.model.text import PairTemplate, TextEncoder
 
 FAMILIES = ["bert", "llama", "mistral", "chatml", "qwen", "no-template", "roberta"]
 SPECIALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "<s>", "</s>", "<pad>"]

@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.prompt import Prompt
 from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.members import (
     AssemblyStats,
@@ -35,7 +36,6 @@ from rmcore.integrations.server.members import (
     prompt_digest,
     text_digest,
 )
-from rmcore.judge.base import Prompt
 
 __all__ = ["AssemblyStats", "BusyError", "ConflictError", "GroupAssembly", "LateError", "MemberResult", "Score"]
 

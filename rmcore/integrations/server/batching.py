@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, reject
+from rmcore._base.prompt import Prompt
 from rmcore.engine.checks import check_groups
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, GroupScores
 from rmcore.integrations.server.assembly import BusyError
-from rmcore.judge.base import JudgeUsage, Prompt
+from rmcore.judge.base import JudgeUsage
 
 __all__ = ["BatchScorer", "BatchStats", "ScoredGroup"]
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rmcore._base.errors import InputError
+from rmcore._base.prompt import Prompt, canonical_prompt
 from rmcore.engine.groups import GroupScore
-from rmcore.judge.base import Prompt
-from rmcore.judge.keys import canonical_prompt
 
 __all__ = [
     "AssemblyStats",

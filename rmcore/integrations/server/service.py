@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
+from rmcore._base.prompt import Prompt
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
@@ -27,7 +28,6 @@ from rmcore.integrations.server.schema import (
     win_rates,
 )
 from rmcore.integrations.server.settings import ServeSettings
-from rmcore.judge.base import Prompt
 
 __all__ = ["RewardService"]
 

@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from rmcore.judge.base import JudgeUsage, Prompt, Verdict
+from rmcore._base.prompt import Prompt
+from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
 from rmcore.judge.question.prompt import JudgePrompt, Output, RandomSource, RenderedPrompt
 from rmcore.judge.question.soft import Soft, soft_preference

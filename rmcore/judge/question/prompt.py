@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmcore._base.errors import InputError, reject
-from rmcore.judge.base import Prompt
-from rmcore.judge.keys import canonical_prompt
+from rmcore._base.prompt import Prompt, canonical_prompt
 from rmcore.judge.question.contract import CONTRACTS, LABEL_STYLE, Output, RandomSource, draw, find_contract
 from rmcore.judge.question.sanitise import neutralise, restore
 from rmcore.judge.question.verdict import Labels

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmcore._base.errors import InputError, reject
-from rmcore.judge.base import JudgeUsage, Prompt, Verdict
-from rmcore.judge.keys import canonical_prompt
+from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.orders import combine_orders, exchanged
 from rmcore.judge.store.database import StoreError, load_text, open_database
 from rmcore.judge.store.prices import PriceTable, price_call

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from rmcore.judge.base import JudgeUsage, Prompt, Verdict
-from rmcore.judge.keys import call_key, canonical_prompt, pair_key
+from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore.judge.base import JudgeUsage, Verdict
+from rmcore.judge.keys import call_key, pair_key
 
 __all__ = ["MAX_REPLY", "Question", "Reply", "Shown", "reply_text", "without_secrets"]
 

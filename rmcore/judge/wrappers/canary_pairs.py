@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from rmcore._base.errors import InputError
-from rmcore.judge.base import Pair, Prompt, Verdict
-from rmcore.judge.keys import canonical_prompt
+from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore.judge.base import Pair, Verdict
 
 __all__ = ["CANARY_ID", "CANARY_KINDS", "Canary", "CanaryKind", "CanaryMaker"]
 
