@@ -1,6 +1,7 @@
 """``rmcore serve``: groups of responses over HTTP, for trainers that cannot hold the reward model themselves.
 
-Needs fastapi and uvicorn: ``pip install 'rmcore[serve]'``. See :mod:`rmcore.integrations.server.server`.
+Needs fastapi, uvicorn and prometheus-client: ``pip install 'rmcore[serve]'``.
+See :mod:`rmcore.integrations.server.server`.
 """
 
 from __future__ import annotations

@@ -19,8 +19,6 @@ from rmcore._base.version import __version__
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.server.assembly import BusyError, ConflictError, LateError
 from rmcore.integrations.server.guard import Guard
-from rmcore.integrations.server.metrics import figures
-from rmcore.integrations.server.prometheus import CONTENT_TYPE, render
 from rmcore.integrations.server.schema import (
     ErrorReply,
     GroupReply,
@@ -86,7 +84,7 @@ def create_app(
     _add_handlers(app)
     app.openapi = lambda: describe(FastAPI.openapi(app), settings)  # type: ignore[method-assign]
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
-    service.guard = Guard(app.build_middleware_stack(), settings, paths, clock)
+    service.guard = Guard(app.build_middleware_stack(), settings, paths, service.metrics.request_seconds, clock)
     app.middleware_stack = service.guard
     return app
 
@@ -174,12 +172,18 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
         response_class=Response,
         responses={
             **_errors(without=(400, 422, 429)),
-            200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+            200: {
+                "description": "Prometheus' text format, or OpenMetrics where the Accept header asks for it.",
+                "content": {
+                    kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")
+                },
+            },
         },
     )
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         """Figures for Prometheus."""
-        return Response(render(figures(service)), headers={"Content-Type": CONTENT_TYPE})
+        page, content_type = service.metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": content_type})
 
 
 def _health(service: RewardService) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from prometheus_client import Histogram
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore.integrations.server.prometheus import Histogram
 from rmcore.integrations.server.schema import OPEN_PATHS, error_response
 from rmcore.integrations.server.settings import ServeSettings
 
@@ -28,7 +28,6 @@ __all__ = ["Guard", "when_lost"]
 
 log = logging.getLogger(__name__)
 
-_LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 180)
 _LOST = "rmcore.lost"
 
 
@@ -44,18 +43,24 @@ class Guard:
         app: the application.
         settings: token, host names and limits.
         paths: what requests are counted under; others count as ``other``.
+        seconds: where the times to answer go, by ``path``.
         clock: of the latencies; a seam for tests.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: ServeSettings, paths: frozenset[str], clock: Clock | None = None
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        paths: frozenset[str],
+        seconds: Histogram,
+        clock: Clock | None = None,
     ) -> None:
         self.app, self.settings, self.paths = app, settings, paths
         self.clock: Clock = clock or SystemClock()
         self.requests: Counter[tuple[str, str]] = Counter()
         self.active = 0
         self.disconnected = 0
-        self.latency = Histogram("rmcore_http_request_seconds", "Time to answer.", _LATENCIES_S, ("path",))
+        self._seconds = seconds
         # Digests are of one length, so that comparing them tells nothing of the token's.
         self._token = None if settings.token is None else _digest(settings.token.encode("ascii"))
         self._hosts = {_host(name) for name in (*settings.hosts, settings.host)}
@@ -102,7 +107,7 @@ class Guard:
                 for call in scope.get(_LOST, ()):
                     call()
             self.requests[path, "disconnected" if gone else str(status)] += 1
-            self.latency.observe(self.clock.now() - began, path)
+            self._seconds.labels(path).observe(self.clock.now() - began)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = scope["headers"]

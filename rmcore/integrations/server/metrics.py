@@ -1,66 +1,121 @@
-"""What a server tells Prometheus: counts that its parts keep anyway, read when somebody asks."""
+"""What a server tells Prometheus: histograms, and the counts that its parts keep anyway, read when somebody asks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rmcore.integrations.server.prometheus import Family, Histogram
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from rmcore.integrations.server.service import RewardService
 
-__all__ = ["figures"]
+__all__ = ["ServerMetrics"]
+
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 120)
+_LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 180)
 
 
-def figures(service: RewardService) -> Iterator[Family | Histogram]:
-    """All families of the page."""
-    yield Family.of("rmcore_ready", "gauge", "1 unless the server is going down.", float(not service.draining))
-    yield from _requests(service)
-    yield from _batches(service)
-    yield from _assembly(service)
-    yield from _judge(service)
+class ServerMetrics(Collector):
+    """The metrics of one server, in a registry of its own: two servers in a process do not mix.
+
+    Args:
+        service: whose counts are read when somebody scrapes.
+
+    Attributes:
+        registry: all of them, for whoever wants to add to it or push it.
+        batch_groups: groups in a batch.
+        wait_seconds: from a group's arrival to its batch.
+        batch_seconds: scoring of a batch, the judge included.
+        request_seconds: time to answer, by ``path``.
+    """
+
+    def __init__(self, service: RewardService) -> None:
+        self._service = service
+        self.registry = CollectorRegistry()
+
+        def histogram(name: str, help: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(name, help, labels, buckets=buckets, registry=self.registry)
+
+        self.batch_groups = histogram("rmcore_batch_groups", "Groups in a batch.", _BATCH_SIZES)
+        self.wait_seconds = histogram("rmcore_group_wait_seconds", "From a group's arrival to its batch.", _SECONDS)
+        self.batch_seconds = histogram("rmcore_batch_seconds", "Scoring of a batch, the judge included.", _SECONDS)
+        self.request_seconds = histogram("rmcore_http_request_seconds", "Time to answer.", _LATENCIES_S, ("path",))
+        self.registry.register(self)
+
+    def page(self, accept: str = "") -> tuple[bytes, str]:
+        """The page and its Content-Type: text format 0.0.4, or what the ``Accept`` header asks for (OpenMetrics)."""
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # of a version that is no number; RFC 9110 lets a server ignore such a header
+            encode, content_type = choose_encoder("")
+        return encode(self.registry), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """The counts and gauges as they are now."""
+        service = self._service
+        yield _gauge("rmcore_ready", "1 unless the server is going down.", float(not service.draining))
+        yield from _requests(service)
+        yield from _batches(service)
+        yield from _assembly(service)
+        yield from _judge(service)
 
 
-def _requests(service: RewardService) -> Iterator[Family | Histogram]:
+def _gauge(name: str, help: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help, value=value)
+
+
+def _counter(name: str, help: str, value: float) -> Metric:
+    return CounterMetricFamily(name, help, value=value)
+
+
+def _counters(name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
+    """One counter for each value of ``label``."""
+    family = CounterMetricFamily(name, help, labels=(label,))
+    for of, value in values.items():
+        family.add_metric((of,), value)
+    return family
+
+
+def _requests(service: RewardService) -> Iterator[Metric]:
     guard = service.guard
     if guard is None:
         return
-    counts = [({"path": path, "status": status}, float(n)) for (path, status), n in sorted(guard.requests.items())]
-    yield Family("rmcore_http_requests", "counter", "Answered requests.", counts)
-    yield Family.of("rmcore_http_requests_active", "gauge", "Requests under way.", guard.active)
-    yield guard.latency
-    yield Family.of("rmcore_replayed_answers", "counter", "Retries answered from memory.", service.replies.replayed)
+    answered = CounterMetricFamily("rmcore_http_requests", "Answered requests.", labels=("path", "status"))
+    for path_and_status, count in sorted(guard.requests.items()):
+        answered.add_metric(path_and_status, count)
+    yield answered
+    yield _gauge("rmcore_http_requests_active", "Requests under way.", guard.active)
+    yield _counter("rmcore_replayed_answers", "Retries answered from memory.", service.replies.replayed)
 
 
-def _batches(service: RewardService) -> Iterator[Family | Histogram]:
+def _batches(service: RewardService) -> Iterator[Metric]:
     scorer, stats = service.scorer, service.scorer.stats
-    yield Family.of("rmcore_queue_groups", "gauge", "Groups waiting for a batch.", scorer.queued)
-    yield Family.of("rmcore_batches_in_flight", "gauge", "Batches under way.", scorer.in_flight)
-    yield Family.of("rmcore_batches", "counter", "Scored batches.", stats.batches)
-    yield Family.of(
-        "rmcore_split_batches", "counter", "Batches split to find what cannot be scored.", stats.split_batches
-    )
+    yield _gauge("rmcore_queue_groups", "Groups waiting for a batch.", scorer.queued)
+    yield _gauge("rmcore_batches_in_flight", "Batches under way.", scorer.in_flight)
+    yield _counter("rmcore_batches", "Scored batches.", stats.batches)
+    yield _counter("rmcore_split_batches", "Batches split to find what cannot be scored.", stats.split_batches)
     outcomes = {
         "scored": stats.groups,
         "failed": stats.failed_groups,
         "withdrawn": stats.withdrawn_groups,
         "refused": stats.refused_groups,
     }
-    yield Family("rmcore_groups", "counter", "Groups by outcome.", [({"outcome": k}, v) for k, v in outcomes.items()])
-    yield Family.of("rmcore_responses", "counter", "Scored responses.", stats.responses)
-    yield Family.of("rmcore_unscorable_responses", "counter", "Those without a preference.", stats.unscorable_responses)
-    pairs = [({"by": by}, float(stats.pairs[by])) for by in ("head", "judge", "judge_failed", "identical")]
-    yield Family("rmcore_pairs", "counter", "Pairs by who decided them.", pairs)
-    yield service.batch_sizes
-    yield service.waits
-    yield service.scorings
+    yield _counters("rmcore_groups", "Groups by outcome.", "outcome", outcomes)
+    yield _counter("rmcore_responses", "Scored responses.", stats.responses)
+    yield _counter("rmcore_unscorable_responses", "Those without a preference.", stats.unscorable_responses)
+    pairs = {by: stats.pairs[by] for by in ("head", "judge", "judge_failed", "identical")}
+    yield _counters("rmcore_pairs", "Pairs by who decided them.", "by", pairs)
 
 
-def _assembly(service: RewardService) -> Iterator[Family]:
+def _assembly(service: RewardService) -> Iterator[Metric]:
     assembly, stats = service.assembly, service.assembly.stats
-    yield Family.of("rmcore_members_waiting", "gauge", "Members waiting for their groups.", assembly.waiting)
-    yield Family.of("rmcore_open_groups", "gauge", "Groups that are not whole yet.", assembly.open_groups)
+    yield _gauge("rmcore_members_waiting", "Members waiting for their groups.", assembly.waiting)
+    yield _gauge("rmcore_open_groups", "Groups that are not whole yet.", assembly.open_groups)
     outcomes = {
         "joined": stats.members,
         "retried": stats.retries,
@@ -69,32 +124,30 @@ def _assembly(service: RewardService) -> Iterator[Family]:
         "late": stats.late_members,
         "refused": stats.refused,
     }
-    samples = [({"outcome": name}, value) for name, value in outcomes.items()]
-    yield Family("rmcore_members", "counter", "Members by what became of their calls.", samples)
+    yield _counters("rmcore_members", "Members by what became of their calls.", "outcome", outcomes)
     groups = {
         "whole": stats.groups - stats.partial_groups,
         "partial": stats.partial_groups,
         "failed": stats.failed_groups,
     }
-    samples = [({"outcome": name}, value) for name, value in groups.items()]
-    yield Family("rmcore_assembled_groups", "counter", "Groups put together from members.", samples)
+    yield _counters("rmcore_assembled_groups", "Groups put together from members.", "outcome", groups)
 
 
-def _judge(service: RewardService) -> Iterator[Family]:
+def _judge(service: RewardService) -> Iterator[Metric]:
     stats, usage = service.scorer.stats, service.scorer.stats.usage
-    yield Family.of("rmcore_judge_calls", "counter", "Questions put to the judge.", usage.calls)
-    yield Family.of("rmcore_judge_attempts", "counter", "HTTP requests they took.", usage.attempts)
-    yield Family.of("rmcore_judge_cache_hits", "counter", "Questions answered without a call.", usage.cache_hits)
-    yield Family.of("rmcore_judge_seconds", "counter", "Time of all calls together.", usage.seconds)
-    yield Family.of("rmcore_judge_flips", "counter", "Verdicts that changed with the order.", stats.flips)
+    yield _counter("rmcore_judge_calls", "Questions put to the judge.", usage.calls)
+    yield _counter("rmcore_judge_attempts", "HTTP requests they took.", usage.attempts)
+    yield _counter("rmcore_judge_cache_hits", "Questions answered without a call.", usage.cache_hits)
+    yield _counter("rmcore_judge_seconds", "Time of all calls together.", usage.seconds)
+    yield _counter("rmcore_judge_flips", "Verdicts that changed with the order.", stats.flips)
     tokens = {
         "prompt": usage.prompt_tokens,
         "cached": usage.cached_tokens,
         "completion": usage.completion_tokens,
         "reasoning": usage.reasoning_tokens,
     }
-    yield Family("rmcore_judge_tokens", "counter", "Tokens by kind.", [({"kind": k}, v) for k, v in tokens.items()])
-    yield Family.of("rmcore_judge_cost", "counter", "Cost of the calls that have a price.", usage.cost)
-    yield Family.of("rmcore_judge_unpriced_calls", "counter", "Calls that have none.", usage.unpriced_calls)
+    yield _counters("rmcore_judge_tokens", "Tokens by kind.", "kind", tokens)
+    yield _counter("rmcore_judge_cost", "Cost of the calls that have a price.", usage.cost)
+    yield _counter("rmcore_judge_unpriced_calls", "Calls that have none.", usage.unpriced_calls)
     unknown = stats.unaccounted_questions
-    yield Family.of("rmcore_judge_unaccounted_questions", "counter", "Questions of unknown cost.", unknown)
+    yield _counter("rmcore_judge_unaccounted_questions", "Questions of unknown cost.", unknown)

@@ -5,7 +5,7 @@
     POST /get_reward       OpenRLHF's remote reward model
     GET  /health, /ready, /metrics, /docs, /openapi.json
 
-Needs fastapi and uvicorn: ``pip install 'rmcore[serve]'``.
+Needs fastapi, uvicorn and prometheus-client: ``pip install 'rmcore[serve]'``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
 from rmcore.integrations.server.guard import Guard, when_lost
-from rmcore.integrations.server.prometheus import Histogram
+from rmcore.integrations.server.metrics import ServerMetrics
 from rmcore.integrations.server.remote_rm import grouped, prompt_text, response_text
 from rmcore.integrations.server.replies import ReplyStore
 from rmcore.integrations.server.schema import (
@@ -30,9 +30,6 @@ from rmcore.integrations.server.schema import (
 from rmcore.integrations.server.settings import ServeSettings
 
 __all__ = ["RewardService"]
-
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 120)
 
 
 class RewardService:
@@ -49,9 +46,6 @@ class RewardService:
         self, engine: RewardEngine, settings: ServeSettings, *, model: str = "", clock: Clock | None = None
     ) -> None:
         self.settings, self.model = settings, model
-        self.batch_sizes = Histogram("rmcore_batch_groups", "Groups in a batch.", _BATCH_SIZES)
-        self.waits = Histogram("rmcore_group_wait_seconds", "From a group's arrival to its batch.", _SECONDS)
-        self.scorings = Histogram("rmcore_batch_seconds", "Scoring of a batch, the judge included.", _SECONDS)
         self.scorer = BatchScorer(
             engine,
             max_groups=settings.batch_groups,
@@ -71,6 +65,7 @@ class RewardService:
         self.replies = ReplyStore(settings.keep_s, settings.replay_bytes, clock)
         self.guard: Guard | None = None
         self.draining = False
+        self.metrics = ServerMetrics(self)
 
     async def drain(self) -> None:
         """Take nothing new; return when everything accepted has its result, at the latest ``drain_s`` and scoring."""
@@ -165,7 +160,7 @@ class RewardService:
             reject(where, f"{len(text)} characters", f"at most {most}")
 
     def _observe(self, scored: Sequence[ScoredGroup]) -> None:
-        self.batch_sizes.observe(len(scored))
-        self.scorings.observe(scored[0].scoring_s)
+        self.metrics.batch_groups.observe(len(scored))
+        self.metrics.batch_seconds.observe(scored[0].scoring_s)
         for one in scored:
-            self.waits.observe(one.waited_s)
+            self.metrics.wait_seconds.observe(one.waited_s)

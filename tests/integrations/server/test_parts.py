@@ -1,4 +1,4 @@
-"""The server's smaller parts by themselves: kept answers, Prometheus text, OpenRLHF's texts."""
+"""The server's smaller parts by themselves: kept answers, OpenRLHF's texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from rmcore._base.errors import InputError
 from rmcore.integrations.server import ServeSettings
 from rmcore.integrations.server.assembly import ConflictError
-from rmcore.integrations.server.prometheus import Family, Histogram, render
 from rmcore.integrations.server.remote_rm import grouped, prompt_text, response_text
 from rmcore.integrations.server.replies import ReplyStore
 from rmcore.integrations.server.settings import END_TOKENS, is_loopback
@@ -83,33 +82,6 @@ def test_a_failure_is_told_and_not_kept(manual_clock):
         assert work.calls == 2
 
     go(main())
-
-
-# -- Prometheus ------------------------------------------------------------------------------------------------------
-
-
-def test_families_as_text():
-    latency = Histogram("seconds", "Time.", (0.1, 1), ("path",))
-    for value in (0.05, 0.1, 0.5, 7):
-        latency.observe(value, "/a")
-    requests = Family("requests", "counter", "Requests.", [({"path": 'a"b\\c\nd', "status": "200"}, 3)])
-    text = render([requests, Family.of("ratio", "gauge", "A ratio.", 0.25), latency])
-    assert text.splitlines() == [
-        "# HELP requests_total Requests.",
-        "# TYPE requests_total counter",
-        r'requests_total{path="a\"b\\c\nd",status="200"} 3',
-        "# HELP ratio A ratio.",
-        "# TYPE ratio gauge",
-        "ratio 0.25",
-        "# HELP seconds Time.",
-        "# TYPE seconds histogram",
-        'seconds_bucket{path="/a",le="0.1"} 2',
-        'seconds_bucket{path="/a",le="1"} 3',
-        'seconds_bucket{path="/a",le="+Inf"} 4',
-        'seconds_sum{path="/a"} 7.65',
-        'seconds_count{path="/a"} 4',
-    ]
-    assert text.endswith("\n")
 
 
 # -- OpenRLHF --------------------------------------------------------------------------------------------------------

@@ -678,8 +678,8 @@ def test_metrics_are_prometheus_text_that_adds_up(make_app, talk, judged_engine)
     assert values["rmcore_http_requests_total", 'path="other",status="404"'] == 1
     assert values["rmcore_pairs_total", 'by="judge"'] == 1
     assert values["rmcore_judge_cost_total", ""] == 2
-    assert values["rmcore_batch_groups_bucket", 'le="1"'] == values["rmcore_batch_groups_count", ""] == 1
-    assert values["rmcore_http_request_seconds_bucket", 'path="/v1/groups",le="+Inf"'] == 2
+    assert values["rmcore_batch_groups_bucket", 'le="1.0"'] == values["rmcore_batch_groups_count", ""] == 1
+    assert values["rmcore_http_request_seconds_bucket", 'le="+Inf",path="/v1/groups"'] == 2
 
 
 # -- no group mixed or lost ------------------------------------------------------------------------------------------
