@@ -49,7 +49,7 @@ def close_engine(engine: RewardEngine) -> None:
     """Close its judge: connections, and the store's file."""
     if engine.judge is not None:
         from rmcore._base.loop import run_sync
-        from rmcore.judge.contain import close_judge
+        from rmcore.judge.base import close_judge
 
         run_sync(close_judge(engine.judge))
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rmcore.engine.advantage import group_rewards, grpo_advantages, rloo_advantages
 from rmcore.engine.usage import JudgeTally, Overlap, usage_figures
-from rmcore.judge.base import JudgeUsage, Verdict
-from rmcore.judge.rules import RULE
+from rmcore.judge.base import RULE, JudgeUsage, Verdict
 from rmcore.model.backbone import EncodingStats
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision"]

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rmcore._base.clock import Clock
-from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict
-from rmcore.judge.contain import contained_verdicts, log_contained
+from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, isolated_verdicts, log_judge_error
 
 __all__ = ["Asked", "Asking", "ExitError"]
 
@@ -154,14 +153,14 @@ class Asking:
             return [Verdict.none("deadline")] * len(questions), False
         verdicts, error = call.result()  # on time, or the judge made something of being cancelled
         if error is not None:
-            log_contained(error, "the judge", len(verdicts))
+            log_judge_error(error, "the judge", len(verdicts))
         untold = len(verdicts) if error is not None else sum(v.reason == "not_a_verdict" for v in verdicts)
         self.unaccounted += untold
         return verdicts, not untold
 
     async def _call(self, questions: list[Pair]) -> tuple[list[Verdict], BaseException | None]:
         try:
-            return await contained_verdicts(self._judge, questions)
+            return await isolated_verdicts(self._judge, questions)
         except (KeyboardInterrupt, SystemExit) as error:
             raise ExitError(error) from error  # as they are, these two would stop the loop itself
 

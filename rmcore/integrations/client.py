@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore._base.endpoint import check_base_url
 from rmcore._base.errors import InputError, JudgeError, RmcoreError, reject
-from rmcore._base.http import Connections
+from rmcore._base.http import Connections, check_base_url
 from rmcore._base.prompt import Prompt
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError

@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING
 from rmcore._base import lazy
 from rmcore._base.prompt import Message, Prompt
 from rmcore._base.retry import RetryPolicy
-from rmcore.judge.alarm import Alarm
-from rmcore.judge.base import Judge, JudgeUsage, Outcome, Pair, Verdict
+from rmcore.judge.base import Judge, JudgeUsage, Outcome, Pair, Verdict, checked_verdicts
 from rmcore.judge.client.breaker import BreakerPolicy
-from rmcore.judge.contain import checked_verdicts
 from rmcore.judge.keys import call_key, pair_key
 from rmcore.judge.orders import Orders, combine_orders, exchanged
 from rmcore.judge.question.prompt import JudgePrompt
 from rmcore.judge.question.verdict import Labels, Parsed, parse_verdict
 from rmcore.judge.recorded import RecordedJudge
-from rmcore.judge.wrappers.accept import Accept
+from rmcore.judge.wrappers.alarm import Alarm
 from rmcore.judge.wrappers.canary import CanaryJudge
 from rmcore.judge.wrappers.canary_pairs import CANARY_ID, CANARY_KINDS, CanaryKind
 from rmcore.judge.wrappers.disagreement import DisagreementAlarm, MonitoredJudge
-from rmcore.judge.wrappers.tiers import Tier, TieredJudge
+from rmcore.judge.wrappers.tiers import Accept, Tier, TieredJudge
 
 if TYPE_CHECKING:
     from rmcore._base.loop import run_sync

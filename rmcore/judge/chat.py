@@ -26,7 +26,7 @@ from rmcore.judge.client.limits import RateLimits
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
 from rmcore.judge.question.dialect import Dialect
 from rmcore.judge.question.prompt import JudgePrompt, Output
-from rmcore.judge.rules import rule_verdict
+from rmcore.judge.question.rules import rule_verdict
 from rmcore.judge.store.prices import PriceTable, price_call
 from rmcore.judge.store.records import Question, Reply, reply_text
 from rmcore.judge.wrappers.canary_pairs import CANARY_ID
@@ -54,7 +54,7 @@ class _Question(NamedTuple):
 class ChatJudge:
     """Asks a chat model which response is better; see :class:`~rmcore.judge.base.Judge`.
 
-    Blank and identical responses are decided by rule (:mod:`rmcore.judge.rules`) and cost nothing.
+    Blank and identical responses are decided by rule (:mod:`rmcore.judge.question.rules`) and cost nothing.
 
     A pair that fails gets a verdict with a reason, never an exception and never a tie. The reasons are those of
     :class:`~rmcore.judge.client.reply.Completion` (the call), of :class:`~rmcore.judge.question.verdict.Parsed` (the

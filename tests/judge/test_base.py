@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from rmcore.judge import JudgeUsage, Pair, Verdict, checked_verdicts
-from rmcore.judge.contain import close_judge, contained_verdicts
+from rmcore.judge.base import close_judge, isolated_verdicts
 
 PAIRS = [Pair("p", "a", "b"), Pair("q", "a", "b")]
 
@@ -49,8 +49,8 @@ def test_an_error_fails_every_pair_with_its_name(error, caplog):
 
 def test_the_quiet_form_returns_the_error(caplog):
     error = RuntimeError()
-    assert asyncio.run(contained_verdicts(Scripted(fail(error)), PAIRS))[1] is error
-    assert asyncio.run(contained_verdicts(Scripted(lambda pairs: [Verdict(1.0)] * 2), PAIRS))[1] is None
+    assert asyncio.run(isolated_verdicts(Scripted(fail(error)), PAIRS))[1] is error
+    assert asyncio.run(isolated_verdicts(Scripted(lambda pairs: [Verdict(1.0)] * 2), PAIRS))[1] is None
     assert not caplog.records
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore._base.endpoint import check_base_url
 from rmcore._base.errors import JudgeError
+from rmcore._base.http import check_base_url
 from rmcore.judge import ChatJudge, Pair, ReplayServer
 from rmcore.judge.client.reply import error_detail, scrub
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from rmcore._base.errors import reject
 from rmcore.engine.groups import GroupScore, GroupScores
-from rmcore.judge.base import Verdict
-from rmcore.judge.rules import RULE
+from rmcore.judge.base import RULE, Verdict
 
 __all__ = ["JudgedPairs", "judged_pairs"]
 

@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore._base.endpoint import check_base_url
 from rmcore._base.errors import JudgeError
-from rmcore._base.http import Connections
+from rmcore._base.http import Connections, check_base_url
 from rmcore._base.retry import RetryPolicy, retry_after_s, retry_delay_s, should_retry
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.client.breaker import DEFAULT_BREAKER, BreakerPolicy, BreakerState, CircuitBreaker

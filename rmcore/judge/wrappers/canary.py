@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rmcore._base.errors import reject
-from rmcore.judge.alarm import Alarm, AlarmCallback, sound_alarm
-from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict
-from rmcore.judge.contain import checked_verdicts, close_judge
+from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, checked_verdicts, close_judge
+from rmcore.judge.wrappers.alarm import Alarm, AlarmCallback, sound_alarm
 from rmcore.judge.wrappers.canary_pairs import CANARY_KINDS, Canary, CanaryKind, CanaryMaker
 
 __all__ = ["CanaryJudge"]
@@ -73,7 +72,7 @@ class CanaryJudge:
             value, not a measurement: see in ``stats()`` what your judge does.
         window, recovery: see above.
         stop: ``never`` (alarms only) or ``mute``.
-        on_alarm: called with each :class:`~rmcore.judge.alarm.Alarm`.
+        on_alarm: called with each :class:`~rmcore.judge.wrappers.alarm.Alarm`.
 
     Raises:
         InputError: an argument is unusable.

@@ -27,10 +27,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmcore._base.errors import reject
-from rmcore.judge.alarm import Alarm, AlarmCallback, sound_alarm
-from rmcore.judge.base import Judge, Pair, Verdict
-from rmcore.judge.contain import checked_verdicts, close_judge
-from rmcore.judge.rules import RULE
+from rmcore.judge.base import RULE, Judge, Pair, Verdict, checked_verdicts, close_judge
+from rmcore.judge.wrappers.alarm import Alarm, AlarmCallback, sound_alarm
 
 __all__ = ["DisagreementAlarm", "MonitoredJudge"]
 
@@ -60,7 +58,7 @@ class DisagreementAlarm:
             log(c) over the information in a prompt; the test in ``tests/judge/test_alarm.py`` holds the delays.
         window: prompts over which :meth:`stats` reports recent rates. While disagreement lasts, an alarm is repeated
             after so many prompts, not at every crossing; without a crossing for so many prompts it is over.
-        on_alarm: called with each :class:`~rmcore.judge.alarm.Alarm`.
+        on_alarm: called with each :class:`~rmcore.judge.wrappers.alarm.Alarm`.
 
     Raises:
         InputError: an argument is outside its range.

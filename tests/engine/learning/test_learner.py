@@ -23,8 +23,7 @@ from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head.checkpoint import load_head, save_head
 from rmcore.judge import RecordedJudge
-from rmcore.judge.base import Verdict
-from rmcore.judge.rules import RULE
+from rmcore.judge.base import RULE, Verdict
 
 WIN, LOSS, TIE = (Verdict.of(word) for word in ("win", "loss", "tie"))
 
@@ -305,9 +304,6 @@ def test_a_disk_that_fails_at_any_step_leaves_the_version_before(data, head, tmp
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
-from rmcore.head.checkpoint import load_head
-from rmcore.engine.learning.judged import JudgedPairs
-from rmcore.engine.learning import VerdictLearner
 learner = VerdictLearner(load_head(sys.argv[1]), sys.argv[2], snapshot_every=3)
 hidden = torch.load(sys.argv[3], weights_only=True)
 k = 0

@@ -25,7 +25,7 @@ from rmcore.judge import (
     TieredJudge,
     Verdict,
 )
-from rmcore.judge.rules import rule_verdict
+from rmcore.judge.question.rules import rule_verdict
 from rmcore.judge.wrappers.canary import _at_least, _interval
 from rmcore.judge.wrappers.canary_pairs import SPOOF_MARGIN, Canary, CanaryMaker
 

@@ -14,7 +14,7 @@ import pytest
 
 from rmcore._base.errors import InputError
 from rmcore.judge import Alarm, DisagreementAlarm, Judge, MonitoredJudge, Pair, Verdict
-from rmcore.judge.alarm import sound_alarm
+from rmcore.judge.wrappers.alarm import sound_alarm
 
 NORMAL = NormalDist()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
 from rmcore.judge import Accept, Judge, JudgeUsage, Pair, ReplayServer, RetryPolicy, Tier, TieredJudge, Verdict
-from rmcore.judge.wrappers import tiers as tiers_module
+from rmcore.judge.wrappers import escalation
 
 WIN, LOSS, TIE = Verdict(1.0), Verdict(-1.0), Verdict(0.0)
 FLIP = Verdict(0.0, flipped=True)
@@ -361,7 +361,7 @@ def test_the_batch_has_a_deadline_of_its_own_and_the_earlier_one_holds(clock):
 
 
 def test_a_judge_that_ignores_the_deadline_is_cancelled(clock, monkeypatch):
-    monkeypatch.setattr(tiers_module, "_OVERTIME_S", 0.0)
+    monkeypatch.setattr(escalation, "_OVERTIME_S", 0.0)
 
     class Hanging:
         async def judge(self, pairs):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from rmcore.judge.base import Pair, Verdict
+from rmcore.judge.base import RULE, Pair, Verdict
 from rmcore.judge.question.sanitise import blank
 
-__all__ = ["RULE", "rule_verdict"]
-
-RULE = "rule"
-"""``Verdict.judge`` of a verdict by rule."""
+__all__ = ["rule_verdict"]
 
 
 def rule_verdict(pair: Pair) -> Verdict | None:
@@ -19,8 +16,8 @@ def rule_verdict(pair: Pair) -> Verdict | None:
       tie, ``rule:both_blank``;
     - one blank: the other wins, ``rule:blank``.
 
-    The rule stands in ``reason``, and ``judge`` is :data:`RULE`. A pair that is not text is left to the judge's own
-    checks.
+    The rule stands in ``reason``, and ``judge`` is :data:`~rmcore.judge.base.RULE`. A pair that is not text is left to
+    the judge's own checks.
     """
     first, second = pair.first, pair.second
     if not all(isinstance(text, str) for text in (first, second)):
