@@ -12,7 +12,7 @@ help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
-	@echo "make lint     ruff, ruff format, mypy, clang-format"
+	@echo "make lint     ruff, ruff format, mypy, the import rule, clang-format"
 	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
 	@echo "make soak-serve  200 clients of the group server for a minute -> bench/results/serve_soak.json"
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
@@ -48,6 +48,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.dev

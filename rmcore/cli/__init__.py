@@ -17,7 +17,8 @@ from typing import Annotated
 import typer
 
 from rmcore._base.version import __version__
-from rmcore.cli import accounts, bench, best_of, demo, evaluate, score, serve, train, verdicts
+from rmcore.cli import accounts, best_of, demo, evaluate, score, serve, train, verdicts
+from rmcore.cli.commands import add_commands, installed_commands
 
 __all__ = ["app", "main"]
 
@@ -40,9 +41,7 @@ app.command("score")(score.score)
 app.command("accounts")(accounts.show_accounts)
 app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
-app.command(
-    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)(bench.bench)
+add_commands(app, installed_commands())  # `rmcore bench`, and what other packages bring
 
 
 @app.callback(invoke_without_command=True)

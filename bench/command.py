@@ -1,4 +1,4 @@
-"""``rmcore bench``: hands its arguments to :mod:`rmcore.bench`."""
+"""``rmcore bench``, found by entry point: hands its arguments to :mod:`rmcore.bench.__main__`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ __all__ = ["bench"]
 
 def bench(context: typer.Context) -> None:
     """Microbenchmarks against peers and against this machine's limit (`rmcore bench --help` lists the options)."""
-    from rmcore.bench.__main__ import main as run_bench
+    from .__main__ import main as run_bench  # imports torch and all suites: not before somebody asks
 
     raise typer.Exit(run_bench(context.args))
