@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,9 @@ __all__ = ["best_of_command", "filter_command"]
 def best_of_command(
     load: Callable[[], Run],
     penalty: Annotated[float, typer.Option(help="c: choose by mean preference minus c times uncertainty.")] = 0.0,
-    ties: Annotated[str, typer.Option(help="Which of equally good ones: first, shortest or longest.")] = "first",
+    ties: Annotated[
+        Literal["first", "shortest", "longest"], typer.Option(help="Which of equally good ones.")
+    ] = "first",
 ) -> None:
     """Choose the best response of each group, one JSON line a group: its index and text, every response's score and u.
 
@@ -36,7 +38,7 @@ def best_of_command(
     check_selection(penalty, ties)
 
     def line(group: Group, score: GroupScore) -> dict[str, Any]:
-        best = best_of([score], [group.responses], penalty=penalty, ties=ties)[0]  # type: ignore[arg-type]
+        best = best_of([score], [group.responses], penalty=penalty, ties=ties)[0]
         return {
             "index": best.index,
             "response": best.response,
@@ -54,7 +56,8 @@ def filter_command(
     load: Callable[[], Run],
     max_u: Annotated[float, typer.Option(help="Highest uncertainty kept; u is at least 1.")],
     by: Annotated[
-        str, typer.Option(help="response: drop single responses; group: drop groups whose mean is higher.")
+        Literal["response", "group"],
+        typer.Option(help="response: drop single responses; group: drop groups whose mean is higher."),
     ] = "response",
     min_responses: Annotated[int, typer.Option(help="A group left with fewer is dropped whole.")] = 2,
 ) -> None:
@@ -71,7 +74,7 @@ def filter_command(
     seen, stayed = [0, 0], [0, 0]
 
     def line(group: Group, score: GroupScore) -> dict[str, Any] | None:
-        kept = filter_groups([score], max_u, by=by, min_responses=min_responses).responses[0]  # type: ignore[arg-type]
+        kept = filter_groups([score], max_u, by=by, min_responses=min_responses).responses[0]
         seen[0], seen[1] = seen[0] + 1, seen[1] + score.size
         stayed[0], stayed[1] = stayed[0] + bool(kept), stayed[1] + len(kept)
         if not kept:

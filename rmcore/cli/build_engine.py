@@ -11,14 +11,15 @@ from rmcore.cli.options import Judging
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
-    from rmcore.engine.routing import AdaptiveRouter, RankBy, Router
+    from rmcore.engine.routing import AdaptiveRouter, Router
     from rmcore.judge.base import Judge
+    from rmcore.ops.dispatch import Backend
 
 __all__ = ["close_engine", "make_engine"]
 
 
 def make_engine(
-    model: Path, judging: Judging, *, backend: str, device: str | None
+    model: Path, judging: Judging, *, backend: Backend, device: str | None
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
@@ -34,7 +35,7 @@ def make_engine(
         RewardModel.from_pretrained(model, device=device),
         judge,
         router,
-        backend=backend,  # type: ignore[arg-type]
+        backend=backend,
         judge_deadline_s=judging.judge_deadline,
     )
 
@@ -72,7 +73,7 @@ def _adaptive_router(judging: Judging) -> AdaptiveRouter | None:
     budgets += [] if tokens is None else [Budget(tokens, "tokens")]
     if cost is not None:
         budgets.append(Budget(cost, "cost", first_estimate=orders * _first_call_cost(judging)))
-    router = AdaptiveRouter(judging.judge_fraction, budgets, by=judging.rank_by)  # type: ignore[arg-type]
+    router = AdaptiveRouter(judging.judge_fraction, budgets, by=judging.rank_by)
     if state is not None and state.exists():
         router.load(state)
     return router
@@ -97,14 +98,13 @@ def _router(judging: Judging, adaptive: AdaptiveRouter | None) -> Router:
     """The router the options name; without any, none is routed."""
     from rmcore.engine.routing import BudgetRouter, NeverRoute, ThresholdRouter
 
-    by: RankBy = judging.rank_by  # type: ignore[assignment]
     if sum(given is not None for given in (judging.threshold, judging.budget, adaptive)) > 1:
         reject("--threshold, --budget, --judge-fraction", "more than one", "at most one")
     if adaptive is not None:
         return adaptive
     if judging.threshold is not None:
-        return ThresholdRouter(judging.threshold, by)
-    return NeverRoute() if judging.budget is None else BudgetRouter(fraction=judging.budget, by=by)
+        return ThresholdRouter(judging.threshold, judging.rank_by)
+    return NeverRoute() if judging.budget is None else BudgetRouter(fraction=judging.budget, by=judging.rank_by)
 
 
 def _judge(judging: Judging) -> Judge | None:
@@ -115,7 +115,7 @@ def _judge(judging: Judging) -> Judge | None:
     if url is not None and verdicts is not None:
         reject("--judge-url, --verdicts", "both", "at most one")
     if verdicts is not None:
-        return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)  # type: ignore[arg-type]
+        return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
     if url is None:
         if judging.store is not None or judging.prices is not None:
             reject("--store, --prices", "without --judge-url", "together with it")
@@ -126,7 +126,7 @@ def _judge(judging: Judging) -> Judge | None:
         url,
         judging.judge_model,
         judging.judge_key_env or None,
-        orders=judging.judge_orders,  # type: ignore[arg-type]
+        orders=judging.judge_orders,
         prompt=None if template is None else JudgePrompt.from_file(template),
         store=judging.store,
         prices=judging.prices,

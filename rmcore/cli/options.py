@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 Model = Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")]
 Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")]
-Backend = Annotated[str, typer.Option(help="Kernels: auto, torch, cpu, triton, cuda.")]
+# Choices are written out here, not imported, so that --help does not wait for torch; mypy and a test hold them to the
+# types of the library's functions.
+Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]
 
 Threshold = Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")]
 BudgetFraction = Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")]
@@ -29,11 +31,13 @@ MaxCost = Annotated[float | None, typer.Option(help="With --judge-fraction and -
 RouterState = Annotated[
     Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
 ]
-RankByOption = Annotated[str, typer.Option(help="u, margin, error_probability or rank_sum.")]
+RankBy = Annotated[
+    Literal["u", "margin", "error_probability", "rank_sum"], typer.Option(help="What makes a pair worth a judge call.")
+]
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]
 JudgeKeyEnv = Annotated[str, typer.Option(help="Environment variable with its key; empty for none.")]
-JudgeOrders = Annotated[str, typer.Option(help="Ask both orders of a pair, or one.")]
+JudgeOrders = Annotated[Literal["both", "one"], typer.Option(help="Ask both orders of a pair, or one.")]
 JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
 JudgeTemplate = Annotated[Path | None, typer.Option(help="Text file with the question's template.")]
 JudgeDeadline = Annotated[
@@ -55,7 +59,7 @@ class Judging:
     max_tokens: MaxTokens = None
     max_cost: MaxCost = None
     router_state: RouterState = None
-    rank_by: RankByOption = "u"
+    rank_by: RankBy = "u"
     judge_url: JudgeUrl = None
     judge_model: JudgeModel = ""
     judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY"

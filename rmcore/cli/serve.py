@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,7 +40,8 @@ def serve(
         int | None, typer.Option(help="K of OpenRLHF's groups (n_samples_per_prompt); needed for its single calls.")
     ] = None,
     baseline: Annotated[
-        str, typer.Option(help="What OpenRLHF's rewards are for: leave-one-out (rloo) or group-mean (dr_grpo).")
+        Literal["leave-one-out", "group-mean"],
+        typer.Option(help="What OpenRLHF's rewards are for: leave-one-out (rloo) or group-mean (dr_grpo)."),
     ] = "leave-one-out",
     prompt_prefix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's start.")] = "",
     prompt_suffix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's end.")] = "",
@@ -79,7 +80,7 @@ def serve(
             port=port,
             token=token,
             group_size=group_size,
-            baseline=baseline,  # type: ignore[arg-type]
+            baseline=baseline,
             prompt_prefix=prompt_prefix,
             prompt_suffix=prompt_suffix,
             end_tokens=(*END_TOKENS, *(end_token or ())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from rmcore.cli import options
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from rmcore.head.frozen import FrozenHead
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["train", "upgrade"]
 
 Overlong = Annotated[
-    str,
-    typer.Option(help="What to do with texts over the limit: error, truncate-prompt-left, truncate-right, -longest."),
+    Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest"],
+    typer.Option(help="What to do with texts over the limit."),
+]
+Chat = Annotated[Literal["auto", "always", "never"], typer.Option(help="Use the tokenizer's chat template.")]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16", "int8"] | None, typer.Option(help="Serving dtype of the head.")
 ]
 
 
@@ -29,8 +34,12 @@ def train(
     preferences: Annotated[str, typer.Argument(help="JSONL of preferences (prompt, chosen, rejected); - for stdin.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model to.")],
     backbone: Annotated[str, typer.Option(help="Hugging Face model: hub name or folder.")],
-    mode: Annotated[str, typer.Option(help="difference (a row a response) or concat (a row a pair).")] = "difference",
-    pooling: Annotated[str, typer.Option(help="last, mean or first token.")] = "last",
+    mode: Annotated[
+        Literal["difference", "concat"], typer.Option(help="A row a response, or a row a pair.")
+    ] = "difference",
+    pooling: Annotated[
+        Literal["last", "mean", "first"], typer.Option(help="Which token's state, or their mean.")
+    ] = "last",
     layer: Annotated[int | None, typer.Option(help="Pool this layer's output and skip the later ones.")] = None,
     features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 1024,
     layer_size: Annotated[int | None, typer.Option(help="Width of a spectral-normalised layer.")] = None,
@@ -42,15 +51,15 @@ def train(
     length_scale_factor: Annotated[float, typer.Option(help="ℓ as a multiple of the median distance.")] = 2.0,
     length_feature: Annotated[float, typer.Option(help="Weight of a log-length feature, 0 for none.")] = 0.0,
     likelihood: Annotated[
-        str, typer.Option(help="Posterior: logistic, or gaussian as in the published code.")
+        Literal["logistic", "gaussian"], typer.Option(help="Posterior; gaussian as in the published code.")
     ] = "logistic",
     calibrate: Annotated[
         str | None, typer.Option(help="JSONL of held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Serving dtype: float32, float16, bfloat16, int8.")] = None,
+    dtype: Dtype = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
     overlong: Overlong = "error",
-    chat: Annotated[str, typer.Option(help="auto, always or never use the tokenizer's chat template.")] = "auto",
+    chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
     device: options.Device = None,
@@ -82,24 +91,24 @@ def train(
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
-                pooling=pooling,  # type: ignore[arg-type]
+                pooling=pooling,
                 layer=layer,
                 length_feature=length_feature,
                 max_length=max_length,
-                overlong=overlong,  # type: ignore[arg-type]
-                chat=chat,  # type: ignore[arg-type]
+                overlong=overlong,
+                chat=chat,
             ),
             device,
         )
         config = HeadConfig(
             spine.hidden_size,
             num_features=features,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             layer_size=layer_size,
             ridge=ridge,
             kernel_scale=kernel_scale,
             length_scale_factor=length_scale_factor,
-            likelihood=likelihood,  # type: ignore[arg-type]
+            likelihood=likelihood,
             seed=seed,
         )
         with progress_bar() as bar:
@@ -131,10 +140,10 @@ def upgrade(
     pairs: Annotated[str, typer.Argument(help="JSONL of preferences like those it will score; - for stdin.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
     ridge: Annotated[float, typer.Option(help="Prior precision of its last layer.")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="Serving dtype of the head.")] = None,
+    dtype: Dtype = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
     overlong: Overlong = "error",
-    chat: Annotated[str, typer.Option(help="auto, always or never use the tokenizer's chat template.")] = "auto",
+    chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
     device: options.Device = None,
 ) -> None:
@@ -150,8 +159,8 @@ def upgrade(
             kind="classifier",
             pooling="classifier",
             max_length=max_length,
-            overlong=overlong,  # type: ignore[arg-type]
-            chat=chat,  # type: ignore[arg-type]
+            overlong=overlong,
+            chat=chat,
             append_eos=False,
         )
         spine = _load_backbone(config, device)
@@ -181,12 +190,9 @@ def _scored(head: FrozenHead, hidden: Tensor, pairs: Tensor | None) -> tuple[Ten
     return found.logit, found.variance
 
 
-def _dtype(name: str | None) -> Any:
-    if name is None:
-        return None
+def _dtype(name: str | None) -> torch.dtype | None:
+    """The dtype called ``name``, one of :data:`Dtype`."""
     import torch
 
-    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-    if name not in kinds:
-        reject("--dtype", repr(name), f"one of {', '.join(kinds)}")
-    return kinds[name]
+    found: torch.dtype | None = None if name is None else getattr(torch, name)
+    return found

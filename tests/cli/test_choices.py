@@ -1,0 +1,78 @@
+"""Options that take one of several words: the words are those of the library's types, others are refused at once."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rmcore.cli import app
+from rmcore.engine import selection
+from rmcore.engine.routing import RankBy
+from rmcore.head.config import PairMode
+from rmcore.integrations.server.settings import Baseline
+from rmcore.judge.orders import Orders
+from rmcore.model.backbone_config import BackboneConfig, Pooling
+from rmcore.model.text import OverlongPolicy
+from rmcore.ops.dispatch import Backend
+from rmcore.ops.reference import Likelihood
+from rmcore.ops.weights import SERVING_DTYPES
+
+BACKBONE = typing.get_type_hints(BackboneConfig)
+CHOICES = {
+    ("train", "mode"): typing.get_args(PairMode),
+    ("train", "pooling"): tuple(word for word in typing.get_args(Pooling) if word != "classifier"),  # that is upgrade's
+    ("train", "likelihood"): typing.get_args(Likelihood),
+    **{(name, "overlong"): typing.get_args(OverlongPolicy) for name in ("train", "upgrade")},
+    **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
+    **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},
+    **{(name, "backend"): typing.get_args(Backend) for name in ("score", "serve", "best-of", "filter")},
+    **{(name, "rank_by"): typing.get_args(RankBy) for name in ("score", "serve", "best-of", "filter")},
+    **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
+    ("serve", "baseline"): typing.get_args(Baseline),
+    ("best-of", "ties"): typing.get_args(selection.Ties),
+    ("filter", "by"): typing.get_args(typing.get_type_hints(selection.filter_groups)["by"]),
+}
+
+
+def words(annotation: object) -> tuple[str, ...]:
+    """The words of ``Annotated[Literal[...] | None, ...]``; none of another type."""
+    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is typing.Literal:
+            return typing.get_args(part)
+    return ()
+
+
+def test_an_option_offers_exactly_what_the_library_takes() -> None:
+    offered = {
+        (command.name, parameter.name): words(parameter.annotation)
+        for command in app.registered_commands
+        for parameter in inspect.signature(command.callback, eval_str=True).parameters.values()
+        if words(parameter.annotation)
+    }
+    assert offered == CHOICES
+
+
+def test_the_serving_dtypes_offered_are_those_a_head_takes() -> None:
+    assert {getattr(torch, word) for word in CHOICES["train", "dtype"]} == set(SERVING_DTYPES)
+
+
+@pytest.mark.parametrize(("name", "option"), sorted(CHOICES))
+def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: str, option: str, tmp_path) -> None:
+    flag, missing = "--" + option.replace("_", "-"), str(tmp_path / "none")
+    needed = {
+        "train": [missing, "-o", missing, "--backbone", missing],
+        "upgrade": [missing, missing, "-o", missing],
+        "score": [missing, missing],
+        "serve": [missing],
+        "best-of": [missing, missing],
+        "filter": [missing, missing, "--max-u", "2"],
+    }
+    result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert flag in result.stderr
+    assert all(word in result.stderr for word in CHOICES[name, option])
