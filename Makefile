@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test lint format quality soak soak-serve bench gpu-check clean
+.PHONY: help demo test lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -68,9 +68,17 @@ soak-serve: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/rmcore bench --verbose
 
-# For a bare machine with an NVIDIA GPU, torch, triton and nvcc but no network: installs nothing but rmcore itself.
+# For a bare machine with an NVIDIA GPU, torch and triton but no network: installs nothing, every fact is on disk at once.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py run
+
+# What is left of the time: profiles, tuning, sanitizers, other sizes, encode.
+gpu-check-more:
+	$(PYTHON) bench/gpu_check.py more
+
+# Here, before: _cuda for the Python of the machine with the GPU, so that nothing needs to be built there.
+gpu-check-prepare: $(VENV)/.dev
+	$(BIN)/python bench/gpu_check.py prepare
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

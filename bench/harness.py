@@ -81,7 +81,7 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=32 << 20)
 
 
-def rotations(nbytes: int, device: torch.device, limit: int = 16) -> int:
+def rotations(nbytes: int, device: torch.device, limit: int = 256) -> int:
     """How many copies of ``nbytes`` a rotation needs so that each is out of the cache when its turn comes again."""
     return min(limit, max(1, math.ceil(2 * cache_bytes(device) / max(nbytes, 1)) + 1))
 

@@ -1,0 +1,277 @@
+"""One step of ``make gpu-check``, in a process of its own: each fact is a JSON line, on disk before the next is sought.
+
+    python bench/gpu_probe.py STEP [--device cpu --size 256 --rows 1 16]     (on a CPU only to try the script itself)
+
+A case that raises becomes a row with ``failed``, and the next one goes on; after an error that poisons the CUDA context
+the process ends with exit code 3, since nothing measured after it can be believed. SIGINT ends it with what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmcore import ops
+from rmcore.bench import harness, peers
+from rmcore.bench.suites import head_bytes, head_flop
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+PEERS = ("torch eager, dense fp32", "torch eager, folded bf16", "torch.compile, folded bf16")
+POISON = ("illegal", "misaligned", "unspecified launch", "device-side assert", "hardware stack")
+"""What CUDA says when a context is lost for good."""
+
+
+class Probe:
+    """What every step works with: its options, and the file that its facts go to."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.step, self.repeats, self.budget_s = options.step, options.repeats, options.budget
+        self.device = torch.device(options.device)
+        self.dtype: torch.dtype = getattr(torch, options.dtype)
+        self.size: int = options.size
+        self.rows: tuple[int, ...] = tuple(options.rows or ())
+        self.backends: list[str] = options.backends
+        self.path = Path(options.out or os.environ.get("RMCORE_GPU_ROWS", "rows.jsonl"))
+        self.path.touch()
+
+    def write(self, case: str, **facts: Any) -> None:
+        """A fact, on disk when this returns."""
+        row = {"step": self.step, "case": case, "size": self.size, "dtype": str(self.dtype)[6:], **facts}
+        line = json.dumps(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(line[:300], flush=True)
+
+    def attempt(self, case: str, measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
+        """Measure one case; what it raises is a fact too."""
+        began = time.monotonic()
+        try:
+            found = measure()
+            harness.synchronize(self.device)
+        except Exception as error:  # whatever it was, the next case is worth trying
+            message = f"{type(error).__name__}: {error}"
+            self.write(case, **facts, failed=message[:400], trace=traceback.format_exc()[-800:])
+            if any(word in str(error).lower() for word in POISON):
+                sys.exit(3)
+            return
+        self.write(case, **facts, **found, wall_s=round(time.monotonic() - began, 3))
+
+    def problem(self) -> peers.Problem:
+        """The head to score, of the size asked for."""
+        return peers.make_problem(self.size, self.size, self.device, self.dtype)
+
+    def hidden(self, rows: int) -> Tensor:
+        """Random rows, the same for the same count."""
+        generator = torch.Generator().manual_seed(rows)
+        return torch.randn(rows, self.size, generator=generator).to(self.dtype).to(self.device)
+
+    def runnable(self, op: str, rows: int | None = None, weights: Any = None) -> Iterator[str]:
+        """The backends asked for that can run ``op``; for the others a row says why not."""
+        for backend in self.backends:
+            found = ops.explain(op, self.device, self.dtype, backend, rows=rows, weights=weights)  # type: ignore[arg-type]
+            if found.backend == "none":
+                self.write(f"{op} {backend}", rows=rows, declined=found.reasons[backend])
+            else:
+                yield backend
+
+
+def _timed(t: harness.Timing) -> dict[str, Any]:
+    return {"us": 1e6 * t.median, "p10_us": 1e6 * t.low, "p90_us": 1e6 * t.high, "method": t.method}
+
+
+# -- the steps -------------------------------------------------------------------------------------------------------
+
+
+def environment(probe: Probe) -> None:
+    """Card, versions, date, commit."""
+    probe.attempt("environment", lambda: harness.environment(probe.device))
+
+
+def limits(probe: Probe) -> None:
+    """What the card can do: copy, read, matrix products. The floors of every other row rest on these."""
+
+    def read() -> dict[str, Any]:
+        data = torch.randn(1 << (28 if probe.device.type == "cuda" else 22), device=probe.device)
+        return {"read_GBs": 4e-9 * data.numel() / harness.time_calls([data.sum], probe.device, budget_s=0.2).low}
+
+    probe.attempt("read", read)
+    quick = probe.device.type == "cpu"
+    probe.attempt("limits", lambda: harness.as_dict(harness.measure_limits(probe.device, quick=quick)))
+
+
+def smoke(probe: Probe) -> None:
+    """Right, wrong, hanging or racy: numbers against float64 truth and bits over repeats, before anything is timed."""
+    _score(probe, probe.rows or (1, 9, 17, 64, 256, 1024), timed=False)
+
+
+def score(probe: Probe) -> None:
+    """The headline table: every backend at every batch size."""
+    _score(probe, probe.rows or ROWS, timed=True)
+
+
+def _score(probe: Probe, sizes: tuple[int, ...], *, timed: bool) -> None:
+    problem = probe.problem()
+    weights = peers.ours(problem)
+    count = harness.rotations(weights.nbytes(), probe.device) if timed else 1
+    copies = [weights, *(weights.clone() for _ in range(count - 1))]
+    for rows in sizes:
+        hidden = probe.hidden(rows)
+        for backend in probe.runnable("score", rows, weights):
+            probe.attempt(
+                f"score {backend}",
+                partial(_score_once, probe, problem, copies, hidden, backend, timed),
+                rows=rows,
+                copies=count,
+            )
+
+
+def _score_once(
+    probe: Probe, problem: peers.Problem, copies: list[Any], hidden: Tensor, backend: Any, timed: bool
+) -> dict[str, Any]:
+    rows, device, n = len(hidden), probe.device, probe.size
+    out = torch.full((4, rows), float("nan"), device=device)
+    scores = ops.score(hidden, copies[0], backend=backend, out=out)
+    logit, variance = peers.truth(problem, hidden[:64])
+    facts: dict[str, Any] = {
+        "err_g": harness.relative_error(scores.logit[:64], logit),
+        "err_v": harness.relative_error(scores.variance[:64], variance),
+        "finite": bool(out.isfinite().all()),
+    }
+    first, same = out.clone(), True
+    for _ in range(probe.repeats):  # a bit that moves is a race
+        out.fill_(float("nan"))
+        ops.score(hidden, copies[0], backend=backend, out=out)
+        same &= torch.equal(out, first)
+    facts["bits_repeat"] = same
+    if timed:
+        spare = torch.empty(4, rows, device=device)
+        calls = [partial(ops.score, hidden, copy, backend=backend, out=spare) for copy in copies]
+        timing = harness.time_calls(calls, device, budget_s=probe.budget_s)
+        facts |= _timed(timing)
+        facts["GBs"] = head_bytes(rows, n, n, probe.dtype.itemsize) / timing.median / 1e9
+        facts["TFLOPs"] = head_flop(rows, n, n) / timing.median / 1e12
+        began = time.perf_counter()
+        for call in calls * (50 // len(calls) + 1):
+            call()
+        facts["eager_host_us"] = 1e6 * (time.perf_counter() - began) / (len(calls) * (50 // len(calls) + 1))
+        harness.synchronize(device)
+    return facts
+
+
+def versus(probe: Probe) -> None:
+    """The same head in plain torch, eager and compiled, in the same run."""
+    problem = probe.problem()
+    for peer in peers.PEERS:
+        if peer.name not in PEERS:
+            continue
+        kept = peer.weights(problem)
+        copies = [kept, *(tuple(t.clone() for t in kept) for _ in range(2))]
+        function = torch.compile(peer.run, dynamic=True) if peer.compiled else peer.run
+        for rows in probe.rows or (1, 64, 256, 1024, 4096):
+            hidden = probe.hidden(rows)
+
+            def measure(function: Any = function, copies: Any = copies, hidden: Tensor = hidden) -> dict[str, Any]:
+                calls = [partial(function, hidden, *copy) for copy in copies]
+                return _timed(harness.time_calls(calls, probe.device, budget_s=probe.budget_s))
+
+            probe.attempt(f"peer {peer.name}", measure, rows=rows)
+
+
+def other(probe: Probe) -> None:
+    """accumulate, power iteration and pair variance: right, and how fast."""
+    problem = probe.problem()
+    weights = peers.ours(problem)
+    for backend in probe.runnable("accumulate"):
+        probe.attempt(f"accumulate {backend}", partial(_accumulate, probe, problem, backend))
+    for backend in probe.runnable("power_iteration"):
+        for dtype in (torch.float16, torch.float32):
+            probe.attempt(f"power_iteration {backend} {dtype}", partial(_power, probe, backend, dtype))
+    for backend in probe.runnable("pair_variance"):
+        for k in (4, 8):
+            probe.attempt(f"pair_variance {backend}", partial(_pairs, probe, weights, backend, k), groups=64, k=k)
+
+
+def _accumulate(probe: Probe, problem: peers.Problem, backend: Any) -> dict[str, Any]:
+    n, device, feature_map = probe.size, probe.device, problem.feature_map
+    count = 65536 if device.type == "cuda" else 512
+    hidden = torch.randn(count, n, device=device, dtype=probe.dtype)
+    labels, beta = torch.ones(count, device=device), torch.zeros(n, device=device)
+    precision, gradient = torch.zeros(n, n, device=device), torch.zeros(n, device=device)
+    add = partial(
+        ops.accumulate, hidden, labels, feature_map, beta, precision=precision, gradient=gradient, backend=backend
+    )
+    add()
+    parts = ((feature_map(part.float()) * feature_map.feature_scale).double() for part in hidden.split(4096))
+    want = torch.stack([part.square().sum(0) for part in parts]).sum(0) / 4  # p = 1/2 at β = 0: w = 1/4
+    facts = {"rows": count, "err_diagonal": harness.relative_error(precision.diagonal(), want)}
+    timing = harness.time_calls([add], device, budget_s=probe.budget_s, min_samples=3)
+    return facts | _timed(timing) | {"TFLOPs": 3.0 * count * n * n / timing.median / 1e12}
+
+
+def _power(probe: Probe, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
+    n, device = probe.size, probe.device
+    matrix, vector = torch.randn(n, n, device=device).to(dtype), torch.randn(n, device=device)
+    count = harness.rotations(matrix.numel() * matrix.element_size(), device)
+    copies = [matrix, *(matrix.clone() for _ in range(count - 1))]
+    sigma, _ = ops.power_iteration(matrix, vector, 1, backend=backend)
+    unit = vector.double() / vector.double().norm()
+    facts = {"err": harness.relative_error(sigma, (matrix.double() @ unit).norm()), "copies": count}
+    calls = [partial(ops.power_iteration, copy, vector, 1, backend=backend) for copy in copies]
+    timing = harness.time_calls(calls, device, budget_s=probe.budget_s)
+    twenty = harness.time_calls(
+        [partial(ops.power_iteration, matrix, vector, 20, backend=backend)], device, budget_s=probe.budget_s
+    )
+    return facts | _timed(timing) | {"us_per_iteration_of_20": 1e6 * twenty.median / 20}
+
+
+def _pairs(probe: Probe, weights: Any, backend: Any, k: int) -> dict[str, Any]:
+    hidden = probe.hidden(64 * k)
+    sizes = torch.full((64,), k, dtype=torch.int64)
+    logit, variance = ops.pair_variance(hidden, sizes, weights, backend=backend)
+    want_g, want_v = ops.pair_variance(hidden.double(), sizes, weights, backend="torch")
+    facts = {"err_g": harness.relative_error(logit, want_g), "err_v": harness.relative_error(variance, want_v)}
+    call = partial(ops.pair_variance, hidden, sizes, weights, backend=backend)
+    return facts | _timed(harness.time_calls([call], probe.device, budget_s=probe.budget_s))
+
+
+STEPS: dict[str, Callable[[Probe], None]] = {
+    step.__name__: step for step in (environment, limits, smoke, score, versus, other)
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one step; 0 done, 3 the device is lost, 130 interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=list(STEPS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", type=int, default=4096, help="h = D")
+    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--budget", type=float, default=0.04, help="seconds of timing a case")
+    parser.add_argument("--repeats", type=int, default=50, help="calls whose bits must be equal")
+    parser.add_argument("--backends", nargs="*", default=["cuda", "triton"])
+    parser.add_argument("--out", help="the rows file; default $RMCORE_GPU_ROWS, or rows.jsonl")
+    probe = Probe(parser.parse_args(argv))
+    try:
+        STEPS[probe.step](probe)
+    except KeyboardInterrupt:
+        probe.write("interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""The first contact with a GPU, without one: whatever happens to it, what it had found is on disk."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rmcore.bench import gpu_check
+from rmcore.bench.gpu_check import Run, Step
+
+PROBE = [
+    "score",
+    "--device",
+    "cpu",
+    "--size",
+    "32",
+    "--backends",
+    "torch",
+    "--rows",
+    *"123456789",
+    "--budget",
+    "0.01",
+    "--repeats",
+    "5",
+]
+
+
+def script(code: str, name: str = "step", limit_s: float = 20, **kwargs: str) -> Step:
+    return Step(name, limit_s, (sys.executable, "-c", code), **kwargs)
+
+
+def rows(run: Run) -> list[dict]:
+    return [json.loads(line) for line in run.rows.read_text().splitlines()]
+
+
+def _probe(out: str) -> None:
+    from rmcore.bench import gpu_probe
+
+    raise SystemExit(gpu_probe.main([*PROBE, "--out", out]))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_rows_found_so_far_are_whole(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rmcore.bench.gpu_probe"])
+    rng, counts, whole_s = random.Random(0), [], 0.0
+    for k in range(11):
+        out = tmp_path / f"{k}.jsonl"
+        process = context.Process(target=_probe, args=(str(out),))
+        process.start()
+        while process.is_alive() and not out.exists():
+            time.sleep(0.002)
+        began = time.monotonic()
+        if k == 0:  # once to its end, to know how long that takes
+            process.join()
+            whole_s = time.monotonic() - began
+        else:
+            process.join(rng.uniform(0.0, whole_s))
+            process.kill()
+            process.join()
+        lines = out.read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        assert [row["rows"] for row in found] == list(range(1, len(found) + 1))
+        assert all(row["case"] == "score torch" and row["bits_repeat"] and row["us"] > 0 for row in found)
+        assert gpu_check.read_rows(out) == found
+        counts.append(len(found))
+    assert counts[0] == 9
+    assert len(set(counts)) > 1  # some ended early, some late
+
+
+def test_a_runner_killed_outright_leaves_its_finished_steps(tmp_path: Path):
+    code = f"""
+import sys
+from pathlib import Path
+from rmcore.bench.gpu_check import Run, Step
+run = Run(Path({str(tmp_path)!r}), 60)
+for k in range(1000):
+    run.step(Step(f"s{{k}}", 5, (sys.executable, "-S", "-c", "pass")), Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    file = tmp_path / "rows.jsonl"
+    while not file.exists() or file.read_bytes().count(b"\n") < 5:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in found] == [f"s{k}" for k in range(len(found))]
+    assert all(row["rc"] == 0 for row in found)
+
+
+def test_at_its_limit_a_step_is_asked_to_report_and_its_children_die_with_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE_S", 2.0)
+    code = f"""
+import subprocess, sys, time
+stubborn = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", stubborn])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    open({str(tmp_path / "reported")!r}, "w").write("yes")
+    time.sleep(600)  # and does not end by itself
+"""
+    run = Run(tmp_path, 60)
+    run.step(script(code, limit_s=2), tmp_path)
+    assert (tmp_path / "reported").read_text() == "yes"
+    (row,) = rows(run)
+    assert row["rc"] == 124
+    child = int((tmp_path / "child").read_text())
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(200):
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("a child survived its step")
+
+
+@pytest.mark.parametrize(
+    ("rows_written", "code", "out"),
+    [
+        ([{"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True}], 0, False),
+        ([{"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": False}], 0, True),
+        ([{"err_g": 1e-4, "err_v": 1e-3, "finite": False, "bits_repeat": True}], 0, True),
+        ([{"err_g": 0.9, "err_v": 1e-3, "finite": True, "bits_repeat": True}], 0, True),
+        ([{"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True}, {"failed": "CUDA error"}], 0, True),
+        ([{"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True}], 3, True),
+        ([{"declined": "not part of this build"}], 0, True),
+        ([], 0, True),
+    ],
+)
+def test_a_backend_that_fails_its_smoke_test_is_timed_no_more_and_the_other_is(tmp_path, rows_written, code, out):
+    lines = "".join(json.dumps(row) + "\\n" for row in rows_written)
+    text = f"import os; open(os.environ['RMCORE_GPU_ROWS'], 'a').write({lines!r}.replace('\\\\n', '\\n')); exit({code})"
+    run = Run(tmp_path, 60)
+    run.step(script(text, "smoke-cuda", disqualifies="cuda"), tmp_path)
+    run.step(script("pass", "score-cuda", needs="cuda"), tmp_path)
+    run.step(script("pass", "score-triton", needs="triton"), tmp_path)
+    found = {row["step"]: row for row in rows(run) if "rc" in row or "skipped" in row}
+    assert ("skipped" in found["score-cuda"]) == out
+    assert found["score-triton"]["rc"] == 0
+
+
+def test_without_time_left_nothing_starts_and_the_rows_say_so(tmp_path: Path):
+    run = Run(tmp_path, 5)
+    run.step(script("open('ran', 'w')"), tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert rows(run) == [{"step": "step", "skipped": "no time left"}]
+
+
+def test_a_command_that_is_not_there_is_a_failed_step_and_the_next_one_runs(tmp_path: Path):
+    run = Run(tmp_path, 60)
+    run.step(Step("ncu", 5, ("no-such-profiler",)), tmp_path)
+    run.step(script("pass", "next"), tmp_path)
+    assert [row["rc"] for row in rows(run)] == [127, 0]
+    assert run.failed == ["ncu"]
+
+
+def test_the_parts_fit_into_the_time_lent():
+    first, second = gpu_check.first_part("cuda", 4096), gpu_check.second_part("cuda", 4096)
+    names = [step.name for step in first]
+    assert names.index("score-cuda") < names.index("tests-kernels")  # the headline before anything that can drag on
+    assert names.index("tests-kernels") < names.index("tests-packing")
+    assert sum(step.limit_s for step in first[: names.index("tests-kernels")]) <= 600 + 40  # limits, not expectations
+    assert all(step.limit_s <= 110 for step in (*first, *second))
+
+
+def test_a_report_names_the_card_and_needs_to_know_it(tmp_path: Path, capsys):
+    path = tmp_path / "rows.jsonl"
+    case = {"step": "score", "case": "score cuda", "size": 4096, "dtype": "float16", "rows": 1, "us": 19.5}
+    path.write_text(json.dumps(case) + "\n" + '{"step": "sc')
+    assert gpu_check.report(path, tmp_path) == 1
+    card = {"step": "environment", "case": "environment", "size": 0, "dtype": "", "name": "NVIDIA H100 80GB HBM3"}
+    path.write_text(json.dumps(card) + "\n" + json.dumps(case) + "\n" + '{"step": "sc')
+    assert gpu_check.report(path, tmp_path) == 0
+    document = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
+    assert document["rows"] == [card, case]
+    assert "us=19.5" in capsys.readouterr().out
+
+
+def test_the_assembled_tree_is_what_an_installation_has(tmp_path: Path):
+    gpu_check.assemble(tmp_path / "tree")
+    code = "import rmcore.kernels.heuristics, rmcore.bench.gpu_probe, rmcore; print(rmcore.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "tree")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "tree" / "rmcore" / "__init__.py")
+
+
+def test_glibc_versions_are_read_from_a_library(tmp_path: Path):
+    library = tmp_path / "x.so"
+    library.write_bytes(b"\x7fELF...GLIBC_2.17\0GLIBC_2.34\0GLIBC_2.2.5\0GLIBC_PRIVATE\0GLIBC_2.4\0")
+    assert gpu_check.newest_glibc(library) == (2, 34)
