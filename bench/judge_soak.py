@@ -158,9 +158,7 @@ def _checks(figures: dict[str, Any], soak: Soak) -> dict[str, bool]:
         "every kind of fault occurred": set(answers) >= {*FAULTS, *STORMS},
         "so many requests were in flight": server["peak_in_flight"] >= 0.95 * soak.in_flight,
         "never more than allowed": client["concurrency"]["peak_in_flight"] <= soak.in_flight,
-        "nothing left in flight or in line": client["concurrency"]["in_flight"]
-        == client["concurrency"]["waiting"]
-        == 0,
+        "nothing left in flight or queued": client["concurrency"]["in_flight"] == client["concurrency"]["queued"] == 0,
     }
 
 

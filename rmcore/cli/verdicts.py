@@ -185,7 +185,7 @@ def _print_call(ledger: VerdictLedger, call: LoggedCall) -> None:
         "usage": f"{call.attempts} attempts, {call.seconds:.2f} s, {call.prompt_tokens} prompt tokens "
         f"({call.cached_tokens} cached), {call.completion_tokens} completion ({call.reasoning_tokens} reasoning), cost "
         + ("unknown" if call.cost is None else f"{call.cost:.6g} {call.currency}".strip()),
-        "neutralised": f"{call.neutralised} control sequences in the texts",
+        "sanitised": f"{call.sanitised} control sequences in the texts",
         "labels": json.dumps(said["labels"]),
     }
     for name, value in facts.items():
@@ -220,7 +220,7 @@ def _print_stats(told: dict[str, Any]) -> None:
         "latency": "no calls"
         if latency["p50"] is None
         else f"p50 {latency['p50']:.2f} s, p95 {latency['p95']:.2f} s, retries included",
-        "neutralised": f"{told['neutralised']} control sequences",
+        "sanitised": f"{told['sanitised']} control sequences",
         "file": f"{file['bytes'] / 1e6:.1f} MB, {file['texts']} texts",
     }
     for name, value in rows.items():

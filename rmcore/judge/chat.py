@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 _RESERVED = frozenset({"model", "messages", "stream", "n"})
 
 
-class _Question(NamedTuple):
+class _Call(NamedTuple):
     """One call: a pair of the batch, shown as given or exchanged."""
 
     pair: int
@@ -60,7 +60,7 @@ class ChatJudge:
     :class:`~rmcore.judge.client.reply.Completion` (the call), of :class:`~rmcore.judge.question.verdict.Parsed` (the
     reply), and ``bad_pair`` for a pair that is not text. A verdict that is there may carry a note in ``reason``:
     ``rule:<which>``, ``one_order:<why the other failed>``, ``cut:<characters>``, ``hard:<why it is not soft>``. How
-    both orders are put together is told in :mod:`rmcore.judge.orders`.
+    both orders are put together is said in :mod:`rmcore.judge.orders`.
 
     Use it from asynchronous code (``await judge.judge(pairs)``) or synchronous code (:meth:`judge_sync`), on any number
     of event loops. ``async with``, :meth:`aclose` or :meth:`close` closes the connections; otherwise
@@ -219,17 +219,17 @@ class ChatJudge:
         ruled = {index: v for index, pair in enumerate(pairs) if self.rules and (v := rule_verdict(pair)) is not None}
         self._dialect.add(Counter(verdict.reason for verdict in ruled.values()))
         asked = {index: self._questions(index, pair) for index, pair in enumerate(pairs) if index not in ruled}
-        waiting = deque(question for questions in asked.values() for question in questions)
-        answers: dict[_Question, Reply] = {}
+        queue = deque(question for questions in asked.values() for question in questions)
+        answers: dict[_Call, Reply] = {}
 
         async def worker() -> None:
             # Workers, not a task a question: a batch of any size holds `concurrency` rendered prompts at a time.
-            while waiting:
-                question = waiting.popleft()
+            while queue:
+                question = queue.popleft()
                 answers[question] = await self._ask(pairs[question.pair], question.exchanged, deadline)
 
         async with TaskGroup() as group:
-            for _ in range(min(len(waiting), self.client.concurrency)):
+            for _ in range(min(len(queue), self.client.concurrency)):
                 group.create_task(worker())
         for index, questions in asked.items():
             parts = [answers[question].verdict for question in questions]
@@ -260,13 +260,13 @@ class ChatJudge:
     ) -> None:
         await self.aclose()
 
-    def _questions(self, index: int, pair: Pair) -> list[_Question]:
+    def _questions(self, index: int, pair: Pair) -> list[_Call]:
         if self.orders == "both":
-            return [_Question(index, False), _Question(index, True)]
+            return [_Call(index, False), _Call(index, True)]
         try:
-            return [_Question(index, shown_exchanged(pair))]
+            return [_Call(index, shown_exchanged(pair))]
         except InputError:
-            return [_Question(index, False)]  # it fails where it is asked, with the reason
+            return [_Call(index, False)]  # it fails where it is asked, with the reason
 
     async def _ask(self, pair: Pair, exchange: bool, deadline: float | None) -> Reply:
         """One question, from the texts to the verdict from ``pair.first``'s side. Raises nothing but cancellation."""
@@ -314,7 +314,7 @@ class ChatJudge:
             replied=asked.parsed is not None,
             text=self._without_key(reply_text(asked.completion.choice)),
             labels={"win": labels.win, "loss": labels.loss, "tie": labels.tie},
-            neutralised=asked.question.neutralised,
+            sanitised=asked.question.sanitised,
             detail=asked.completion.detail,
             currency="" if self.prices is None else self.prices.currency,
         )
@@ -326,9 +326,9 @@ class ChatJudge:
 
     def _report(self, verdicts: list[Verdict], answers: Collection[Reply]) -> None:
         """One warning a batch if pairs got no verdict, with the first words the endpoint had for it."""
-        broken = sum(answer.neutralised for answer in answers)
+        broken = sum(answer.sanitised for answer in answers)
         if broken:
-            _logger.info("judge %s: neutralised %d control sequences in its questions", self.model, broken)
+            _logger.info("judge %s: sanitised %d control sequences in its questions", self.model, broken)
         reasons = Counter(verdict.reason for verdict in verdicts if verdict.failed)
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())

@@ -30,7 +30,7 @@ from typing import Literal
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore.judge.client.queue import Line, Waiter
+from rmcore.judge.client.queue import Waiter, WaitQueue
 
 __all__ = ["DEFAULT_BREAKER", "BreakerPolicy", "BreakerState", "CircuitBreaker", "Permit"]
 
@@ -88,7 +88,7 @@ class CircuitBreaker:
         self.policy = policy
         self._clock: Clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._line = Line()
+        self._queue = WaitQueue()
         self._state: Literal["closed", "open", "half_open"] = "closed"
         self._failures = self._opened = self._refused = 0
         self._last_failure = ""
@@ -112,13 +112,13 @@ class CircuitBreaker:
             answer = self._look(until, None)
             if answer is not None:
                 return answer
-            waiter = self._line.join()
+            waiter = self._queue.join()
         try:
             while True:
                 waiter.look_again()
                 with self._lock:
                     now = self._clock.now()
-                    first = self._line.first() is waiter
+                    first = self._queue.first() is waiter
                     answer = self._look(until, waiter if first else None)
                     if answer is not None:
                         return answer
@@ -136,17 +136,17 @@ class CircuitBreaker:
                         return "breaker_open"
         finally:
             with self._lock:
-                self._line.leave(waiter)
-                self._line.wake_first()
+                self._queue.leave(waiter)
+                self._queue.wake_first()
 
     def _look(self, until: float | None, first: Waiter | None) -> Permit | str | None:
-        """A permit, a refusal, or ``None``: wait. ``first`` is the caller's place if it heads the line."""
+        """A permit, a refusal, or ``None``: wait. ``first`` is the caller's place if it heads the queue."""
         now = self._clock.now()
         if self._state == "closed":
             return Permit(self, now, probe=False)
         assert self.policy is not None
         old = now >= self._outage_began + self.policy.patience_s or self._last_failure == "http_401"
-        if self._state == "open" and now >= self._probe_at and (first is not None or old or not len(self._line)):
+        if self._state == "open" and now >= self._probe_at and (first is not None or old or not len(self._queue)):
             self._state = "half_open"
             return Permit(self, now, probe=True)
         if old:
@@ -173,7 +173,7 @@ class CircuitBreaker:
                 if self._state != "closed":
                     _logger.info("judge endpoint answers again after %.1f s", now - self._outage_began)
                     self._state = "closed"
-                    self._line.wake_all()
+                    self._queue.wake_all()
             elif permit.probe:
                 if self._state == "half_open":  # otherwise an attempt from before has closed it meanwhile
                     self._state = "open"
@@ -183,7 +183,7 @@ class CircuitBreaker:
                         self._last_failure = reason
                         self._cooldown = min(2 * self._cooldown, self.policy.max_cooldown_s)
                         self._probe_at = now + self._cooldown
-                    self._line.wake_first()
+                    self._queue.wake_first()
             elif alive is False and self._state == "closed" and permit.started >= self._last_alive:
                 self._failures += 1
                 self._last_failure = reason

@@ -2,7 +2,7 @@
 
 This file knows HTTP and nothing of pairs or verdicts. Every attempt of a call goes through the same four gates:
 
-    a place in flight  →  the circuit breaker  →  the rate limits  →  the request
+    a slot in flight   →  the circuit breaker  →  the rate limits  →  the request
     (concurrency.py)      (breaker.py)            (limits.py)         (connections.py)
 
 and reports back to each what became of it. All four are shared by every call of a client, whatever event loop or thread
@@ -98,7 +98,7 @@ class ChatClient:
         api_key_env: environment variable that holds the bearer key, read at every call and kept nowhere; ``None``
             sends no key.
         concurrency: requests in flight at most, over all event loops. How many there are is found out: see
-            :mod:`rmcore.judge.client.concurrency`. A call that waits to try again does not take up a place.
+            :mod:`rmcore.judge.client.concurrency`. A call that waits to try again does not take up a slot.
         timeout_s: for one attempt, connection and whole reply together.
         max_reply_bytes: a longer reply is dropped while it comes in.
         retry: see :class:`~rmcore._base.retry.RetryPolicy`.
@@ -110,7 +110,7 @@ class ChatClient:
         transport: an ``httpx.AsyncBaseTransport`` instead of the network. It must suit every loop it is used on.
         clock, random_source: for deadlines and waits, and for jitter.
 
-    A copy made by pickling, and a forked process, start with limits, places and breaker of their own; limits that were
+    A copy made by pickling, and a forked process, start with limits, slots and breaker of their own; limits that were
     shared become the same numbers for each client.
 
     Raises:
@@ -163,7 +163,7 @@ class ChatClient:
     def _start_afresh(self) -> None:
         """Everything that belongs to one process: locks, connections, and what was learnt about the endpoint."""
         self._process = os.getpid()
-        self._places = AdaptiveConcurrency(self.concurrency)
+        self._slots = AdaptiveConcurrency(self.concurrency)
         self._breaker = CircuitBreaker(self.breaker, self.clock)
         self._limits = RateLimits(self.requests_per_minute, self.tokens_per_minute, clock=self.clock)
         self._latency = LatencyEstimate()
@@ -177,7 +177,7 @@ class ChatClient:
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: a copy sent to another process opens connections of its own."""
-        own = ("_places", "_breaker", "_limits", "_latency", "_completions", "_lock", "_connections")
+        own = ("_slots", "_breaker", "_limits", "_latency", "_completions", "_lock", "_connections")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class ChatClient:
         """How calls are doing right now."""
         expected = self._latency.expected_s(self.clock.now())
         return ClientState(
-            self._calls, self._attempts, expected, self._places.state, self._breaker.state, self._limits.state
+            self._calls, self._attempts, expected, self._slots.state, self._breaker.state, self._limits.state
         )
 
     async def complete(
@@ -252,8 +252,8 @@ class ChatClient:
         left = None if until is None else until - self.clock.now()
         if left is not None and left <= 0:
             return _Attempt(reason="deadline", sent=False)
-        place = await self._places.acquire(left)
-        if place is None:
+        slot = await self._slots.acquire(left)
+        if slot is None:
             return _Attempt(reason="deadline", sent=False)
         result = _Attempt(sent=False)
         try:
@@ -265,10 +265,10 @@ class ChatClient:
                     reservation = await self._limits.acquire(tokens, until=self._until(deadline))
                     if isinstance(reservation, str):
                         return _Attempt(reason=reservation, sent=False)
-                    if not permit.holds:  # the breaker opened while this call stood in line for the limits
+                    if not permit.holds:  # the breaker opened while this call was queued for the limits
                         reservation.withdraw()
                         continue
-                    place.sent()
+                    slot.sent()
                     with self._connections.here().client() as client:  # making one takes time that is not the server's
                         result = await self._exchange_in_time(client, body, key, deadline)
                     result.reservation = reservation
@@ -276,7 +276,7 @@ class ChatClient:
                 finally:
                     permit.report(result.alive if result.sent else None, result.reason)
         finally:
-            place.release(result.signal if result.sent else "neutral")
+            slot.release(result.signal if result.sent else "neutral")
 
     async def _exchange_in_time(
         self, client: httpx.AsyncClient, body: bytes, key: str, deadline: float | None

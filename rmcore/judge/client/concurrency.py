@@ -13,7 +13,7 @@ Signals, given with :meth:`Slot.release`:
 - ``refused`` (429, 503, 529): halves, at most once per round trip.
 - ``timeout``: a single slow reply is no sign of overload. The limit is halved, at most once per round trip, when of
   the latest ``limit`` requests (or of 20, if the limit is lower) a tenth timed out, and at least three.
-- ``neutral``: anything else; frees the place and changes nothing.
+- ``neutral``: anything else; frees the slot and changes nothing.
 
 Replies to requests that were sent before the last cut are answers to the old limit and count for nothing.
 """
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from rmcore._base.errors import reject
-from rmcore.judge.client.queue import Line, Waiter
+from rmcore.judge.client.queue import Waiter, WaitQueue
 
 __all__ = ["AdaptiveConcurrency", "ConcurrencyState", "Signal", "Slot"]
 
@@ -44,7 +44,7 @@ class ConcurrencyState:
 
     Attributes:
         limit: requests that may be in flight now; ``ceiling``: at most ever.
-        in_flight, waiting: requests now, and calls in line for a place.
+        in_flight, queued: requests now, and calls that wait for a slot.
         peak_in_flight: most requests at once so far.
         cuts: how often the limit was halved.
     """
@@ -52,13 +52,13 @@ class ConcurrencyState:
     limit: int
     ceiling: int
     in_flight: int
-    waiting: int
+    queued: int
     peak_in_flight: int
     cuts: int
 
 
 class AdaptiveConcurrency:
-    """Places for requests, first come, first served, shared by all event loops and threads of the process.
+    """Slots for requests, first come, first served, shared by all event loops and threads of the process.
 
     Args:
         ceiling: the limit never exceeds it, and never falls below 1.
@@ -73,7 +73,7 @@ class AdaptiveConcurrency:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 reject(name, repr(value), "a positive integer")
         self._lock = threading.Lock()
-        self._line = Line()
+        self._queue = WaitQueue()
         self._ceiling = ceiling
         self._limit = min(start, ceiling)
         self._threshold = ceiling  # below it the limit doubles each round trip
@@ -88,20 +88,20 @@ class AdaptiveConcurrency:
         """A consistent snapshot."""
         with self._lock:
             return ConcurrencyState(
-                self._limit, self._ceiling, self._in_flight, len(self._line), self._peak, self._cuts
+                self._limit, self._ceiling, self._in_flight, len(self._queue), self._peak, self._cuts
             )
 
     async def acquire(self, timeout_s: float | None = None) -> Slot | None:
-        """A place, or ``None`` if none came free within ``timeout_s`` seconds. Cancelling gives the place in line up.
+        """A slot, or ``None`` if none came free within ``timeout_s`` seconds. Cancelling leaves the queue.
 
         Every slot must be released, exactly once.
         """
         with self._lock:
-            if self._in_flight < self._limit and self._line.first() is None:
+            if self._in_flight < self._limit and self._queue.first() is None:
                 return self._take()
             if timeout_s is not None and timeout_s <= 0:
                 return None
-            waiter = self._line.join()
+            waiter = self._queue.join()
         try:
             async with asyncio.timeout(timeout_s):
                 while not waiter.granted:
@@ -109,7 +109,7 @@ class AdaptiveConcurrency:
                     await waiter.wait()
         except TimeoutError:
             with self._lock:
-                self._line.leave(waiter)
+                self._queue.leave(waiter)
                 return self._slot(busy=True) if waiter.granted else None
         except BaseException:
             self._abandon(waiter)
@@ -127,8 +127,8 @@ class AdaptiveConcurrency:
 
     def _abandon(self, waiter: Waiter) -> None:
         with self._lock:
-            self._line.leave(waiter)
-            if waiter.granted:  # the place came in the same moment as the cancellation: pass it on
+            self._queue.leave(waiter)
+            if waiter.granted:  # the slot came in the same moment as the cancellation: pass it on
                 self._in_flight -= 1
                 self._grant()
 
@@ -175,17 +175,17 @@ class AdaptiveConcurrency:
 
     def _grant(self) -> None:
         while self._in_flight < self._limit:
-            waiter = self._line.first()
+            waiter = self._queue.first()
             if waiter is None:
                 return
-            self._line.leave(waiter)
+            self._queue.leave(waiter)
             waiter.granted = True
             self._take()
             waiter.wake()
 
 
 class Slot:
-    """A place in flight, to be released with what became of the request."""
+    """A slot in flight, to be released with what became of the request."""
 
     __slots__ = ("_owner", "busy", "epoch", "limit")
 
@@ -201,7 +201,7 @@ class Slot:
             self.epoch = self._owner._cuts
 
     def release(self, signal: Signal = "neutral") -> None:
-        """Give the place back. A second call does nothing."""
+        """Give the slot back. A second call does nothing."""
         owner, self._owner = self._owner, None
         if owner is not None:
             owner._release(self, signal)

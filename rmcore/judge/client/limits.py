@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore.judge.client.queue import Line, Waiter
+from rmcore.judge.client.queue import Waiter, WaitQueue
 
 __all__ = ["LimitsState", "RateLimits", "Reservation", "reset_after_s"]
 
@@ -43,7 +43,7 @@ class LimitsState:
 
     Attributes:
         requests, tokens: admitted in the last window; 0 where there is no limit, since then nobody counts.
-        waiting: calls in line.
+        queued: calls that wait their turn.
         held_s: seconds for which the server asked to be left alone.
         server_requests, server_tokens: the limits the server named last, ``None`` if it named none. They are reported
             and not enforced: their window is not part of the header.
@@ -51,7 +51,7 @@ class LimitsState:
 
     requests: int
     tokens: int
-    waiting: int
+    queued: int
     held_s: float
     server_requests: int | None
     server_tokens: int | None
@@ -92,7 +92,7 @@ class RateLimits:
         self._window = window_s
         self._clock: Clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._line = Line()
+        self._queue = WaitQueue()
         self._entries: deque[Reservation] = deque()  # the admitted of the last window, oldest first
         self._requests = self._tokens = 0  # sums over _entries
         self._hold_until = -math.inf
@@ -107,7 +107,7 @@ class RateLimits:
             held = max(0.0, self._hold_until - now)
             told = self._server
             return LimitsState(
-                self._requests, self._tokens, len(self._line), held, told.get("requests"), told.get("tokens")
+                self._requests, self._tokens, len(self._queue), held, told.get("requests"), told.get("tokens")
             )
 
     async def acquire(self, tokens: int = 0, *, until: float | None = None) -> Reservation | str:
@@ -129,15 +129,15 @@ class RateLimits:
             now = self._clock.now()
             if until is not None and now > until:
                 return "deadline"
-            if self._line.first() is None and self._ready_at(tokens, now)[1] <= now:
+            if self._queue.first() is None and self._ready_at(tokens, now)[1] <= now:
                 return self._admit(tokens, now)
-            waiter = self._line.join()
+            waiter = self._queue.join()
         try:
             return await self._wait(waiter, tokens, until)
         finally:
             with self._lock:
-                self._line.leave(waiter)
-                self._line.wake_first()
+                self._queue.leave(waiter)
+                self._queue.wake_first()
 
     def observe(self, headers: Mapping[str, str]) -> None:
         """Read the ``x-ratelimit-*`` headers of a reply: where nothing remains, calls are held until the reset.
@@ -160,7 +160,7 @@ class RateLimits:
             until = self._clock.now() + min(seconds, self._max_hold)
             if until > self._hold_until:
                 self._hold_until = until
-                self._line.wake_first()  # it looks again and goes on waiting, longer
+                self._queue.wake_first()  # it looks again and goes on waiting, longer
 
     # Everything below runs under the lock, except where it awaits.
 
@@ -169,7 +169,7 @@ class RateLimits:
             waiter.look_again()
             with self._lock:
                 now = self._clock.now()
-                first = self._line.first() is waiter
+                first = self._queue.first() is waiter
                 certain, ready = self._ready_at(tokens, now) if first else (now, math.inf)
                 if ready <= now and (until is None or now <= until):
                     return self._admit(tokens, now)
@@ -223,7 +223,7 @@ class RateLimits:
             if entry.counted:
                 self._tokens += tokens - entry.tokens
                 if tokens < entry.tokens:
-                    self._line.wake_first()
+                    self._queue.wake_first()
             entry.tokens = tokens
 
     def _withdraw(self, entry: Reservation) -> None:
@@ -233,7 +233,7 @@ class RateLimits:
                 self._entries.remove(entry)
                 self._requests -= 1
                 self._tokens -= entry.tokens
-                self._line.wake_first()
+                self._queue.wake_first()
 
 
 class Reservation:

@@ -1,4 +1,4 @@
-"""Standing in line across event loops and threads: what rate limits, places and the circuit breaker have in common."""
+"""Queueing across event loops and threads: what rate limits, slots and the circuit breaker have in common."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import OrderedDict
 
 from rmcore._base.clock import Clock
 
-__all__ = ["Line", "Waiter"]
+__all__ = ["WaitQueue", "Waiter"]
 
 
 class Waiter:
-    """One task's place in a line. It belongs to the loop it was made on; :meth:`wake` may be called from any thread.
+    """One task's place in a queue. It belongs to the loop it was made on; :meth:`wake` may be called from any thread.
 
     A wake says "look again", no more: who waits checks what it waits for under its owner's lock each time.
     """
@@ -35,7 +35,7 @@ class Waiter:
         try:
             self.loop.call_soon_threadsafe(self._set)
         except RuntimeError:
-            pass  # its loop was closed; Line.first skips it
+            pass  # its loop was closed; WaitQueue.first skips it
 
     def look_again(self) -> None:
         """Forget earlier wakes. To be called before the check, so that a wake after the check is not lost."""
@@ -60,7 +60,7 @@ class Waiter:
             self._future.set_result(None)
 
 
-class Line:
+class WaitQueue:
     """First come, first served. Not locked: its owner's lock guards it."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Line:
         self._waiters.pop(waiter, None)
 
     def first(self) -> Waiter | None:
-        """Who is next. Places of loops that were closed are dropped, or they would block the line for ever."""
+        """Who is next. Places of loops that were closed are dropped, or they would block the queue for ever."""
         while self._waiters:
             waiter = next(iter(self._waiters))
             if not waiter.loop.is_closed():

@@ -99,14 +99,15 @@ def _error(body: bytes) -> object:
     return reply.get("error", reply.get("message")) if isinstance(reply, Mapping) else None
 
 
-def _with_tokens(usage: JudgeUsage, told: object) -> JudgeUsage:
-    """``usage`` with the token counts an endpoint told; what is missing or makes no sense counts 0."""
+def _with_tokens(usage: JudgeUsage, counts: object) -> JudgeUsage:
+    """``usage`` with the token counts an endpoint reported; what is missing or makes no sense counts 0."""
     return replace(
         usage,
-        prompt_tokens=_count(told, "prompt_tokens"),
-        completion_tokens=_count(told, "completion_tokens"),
-        reasoning_tokens=_count(told, "completion_tokens_details", "reasoning_tokens"),
-        cached_tokens=_count(told, "prompt_tokens_details", "cached_tokens") or _count(told, "prompt_cache_hit_tokens"),
+        prompt_tokens=_count(counts, "prompt_tokens"),
+        completion_tokens=_count(counts, "completion_tokens"),
+        reasoning_tokens=_count(counts, "completion_tokens_details", "reasoning_tokens"),
+        cached_tokens=_count(counts, "prompt_tokens_details", "cached_tokens")
+        or _count(counts, "prompt_cache_hit_tokens"),
     )
 
 

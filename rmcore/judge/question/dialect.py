@@ -130,7 +130,7 @@ class Dialect:
 
     Attributes:
         dropped: what the endpoint turned out not to take, with its own words for it.
-        counts: ``neutralised`` (control sequences broken up), ``cut`` (questions with a response cut), ``text_instead``
+        counts: ``sanitised`` (control sequences broken up), ``cut`` (questions with a response cut), ``text_instead``
             (questions put again as plain text), ``refused:<field>`` (requests refused for it), ``soft`` (soft
             verdicts), ``hard:<why>`` (verdicts that could not be soft).
     """
@@ -181,7 +181,7 @@ class Dialect:
         if parsed is not None and parsed.outcome is not None and self.soft:
             soft = soft_preference(reply.choice, question.labels, parsed.outcome)
             self._count("soft" if soft.preference is not None else f"hard:{soft.reason}")
-        self._count("neutralised", question.neutralised)
+        self._count("sanitised", question.sanitised)
         self._count("cut", int(any(question.cut)))
         return Answered(question, replace(reply, usage=usage), parsed, soft)
 

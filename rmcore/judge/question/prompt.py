@@ -29,7 +29,7 @@ from pathlib import Path
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt, canonical_prompt
 from rmcore.judge.question.contract import CONTRACTS, LABEL_STYLE, Output, RandomSource, draw, find_contract
-from rmcore.judge.question.sanitise import neutralise, restore
+from rmcore.judge.question.sanitise import restore, sanitise
 from rmcore.judge.question.verdict import Labels
 
 __all__ = [
@@ -86,7 +86,7 @@ class RenderedPrompt:
         messages: the chat messages.
         labels: what its reply is to be read with.
         token: the marker token.
-        neutralised: how many control sequences were broken in the untrusted texts.
+        sanitised: how many control sequences were broken in the untrusted texts.
         output: the form of answer it asks for.
         cut: characters cut from the response shown first and from the one shown second.
     """
@@ -94,7 +94,7 @@ class RenderedPrompt:
     messages: list[dict[str, str]]
     labels: Labels
     token: str
-    neutralised: int
+    sanitised: int
     output: Output = "text"
     cut: tuple[int, int] = (0, 0)
 
@@ -213,7 +213,7 @@ class JudgePrompt:
         """The question "which is better", ``first`` shown first, with a token and labels of its own.
 
         The token and the labels are drawn until they occur neither in the texts nor in the template, so no text can
-        hold a marker of this call; marker look-alikes and control tokens in the texts are neutralised and counted.
+        hold a marker of this call; marker look-alikes and control tokens in the texts are sanitised and counted.
 
         Raises:
             InputError: a text is not text, the conversation is empty, or a role is not one plain word.
@@ -230,7 +230,7 @@ class JudgePrompt:
 
         def segment(name: str, text: str) -> str:
             nonlocal count
-            safe, broken = neutralise(text)
+            safe, broken = sanitise(text)
             count += broken
             return f"<<<{token}:{name}>>>\n{safe}\n<<<{token}:end>>>"
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["ESCAPE", "blank", "neutralise", "restore"]
+__all__ = ["ESCAPE", "blank", "restore", "sanitise"]
 
 ESCAPE = "\u241b"
 """SYMBOL FOR ESCAPE: visible, rare in real text, and left alone by Unicode normalisation."""
@@ -125,7 +125,7 @@ _SIGNS = re.compile(ESCAPE + "+")
 _BLANK = re.compile(rf"[\s{_UNSEEN}{_MARKS}\u2800]*")
 
 
-def neutralise(text: str) -> tuple[str, int]:
+def sanitise(text: str) -> tuple[str, int]:
     """``text`` with every control sequence broken, and how many were.
 
     A sign that the text itself holds is doubled (and not counted), so that :func:`restore` can tell them apart.
@@ -134,7 +134,7 @@ def neutralise(text: str) -> tuple[str, int]:
 
 
 def restore(text: str) -> str:
-    """The text that :func:`neutralise` was given: ``restore(neutralise(text)[0]) == text`` for every text."""
+    """The text that :func:`sanitise` was given: ``restore(sanitise(text)[0]) == text`` for every text."""
     # A run of signs is the text's own, doubled, or those after one of ours, which makes the number odd.
     return _SIGNS.sub(lambda signs: ESCAPE * (len(signs.group()) // 2), text)
 

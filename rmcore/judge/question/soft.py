@@ -90,18 +90,18 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
 
 def _entries(choice: object) -> Sequence[Mapping[str, object]]:
     """The tokens of a choice, empty if they are not all of the form they should be."""
-    told = choice.get("logprobs") if isinstance(choice, Mapping) else None
-    content = told.get("content") if isinstance(told, Mapping) else None
+    logprobs = choice.get("logprobs") if isinstance(choice, Mapping) else None
+    content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
     if not isinstance(content, list) or len(content) > _MAX_TOKENS:
         return []
     return content if all(isinstance(entry, Mapping) for entry in content) else []
 
 
 def _bytes(entry: Mapping[str, object]) -> bytes:
-    """A token's bytes: those told, since a token may be half a character, or else its text's."""
-    told = entry.get("bytes")
-    if isinstance(told, list) and told and all(type(b) is int and 0 <= b < 256 for b in told):
-        return bytes(told)
+    """A token's bytes: those reported, since a token may be half a character, or else its text's."""
+    reported = entry.get("bytes")
+    if isinstance(reported, list) and reported and all(type(b) is int and 0 <= b < 256 for b in reported):
+        return bytes(reported)
     token = entry.get("token")
     return token.encode("utf-8", "surrogatepass") if isinstance(token, str) else b""
 

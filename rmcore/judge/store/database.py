@@ -35,7 +35,8 @@ _APPLICATION_ID: Final = 0x726D7673  # "rmvs": tells our files from other people
 _BUSY_S: Final = 30.0
 
 _MIGRATIONS: Final = (
-    # Step n takes a file from version n to n + 1; an empty file is version 0. Released steps are never edited.
+    # Step n takes a file from version n to n + 1; an empty file is version 0. Released steps are never edited (so the
+    # count of sanitised sequences keeps its first name, `neutralised`).
     """
     CREATE TABLE texts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, body TEXT NOT NULL);
     CREATE TABLE judges (
@@ -199,9 +200,9 @@ def find_reply(database: sqlite3.Connection, key: str, reuse: Reuse) -> Reply | 
     ).fetchone()
     if row is None:
         return None
-    preference, reason, critique, text, labels, neutralised, currency = row
+    preference, reason, critique, text, labels, sanitised, currency = row
     verdict = Verdict(preference, reason, critique=load_text(critique), usage=JudgeUsage(cache_hits=1))
-    return Reply(verdict, True, load_text(text), load_text(labels), neutralised, currency=currency)
+    return Reply(verdict, True, load_text(text), load_text(labels), sanitised, currency=currency)
 
 
 def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, at: float, version: str) -> None:
@@ -222,7 +223,7 @@ def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, 
         "reply": _dump(reply.text[:MAX_REPLY]),
         "reply_cut": max(0, len(reply.text) - MAX_REPLY),
         "labels": _dump(None if reply.labels is None else dict(reply.labels)),
-        "neutralised": reply.neutralised,
+        "neutralised": reply.sanitised,
         "attempts": usage.attempts,
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

@@ -61,7 +61,7 @@ class LoggedCall:
     seconds: float
     cost: float | None
     currency: str
-    neutralised: int
+    sanitised: int
     reply_cut: int
     at: str
     version: str
@@ -253,13 +253,13 @@ class VerdictLedger:
         latencies.sort()
         (texts,) = next(iter(self._rows("SELECT count(*) FROM texts")))
         return {
-            **total.told(),
+            **total.to_json(),
             "questions": len(keys),
             **{name: dict(counter.most_common()) for name, counter in counts.items()},
             "pairs": {name: pairs[name] for name in ("judged", "both_orders", "decided", "flips", "ties", "failed")},
             "latency_s": {"p50": _quantile(latencies, 0.5), "p95": _quantile(latencies, 0.95)},
             "file": {"bytes": self.path.stat().st_size, "texts": texts, "first": first, "last": last},
-            "days": {day: sums.told() for day, sums in sorted(days.items())},
+            "days": {day: sums.to_json() for day, sums in sorted(days.items())},
         }
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -346,9 +346,9 @@ class _Sums:
         self.cost: defaultdict[str, float] = defaultdict(float)
 
     def add(self, call: LoggedCall, prices: PriceTable | None) -> None:
-        told = {"calls": 1, "retries": max(0, call.attempts - 1), "canaries": call.canary}
-        told |= {"neutralised": call.neutralised} | {name: getattr(call, name) for name in _TOKENS}
-        self.counts.update(told)
+        counted = {"calls": 1, "retries": max(0, call.attempts - 1), "canaries": call.canary}
+        counted |= {"sanitised": call.sanitised} | {name: getattr(call, name) for name in _TOKENS}
+        self.counts.update(counted)
         cost, currency = call.cost, call.currency
         if prices is not None:
             usage = price_call(prices, call.usage, call.model, call.reason)
@@ -358,7 +358,7 @@ class _Sums:
         elif cost:
             self.cost[currency] += cost
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        names = ("calls", "retries", "canaries", "neutralised", *_TOKENS, "unpriced_calls")
+        names = ("calls", "retries", "canaries", "sanitised", *_TOKENS, "unpriced_calls")
         return {name: self.counts[name] for name in names} | {"cost": dict(self.cost)}

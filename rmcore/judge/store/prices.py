@@ -92,13 +92,13 @@ class PriceTable(Mapping[str, Price]):
         """
         path = Path(path)
         try:
-            told = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-            if not isinstance(told, dict):
-                reject("the file", f"a JSON {type(told).__name__}", "an object with currency and models")
-            unknown = sorted(told.keys() - {"currency", "models"})
-            if unknown or "models" not in told:
-                reject("the file", f"the fields {sorted(told)}", "models, and optionally currency")
-            return cls(told["models"], currency=told.get("currency", "USD"))
+            table = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+            if not isinstance(table, dict):
+                reject("the file", f"a JSON {type(table).__name__}", "an object with currency and models")
+            unknown = sorted(table.keys() - {"currency", "models"})
+            if unknown or "models" not in table:
+                reject("the file", f"the fields {sorted(table)}", "models, and optionally currency")
+            return cls(table["models"], currency=table.get("currency", "USD"))
         except InputError as error:
             raise DataError(f"{path.name}: {error}") from None
         except (ValueError, RecursionError) as error:

@@ -72,14 +72,14 @@ class Question:
             InputError: the texts are not texts, or ``parameters`` are no JSON values.
         """
         here, other = pair_key(prompt, first, second), pair_key(prompt, second, first)
-        told = without_secrets(parameters)
+        public = without_secrets(parameters)
         return cls(
-            key=call_key(judge, model, told, template, here),
+            key=call_key(judge, model, public, template, here),
             pair=min(here, other),
             shown="ab" if here <= other else "ba",
             judge=judge,
             model=model,
-            parameters=told,
+            parameters=public,
             template=template,
             prompt=canonical_prompt(prompt),
             first=first,
@@ -98,7 +98,7 @@ class Reply:
             failures on the way (timeouts, refused connections, error statuses), which say nothing about the pair.
         text: the final answer as it came, before it was read.
         labels: the words this call was to answer with, without which ``text`` cannot be read again.
-        neutralised: how many control sequences were broken up in the texts.
+        sanitised: how many control sequences were broken up in the texts.
         detail: the endpoint's own words for a failure; for logs, not kept.
         currency: what ``verdict.usage.cost`` is counted in.
     """
@@ -107,7 +107,7 @@ class Reply:
     replied: bool = False
     text: str = ""
     labels: Mapping[str, str] | None = None
-    neutralised: int = 0
+    sanitised: int = 0
     detail: str = ""
     currency: str = ""
 
@@ -119,7 +119,7 @@ class Reply:
 
     def as_hit(self) -> Reply:
         """The same answer for somebody who did not pay for it."""
-        return replace(self, verdict=replace(self.verdict, usage=JudgeUsage(cache_hits=1)), neutralised=0)
+        return replace(self, verdict=replace(self.verdict, usage=JudgeUsage(cache_hits=1)), sanitised=0)
 
 
 def without_secrets(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -360,7 +360,7 @@ def test_cancelling_leaves_nothing_behind(play, seed):
         assert all(t.cancelled() or t.exception() is None for t in tasks)
         state = client.state
         assert endpoint.now == 0
-        assert (state.concurrency.in_flight, state.concurrency.waiting, state.limits.waiting) == (0, 0, 0)
+        assert (state.concurrency.in_flight, state.concurrency.queued, state.limits.queued) == (0, 0, 0)
         endpoint.answer = lambda n, t: ok()
         await clock.sleep(100)
         assert (await client.complete({})).choice is not None  # whatever state the breaker was left in

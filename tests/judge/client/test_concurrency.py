@@ -15,18 +15,18 @@ from rmcore._base.errors import InputError
 from rmcore.judge.client.concurrency import AdaptiveConcurrency
 
 
-async def round_trip(places, signals):
-    """Fill all places that there are, then answer every request: the signals go round."""
-    slots = [await places.acquire() for _ in range(places.state.limit)]
+async def round_trip(concurrency, signals):
+    """Fill all slots that there are, then answer every request: the signals go round."""
+    slots = [await concurrency.acquire() for _ in range(concurrency.state.limit)]
     for slot, k in zip(slots, range(len(slots)), strict=True):
         slot.release(signals[k % len(signals)])
-    return places.state.limit
+    return concurrency.state.limit
 
 
 def run(signals_by_round, ceiling=63, start=8):
     async def work():
-        places = AdaptiveConcurrency(ceiling, start=start)
-        return [await round_trip(places, signals) for signals in signals_by_round]
+        concurrency = AdaptiveConcurrency(ceiling, start=start)
+        return [await round_trip(concurrency, signals) for signals in signals_by_round]
 
     return asyncio.run(work())
 
@@ -79,10 +79,10 @@ def test_other_failures_change_nothing():
 
 def test_calls_one_by_one_do_not_raise_the_limit():
     async def work():
-        places = AdaptiveConcurrency(100)
+        concurrency = AdaptiveConcurrency(100)
         for _ in range(50):
-            (await places.acquire()).release("success")
-        return places.state
+            (await concurrency.acquire()).release("success")
+        return concurrency.state
 
     state = asyncio.run(work())
     assert (state.limit, state.peak_in_flight, state.in_flight) == (8, 1, 0)
@@ -90,39 +90,39 @@ def test_calls_one_by_one_do_not_raise_the_limit():
 
 def test_replies_to_requests_from_before_a_cut_do_not_cut_again():
     async def work():
-        places = AdaptiveConcurrency(64, start=64)
-        slots = [await places.acquire() for _ in range(64)]
+        concurrency = AdaptiveConcurrency(64, start=64)
+        slots = [await concurrency.acquire() for _ in range(64)]
         slots[0].release("refused")
-        assert places.state.limit == 32
+        assert concurrency.state.limit == 32
         for slot in slots[1:33]:
             slot.release("refused")
-        assert (places.state.limit, places.state.cuts) == (32, 1)
+        assert (concurrency.state.limit, concurrency.state.cuts) == (32, 1)
         late = slots[33]
         late.sent()  # this one went out after the cut
         late.release("refused")
-        assert (places.state.limit, places.state.cuts) == (16, 2)
+        assert (concurrency.state.limit, concurrency.state.cuts) == (16, 2)
 
     asyncio.run(work())
 
 
 def test_releasing_twice_frees_one_place():
     async def work():
-        places = AdaptiveConcurrency(2)
-        first, _ = await places.acquire(), await places.acquire()
+        concurrency = AdaptiveConcurrency(2)
+        first, _ = await concurrency.acquire(), await concurrency.acquire()
         first.release("success")
         first.release("success")
-        assert places.state.in_flight == 1
+        assert concurrency.state.in_flight == 1
 
     asyncio.run(work())
 
 
 def test_first_come_first_served(virtual):
     async def work(clock):
-        places = AdaptiveConcurrency(1)
+        concurrency = AdaptiveConcurrency(1)
         order = []
 
         async def one(k):
-            slot = await places.acquire()
+            slot = await concurrency.acquire()
             order.append(k)
             await clock.sleep(1)
             slot.release("success")
@@ -135,14 +135,14 @@ def test_first_come_first_served(virtual):
 
 def test_a_wait_ends_with_its_time(virtual):
     async def work(clock):
-        places = AdaptiveConcurrency(1)
-        held = await places.acquire()
-        assert await places.acquire(0) is None
-        assert await places.acquire(2.5) is None
+        concurrency = AdaptiveConcurrency(1)
+        held = await concurrency.acquire()
+        assert await concurrency.acquire(0) is None
+        assert await concurrency.acquire(2.5) is None
         assert clock.now() == 2.5
-        assert places.state.waiting == 0
+        assert concurrency.state.queued == 0
         held.release()
-        assert await places.acquire(0) is not None
+        assert await concurrency.acquire(0) is not None
 
     virtual(work)
 
@@ -153,13 +153,13 @@ def test_places_are_never_lost_or_doubled_whatever_is_cancelled(virtual, ceiling
     rng = random.Random(seed)
 
     async def work(clock):
-        places = AdaptiveConcurrency(ceiling)
+        concurrency = AdaptiveConcurrency(ceiling)
         now = most = 0
 
         async def one():
             nonlocal now, most
             await clock.sleep(rng.randrange(8) / 4)
-            slot = await places.acquire(rng.choice([None, None, 0.5, 1.0]))
+            slot = await concurrency.acquire(rng.choice([None, None, 0.5, 1.0]))
             if slot is None:
                 return
             try:
@@ -181,8 +181,8 @@ def test_places_are_never_lost_or_doubled_whatever_is_cancelled(virtual, ceiling
             *(cancelled(task, rng.randrange(20) / 4) for task in tasks if rng.random() < 0.5),
             return_exceptions=True,
         )
-        state = places.state
-        assert (state.in_flight, state.waiting) == (0, 0)
+        state = concurrency.state
+        assert (state.in_flight, state.queued) == (0, 0)
         assert 1 <= state.limit <= ceiling
         assert state.peak_in_flight == most <= ceiling
         for task in tasks:
@@ -192,13 +192,13 @@ def test_places_are_never_lost_or_doubled_whatever_is_cancelled(virtual, ceiling
 
 
 def test_one_count_over_threads_and_loops():
-    places = AdaptiveConcurrency(3)
+    concurrency = AdaptiveConcurrency(3)
     lock = threading.Lock()
     now = most = done = 0
 
     async def one():
         nonlocal now, most, done
-        slot = await places.acquire()
+        slot = await concurrency.acquire()
         with lock:
             now += 1
             most = max(most, now)
@@ -216,7 +216,7 @@ def test_one_count_over_threads_and_loops():
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert (done, places.state.in_flight, places.state.waiting) == (200, 0, 0)
+    assert (done, concurrency.state.in_flight, concurrency.state.queued) == (200, 0, 0)
     assert 1 <= most <= 3
 
 

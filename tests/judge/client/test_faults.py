@@ -116,7 +116,7 @@ def check(scores, server, judge, alone, k):
     # A request that its sender gives up on may be gone before the server has counted it.
     assert server.requests <= usage.attempts
     state = judge.client.state
-    assert (state.concurrency.in_flight, state.concurrency.waiting, state.limits.waiting) == (0, 0, 0)
+    assert (state.concurrency.in_flight, state.concurrency.queued, state.limits.queued) == (0, 0, 0)
     json.dumps([summary, scores.to_records()], allow_nan=False)
 
 

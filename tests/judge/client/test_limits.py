@@ -115,7 +115,7 @@ def test_no_window_holds_more_than_the_limits(virtual, plan, n, t, holds):
     async def work(clock):
         limits = RateLimits(n, t, clock=clock)
         await play(clock, limits, plan, holds)
-        assert limits.state.waiting == 0
+        assert limits.state.queued == 0
         await clock.sleep(2 * W)
         assert (limits.state.requests, limits.state.tokens) == (0, 0)
 
@@ -173,7 +173,7 @@ def test_settling_down_lets_the_next_one_in_early(virtual):
         first = await limits.acquire(90)
         waiting = asyncio.create_task(limits.acquire(50))
         await clock.sleep(3)
-        assert limits.state.waiting == 1
+        assert limits.state.queued == 1
         first.settle(20)
         second = await waiting
         assert (second.time, limits.state.tokens) == (3, 70)
@@ -247,7 +247,7 @@ def test_a_cancelled_wait_gives_its_place_up(virtual):
         tasks[0].cancel()
         tasks[1].cancel()
         assert (await tasks[2]).time == W
-        assert limits.state.waiting == 0
+        assert limits.state.queued == 0
 
     virtual(work)
 

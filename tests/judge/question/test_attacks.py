@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from rmcore.judge import JudgePrompt, Labels, Pair, RecordedJudge, ReplayServer, parse_verdict
 from rmcore.judge.question.prompt import Output
-from rmcore.judge.question.sanitise import ESCAPE, blank, neutralise, restore
+from rmcore.judge.question.sanitise import ESCAPE, blank, restore, sanitise
 
 HONEST = "The capital of France is Paris."
 QUESTION = "What is the capital of France?"
@@ -268,7 +268,7 @@ def _replies(quoted: str, labels: Labels, word: str) -> dict[str, object]:
 def test_a_judge_that_quotes_what_it_was_shown_is_read_as_its_own_verdict(name):
     text = ATTACKS[name]
     labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(6)).labels
-    shown = neutralise(text)[0]
+    shown = sanitise(text)[0]
     for word in WORDS:
         for place, reply in _replies(shown, labels, word).items():
             assert parse_verdict(reply, labels).outcome == word, place
@@ -296,7 +296,7 @@ _OPEN_A_REASONING = {"Qwen", "gpt-oss, analysis", "gpt-oss"}
 def test_a_judge_that_only_repeats_says_nothing(name):
     text = ATTACKS[name]
     labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(8)).labels
-    for quoted in (text, neutralise(text)[0], text[::-1], json.dumps(text), text.upper()):
+    for quoted in (text, sanitise(text)[0], text[::-1], json.dumps(text), text.upper()):
         for reply in (quoted, f"<think>{quoted}</think>{quoted}", f"{quoted}{quoted}", {"content": quoted}):
             assert parse_verdict(reply, labels).outcome is None
 
@@ -341,7 +341,7 @@ def test_the_right_labels_in_disguise_are_not_the_labels():
         assert labels == known  # the words are not in the text, so they are drawn as before
         assert parse_verdict(json.dumps({"verdict": label}), labels).outcome is None
         assert parse_verdict(f'{{"critique": "", "verdict": "{label}"}}', labels).outcome is None
-        for quoted in (text, neutralise(text)[0]):
+        for quoted in (text, sanitise(text)[0]):
             assert parse_verdict(quoted, labels).outcome is None
             for word in WORDS:
                 for place, reply in _replies(quoted, labels, word).items():
@@ -370,7 +370,7 @@ def test_over_http_the_recorded_verdict_comes_back(ask, make_judge, output):
     for pair, word, verdict in zip(pairs, words, verdicts, strict=True):
         assert (verdict.preference, verdict.flipped) == (expected[word], False), pair.id
         assert (verdict.judge == "rule") == (blank(pair.first) or blank(pair.second)), pair.id
-    assert judge.counts["neutralised"] > 500
+    assert judge.counts["sanitised"] > 500
     assert server.statuses == {200: server.requests}
 
 
@@ -385,7 +385,7 @@ HOSTILE = st.one_of(st.text(st.characters()), st.lists(PIECES | st.text(max_size
 @example("</think", "loss")
 def test_any_quotation_before_the_verdict_leaves_it_alone(text, word):
     labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(3)).labels
-    for place, reply in _replies(neutralise(text)[0], labels, word).items():
+    for place, reply in _replies(sanitise(text)[0], labels, word).items():
         # A text that ends in an open bracket makes, with what the judge writes next, a tag of the judge's own making.
         if place not in ("critique, at once", "think and critique", "think", "json, not escaped"):
             assert parse_verdict(reply, labels).outcome == word, place
@@ -401,5 +401,5 @@ def test_any_texts_read_back(prompt, first, second, output, limit):
 
 
 @given(HOSTILE)
-def test_neutralising_can_be_undone(text):
-    assert restore(neutralise(text)[0]) == text
+def test_sanitising_can_be_undone(text):
+    assert restore(sanitise(text)[0]) == text

@@ -77,7 +77,7 @@ def test_what_was_put_comes_back_as_a_hit(store):
 
 def test_a_row_can_be_audited(store, path):
     asked = question([{"role": "user", "content": "q"}], "x", "y")
-    store.put(asked, reply(text="raw", labels={"win": "QQ", "loss": "RR", "tie": "SS"}, neutralised=2))
+    store.put(asked, reply(text="raw", labels={"win": "QQ", "loss": "RR", "tie": "SS"}, sanitised=2))
     store.close()
     with contextlib.closing(open_database(path, read_only=True)) as database:
         database.row_factory = sqlite3.Row
