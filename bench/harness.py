@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmcore._base.quantile import quantiles
+
 __all__ = [
     "Call",
     "Limits",
@@ -147,12 +149,8 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, budget_s: float, min
 
 
 def _timing(samples: list[float], calls: int, method: str) -> Timing:
-    ordered = sorted(samples)
-
-    def quantile(q: float) -> float:
-        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-    return Timing(quantile(0.5), quantile(0.1), quantile(0.9), len(samples), calls, method)
+    low, median, high = quantiles(samples, (0.1, 0.5, 0.9))
+    return Timing(median, low, high, len(samples), calls, method)
 
 
 def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:

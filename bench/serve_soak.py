@@ -21,10 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rmcore import RewardEngine
+from rmcore._base.quantile import quantiles
 
 from .harness import environment
 from .serve_load import Outcome, Soak, drive, make_pool, measure_batching, server, tiny_model
@@ -94,7 +94,7 @@ def _metrics(url: str) -> dict[str, float]:
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    p50, p95, p99 = np.quantile(values, (0.5, 0.95, 0.99))
+    p50, p95, p99 = quantiles(values, (0.5, 0.95, 0.99))
     return {"p50": round(p50, 4), "p95": round(p95, 4), "p99": round(p99, 4), "max": round(max(values), 4)}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from rmcore._base.quantile import quantiles
 from rmcore.judge.base import JudgeUsage, Verdict
 
 __all__ = [
@@ -30,6 +31,8 @@ Span: TypeAlias = tuple[float, float]
 
 _BUCKET = math.log(1.1)
 """Latencies are kept in buckets 10% wide, so that quantiles of many calls can be added up: within 5% of the truth."""
+
+_LEVELS = (0.5, 0.95)
 
 
 # -- time ------------------------------------------------------------------------------------------------------------
@@ -99,24 +102,19 @@ class Overlap:
 
 
 def latency_figures(latencies_s: Sequence[float]) -> dict[str, Any] | None:
-    """p50, p95 (linear between neighbours) and largest latency in seconds; None where there are none.
+    """p50, p95 (:func:`rmcore._base.quantile.quantiles`) and largest latency in seconds; None where there are none.
 
     ``histogram`` counts calls by ⌊log₁.₁ s⌋, so that figures of several batches can be added up.
     """
-    values = sorted(float(s) for s in latencies_s if math.isfinite(s))
+    values = [float(s) for s in latencies_s if math.isfinite(s)]
     if not values:
         return None
     histogram: dict[str, int] = {}
     for value in values:
         key = str(math.floor(math.log(max(value, 1e-6)) / _BUCKET))
         histogram[key] = histogram.get(key, 0) + 1
-    return {
-        "count": len(values),
-        "p50": _quantile(values, 0.5),
-        "p95": _quantile(values, 0.95),
-        "max": values[-1],
-        "histogram": histogram,
-    }
+    p50, p95 = quantiles(values, _LEVELS)
+    return {"count": len(values), "p50": p50, "p95": p95, "max": max(values), "histogram": histogram}
 
 
 def usage_figures(usage: JudgeUsage) -> dict[str, Any]:
@@ -156,27 +154,14 @@ def cost_figure(cost: float, *, calls: int, unpriced: int, work: int) -> float |
 def merge_latencies(sums: Mapping[str, Any]) -> dict[str, Any] | None:
     """Latency figures from a summed ``count`` and ``histogram`` and the ``max``; None where there is nothing.
 
-    p50 and p95 are those of calls that each count as the middle of their bucket.
+    p50 and p95 are those of calls that each took as long as the middle of their bucket: within 5% of the truth.
     """
     if not sums:
         return None
-    buckets = sorted((int(key), count) for key, count in sums["histogram"].items())
-    figures = {"count": sums["count"], "max": sums["max"], "histogram": dict(sums["histogram"])}
-    for name, q in (("p50", 0.5), ("p95", 0.95)):
-        left = q * sums["count"]
-        for bucket, count in buckets:
-            left -= count
-            if left <= 0:
-                figures[name] = min(math.exp((bucket + 0.5) * _BUCKET), sums["max"])
-                break
-    return figures
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+    histogram = dict(sums["histogram"])
+    middles = [min(math.exp((int(bucket) + 0.5) * _BUCKET), sums["max"]) for bucket in histogram]
+    p50, p95 = quantiles(middles, _LEVELS, counts=list(histogram.values()))
+    return {"count": sums["count"], "p50": p50, "p95": p95, "max": sums["max"], "histogram": histogram}
 
 
 @dataclass(frozen=True, slots=True)

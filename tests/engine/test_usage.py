@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -116,16 +117,14 @@ def test_latencies_by_hand():
 
 @given(values=st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=60))
 def test_quantiles_of_summaries_added_up_are_close(make_summary, values):
-    """Two steps of one call each way: the merged p50 and p95 are within a bucket of those of all calls together."""
+    """Two steps of some calls each: the merged p50 and p95 are within half a bucket of those of all calls together."""
     accounts = Accounts()
     for part in (values[::2], values[1::2]):
         accounts.add(make_summary(JudgeUsage(calls=len(part), attempts=len(part), latencies_s=tuple(part))))
-    merged, ordered = accounts.totals()["judge_usage"]["latency_s"], sorted(values)
+    merged, together = accounts.totals()["judge_usage"]["latency_s"], np.quantile(values, (0.5, 0.95))
     assert merged["count"] == len(values)
     assert merged["max"] == max(values)
-    for name, q in (("p50", 0.5), ("p95", 0.95)):
-        nearest = ordered[max(0, math.ceil(q * len(values)) - 1)]
-        assert merged[name] == pytest.approx(nearest, rel=0.06)
+    assert [merged["p50"], merged["p95"]] == pytest.approx(together, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmcore._base.errors import reject
+from rmcore._base.quantile import quantiles
 from rmcore.engine.routing.state import StateReader, plain
 
 __all__ = ["ForgettingSample", "SampleQuantiles", "SlidingSum", "Tail"]
@@ -142,9 +143,7 @@ class SampleQuantiles:
         """One value a level; None if there is none."""
         if not len(self._values):
             return None
-        values, cumulative = self._sorted()
-        at = np.searchsorted(cumulative, np.array(levels) * cumulative[-1])
-        return [float(v) for v in values[np.minimum(at, len(values) - 1)]]
+        return quantiles(self._values, levels, counts=self._weights)
 
     def _sorted(self) -> tuple[Floats, Floats]:
         order = np.argsort(self._values, kind="stable")

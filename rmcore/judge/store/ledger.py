@@ -5,7 +5,6 @@ The file is opened read-only, and another process may be writing to it meanwhile
 
 from __future__ import annotations
 
-import math
 import re
 import sqlite3
 from collections import Counter, defaultdict
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore._base.quantile import quantiles
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.orders import combine_orders, exchanged
 from rmcore.judge.store.database import StoreError, load_text, open_database
@@ -250,14 +250,15 @@ class VerdictLedger:
             pairs["judged"] += 1
             pairs[_kind(pair.verdict)] += 1
             pairs["both_orders"] += pair.orders == 2
-        latencies.sort()
         (texts,) = next(iter(self._rows("SELECT count(*) FROM texts")))
         return {
             **total.to_json(),
             "questions": len(keys),
             **{name: dict(counter.most_common()) for name, counter in counts.items()},
             "pairs": {name: pairs[name] for name in ("judged", "both_orders", "decided", "flips", "ties", "failed")},
-            "latency_s": {"p50": _quantile(latencies, 0.5), "p95": _quantile(latencies, 0.95)},
+            "latency_s": dict(zip(("p50", "p95"), quantiles(latencies, (0.5, 0.95)), strict=True))
+            if latencies
+            else {"p50": None, "p95": None},
             "file": {"bytes": self.path.stat().st_size, "texts": texts, "first": first, "last": last},
             "days": {day: sums.to_json() for day, sums in sorted(days.items())},
         }
@@ -331,11 +332,6 @@ def _kind(verdict: Verdict) -> str:
     if verdict.preference:
         return "decided"
     return "flips" if verdict.flipped else "ties"
-
-
-def _quantile(ordered: Sequence[float], fraction: float) -> float | None:
-    """The nearest-rank quantile of sorted values; ``None`` of none."""
-    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
 
 
 class _Sums:
