@@ -28,6 +28,7 @@ def test_import_pulls_in_neither_models_nor_clients(capsys):
     result = json.loads(done.stdout)
     new = set(result["new"])
     assert not new & {"transformers", "tokenizers", "httpx", "anyio", "triton", "safetensors", "matplotlib", "typer"}
+    assert not new & {"scipy", "pydantic", "prometheus_client", "fastapi"}
     with capsys.disabled():  # the time is for people: a busy machine must not fail a test
         print(f"\nimport torch {result['torch']:.2f} s, rmcore beyond it {result['bare']:.3f} s, "
               f"with every public name {result['everything']:.3f} s")  # fmt: skip

@@ -1,4 +1,4 @@
-"""How good is a head, and which score should decide what the judge sees? Plain numpy, float64, no model needed.
+"""How good is a head, and which score should decide what the judge sees? numpy and scipy, float64, no model needed.
 
 The question behind routing: with a judge for a fraction f of the pairs, which order of sending them gains most over
 sending them at random? :func:`evaluate` answers it for u and for every control beside it, because a number for u
@@ -10,13 +10,13 @@ random routing, and a coarse score gets no luck from how the file was sorted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special, stats
 
 from rmcore._base.errors import reject
 from rmcore.evaluation.report import (
@@ -154,8 +154,7 @@ def expected_calibration_error(
 
 def average_ranks(score: npt.ArrayLike) -> Array:
     """Ranks 1..N in ascending order; tied entries share the mean of the ranks they span."""
-    _, inverse, count = np.unique(as_vector("score", score), return_inverse=True, return_counts=True)
-    ranks: Array = (np.cumsum(count) - (count - 1) / 2.0)[inverse]
+    ranks: Array = stats.rankdata(as_vector("score", score))
     return ranks
 
 
@@ -171,28 +170,26 @@ def rank_sum(*scores: npt.ArrayLike) -> Array:
 
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Pearson correlation of the average ranks (Spearman 1904, exact with ties); NaN if either is constant."""
-    rank_a = average_ranks(a)
-    rank_b = average_ranks(as_vector("b", b, length=rank_a.size))
-    rank_a -= rank_a.mean()
-    rank_b -= rank_b.mean()
-    scale = float(np.sqrt((rank_a @ rank_a) * (rank_b @ rank_b)))
-    return float(rank_a @ rank_b) / scale if scale > 0 else float("nan")
+    a = as_vector("a", a)
+    b = as_vector("b", b, length=a.size)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(stats.spearmanr(a, b).statistic)
 
 
 def auroc(score: npt.ArrayLike, positive: npt.ArrayLike) -> float:
     """P(a positive scores above a negative) + ½·P(they tie): the Mann-Whitney statistic over n₊·n₋, exact.
 
-    ``(R₊ - n₊(n₊+1)/2) / (n₊·n₋)`` with R₊ the positives' average ranks summed. NaN with a single class.
+    NaN with a single class.
     """
-    ranks = average_ranks(score)
-    positive = as_vector("positive", positive, length=ranks.size)
+    score = as_vector("score", score)
+    positive = as_vector("positive", positive, length=score.size)
     if not np.isin(positive, (0.0, 1.0)).all():
         reject("positive", "values other than 0 and 1", "booleans, or 0 and 1")
-    n_positive = float(positive.sum())
-    n_pairs = n_positive * (ranks.size - n_positive)
-    if n_pairs == 0:
+    above, below = score[positive == 1], score[positive == 0]
+    if not above.size or not below.size:
         return float("nan")
-    return float(ranks @ positive - n_positive * (n_positive + 1.0) / 2.0) / n_pairs
+    return float(stats.mannwhitneyu(above, below, method="asymptotic").statistic) / (above.size * below.size)
 
 
 # ---------------------------------------------------------------------------------------- routing
@@ -250,8 +247,8 @@ def uplift_over_random(
         reject("cluster", f"shape {groups.shape}", f"{score.shape}, one prompt id per pair")
     low = high = np.full(at.size, np.nan)
     if replicates and groups.max() > 0:
-        draws = 100.0 * _uplift_draws(score, gain, groups, at, replicates, np.random.default_rng(seed))
-        low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2), axis=0)
+        interval = _Interval(groups, replicates, level, seed)
+        low, high = (100.0 * bound for bound in _bootstrap(_uplift_of_resamples(score, gain, at), interval))
     return tuple(
         Uplift(float(p), float(lo), float(hi), float(f)) for p, lo, hi, f in zip(point, low, high, at, strict=True)
     )
@@ -323,7 +320,7 @@ class _Interval:
     cluster: npt.NDArray[np.intp]
     replicates: int
     level: float
-    seed: int
+    seed: int | np.random.Generator
 
     def __post_init__(self) -> None:
         _check_interval(self.replicates, self.level)
@@ -406,46 +403,58 @@ def _area(x: Array, y: Array) -> float:
     return float(np.diff(x) @ (y[1:] + y[:-1])) / 2.0
 
 
-def _resampled(cluster: npt.NDArray[np.intp], replicates: int, rng: np.random.Generator) -> Iterator[Array]:
-    """How often each pair occurs in each resample of prompts, in blocks of rows that keep memory bounded."""
+def _bootstrap(statistic: Callable[[Array], Array], interval: _Interval) -> tuple[Array, Array]:
+    """Percentile bounds of a statistic over resamples of prompts.
+
+    scipy draws the prompts. A resample only reweights pairs, so ``statistic`` gets how often each pair occurs,
+    (resamples, N), and gives (numbers, resamples).
+    """
+    cluster = interval.cluster
     n_clusters = int(cluster.max()) + 1
-    block = max(1, CHUNK // cluster.size)
-    for start in range(0, replicates, block):
-        rows = min(block, replicates - start)
-        drawn = rng.integers(n_clusters, size=(rows, n_clusters)) + n_clusters * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * n_clusters).reshape(rows, n_clusters)
-        yield times[:, cluster].astype(np.float64)
+
+    def of_drawn(drawn: npt.NDArray[np.intp], axis: int) -> Array:
+        rows = np.atleast_2d(drawn)
+        in_row = rows + n_clusters * np.arange(len(rows))[:, None]
+        times = np.bincount(in_row.ravel(), minlength=len(rows) * n_clusters).reshape(len(rows), n_clusters)
+        found = statistic(times[:, cluster].astype(np.float64))
+        return found if drawn.ndim > 1 else found[:, 0]
+
+    bounds = stats.bootstrap(
+        (np.arange(n_clusters),),
+        of_drawn,
+        n_resamples=interval.replicates,
+        batch=max(1, CHUNK // cluster.size),  # keeps memory bounded
+        vectorized=True,
+        confidence_level=interval.level,
+        method="percentile",
+        rng=np.random.default_rng(interval.seed),
+    ).confidence_interval
+    return np.asarray(bounds.low), np.asarray(bounds.high)
 
 
-def _uplift_draws(
-    score: Array,
-    gain: Array,
-    cluster: npt.NDArray[np.intp],
-    at: Array,
-    replicates: int,
-    rng: np.random.Generator,
-) -> Array:
-    """The uplift in each resample. A resample only reweights pairs, so one sort of the scores serves them all."""
+def _uplift_of_resamples(score: Array, gain: Array, at: Array) -> Callable[[Array], Array]:
+    """The uplift at each fraction, by how often each pair occurs: one sort of the scores serves all resamples."""
     group = np.unique(-score, return_inverse=True)[1]
     order = np.argsort(group, kind="stable")
     ends = np.cumsum(np.bincount(group)) - 1
-    rows = []
-    for weight in _resampled(cluster[order], replicates, rng):
+
+    def uplift(times: Array) -> Array:
+        weight = times[:, order]
         judged = np.pad(np.cumsum(weight, axis=1)[:, ends], ((0, 0), (1, 0)))
         gained = np.pad(np.cumsum(weight * gain[order], axis=1)[:, ends], ((0, 0), (1, 0)))
         above = gained - judged * gained[:, -1:] / judged[:, -1:]
-        rows += [np.interp(at * x[-1], x, y) / x[-1] for x, y in zip(judged, above, strict=True)]
-    return np.stack(rows)
+        rows = [np.interp(at * x[-1], x, y) / x[-1] for x, y in zip(judged, above, strict=True)]
+        return np.stack(rows, axis=1)
+
+    return uplift
 
 
 def _mean_with_interval(value: Array, interval: _Interval) -> Estimate:
     point = float(value.mean())
     if interval.replicates == 0 or interval.cluster.max() == 0:
         return Estimate(point, float("nan"), float("nan"))
-    blocks = _resampled(interval.cluster, interval.replicates, np.random.default_rng(interval.seed))
-    draws = np.concatenate([(weight @ value) / weight.sum(axis=1) for weight in blocks])
-    low, high = np.quantile(draws, ((1 - interval.level) / 2, (1 + interval.level) / 2))
-    return Estimate(point, float(low), float(high))
+    low, high = _bootstrap(lambda times: ((times @ value) / times.sum(axis=1))[None], interval)
+    return Estimate(point, float(low[0]), float(high[0]))
 
 
 def _check_interval(replicates: int, level: float) -> None:
@@ -457,7 +466,7 @@ def _check_interval(replicates: int, level: float) -> None:
 
 def _z(level: float) -> float:
     _check_interval(0, level)
-    return NormalDist().inv_cdf((1 + level) / 2)
+    return float(special.ndtri((1 + level) / 2))
 
 
 def _wilson(share: Array, count: npt.NDArray[np.intp], level: float) -> tuple[Array, Array]:
