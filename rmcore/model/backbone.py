@@ -7,12 +7,11 @@ stops the forward pass there. transformers is imported on first use.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from rmcore.model.encoding.architecture import block, final_linear, pair_separat
 from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
+from rmcore.model.loading import choose_attention, configured, load, tree_kinds
 from rmcore.model.text import EncodedText, PairTemplate, TextEncoder
 from rmcore.ops.dispatch import Explanation
 
@@ -75,17 +75,6 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
         start += count
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The attention implementation for a device and dtype, and why."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "flash-attn is not installed"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return "sdpa", "flash-attn needs an NVIDIA GPU of compute capability 8.0 or later"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "sdpa", f"flash-attn needs float16 or bfloat16, not {dtype}"
-    return "flash_attention_2", "flash-attn is installed and usable"
-
-
 class _EnoughError(Exception):
     """Carries a layer's output out of a forward pass that need not go on."""
 
@@ -102,9 +91,10 @@ class Backbone:
         tokenizer: its fast tokenizer.
         config: what a text's hidden state is.
         tokens_per_batch: tokens of one forward pass, padding included.
-        attention: the implementation of padded forward passes in use and why, for reports.
+        attention: the ``attn_implementation`` of padded forward passes in use and why, for reports.
         packing: how shared beginnings are encoded: ``auto`` packs them where that saves and is exact, ``flex`` and
             ``sdpa`` always pack, with that attention or an error, ``padded`` gives every text a row of its own.
+        tree_kinds: the attentions that ``packing="auto"`` may choose from; None for all.
     """
 
     def __init__(
@@ -116,6 +106,7 @@ class Backbone:
         tokens_per_batch: int = 8192,
         attention: tuple[str, str] = ("", ""),
         packing: Packing = "auto",
+        tree_kinds: tuple[Kind, ...] | None = None,
     ) -> None:
         if tokens_per_batch < 1:
             reject("tokens_per_batch", tokens_per_batch, "at least 1")
@@ -149,6 +140,7 @@ class Backbone:
             encode_alone=lambda ids: self._forward([ids])[0],
             layers=config.layer or int(getattr(text_config(model), "num_hidden_layers", 0)),
             max_length=self.encoder.max_length,
+            kinds=tree_kinds,
         )
 
     @classmethod
@@ -158,57 +150,57 @@ class Backbone:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        attention: str = "auto",
+        attn_implementation: str = "auto",
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Backbone:
-        """Load a backbone by hub name or folder.
+        """Load a backbone by hub name or folder. Only safetensors files are read as weights.
+
+        What is loaded is what ``config`` of the result names: a folder by its absolute path, a hub name with the
+        commit as ``revision``, so that a saved model finds the same weights from anywhere and at any time.
 
         Args:
             config: a name, or a :class:`BackboneConfig`.
             device: None takes CUDA if there is one.
             dtype: None takes bfloat16 on a GPU, float32 on a CPU.
-            attention: ``auto``, or what transformers calls ``attn_implementation``.
+            attn_implementation: transformers' option of that name, or ``auto``. One that is asked for also decides
+                how packed trees attend: ``sdpa`` and ``flex_attention`` with that, and with any other, which has no
+                form for trees, ``packing="auto"`` gives every text a row of its own.
             tokens_per_batch: tokens of one forward pass.
             packing: see :class:`Backbone`.
-            kwargs: fields of :class:`BackboneConfig` where ``config`` is a name.
+            cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
+            local_files_only: take what is in the cache, and do not ask the hub.
+            trust_remote_code: run the Python files that come with a model. They can do whatever you can.
+            kwargs: fields of :class:`BackboneConfig` where ``config`` is a name. ``revision`` is one.
+
+        A private repository needs HF_TOKEN in the environment, or ``hf auth login``.
 
         Raises:
             CheckpointError: the name cannot be loaded; the message carries the loader's reason.
+            InputError: an argument that :class:`BackboneConfig` or this function does not have.
         """
-        from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-
-        if isinstance(config, str):
-            config = BackboneConfig(name=config, **kwargs)
-        elif kwargs:
-            reject("kwargs", sorted(kwargs), "none beside a BackboneConfig")
+        config = configured(config, kwargs)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        loader = AutoModelForSequenceClassification if config.kind == "classifier" else AutoModel
-        choice = choose_attention(device, dtype) if attention == "auto" else (attention, "asked for")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
-            load = functools.partial(
-                loader.from_pretrained, config.name, revision=config.revision, dtype=dtype, output_loading_info=True
-            )
-            try:
-                model, info = load(attn_implementation=choice[0])
-            except ValueError as error:
-                if attention != "auto" or "attention" not in str(error).lower():
-                    raise
-                choice = ("eager", f"this model does not support {choice[0]}")
-                model, info = load(attn_implementation="eager")
-        except Exception as error:  # a hub, a damaged file, a config from elsewhere: the loader raises many kinds
-            reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
-            raise CheckpointError(f"backbone: got {config.name!r}, which transformers cannot load: {reason}") from error
-        if config.kind == "classifier" and info["missing_keys"]:
-            raise CheckpointError(
-                f"backbone: got {config.name!r} without {', '.join(sorted(info['missing_keys'])[:4])}, expected a "
-                "trained reward model"
-            )
-        model.to(device).eval()
-        return cls(model, tokenizer, config, tokens_per_batch=tokens_per_batch, attention=choice, packing=packing)
+        options = {
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
+        return cls(
+            model.to(device).eval(),
+            tokenizer,
+            config,
+            tokens_per_batch=tokens_per_batch,
+            attention=attention,
+            packing=packing,
+            tree_kinds=tree_kinds(attn_implementation),
+        )
 
     @property
     def device(self) -> torch.device:

@@ -20,7 +20,8 @@ class BackboneConfig:
 
     Attributes:
         name: hub name or folder; empty when embedded in the model's own folder.
-        revision: hub revision, None for the default branch.
+        revision: branch, tag or commit on the hub, None for the default branch and for folders. A loaded backbone
+            has the commit here.
         kind: ``base`` loads AutoModel, ``classifier`` AutoModelForSequenceClassification (an upgraded reward model).
         pooling: ``last`` token, ``mean`` of the tokens, ``first`` token ([CLS]), or ``classifier``: the input of the
             reward model's own last linear layer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rmcore.head.config import HeadConfig
 from rmcore.head.fit import FitReport, fit, upgrade
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
+from rmcore.model import hub
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.text import EncodedText
@@ -193,63 +195,131 @@ class RewardModel:
         """
         if backbone not in ("name", "embed"):
             reject("backbone", repr(backbone), "'name' or 'embed'")
-        config = self.backbone.config
-        if backbone == "name" and not config.name:
-            reject("backbone", "'name' for a backbone that came without one", "'embed'")
         with checkpoint.atomic_folder(path) as folder:
-            head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
-            if backbone == "embed":
-                self.backbone.model.save_pretrained(folder / "backbone", safe_serialization=True)
-                self.backbone.tokenizer.save_pretrained(folder / "backbone")
-            values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": backbone == "embed"}
-            checkpoint.write_config(folder, values)
+            self._save_pretrained(folder, embed=backbone == "embed", include_posterior=include_posterior)
+
+    def _save_pretrained(self, folder: Path, *, embed: bool, include_posterior: bool) -> None:
+        config = self.backbone.config
+        if not embed and not config.name:
+            reject("backbone", "'name' for a backbone that came without one", "'embed'")
+        head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
+        if embed:
+            self.backbone.model.save_pretrained(folder / "backbone")
+            self.backbone.tokenizer.save_pretrained(folder / "backbone")
+            if config.revision is None:  # a path of this machine is nobody else's business
+                config = replace(config, name="")
+        values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": embed}
+        checkpoint.write_config(folder, values)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload reward model",
+        private: bool | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        backbone: Literal["auto", "name", "embed"] = "auto",
+        include_posterior: bool = True,
+    ) -> str:
+        """Push the model to the hub, in one commit: safetensors, JSON and tokenizer files, and a model card if new.
+
+        Args:
+            repo_id: ``owner/name``; created where it is not there yet.
+            commit_message: of the commit.
+            private: of a repository that is created; None takes the owner's default.
+            branch: to commit to; None for the default one.
+            create_pr: open a pull request instead.
+            backbone: ``name`` records the backbone's hub name and commit, ``embed`` pushes its weights and tokenizer
+                too, ``auto`` the first where it came from the hub and else the second.
+            include_posterior: keep the posterior, so that the head can learn further.
+
+        The token is HF_TOKEN of the environment, or ``hf auth login``'s; it is not taken as an argument.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            CheckpointError: the hub does not take it; the message names repository and branch, and why.
+            InputError: ``name`` for a backbone that nobody else can load.
+        """
+        if backbone not in ("auto", "name", "embed"):
+            reject("backbone", repr(backbone), "'auto', 'name' or 'embed'")
+        config = self.backbone.config
+        on_hub = bool(config.name) and config.revision is not None
+        if backbone == "name" and not on_hub:
+            reject("backbone", f"'name' for {config.name!r}, which is not on the hub", "'embed' or 'auto'")
+        embed = backbone == "embed" or not on_hub
+        to = hub.Upload(repo_id, commit_message, branch, private, create_pr)
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_pretrained(Path(folder), embed=embed, include_posterior=include_posterior)
+            return hub.upload(Path(folder), hub.model_card(repo_id, self.head, config, embedded=embed), to)
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        name: str | os.PathLike[str],
         *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        attention: str = "auto",
+        attn_implementation: str = "auto",
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
+        trust_remote_code: bool = False,
         backbone: Backbone | None = None,
     ) -> RewardModel:
-        """Load a folder written by :meth:`save_pretrained`.
+        """Load a model written by :meth:`save_pretrained` or pushed by :meth:`push_to_hub`.
 
         Args:
-            path: the folder.
-            device: of the backbone, as are the next four; see :meth:`rmcore.model.backbone.Backbone.from_pretrained`.
+            name: a folder, or the model's name on the hub. What is a folder here is never looked for on the hub.
+            revision: on the hub: branch, tag or commit; None for the default branch.
+            cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
+            local_files_only: take what is in the cache, and do not ask the hub.
+            device: of the backbone, as are the next five; see :meth:`rmcore.model.backbone.Backbone.from_pretrained`.
             dtype: arithmetic of the backbone.
-            attention: attention implementation.
+            attn_implementation: transformers' option of that name, or ``auto``.
             tokens_per_batch: tokens of one forward pass.
             packing: how texts that begin alike are encoded.
+            trust_remote_code: run Python files that come with the backbone.
             backbone: use this one instead of loading the one recorded (it must be as wide).
 
-        Raises CheckpointError for anything truncated, foreign or inconsistent.
+        A private repository needs HF_TOKEN in the environment, or ``hf auth login``; tokens are not taken as arguments.
+
+        Raises:
+            CheckpointError: anything truncated, foreign or inconsistent; on the hub a repository or revision that is
+                not there, gated, or not in the cache while offline. The message names both.
+            InputError: a revision beside a folder, or a backbone given that is not as wide as the head.
         """
-        values = checkpoint.read_config(path)
+        folder = hub.folder_of(name, revision, expected=f"a folder with {checkpoint.CONFIG_FILE}") or hub.download(
+            os.fspath(name), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        values = checkpoint.read_config(folder)
         if values.get("kind") != "model":
-            raise CheckpointError(f"path: got {str(path)!r}, which holds a {values.get('kind')}, expected a model")
-        head = checkpoint.read_head(Path(path), values.get("head"), "cpu")
-        if backbone is None:
-            try:
-                config = BackboneConfig.from_dict(values["backbone"])
-                if values.get("embedded"):
-                    config = replace(config, name=str(Path(path) / "backbone"), revision=None)
-                loaded = Backbone.from_pretrained(
-                    config,
-                    device=device,
-                    dtype=dtype,
-                    attention=attention,
-                    tokens_per_batch=tokens_per_batch,
-                    packing=packing,
-                )
-                return cls(loaded, head)
-            except (InputError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{path}: got a backbone section that does not fit ({error})") from error
-        return cls(backbone, head)
+            raise CheckpointError(f"path: got {str(name)!r}, which holds a {values.get('kind')}, expected a model")
+        head = checkpoint.read_head(folder, values.get("head"), "cpu")
+        if backbone is not None:
+            return cls(backbone, head)
+        try:
+            config = BackboneConfig.from_dict(values["backbone"])
+            if values.get("embedded"):
+                config = replace(config, name=str(folder / "backbone"), revision=None)
+            loaded = Backbone.from_pretrained(
+                config,
+                device=device,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                tokens_per_batch=tokens_per_batch,
+                packing=packing,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+            )
+            return cls(loaded, head)
+        except (InputError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{name}: got a backbone section that does not fit ({error})") from error
 
 
 def encode_preferences(

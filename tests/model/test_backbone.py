@@ -383,7 +383,7 @@ def test_attention_is_chosen_recorded_and_overridden(saved):
     auto = Backbone.from_pretrained(folder, device="cpu")
     assert auto.attention[0] == auto.model.config._attn_implementation == "sdpa"
     assert auto.attention[1]
-    eager = Backbone.from_pretrained(folder, device="cpu", attention="eager")
+    eager = Backbone.from_pretrained(folder, device="cpu", attn_implementation="eager")
     assert eager.attention[0] == eager.model.config._attn_implementation == "eager"
     close(auto.hidden(encode(auto)), eager.hidden(encode(eager)))
 
@@ -401,16 +401,16 @@ def test_a_model_without_sdpa_falls_back_to_eager(tmp_path, tokenizer_for):
     assert "sdpa" in backbone.attention[1]
     assert backbone.hidden(encode(backbone)).isfinite().all()
     with pytest.raises(CheckpointError, match="attention"):
-        Backbone.from_pretrained(str(tmp_path), device="cpu", attention="sdpa")
+        Backbone.from_pretrained(str(tmp_path), device="cpu", attn_implementation="sdpa")
 
 
 def test_choice_of_attention(monkeypatch):
-    found = rmcore.model.backbone.importlib.util.find_spec
+    found = rmcore.model.loading.importlib.util.find_spec
     monkeypatch.setattr(
-        rmcore.model.backbone.importlib.util, "find_spec", lambda n: None if n == "flash_attn" else found(n)
+        rmcore.model.loading.importlib.util, "find_spec", lambda n: None if n == "flash_attn" else found(n)
     )
     assert choose_attention(torch.device("cuda"), torch.bfloat16) == ("sdpa", "flash-attn is not installed")
-    monkeypatch.setattr(rmcore.model.backbone.importlib.util, "find_spec", lambda _: sys)
+    monkeypatch.setattr(rmcore.model.loading.importlib.util, "find_spec", lambda _: sys)
     assert choose_attention(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
     assert choose_attention(torch.device("cuda"), torch.bfloat16)[0] == "sdpa"

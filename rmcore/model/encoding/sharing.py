@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from torch import Tensor
 from rmcore._base.errors import BackendError
 from rmcore.model.encoding.architecture import longest_exact, text_config
 from rmcore.model.encoding.packing import Pack, PrefixTree
-from rmcore.model.encoding.tree_attention import Packing, explain
+from rmcore.model.encoding.tree_attention import Kind, Packing, explain
 from rmcore.ops.dispatch import Explanation
 
-__all__ = ["PrefixSharing"]
+__all__ = ["Kind", "PrefixSharing"]
 
 log = logging.getLogger(__name__)
-
-Kind: TypeAlias = Literal["flex", "sdpa"]
 
 WORTH = 0.9
 """A tree is packed where its tokens are at most this share of its texts': texts that share little batch better."""
@@ -37,6 +35,7 @@ class PrefixSharing:
         encode_alone: pooled state (1, h) of one text, in a row of its own.
         layers: attention calls of a whole forward pass.
         max_length: most tokens of a text, None for no limit.
+        kinds: the attentions that ``auto`` may choose from; None for all.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class PrefixSharing:
         encode_alone: Callable[[Sequence[int]], Tensor],
         layers: int,
         max_length: int | None,
+        kinds: tuple[Kind, ...] | None = None,
     ) -> None:
         self.model = model
         self.packing = packing
@@ -55,7 +55,8 @@ class PrefixSharing:
         self._encode_alone = encode_alone
         self._layers = layers
         self._max_length = max_length
-        self._static = explain(model, packing)
+        self._kinds = kinds
+        self._static = explain(model, packing, kinds=kinds)
         self._chosen: Explanation | None = None
         self._told_window = False
         self._lock = threading.RLock()
@@ -74,7 +75,7 @@ class PrefixSharing:
             return self._chosen
 
     def _choose(self) -> Explanation:
-        told = explain(self.model, self.packing)
+        told = explain(self.model, self.packing, kinds=self._kinds)
         while told.backend in ("flex", "sdpa"):
             kind: Kind = "flex" if told.backend == "flex" else "sdpa"
             why = self._trial(kind)
@@ -96,7 +97,8 @@ class PrefixSharing:
         if self.packing != "auto":
             return Explanation("none", reasons)
         log.warning("packed trees do not run in %s with %s attention: %s", type(self.model).__name__, kind, why)
-        return Explanation("sdpa" if kind == "flex" else "padded", reasons)
+        further = kind == "flex" and (self._kinds is None or "sdpa" in self._kinds)
+        return Explanation("sdpa" if further else "padded", reasons)
 
     def _kind(self, told: Explanation) -> Kind | None:
         if told.backend == "none":

@@ -30,13 +30,14 @@ from rmcore.model.encoding.architecture import unfit
 from rmcore.model.encoding.packing import Pack
 from rmcore.ops.dispatch import Explanation
 
-__all__ = ["Packing", "Plan", "TreeAttentionError", "attending", "block_mask_of", "explain"]
+__all__ = ["Kind", "Packing", "Plan", "TreeAttentionError", "attending", "block_mask_of", "explain"]
 
 Packing: TypeAlias = Literal["auto", "flex", "sdpa", "padded"]
+Kind: TypeAlias = Literal["flex", "sdpa"]
 
 # On CUDA one launch a layer beats several a node. On CPUs sdpa takes half the time of compiled FlexAttention (9 heads,
 # 900 to 14,000 tokens) and does not compile for 20 seconds first.
-_ORDER: dict[str, tuple[Packing, ...]] = {"cuda": ("flex", "sdpa")}
+_ORDER: dict[str, tuple[Kind, ...]] = {"cuda": ("flex", "sdpa")}
 _NAME = "rmcore_tree"
 _ROWS = 256
 _BLOCK = 128
@@ -52,12 +53,19 @@ class TreeAttentionError(RmcoreError):
 # -- what can run ----------------------------------------------------------------------------------------------------
 
 
-def explain(model: Any, packing: Packing = "auto", *, device: torch.device | str | None = None) -> Explanation:
+def explain(
+    model: Any,
+    packing: Packing = "auto",
+    *,
+    kinds: tuple[Kind, ...] | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
     """How a model's shared prefixes would be encoded, and why not otherwise.
 
     Args:
         model: a Hugging Face model.
         packing: as asked for.
+        kinds: those that ``auto`` may choose from; None for all.
         device: None takes the model's.
 
     Returns:
@@ -70,13 +78,19 @@ def explain(model: Any, packing: Packing = "auto", *, device: torch.device | str
     if packing == "padded":
         return Explanation("padded", {"flex": "padded was asked for", "sdpa": "padded was asked for"})
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    order = _ORDER.get(where.type, ("sdpa",)) if packing == "auto" else (packing,)
     reasons: dict[str, str] = {}
+    if packing != "auto":
+        order: tuple[Kind, ...] = (packing,)
+    elif kinds is None:
+        order = _ORDER.get(where.type, ("sdpa",))
+    else:
+        order = kinds
+        reasons = {kind: "another attn_implementation was asked for" for kind in ("flex", "sdpa") if kind not in kinds}
     why = unfit(model)
     for name in order:
         reason = why or (_no_flex(where) if name == "flex" else None)
         if reason is None:
-            if packing == "auto" and name == "sdpa" and where.type != "cuda":
+            if packing == "auto" and kinds is None and name == "sdpa" and where.type != "cuda":
                 reasons["flex"] = "slower here than sdpa, and compiled for seconds first"
             return Explanation(name, reasons)
         reasons[name] = reason
