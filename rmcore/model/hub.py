@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from rmcore.head.frozen import FrozenHead
     from rmcore.model.backbone_config import BackboneConfig
 
-__all__ = ["Upload", "download", "folder_of", "hub_failure", "model_card", "upload"]
+__all__ = ["Upload", "commit_of", "download", "folder_of", "hub_failure", "model_card", "upload"]
 
 MODEL_FILES = ("rmcore.json", "head.safetensors")
 BACKBONE_FILES = tuple(f"backbone/{end}" for end in ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"))
 CARD = "README.md"
+_UNREACHED = {"TransportError", "ConnectionError", "Timeout"}  # of httpx, requests, and Python
 
 
 def folder_of(name: str | os.PathLike[str], revision: str | None = None, *, expected: str = "a folder") -> Path | None:
@@ -65,7 +66,8 @@ def hub_failure(error: BaseException, name: str, revision: str | None) -> Checkp
         return any(isinstance(link, kinds) for link in chain)
 
     access = "Ask for access on its page, and set HF_TOKEN or run `hf auth login`"
-    status = next((link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)), None)
+    refused = [link for link in chain if isinstance(link, errors.HfHubHTTPError)]
+    status = next((e.response.status_code for e in refused if not isinstance(e, errors.EntryNotFoundError)), None)
     if seen(errors.GatedRepoError):
         why = f"it is gated, and this account has no access to it. {access}"
     elif seen(errors.RevisionNotFoundError):
@@ -84,7 +86,7 @@ def hub_failure(error: BaseException, name: str, revision: str | None) -> Checkp
         why = f"{constants.ENDPOINT} answered {status}"
     elif seen(errors.LocalEntryNotFoundError):
         why = f"it is not (wholly) in the cache, and {constants.ENDPOINT} was not asked or cannot be reached"
-    elif any(type(link).__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for link in chain):
+    elif any(base.__name__ in _UNREACHED for link in chain for base in type(link).__mro__):
         why = f"{constants.ENDPOINT} cannot be reached ({_first_line(error)})"
     else:
         return None
@@ -94,7 +96,7 @@ def hub_failure(error: BaseException, name: str, revision: str | None) -> Checkp
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _first_line(error: BaseException) -> str:
@@ -102,6 +104,19 @@ def _first_line(error: BaseException) -> str:
 
 
 # -- down ------------------------------------------------------------------------------------------------------------
+
+
+def commit_of(name: str, revision: str | None, *, cache_dir: str | Path | None, local_files_only: bool) -> str:
+    """The commit that a revision of a transformers model is now, or was when it came into the cache.
+
+    Raises whatever huggingface_hub does; see :func:`hub_failure`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    file = hf_hub_download(
+        name, "config.json", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    return Path(file).parent.name  # the cache's layout: snapshots/<commit>/<file>
 
 
 def download(

@@ -12,7 +12,7 @@ import torch
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.encoding.tree_attention import Kind
-from rmcore.model.hub import folder_of, hub_failure
+from rmcore.model.hub import commit_of, folder_of, hub_failure
 
 __all__ = ["choose_attention", "configured", "load", "tree_kinds"]
 
@@ -66,7 +66,7 @@ def load(
 
     Raises CheckpointError.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = folder_of(config.name, config.revision)
     if folder is not None:
@@ -75,10 +75,8 @@ def load(
     attention = choose_attention(device, dtype) if auto else (attn_implementation, "asked for")
     loader = AutoModelForSequenceClassification if config.kind == "classifier" else AutoModel
     try:
-        if folder is None:
-            # The commit first, so that tokenizer and weights cannot be of two.
-            found = AutoConfig.from_pretrained(config.name, revision=config.revision, **options)
-            config = replace(config, revision=getattr(found, "_commit_hash", None) or config.revision)
+        if folder is None:  # the commit first, so that tokenizer and weights cannot be of two
+            config = replace(config, revision=commit_of(config.name, config.revision, **_hub_options(options)))
         options = {**options, "revision": config.revision}
         tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
         read = functools.partial(
@@ -98,9 +96,8 @@ def load(
             model, info = read(attn_implementation="eager")
     except Exception as error:  # a hub, a damaged file, a config from elsewhere: the loader raises many kinds
         told = None if folder is not None else hub_failure(error, config.name, config.revision)
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         raise told or CheckpointError(
-            f"backbone: got {config.name!r}, which transformers cannot load: {reason}"
+            f"backbone: got {config.name!r}, which transformers cannot load: {_reason(error)}"
         ) from error
     if config.kind == "classifier" and info["missing_keys"]:
         raise CheckpointError(
@@ -108,3 +105,16 @@ def load(
             "trained reward model"
         )
     return config, model, tokenizer, attention
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("cache_dir", "local_files_only")}
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or repr(error)
+    if "custom code" in text or "trust_remote_code" in text:
+        return "it needs Python files that come with it, which run with trust_remote_code=True only"
+    if isinstance(error, OSError) and "safetensors" in text:
+        return "it has no safetensors file, and weights in other formats may run code, so they are not read"
+    return text.splitlines()[0][:300]

@@ -14,6 +14,7 @@ import transformers
 import rmcore.model.backbone
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats, choose_attention, length_batches
+from rmcore.model.encoding.sharing import PrefixSharing
 from rmcore.model.text import EncodedText, Segment
 
 TEXTS = [
@@ -386,6 +387,31 @@ def test_attention_is_chosen_recorded_and_overridden(saved):
     eager = Backbone.from_pretrained(folder, device="cpu", attn_implementation="eager")
     assert eager.attention[0] == eager.model.config._attn_implementation == "eager"
     close(auto.hidden(encode(auto)), eager.hidden(encode(eager)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "packed"),
+    [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "padded"), ("flex_attention", "flex")],
+)
+def test_an_attention_that_is_asked_for_is_that_of_packed_trees_too(saved, monkeypatch, asked, packed):
+    """Eager attention has no form for trees; a choice is never swapped for another one behind one's back."""
+    monkeypatch.setattr(PrefixSharing, "_trial", lambda *_: None)  # which compiles FlexAttention for long
+    backbone = Backbone.from_pretrained(saved("llama", "llama"), device="cpu", attn_implementation=asked)
+    told = backbone.explain()
+    assert told.backend == packed
+    if asked == "eager":
+        assert set(told.reasons) == {"flex", "sdpa"}
+        assert all("attn_implementation" in why for why in told.reasons.values())
+    monkeypatch.setattr(PrefixSharing, "_trial", lambda *_: "it does not run here")
+    failing = Backbone.from_pretrained(saved("llama", "llama"), device="cpu", attn_implementation=asked)
+    assert failing.explain().backend == "padded"
+
+
+def test_the_old_name_of_the_option_says_the_new_one(saved):
+    with pytest.raises(InputError, match="attention: got 'eager', expected attn_implementation"):
+        Backbone.from_pretrained(saved("llama", "llama"), device="cpu", attention="eager")
+    with pytest.raises(InputError, match=r"unknown keys.*flavour"):
+        Backbone.from_pretrained(saved("llama", "llama"), device="cpu", flavour=1)
 
 
 def test_a_model_without_sdpa_falls_back_to_eager(tmp_path, tokenizer_for):
