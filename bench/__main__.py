@@ -1,11 +1,16 @@
-"""``python -m rmcore.bench`` and ``rmcore bench``: run suites, check them, write JSON, CSV and plots, print a table."""
+"""``python -m rmcore.bench`` and ``rmcore bench``: run suites, print and keep each figure as it is measured.
+
+At the end come tables, OUT.json, OUT.csv and plots. A run that is stopped (Ctrl-C, SIGTERM, even SIGKILL) leaves what
+it measured in OUT.jsonl, a row a line.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from rmcore.evaluation.streams import find_data
 from .encode import encode_table
 from .harness import as_dict, environment, measure_limits
 from .plots import draw
+from .results_file import ResultsFile
 from .setup import Row, Setup
 from .suites import SUITES
 
@@ -44,6 +50,7 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         batches = (1, 16, 256)
     console = Console(stderr=True)
     shown = console.is_terminal or arguments.verbose
+    console.print("[dim]measuring this machine's limits[/]")
     return Setup(
         device=device,
         limits=measure_limits(device, quick=arguments.quick),
@@ -62,29 +69,55 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
     )
 
 
-def run(setup: Setup, suites: list[str], out: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Run the suites; results are written after each, so that an interrupted run keeps what it measured."""
-    rows: list[Row] = []
-    document = {
+def run(setup: Setup, suites: list[str], out: Path, console: Console) -> tuple[ResultsFile, bool]:
+    """Run the suites, each row printed and kept as it comes. Returns the results, and False if interrupted."""
+    header: dict[str, Any] = {
         "environment": environment(setup.device),
         "limits": as_dict(setup.limits),
         "method": "weights rotated over copies that together exceed twice the last-level cache; random data; medians",
-        "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for name in suites:
-        rows.extend(SUITES[name](setup))
-        out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    _write_csv(rows, out.with_suffix(".csv"))
-    return document, rows
+    results = ResultsFile(out, header)
+    console.print(_rates(header["limits"]), highlight=False)
+    try:
+        with _sigterm_interrupts(), results:
+            for name in suites:
+                for row in SUITES[name](setup):
+                    results.add(row)
+                    console.print(_line(row), highlight=False, soft_wrap=True, markup=False)
+    except KeyboardInterrupt:
+        return results, False
+    return results, True
 
 
-def _write_csv(rows: list[Row], path: Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM stops a run as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rates(limits: dict[str, Any]) -> str:
+    rates = ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in limits["matrix"].items())
+    return f"limits measured: {limits['bandwidth'] / 1e9:.0f} GB/s ({limits['bandwidth_kind']}), {rates}"
+
+
+def _line(row: Row) -> str:
+    """A row as it is printed when measured."""
+    if row["suite"] == "encode":
+        what = f"{row['lengths']} K={row['k']}"
+        figure = f"{row['pairs_per_s']:.2f} pairs/s ({100 * row['of_limit']:.0f}%), {row['speedup_padded']:.2f}× padded"
+    else:
+        what = f"{row['h']}×{row['d']}" if row.get("d") else f"{row.get('h', '')}"
+        what += f" B={row['rows']}" if "rows" in row else ""
+        figure = f"{_cell(row)} [build s / first call s / MB]" if row["suite"] == "memory" else f"{_cell(row)} [ms]"
+    return f"{row['suite']} {what} {row['variant']} {row.get('dtype', '')}: {figure}"
 
 
 def tables(rows: list[Row], document: dict[str, Any]) -> list[Table]:
@@ -96,10 +129,9 @@ def tables(rows: list[Row], document: dict[str, Any]) -> list[Table]:
     for suite in dict.fromkeys(row["suite"] for row in rows if row["suite"] != "encode"):
         for size in dict.fromkeys((row.get("h"), row.get("d")) for row in rows if row["suite"] == suite):
             mine = [r for r in rows if r["suite"] == suite and (r.get("h"), r.get("d")) == size]
-            rates = ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in limits["matrix"].items())
             table = Table(
                 title=f"{suite}, h={size[0]}, D={size[1]}: ms (% of limit)",
-                caption=f"limits measured: {limits['bandwidth'] / 1e9:.0f} GB/s ({limits['bandwidth_kind']}), {rates}",
+                caption=_rates(limits),
             )
             batches = sorted({r["rows"] for r in mine if "rows" in r})
             table.add_column("variant")
@@ -124,7 +156,7 @@ def _cell(row: Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 1 if a timed variant of ours gave wrong results."""
+    """Command line; returns 1 if a timed variant of ours gave wrong results, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="rmcore bench", description=__doc__)
     parser.add_argument("--suite", action="append", choices=list(SUITES), help="default: all but encode")
     parser.add_argument("--quick", action="store_true", help="small sizes, ends in about a minute on 2 cores")
@@ -147,17 +179,23 @@ def main(argv: list[str] | None = None) -> int:
     suites = arguments.suite or [name for name in SUITES if name != "encode"]
     name = "encode" if suites == ["encode"] and setup.device.type == "cpu" else setup.device.type
     out = arguments.out or Path("bench/results") / (name + ("-quick" if arguments.quick else ""))
-    document, rows = run(setup, suites, out)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    results, complete = run(setup, suites, out, console)
+    document, rows = results.document(), results.rows
     for table in tables(rows, document):
         console.print(table)
-    pictures = draw(rows, document, out)
-    console.print(f"wrote {out}.json, .csv" + "".join(f", {picture.name}" for picture in pictures))
+    if complete:
+        pictures = draw(rows, document, out)
+        console.print(f"wrote {out}.json, .csv" + "".join(f", {picture.name}" for picture in pictures))
+    else:
+        console.print(f"interrupted: the {len(rows)} rows measured are in {results.path}; {out}.json is as it was")
     wrong = [
         row for row in rows if row["variant"].startswith("rmcore") and (not row.get("right", True) or "failed" in row)
     ]
     for row in wrong:
         console.print(f"[red]WRONG or failed:[/] {row}")
+    if not complete:
+        return 130
     return 1 if wrong else 0
 
 
