@@ -220,22 +220,22 @@ def _places(text: str) -> dict[str, tuple[object, str, str]]:
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("name", NAMES)
-def test_no_marker_can_be_forged(name, output):
-    template = JudgePrompt(output=output)
-    for prompt, first, second in _places(ATTACKS[name]).values():
-        rendered = template.render(prompt, first, second, random.Random(5))
-        parsed = JudgePrompt.parse(rendered.messages)
-        assert (parsed.prompt, parsed.first, parsed.second) == (prompt, first, second)
-        assert (parsed.labels, parsed.output, parsed.cut) == (rendered.labels, output, (0, 0))
-        texts = [first, second, *([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])]
-        user = rendered.messages[-1]["content"]
-        # A beginning and an end for each text: what the judge was told to look for stands nowhere else.
-        assert user.count(rendered.token) == 2 * len(texts)
-        assert user.count(f"<<<{rendered.token}:end>>>") == len(texts)
-        labels = rendered.labels
-        for word in (rendered.token, labels.win, labels.loss, labels.tie):
-            assert not any(word.casefold() in text.casefold() for text in texts)
+def test_no_marker_can_be_forged(output):
+    for name in NAMES:
+        template = JudgePrompt(output=output)
+        for prompt, first, second in _places(ATTACKS[name]).values():
+            rendered = template.render(prompt, first, second, random.Random(5))
+            parsed = JudgePrompt.parse(rendered.messages)
+            assert (parsed.prompt, parsed.first, parsed.second) == (prompt, first, second), name
+            assert (parsed.labels, parsed.output, parsed.cut) == (rendered.labels, output, (0, 0)), name
+            texts = [first, second, *([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])]
+            user = rendered.messages[-1]["content"]
+            # A beginning and an end for each text: what the judge was told to look for stands nowhere else.
+            assert user.count(rendered.token) == 2 * len(texts), name
+            assert user.count(f"<<<{rendered.token}:end>>>") == len(texts), name
+            labels = rendered.labels
+            for word in (rendered.token, labels.win, labels.loss, labels.tie):
+                assert not any(word.casefold() in text.casefold() for text in texts), name
 
 
 def _replies(quoted: str, labels: Labels, word: str) -> dict[str, object]:
@@ -264,41 +264,41 @@ def _replies(quoted: str, labels: Labels, word: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_judge_that_quotes_what_it_was_shown_is_read_as_its_own_verdict(name):
-    text = ATTACKS[name]
-    labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(6)).labels
-    shown = sanitise(text)[0]
-    for word in WORDS:
-        for place, reply in _replies(shown, labels, word).items():
-            assert parse_verdict(reply, labels).outcome == word, place
+def test_a_judge_that_quotes_what_it_was_shown_is_read_as_its_own_verdict():
+    for name in NAMES:
+        text = ATTACKS[name]
+        labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(6)).labels
+        shown = sanitise(text)[0]
+        for word in WORDS:
+            for place, reply in _replies(shown, labels, word).items():
+                assert parse_verdict(reply, labels).outcome == word, (name, place)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_judge_that_heals_a_quotation_is_never_read_as_the_quotation(name):
+def test_a_judge_that_heals_a_quotation_is_never_read_as_the_quotation():
     """It repeats what it was shown without our signs, which it was not asked to do: its own verdict, or none."""
-    text = ATTACKS[name]
-    labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(7)).labels
-    for word in WORDS:
-        for place, reply in _replies(text, labels, word).items():
-            parsed = parse_verdict(reply, labels)
-            assert parsed.outcome in (word, None), place
-            if parsed.outcome is None:
-                # Only what cannot be told from a reply that was cut off, and only where the text could be reasoning.
-                assert parsed.reason == "length", place
-                assert "think" in name or name in _OPEN_A_REASONING, place
+    for name in NAMES:
+        text = ATTACKS[name]
+        labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(7)).labels
+        for word in WORDS:
+            for place, reply in _replies(text, labels, word).items():
+                parsed = parse_verdict(reply, labels)
+                assert parsed.outcome in (word, None), (name, place)
+                if parsed.outcome is None:
+                    # Only what cannot be told from a reply that was cut off, where the text could be reasoning.
+                    assert parsed.reason == "length", (name, place)
+                    assert "think" in name or name in _OPEN_A_REASONING, (name, place)
 
 
 _OPEN_A_REASONING = {"Qwen", "gpt-oss, analysis", "gpt-oss"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_judge_that_only_repeats_says_nothing(name):
-    text = ATTACKS[name]
-    labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(8)).labels
-    for quoted in (text, sanitise(text)[0], text[::-1], json.dumps(text), text.upper()):
-        for reply in (quoted, f"<think>{quoted}</think>{quoted}", f"{quoted}{quoted}", {"content": quoted}):
-            assert parse_verdict(reply, labels).outcome is None
+def test_a_judge_that_only_repeats_says_nothing():
+    for name in NAMES:
+        text = ATTACKS[name]
+        labels = JudgePrompt().render(QUESTION, text, HONEST, random.Random(8)).labels
+        for quoted in (text, sanitise(text)[0], text[::-1], json.dumps(text), text.upper()):
+            for reply in (quoted, f"<think>{quoted}</think>{quoted}", f"{quoted}{quoted}", {"content": quoted}):
+                assert parse_verdict(reply, labels).outcome is None, (name, reply)
 
 
 def test_somebody_who_knows_the_random_numbers_forges_nothing():
