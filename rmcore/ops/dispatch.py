@@ -14,7 +14,7 @@ from torch import Tensor
 from rmcore._base.errors import BackendError, reject
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
-__all__ = ["OPS", "Backend", "Explanation", "check_group_sizes", "check_pairs", "explain", "select"]
+__all__ = ["OPS", "Backend", "Explanation", "explain", "select"]
 
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "cuda"]
 OPS = ("score", "accumulate", "pair_variance", "power_iteration")
@@ -95,18 +95,3 @@ def select(
     if explanation.backend == "none":
         raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {explanation.reasons[backend]}")
     return _module(explanation.backend)
-
-
-def check_pairs(pairs: Tensor | None, rows: int) -> None:
-    """Raise InputError for a pair index outside 0..rows−1."""
-    if pairs is not None and pairs.numel():
-        low, high = int(pairs.min()), int(pairs.max())
-        if low < 0 or high >= rows:
-            reject("pairs", f"indices {low}..{high}", f"row indices 0..{rows - 1}")
-
-
-def check_group_sizes(group_sizes: Tensor, rows: int) -> None:
-    """Raise InputError unless the sizes are non-negative and sum to ``rows``."""
-    if bool((group_sizes < 0).any()) or int(group_sizes.sum()) != rows:
-        shown = group_sizes.tolist() if len(group_sizes) <= 8 else f"{group_sizes[:8].tolist()}..."
-        reject("group_sizes", f"{shown} (sum {int(group_sizes.sum())})", f"non-negative sizes that sum to {rows} rows")

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import reject
-from rmcore.ops.dispatch import Backend, check_group_sizes, check_pairs, select
+from rmcore.ops.dispatch import Backend
+from rmcore.ops.library import OPERATIONS
 from rmcore.ops.reference import Likelihood
+from rmcore.ops.tasks import AccumulateTask, PairVarianceTask, PowerIterationTask, ScoreTask, check_hidden
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["Scores", "accumulate", "pair_variance", "power_iteration", "score"]
@@ -36,20 +37,8 @@ class Scores(NamedTuple):
     preference: Tensor
 
 
-def _check_hidden(hidden: Tensor, feature_map: FeatureMap, name: str = "hidden") -> None:
-    if not isinstance(hidden, Tensor):
-        reject(name, type(hidden).__name__, "a torch.Tensor")
-    if hidden.dim() != 2 or hidden.shape[1] != feature_map.hidden_size:
-        reject(name, f"shape {tuple(hidden.shape)}", f"(rows, {feature_map.hidden_size})")
-    if not hidden.dtype.is_floating_point:
-        reject(name, hidden.dtype, "a floating-point dtype")
-    if feature_map.tensors() and hidden.device != feature_map.device:
-        reject(name, f"device {hidden.device}", f"the head's device {feature_map.device}")
-
-
-def _check_vector(name: str, tensor: Tensor, length: int) -> None:
-    if tensor.shape != (length,):
-        reject(name, f"shape {tuple(tensor.shape)}", f"({length},)")
+_score, _accumulate = OPERATIONS["score"], OPERATIONS["accumulate"]
+_pair_variance, _power_iteration = OPERATIONS["pair_variance"], OPERATIONS["power_iteration"]
 
 
 def score(hidden: Tensor, weights: HeadWeights, *, backend: Backend = "auto", out: Tensor | None = None) -> Scores:
@@ -68,18 +57,10 @@ def score(hidden: Tensor, weights: HeadWeights, *, backend: Backend = "auto", ou
         InputError: a shape, dtype or device does not fit.
         BackendError: the named backend cannot run here.
     """
-    _check_hidden(hidden, weights.map)
-    rows = hidden.shape[0]
-    if out is not None and (out.shape != (4, rows) or out.dtype != torch.float32 or not out.is_contiguous()):
-        reject("out", f"{tuple(out.shape)} {out.dtype}", f"contiguous (4, {rows}) float32")
-    if out is not None and out.device != hidden.device:
-        reject("out", f"device {out.device}", f"the device of hidden, {hidden.device}")
     if out is None:
-        out = torch.empty(4, rows, dtype=torch.float32, device=hidden.device)
-    if torch.compiler.is_compiling():
-        torch.ops.rmcore.score_out(hidden, weights.handle, backend, out)
-    else:
-        select("score", hidden, weights.dtype, backend, weights).score(hidden, weights, out)
+        check_hidden(hidden, weights.map)
+        out = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    _score(ScoreTask(hidden, weights, out), backend)
     return Scores(*out.unbind(0))
 
 
@@ -119,39 +100,11 @@ def accumulate(
         InputError: a shape, dtype or device does not fit, or a pair index is out of range.
         BackendError: the named backend cannot run here.
     """
-    _check_hidden(hidden, feature_map)
-    d, n = feature_map.num_features, hidden.shape[0] if pairs is None else pairs.shape[0]
-    _check_vector("labels", labels, n)
-    _check_vector("beta", beta, d)
-    _check_vector("gradient", gradient, d)
-    if sample_weight is not None:
-        _check_vector("sample_weight", sample_weight, n)
-    if precision.shape != (d, d) or precision.dtype not in (torch.float32, torch.float64):
-        reject("precision", f"{tuple(precision.shape)} {precision.dtype}", f"({d}, {d}) float32 or float64")
-    if not precision.is_contiguous():
-        reject("precision", f"strides {precision.stride()}", "a contiguous tensor")
-    if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64):
-        reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
-    if torch.compiler.is_compiling():
-        return torch.ops.rmcore.accumulate(
-            hidden,
-            labels,
-            feature_map.handle,
-            beta,
-            precision,
-            gradient,
-            pairs,
-            sample_weight,
-            beta0,
-            likelihood,
-            backend,
-        )
-    check_pairs(pairs, hidden.shape[0])
-    feature_map = feature_map.dequantized()
-    module = select("accumulate", hidden, feature_map.dtype, backend, feature_map)
-    return module.accumulate(
+    task = AccumulateTask(
         hidden, labels, feature_map, beta, precision, gradient, pairs, sample_weight, beta0, likelihood
     )
+    total: Tensor = _accumulate(task, backend)
+    return total
 
 
 def pair_variance(
@@ -173,14 +126,8 @@ def pair_variance(
         InputError: a shape, dtype or device does not fit.
         BackendError: the named backend cannot run here.
     """
-    _check_hidden(hidden, weights.map)
-    if group_sizes.dim() != 1 or group_sizes.dtype != torch.int64 or group_sizes.device.type != "cpu":
-        reject("group_sizes", f"{tuple(group_sizes.shape)} {group_sizes.dtype}", "(G,) int64 on the CPU")
-    if torch.compiler.is_compiling():
-        return torch.ops.rmcore.pair_variance(hidden, group_sizes, weights.handle, backend)
-    check_group_sizes(group_sizes, hidden.shape[0])
-    module = select("pair_variance", hidden, weights.dtype, backend, weights)
-    return module.pair_variance(hidden, group_sizes, weights)
+    g, v = _pair_variance(PairVarianceTask(hidden, group_sizes, weights), backend)
+    return g, v
 
 
 def power_iteration(
@@ -192,12 +139,5 @@ def power_iteration(
         InputError: a shape does not fit or ``iterations`` < 1.
         BackendError: the named backend cannot run here.
     """
-    if weight.dim() != 2:
-        reject("weight", f"shape {tuple(weight.shape)}", "(m, h)")
-    _check_vector("vector", vector, weight.shape[1])
-    if iterations < 1:
-        reject("iterations", iterations, "at least 1")
-    if torch.compiler.is_compiling():
-        return torch.ops.rmcore.power_iteration(weight, vector, iterations, backend)
-    module = select("power_iteration", weight, weight.dtype, backend, weight)
-    return module.power_iteration(weight, vector, iterations)
+    sigma, right = _power_iteration(PowerIterationTask(weight, vector, iterations), backend)
+    return sigma, right

@@ -1,4 +1,7 @@
-"""The operations of ``rmcore.ops`` as ``torch.library`` operators ``rmcore::*``, for ``torch.compile``.
+"""The registry: for each task of :mod:`rmcore.ops.tasks` one ``torch.library`` operator ``rmcore::*``.
+
+In eager code :meth:`Operation.__call__` goes straight to the backend: the custom-operator boundary costs more than a
+kernel. Under ``torch.compile`` it calls the operator, whose schema, fake and implementation all come from the task.
 
 A head's weights are named by an integer handle (:func:`rmcore.ops.weights.from_handle`), so that a graph neither copies
 them nor loses the re-packed form a backend keeps beside them; a compiled function is guarded on the handle and must not
@@ -7,108 +10,110 @@ outlive its head.
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.ops.dispatch import check_group_sizes, check_pairs, select
+from rmcore.ops.dispatch import Backend, select
+from rmcore.ops.tasks import AccumulateTask, PairVarianceTask, PowerIterationTask, ScoreTask, Task
 from rmcore.ops.weights import FeatureMap, HeadWeights, from_handle
 
-__all__: list[str] = []
+__all__ = ["OPERATIONS", "Operation"]
+
+_KINDS: dict[object, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    HeadWeights: "int",
+    FeatureMap: "int",
+}
 
 
-def _head(handle: int) -> HeadWeights:
+class Operation:
+    """One operation of the library: its task in, its result out, from whichever backend runs it.
+
+    Args:
+        name: as in :mod:`rmcore.ops`, and of the backends' function.
+        task: the class of its calls; the fields are the operator's arguments.
+        returns: the operator's result as schemas write it.
+        mutates: fields written in place.
+        operator: the operator's name, where it is another.
+    """
+
+    def __init__(
+        self, name: str, task: Any, returns: str, *, mutates: tuple[str, ...] = (), operator: str | None = None
+    ) -> None:
+        self.name, self.task, self.operator_name = name, task, operator or name
+        hints = typing.get_type_hints(task)
+        self._fields = {field: hints[field] for field in task._fields}
+        definition = torch.library.custom_op(
+            f"rmcore::{self.operator_name}",
+            self._implementation,
+            mutates_args=mutates,
+            schema=self._schema(returns, mutates),
+        )
+        definition.register_fake(self._fake)
+        self.operator = getattr(torch.ops.rmcore, self.operator_name).default
+
+    def __call__(self, task: Task, backend: Backend) -> Any:
+        """Check the task and run it; raises InputError or BackendError."""
+        task.check()
+        if torch.compiler.is_compiling():
+            return self.operator(*[v.handle if isinstance(v, (FeatureMap, HeadWeights)) else v for v in task], backend)
+        return self.run(task, backend)
+
+    def run(self, task: Task, backend: Backend) -> Any:
+        """The backend's result, called directly."""
+        task.check_values()
+        task = task.ready()
+        tensor, dtype, weights = task.served()
+        return task.run(select(self.name, tensor, dtype, backend, weights))
+
+    def _schema(self, returns: str, mutates: tuple[str, ...]) -> str:
+        alias = iter("abc")
+        arguments = [
+            f"Tensor({next(alias)}!) {name}" if name in mutates else f"{_KINDS.get(hint, 'str')} {name}"
+            for name, hint in self._fields.items()
+        ]
+        return f"({', '.join([*arguments, 'str backend'])}) -> {returns}"
+
+    def _implementation(self, *arguments: Any) -> Any:
+        *values, backend = arguments
+        kinds = zip(self._fields.values(), values, strict=True)
+        task = self.task(*(_weights(v, kind) if kind in (HeadWeights, FeatureMap) else v for kind, v in kinds))
+        return _fresh(self.run(task, backend), values)
+
+    def _fake(self, *arguments: Any) -> Any:
+        return self.task(*arguments[:-1]).fake()
+
+
+def _weights(handle: int, kind: type) -> FeatureMap | HeadWeights:
     weights = from_handle(handle)
+    if kind is FeatureMap:
+        return weights.map if isinstance(weights, HeadWeights) else weights
     if not isinstance(weights, HeadWeights):
         reject("handle", f"{handle}, of a FeatureMap", "the handle of HeadWeights")
     return weights
 
 
-def _features(handle: int) -> FeatureMap:
-    weights = from_handle(handle)
-    return weights.map if isinstance(weights, HeadWeights) else weights
+def _fresh(result: Any, inputs: list[Any]) -> Any:
+    """``result`` with a copy of each tensor that is an input itself: an operator's outputs may not be."""
+    if isinstance(result, tuple):
+        return tuple(_fresh(part, inputs) for part in result)
+    return result.clone() if any(result is given for given in inputs if isinstance(given, Tensor)) else result
 
 
-@torch.library.custom_op("rmcore::score_out", mutates_args=("out",))
-def score_out(hidden: Tensor, handle: int, backend: str, out: Tensor) -> None:
-    """Fill ``out`` (4, B) with g, v, u, p; see :func:`rmcore.ops.score`."""
-    weights = _head(handle)
-    name: Any = backend
-    select("score", hidden, weights.dtype, name, weights).score(hidden, weights, out)
-
-
-@score_out.register_fake
-def _(hidden: Tensor, handle: int, backend: str, out: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("rmcore::accumulate", mutates_args=("precision", "gradient"))
-def accumulate(
-    hidden: Tensor,
-    labels: Tensor,
-    handle: int,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: str,
-    backend: str,
-) -> Tensor:
-    """Add one pass over the data; see :func:`rmcore.ops.accumulate`."""
-    check_pairs(pairs, hidden.shape[0])
-    feature_map = _features(handle).dequantized()
-    name: Any = backend
-    kind: Any = likelihood
-    module = select("accumulate", hidden, feature_map.dtype, name, feature_map)
-    return module.accumulate(hidden, labels, feature_map, beta, precision, gradient, pairs, sample_weight, beta0, kind)
-
-
-@accumulate.register_fake
-def _(
-    hidden: Tensor,
-    labels: Tensor,
-    handle: int,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: str,
-    backend: str,
-) -> Tensor:
-    return hidden.new_empty((), dtype=torch.float64)
-
-
-@torch.library.custom_op("rmcore::pair_variance", mutates_args=())
-def pair_variance(hidden: Tensor, group_sizes: Tensor, handle: int, backend: str) -> tuple[Tensor, Tensor]:
-    """All pairs of every group; see :func:`rmcore.ops.pair_variance`."""
-    check_group_sizes(group_sizes, hidden.shape[0])
-    weights = _head(handle)
-    name: Any = backend
-    return select("pair_variance", hidden, weights.dtype, name, weights).pair_variance(hidden, group_sizes, weights)
-
-
-@pair_variance.register_fake
-def _(hidden: Tensor, group_sizes: Tensor, handle: int, backend: str) -> tuple[Tensor, Tensor]:
-    pairs = torch.library.get_ctx().new_dynamic_size()  # depends on the sizes' values
-    return hidden.new_empty(pairs, dtype=torch.float32), hidden.new_empty(pairs, dtype=torch.float32)
-
-
-@torch.library.custom_op("rmcore::power_iteration", mutates_args=())
-def power_iteration(weight: Tensor, vector: Tensor, iterations: int, backend: str) -> tuple[Tensor, Tensor]:
-    """σ(W) and the new right vector; see :func:`rmcore.ops.power_iteration`."""
-    name: Any = backend
-    module = select("power_iteration", weight, weight.dtype, name, weight)
-    sigma, right = module.power_iteration(weight, vector, iterations)
-    return sigma, right.clone() if right is vector else right
-
-
-@power_iteration.register_fake
-def _(weight: Tensor, vector: Tensor, iterations: int, backend: str) -> tuple[Tensor, Tensor]:
-    kind = torch.promote_types(torch.promote_types(weight.dtype, vector.dtype), torch.float32)
-    return weight.new_empty((), dtype=kind), vector.new_empty(vector.shape, dtype=kind)
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation("score", ScoreTask, "()", mutates=("out",), operator="score_out"),
+        Operation("accumulate", AccumulateTask, "Tensor", mutates=("precision", "gradient")),
+        Operation("pair_variance", PairVarianceTask, "(Tensor, Tensor)"),
+        Operation("power_iteration", PowerIterationTask, "(Tensor, Tensor)"),
+    )
+}
+"""By the name the operation has in :mod:`rmcore.ops`."""

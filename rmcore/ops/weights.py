@@ -129,6 +129,11 @@ class FeatureMap:
         return self.layer_weight is None
 
     @property
+    def empty(self) -> bool:
+        """True for a map without tensors, which runs on any device."""
+        return self.projection is None and self.layer_weight is None
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors live; CPU for a map without tensors."""
         tensor = self.projection if self.projection is not None else self.layer_weight

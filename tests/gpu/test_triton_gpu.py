@@ -16,6 +16,7 @@ import triton_checks as checks
 
 from rmcore import ops
 from rmcore.ops.backends import triton as backend
+from rmcore.ops.tasks import AccumulateTask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -198,7 +199,9 @@ def test_nothing_waits_for_the_gpu():
     try:
         backend.score(hidden, weights, out)
         for index, y in ((None, labels), (pairs, labels[:70])):
-            backend.accumulate(hidden, y, weights.map, weights.beta, precision, gradient, index, None, 0.0, "logistic")
+            backend.accumulate(
+                AccumulateTask(hidden, y, weights.map, weights.beta, precision, gradient, index, None, 0.0, "logistic")
+            )
         for sizes in (torch.full((13,), 10), torch.tensor([3, 7] * 13)):
             backend.pair_variance(hidden, sizes, weights)
         backend.power_iteration(matrix, vector, 2)
@@ -220,7 +223,7 @@ def test_captured_graphs_replay_on_new_data():
         precision.zero_()
         gradient.zero_()
         total = backend.accumulate(
-            hidden, labels, weights.map, weights.beta, precision, gradient, None, None, 0.0, "logistic"
+            AccumulateTask(hidden, labels, weights.map, weights.beta, precision, gradient, None, None, 0.0, "logistic")
         )
         same, mixed = (backend.pair_variance(hidden, s, weights) for s in (sizes, ragged))
         sigma, v = backend.power_iteration(matrix, vector, 3)

@@ -139,16 +139,17 @@ def _accumulate(
     weighted: bool = False,
 ) -> None:  # fmt: skip
     from rmcore.ops.backends import triton as backend
+    from rmcore.ops.tasks import AccumulateTask
 
     d = weights.num_features
     meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
     hidden = meta(rows, weights.hidden_size, dtype=dtype)
     for pairs in (None, meta(rows // 2, 2, dtype=torch.int64)):
         n = rows if pairs is None else rows // 2
-        backend.accumulate(
+        backend.accumulate(AccumulateTask(
             hidden, meta(n), weights.map, meta(d), meta(d, d, dtype=precision), meta(d, dtype=precision), pairs,
             meta(n) if weighted else None, 0.0, likelihood,  # type: ignore[arg-type]
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ import torch
 from rmcore.ops import reference
 from rmcore.ops.backends import cpu
 from rmcore.ops.backends import torch as plain
+from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
@@ -77,7 +78,7 @@ def accumulate(weights, hidden, labels, beta, *, pairs=None, sample_weight=None,
     dtype, d = (torch.float64 if double else torch.float32), weights.num_features
     precision, gradient = torch.full((d, d), 2.0, dtype=dtype), torch.full((d,), 3.0, dtype=dtype)
     total = cpu.accumulate(
-        hidden, labels, weights.map, beta, precision, gradient, pairs, sample_weight, 0.2, likelihood
+        AccumulateTask(hidden, labels, weights.map, beta, precision, gradient, pairs, sample_weight, 0.2, likelihood)
     )
     assert bool((precision.triu(1) == torch.full_like(precision, 2.0).triu(1)).all())  # the upper half is not ours
     return precision.tril() - torch.full_like(precision, 2.0).tril(), gradient - 3.0, total
@@ -189,7 +190,9 @@ def test_accumulate_into_strided_outputs():
     weights, hidden, labels, beta = make_head(50, 70, torch.float32), draw(30, 50), torch.rand(30), draw(70) / 10
     gram, slope, _ = accumulate(weights, hidden, labels, beta)
     wide, steps = torch.zeros(70, 100, dtype=torch.float64), torch.zeros(140, dtype=torch.float64)
-    cpu.accumulate(hidden, labels, weights.map, beta, wide[:, :70], steps[::2], None, None, 0.2, "logistic")
+    cpu.accumulate(
+        AccumulateTask(hidden, labels, weights.map, beta, wide[:, :70], steps[::2], None, None, 0.2, "logistic")
+    )
     torch.testing.assert_close(wide[:, :70].tril(), gram)
     torch.testing.assert_close(steps[::2], slope)
     assert not bool(wide[:, 70:].any())

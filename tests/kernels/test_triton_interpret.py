@@ -29,6 +29,7 @@ from rmcore import ops
 from rmcore.kernels import common, heuristics
 from rmcore.kernels.heuristics import Tile
 from rmcore.ops.backends import triton as backend
+from rmcore.ops.tasks import AccumulateTask
 
 DTYPES = [torch.float16, torch.float32]
 ROWS = [1, 2, 3, 7, 64, 65, 127, 129]
@@ -247,7 +248,7 @@ def test_equal_rows_of_a_pair_add_nothing_to_the_precision():
     hidden = torch.randn(2, 64).half()[[0, 1, 0]]
     labels = torch.tensor([0.0, 1.0, 1.0])
     total = backend.accumulate(
-        hidden, labels, weights.map, weights.beta, precision, gradient, pairs, None, 0.0, "logistic"
+        AccumulateTask(hidden, labels, weights.map, weights.beta, precision, gradient, pairs, None, 0.0, "logistic")
     )
     assert not precision.any()
     assert not gradient.any()
@@ -257,10 +258,10 @@ def test_equal_rows_of_a_pair_add_nothing_to_the_precision():
 def test_accumulated_precision_is_positive_semi_definite_after_rounding():
     weights = checks.make_head(32, 256, torch.float16)
     precision, gradient = torch.zeros(256, 256, dtype=torch.float64), torch.zeros(256, dtype=torch.float64)
-    backend.accumulate(
+    backend.accumulate(AccumulateTask(
         torch.randn(300, 32).half(), torch.rand(300), weights.map, weights.beta, precision, gradient, None, None, 0.0,
         "logistic",
-    )  # fmt: skip
+    ))  # fmt: skip
     full = precision.tril() + precision.tril(-1).mT
     assert float(torch.linalg.eigvalsh(full)[0]) > -1e-6 * float(full.diagonal().amax())
 
@@ -338,7 +339,9 @@ def test_empty_inputs():
     precision, gradient = torch.ones(130, 130), torch.ones(130)
     for pairs in (None, torch.empty(0, 2, dtype=torch.int64)):
         total = backend.accumulate(
-            none, torch.empty(0), weights.map, weights.beta, precision, gradient, pairs, None, 0.0, "logistic"
+            AccumulateTask(
+                none, torch.empty(0), weights.map, weights.beta, precision, gradient, pairs, None, 0.0, "logistic"
+            )
         )
         assert float(total) == 0
     assert bool((precision == 1).all())

@@ -17,6 +17,7 @@ from torch import Tensor
 from rmcore.ops import reference
 from rmcore.ops.backends import torch as truth
 from rmcore.ops.backends import triton as backend
+from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 EPS = 2.0**-24
@@ -169,7 +170,7 @@ def check_accumulate(
     start = torch.randn(d, generator=torch.Generator().manual_seed(2)).to(hidden.device, precision_dtype)
     precision, gradient = before.clone(), start.clone()
     options: Any = (pairs, sample_weight, 0.1 if pairs is None else 0.0, likelihood)
-    total = backend.accumulate(hidden, labels, feature_map, beta, precision, gradient, *options)
+    total = backend.accumulate(AccumulateTask(hidden, labels, feature_map, beta, precision, gradient, *options))
     assert total.dtype == torch.float64
     assert total.shape == ()
 

@@ -10,22 +10,9 @@ import torch
 from rmcore import ops
 from rmcore._base.errors import BackendError, InputError
 from rmcore.ops import reference
-from rmcore.ops.weights import FeatureMap, HeadWeights, from_handle
+from rmcore.ops.weights import HeadWeights, from_handle
 
-H, D = 24, 40
-
-
-@pytest.fixture
-def weights() -> HeadWeights:
-    omega, b = reference.draw_features(D, H)
-    projection, phase = reference.fold_projection(omega, b, 4.0)
-    feature_map = FeatureMap(
-        "rff", projection.half(), phase, None, None, "none", False, H, D, torch.float16, feature_scale=(2 / D) ** 0.5
-    )
-    generator = torch.Generator().manual_seed(1)
-    a = torch.randn(D, D, generator=generator, dtype=torch.float64)
-    factor = reference.triangular_factor(a @ a.mT / D + torch.eye(D, dtype=torch.float64))
-    return HeadWeights.build(feature_map, torch.randn(D, generator=generator), 0.25, factor, 0.4)
+H, D = 24, 40  # of the ``weights`` fixture
 
 
 def rows(count: int) -> torch.Tensor:
@@ -78,25 +65,6 @@ def test_power_iteration_under_compile() -> None:
     compiled = torch.compile(lambda w, v: ops.power_iteration(w, v, 3), fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(weight, vector), ops.power_iteration(weight, vector, 3), strict=True):
         assert torch.equal(got, expected)
-
-
-def test_operators_pass_torchs_own_checks(weights: HeadWeights) -> None:
-    checks = ("test_schema", "test_faketensor")
-    operators = torch.ops.rmcore
-    torch.library.opcheck(
-        operators.score_out.default, (rows(5), weights.handle, "torch", torch.empty(4, 5)), test_utils=checks
-    )
-    torch.library.opcheck(
-        operators.accumulate.default,
-        (
-            *(rows(5), torch.ones(5), weights.map.handle, torch.zeros(D), torch.zeros(D, D), torch.zeros(D)),
-            *(None, None, 0.0, "logistic", "torch"),
-        ),
-        test_utils=checks,
-    )
-    torch.library.opcheck(
-        operators.power_iteration.default, (torch.randn(4, 3), torch.ones(3), 2, "torch"), test_utils=checks
-    )
 
 
 def test_handles_die_with_their_weights(weights: HeadWeights) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import reference
-from rmcore.ops.reference import Likelihood
+from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
 
 try:
@@ -238,89 +238,58 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     _run(functools.partial(_cpu.score, _head(weights), *rows, out.data_ptr(), torch.get_num_threads()))
 
 
-def accumulate(
-    hidden: Tensor,
-    labels: Tensor,
-    feature_map: FeatureMap,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: Likelihood,
-) -> Tensor:
+def accumulate(task: AccumulateTask) -> Tensor:
     """Add ΦᵀWΦ (lower triangle) and Φᵀ(y−p) in place, return Σ log-likelihood. See :func:`rmcore.ops.accumulate`."""
-    total = torch.zeros((), dtype=torch.float64)
+    pairs, weight = task.pairs, task.sample_weight
     if pairs is None:
-        _accumulate(
-            hidden, labels, feature_map, beta, precision, gradient, None, sample_weight, beta0, likelihood, total
-        )
-        return total
-    stride = _round_up(feature_map.num_features, _cpu.PANEL)
+        return _accumulate(task)
+    total = torch.zeros((), dtype=torch.float64)
+    stride = _round_up(task.feature_map.num_features, _cpu.PANEL)
     rows_at_once = max(_FEATURE_BYTES // (4 * stride), 2)
-    step = pairs.shape[0] if hidden.shape[0] <= rows_at_once else rows_at_once // 2
-    for start in range(0, pairs.shape[0], max(step, 1)):
+    if task.hidden.shape[0] <= rows_at_once:
+        return total + _accumulate(task) if task.data else total
+    step = rows_at_once // 2
+    for start in range(0, task.data, step):
         run = slice(start, start + step)
-        members, local = (None, pairs[run]) if step == pairs.shape[0] else pairs[run].unique(return_inverse=True)
-        part = torch.zeros((), dtype=torch.float64)
-        _accumulate(
-            hidden if members is None else hidden[members],
-            labels[run],
-            feature_map,
-            beta,
-            precision,
-            gradient,
-            local,
-            None if sample_weight is None else sample_weight[run],
-            beta0,
-            likelihood,
-            part,
+        members, local = pairs[run].unique(return_inverse=True)
+        total += _accumulate(
+            task._replace(
+                hidden=task.hidden[members],
+                labels=task.labels[run],
+                pairs=local,
+                sample_weight=None if weight is None else weight[run],
+            )
         )
-        total += part
     return total
 
 
-def _accumulate(
-    hidden: Tensor,
-    labels: Tensor,
-    feature_map: FeatureMap,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: Likelihood,
-    total: Tensor,
-) -> None:
-    view = _map(feature_map)
-    hidden, rows = _rows(hidden)
-    d = feature_map.num_features
-    features = None
-    if pairs is not None:
-        pairs = pairs.contiguous()
-        features = (
-            _aligned(4 * hidden.shape[0] * _round_up(d, _cpu.PANEL)).view(torch.float32).view(hidden.shape[0], -1)
-        )
-        _run(
-            functools.partial(
-                _cpu.features, view, *rows, features.data_ptr(), features.shape[1], torch.get_num_threads()
-            )
-        )
-    padded_beta = _padded(beta * feature_map.feature_scale, d)
-    labels = labels.float().contiguous()
-    sample_weight = None if sample_weight is None else sample_weight.float().contiguous()
-    gram, slope = precision.contiguous(), gradient.contiguous()
+def _pair_features(view: Any, rows: tuple[int, str, int, int, int], d: int) -> Tensor:
+    """c of every row in float32, (rows, D rounded up to whole panels): what pairs are differences of."""
+    stride = _round_up(d, _cpu.PANEL)
+    features = _aligned(4 * rows[2] * stride).view(torch.float32).view(rows[2], stride)
+    _run(functools.partial(_cpu.features, view, *rows, features.data_ptr(), stride, torch.get_num_threads()))
+    return features
+
+
+def _accumulate(task: AccumulateTask) -> Tensor:
+    view, d = _map(task.feature_map), task.feature_map.num_features
+    total = torch.zeros((), dtype=torch.float64)
+    hidden, rows = _rows(task.hidden)  # held until the end: rows point into it
+    pairs = None if task.pairs is None else task.pairs.contiguous()
+    features = None if pairs is None else _pair_features(view, rows, d)
+    padded_beta = _padded(task.beta * task.feature_map.feature_scale, d)
+    labels = task.labels.float().contiguous()
+    sample_weight = None if task.sample_weight is None else task.sample_weight.float().contiguous()
+    gram, slope = task.precision.contiguous(), task.gradient.contiguous()
     _run(
         functools.partial(
             _cpu.accumulate,
             view,
             *rows,
             beta=padded_beta.data_ptr(),
-            beta0=beta0,
-            logistic=likelihood == "logistic",
-            feature_scale=feature_map.feature_scale,
+            beta0=task.beta0,
+            logistic=task.logistic,
+            feature_scale=task.feature_map.feature_scale,
             labels=labels.data_ptr(),
             sample_weight=_address(sample_weight),
             features=_address(features),
@@ -335,10 +304,12 @@ def _accumulate(
             threads=torch.get_num_threads(),
         )
     )
-    if gram.data_ptr() != precision.data_ptr():
-        precision.copy_(gram)
-    if slope.data_ptr() != gradient.data_ptr():
-        gradient.copy_(slope)
+    if gram.data_ptr() != task.precision.data_ptr():
+        task.precision.copy_(gram)
+    if slope.data_ptr() != task.gradient.data_ptr():
+        task.gradient.copy_(slope)
+    del hidden
+    return total
 
 
 def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:

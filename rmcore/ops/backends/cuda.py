@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import BackendError
-from rmcore.ops.reference import Likelihood
+from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["MAX_ROWS", "accumulate", "declines", "pair_variance", "power_iteration", "score", "unavailable"]
@@ -247,20 +247,9 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Te
     return sigma.to(vector.dtype), new.to(vector.dtype)
 
 
-def accumulate(
-    hidden: Tensor,
-    labels: Tensor,
-    feature_map: FeatureMap,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: Likelihood,
-) -> NoReturn:
+def accumulate(task: AccumulateTask) -> NoReturn:
     """Not a latency problem: always raises. See :func:`unavailable`."""
-    raise BackendError(f"backend: cuda {unavailable('accumulate', hidden.device, feature_map.dtype)}")
+    raise BackendError(f"backend: cuda {unavailable('accumulate', task.hidden.device, task.feature_map.dtype)}")
 
 
 def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> NoReturn:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import reference
-from rmcore.ops.reference import Likelihood
-from rmcore.ops.weights import FeatureMap, HeadWeights
+from rmcore.ops.tasks import AccumulateTask
+from rmcore.ops.weights import HeadWeights
 
 __all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
 
@@ -36,38 +36,27 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     torch.div(out[0], out[2], out=out[3])
 
 
-def accumulate(
-    hidden: Tensor,
-    labels: Tensor,
-    feature_map: FeatureMap,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: Likelihood,
-) -> Tensor:
+def accumulate(task: AccumulateTask) -> Tensor:
     """Add ΦᵀWΦ (lower triangle) and Φᵀ(y−p) in place, return Σ log-likelihood. See :func:`rmcore.ops.accumulate`."""
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    rows = None if pairs is None else feature_map(hidden)
-    n = hidden.shape[0] if pairs is None else pairs.shape[0]
-    for start in range(0, n, _CHUNK_ROWS):
+    feature_map, pairs = task.feature_map, task.pairs
+    total = torch.zeros((), dtype=torch.float64, device=task.hidden.device)
+    rows = None if pairs is None else feature_map(task.hidden)
+    for start in range(0, task.data, _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
         if pairs is None or rows is None:
-            c = feature_map(hidden[chunk])
+            c = feature_map(task.hidden[chunk])
         else:
             c = rows[pairs[chunk, 0]] - rows[pairs[chunk, 1]]
         gram, slope, likelihood_sum = reference.accumulate(
             c * feature_map.feature_scale,
-            labels[chunk].to(c.dtype),
-            beta.to(c.dtype),
-            beta0=beta0,
-            likelihood=likelihood,
-            sample_weight=None if sample_weight is None else sample_weight[chunk].to(c.dtype),
+            task.labels[chunk].to(c.dtype),
+            task.beta.to(c.dtype),
+            beta0=task.beta0,
+            likelihood=task.likelihood,
+            sample_weight=None if task.sample_weight is None else task.sample_weight[chunk].to(c.dtype),
         )
-        precision.add_(gram.tril_().to(precision.dtype))
-        gradient.add_(slope.to(gradient.dtype))
+        task.precision.add_(gram.tril_().to(task.precision.dtype))
+        task.gradient.add_(slope.to(task.gradient.dtype))
         total += likelihood_sum.double()
     return total
 

@@ -12,13 +12,14 @@ import functools
 import importlib.util
 import itertools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rmcore.ops.reference import Likelihood
-from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
+from rmcore.ops.tasks import AccumulateTask
+from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
 
 if TYPE_CHECKING:
     from rmcore.kernels.heuristics import Device
@@ -110,67 +111,68 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
 # -- accumulate ------------------------------------------------------------------------------------------------------
 
 
-def accumulate(
-    hidden: Tensor,
-    labels: Tensor,
-    feature_map: FeatureMap,
-    beta: Tensor,
-    precision: Tensor,
-    gradient: Tensor,
-    pairs: Tensor | None,
-    sample_weight: Tensor | None,
-    beta0: float,
-    likelihood: Likelihood,
-) -> Tensor:
+def accumulate(task: AccumulateTask) -> Tensor:
     """Add ΦᵀWΦ (lower triangle) and Φᵀ(y−p) in place, return Σ log-likelihood. See :func:`rmcore.ops.accumulate`."""
-    from rmcore.kernels import features, gram
+    from rmcore.kernels import gram
 
+    hidden, feature_map, gradient = task.hidden, task.feature_map, task.gradient
     device = _device(hidden.device)
     d, serving, scale = feature_map.num_features, feature_map.dtype, feature_map.feature_scale
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    n = labels.shape[0]
-    labels = labels.to(torch.float32).contiguous()
-    sample_weight = None if sample_weight is None else sample_weight.to(torch.float32).contiguous()
-    beta = beta.to(torch.float32).contiguous()
-    target = precision.contiguous()
-    chunk = _chunk(GRAM_WORKSPACE, d, serving.itemsize if pairs is None else 8)
+    labels = task.labels.to(torch.float32).contiguous()
+    sample_weight = None if task.sample_weight is None else task.sample_weight.to(torch.float32).contiguous()
+    target = task.precision.contiguous()
+    chunk = _chunk(GRAM_WORKSPACE, d, serving.itemsize if task.pairs is None else 8)
     with _on(hidden):
-        # In difference mode the rows' features are kept in float32 until they are subtracted: all of them where they
-        # fit, so that rows shared by many pairs are computed once, or else those of a chunk's pairs.
-        shared = None
-        if pairs is not None:
-            pairs = pairs.contiguous()
-            if n and hidden.shape[0] * d * 4 <= PAIR_WORKSPACE:
-                shared = features.features(hidden, feature_map, device, beta=beta, dtype=torch.float32)
-        for start in range(0, n, chunk):
-            part = slice(start, min(start + chunk, n))
-            index = None if pairs is None else pairs[part]
-            if index is None:
-                c, logits = features.features(hidden[part], feature_map, device, beta=beta)
-            elif shared is not None:
-                c, logits = shared
-            else:
-                rows = hidden.index_select(0, index.flatten())
-                c, logits = features.features(rows, feature_map, device, beta=beta, dtype=torch.float32)
-                index = torch.arange(rows.shape[0], device=hidden.device).reshape(-1, 2)
-            assert logits is not None
+        for part, c, logits, index in _feature_chunks(task, chunk, device):
             weighed = gram.weigh(
                 c,
                 logits,
                 labels[part],
                 dtype=serving,
                 feature_scale=scale,
-                beta0=beta0,
-                logistic=likelihood == "logistic",
+                beta0=task.beta0,
+                logistic=task.logistic,
                 pairs=index,
                 sample_weight=None if sample_weight is None else sample_weight[part],
             )
             gram.gram(weighed.weighted, target, device, scale=scale * scale)
             gradient += (weighed.gradient[:, :d].sum(0, dtype=torch.float64) * scale).to(gradient.dtype)
             total += weighed.likelihood.sum(dtype=torch.float64)
-    if target is not precision:
-        precision.copy_(target)
+    if target is not task.precision:
+        task.precision.copy_(target)
     return total
+
+
+def _feature_chunks(
+    task: AccumulateTask, chunk: int, device: Device
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Data in runs of ``chunk``: which, the features of their rows, logit parts, and the pairs' rows among those.
+
+    In difference mode the rows' features are kept in float32 until they are subtracted: all of them where they fit, so
+    that rows shared by many pairs are computed once, or else those of a chunk's pairs.
+    """
+    from rmcore.kernels import features
+
+    hidden, feature_map, n = task.hidden, task.feature_map, task.data
+    beta = task.beta.to(torch.float32).contiguous()
+    pairs = None if task.pairs is None else task.pairs.contiguous()
+    shared = None
+    if pairs is not None and n and hidden.shape[0] * feature_map.num_features * 4 <= PAIR_WORKSPACE:
+        shared = features.features(hidden, feature_map, device, beta=beta, dtype=torch.float32)
+    for start in range(0, n, chunk):
+        part = slice(start, min(start + chunk, n))
+        index = None if pairs is None else pairs[part]
+        if index is None:
+            c, logits = features.features(hidden[part], feature_map, device, beta=beta)
+        elif shared is not None:
+            c, logits = shared
+        else:
+            rows = hidden.index_select(0, index.flatten())
+            c, logits = features.features(rows, feature_map, device, beta=beta, dtype=torch.float32)
+            index = torch.arange(rows.shape[0], device=hidden.device).reshape(-1, 2)
+        assert logits is not None
+        yield part, c, logits, index
 
 
 # -- pair_variance ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""What an operation is, said once: its arguments, what they must be, what it returns, and how a backend is called.
+
+A task is a tuple of one call's arguments. :mod:`rmcore.ops.library` makes a ``torch.library`` operator of each class
+(its fields are the operator's signature, with a head's weights as an integer handle), :mod:`rmcore.ops.functional`
+builds one from the public arguments, and a backend gets it, whole (``accumulate``) or unpacked.
+
+Every task has the methods of :class:`Task`. ``check`` looks at shapes, dtypes and devices and is traced by
+``torch.compile``; ``check_values`` looks into small index tensors and runs with the call itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.ops.reference import Likelihood
+from rmcore.ops.weights import FeatureMap, HeadWeights
+
+__all__ = [
+    "AccumulateTask",
+    "PairVarianceTask",
+    "PowerIterationTask",
+    "ScoreTask",
+    "Served",
+    "Task",
+    "check_hidden",
+]
+
+
+class Served(NamedTuple):
+    """What decides the backend: a tensor of the call (its device and rows), the weights' dtype, the weights."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+    weights: FeatureMap | HeadWeights | Tensor
+
+
+Result: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
+
+
+class Task(Protocol):
+    """One call of an operation, a named tuple."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Its arguments in order."""
+
+    def check(self) -> None:
+        """Raise InputError where a shape, dtype or device does not fit."""
+
+    def check_values(self) -> None:
+        """Raise InputError where an index is out of range."""
+
+    def ready(self) -> Any:
+        """The task as backends take it."""
+
+    def served(self) -> Served:
+        """What decides the backend."""
+
+    def run(self, backend: Any) -> Any:
+        """The result, computed by this backend module."""
+
+    def fake(self) -> Any:
+        """A result of the right shapes and dtypes from tensors without data; weights are handles here."""
+
+
+def check_hidden(hidden: Tensor, feature_map: FeatureMap, name: str = "hidden") -> None:
+    """Raise InputError unless ``hidden`` is (rows, h), floating-point, on the map's device."""
+    if not isinstance(hidden, Tensor):
+        reject(name, type(hidden).__name__, "a torch.Tensor")
+    if hidden.dim() != 2 or hidden.shape[1] != feature_map.hidden_size:
+        reject(name, f"shape {tuple(hidden.shape)}", f"(rows, {feature_map.hidden_size})")
+    if not hidden.dtype.is_floating_point:
+        reject(name, hidden.dtype, "a floating-point dtype")
+    if not feature_map.empty and hidden.device != feature_map.device:
+        reject(name, f"device {hidden.device}", f"the head's device {feature_map.device}")
+
+
+def _check_vector(name: str, tensor: Tensor, length: int) -> None:
+    if tensor.shape != (length,):
+        reject(name, f"shape {tuple(tensor.shape)}", f"({length},)")
+
+
+class ScoreTask(NamedTuple):
+    """hidden (B, h) → ``out`` (4, B): g, v, u, p."""
+
+    hidden: Tensor
+    weights: HeadWeights
+    out: Tensor
+
+    def check(self) -> None:
+        """Raise InputError where a shape, dtype or device does not fit."""
+        hidden, out = self.hidden, self.out
+        check_hidden(hidden, self.weights.map)
+        rows = hidden.shape[0]
+        if out.shape != (4, rows) or out.dtype != torch.float32 or not out.is_contiguous():
+            reject("out", f"{tuple(out.shape)} {out.dtype}", f"contiguous (4, {rows}) float32")
+        if out.device != hidden.device:
+            reject("out", f"device {out.device}", f"the device of hidden, {hidden.device}")
+
+    def check_values(self) -> None:
+        """Nothing to look at."""
+
+    def ready(self) -> ScoreTask:
+        """The task as backends take it."""
+        return self
+
+    def served(self) -> Served:
+        """What decides the backend."""
+        return Served(self.hidden, self.weights.dtype, self.weights)
+
+    def run(self, backend: Any) -> None:
+        """The result, computed by this backend module."""
+        backend.score(*self)
+
+    def fake(self) -> None:
+        """Nothing: ``out`` is the result."""
+
+
+class AccumulateTask(NamedTuple):
+    """One pass over data: P += ΦᵀWΦ (lower triangle), gradient += Φᵀ(y − p) in place; returns Σ log-likelihood."""
+
+    hidden: Tensor
+    labels: Tensor
+    feature_map: FeatureMap
+    beta: Tensor
+    precision: Tensor
+    gradient: Tensor
+    pairs: Tensor | None = None
+    sample_weight: Tensor | None = None
+    beta0: float = 0.0
+    likelihood: Likelihood = "logistic"
+
+    @property
+    def data(self) -> int:
+        """N: rows, or pairs where there are any."""
+        return self.hidden.shape[0] if self.pairs is None else self.pairs.shape[0]
+
+    @property
+    def logistic(self) -> bool:
+        """w = p(1−p), not 1."""
+        return self.likelihood == "logistic"
+
+    def check(self) -> None:
+        """Raise InputError where a shape, dtype or device does not fit."""
+        check_hidden(self.hidden, self.feature_map)
+        d, n, precision, pairs = self.feature_map.num_features, self.data, self.precision, self.pairs
+        if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64):
+            reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
+        _check_vector("labels", self.labels, n)
+        _check_vector("beta", self.beta, d)
+        _check_vector("gradient", self.gradient, d)
+        if self.sample_weight is not None:
+            _check_vector("sample_weight", self.sample_weight, n)
+        if precision.shape != (d, d) or precision.dtype not in (torch.float32, torch.float64):
+            reject("precision", f"{tuple(precision.shape)} {precision.dtype}", f"({d}, {d}) float32 or float64")
+        if not precision.is_contiguous():
+            reject("precision", f"strides {precision.stride()}", "a contiguous tensor")
+
+    def check_values(self) -> None:
+        """Raise InputError where an index is out of range."""
+        if self.pairs is not None and self.pairs.numel():
+            low, high, rows = int(self.pairs.min()), int(self.pairs.max()), self.hidden.shape[0]
+            if low < 0 or high >= rows:
+                reject("pairs", f"indices {low}..{high}", f"row indices 0..{rows - 1}")
+
+    def ready(self) -> AccumulateTask:
+        """With an int8 map's features in float32."""
+        # No backend sums int8 features: their float32 form is made once for the pass.
+        return (
+            self if self.feature_map.dtype != torch.int8 else self._replace(feature_map=self.feature_map.dequantized())
+        )
+
+    def served(self) -> Served:
+        """What decides the backend."""
+        return Served(self.hidden, self.feature_map.dtype, self.feature_map)
+
+    def run(self, backend: Any) -> Tensor:
+        """The result, computed by this backend module."""
+        total: Tensor = backend.accumulate(self)
+        return total
+
+    def fake(self) -> Tensor:
+        """The result without data."""
+        return self.hidden.new_empty((), dtype=torch.float64)
+
+
+class PairVarianceTask(NamedTuple):
+    """hidden (ΣK, h), group_sizes (G,) → g, v (Q,) of all pairs i < j of every group."""
+
+    hidden: Tensor
+    group_sizes: Tensor
+    weights: HeadWeights
+
+    def check(self) -> None:
+        """Raise InputError where a shape, dtype or device does not fit."""
+        check_hidden(self.hidden, self.weights.map)
+        sizes = self.group_sizes
+        if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
+            reject("group_sizes", f"{tuple(sizes.shape)} {sizes.dtype}", "(G,) int64 on the CPU")
+
+    def check_values(self) -> None:
+        """Raise InputError where an index is out of range."""
+        sizes, rows = self.group_sizes, self.hidden.shape[0]
+        if bool((sizes < 0).any()) or int(sizes.sum()) != rows:
+            shown = sizes.tolist() if len(sizes) <= 8 else f"{sizes[:8].tolist()}..."
+            reject("group_sizes", f"{shown} (sum {int(sizes.sum())})", f"non-negative sizes that sum to {rows} rows")
+
+    def ready(self) -> PairVarianceTask:
+        """The task as backends take it."""
+        return self
+
+    def served(self) -> Served:
+        """What decides the backend."""
+        return Served(self.hidden, self.weights.dtype, self.weights)
+
+    def run(self, backend: Any) -> tuple[Tensor, Tensor]:
+        """The result, computed by this backend module."""
+        g, v = backend.pair_variance(*self)
+        return g, v
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        """The result without data."""
+        pairs = torch.library.get_ctx().new_dynamic_size()  # depends on the sizes' values
+        return (
+            self.hidden.new_empty(pairs, dtype=torch.float32),
+            self.hidden.new_empty(pairs, dtype=torch.float32),
+        )
+
+
+class PowerIterationTask(NamedTuple):
+    """weight (m, h), vector (h,) → σ () and the new vector (h,)."""
+
+    weight: Tensor
+    vector: Tensor
+    iterations: int = 1
+
+    def check(self) -> None:
+        """Raise InputError where a shape, dtype or device does not fit."""
+        if self.weight.dim() != 2:
+            reject("weight", f"shape {tuple(self.weight.shape)}", "(m, h)")
+        _check_vector("vector", self.vector, self.weight.shape[1])
+        if self.iterations < 1:
+            reject("iterations", self.iterations, "at least 1")
+
+    def check_values(self) -> None:
+        """Nothing to look at."""
+
+    def ready(self) -> PowerIterationTask:
+        """The task as backends take it."""
+        return self
+
+    def served(self) -> Served:
+        """What decides the backend."""
+        return Served(self.weight, self.weight.dtype, self.weight)
+
+    def run(self, backend: Any) -> tuple[Tensor, Tensor]:
+        """The result, computed by this backend module."""
+        sigma, vector = backend.power_iteration(*self)
+        return sigma, vector
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        """The result without data."""
+        kind = torch.promote_types(torch.promote_types(self.weight.dtype, self.vector.dtype), torch.float32)
+        return self.weight.new_empty((), dtype=kind), self.vector.new_empty(self.vector.shape, dtype=kind)
