@@ -16,17 +16,16 @@ With few rows the reduction is cut: each piece stores its float32 sum, ``join`` 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmcore.kernels import heuristics
-from rmcore.kernels.common import COSINE, IDENTITY, TANH, cdiv, cos_turns, grouped, halves, launch, tanh
-from rmcore.kernels.heuristics import Device
-from rmcore.ops.weights import FeatureMap
+from . import heuristics
+from .common import COSINE, IDENTITY, TANH, cdiv, cos_turns, grouped, halves, launch, tanh
+from .heuristics import Device
 
 PAD = 256
 """Columns of c are a multiple of this: whole tiles of every later kernel."""
@@ -34,6 +33,35 @@ _ALIGN = 64
 _JOIN_ROWS, _JOIN_COLS = 16, 128
 _COPY_ROWS, _COPY_COLS = 16, 256
 _NORM_COLS = 1024
+
+
+class FeatureMap(Protocol):
+    """What is read of a head's map; ``rmcore.ops.FeatureMap`` is one. These files need torch and triton, nothing else.
+
+    ``projection`` (D, h or m), ``layer_weight`` (m, h) or None in ``dtype``; ``phase``, ``layer_bias`` float32;
+    ``cache`` keeps padded copies.
+    """
+
+    @property
+    def features(self) -> str: ...  # rff or linear
+    @property
+    def projection(self) -> Tensor | None: ...
+    @property
+    def phase(self) -> Tensor | None: ...
+    @property
+    def layer_weight(self) -> Tensor | None: ...
+    @property
+    def layer_bias(self) -> Tensor | None: ...
+    @property
+    def activation(self) -> str: ...  # none or tanh
+    @property
+    def layernorm(self) -> bool: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def input_scale(self) -> float: ...
+    @property
+    def cache(self) -> dict[str, object]: ...
 
 
 class Features(NamedTuple):

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmcore.kernels import heuristics
-from rmcore.kernels.common import cdiv, launch, power_of_two, triangle_row
-from rmcore.kernels.heuristics import Device
+from . import heuristics
+from .common import cdiv, launch, power_of_two, triangle_row
+from .heuristics import Device
 
 _WEIGH_PARTS = 64
 _ADD_ROWS = 16

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmcore.kernels.common import cdiv, launch, power_of_two
+from .common import cdiv, launch, power_of_two
 
 _CENTRE_ROWS, _CENTRE_COLS = 16, 256
 _PAIR_ROWS, _PAIR_COLS, _PAIR_PARTS = 16, 256, 64

@@ -13,14 +13,16 @@ A program holds whole rows of W in registers: y_r = W_r v, then at once Σ_r y_r
 their way. ``fold`` adds the programs' sums in order; the norm is applied by whoever reads w next. Two launches a step.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmcore.kernels import heuristics
-from rmcore.kernels.common import cdiv, launch, power_of_two
-from rmcore.kernels.heuristics import Device
+from . import heuristics
+from .common import cdiv, launch, power_of_two
+from .heuristics import Device
 
 MAX_COLUMNS = 16384
 """A row of W must fit the registers of one program."""
@@ -109,7 +111,7 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int, device: Dev
     rows, warps = heuristics.power(device, width, m)
     programs = min(max(1, cdiv(m, rows)), device.multiprocessors)
     blocks = cdiv(h, _FOLD_COLS)
-    make = {"dtype": torch.float32, "device": weight.device}
+    make: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     w = vector.to(torch.float32).contiguous()
     norms, norm_parts = torch.linalg.vector_norm(w).square().reshape(1), 1
     v = torch.empty(2, h, **make)  # the direction of a step and of the one before it, in turn

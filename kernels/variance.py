@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmcore.kernels import heuristics
-from rmcore.kernels.common import AREA, EDGE, cdiv, grouped, launch, power_of_two, triangle_row
-from rmcore.kernels.heuristics import Device
+from . import heuristics
+from .common import AREA, EDGE, cdiv, grouped, launch, power_of_two, triangle_row
+from .heuristics import Device
 
 SQUARE = tl.constexpr(0)
 STORE = tl.constexpr(1)
