@@ -36,7 +36,7 @@ from rmcore import FrozenHead, GroupScores, RewardEngine
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
-from rmcore.judge import ChatJudge
+from rmcore.judge import ChatJudge, ClientOptions
 
 from .harness import environment
 from .judge_server import FAULTS, STORMS, worth_of
@@ -86,8 +86,7 @@ def run(soak: Soak) -> dict[str, Any]:
             "soak",
             None,
             orders="one",
-            concurrency=soak.in_flight,
-            timeout_s=soak.timeout_s,
+            client=ClientOptions(concurrency=soak.in_flight, timeout_s=soak.timeout_s),
             deadline_s=soak.deadline_s,
         )
         engine = RewardEngine(_head(), judge, AlwaysRoute())

@@ -38,6 +38,7 @@ from rmcore.engine.routing import BudgetRouter, NeverRoute, ThresholdRouter
 from rmcore.head import HeadConfig
 from rmcore.judge.base import Pair
 from rmcore.judge.chat import ChatJudge
+from rmcore.judge.client.options import ClientOptions
 from rmcore.model import Preference, RewardModel
 from rmcore.model.backbone import Backbone, BackboneConfig
 
@@ -154,7 +155,7 @@ def run(setting: Setting, sweep: Sequence[int] = ()) -> dict[str, Any]:
         if group.uncertainty[i, j] > threshold
     ]
     with replay_server(pairs, setting.latency_s) as (url, server):
-        judge = ChatJudge(url, "replay", None, concurrency=setting.concurrency)
+        judge = ChatJudge(url, "replay", None, client=ClientOptions(concurrency=setting.concurrency))
         after = RewardEngine(model, judge, BudgetRouter(count=len(pairs)))
         both = RewardEngine(model, judge, ThresholdRouter(threshold))
         judge.judge_sync(pairs)  # connections, and the concurrency that the client finds by trying

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rmcore import BudgetRouter, RewardEngine, RewardModel
 from rmcore.engine.groups import GroupScores
 from rmcore.integrations.trl import PairwiseReward, check_trl_config
-from rmcore.judge import ChatJudge, RecordedJudge, ReplayServer
+from rmcore.judge import ChatJudge, ClientOptions, RecordedJudge, ReplayServer
 from rmcore.judge.base import Verdict
 from rmcore.model import Preference
 from rmcore.model.backbone import Backbone, BackboneConfig
@@ -119,7 +119,7 @@ def run(steps: int, out: Path, *, seed: int = 0) -> dict[str, Any]:
     worst = 0.0
 
     with ReplayServer(CountingJudge({})) as server, tempfile.TemporaryDirectory() as folder:
-        judge = ChatJudge(server.base_url, "counting", api_key_env=None, concurrency=8)
+        judge = ChatJudge(server.base_url, "counting", api_key_env=None, client=ClientOptions(concurrency=8))
         reward = PairwiseReward(RewardEngine(reward_model, judge, BudgetRouter(0.2)))
         args = RLOOConfig(
             output_dir=folder, per_device_train_batch_size=32, num_generations=8, max_completion_length=8,

@@ -15,6 +15,13 @@ from rmcore._base.prompt import Message, Prompt
 from rmcore._base.retry import RetryPolicy
 from rmcore.judge.base import Judge, JudgeUsage, Outcome, Pair, Verdict, checked_verdicts
 from rmcore.judge.client.breaker import BreakerPolicy
+from rmcore.judge.client.completions import (
+    CompletionError,
+    CompletionFunction,
+    openai_completions,
+    transformers_completions,
+)
+from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.keys import call_key, pair_key
 from rmcore.judge.orders import Orders, combine_orders, exchanged
 from rmcore.judge.question.prompt import JudgePrompt
@@ -43,6 +50,9 @@ __all__ = [
     "CanaryJudge",
     "CanaryKind",
     "ChatJudge",
+    "ClientOptions",
+    "CompletionError",
+    "CompletionFunction",
     "DisagreementAlarm",
     "Fault",
     "Judge",
@@ -71,9 +81,11 @@ __all__ = [
     "checked_verdicts",
     "combine_orders",
     "exchanged",
+    "openai_completions",
     "pair_key",
     "parse_verdict",
     "run_sync",
+    "transformers_completions",
 ]
 
 __getattr__, __dir__, _ = lazy.attach(

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import random
 from asyncio import TaskGroup
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
-from rmcore._base.clock import Clock
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
 from rmcore._base.prompt import Prompt
-from rmcore._base.retry import RetryPolicy
 from rmcore.judge.base import Pair, Verdict
-from rmcore.judge.client.breaker import DEFAULT_BREAKER, BreakerPolicy
 from rmcore.judge.client.chat_client import ChatClient
-from rmcore.judge.client.limits import RateLimits
+from rmcore.judge.client.completions import CompletionFunction
+from rmcore.judge.client.exchange import FunctionExchange
+from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
 from rmcore.judge.question.dialect import Dialect
 from rmcore.judge.question.prompt import JudgePrompt, Output
@@ -33,8 +30,6 @@ from rmcore.judge.wrappers.canary_pairs import CANARY_ID
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    import httpx
 
     from rmcore.judge.store.store import VerdictStore
 
@@ -67,10 +62,16 @@ class ChatJudge:
     they end with the judge.
 
     Args:
-        base_url: as in ``https://api.openai.com/v1``.
+        base_url: as in ``https://api.openai.com/v1``. Either this or ``complete``.
         model: the model's name there.
         api_key_env: the environment variable that holds the key, read at each call and never kept; ``None`` for a
             server without keys. If it is unset, every pair fails with ``no_api_key`` and nothing is sent.
+        complete: instead of an endpoint: an async function ``(messages, **parameters)`` that returns a chat completion
+            (:class:`~rmcore.judge.client.completions.CompletionFunction`): :func:`openai_completions(client)
+            <rmcore.judge.client.completions.openai_completions>`, :func:`transformers_completions(model, tokenizer)
+            <rmcore.judge.client.completions.transformers_completions>`, or one of your own.
+        client: bounds and patience of the calls, over HTTP or through ``complete``: concurrency, timeouts, retries,
+            limits (:class:`~rmcore.judge.client.options.ClientOptions`).
         orders: ``"both"`` (two calls a pair) or ``"one"`` (a stable hash of the texts picks the order).
         prompt: the question's template.
         output: ``"text"``, or ``"json_schema"`` for a structured reply under a strict schema. An endpoint that refuses
@@ -81,30 +82,20 @@ class ChatJudge:
         rules: decide blank and identical responses without a call.
         max_response_chars: of longer responses the judge is shown the beginning, and told so. ``None``: what ``prompt``
             says.
-        concurrency: requests in flight at most, over all event loops and concurrent :meth:`judge` calls. How many
-            there really are is found out by trying (:mod:`rmcore.judge.client.concurrency`).
-        timeout_s: seconds for one attempt.
         deadline_s: seconds for one :meth:`judge` call over all its pairs; what is not answered by then fails with
             ``deadline``. ``None``: no limit. A pair's own ``deadline`` counts where it is earlier.
-        retry: see :class:`~rmcore._base.retry.RetryPolicy`.
-        requests_per_minute, tokens_per_minute: limits of our own; ``None``: none (:mod:`rmcore.judge.client.limits`).
-        limits: instead of the two: a :class:`~rmcore.judge.client.limits.RateLimits` that judges with one key share.
-        breaker: when to leave a failing endpoint alone (:class:`~rmcore.judge.client.breaker.BreakerPolicy`); ``None``:
-        never. temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they
+        temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they
             accept; reasoning models mostly want ``max_completion_tokens`` and no temperature. An endpoint that refuses
             one of them, or ``logprobs``, by name is asked again without it (a limit on tokens: under its other name),
             and from then on never with it; see :attr:`dropped`.
         extra_body: further fields of the request, JSON values.
-        max_reply_bytes: longer replies fail with ``reply_too_large``.
         store: where verdicts are kept: a :class:`~rmcore.judge.store.VerdictStore`, or the path of one. What it holds
             is not asked again, equal questions share one call, and a run that was killed goes on where it was. If the
             store cannot be read, pairs fail with ``store``.
         judge_id: the name the store files verdicts under, besides the model: the same name, the same judge. Give one if
-            a judge moves between addresses. Default: ``base_url``.
+            a judge moves between addresses. Default: ``base_url``, or the ``name`` of ``complete``, if it has one.
         prices: a :class:`~rmcore.judge.store.prices.PriceTable`, a mapping or a JSON file, for ``usage.cost``. Without
             it, or for a model that is not in it, calls are counted in ``usage.unpriced_calls``.
-        transport, clock, random_source: seams for tests and for unusual networks. ``random_source`` draws markers,
-            labels and jitter; without it they come from the operating system and cannot be foreseen.
 
     Raises:
         JudgeError: an argument is unusable.
@@ -114,10 +105,12 @@ class ChatJudge:
 
     def __init__(
         self,
-        base_url: str,
-        model: str,
+        base_url: str | None = None,
+        model: str = "",
         api_key_env: str | None = "OPENAI_API_KEY",
         *,
+        complete: CompletionFunction | None = None,
+        client: ClientOptions | None = None,
         orders: Orders = "both",
         prompt: JudgePrompt | None = None,
         output: Output | None = None,
@@ -125,26 +118,18 @@ class ChatJudge:
         top_logprobs: int = 5,
         rules: bool = True,
         max_response_chars: int | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 60.0,
         deadline_s: float | None = 600.0,
-        retry: RetryPolicy | None = None,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
-        limits: RateLimits | None = None,
-        breaker: BreakerPolicy | None = DEFAULT_BREAKER,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_completion_tokens: int | None = None,
         extra_body: Mapping[str, object] | None = None,
-        max_reply_bytes: int = 4 << 20,
         store: VerdictStore | str | Path | None = None,
         judge_id: str | None = None,
         prices: PriceTable | Mapping[str, Any] | str | Path | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Clock | None = None,
-        random_source: random.Random | None = None,
+        **unknown: Never,
     ) -> None:
+        _refuse(unknown)
+        options = ClientOptions() if client is None else client
         if not isinstance(model, str) or not model:
             raise JudgeError(f"model: got {model!r}, expected the name of a model")
         if deadline_s is not None and not deadline_s > 0:
@@ -173,33 +158,21 @@ class ChatJudge:
             given |= {"logprobs": True, "top_logprobs": top_logprobs}
         self._parameters: dict[str, object] = {name: value for name, value in given.items() if value is not None}
         self._parameters |= _check_extra(extra_body or {}, self._parameters.keys())
-        self._dialect = Dialect(model, self.prompt, self._parameters, soft, random_source)
-        self.client = ChatClient(
-            base_url,
-            api_key_env=api_key_env,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            max_reply_bytes=max_reply_bytes,
-            retry=retry,
-            requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute,
-            limits=limits,
-            breaker=breaker,
-            transport=transport,
-            clock=clock,
-            random_source=random_source,
-        )
+        self.client = _make_client(base_url, api_key_env, complete, options)
+        self._dialect = Dialect(model, self.prompt, self._parameters, soft, options.random_source)
         if judge_id is not None and not (isinstance(judge_id, str) and judge_id):
             raise JudgeError(f"judge_id: got {judge_id!r}, expected a name")
-        self.judge_id = judge_id or self.client.base_url
+        self.judge_id = judge_id or self.client.exchange.name
+        if store is not None and not self.judge_id:
+            raise JudgeError("judge_id: got nothing, expected a name for the store, since `complete` has none")
         self.prices = None if prices is None else PriceTable.of(prices)
         self._own_store = isinstance(store, (str, Path))
         self.store = _open_store(store)
 
     def __repr__(self) -> str:
         return (
-            f"ChatJudge(base_url={self.client.base_url!r}, model={self.model!r}, orders={self.orders!r}, "
-            f"api_key_env={self.client.api_key_env!r}, prompt={self.prompt.version})"
+            f"ChatJudge({self.client.exchange!r}, model={self.model!r}, orders={self.orders!r}, "
+            f"prompt={self.prompt.version})"
         )
 
     @property
@@ -229,7 +202,7 @@ class ChatJudge:
                 answers[question] = await self._ask(pairs[question.pair], question.exchanged, deadline)
 
         async with TaskGroup() as group:
-            for _ in range(min(len(queue), self.client.concurrency)):
+            for _ in range(min(len(queue), self.client.options.concurrency)):
                 group.create_task(worker())
         for index, questions in asked.items():
             parts = [answers[question].verdict for question in questions]
@@ -321,7 +294,7 @@ class ChatJudge:
 
     def _without_key(self, text: str) -> str:
         """``text`` without the endpoint's key, in case the endpoint says it back: what it says is kept."""
-        key = os.environ.get(self.client.api_key_env or "", "").strip()
+        key, _ = self.client.exchange.secret()
         return text.replace(key, "***") if len(key) >= 4 else text
 
     def _report(self, verdicts: list[Verdict], answers: Collection[Reply]) -> None:
@@ -341,6 +314,29 @@ class ChatJudge:
                 counts,
                 detail,
             )
+
+
+def _make_client(
+    base_url: str | None, api_key_env: str | None, complete: CompletionFunction | None, options: ClientOptions
+) -> ChatClient:
+    if not isinstance(options, ClientOptions):
+        raise JudgeError(f"client: got {type(options).__name__}, expected ClientOptions")
+    if (base_url is None) == (complete is None):
+        raise JudgeError(f"base_url, complete: got {'neither' if complete is None else 'both'}, expected one of them")
+    if complete is not None:
+        return ChatClient(FunctionExchange(complete), options)
+    assert base_url is not None
+    return ChatClient.over_http(base_url, api_key_env, options)
+
+
+def _refuse(unknown: Mapping[str, object]) -> None:
+    """TypeError for keyword arguments that there are not, or not any more."""
+    moved = [name for name in unknown if name in {option.name for option in fields(ClientOptions)}]
+    if moved:
+        names = ", ".join(f"{name}=..." for name in moved)
+        raise TypeError(f"ChatJudge: {', '.join(moved)} moved into the client's options: client=ClientOptions({names})")
+    if unknown:
+        raise TypeError(f"ChatJudge: got unexpected keyword arguments {', '.join(unknown)}")
 
 
 def _open_store(store: VerdictStore | str | Path | None) -> VerdictStore | None:

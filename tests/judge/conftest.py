@@ -7,13 +7,14 @@ import json
 import random
 import selectors
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import settings
 
-from rmcore.judge import ChatJudge, JudgePrompt, Pair, RecordedJudge, Verdict
+from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, Pair, RecordedJudge, Verdict
 
 # Machines differ in speed; how long one example takes says nothing. Time is tested where it matters, with a limit.
 settings.register_profile("untimed", deadline=None)
@@ -140,7 +141,8 @@ def make_judge(clock) -> Callable[..., ChatJudge]:
 
     def make(base_url: str = "http://127.0.0.1:9/v1", **kwargs: object) -> ChatJudge:
         given = {"api_key_env": None, "clock": clock, "random_source": random.Random(0)} | kwargs
-        return ChatJudge(base_url, "judge-model", **given)
+        options = {name: given.pop(name) for name in [f.name for f in fields(ClientOptions)] if name in given}
+        return ChatJudge(base_url, "judge-model", client=ClientOptions(**options), **given)
 
     return make
 

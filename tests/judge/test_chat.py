@@ -19,6 +19,7 @@ import pytest
 from rmcore._base.errors import InputError, JudgeError
 from rmcore.judge import (
     ChatJudge,
+    ClientOptions,
     Fault,
     Judge,
     JudgePrompt,
@@ -210,18 +211,18 @@ def test_connections_are_reused_on_a_loop_and_not_across_loops(make_judge, recor
 
     async def run():
         await judge.client.complete({}, deadline=None)
-        with judge.client._connections.here().client() as first:
+        with judge.client.exchange.connections.here().client() as first:
             pass
         await judge.client.complete({}, deadline=None)
-        with judge.client._connections.here().client() as second:
+        with judge.client.exchange.connections.here().client() as second:
             assert second is first
         clients.add(first)
 
-    judge.client._connections.transport = httpx.MockTransport(lambda request: httpx.Response(200, json={}))
+    judge.client.exchange.connections.transport = httpx.MockTransport(lambda request: httpx.Response(200, json={}))
     asyncio.run(run())
     asyncio.run(run())
     assert len(clients) == 2
-    assert len(judge.client._connections) <= 1  # that of the first loop is gone
+    assert len(judge.client.exchange.connections) <= 1  # that of the first loop is gone
 
 
 def test_a_closed_judge_can_be_used_again(ask, make_judge, recorded):
@@ -234,7 +235,7 @@ def test_closing_from_another_loop(make_judge, recorded):
     with ReplayServer(recorded) as server:
         judge = make_judge(server.base_url)
         assert judge.judge_sync([PAIR])[0].preference == 1
-        (connections,) = judge.client._connections._loops.values()
+        (connections,) = judge.client.exchange.connections._loops.values()
         asyncio.run(judge.aclose())
         assert all(client.is_closed for client in connections._clients)
 
@@ -248,9 +249,9 @@ def test_sync_use_with_and_without_a_running_loop(make_judge, recorded):
             return judge.judge_sync([PAIR])[0].preference
 
         assert asyncio.run(inside()) == 1
-        assert len(judge.client._connections) == 1  # the background loop's: its connections were used again
+        assert len(judge.client.exchange.connections) == 1  # the background loop's: its connections were used again
         judge.close()
-        assert not len(judge.client._connections)
+        assert not len(judge.client.exchange.connections)
 
 
 def test_several_threads_at_once(make_judge, recorded):
@@ -322,14 +323,38 @@ def test_failures_are_told_once_a_batch(ask, make_judge, recorded, caplog):
         ({"extra_body": {"temperature": 1}, "temperature": 0.0}, "temperature"),
         ({"extra_body": {"x": object()}}, "extra_body"),
         ({"extra_body": {"x": float("nan")}}, "extra_body"),
-        ({"concurrency": 0}, "concurrency"),
-        ({"timeout_s": 0}, "timeout_s"),
     ],
 )
 def test_bad_settings(kwargs, match):
     given = {"base_url": "http://localhost/v1", "model": "m"} | kwargs
     with pytest.raises(JudgeError, match=match):
         ChatJudge(**given)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"concurrency": 0}, "concurrency"),
+        ({"concurrency": 2.5}, "concurrency"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": "60"}, "timeout_s"),
+        ({"max_reply_bytes": True}, "max_reply_bytes"),
+        ({"retry": None}, "retry"),
+        ({"limits": 5}, "limits"),
+    ],
+)
+def test_bad_client_options(kwargs, match):
+    with pytest.raises(JudgeError, match=match):
+        ClientOptions(**kwargs)
+
+
+def test_a_keyword_that_moved_says_where_to():
+    with pytest.raises(TypeError, match=r"client=ClientOptions\(concurrency=..., timeout_s=...\)"):
+        ChatJudge("http://localhost/v1", "m", concurrency=3, timeout_s=1.0)
+    with pytest.raises(TypeError, match="temprature"):
+        ChatJudge("http://localhost/v1", "m", temprature=0.0)
+    with pytest.raises(JudgeError, match="client: got dict, expected ClientOptions"):
+        ChatJudge("http://localhost/v1", "m", client={"concurrency": 3})
 
 
 def test_bad_orders():

@@ -10,6 +10,7 @@ import time
 import httpx
 import pytest
 
+from rmcore._base.clock import SystemClock
 from rmcore.judge import Fault, Pair, RecordedJudge, ReplayServer, RetryPolicy
 
 PAIR = Pair("p-win", "a", "b")
@@ -193,7 +194,7 @@ def test_the_deadline_ends_a_batch(ask, make_judge, recorded):
     with ReplayServer(recorded, latency_s=0.2) as server:
         started = time.monotonic()
         verdicts = ask(
-            make_judge(server.base_url, clock=None, deadline_s=0.5, concurrency=2, orders="one"), *[PAIR] * 40
+            make_judge(server.base_url, clock=SystemClock(), deadline_s=0.5, concurrency=2, orders="one"), *[PAIR] * 40
         )
         took = time.monotonic() - started
     reasons = [v.reason for v in verdicts]
@@ -208,7 +209,7 @@ def test_the_deadline_also_ends_a_wait_for_a_place(mock_judge):
         await asyncio.Event().wait()
 
     async def run():
-        judge = mock_judge(handler, clock=None, concurrency=1, orders="one", deadline_s=None)
+        judge = mock_judge(handler, clock=SystemClock(), concurrency=1, orders="one", deadline_s=None)
         hog = asyncio.create_task(judge.judge([PAIR]))
         await asyncio.sleep(0.01)
         judge.deadline_s = 0.05

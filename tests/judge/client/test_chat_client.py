@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from rmcore._base.errors import JudgeError
-from rmcore.judge import ChatJudge, Pair, RetryPolicy
+from rmcore.judge import ChatJudge, ClientOptions, Pair, RetryPolicy
 from rmcore.judge.client.breaker import BreakerPolicy
 from rmcore.judge.client.chat_client import ChatClient
 from rmcore.judge.client.latency import LatencyEstimate
@@ -53,8 +53,9 @@ def status(code, **headers):
 
 
 def client_of(endpoint, **kwargs):
-    given = {"api_key_env": None, "clock": endpoint.clock, "random_source": random.Random(0)} | kwargs
-    return ChatClient("http://127.0.0.1:9/v1", transport=httpx.MockTransport(endpoint), **given)
+    given = {"clock": endpoint.clock, "random_source": random.Random(0)} | kwargs
+    options = ClientOptions(transport=httpx.MockTransport(endpoint), **given)
+    return ChatClient.over_http("http://127.0.0.1:9/v1", None, options)
 
 
 @pytest.fixture
@@ -131,17 +132,19 @@ def test_clients_of_one_key_keep_their_limits_together(virtual):
         assert all(sum(t <= other < t + 60 for other in times) <= 6 for t in times)
         assert times[-1] >= 240
         assert clients[0].state.limits == clients[2].state.limits
-        copy = pickle.loads(pickle.dumps(ChatClient("http://127.0.0.1:9/v1", api_key_env=None, limits=RateLimits(6))))
-        assert copy.requests_per_minute == 6
+        copy = pickle.loads(
+            pickle.dumps(ChatClient.over_http("http://127.0.0.1:9/v1", None, ClientOptions(limits=RateLimits(6))))
+        )
+        assert copy.options.requests_per_minute == 6
 
     virtual(work)
 
 
 def test_shared_limits_and_numbers_are_not_both_given():
     with pytest.raises(JudgeError, match=r"^limits: got them and requests_per_minute"):
-        ChatJudge("http://127.0.0.1:9/v1", "m", None, limits=RateLimits(5), tokens_per_minute=100)
-    judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, limits=RateLimits(5, 700))
-    assert (judge.client.requests_per_minute, judge.client.tokens_per_minute) == (5, 700)
+        ClientOptions(limits=RateLimits(5), tokens_per_minute=100)
+    judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, client=ClientOptions(limits=RateLimits(5, 700)))
+    assert (judge.client.options.requests_per_minute, judge.client.options.tokens_per_minute) == (5, 700)
 
 
 def test_tokens_are_reserved_as_estimated_and_settled_as_used(play):
@@ -379,9 +382,8 @@ def test_a_pairs_own_deadline_counts_where_it_is_earlier(virtual, chat_reply):
             await clock.sleep(2)
             return chat_reply(request, "<verdict>$win</verdict>")
 
-        judge = ChatJudge(
-            "http://127.0.0.1:9/v1", "m", None, transport=httpx.MockTransport(handler), clock=clock, orders="one"
-        )
+        options = ClientOptions(transport=httpx.MockTransport(handler), clock=clock)
+        judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, client=options, orders="one")
         pairs = [Pair("p", "a", "b"), Pair("p", "a", "c", deadline=1.0), Pair("p", "a", "d", deadline=5000.0)]
         verdicts = await judge.judge(pairs)
         assert [v.reason for v in verdicts] == ["", "deadline", ""]
@@ -392,4 +394,4 @@ def test_a_pairs_own_deadline_counts_where_it_is_earlier(virtual, chat_reply):
 
 def test_bad_breaker():
     with pytest.raises(JudgeError, match="breaker"):
-        ChatClient("http://127.0.0.1:9/v1", api_key_env=None, breaker=True)
+        ClientOptions(breaker=True)

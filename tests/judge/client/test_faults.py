@@ -10,6 +10,7 @@ import json
 import math
 import random
 import threading
+from dataclasses import fields
 from itertools import combinations
 
 import pytest
@@ -19,7 +20,7 @@ from rmcore import FrozenHead, RewardEngine
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
-from rmcore.judge import ChatJudge, Fault, Pair, RecordedJudge, ReplayServer, RetryPolicy
+from rmcore.judge import ChatJudge, ClientOptions, Fault, Pair, RecordedJudge, ReplayServer, RetryPolicy
 from rmcore.judge.client.breaker import BreakerPolicy
 
 J = math.log(0.88 / 0.12)
@@ -84,7 +85,8 @@ def score(head):
         alone = RewardEngine(head).score_hidden(hidden, [k])[0]
         with ReplayServer(recorded, faults=faults) as server:
             given = {"timeout_s": 20.0, "retry": QUICK, "random_source": random.Random(0)} | kwargs
-            judge = ChatJudge(server.base_url, "m", None, orders=orders, **given)
+            options = {name: given.pop(name) for name in [f.name for f in fields(ClientOptions)] if name in given}
+            judge = ChatJudge(server.base_url, "m", None, orders=orders, client=ClientOptions(**options), **given)
             scores = RewardEngine(head, judge, AlwaysRoute()).score_hidden(
                 hidden, [k], prompts=["p"], responses=[responses]
             )
@@ -179,7 +181,7 @@ def test_cancelling_a_score_ends_its_requests(head):
     recorded = RecordedJudge.from_rows([{"prompt": "p", "first": "r0", "second": "r1", "verdict": "win"}])
 
     async def run(server):
-        judge = ChatJudge(server.base_url, "m", None, orders="one", concurrency=4)
+        judge = ChatJudge(server.base_url, "m", None, orders="one", client=ClientOptions(concurrency=4))
         async with judge:
             task = asyncio.create_task(judge.judge([Pair("p", "r0", "r1")] * 200))
             while judge.client.state.concurrency.in_flight < 4:

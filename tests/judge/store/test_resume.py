@@ -34,7 +34,7 @@ import torch
 from rmcore.engine import RewardEngine
 from rmcore.head.fit import fit
 from rmcore.head import HeadConfig, SNGPHead
-from rmcore.judge import ChatJudge
+from rmcore.judge import ChatJudge, ClientOptions
 from rmcore.engine.routing import AlwaysRoute
 
 url, store, out, groups, k, concurrency = sys.argv[1:4] + [int(n) for n in sys.argv[4:]]
@@ -45,7 +45,8 @@ pairs = torch.randint(groups * k, (200, 2), generator=generator)
 labels = torch.randint(2, (200,), generator=generator).float()
 head = SNGPHead(HeadConfig(8, num_features=16))
 head = fit(head, hidden, labels, pairs=pairs, dtype=torch.float32, backend="torch")[0]
-judge = ChatJudge(url, "judge", None, judge_id="replayed", concurrency=concurrency, store=store or None)
+options = ClientOptions(concurrency=concurrency)
+judge = ChatJudge(url, "judge", None, judge_id="replayed", client=options, store=store or None)
 engine = RewardEngine(head, judge, AlwaysRoute(), backend="torch")
 prompts = [f"prompt {g}" for g in range(groups)]
 responses = [[f"response {g}.{i}" for i in range(k)] for g in range(groups)]

@@ -697,7 +697,7 @@ def test_canaries_are_marked(ask, mock_judge, chat_reply, path):
 
 
 def test_a_pickled_judge_takes_its_store_along(mock_judge, make_judge, path):
-    judge = pickle.loads(pickle.dumps(make_judge(store=path, clock=None)))
+    judge = pickle.loads(pickle.dumps(make_judge(store=path, clock=SystemClock())))
     assert judge.store.path == path
     judge.close()
 

@@ -1,0 +1,290 @@
+"""One request and its reply: over HTTP, or through a function of the caller's own. What stands around it is the client.
+
+An exchange does not retry, limit, or keep a deadline; :class:`~rmcore.judge.client.chat_client.ChatClient` does that
+for all of them alike. It turns whatever happens into an :class:`Attempt`, or raises ``TimeoutError`` (no reply in time)
+or ``OSError`` (no connection, or a broken one).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from rmcore._base.errors import JudgeError
+from rmcore._base.http import Connections, check_base_url
+from rmcore._base.retry import should_retry
+from rmcore.judge.client.completions import CompletionError, CompletionFunction, reply_object
+from rmcore.judge.client.concurrency import Signal
+from rmcore.judge.client.limits import Reservation
+from rmcore.judge.client.options import ClientOptions
+from rmcore.judge.client.reply import error_code, error_detail, scrub
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["OVERLOAD", "Attempt", "Exchange", "FunctionExchange", "HttpExchange", "Send"]
+
+OVERLOAD = frozenset({429, 503, 529})
+"""Statuses that say "too many", as against "broken"."""
+
+_MAX_ERROR_BODY = 65_536
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What one try came to: a ``body`` to read (JSON), or a ``reason`` why there is none."""
+
+    body: bytes | None = None
+    reason: str = ""
+    detail: str = ""
+    retry: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+    status: int = 0
+    sent: bool = True
+    reservation: Reservation | None = None
+
+    @property
+    def signal(self) -> Signal:
+        """What it says about how many requests the endpoint bears."""
+        if self.body is not None:
+            return "success"
+        if self.reason == "timeout":
+            return "timeout"
+        return "refused" if self.status in OVERLOAD and self.retry else "neutral"
+
+    @property
+    def alive(self) -> bool | None:
+        """What it says about the endpoint being there at all; ``None``: nothing."""
+        if self.reason in ("timeout", "connection"):
+            return False
+        if not self.status:
+            return None
+        return self.status < 500 and self.status != 401
+
+
+Send: TypeAlias = Callable[[Mapping[str, object], bytes, str], Awaitable[Attempt]]
+"""One request: the payload, the same as JSON, and the key → what came of it."""
+
+
+class Exchange(Protocol):
+    """What a client needs of one way to reach a model."""
+
+    @property
+    def name(self) -> str:
+        """Who is asked, for reprs and as a judge's name; empty if that is not known."""
+        ...
+
+    def secret(self) -> tuple[str, str]:
+        """The key as it is now, and a reason if nothing can be sent with it."""
+        ...
+
+    def session(self) -> AbstractContextManager[Send]:
+        """The means to send one request; what takes time here is not the endpoint's."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close what is open. It can be used again."""
+        ...
+
+    def start_afresh(self) -> None:
+        """Forget what belongs to another process: this one was forked off."""
+        ...
+
+
+class HttpExchange:
+    """Posts to ``{base_url}/chat/completions``. Safe to use from several event loops, each with its own connections.
+
+    Args:
+        base_url: as in ``https://api.openai.com/v1``; http or https, without credentials, query or fragment.
+        api_key_env: environment variable that holds the bearer key, read at every call and kept nowhere; ``None``
+            sends no key.
+        options: of which ``timeout_s``, ``max_reply_bytes`` and ``transport`` matter here.
+
+    Raises:
+        JudgeError: an argument is unusable.
+    """
+
+    def __init__(self, base_url: str, api_key_env: str | None, options: ClientOptions) -> None:
+        self.base_url, self._loopback = check_base_url(base_url)
+        if api_key_env is not None and not _ENV_NAME.fullmatch(api_key_env):
+            # The value is not shown: it may be the key itself, passed by mistake.
+            raise JudgeError("api_key_env: got no variable name, expected the NAME of an environment variable or None")
+        self.api_key_env = api_key_env
+        self.timeout_s, self.max_reply_bytes = options.timeout_s, options.max_reply_bytes
+        self.transport = options.transport
+        self.start_afresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "connections"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.start_afresh()
+
+    def __repr__(self) -> str:
+        return f"base_url={self.base_url!r}, api_key_env={self.api_key_env!r}"
+
+    @property
+    def name(self) -> str:
+        """The base URL."""
+        return self.base_url
+
+    def start_afresh(self) -> None:
+        """Connections of its own for this process."""
+        # trust_env: a proxy cannot reach this machine's own servers
+        self.connections = Connections(timeout_s=self.timeout_s, trust_env=not self._loopback, transport=self.transport)
+
+    def secret(self) -> tuple[str, str]:
+        """The key as the environment has it now, and a reason if there is none that can be sent."""
+        if self.api_key_env is None:
+            return "", ""
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            return "", "no_api_key"
+        # Anything else cannot stand in a header; an HTTP library would refuse it in a message that quotes it.
+        return (key, "") if key.isascii() and key.isprintable() else ("", "bad_api_key")
+
+    @contextmanager
+    def session(self) -> Iterator[Send]:
+        """One connection of the running loop."""
+        with self.connections.here().client() as client:
+            yield partial(self._post, client)
+
+    async def aclose(self) -> None:
+        """Close the connections of every loop that still runs; it reconnects when used again."""
+        await self.connections.aclose()
+
+    async def _post(self, client: httpx.AsyncClient, payload: Mapping[str, object], body: bytes, key: str) -> Attempt:
+        import httpx
+
+        try:
+            return await self._exchange(client, body, key)
+        except httpx.TimeoutException:
+            raise TimeoutError from None
+        except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError):
+            # Without its words: messages of HTTP libraries can quote headers, and one of them holds the key.
+            raise ConnectionError from None
+
+    async def _exchange(self, client: httpx.AsyncClient, body: bytes, key: str) -> Attempt:
+        # Uncompressed, so that the size limit is a limit on memory: a compressed reply can unfold a thousandfold.
+        sent = {"content-type": "application/json", "accept": "application/json", "accept-encoding": "identity"}
+        if key:
+            sent["authorization"] = f"Bearer {key}"
+        url = self.base_url + "/chat/completions"
+        async with client.stream("POST", url, content=body, headers=sent) as response:
+            if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+                return Attempt(reason="bad_encoding", headers=response.headers, status=response.status_code)
+            failed = response.status_code != 200
+            limit = _MAX_ERROR_BODY if failed else self.max_reply_bytes
+            content, complete = bytearray(), True
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > limit:
+                    complete = False
+                    break
+        status, headers = response.status_code, response.headers
+        if not failed:
+            if complete:
+                return Attempt(body=bytes(content), headers=headers, status=status)
+            return Attempt(reason="reply_too_large", headers=headers, status=status)
+        return _failure(status, bytes(content), error_detail(bytes(content[:limit]), key), headers)
+
+
+class FunctionExchange:
+    """Asks through a function: an in-process model, or a client library of the caller's own.
+
+    Args:
+        complete: see :class:`~rmcore.judge.client.completions.CompletionFunction`.
+
+    What it raises becomes an attempt: :class:`~rmcore.judge.client.completions.CompletionError`, and any exception with
+    a ``status_code`` (those of ``openai`` have one), is that HTTP status; a ``TimeoutError`` or ``OSError``, also as
+    the cause of another exception, is a timeout or a broken connection; all else fails with ``error_<type>``.
+
+    Raises:
+        JudgeError: ``complete`` cannot be called.
+    """
+
+    def __init__(self, complete: CompletionFunction) -> None:
+        if not callable(complete):
+            raise JudgeError(
+                f"complete: got {type(complete).__name__}, expected an async function (messages, **parameters); "
+                "for an openai client openai_completions(client)"
+            )
+        self.complete = complete
+
+    def __repr__(self) -> str:
+        return f"complete={self.complete!r}"
+
+    @property
+    def name(self) -> str:
+        """The function's own ``name``, if it has one."""
+        name = getattr(self.complete, "name", "")
+        return name if isinstance(name, str) else ""
+
+    def start_afresh(self) -> None:
+        """Nothing here belongs to a process."""
+
+    def secret(self) -> tuple[str, str]:
+        """The key that the function says it uses (``api_key``), so that it can be kept out of logs and stores."""
+        key = getattr(self.complete, "api_key", "")
+        return (key, "") if isinstance(key, str) else ("", "")
+
+    @contextmanager
+    def session(self) -> Iterator[Send]:
+        """The function."""
+        yield self._call
+
+    async def aclose(self) -> None:
+        """Close the function if it can be closed (``aclose``)."""
+        close = getattr(self.complete, "aclose", None)
+        if close is not None:
+            await close()
+
+    async def _call(self, payload: Mapping[str, object], body: bytes, key: str) -> Attempt:
+        parameters = dict(payload)
+        messages: Any = parameters.pop("messages", [])
+        try:
+            found = self.complete(messages, **parameters)
+            reply = await found if inspect.isawaitable(found) else found
+        except Exception as error:
+            return _raised(error, key)
+        return Attempt(body=json.dumps(reply_object(reply)).encode("ascii"), status=200)
+
+
+def _failure(status: int, content: bytes, detail: str, headers: Mapping[str, str]) -> Attempt:
+    """An error status as an attempt."""
+    code = error_code(content)
+    reason = code if code == "insufficient_quota" else f"http_{status}"
+    return Attempt(None, reason, detail, should_retry(status, code), headers, status)
+
+
+def _raised(error: Exception, key: str) -> Attempt:
+    """What a completion function raised, as an attempt.
+
+    Raises:
+        TimeoutError, OSError: it was that, or caused by it.
+        Exception: the error itself, if nothing is known of it.
+    """
+    status = error.status if isinstance(error, CompletionError) else getattr(error, "status_code", None)
+    if isinstance(status, int) and 400 <= status < 600:
+        headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
+        words = {name: getattr(error, name, None) for name in ("code", "type")}
+        content = json.dumps({"error": {name: word for name, word in words.items() if isinstance(word, str)}}).encode()
+        return _failure(status, content, scrub(str(error), key), headers)
+    chain: BaseException | None = error
+    while chain is not None:
+        kinds = {kind.__name__ for kind in type(chain).__mro__}
+        if isinstance(chain, TimeoutError) or "TimeoutException" in kinds:  # the latter: httpx's, not imported here
+            raise TimeoutError from None
+        if isinstance(chain, OSError) or kinds & {"NetworkError", "RemoteProtocolError", "ProxyError"}:
+            raise ConnectionError from None
+        chain = chain.__cause__
+    raise error
