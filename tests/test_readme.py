@@ -27,6 +27,19 @@ def test_the_example_runs(backbone_path: Path, capsys: pytest.CaptureFixture[str
     assert "'judge': 1" in capsys.readouterr().out
 
 
+def test_the_example_imports_from_rmcore_alone() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    modules = [line.split()[1] for line in code.splitlines() if line.startswith(("import ", "from "))]
+    assert modules == ["rmcore"]
+
+
+def test_the_readme_fits_on_three_screens() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 125
+    assert all((README.parent / path).is_file() for path in re.findall(r"\]\((bench/[^)]+)\)", text))
+    assert len(re.findall(r"!\[", text)) == 1
+
+
 def test_the_example_is_about_fifteen_lines() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code.splitlines()) <= 17

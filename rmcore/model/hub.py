@@ -224,7 +224,7 @@ def model_card(repo_id: str, head: FrozenHead, backbone: BackboneConfig, *, embe
 # {repo_id.rpartition("/")[2]}
 
 A reward model that says how sure it is: a preference and an epistemic uncertainty for every pair of responses,
-made with [rmcore](https://pypi.org/project/rmcore/) {__version__}.
+made with rmcore {__version__}.
 
 ```python
 from rmcore import RewardModel
