@@ -41,13 +41,12 @@ from rmcore.engine.routing.drift import Drift, StepLog, StepRecord
 from rmcore.engine.routing.pacing import Pace
 from rmcore.engine.routing.recent import Floats, ForgettingSample
 from rmcore.engine.routing.routers import Candidates, RankBy, Reservation, rank_score
-from rmcore.engine.routing.state import StateReader, plain, read_state, write_state
+from rmcore.engine.routing.state import plain, read_state, write_state
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["AdaptiveRouter"]
 
 _FORMAT, _VERSION = "rmcore-adaptive-router", 1
-_FIELDS = ("format", "version", "by", "next_id", "pairs", "owed", "threshold", "random", "sample")
 
 
 @dataclass
@@ -263,31 +262,34 @@ class AdaptiveRouter:
             CheckpointError: the state is damaged, of another version or of another kind of router. Nothing is changed.
             InputError: reservations are in flight.
         """
-        reader = StateReader(state, "router", (*_FIELDS, "paces", "budgets", "log"))
-        for name, value in (("format", _FORMAT), ("version", _VERSION), ("by", self.by)):
-            reader.exactly(name, value)
-        budgets, paces = reader.items("budgets"), reader.items("paces")
+        from rmcore.engine.routing.schema import RouterState, checked, refuse
+
+        found = checked(RouterState, state, "router")
+        budgets, paces = found.budgets, found.paces
+        if found.by != self.by:
+            refuse("router.by", found.by, f"{self.by!r}, as this object was made with")
         if not len(budgets) == len(paces) == len(self.budgets):
-            reader.fail("budgets", f"the states of {len(self.budgets)} budgets and of their paces")
+            kinds = [f"{budget.unit} per {budget.per}" for budget in budgets]
+            refuse("router.budgets", kinds, f"the states of {len(self.budgets)} budgets and of their paces")
         with self._lock:
             if self._open:
                 reject("state", f"{len(self._open)} reservations in flight", "none: settle them before loading a state")
             names = [f"router.budgets[{k}]" for k in range(len(budgets))]
             for budget, item, name in zip(self.budgets, budgets, names, strict=True):
                 budget.check_state(item, name)
-            log = StepLog.from_state(reader.raw("log"), "router.log", self.by, self._history, self._names)
+            log = StepLog.from_state(found.log, "router.log", self.by, self._history, self._names)
             parsed = {
-                "_sample": ForgettingSample.from_state(reader.raw("sample"), "router.sample", self._sample.half_life),
+                "_sample": ForgettingSample.from_state(found.sample, "router.sample", self._sample.half_life),
                 "_log": log,
                 "_paces": [
                     Pace.from_state(item, f"router.paces[{k}]", budget, self.run_pairs)
                     for k, (item, budget) in enumerate(zip(paces, self.budgets, strict=True))
                 ],
-                "_random": _generator(reader),
-                "_pairs": reader.integer("pairs"),
-                "_owed": reader.number("owed"),
-                "_threshold": reader.optional_number("threshold"),
-                "_next_id": reader.integer("next_id", 1),
+                "_random": _generator(found.random.model_dump()),
+                "_pairs": found.pairs,
+                "_owed": found.owed,
+                "_threshold": found.threshold,
+                "_next_id": found.next_id,
             }
             for budget, item, name in zip(self.budgets, budgets, names, strict=True):
                 budget.load_state_dict(item, name)
@@ -298,8 +300,12 @@ class AdaptiveRouter:
         write_state(path, self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Continue from a file written by :meth:`save`. Raises as :meth:`load_state_dict`."""
-        self.load_state_dict(read_state(path))
+        """Continue from a file written by :meth:`save`. Raises as :meth:`load_state_dict`, naming the file."""
+        state = read_state(path)
+        try:
+            self.load_state_dict(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
 
     # -- inside the lock ---------------------------------------------------------------------------------------------
 
@@ -348,10 +354,10 @@ def _values(tensor: Tensor) -> Floats:
     return tensor.detach().double().cpu().numpy()
 
 
-def _generator(reader: StateReader) -> np.random.Generator:
+def _generator(state: Any) -> np.random.Generator:
     bits = np.random.PCG64()
     try:
-        bits.state = reader.raw("random")
+        bits.state = state
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise CheckpointError(f"router.random: not the state of a PCG64 generator ({error})") from error
     return np.random.Generator(bits)

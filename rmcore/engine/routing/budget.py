@@ -38,7 +38,6 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore.engine.routing.pair_cost import FIRST_ESTIMATE, PairCost
 from rmcore.engine.routing.recent import SlidingSum
-from rmcore.engine.routing.state import StateReader
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["Budget", "BudgetStats", "Hold", "Period", "Unit"]
@@ -381,28 +380,27 @@ class Budget:
         return reserved
 
     def _parse(self, state: object, where: str) -> dict[str, Any]:
-        fields = ("unit", "per", "spent", "window", "total", "settled_pairs", "denied_pairs", "excess", "overshoot")
-        reader = StateReader(state, where, (*fields, "recent", "mean", "next_id"))
-        reader.exactly("unit", self.unit)
-        reader.exactly("per", self.per)
+        from rmcore.engine.routing.schema import BudgetState, checked, refuse
+
+        found = checked(BudgetState, state, where)
+        for name, own in (("unit", self.unit), ("per", self.per)):
+            if getattr(found, name) != own:
+                refuse(f"{where}.{name}", getattr(found, name), f"{own!r}, as this object was made with")
         account = _Account(WINDOWS.get(self.per))
-        account.fixed = reader.integer("spent")
+        account.fixed = found.spent
         with self._lock:
             now = self._time()
         if account.window is not None:
-            account.window.load_state_dict(reader.raw("window"), now, f"{where}.window")
-        elif reader.items("window"):
-            reader.fail("window", "an empty list")
-        mean = reader.optional_number("mean")
-        if mean is not None and not 0 <= mean < math.inf:
-            reader.fail("mean", "a non-negative number")
+            account.window.load_state(found.window, now)
+        elif found.window:
+            refuse(f"{where}.window", found.window, "an empty list")
         return {
             "_account": account,
-            "_pair": PairCost(self._pair.bound, self._pair.first, reader.integers("recent"), mean),
-            "_next_id": reader.integer("next_id", 1),
-            "_settled": reader.integer("settled_pairs"),
-            "_denied": reader.integer("denied_pairs"),
-            **{f"_{name}": reader.integer(name) for name in ("total", "excess", "overshoot")},
+            "_pair": PairCost(self._pair.bound, self._pair.first, found.recent, found.mean),
+            "_next_id": found.next_id,
+            "_settled": found.settled_pairs,
+            "_denied": found.denied_pairs,
+            **{f"_{name}": getattr(found, name) for name in ("total", "excess", "overshoot")},
         }
 
     def _check_idle(self) -> None:

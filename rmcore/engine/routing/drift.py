@@ -6,11 +6,10 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from rmcore.engine.routing.recent import Floats, SampleQuantiles
-from rmcore.engine.routing.state import StateReader, plain
+from rmcore.engine.routing.state import plain
 
 __all__ = ["Drift", "StepLog", "StepRecord"]
 
@@ -212,36 +211,19 @@ class StepLog:
     @classmethod
     def from_state(cls, state: object, where: str, by: str, length: int, budgets: Sequence[str]) -> StepLog:
         """The log that a state describes. Raises CheckpointError if it is damaged."""
-        reader = StateReader(state, where, ("steps", "sample", "fixed", "first", "totals"))
+        from rmcore.engine.routing.schema import LogState, checked, refuse
+
+        found = checked(LogState, state, where)
         log = cls(by, length, budgets)
-        steps = [log._step(item, f"{where}.steps[{k}]") for k, item in enumerate(reader.items("steps"))]
-        if not steps or any(a.step >= b.step for a, b in pairwise(steps)):
-            reader.fail("steps", "at least one, in order")
-        log._steps = deque(steps, maxlen=length)
-        log._sample = SampleQuantiles.from_state(reader.raw("sample"), f"{where}.sample")
-        log._fixed = reader.optional_number("fixed")
-        log._first = None if reader.raw("first") is None else reader.numbers("first")
-        if log._first is not None and len(log._first) != len(LEVELS):
-            reader.fail("first", f"{len(LEVELS)} numbers")
-        names = tuple(log._totals)
-        totals = StateReader(reader.raw("totals"), f"{where}.totals", names)
-        log._totals = {name: totals.integer(name) for name in names}
+        for k, step in enumerate(found.steps):
+            if set(step.spend) != set(log._budgets):
+                refuse(f"{where}.steps[{k}].spend", sorted(step.spend), f"the budgets {sorted(log._budgets)}")
+        steps = [{**step.model_dump(), "spend": {name: step.spend[name] for name in budgets}} for step in found.steps]
+        log._steps = deque((_Step(**step) for step in steps), maxlen=length)
+        log._sample = SampleQuantiles.from_state(found.sample, f"{where}.sample")
+        log._fixed, log._first = found.fixed, found.first
+        log._totals = found.totals.model_dump()
         return log
 
     def _empty(self, step: int) -> _Step:
         return _Step(step, spend=dict.fromkeys(self._budgets, 0.0))
-
-    def _step(self, state: object, where: str) -> _Step:
-        reader = StateReader(state, where, tuple(_Step.__dataclass_fields__))
-        quantiles = None if reader.raw("quantiles") is None else reader.numbers("quantiles")
-        if quantiles is not None and len(quantiles) != len(LEVELS):
-            reader.fail("quantiles", f"{len(LEVELS)} numbers")
-        spend = StateReader(reader.raw("spend"), f"{where}.spend", self._budgets)
-        return _Step(
-            step=reader.integer("step", 1),
-            **{name: reader.integer(name) for name in ("pairs", "routed", "denied", "compared", "above")},
-            target_sum=reader.number("target_sum", low=0),
-            threshold=reader.optional_number("threshold"),
-            quantiles=quantiles,
-            spend={name: spend.number(name, low=0) for name in self._budgets},
-        )

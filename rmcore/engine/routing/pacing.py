@@ -7,7 +7,6 @@ from typing import Any
 
 from rmcore.engine.routing.budget import WINDOWS, Budget
 from rmcore.engine.routing.recent import SlidingSum
-from rmcore.engine.routing.state import StateReader
 
 __all__ = ["Pace"]
 
@@ -87,16 +86,15 @@ class Pace:
     @classmethod
     def from_state(cls, state: object, where: str, budget: Budget, run_pairs: int | None) -> Pace:
         """The plan that a state describes. Raises CheckpointError if it is damaged."""
-        reader = StateReader(state, where, ("step_pairs", "arrivals", "peak", "since_first", "since_last"))
+        from rmcore.engine.routing.schema import PaceState, checked, refuse
+
+        found = checked(PaceState, state, where)
         pace = cls(budget, run_pairs)
-        pace._step_pairs = reader.optional_number("step_pairs")
-        pace._peak = reader.number("peak", low=0)
-        if pace._arrivals is not None and reader.raw("since_first") is not None:
+        pace._step_pairs, pace._peak = found.step_pairs, found.peak
+        if found.since_first is not None and found.since_last is not None:
+            if pace._arrivals is None:
+                refuse(f"{where}.since_first", found.since_first, "nothing: this budget plans without arrivals")
             now = budget.clock.now()
-            pace._first, pace._last = (now - reader.number(name, low=0) for name in ("since_first", "since_last"))
-            if pace._first > pace._last:
-                reader.fail("since_first", "since_last or more")
-            pace._arrivals.load_state_dict(reader.raw("arrivals"), now, f"{where}.arrivals")
-        elif reader.items("arrivals") or any(reader.raw(name) is not None for name in ("since_first", "since_last")):
-            reader.fail("arrivals", "none, with no time since the first or the last")
+            pace._first, pace._last = now - found.since_first, now - found.since_last
+            pace._arrivals.load_state(found.arrivals, now)
         return pace

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from rmcore._base.errors import reject
 from rmcore._base.quantile import quantiles
-from rmcore.engine.routing.state import StateReader, plain
+from rmcore.engine.routing.state import plain
 
 __all__ = ["ForgettingSample", "SampleQuantiles", "SlidingSum", "Tail"]
 
@@ -100,17 +101,17 @@ class ForgettingSample:
     @classmethod
     def from_state(cls, state: object, where: str, half_life: float) -> ForgettingSample:
         """The sample that a state describes. Raises CheckpointError if it is damaged or forgets at another rate."""
-        reader = StateReader(state, where, ("half_life", "seen", "values", "mass", "stamp"))
-        reader.exactly("half_life", float(half_life))
+        from rmcore.engine.routing.schema import SampleState, checked, refuse
+
+        found = checked(SampleState, state, where)
         sample = cls(half_life)
-        sample.seen = reader.integer("seen")
-        sample._values = np.array(reader.numbers("values", infinite=True))
-        sample._mass = np.array(reader.numbers("mass", low=1.0))
-        sample._stamp = np.array(reader.integers("stamp"), dtype=np.int64)
-        if not len(sample._values) == len(sample._mass) == len(sample._stamp) <= sample.capacity:
-            reader.fail("values", f"as many as there are masses and stamps, at most {sample.capacity}")
-        if len(sample._stamp) and (np.any(np.diff(sample._stamp) < 0) or sample._stamp[-1] > sample.seen):
-            reader.fail("stamp", "ages in order")
+        if found.half_life != sample.half_life:
+            refuse(f"{where}.half_life", found.half_life, f"{sample.half_life!r}, as this object was made with")
+        if len(found.values) > sample.capacity:
+            refuse(f"{where}.values", f"{len(found.values)} of them", f"at most {sample.capacity}")
+        sample.seen = found.seen
+        sample._values, sample._mass = np.array(found.values), np.array(found.mass)
+        sample._stamp = np.array(found.stamp, dtype=np.int64)
         return sample
 
 
@@ -156,12 +157,13 @@ class SampleQuantiles:
     @classmethod
     def from_state(cls, state: object, where: str, capacity: int = 4096) -> SampleQuantiles:
         """The sample that a state describes. Raises CheckpointError if it is damaged."""
+        from rmcore.engine.routing.schema import QuantilesState, checked, refuse
+
+        found = checked(QuantilesState, state, where)
+        if len(found.values) > 2 * capacity:
+            refuse(f"{where}.values", f"{len(found.values)} of them", f"at most {2 * capacity}")
         sample = cls(capacity)
-        reader = StateReader(state, where, ("values", "weights"))
-        sample._values = np.array(reader.numbers("values"))
-        sample._weights = np.array(reader.numbers("weights", low=1.0))
-        if not len(sample._values) == len(sample._weights) <= 2 * capacity:
-            reader.fail("values", f"as many as there are weights, at most {2 * capacity}")
+        sample._values, sample._weights = np.array(found.values), np.array(found.weights)
         return sample
 
 
@@ -202,18 +204,11 @@ class SlidingSum:
         self.total(now)
         return [[now - a, now - b, n] for (a, b), n in zip(self._entries, self._amounts, strict=True)]
 
-    def load_state_dict(self, state: object, now: float, where: str) -> None:
+    def load_state(self, state: Sequence[tuple[float, float, int]], now: float) -> None:
         """As if no time had passed since the state was taken, which is the cautious reading."""
-        entries: deque[list[float]] = deque()
-        amounts: deque[int] = deque()
-        for k, item in enumerate(StateReader({"window": state}, where, ("window",)).items("window")):
-            reader = StateReader({"entry": item}, f"{where}[{k}]", ("entry",))
-            values = reader.numbers("entry", low=0)
-            if len(values) != 3 or values[0] < values[1] or not values[2].is_integer():
-                reader.fail("entry", "[age of the first, age of the last, amount]")
-            entries.append([now - values[0], now - values[1]])
-            amounts.append(int(item[2]))
-        self._entries, self._amounts, self._sum = entries, amounts, sum(amounts)
+        self._entries = deque([now - first, now - last] for first, last, _ in state)
+        self._amounts = deque(amount for _, _, amount in state)
+        self._sum = sum(self._amounts)
 
 
 def _thinned(values: Floats, count: int) -> Floats:

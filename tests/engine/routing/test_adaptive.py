@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -706,6 +707,55 @@ def test_every_field_of_a_state_is_checked():
                 router.load_state_dict(state)
     assert router.state_dict() == before
     router.load_state_dict(json.loads(text))
+
+
+SAVED = Path(__file__).parent / "data" / "adaptive_router_v1.json"
+
+
+def saved_like(clock) -> AdaptiveRouter:
+    return busy(clock, half_life=16, warmup=8, history=2)
+
+
+def test_a_file_saved_before_states_had_models_still_loads():
+    router = saved_like(FakeClock())
+    router.load(SAVED)
+    assert router.state_dict() == json.loads(SAVED.read_text())
+    assert len(router.history) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "says"),
+    [
+        (("version",), 2, r"router\.version: got '2', expected 1$"),
+        (("format",), "other", r"router\.format: got 'other', expected 'rmcore-adaptive-router'$"),
+        (("pairs",), True, r"router\.pairs: got 'True', expected a valid integer$"),
+        (("pairs",), 400.0, r"router\.pairs: got '400\.0', expected a valid integer$"),
+        (("owed",), "0.5", r"router\.owed: got '0\.5', expected a valid number$"),
+        (
+            ("budgets", 1, "mean"),
+            -1.0,
+            r"router\.budgets\[1\]\.mean: got '-1\.0', expected greater than or equal to 0$",
+        ),
+        (("paces", 1, "since_last"), None, r"router\.paces\[1\]: got .*, expected both times and their arrivals"),
+        (("sample", "stamp"), [1], r"router\.sample: got .*, expected as many values as there are masses and stamps$"),
+        (("log", "steps", 0, "spend"), {}, r"router\.log\.steps\[0\]\.spend: got '\[\]', expected the budgets"),
+        (("random", "state"), {"state": 1}, r"router\.random\.state: fields missing \['inc'\], fields unknown \[\]$"),
+        (("sample",), [], r"router\.sample: got list, expected an object$"),
+        (("surprise",), 1, r"router: fields missing \[\], fields unknown \['surprise'\]$"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_an_error_names_the_file_the_field_and_what_was_expected(path, wrong, says, tmp_path):
+    state = json.loads(SAVED.read_text())
+    place = state
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = wrong
+    file = tmp_path / "router.json"
+    file.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        saved_like(FakeClock()).load(file)
+    assert str(caught.value).startswith(f"{file}: router")
 
 
 def test_a_file_that_is_no_state_is_refused(tmp_path):

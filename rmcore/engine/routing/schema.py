@@ -1,0 +1,255 @@
+"""What the saved state of a router holds, as pydantic models: a state is checked whole before anything is made of it.
+
+Strict: a number is no text and a boolean no number, nothing may be missing, and nothing unknown may be there. What
+depends on the object that loads the state (its half-life, its budgets) is that object's to check. Imported where a
+state is loaded, so that routing needs no pydantic.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rmcore._base.errors import CheckpointError
+
+__all__ = [
+    "BudgetState",
+    "LogState",
+    "PaceState",
+    "QuantilesState",
+    "RouterState",
+    "SampleState",
+    "State",
+    "Window",
+    "checked",
+    "refuse",
+]
+
+_INFINITIES = {"inf": math.inf, "-inf": -math.inf}  # as state.plain writes them: JSON has none
+
+
+def _infinity(value: object) -> object:
+    return _INFINITIES.get(value, value) if isinstance(value, str) else value
+
+
+def _no_nan(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("a number or an infinity")
+    return value
+
+
+def _first_version(value: int) -> int:
+    if value != 1:
+        raise ValueError("1")
+    return value
+
+
+def _in_order(entry: tuple[float, float, int]) -> tuple[float, float, int]:
+    if entry[0] < entry[1]:
+        raise ValueError("[age of the first, age of the last, amount]")
+    return entry
+
+
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Id: TypeAlias = Annotated[int, Field(ge=1)]
+Stamp: TypeAlias = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Mass: TypeAlias = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Extended: TypeAlias = Annotated[float, BeforeValidator(_infinity), AfterValidator(_no_nan)]
+Levels: TypeAlias = Annotated[list[Number], Field(min_length=3, max_length=3)]
+# Not strict as to the sequence: JSON has lists only.
+Window: TypeAlias = list[Annotated[tuple[Amount, Amount, Count], Field(strict=False), AfterValidator(_in_order)]]
+
+
+class State(BaseModel):
+    """Base of all models of saved states."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SampleState(State):
+    """A :class:`~rmcore.engine.routing.recent.ForgettingSample`: three columns, oldest first."""
+
+    half_life: Number
+    seen: Stamp
+    values: list[Extended]
+    mass: list[Mass]
+    stamp: list[Stamp]
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if not len(self.values) == len(self.mass) == len(self.stamp):
+            raise ValueError("as many values as there are masses and stamps")
+        if any(a > b for a, b in pairwise([*self.stamp, self.seen])):
+            raise ValueError("stamps in order, none above `seen`")
+        return self
+
+
+class QuantilesState(State):
+    """A :class:`~rmcore.engine.routing.recent.SampleQuantiles`."""
+
+    values: list[Number]
+    weights: list[Mass]
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if len(self.values) != len(self.weights):
+            raise ValueError("as many values as there are weights")
+        return self
+
+
+class StepState(State):
+    """One step of a :class:`LogState`."""
+
+    step: Id
+    pairs: Count
+    routed: Count
+    denied: Count
+    target_sum: Amount
+    threshold: Extended | None
+    quantiles: Levels | None
+    compared: Count
+    above: Count
+    spend: dict[str, Amount]
+
+
+class TotalsState(State):
+    """Pairs of all steps."""
+
+    pairs: Count
+    routed: Count
+    denied: Count
+
+
+class LogState(State):
+    """A :class:`~rmcore.engine.routing.drift.StepLog`."""
+
+    steps: Annotated[list[StepState], Field(min_length=1)]
+    sample: QuantilesState
+    fixed: Number | None
+    first: Levels | None
+    totals: TotalsState
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if any(a.step >= b.step for a, b in pairwise(self.steps)):
+            raise ValueError("steps in order")
+        return self
+
+
+class PaceState(State):
+    """A :class:`~rmcore.engine.routing.pacing.Pace`; times are ages."""
+
+    step_pairs: Number | None
+    arrivals: Window
+    peak: Amount
+    since_first: Amount | None
+    since_last: Amount | None
+
+    @model_validator(mode="after")
+    def _ages(self) -> Self:
+        if self.since_first is None or self.since_last is None:
+            if self.arrivals or self.since_first is not None or self.since_last is not None:
+                raise ValueError("both times and their arrivals, or none of them")
+        elif self.since_first < self.since_last:
+            raise ValueError("since_first not below since_last")
+        return self
+
+
+class BudgetState(State):
+    """A :class:`~rmcore.engine.routing.budget.Budget`, in whole grains of its unit."""
+
+    unit: str
+    per: str
+    spent: Count
+    window: Window
+    total: Count
+    settled_pairs: Count
+    denied_pairs: Count
+    excess: Count
+    overshoot: Count
+    recent: list[Count]
+    mean: Amount | None
+    next_id: Id
+
+
+class WordsState(State):
+    """The two 128-bit words of a PCG64."""
+
+    state: Count
+    inc: Count
+
+
+class RandomState(State):
+    """numpy's PCG64, as its ``state`` gives it."""
+
+    bit_generator: Literal["PCG64"]
+    state: WordsState
+    has_uint32: Count
+    uinteger: Count
+
+
+class RouterState(State):
+    """An :class:`~rmcore.engine.routing.adaptive.AdaptiveRouter`."""
+
+    format: Literal["rmcore-adaptive-router"]
+    version: Annotated[int, AfterValidator(_first_version)]  # no Literal: True would pass for 1
+    by: str
+    next_id: Id
+    pairs: Count
+    owed: Number
+    threshold: Extended | None
+    random: RandomState
+    sample: SampleState
+    paces: list[PaceState]
+    budgets: list[BudgetState]
+    log: LogState
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(model: type[M], state: object, where: str) -> M:
+    """``state`` as a ``model``.
+
+    Args:
+        model: what it must be.
+        state: plain JSON values, or such a model already.
+        where: what to call it in messages, such as ``router.budgets[0]``.
+
+    Raises:
+        CheckpointError: it is not. The message names the field, what it holds and what was expected.
+    """
+    try:
+        return model.model_validate(state)
+    except ValidationError as error:
+        raise CheckpointError(_message(error.errors(include_url=False), where)) from None
+
+
+def refuse(where: str, got: object, expected: str) -> NoReturn:
+    """Raise for a field that is well-formed, and not what the object that loads it can take."""
+    raise CheckpointError(f"{where}: got {str(got)[:80]!r}, expected {expected}")
+
+
+def _message(problems: list[Any], where: str) -> str:
+    first = problems[0]
+    path = _path(where, first["loc"])
+    if first["type"] in ("missing", "extra_forbidden"):
+        parent = first["loc"][:-1]
+        beside = [p for p in problems if p["loc"][:-1] == parent]
+        missing, unknown = (
+            sorted(str(p["loc"][-1]) for p in beside if p["type"] == kind) for kind in ("missing", "extra_forbidden")
+        )
+        return f"{_path(where, parent)}: fields missing {missing}, fields unknown {unknown}"
+    if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{path}: got {type(first['input']).__name__}, expected an object"
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{path}: got {str(first['input'])[:80]!r}, expected {expected}"
+
+
+def _path(where: str, location: tuple[int | str, ...]) -> str:
+    return where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
