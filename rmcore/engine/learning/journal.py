@@ -21,7 +21,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class Journal:
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "rmcore_version": __version__, "head": identity}
         line = {"event": "open", **head, "state": state, "count": count, "snapshot": name, "snapshot_sha256": sha256}
         self._append(line)
-        self._take(line)
+        self._take(line, "journal")
 
     def add(
         self,
@@ -137,14 +137,14 @@ class Journal:
             line["snapshot"] = f"snapshot-{number:06d}.safetensors"
             line["snapshot_sha256"] = self._write_tensors(line["snapshot"], snapshot)
         self._append(line)
-        self._take(line)
+        self._take(line, "journal")
         return self.versions[-1]
 
     def revert(self, number: int) -> None:
         """Note that version ``number`` is current from now on."""
         line = {"event": "revert", "version": number}
         self._append(line)
-        self._take(line)
+        self._take(line, "journal")
 
     def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         from safetensors.torch import save_file
@@ -211,38 +211,39 @@ class Journal:
             return
         for number, text in enumerate(whole.split(b"\n"), 1):
             try:
-                self._take(json.loads(text))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{file}:{number}: got a line that does not fit here ({error!r})") from error
+                line = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{file}:{number}: got a line that is not JSON ({error})") from error
+            self._take(line, f"{file}:{number}")
 
-    def _take(self, line: Mapping[str, Any]) -> None:
-        """Apply one line to what is known."""
-        event, number = line["event"], len(self.versions)
-        if event == "revert":
-            if not 0 <= line["version"] < number:
-                raise ValueError(f"revert to version {line['version']} of {number}")
-            self.current = line["version"]
+    def _take(self, line: Any, where: str) -> None:
+        """Apply one line, called ``where`` in errors, to what is known."""
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.learning import schema
+
+        event = line.get("event") if isinstance(line, Mapping) else None
+        if event not in ("open", "update", "revert"):
+            refuse(where, line, "an object whose event is open, update or revert")
+        if event == "open" and (line.get("format"), line.get("format_version")) != (FORMAT, FORMAT_VERSION):
+            # Before the other fields, which another version may have changed.
+            got = f"{line.get('format')!r} version {line.get('format_version')!r}"
+            raise CheckpointError(f"{where}: got {got}, expected {FORMAT!r} {FORMAT_VERSION}")
+        found, number = checked(schema.LINES[event], line, where), len(self.versions)
+        if isinstance(found, schema.RevertLine):
+            if found.version >= number:
+                refuse(f"{where}.version", found.version, f"one of the {number} versions before it")
+            self.current = found.version
             return
-        if event == "open":
-            if (line["format"], line["format_version"]) != (FORMAT, FORMAT_VERSION):
-                raise CheckpointError(
-                    f"{self.path}: got {line['format']!r} version {line['format_version']!r}, expected {FORMAT!r} "
-                    f"{FORMAT_VERSION}"
-                )
+        if isinstance(found, schema.OpenLine):
             if number:
-                raise ValueError("a second beginning")
-            self.identity = dict(line["head"])
-        elif event != "update" or line["version"] != number or not 0 <= line["parent"] < number:
-            raise ValueError(f"{event} where version {number} was due")
-        names = ("file", "sha256", "snapshot", "snapshot_sha256")
-        files = {name: str(line.get(name, "")) for name in names}
-        for name in (files["file"], files["snapshot"]):
-            if name != Path(name).name:
-                raise ValueError(f"a file outside the folder: {name!r}")
-        parent = line.get("parent")
+                refuse(where, "a second beginning", f"version {number}")
+            self.identity = dict(found.head)
+            version = Version(0, None, found.state, found.count)
+        elif found.version != number or found.parent >= number:
+            refuse(where, f"version {found.version} of {found.parent}", f"a later one: version {number} was due")
+        else:
+            version = Version(number, found.parent, found.state, found.count, found.report, found.file, found.sha256)
         self.versions.append(
-            Version(number, parent, str(line["state"]), int(line["count"]), line.get("report", {}), **files)
+            replace(version, snapshot=found.snapshot or "", snapshot_sha256=found.snapshot_sha256 or "")
         )
         self.current = number

@@ -262,7 +262,8 @@ class AdaptiveRouter:
             CheckpointError: the state is damaged, of another version or of another kind of router. Nothing is changed.
             InputError: reservations are in flight.
         """
-        from rmcore.engine.routing.schema import RouterState, checked, refuse
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import RouterState
 
         found = checked(RouterState, state, "router")
         budgets, paces = found.budgets, found.paces

@@ -380,7 +380,8 @@ class Budget:
         return reserved
 
     def _parse(self, state: object, where: str) -> dict[str, Any]:
-        from rmcore.engine.routing.schema import BudgetState, checked, refuse
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import BudgetState
 
         found = checked(BudgetState, state, where)
         for name, own in (("unit", self.unit), ("per", self.per)):

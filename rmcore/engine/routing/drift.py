@@ -211,7 +211,8 @@ class StepLog:
     @classmethod
     def from_state(cls, state: object, where: str, by: str, length: int, budgets: Sequence[str]) -> StepLog:
         """The log that a state describes. Raises CheckpointError if it is damaged."""
-        from rmcore.engine.routing.schema import LogState, checked, refuse
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import LogState
 
         found = checked(LogState, state, where)
         log = cls(by, length, budgets)

@@ -86,7 +86,8 @@ class Pace:
     @classmethod
     def from_state(cls, state: object, where: str, budget: Budget, run_pairs: int | None) -> Pace:
         """The plan that a state describes. Raises CheckpointError if it is damaged."""
-        from rmcore.engine.routing.schema import PaceState, checked, refuse
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import PaceState
 
         found = checked(PaceState, state, where)
         pace = cls(budget, run_pairs)

@@ -101,7 +101,8 @@ class ForgettingSample:
     @classmethod
     def from_state(cls, state: object, where: str, half_life: float) -> ForgettingSample:
         """The sample that a state describes. Raises CheckpointError if it is damaged or forgets at another rate."""
-        from rmcore.engine.routing.schema import SampleState, checked, refuse
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import SampleState
 
         found = checked(SampleState, state, where)
         sample = cls(half_life)
@@ -157,7 +158,8 @@ class SampleQuantiles:
     @classmethod
     def from_state(cls, state: object, where: str, capacity: int = 4096) -> SampleQuantiles:
         """The sample that a state describes. Raises CheckpointError if it is damaged."""
-        from rmcore.engine.routing.schema import QuantilesState, checked, refuse
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import QuantilesState
 
         found = checked(QuantilesState, state, where)
         if len(found.values) > 2 * capacity:

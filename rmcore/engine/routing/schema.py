@@ -1,7 +1,6 @@
 """What the saved state of a router holds, as pydantic models: a state is checked whole before anything is made of it.
 
-Strict: a number is no text and a boolean no number, nothing may be missing, and nothing unknown may be there. What
-depends on the object that loads the state (its half-life, its budgets) is that object's to check. Imported where a
+What depends on the object that loads the state (its half-life, its budgets) is that object's to check. Imported where a
 state is loaded, so that routing needs no pydantic.
 """
 
@@ -9,11 +8,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rmcore._base.errors import CheckpointError
+from rmcore._base.states import State
 
 __all__ = [
     "BudgetState",
@@ -22,10 +21,7 @@ __all__ = [
     "QuantilesState",
     "RouterState",
     "SampleState",
-    "State",
     "Window",
-    "checked",
-    "refuse",
 ]
 
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}  # as state.plain writes them: JSON has none
@@ -63,12 +59,6 @@ Extended: TypeAlias = Annotated[float, BeforeValidator(_infinity), AfterValidato
 Levels: TypeAlias = Annotated[list[Number], Field(min_length=3, max_length=3)]
 # Not strict as to the sequence: JSON has lists only.
 Window: TypeAlias = list[Annotated[tuple[Amount, Amount, Count], Field(strict=False), AfterValidator(_in_order)]]
-
-
-class State(BaseModel):
-    """Base of all models of saved states."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class SampleState(State):
@@ -208,48 +198,3 @@ class RouterState(State):
     paces: list[PaceState]
     budgets: list[BudgetState]
     log: LogState
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def checked(model: type[M], state: object, where: str) -> M:
-    """``state`` as a ``model``.
-
-    Args:
-        model: what it must be.
-        state: plain JSON values, or such a model already.
-        where: what to call it in messages, such as ``router.budgets[0]``.
-
-    Raises:
-        CheckpointError: it is not. The message names the field, what it holds and what was expected.
-    """
-    try:
-        return model.model_validate(state)
-    except ValidationError as error:
-        raise CheckpointError(_message(error.errors(include_url=False), where)) from None
-
-
-def refuse(where: str, got: object, expected: str) -> NoReturn:
-    """Raise for a field that is well-formed, and not what the object that loads it can take."""
-    raise CheckpointError(f"{where}: got {str(got)[:80]!r}, expected {expected}")
-
-
-def _message(problems: list[Any], where: str) -> str:
-    first = problems[0]
-    path = _path(where, first["loc"])
-    if first["type"] in ("missing", "extra_forbidden"):
-        parent = first["loc"][:-1]
-        beside = [p for p in problems if p["loc"][:-1] == parent]
-        missing, unknown = (
-            sorted(str(p["loc"][-1]) for p in beside if p["type"] == kind) for kind in ("missing", "extra_forbidden")
-        )
-        return f"{_path(where, parent)}: fields missing {missing}, fields unknown {unknown}"
-    if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        return f"{path}: got {type(first['input']).__name__}, expected an object"
-    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{path}: got {str(first['input'])[:80]!r}, expected {expected}"
-
-
-def _path(where: str, location: tuple[int | str, ...]) -> str:
-    return where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
