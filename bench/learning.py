@@ -33,7 +33,7 @@ from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.engine.learning.judged import JudgedPairs
 from rmcore.engine.learning.online import LearningConfig, fold
 from rmcore.evaluation.evaluate import encode_pairs
-from rmcore.evaluation.streams import LabelledPair, find_data, load_corpus
+from rmcore.evaluation.streams import StreamPair, find_data, load_corpus
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit, newton
 from rmcore.model.data import read_lines
@@ -362,13 +362,13 @@ def _round(values: Any) -> list[float]:
 # -- material --------------------------------------------------------------------------------------------------------
 
 
-def _streams(data: Path) -> dict[str, list[LabelledPair]]:
+def _streams(data: Path) -> dict[str, list[StreamPair]]:
     corpus = load_corpus(data)
     second = []
     for name in ("pandalm", "hh_harmless"):
         rows = [row for _, row in read_lines(data / f"{name}.jsonl.gz")]
         for k in np.random.default_rng(0).permutation(len(rows))[:SECOND_STREAM_PAIRS]:
-            pair = LabelledPair(rows[k]["prompt"], rows[k]["chosen"], rows[k]["rejected"], 1.0, name)
+            pair = StreamPair(rows[k]["prompt"], rows[k]["chosen"], rows[k]["rejected"], 1.0, name)
             second.append(pair if k % 2 else pair.swapped())
     return {"mixed": [pair for part in corpus.parts.values() for pair in part], "second": second}
 
@@ -390,7 +390,7 @@ def _encode(data: Path, cache: Path | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _material(stream: list[LabelledPair], rows: Tensor) -> Material:
+def _material(stream: list[StreamPair], rows: Tensor) -> Material:
     truth = np.array([1.0 if pair.label > 0.5 else -1.0 for pair in stream])
     recorded = np.array([_recorded(pair) for pair in stream])
     return Material(
@@ -401,7 +401,7 @@ def _material(stream: list[LabelledPair], rows: Tensor) -> Material:
     )
 
 
-def _recorded(pair: LabelledPair) -> tuple[float, bool, bool]:
+def _recorded(pair: StreamPair) -> tuple[float, bool, bool]:
     """GPT-4's preference with both orders averaged, whether they disagree, and whether it was asked at all."""
     if pair.verdicts is None:
         return float("nan"), False, False

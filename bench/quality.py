@@ -22,7 +22,7 @@ from torch import Tensor
 import rmcore
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
-from rmcore.evaluation.statistics import EvaluationReport
+from rmcore.evaluation.report import EvaluationReport
 from rmcore.evaluation.streams import Corpus, find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit

@@ -26,7 +26,7 @@ def evaluate(
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
     with reported_errors():
         from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
-        from rmcore.evaluation.streams import LabelledPair
+        from rmcore.evaluation.streams import StreamPair
         from rmcore.model.data import read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences
 
@@ -34,7 +34,7 @@ def evaluate(
         if not items:
             reject("preferences", "no lines", "at least one")
         loaded = RewardModel.from_pretrained(model, device=device)
-        pairs = [LabelledPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
+        pairs = [StreamPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
         with progress_bar() as bar:
             states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=encoding_progress(bar))
             known = None

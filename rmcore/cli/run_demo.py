@@ -21,8 +21,8 @@ from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.routing import BudgetRouter, RandomRouter, Router
 from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
-from rmcore.evaluation.statistics import EvaluationReport
-from rmcore.evaluation.streams import Corpus, ExampleGroup, LabelledPair, Stream, find_data, load_corpus
+from rmcore.evaluation.report import EvaluationReport
+from rmcore.evaluation.streams import Corpus, ExampleGroup, Stream, StreamPair, find_data, load_corpus
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import FitReport, fit
 from rmcore.head.sngp import SNGPHead
@@ -126,7 +126,7 @@ def _spans(streams: Sequence[Stream]) -> Iterator[tuple[int, int]]:
 # -- routing through a judge over HTTP -------------------------------------------------------------------------------
 
 
-def _recorded_rows(pairs: Sequence[LabelledPair]) -> list[dict[str, Any]]:
+def _recorded_rows(pairs: Sequence[StreamPair]) -> list[dict[str, Any]]:
     """Rows for RecordedJudge: the recorded judge where there is one, else a judge that answers the human label."""
     rows = []
     for pair in pairs:
@@ -169,7 +169,7 @@ def _routed_runs(model: RewardModel, stream: Stream, hidden: torch.Tensor, seed:
     return runs, line
 
 
-def _share_right(scores: GroupScores, pairs: Sequence[LabelledPair]) -> float:
+def _share_right(scores: GroupScores, pairs: Sequence[StreamPair]) -> float:
     right = 0.0
     for group, pair in zip(scores, pairs, strict=True):
         preference = float(group.preference[0, 1])

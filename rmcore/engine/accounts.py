@@ -1,4 +1,7 @@
-"""The summaries of many score calls, added up, kept in a file, and told in a few lines."""
+"""What a *run* of score calls came to, step by step: summaries added up, kept in a file, and told in a few lines.
+
+One call's own usage, cost and latency is :mod:`rmcore.engine.usage`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import DataError, reject
-from rmcore.engine.usage import cost_figure, merge_latencies
+from rmcore.engine.usage import known_cost, merge_latencies
 
-__all__ = ["Accounts", "StepFigures", "account_lines"]
+__all__ = ["Accounts", "StepAccount", "account_lines"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class StepFigures:
+class StepAccount:
     """What a plot over steps shows of one step. NaN: not known, or there was nothing to measure."""
 
     step: int
@@ -34,7 +37,7 @@ class StepFigures:
     hidden_s: float
 
     @classmethod
-    def of(cls, step: int, summary: Mapping[str, Any]) -> StepFigures:
+    def of(cls, step: int, summary: Mapping[str, Any]) -> StepAccount:
         """From ``GroupScores.summary()``."""
         usage, u = summary["judge_usage"], summary["uncertainty"]
         return cls(
@@ -62,7 +65,7 @@ class Accounts:
         DataError: a line of the file is no summary. A last line cut short by a crash is dropped, with a warning.
 
     Attributes:
-        steps: one :class:`StepFigures` a summary, for :func:`rmcore.evaluation.plots.plot_accounts`.
+        steps: one :class:`StepAccount` a summary, for :func:`rmcore.evaluation.plots.plot_accounts`.
 
     Example:
         >>> accounts = Accounts()
@@ -71,7 +74,7 @@ class Accounts:
     """
 
     def __init__(self, log: str | os.PathLike[str] | None = None) -> None:
-        self.steps: list[StepFigures] = []
+        self.steps: list[StepAccount] = []
         self._sums: dict[str, Any] = {}
         self._u_sum, self._u_count = 0.0, 0
         self._path = None if log is None else Path(log)
@@ -117,7 +120,7 @@ class Accounts:
         if "overlap" in total:
             total["overlap"]["fraction"] = _ratio(total["overlap"]["hidden_s"], total["overlap"]["judge_s"])
         for usage in _usages(total):
-            usage["cost"] = cost_figure(
+            usage["cost"] = known_cost(
                 usage["cost"],
                 calls=usage["calls"],
                 unpriced=usage["unpriced_calls"],
@@ -128,7 +131,7 @@ class Accounts:
 
     def _count(self, summary: Mapping[str, Any], step: int) -> None:
         try:
-            figures = StepFigures.of(step, summary)
+            figures = StepAccount.of(step, summary)
             u = summary["uncertainty"]
             mean, count = (0.0, 0) if u is None else (float(u["mean"]), int(u["count"]))
             failures, judges = dict(summary["judge_failures"]), dict(summary["judges"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rmcore.engine.advantage import group_rewards, grpo_advantages, rloo_advantages
-from rmcore.engine.usage import JudgeTally, Overlap, usage_figures
+from rmcore.engine.usage import JudgeTally, Overlap, usage_summary
 from rmcore.judge.base import RULE, JudgeUsage, Verdict
 from rmcore.model.backbone import EncodingStats
 
@@ -152,7 +152,7 @@ class GroupScores(Sequence[GroupScore]):
         Every pair is in exactly one of ``decided_by``'s counts; ``rule_verdicts`` were decided by rule, here or in the
         judge, without a call. ``judge_ties``, ``judge_flips`` and ``judge_failures``
         count pairs, ``judges`` and ``judge_usage`` count questions: equal pairs are one question. Costs are described
-        in :func:`rmcore.engine.usage.usage_figures`.
+        in :func:`rmcore.engine.usage.usage_summary`.
         """
         pairs = sum(group.size * (group.size - 1) // 2 for group in self.groups)
         decisions = [decision for group in self.groups for decision in group.decisions]
@@ -190,7 +190,7 @@ class GroupScores(Sequence[GroupScore]):
             "seconds": dict(self.seconds),
             "encoding": None if self.encoding is None else asdict(self.encoding),
             "overlap": self.overlap.to_dict(),
-            "judge_usage": usage_figures(self.judge_usage),
+            "judge_usage": usage_summary(self.judge_usage),
             "judges": {name: tally.to_dict() for name, tally in self.judges.items()},
             "unaccounted_questions": self.unaccounted_questions,
         }

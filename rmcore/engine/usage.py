@@ -1,4 +1,5 @@
-"""What judging cost and how long it took, of one score call, as JSON values. ``accounts`` adds up many.
+"""What judging cost and how long it took in *one* score call, as JSON values; :mod:`rmcore.engine.accounts` adds up the
+calls of a run, and this module knows nothing of steps or files.
 
 Unknown is not nothing: a cost without prices is ``None``, with the number of calls that have no price beside it.
 """
@@ -17,13 +18,13 @@ __all__ = [
     "JudgeTally",
     "Overlap",
     "Span",
-    "cost_figure",
     "covered_s",
-    "latency_figures",
+    "known_cost",
+    "latency_summary",
     "merge_latencies",
     "shared_s",
     "tally_by_judge",
-    "usage_figures",
+    "usage_summary",
 ]
 
 Span: TypeAlias = tuple[float, float]
@@ -101,7 +102,7 @@ class Overlap:
 # -- usage -----------------------------------------------------------------------------------------------------------
 
 
-def latency_figures(latencies_s: Sequence[float]) -> dict[str, Any] | None:
+def latency_summary(latencies_s: Sequence[float]) -> dict[str, Any] | None:
     """p50, p95 (:func:`rmcore._base.quantile.quantiles`) and largest latency in seconds; None where there are none.
 
     ``histogram`` counts calls by ⌊log₁.₁ s⌋, so that figures of several batches can be added up.
@@ -117,7 +118,7 @@ def latency_figures(latencies_s: Sequence[float]) -> dict[str, Any] | None:
     return {"count": len(values), "p50": p50, "p95": p95, "max": max(values), "histogram": histogram}
 
 
-def usage_figures(usage: JudgeUsage) -> dict[str, Any]:
+def usage_summary(usage: JudgeUsage) -> dict[str, Any]:
     """A usage as JSON values: counts, tokens by kind, cost, latency.
 
     ``cost`` is None where nothing is known of it; where only some calls have a price it is theirs, and
@@ -133,8 +134,8 @@ def usage_figures(usage: JudgeUsage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
         "seconds": usage.seconds,
-        "latency_s": latency_figures(usage.latencies_s),
-        "cost": cost_figure(
+        "latency_s": latency_summary(usage.latencies_s),
+        "cost": known_cost(
             usage.cost,
             calls=usage.calls,
             unpriced=usage.unpriced_calls,
@@ -144,7 +145,7 @@ def usage_figures(usage: JudgeUsage) -> dict[str, Any]:
     }
 
 
-def cost_figure(cost: float, *, calls: int, unpriced: int, work: int) -> float | None:
+def known_cost(cost: float, *, calls: int, unpriced: int, work: int) -> float | None:
     """The cost, or None where a zero means that it is not known; ``work`` is anything but calls that was counted."""
     # A judge of somebody else's may count tokens or attempts but no calls: that is no sign of its being free.
     unknown = unpriced > 0 or (calls == 0 and work > 0)
@@ -188,7 +189,7 @@ class JudgeTally:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         counts = {"questions": self.questions, "failed": self.failed, "ties": self.ties, "flips": self.flips}
-        return counts | {"usage": usage_figures(self.usage)}
+        return counts | {"usage": usage_summary(self.usage)}
 
 
 def tally_by_judge(verdicts: Sequence[Verdict]) -> dict[str, JudgeTally]:

@@ -1,6 +1,7 @@
 """How good a reward model, its uncertainty and a router are, measured on recorded preferences.
 
-- ``statistics``: accuracy, calibration, ranking of errors, intervals.
-- ``evaluate``: a model on a file of preferences; ``streams``: the quality streams.
-- ``report``, ``plots``: what a person reads.
+- ``evaluate``: a head, or scores from anywhere, on labelled pairs → an ``EvaluationReport``.
+- ``statistics``: what it is made of: accuracy, calibration, ranking of errors, uplift over random routing, intervals.
+- ``report``, ``plots``: the data classes, and what a person reads.
+- ``streams``: pairs to evaluate on, with their recorded verdicts.
 """

@@ -1,24 +1,47 @@
-"""From a head and labelled pairs to an evaluation: what ``rmcore evaluate``, the demo and the quality report share."""
+"""From a head and labelled pairs to a report: what ``rmcore evaluate``, the demo and the quality report share.
+
+:func:`evaluate_head` scores pairs with a head; :func:`evaluate_pairs` takes scores from anywhere. The statistics are in
+``statistics``, what they are put into in ``report``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import InputError
-from rmcore.evaluation.statistics import EvaluationReport, PairEvaluation, evaluate
-from rmcore.evaluation.streams import LabelledPair
+from rmcore._base.errors import InputError, reject
+from rmcore.evaluation.report import Array, EvaluationReport, ScoredPairs, ScoreReport, Uplift, as_vector
+from rmcore.evaluation.statistics import (
+    FRACTIONS,
+    Interval,
+    accuracy_cost_curve,
+    auroc,
+    correctness,
+    expected_calibration_error,
+    judge_gains,
+    log_loss,
+    mean_with_interval,
+    normal_quantile,
+    rank_sum,
+    reliability_curve,
+    risk_coverage,
+    spearman,
+    uplift_over_random,
+)
+from rmcore.evaluation.streams import StreamPair
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import Progress
 from rmcore.model.text import EncodedText
 from rmcore.ops.reference import concat_preference, uncertainty
 
-__all__ = ["PairStates", "encode_pairs", "evaluate_head", "recorded_preference"]
+__all__ = ["PairStates", "encode_pairs", "evaluate_head", "evaluate_pairs", "recorded_preference"]
+
+BAND_FRACTIONS = tuple(round(0.05 * step, 2) for step in range(21))
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,7 @@ class PairStates:
 
 
 def encode_pairs(
-    backbone: Backbone, pairs: Sequence[LabelledPair], mode: str, *, progress: Progress | None = None
+    backbone: Backbone, pairs: Sequence[StreamPair], mode: str, *, progress: Progress | None = None
 ) -> PairStates:
     """Encode labelled pairs; a text that occurs in several of them is encoded once."""
     texts: list[EncodedText] = []
@@ -64,7 +87,7 @@ def encode_pairs(
 def evaluate_head(
     head: FrozenHead,
     states: PairStates,
-    pairs: Sequence[LabelledPair],
+    pairs: Sequence[StreamPair],
     *,
     train: Tensor | None = None,
     judge: Sequence[float] | None = None,
@@ -103,8 +126,8 @@ def evaluate_head(
     labels = np.array([pair.label for pair in pairs])
     decided = np.where(labels == 0.5, 0.0, np.sign(labels - 0.5))
     clusters = {key: k for k, key in enumerate(dict.fromkeys(str(pair.prompt) for pair in pairs))}
-    return evaluate(
-        PairEvaluation(
+    return evaluate_pairs(
+        ScoredPairs(
             logit=g.cpu().numpy(),
             label=labels,
             uncertainty=u.cpu().numpy(),
@@ -118,7 +141,54 @@ def evaluate_head(
     )
 
 
-def recorded_preference(pair: LabelledPair) -> float:
+def evaluate_pairs(
+    pairs: ScoredPairs,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    replicates: int = 1000,
+    level: float = 0.95,
+    bins: int = 10,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Judge the head, then every score as a router: u, margin -|g|, their rank sum, the controls, and random.
+
+    AUROC is of the head's errors; pairs it gives no preference on (g = 0) are neither and are left out of that one.
+    """
+    keep = pairs.decided()
+    if not keep.any():
+        reject("label", f"{len(pairs)} ties and nothing else", "at least one pair with label 0 or 1")
+    label, logit = pairs.label[keep], pairs.logit[keep]
+    head = correctness(logit, label)
+    judge = np.ones(label.size) if pairs.judge is None else correctness(pairs.judge[keep], label)
+    cluster = np.unique(pairs.cluster[keep], return_inverse=True)[1]
+    u, margin = pairs.uncertainty[keep], -np.abs(logit)
+    scores: dict[str, Array] = {"u": u, "margin": margin, "rank_sum": rank_sum(u, margin)}
+    scores |= {name: score[keep] for name, score in pairs.controls.items()} | {"random": np.zeros(label.size)}
+    interval = Interval(cluster, replicates, level, seed)
+    asked = tuple(as_vector("fractions", fractions, low=0, high=1).tolist())
+    no_verdict = np.isnan(judge)
+    probability = np.asarray(pairs.probability)[keep]
+    return EvaluationReport(
+        n_pairs=len(pairs),
+        n_decided=label.size,
+        n_prompts=int(cluster.max()) + 1,
+        accuracy=mean_with_interval(head, interval),
+        log_loss=log_loss(pairs.served_logit[keep], label),
+        log_loss_logit=log_loss(logit, label),
+        ece_equal_mass=expected_calibration_error(probability, label, bins=bins, binning="mass"),
+        ece_equal_width=expected_calibration_error(probability, label, bins=bins, binning="width"),
+        reliability=reliability_curve(probability, label, bins=bins, level=level),
+        judge="oracle" if pairs.judge is None else "given verdicts",
+        judge_accuracy=float("nan") if no_verdict.all() else float(np.nanmean(judge)),
+        n_no_verdict=int(no_verdict.sum()),
+        scores=tuple(_score_report(name, score, u, head, judge, asked, interval) for name, score in scores.items()),
+        level=level,
+        replicates=replicates,
+        seed=seed,
+    )
+
+
+def recorded_preference(pair: StreamPair) -> float:
     """The recorded judge's preference for ``first`` in [−1, 1], both orders averaged; NaN where none was recorded."""
     if pair.verdicts is None:
         return float("nan")
@@ -137,3 +207,39 @@ def _controls(states: PairStates, train: Tensor | None, mode: str) -> dict[str, 
         controls["‖e₁ − e₂‖"] = (hidden[:, 0] - hidden[:, 1]).norm(dim=1).cpu().numpy()
         controls["|length difference|"] = (states.tokens[:, 0] - states.tokens[:, 1]).abs().numpy()
     return controls
+
+
+def _score_report(
+    name: str, score: Array, u: Array, head: Array, judge: Array, fractions: tuple[float, ...], interval: Interval
+) -> ScoreReport:
+    steps = uplift_over_random(
+        score,
+        head,
+        judge,
+        fractions + BAND_FRACTIONS,
+        cluster=interval.cluster,
+        replicates=0 if name == "random" else interval.replicates,
+        level=interval.level,
+        seed=interval.seed,
+    )
+    if name == "random":
+        steps = _random_orders(steps, judge_gains(score, head, judge)[2], interval.level)
+    certain = head != 0.5
+    return ScoreReport(
+        name=name,
+        uplift=steps[: len(fractions)],
+        band=steps[len(fractions) :],
+        auroc=auroc(score[certain], head[certain] == 0) if certain.any() else float("nan"),
+        rank_correlation_with_u=spearman(score, u),
+        curve=accuracy_cost_curve(score, head, judge),
+        risk_coverage=risk_coverage(score, head),
+    )
+
+
+def _random_orders(steps: tuple[Uplift, ...], gain: Array, level: float) -> tuple[Uplift, ...]:
+    """Bounds in which random orders fall: judging fN pairs drawn without replacement has variance f(1-f)·S²/N."""
+    if gain.size < 2:
+        return steps
+    spread = 100.0 * normal_quantile(level) * float(np.sqrt(gain.var(ddof=1) / gain.size))
+    bounds = [spread * (step.fraction * (1.0 - step.fraction)) ** 0.5 for step in steps]
+    return tuple(replace(step, low=-bound, high=bound) for step, bound in zip(steps, bounds, strict=True))

@@ -1,4 +1,4 @@
-"""What goes into an evaluation and what comes out of it: data, checks and rendering. The statistics are in evaluate.py.
+"""What goes into an evaluation and what comes out of it: data, checks and rendering. ``statistics`` computes it.
 
 Conventions shared by every array here: one entry per pair; a *score* routes **highest first**; *correct* is 1 where
 the answer agrees with the label, 0 where it does not and 0.5 where it states no preference (a coin would decide).
@@ -22,10 +22,10 @@ __all__ = [
     "Array",
     "Estimate",
     "EvaluationReport",
-    "PairEvaluation",
     "ReliabilityCurve",
     "RiskCoverageCurve",
     "ScoreReport",
+    "ScoredPairs",
     "Uplift",
     "as_vector",
 ]
@@ -69,7 +69,7 @@ def as_vector(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PairEvaluation:
+class ScoredPairs:
     """What a head said about labelled pairs, and what else is known of them. Arrays are copied and made read-only.
 
     Anything ``numpy.asarray`` takes will do; the attributes are float64 vectors, and ``cluster`` is renumbered 0..C-1.
@@ -270,8 +270,7 @@ class ScoreReport:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What :func:`rmcore.evaluation.statistics.evaluate` found. All statistics are over the ``n_decided`` pairs that
-    are no tie.
+    """What :func:`rmcore.evaluation.evaluate.evaluate_pairs` found, over the ``n_decided`` pairs that are no tie.
 
     ``log_loss`` scores the served probability, ``log_loss_logit`` the raw logit: their difference is what the
     uncertainty does for calibration. ``judge_accuracy`` is over the pairs with a verdict.

@@ -1,8 +1,8 @@
 """How good is a head, and which score should decide what the judge sees? numpy and scipy, float64, no model needed.
 
 The question behind routing: with a judge for a fraction f of the pairs, which order of sending them gains most over
-sending them at random? :func:`evaluate` answers it for u and for every control beside it, because a number for u
-alone proves nothing: a margin, a norm or a length difference may do as well.
+sending them at random? :func:`rmcore.evaluation.evaluate.evaluate_pairs` answers it for u and for every control beside
+it, because a number for u alone proves nothing: a margin, a norm or a length difference may do as well.
 
 Ties in a score are taken **in expectation** over their order, never by array position. So a constant score is exactly
 random routing, and a coarse score gets no luck from how the file was sorted.
@@ -11,7 +11,7 @@ random routing, and a coarse score gets no luck from how the file was sorted.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -23,33 +23,26 @@ from rmcore.evaluation.report import (
     AccuracyCostCurve,
     Array,
     Estimate,
-    EvaluationReport,
-    PairEvaluation,
     ReliabilityCurve,
     RiskCoverageCurve,
-    ScoreReport,
     Uplift,
     as_vector,
 )
 
 __all__ = [
-    "AccuracyCostCurve",
     "Binning",
-    "Estimate",
-    "EvaluationReport",
-    "PairEvaluation",
-    "ReliabilityCurve",
-    "RiskCoverageCurve",
-    "ScoreReport",
-    "Uplift",
+    "Interval",
     "accuracy",
     "accuracy_cost_curve",
     "auroc",
     "average_ranks",
+    "check_interval",
     "correctness",
-    "evaluate",
     "expected_calibration_error",
+    "judge_gains",
     "log_loss",
+    "mean_with_interval",
+    "normal_quantile",
     "rank_sum",
     "reliability_curve",
     "risk_coverage",
@@ -61,7 +54,6 @@ Binning: TypeAlias = Literal["mass", "width"]
 """``mass``: bins with equally many pairs; ``width``: bins of equal width on [0.5, 1]."""
 
 FRACTIONS = (0.10, 0.25, 0.45)
-BAND_FRACTIONS = tuple(round(0.05 * step, 2) for step in range(21))
 CHUNK = 4_000_000  # entries of one block of bootstrap weights: 32 MB, whatever the number of pairs
 
 
@@ -203,7 +195,7 @@ def accuracy_cost_curve(
     ``accuracy(k) = (Σ head + Σ_{i among the first k} (judge_i - head_i)) / N``. NaN in ``correct_judge`` is no
     verdict: the call is counted, the head's answer stays.
     """
-    score, head, gain = _gains(score, correct_head, correct_judge)
+    score, head, gain = judge_gains(score, correct_head, correct_judge)
     n = score.size
     judged, gained = _cumulative(score, gain)
     counts = np.arange(n + 1.0)
@@ -237,9 +229,9 @@ def uplift_over_random(
     prompt; by default each pair is its own). The same seed draws the same prompts for every score. With a single
     prompt, or ``replicates=0``, the bounds are NaN.
     """
-    score, _, gain = _gains(score, correct_head, correct_judge)
+    score, _, gain = judge_gains(score, correct_head, correct_judge)
     at = as_vector("fractions", fractions, low=0, high=1)
-    _check_interval(replicates, level)
+    check_interval(replicates, level)
     judged, above = _above_random(*_cumulative(score, gain))
     point = 100.0 * np.interp(at * judged[-1], judged, above) / judged[-1]
     groups = np.arange(score.size) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1]
@@ -247,7 +239,7 @@ def uplift_over_random(
         reject("cluster", f"shape {groups.shape}", f"{score.shape}, one prompt id per pair")
     low = high = np.full(at.size, np.nan)
     if replicates and groups.max() > 0:
-        interval = _Interval(groups, replicates, level, seed)
+        interval = Interval(groups, replicates, level, seed)
         low, high = (100.0 * bound for bound in _bootstrap(_uplift_of_resamples(score, gain, at), interval))
     return tuple(
         Uplift(float(p), float(lo), float(hi), float(f)) for p, lo, hi, f in zip(point, low, high, at, strict=True)
@@ -263,59 +255,12 @@ def risk_coverage(score: npt.ArrayLike, correct: npt.ArrayLike) -> RiskCoverageC
     return RiskCoverageCurve(counts / score.size, risk, float(risk.mean()))
 
 
-# ---------------------------------------------------------------------------------------- all of it
-
-
-def evaluate(
-    pairs: PairEvaluation,
-    *,
-    fractions: Sequence[float] = FRACTIONS,
-    replicates: int = 1000,
-    level: float = 0.95,
-    bins: int = 10,
-    seed: int = 0,
-) -> EvaluationReport:
-    """Judge the head, then every score as a router: u, margin -|g|, their rank sum, the controls, and random.
-
-    AUROC is of the head's errors; pairs it gives no preference on (g = 0) are neither and are left out of that one.
-    """
-    keep = pairs.decided()
-    if not keep.any():
-        reject("label", f"{len(pairs)} ties and nothing else", "at least one pair with label 0 or 1")
-    label, logit = pairs.label[keep], pairs.logit[keep]
-    head = correctness(logit, label)
-    judge = np.ones(label.size) if pairs.judge is None else correctness(pairs.judge[keep], label)
-    cluster = np.unique(pairs.cluster[keep], return_inverse=True)[1]
-    u, margin = pairs.uncertainty[keep], -np.abs(logit)
-    scores: dict[str, Array] = {"u": u, "margin": margin, "rank_sum": rank_sum(u, margin)}
-    scores |= {name: score[keep] for name, score in pairs.controls.items()} | {"random": np.zeros(label.size)}
-    interval = _Interval(cluster, replicates, level, seed)
-    asked = tuple(as_vector("fractions", fractions, low=0, high=1).tolist())
-    no_verdict = np.isnan(judge)
-    probability = np.asarray(pairs.probability)[keep]
-    return EvaluationReport(
-        n_pairs=len(pairs),
-        n_decided=label.size,
-        n_prompts=int(cluster.max()) + 1,
-        accuracy=_mean_with_interval(head, interval),
-        log_loss=log_loss(pairs.served_logit[keep], label),
-        log_loss_logit=log_loss(logit, label),
-        ece_equal_mass=expected_calibration_error(probability, label, bins=bins, binning="mass"),
-        ece_equal_width=expected_calibration_error(probability, label, bins=bins, binning="width"),
-        reliability=reliability_curve(probability, label, bins=bins, level=level),
-        judge="oracle" if pairs.judge is None else "given verdicts",
-        judge_accuracy=float("nan") if no_verdict.all() else float(np.nanmean(judge)),
-        n_no_verdict=int(no_verdict.sum()),
-        scores=tuple(_score_report(name, score, u, head, judge, asked, interval) for name, score in scores.items()),
-        level=level,
-        replicates=replicates,
-        seed=seed,
-    )
+# ---------------------------------------------------------------------------------------- machinery
 
 
 @dataclass(frozen=True)
-class _Interval:
-    """How every interval of one evaluation is drawn."""
+class Interval:
+    """How the intervals of one evaluation are drawn: over ``cluster``, each pair's prompt numbered from 0."""
 
     cluster: npt.NDArray[np.intp]
     replicates: int
@@ -323,46 +268,7 @@ class _Interval:
     seed: int | np.random.Generator
 
     def __post_init__(self) -> None:
-        _check_interval(self.replicates, self.level)
-
-
-def _score_report(
-    name: str, score: Array, u: Array, head: Array, judge: Array, fractions: tuple[float, ...], interval: _Interval
-) -> ScoreReport:
-    steps = uplift_over_random(
-        score,
-        head,
-        judge,
-        fractions + BAND_FRACTIONS,
-        cluster=interval.cluster,
-        replicates=0 if name == "random" else interval.replicates,
-        level=interval.level,
-        seed=interval.seed,
-    )
-    if name == "random":
-        steps = _random_orders(steps, _gains(score, head, judge)[2], interval.level)
-    certain = head != 0.5
-    return ScoreReport(
-        name=name,
-        uplift=steps[: len(fractions)],
-        band=steps[len(fractions) :],
-        auroc=auroc(score[certain], head[certain] == 0) if certain.any() else float("nan"),
-        rank_correlation_with_u=spearman(score, u),
-        curve=accuracy_cost_curve(score, head, judge),
-        risk_coverage=risk_coverage(score, head),
-    )
-
-
-def _random_orders(steps: tuple[Uplift, ...], gain: Array, level: float) -> tuple[Uplift, ...]:
-    """Bounds in which random orders fall: judging fN pairs drawn without replacement has variance f(1-f)·S²/N."""
-    if gain.size < 2:
-        return steps
-    spread = 100.0 * _z(level) * float(np.sqrt(gain.var(ddof=1) / gain.size))
-    bounds = [spread * (step.fraction * (1.0 - step.fraction)) ** 0.5 for step in steps]
-    return tuple(replace(step, low=-bound, high=bound) for step, bound in zip(steps, bounds, strict=True))
-
-
-# ---------------------------------------------------------------------------------------- machinery
+        check_interval(self.replicates, self.level)
 
 
 def _decided(label: Array) -> npt.NDArray[np.bool_]:
@@ -372,7 +278,7 @@ def _decided(label: Array) -> npt.NDArray[np.bool_]:
     return decided
 
 
-def _gains(
+def judge_gains(
     score: npt.ArrayLike, correct_head: npt.ArrayLike, correct_judge: npt.ArrayLike
 ) -> tuple[Array, Array, Array]:
     """Checked score and head, and what judging each pair adds: 0 where the judge gives no verdict."""
@@ -403,7 +309,7 @@ def _area(x: Array, y: Array) -> float:
     return float(np.diff(x) @ (y[1:] + y[:-1])) / 2.0
 
 
-def _bootstrap(statistic: Callable[[Array], Array], interval: _Interval) -> tuple[Array, Array]:
+def _bootstrap(statistic: Callable[[Array], Array], interval: Interval) -> tuple[Array, Array]:
     """Percentile bounds of a statistic over resamples of prompts.
 
     scipy draws the prompts. A resample only reweights pairs, so ``statistic`` gets how often each pair occurs,
@@ -449,7 +355,8 @@ def _uplift_of_resamples(score: Array, gain: Array, at: Array) -> Callable[[Arra
     return uplift
 
 
-def _mean_with_interval(value: Array, interval: _Interval) -> Estimate:
+def mean_with_interval(value: Array, interval: Interval) -> Estimate:
+    """The mean and its percentile bounds; NaN for these with a single prompt or without replicates."""
     point = float(value.mean())
     if interval.replicates == 0 or interval.cluster.max() == 0:
         return Estimate(point, float("nan"), float("nan"))
@@ -457,20 +364,22 @@ def _mean_with_interval(value: Array, interval: _Interval) -> Estimate:
     return Estimate(point, float(low[0]), float(high[0]))
 
 
-def _check_interval(replicates: int, level: float) -> None:
+def check_interval(replicates: int, level: float) -> None:
+    """Raise InputError for intervals that cannot be drawn."""
     if replicates < 0:
         reject("replicates", replicates, "0 or more")
     if not 0 < level < 1:
         reject("level", level, "a number strictly between 0 and 1")
 
 
-def _z(level: float) -> float:
-    _check_interval(0, level)
+def normal_quantile(level: float) -> float:
+    """z with P(|Z| ≤ z) = ``level`` for a standard normal Z."""
+    check_interval(0, level)
     return float(special.ndtri((1 + level) / 2))
 
 
 def _wilson(share: Array, count: npt.NDArray[np.intp], level: float) -> tuple[Array, Array]:
-    z = _z(level)
+    z = normal_quantile(level)
     shrink = 1.0 + z**2 / count
     middle = (share + z**2 / (2.0 * count)) / shrink
     half = z / shrink * np.sqrt(share * (1.0 - share) / count + z**2 / (4.0 * count**2))

@@ -20,15 +20,17 @@ from rmcore._base.prompt import Prompt
 from rmcore.model.data import read_lines
 from rmcore.model.reward_model import Preference
 
-__all__ = ["Corpus", "ExampleGroup", "LabelledPair", "Stream", "find_data", "load_corpus"]
+__all__ = ["Corpus", "ExampleGroup", "Stream", "StreamPair", "find_data", "load_corpus"]
 
 JUDGE = "gpt-4"
 """Whose recorded verdicts stand for the judge where the data has them."""
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPair:
-    """A test pair. ``label`` is 1 where ``first`` is better, 0 where ``second`` is.
+class StreamPair:
+    """A pair of a stream, to test on; what a model is trained on is a ``Preference``.
+
+    ``label`` is 1 where ``first`` is better, 0 where ``second`` is.
 
     ``verdicts`` are recorded judge verdicts by order, from the first response's side: (asked first-second, asked
     second-first), ``win``, ``loss``, ``tie`` or None; the pair of them is None where no judge was recorded.
@@ -41,7 +43,7 @@ class LabelledPair:
     source: str
     verdicts: tuple[str | None, str | None] | None = None
 
-    def swapped(self) -> LabelledPair:
+    def swapped(self) -> StreamPair:
         """The same pair with its responses exchanged."""
         other = {"win": "loss", "loss": "win"}
         verdicts = self.verdicts and tuple(other.get(v or "", v) for v in reversed(self.verdicts))
@@ -54,7 +56,7 @@ class Stream:
 
     name: str
     title: str
-    pairs: tuple[LabelledPair, ...]
+    pairs: tuple[StreamPair, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Corpus:
 
     name: str
     train: tuple[Preference, ...]
-    parts: dict[str, tuple[LabelledPair, ...]]
+    parts: dict[str, tuple[StreamPair, ...]]
     mixes: tuple[tuple[str, str, tuple[str, ...]], ...]
     groups: tuple[ExampleGroup, ...] = ()
     published: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -144,11 +146,11 @@ def _load_folder(folder: Path) -> Corpus:
     )
 
 
-def _oriented(rows: Sequence[dict[str, Any]]) -> tuple[LabelledPair, ...]:
+def _oriented(rows: Sequence[dict[str, Any]]) -> tuple[StreamPair, ...]:
     pairs = []
     for row in rows:
         verdicts = _recorded(row.get("judges") or {})
-        pair = LabelledPair(row["prompt"], row["chosen"], row["rejected"], 1.0, row["source"], verdicts)
+        pair = StreamPair(row["prompt"], row["chosen"], row["rejected"], 1.0, row["source"], verdicts)
         # The better response must not always come first, or a judge's and a head's position bias would be invisible.
         pairs.append(pair.swapped() if hashlib.sha256(row["id"].encode()).digest()[0] % 2 else pair)
     return tuple(pairs)
@@ -174,7 +176,7 @@ def _examples_file() -> Path:
 
 def _load_examples(file: Path) -> Corpus:
     train: list[Preference] = []
-    parts: dict[str, list[LabelledPair]] = {"test": [], "adversarial": []}
+    parts: dict[str, list[StreamPair]] = {"test": [], "adversarial": []}
     groups = []
     for number, row in read_lines(file):
         try:
@@ -195,7 +197,7 @@ def _load_examples(file: Path) -> Corpus:
                 train.append(Preference(group.prompt, group.responses[better], group.responses[worse]))
             else:
                 parts[row["split"]].append(
-                    LabelledPair(
+                    StreamPair(
                         group.prompt,
                         group.responses[i],
                         group.responses[j],

@@ -16,7 +16,7 @@ from rmcore._base.quantile import quantiles
 from rmcore.bench.harness import _timing
 from rmcore.bench.serve_soak import _quantiles
 from rmcore.engine.routing.recent import SampleQuantiles
-from rmcore.engine.usage import latency_figures, merge_latencies
+from rmcore.engine.usage import latency_summary, merge_latencies
 from rmcore.judge import JudgeUsage, Verdict, VerdictStore
 from rmcore.judge.store.ledger import VerdictLedger
 from rmcore.judge.store.records import Question, Reply
@@ -63,7 +63,7 @@ def test_every_place_that_reports_a_p95_reports_the_same_of_the_same_data(tmp_pa
         math.exp((bucket + 0.5) * math.log(1.1)) for bucket in (0, 3, 4, 4, 7, 8, 9, 11, 15, 16, 17, 20, 21, 28, 40)
     ]
     p10, p50, p90, p95 = np.quantile(values, (0.1, 0.5, 0.9, 0.95)).tolist()
-    figures = latency_figures(values)
+    figures = latency_summary(values)
     assert figures is not None
     sample = SampleQuantiles()
     for part in (values[::2], values[1::2]):

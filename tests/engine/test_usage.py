@@ -20,10 +20,10 @@ from rmcore.engine.usage import (
     JudgeTally,
     Overlap,
     covered_s,
-    latency_figures,
+    latency_summary,
     shared_s,
     tally_by_judge,
-    usage_figures,
+    usage_summary,
 )
 from rmcore.judge.base import JudgeUsage, Verdict
 
@@ -105,14 +105,14 @@ def test_seconds_of_a_call_by_hand(hand_head, table_model):
 
 
 def test_latencies_by_hand():
-    figures = latency_figures([0.4, 0.1, 0.2, 0.3])
+    figures = latency_summary([0.4, 0.1, 0.2, 0.3])
     assert figures is not None
     assert (figures["count"], figures["max"]) == (4, 0.4)
     assert figures["p50"] == pytest.approx(0.25)
     assert figures["p95"] == pytest.approx(0.385)
     assert sum(figures["histogram"].values()) == 4
-    assert latency_figures([]) is None
-    assert latency_figures([0.0])["p95"] == 0
+    assert latency_summary([]) is None
+    assert latency_summary([0.0])["p95"] == 0
 
 
 @given(values=st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=60))
@@ -140,7 +140,7 @@ def test_quantiles_of_summaries_added_up_are_close(make_summary, values):
     ],
 )
 def test_an_unknown_cost_is_not_zero(make_summary, usage, cost, unpriced):
-    figures = usage_figures(usage)
+    figures = usage_summary(usage)
     assert (figures["cost"], figures["unpriced_calls"]) == (cost, unpriced)
     accounts = Accounts()
     accounts.add(make_summary(usage))
@@ -148,8 +148,8 @@ def test_an_unknown_cost_is_not_zero(make_summary, usage, cost, unpriced):
 
 
 def test_retries_are_attempts_beyond_calls():
-    assert usage_figures(JudgeUsage(calls=3, attempts=5))["retries"] == 2
-    assert usage_figures(JudgeUsage(calls=3))["retries"] == 0  # calls that no attempt was made for
+    assert usage_summary(JudgeUsage(calls=3, attempts=5))["retries"] == 2
+    assert usage_summary(JudgeUsage(calls=3))["retries"] == 0  # calls that no attempt was made for
 
 
 VERDICTS = [

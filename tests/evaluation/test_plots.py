@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rmcore._base.errors import InputError, RmcoreError
+from rmcore.evaluation.evaluate import evaluate_pairs
 from rmcore.evaluation.plots import (
     PlotsUnavailableError,
     plot_accuracy_cost,
@@ -18,7 +19,7 @@ from rmcore.evaluation.plots import (
     plot_uplift,
     save_figure,
 )
-from rmcore.evaluation.statistics import PairEvaluation, evaluate
+from rmcore.evaluation.report import ScoredPairs
 
 PLOTS = (plot_accuracy_cost, plot_uplift, plot_reliability, plot_risk_coverage, plot_report)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,7 +34,7 @@ def make_report(n=200, **changes):
         "cluster": rng.integers(0, max(1, n // 2), n),
         "controls": {"|length difference|": rng.random(n)},
     }
-    return evaluate(PairEvaluation(**(fields | changes)), replicates=30)
+    return evaluate_pairs(ScoredPairs(**(fields | changes)), replicates=30)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +123,10 @@ def test_matplotlib_loads_on_first_use_and_pyplot_never():
     pytest.importorskip("matplotlib")
     code = """
 import sys, numpy as np
-from rmcore.evaluation import plots, statistics
+from rmcore.evaluation import evaluate, plots, report
 assert "matplotlib" not in sys.modules
-pairs = statistics.PairEvaluation(logit=[1.0, -1.0], label=[1, 1], uncertainty=[1, 2], cluster=[0, 1])
-plots.plot_report(statistics.evaluate(pairs, replicates=5))
+pairs = report.ScoredPairs(logit=[1.0, -1.0], label=[1, 1], uncertainty=[1, 2], cluster=[0, 1])
+plots.plot_report(evaluate.evaluate_pairs(pairs, replicates=5))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

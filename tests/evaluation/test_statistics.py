@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
+from rmcore.evaluation.evaluate import evaluate_pairs
+from rmcore.evaluation.report import ScoredPairs
 from rmcore.evaluation.statistics import (
-    PairEvaluation,
     accuracy,
     accuracy_cost_curve,
     auroc,
     average_ranks,
     correctness,
-    evaluate,
     expected_calibration_error,
     log_loss,
     rank_sum,
@@ -46,7 +46,7 @@ def make_pairs(n=300, seed=0, **changes):
         "cluster": rng.integers(0, max(1, n // 3), n),
         "controls": {"|length difference|": np.abs(rng.normal(size=n))},
     }
-    return PairEvaluation(**(fields | changes))
+    return ScoredPairs(**(fields | changes))
 
 
 @st.composite
@@ -329,7 +329,7 @@ def test_risk_coverage_by_hand():
 
 def test_report_holds_every_score_and_agrees_with_the_parts():
     pairs = make_pairs()
-    report = evaluate(pairs, replicates=50)
+    report = evaluate_pairs(pairs, replicates=50)
     assert [s.name for s in report.scores] == ["u", "margin", "rank_sum", "|length difference|", "random"]
     head = correctness(pairs.logit, pairs.label)
     assert report.accuracy.point == accuracy(pairs.logit, pairs.label) == head.mean()
@@ -343,7 +343,7 @@ def test_report_holds_every_score_and_agrees_with_the_parts():
 
 def test_random_has_no_uplift_and_bounds_that_random_orders_fall_into():
     pairs = make_pairs()
-    random = evaluate(pairs, replicates=10).score("random")
+    random = evaluate_pairs(pairs, replicates=10).score("random")
     head, rng = correctness(pairs.logit, pairs.label), np.random.default_rng(0)
     draws = [uplift_over_random(rng.random(300), head, np.ones(300), [0.25], replicates=0)[0].point for _ in range(800)]
     assert random.uplift[1].point == 0
@@ -353,7 +353,7 @@ def test_random_has_no_uplift_and_bounds_that_random_orders_fall_into():
 
 
 def test_report_is_json_without_nan_and_a_markdown_table():
-    report = evaluate(make_pairs(), replicates=20)
+    report = evaluate_pairs(make_pairs(), replicates=20)
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert data["pairs"] == {"total": 300, "decided": 300, "ties": 0, "prompts": report.n_prompts}
     assert len(data["scores"][0]["curve"]["accuracy"]) == 21
@@ -364,41 +364,41 @@ def test_report_is_json_without_nan_and_a_markdown_table():
 
 def test_ties_are_counted_and_change_nothing_else():
     pairs = make_pairs(50)
-    extra = PairEvaluation(
+    extra = ScoredPairs(
         logit=np.append(pairs.logit, [9.0, -9.0]),
         label=np.append(pairs.label, [0.5, 0.5]),
         uncertainty=np.append(pairs.uncertainty, [50.0, 50.0]),
         cluster=np.append(pairs.cluster, [98, 99]),
         controls={"|length difference|": np.append(pairs.controls["|length difference|"], [7.0, 7.0])},
     )
-    with_ties, without = evaluate(extra, replicates=20), evaluate(pairs, replicates=20)
+    with_ties, without = evaluate_pairs(extra, replicates=20), evaluate_pairs(pairs, replicates=20)
     assert (with_ties.n_ties, without.n_ties) == (2, 0)
     assert with_ties.to_dict() | {"pairs": None} == without.to_dict() | {"pairs": None}
 
 
 def test_a_given_judge_counts_its_missing_verdicts_and_keeps_the_head_there():
-    pairs = PairEvaluation(
+    pairs = ScoredPairs(
         logit=[1.0, -1.0, 2.0, -2.0],
         label=[1, 1, 0, 0],
         uncertainty=[1.0, 2.0, 3.0, 4.0],
         cluster=["a", "a", "b", "b"],
         judge=[1, NAN, 0, 1],
     )
-    report = evaluate(pairs, replicates=10)
+    report = evaluate_pairs(pairs, replicates=10)
     assert report.n_no_verdict == 1
     assert report.judge_accuracy == pytest.approx(0.5)  # right, (none), a tie, wrong
     np.testing.assert_allclose(report.score("u").curve.accuracy, [0.5, 0.25, 0.375, 0.375, 0.375])
 
 
 def test_the_oracle_is_right_everywhere():
-    report = evaluate(make_pairs(40), replicates=0)
+    report = evaluate_pairs(make_pairs(40), replicates=0)
     assert report.judge == "oracle"
     assert report.judge_accuracy == 1
     assert all(entry.curve.accuracy[-1] == 1 for entry in report.scores)
 
 
 def test_one_pair_has_values_and_no_intervals():
-    report = evaluate(PairEvaluation(logit=[1.0], label=[1], uncertainty=[1.5], cluster=["only"]))
+    report = evaluate_pairs(ScoredPairs(logit=[1.0], label=[1], uncertainty=[1.5], cluster=["only"]))
     data = report.to_dict()
     json.dumps(data, allow_nan=False)
     assert data["accuracy"] == {"point": 1.0, "low": None, "high": None}
@@ -410,7 +410,7 @@ def test_one_pair_has_values_and_no_intervals():
 
 def test_a_head_without_errors_leaves_nothing_to_gain():
     label = np.array([1.0, 0, 1, 0])
-    report = evaluate(make_pairs(4, logit=2 * label - 1, label=label), replicates=20)
+    report = evaluate_pairs(make_pairs(4, logit=2 * label - 1, label=label), replicates=20)
     entry = report.score("u")
     assert {step.point for step in entry.uplift} == {0.0}
     assert math.isnan(entry.auroc)
@@ -418,14 +418,14 @@ def test_a_head_without_errors_leaves_nothing_to_gain():
 
 
 def test_scores_that_all_tie_are_random_routing():
-    entry = evaluate(make_pairs(90, uncertainty=np.ones(90)), replicates=20).score("u")
+    entry = evaluate_pairs(make_pairs(90, uncertainty=np.ones(90)), replicates=20).score("u")
     assert {step.point for step in entry.uplift} == {0.0}
     assert entry.auroc == 0.5
     assert math.isnan(entry.rank_correlation_with_u)
 
 
 def test_a_judge_without_any_verdict_changes_nothing():
-    report = evaluate(make_pairs(30, judge=np.full(30, NAN)), replicates=5)
+    report = evaluate_pairs(make_pairs(30, judge=np.full(30, NAN)), replicates=5)
     assert report.to_dict()["judge"] == {"kind": "given verdicts", "accuracy": None, "no_verdict": 30}
     np.testing.assert_array_equal(report.score("u").curve.accuracy, np.full(31, report.accuracy.point))
 
@@ -435,7 +435,7 @@ def test_a_judge_without_any_verdict_changes_nothing():
 
 def test_inputs_are_copied_and_read_only():
     logit = np.array([1.0, 2.0])
-    pairs = PairEvaluation(logit=logit, label=[1, 0], uncertainty=[1, 1], cluster=[7, 7])
+    pairs = ScoredPairs(logit=logit, label=[1, 0], uncertainty=[1, 1], cluster=[7, 7])
     logit[0] = -5.0
     assert pairs.logit[0] == 1.0
     assert len(pairs) == 2
@@ -444,15 +444,15 @@ def test_inputs_are_copied_and_read_only():
 
 
 def test_probability_defaults_to_the_mean_field_form_without_overflow():
-    pairs = PairEvaluation(logit=[2.0, -4000.0], label=[1, 1], uncertainty=[2.0, 2.0], cluster=[0, 1])
+    pairs = ScoredPairs(logit=[2.0, -4000.0], label=[1, 1], uncertainty=[2.0, 2.0], cluster=[0, 1])
     assert pairs.probability[0] == pytest.approx(1 / (1 + math.exp(-1)))
     assert pairs.probability[1] == 0.0
-    assert evaluate(pairs, replicates=0).log_loss == pytest.approx((math.log1p(math.exp(-1)) + 2000) / 2)
+    assert evaluate_pairs(pairs, replicates=0).log_loss == pytest.approx((math.log1p(math.exp(-1)) + 2000) / 2)
 
 
 def test_a_given_probability_is_what_calibration_is_scored_on():
     pairs = make_pairs(40, probability=np.full(40, 0.8))
-    report = evaluate(pairs, replicates=0)
+    report = evaluate_pairs(pairs, replicates=0)
     want = -np.where(pairs.label == 1, math.log(0.8), math.log(0.2)).mean()
     assert report.log_loss == pytest.approx(want)
     assert report.log_loss_logit == pytest.approx(log_loss(pairs.logit, pairs.label))
@@ -480,19 +480,25 @@ def test_a_given_probability_is_what_calibration_is_scored_on():
 def test_bad_pairs_are_refused_by_name(changes, message):
     fields = {"logit": [1.0, 2.0, -1.0], "label": [1, 0, 1], "uncertainty": [1, 2, 3], "cluster": [0, 0, 1]}
     with pytest.raises(InputError, match=message):
-        PairEvaluation(**(fields | changes))
+        ScoredPairs(**(fields | changes))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: evaluate(make_pairs(4, label=np.full(4, 0.5))), "label: got 4 ties and nothing else"),
-        (lambda: evaluate(make_pairs(4), fractions=[]), "fractions: got no entries"),
-        (lambda: evaluate(make_pairs(4), fractions=[10]), r"fractions\[0\]: got 10.0, expected numbers in \[0, 1\]"),
-        (lambda: evaluate(make_pairs(4), level=95), "level: got 95"),
-        (lambda: evaluate(make_pairs(4), replicates=-1), "replicates: got -1"),
-        (lambda: evaluate(make_pairs(4), bins=0), "bins: got 0"),
-        (lambda: evaluate(make_pairs(4), replicates=0).score("entropy"), "name: got 'entropy', expected one of u,"),
+        (lambda: evaluate_pairs(make_pairs(4, label=np.full(4, 0.5))), "label: got 4 ties and nothing else"),
+        (lambda: evaluate_pairs(make_pairs(4), fractions=[]), "fractions: got no entries"),
+        (
+            lambda: evaluate_pairs(make_pairs(4), fractions=[10]),
+            r"fractions\[0\]: got 10.0, expected numbers in \[0, 1\]",
+        ),
+        (lambda: evaluate_pairs(make_pairs(4), level=95), "level: got 95"),
+        (lambda: evaluate_pairs(make_pairs(4), replicates=-1), "replicates: got -1"),
+        (lambda: evaluate_pairs(make_pairs(4), bins=0), "bins: got 0"),
+        (
+            lambda: evaluate_pairs(make_pairs(4), replicates=0).score("entropy"),
+            "name: got 'entropy', expected one of u,",
+        ),
         (lambda: reliability_curve([0.5], [1], binning="log"), "binning: got 'log'"),
         (lambda: accuracy_cost_curve([1, 2], [1, 2], [1, 1]), r"correct_head\[1\]: got 2.0"),
         (lambda: accuracy_cost_curve([1, NAN], [1, 1], [1, 1]), r"score\[1\]: got nan"),

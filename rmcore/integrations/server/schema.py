@@ -13,7 +13,7 @@ from starlette.responses import Response
 from torch import Tensor
 
 from rmcore.engine.groups import GroupScore
-from rmcore.engine.usage import usage_figures
+from rmcore.engine.usage import usage_summary
 from rmcore.integrations.server.assembly import MemberResult
 from rmcore.integrations.server.batching import ScoredGroup
 from rmcore.integrations.server.settings import ServeSettings
@@ -235,7 +235,7 @@ def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
     """A :class:`GroupReply` as JSON values."""
     group = scored.group
     by = Counter(decision.by for decision in group.decisions)
-    figures = usage_figures(scored.usage)
+    figures = usage_summary(scored.usage)
     return {
         "id": name,
         "advantages": _row(group.advantages),

@@ -303,6 +303,9 @@ def test_a_disk_that_fails_at_any_step_leaves_the_version_before(data, head, tmp
 
 CHILD = """
 import sys, torch
+from rmcore.engine.learning import VerdictLearner
+from rmcore.engine.learning.judged import JudgedPairs
+from rmcore.head import load_head
 torch.set_num_threads(1)
 learner = VerdictLearner(load_head(sys.argv[1]), sys.argv[2], snapshot_every=3)
 hidden = torch.load(sys.argv[3], weights_only=True)
