@@ -1,8 +1,9 @@
 """The head's kernels as functions, on whichever backend fits.
 
 - ``functional``: ``score``, ``accumulate``, ``pair_variance``, ``power_iteration``.
+- ``tensors``: the same as functions of plain tensors, ``score_tensors`` and so on, and ``prepare``.
 - ``dispatch``: which backend runs an operation; ``explain`` tells without running.
-- ``library``: the same as ``torch.library`` operators ``rmcore::*``, for ``torch.compile``.
+- ``tasks``, ``library``: what each operation is, declared once, and its ``torch.library`` operator ``rmcore::*``.
 - ``reference``: the formulas in plain torch, the truth that every backend is held against.
 - ``weights``, ``quantize``: a frozen head's tensors as the kernels take them.
 - ``backends``: torch, cpu, triton, cuda.
@@ -10,22 +11,35 @@
 
 from __future__ import annotations
 
-from rmcore.ops import library as library  # registers the operators
 from rmcore.ops.dispatch import OPS, Backend, Explanation, explain, select
 from rmcore.ops.functional import Scores, accumulate, pair_variance, power_iteration, score
+from rmcore.ops.tensors import (
+    Accumulated,
+    accumulate_tensors,
+    pair_variance_tensors,
+    prepare,
+    prepare_features,
+    score_tensors,
+)
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = [
     "OPS",
+    "Accumulated",
     "Backend",
     "Explanation",
     "FeatureMap",
     "HeadWeights",
     "Scores",
     "accumulate",
+    "accumulate_tensors",
     "explain",
     "pair_variance",
+    "pair_variance_tensors",
     "power_iteration",
+    "prepare",
+    "prepare_features",
     "score",
+    "score_tensors",
     "select",
 ]
