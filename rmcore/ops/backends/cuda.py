@@ -45,7 +45,7 @@ def _lacking(index: int) -> str | None:
     """What device ``index`` or this build lacks to run any kernel here."""
     native = _native()
     if native is None:
-        return "rmcore._cuda is not part of this build (nvcc was not found, or RMCORE_CUDA was off)"
+        return "rmcore._cuda is not part of this build: it saw no GPU or no nvcc (RMCORE_CUDA=1 asks for it)"
     if index >= native.device_count():
         return f"no CUDA device {index} for this process"
     properties = native.properties(index)
