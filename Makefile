@@ -2,15 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Errors are shown, warnings about a machine's own pip settings are not.
+PIP = $(BIN)/pip install -qq
 TORCH ?= 2.13.0
 # Machines without an NVIDIA GPU get torch's CPU build, which is gigabytes smaller. TORCH_CPU=0 or 1 overrides.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
+ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeout=3).close()'
+# A worker of the tests a core, each with one thread: the tests that are about threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare clean
+.PHONY: help demo test coverage lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
+	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
 	@echo "make lint     ruff, ruff format, mypy, the import rule, clang-format"
 	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
@@ -18,22 +25,27 @@ help:
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
 $(VENV)/.torch:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rmcore needs Python 3.11 or later")'
-	$(PYTHON) -m venv $(VENV)
-ifeq ($(TORCH_CPU),1)
-	$(BIN)/pip install -q --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 "torch==$(TORCH)+cpu" \
-	  || $(BIN)/pip install -q "torch==$(TORCH)"
-else
-	$(BIN)/pip install -q "torch==$(TORCH)"
-endif
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rmcore needs Python 3.11 or later")'
+	@echo "== virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+# One short question whether torch's own index answers: pip would ask many times over, with a warning each.
+	@if [ "$(TORCH_CPU)" = 1 ] && $(PYTHON) -c $(ANSWERS) 2>/dev/null; then \
+	  echo "== torch $(TORCH), the CPU build of $(TORCH_INDEX)"; \
+	  $(PIP) --extra-index-url $(TORCH_INDEX) "torch==$(TORCH)+cpu"; \
+	else \
+	  echo "== torch $(TORCH), from pip's own index"; \
+	  $(PIP) "torch==$(TORCH)"; \
+	fi
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q -e '.[demo]'
+	@echo "== rmcore and what the demo needs: compiles csrc/, a minute or two"
+	@$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q -e '.[dev]'
+	@echo "== rmcore and what tests and lint need: compiles csrc/, a minute or two"
+	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -41,8 +53,12 @@ demo: $(VENV)/.demo
 
 # Triton's interpreter is chosen for a whole process, so its tests get one; exit 5 is "all skipped": no triton here.
 test: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels/test_triton_interpret.py || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_triton_interpret.py || [ $$? -eq 5 ]
+	$(PYTEST)
+
+# Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
+coverage: $(VENV)/.dev
+	$(PYTEST) --cov=rmcore --cov-report=term:skip-covered
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
