@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from rmcore._base.errors import reject
 
-__all__ = ["Message", "Prompt", "canonical_prompt", "check_prompt"]
+__all__ = ["Message", "Prompt", "canonical_prompt", "check_groups", "check_prompt"]
 
 Message: TypeAlias = Mapping[str, str]
 """One chat message: ``{"role": ..., "content": ...}``."""
@@ -57,3 +57,25 @@ def canonical_prompt(prompt: Prompt) -> str | list[dict[str, str]]:
             reject(f"prompt[{index}]['content']", type(content).__name__, "a string or None")
         messages.append({"role": role, "content": content or ""})
     return messages
+
+
+def check_groups(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[int]:
+    """K of each group; raises InputError unless there is one non-empty list of texts a prompt, and a prompt."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        reject("prompts", type(prompts).__name__, "a list with one prompt a group")
+    if isinstance(responses, str) or not isinstance(responses, Sequence):
+        reject("responses", type(responses).__name__, "a list with one list of responses a prompt")
+    if not prompts:
+        reject("prompts", "an empty list", "at least one prompt")
+    if len(prompts) != len(responses):
+        reject("responses", f"{len(responses)} groups", f"{len(prompts)}, one a prompt")
+    for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+        check_prompt(prompt, f"prompts[{k}]")
+        if isinstance(group, str) or not isinstance(group, Sequence):
+            reject(f"responses[{k}]", type(group).__name__, "a list of strings")
+        if not group:
+            reject(f"responses[{k}]", "an empty list", "at least one response")
+        for i, response in enumerate(group):
+            if not isinstance(response, str):
+                reject(f"responses[{k}][{i}]", type(response).__name__, "a string")
+    return [len(group) for group in responses]

@@ -15,15 +15,17 @@ from rmcore._base import lazy
 if TYPE_CHECKING:
     from rmcore.model.backbone import Backbone
     from rmcore.model.backbone_config import BackboneConfig
+    from rmcore.model.response_scores import ResponseScores
     from rmcore.model.reward_model import Preference, RewardModel
 
-__all__ = ["Backbone", "BackboneConfig", "Preference", "RewardModel"]
+__all__ = ["Backbone", "BackboneConfig", "Preference", "ResponseScores", "RewardModel"]
 
 __getattr__, __dir__, _ = lazy.attach(
     __name__,
     {
         "rmcore.model.backbone": ("Backbone",),
         "rmcore.model.backbone_config": ("BackboneConfig",),
+        "rmcore.model.response_scores": ("ResponseScores",),
         "rmcore.model.reward_model": ("Preference", "RewardModel"),
     },
 )

@@ -7,22 +7,25 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
-from rmcore._base.prompt import Prompt, check_prompt
+from rmcore._base.prompt import Prompt, check_groups, check_prompt
 from rmcore.head import checkpoint
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import FitReport, fit, upgrade
-from rmcore.head.frozen import FrozenHead
+from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
+from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.text import EncodedText
+from rmcore.ops.dispatch import Backend
+from rmcore.ops.functional import Scores
 
 __all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
 
@@ -114,6 +117,79 @@ class RewardModel:
         config = HeadConfig(backbone.hidden_size, mode="difference", features="linear", ridge=ridge)
         head = upgrade(hidden, pairs, beta.to(hidden.device), beta0, labels=labels, config=config, dtype=dtype)
         return cls(backbone, head)
+
+    # -- scoring -----------------------------------------------------------------------------------------------------
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a string is a sequence of strings
+        self,
+        prompts: str,
+        responses: Sequence[str],
+        *,
+        orders: Literal["both", "one"] = "both",
+        backend: Backend = "auto",
+        progress: Progress | None = None,
+    ) -> ResponseScores: ...
+    @overload
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[str]],
+        *,
+        orders: Literal["both", "one"] = "both",
+        backend: Backend = "auto",
+        progress: Progress | None = None,
+    ) -> list[ResponseScores]: ...
+    def score(
+        self,
+        prompts: str | Sequence[Prompt],
+        responses: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        orders: Literal["both", "one"] = "both",
+        backend: Backend = "auto",
+        progress: Progress | None = None,
+    ) -> ResponseScores | list[ResponseScores]:
+        """Score responses with the model alone: rewards, and a preference and an uncertainty for every pair.
+
+        The same numbers as ``RewardEngine(model).score(...)``, which adds a judge, micro-batches and accounts.
+
+        Args:
+            prompts: one prompt a group, each a text or a list of messages; or one text.
+            responses: K ≥ 1 responses a prompt, K may differ; or those of the one prompt. Equal responses of a group
+                are decided by rule: nothing between them.
+            orders: concat mode: score ``both`` orders of a pair and average, or ``one`` (i < j).
+            backend: of the head's kernels.
+            progress: called with ("encoding", tokens done, tokens in all).
+
+        Returns:
+            A :class:`~rmcore.model.ResponseScores` a prompt, in order; for one text as prompt a single one.
+
+        Raises:
+            InputError: wrong nesting, nothing to score, or an over-long text under the policy ``error``.
+            NonFiniteError: the backbone produced NaN or Inf.
+        """
+        if isinstance(prompts, str):
+            if isinstance(responses, str) or not all(isinstance(text, str) for text in responses):
+                reject("responses", type(responses).__name__, "a list of strings, since prompts is one text")
+            one: Any = [responses]
+            return self.score([prompts], one, orders=orders, backend=backend, progress=progress)[0]
+        if orders not in ("both", "one"):
+            reject("orders", repr(orders), "'both' or 'one'")
+        groups: Any = responses
+        sizes = check_groups(prompts, groups)
+        hidden = self.hidden_states(prompts, groups, orders=orders, progress=progress)
+        pairs: PairScores | Scores
+        if self.mode == "difference":
+            pairs = self.head.score_pairs(hidden, torch.tensor(sizes), backend=backend)
+        else:
+            pairs = self.head.score(hidden, backend=backend)
+        return pair_squares(
+            pairs.logit,
+            pairs.variance,
+            groups,
+            self.head.weights.amplitude,
+            ordered=self.mode == "concat" and orders == "both",
+        )
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 

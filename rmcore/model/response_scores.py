@@ -1,0 +1,95 @@
+"""What a reward model alone says of one prompt's responses, and how squares are made of the head's flat pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rmcore.ops import reference
+
+__all__ = ["ResponseScores", "pair_squares"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ResponseScores:
+    """One prompt's K responses. Squares are (K, K) float64 on the CPU; row i, column j is "i against j".
+
+    The names mean what they do in :class:`rmcore.GroupScores`, and the values are those of an engine without a judge.
+
+    Attributes:
+        preference: p̃ = g / u, antisymmetric, logits.
+        uncertainty: u ≥ 1, symmetric; 1 is as sure as the training data allows.
+        logit: g, antisymmetric, before division by u.
+        variance: v, symmetric.
+    """
+
+    preference: Tensor
+    uncertainty: Tensor
+    logit: Tensor
+    variance: Tensor
+
+    @property
+    def rewards(self) -> Tensor:
+        """(K,) a reward a response: the mean of its p̃ against the K responses, its own 0 included.
+
+        They compare responses of one prompt; between prompts they mean nothing. The reward of a model with linear
+        features, where no uncertainty divides it, is this up to a constant of the prompt. K = 1 gives 0.
+        """
+        return reference.rloo_rewards(self.preference)
+
+    @property
+    def response_uncertainty(self) -> Tensor:
+        """(K,) mean u of a response's pairs with the others; K = 1 gives 1."""
+        k = len(self.uncertainty)
+        if k == 1:
+            return torch.ones(1, dtype=torch.float64)
+        return (self.uncertainty.sum(1) - self.uncertainty.diagonal()) / (k - 1)
+
+    @property
+    def ranking(self) -> Tensor:
+        """(K,) int64: places of the responses, best reward first; of equal ones the first in the group is first."""
+        return self.rewards.argsort(descending=True, stable=True)
+
+
+def pair_squares(
+    logit: Tensor, variance: Tensor, responses: Sequence[Sequence[str]], amplitude: float, *, ordered: bool
+) -> list[ResponseScores]:
+    """One result a group from the head's flat pairs, all groups of equal K at once.
+
+    Args:
+        logit: (Q,) g, group after group: pairs i < j, or with ``ordered`` all (i, j), i ≠ j, row-major.
+        variance: (Q,) v, likewise.
+        responses: the groups' texts. Equal ones of a group are decided by rule: nothing between them, and no doubt.
+        amplitude: a of u = √(1 + a v).
+        ordered: both orders were scored, and are averaged.
+    """
+    g, v = logit.double().cpu(), variance.double().cpu()
+    sizes = torch.tensor([len(group) for group in responses])
+    counts = sizes * (sizes - 1) // (1 if ordered else 2)
+    starts = counts.cumsum(0) - counts
+    result: dict[int, ResponseScores] = {}
+    for k in sizes.unique().tolist():
+        groups = (sizes == k).nonzero()[:, 0]
+        i, j = (~torch.eye(k, dtype=torch.bool)).nonzero().T if ordered else torch.triu_indices(k, k, 1)
+        rows = starts[groups, None] + torch.arange(len(i))
+        squares = torch.zeros(2, len(groups), k, k, dtype=torch.float64)
+        squares[:, :, i, j] = torch.stack((g[rows], v[rows]))
+        if not ordered:
+            squares[:, :, j, i] = torch.stack((-g[rows], v[rows]))
+        same = _equal_texts([responses[group] for group in groups.tolist()], k)
+        squares.masked_fill_(same, 0.0)
+        u = reference.uncertainty(squares[1], amplitude)
+        p, u = reference.concat_preference(reference.preference(squares[0], u), u)
+        g_mean, v_mean = (squares[0] - squares[0].mT) / 2, (squares[1] + squares[1].mT) / 2
+        for n, group in enumerate(groups.tolist()):
+            result[group] = ResponseScores(p[n], u[n], g_mean[n], v_mean[n])
+    return [result[group] for group in range(len(responses))]
+
+
+def _equal_texts(groups: Sequence[Sequence[str]], k: int) -> Tensor:
+    known: dict[str, int] = {}
+    ids = torch.tensor([known.setdefault(text, len(known)) for group in groups for text in group]).view(-1, k)
+    return ids[:, :, None] == ids[:, None, :]
