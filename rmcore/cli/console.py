@@ -14,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rmcore._base.errors import InputError, RmcoreError
 
-__all__ = ["encoding_progress", "notes", "opened_output", "progress_bar", "reported_errors", "results_console"]
+__all__ = [
+    "encoding_progress",
+    "notes",
+    "opened_output",
+    "print_error",
+    "progress_bar",
+    "reported_errors",
+    "results_console",
+]
 
 # Everything but results goes to stderr, so that stdout can be a pipe.
 notes = Console(stderr=True)
@@ -61,6 +69,11 @@ def reported_errors() -> Iterator[None]:
         _fail(error, 2)
     except RmcoreError as error:
         _fail(error, 1)
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr, above the progress bar where there is one."""
+    notes.print(f"rmcore: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
 from rmcore.cli.accounts import print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
-from rmcore.cli.console import notes, opened_output, progress_bar, reported_errors
+from rmcore.cli.console import notes, opened_output, print_error, progress_bar, reported_errors
 
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
@@ -97,17 +97,18 @@ def _score_stream(
 ) -> None:
     """Score the groups of ``source`` batch by batch, then close the judge.
 
-    ``line`` makes what is written of each group, ``after`` ends a batch.
+    ``line`` makes what is written of each group, ``after`` ends a batch. Groups that cannot be scored are named as they
+    come and raise DataError at the end; a line that cannot be read ends the run at once, all before it written.
     """
     from rmcore.model.data import read_groups
 
-    done = 0
+    done = failed = 0
     try:
         with opened_output(out) as stream, progress_bar() as bar:
             task = bar.add_task("groups", total=None)
             for chunk, error in _chunks(read_groups(source), batch):
                 if chunk:
-                    _score_chunk(engine, chunk, stream, accounts, line)
+                    failed += _score_chunk(engine, chunk, stream, accounts, line)
                     done += len(chunk)
                     bar.update(task, completed=done)
                     after()
@@ -115,34 +116,33 @@ def _score_stream(
                     raise error
     finally:
         close_engine(engine)
+    if failed:
+        raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
 
 
-def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts, line: Line) -> None:
+def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts, line: Line) -> int:
+    """Score groups together, write those that can be scored and name the others; how many these are."""
+    scores = engine.score([g.prompt for g in chunk], [g.responses for g in chunk], on_error="return")
+    if len(scores):
+        accounts.add(scores.summary())
+    failed = 0
     try:
-        scores = engine.score([group.prompt for group in chunk], [group.responses for group in chunk])
-    except InputError:
-        if len(chunk) == 1:
-            group = chunk[0]
+        for group, outcome in zip(chunk, scores.outcomes(), strict=True):
             try:
-                engine.score([group.prompt], [group.responses])
-            except InputError as error:
-                raise DataError(str(error), source="groups", line=group.line) from error
-        # One bad group must not take the good ones before it along: score them one at a time, up to the bad one.
-        for group in chunk:
-            _score_chunk(engine, [group], stream, accounts, line)
-        return
-    accounts.add(scores.summary())
-    try:
-        for group, score in zip(chunk, scores, strict=True):
-            try:
-                record = line(group, score)
-            except InputError as error:
-                raise DataError(str(error), source="groups", line=group.line) from error
+                if isinstance(outcome, Exception):
+                    raise outcome
+                record = line(group, outcome)
+            except Exception as error:  # a tokenizer's own as well: it is this group's alone
+                failed += 1
+                said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+                print_error(DataError(said, source="groups", line=group.line))
+                continue
             if record is not None:
                 named = {} if group.id is None else {"id": group.id}
                 stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
     finally:
         stream.flush()
+    return failed
 
 
 def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], DataError | None]]:

@@ -23,21 +23,13 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.loop import background_loop
 from rmcore._base.prompt import Prompt
-from rmcore.engine.checks import check_group_sizes, check_groups
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
-from rmcore.engine.judging import Asking
+from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
 from rmcore.engine.overlap import run_alongside, run_alongside_async
-from rmcore.engine.pair_table import (
-    PairMatrices,
-    concat_matrices,
-    decide_by_rule,
-    difference_matrices,
-    find_pairs,
-    look_up,
-)
+from rmcore.engine.pair_table import PairLayout, PairState, PairTable
 from rmcore.engine.routing import BudgetedRouter, Candidates, NeverRoute, Router, ThresholdRouter
-from rmcore.engine.score_call import MicroBatch, ScoreCall, micro_batches
+from rmcore.engine.score_call import MicroBatch, OnError, ScoreCall, ScoredPart, check_group_sizes, micro_batches
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import check_finite
@@ -142,9 +134,12 @@ class RewardEngine:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[str]],
         *,
+        on_error: OnError = "raise",
         progress: Progress | None = None,
     ) -> GroupScores:
         """Score groups of texts.
+
+        Every group is checked and encoded before any is scored.
 
         The backbone runs in the caller's thread, the judge's calls on the library's background loop. An exception here,
         Ctrl-C included, cancels them.
@@ -152,23 +147,27 @@ class RewardEngine:
         Args:
             prompts: one prompt a group, text or message list.
             responses: one sequence of K ≥ 1 responses a prompt; K may differ. Equal responses are decided by rule: 0.
+            on_error: ``raise`` raises the first group's error. ``return`` leaves out the groups that cannot be scored
+                (wrong type, over-long text, hidden rows that are not finite) and puts their errors into
+                ``GroupScores.errors``; the others are scored, routed and judged in one call, as if they were alone.
             progress: called with (stage, done, total); for the stage ``judging`` from another thread.
 
         Returns:
-            One :class:`GroupScore` a prompt, in order.
+            One :class:`GroupScore` a prompt, in order; but for those in ``errors``.
 
         Raises:
             InputError: wrong nesting, nothing to score, or an over-long text under the policy ``error``; in any case
-                before a judge is asked.
+                before a judge is asked and before a step of the router begins.
             NonFiniteError: the backbone produced NaN or Inf and ``nonfinite`` is ``raise``.
         """
-        return self._run(self._call_with_texts(prompts, responses, progress))
+        return self._run(self._call_with_texts(prompts, responses, on_error, progress))
 
     async def score_async(
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[str]],
         *,
+        on_error: OnError = "raise",
         progress: Progress | None = None,
     ) -> GroupScores:
         """As :meth:`score`, for callers in an event loop: the backbone runs in a thread, the judge is awaited.
@@ -176,7 +175,7 @@ class RewardEngine:
         Cancelling it cancels the judge's calls and stops the backbone after its current forward pass; when the
         CancelledError comes out, neither a thread nor a task is left.
         """
-        return await self._run_async(self._call_with_texts(prompts, responses, progress))
+        return await self._run_async(self._call_with_texts(prompts, responses, on_error, progress))
 
     def score_hidden(
         self,
@@ -185,6 +184,7 @@ class RewardEngine:
         *,
         prompts: Sequence[Prompt] | None = None,
         responses: Sequence[Sequence[str]] | None = None,
+        on_error: OnError = "raise",
     ) -> GroupScores:
         """Score groups whose hidden states are already at hand: a trainer's own forward pass, for instance.
 
@@ -194,10 +194,11 @@ class RewardEngine:
             group_sizes: K of each group.
             prompts: texts for the judge; needed with ``responses`` if pairs may be routed.
             responses: as in :meth:`score`.
+            on_error: as in :meth:`score`.
 
         Raises as :meth:`score`.
         """
-        return self._run(self._call_with_rows(hidden, group_sizes, prompts, responses))
+        return self._run(self._call_with_rows(hidden, group_sizes, prompts, responses, on_error))
 
     async def score_hidden_async(
         self,
@@ -206,9 +207,10 @@ class RewardEngine:
         *,
         prompts: Sequence[Prompt] | None = None,
         responses: Sequence[Sequence[str]] | None = None,
+        on_error: OnError = "raise",
     ) -> GroupScores:
         """As :meth:`score_hidden`, for callers in an event loop: the head runs in a thread, the judge is awaited."""
-        return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses))
+        return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses, on_error))
 
     def best_of(
         self,
@@ -265,12 +267,18 @@ class RewardEngine:
     # -- a call, from its arguments to its result --------------------------------------------------------------------
 
     def _call_with_texts(
-        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]], progress: Progress | None
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[str]],
+        on_error: OnError,
+        progress: Progress | None,
     ) -> ScoreCall:
         if self.model is None:
             reject("model", "a FrozenHead", "a RewardModel to score texts; or call score_hidden")
-        sizes = check_groups(prompts, responses)
-        return self._new_call(sizes, prompts, responses, progress=progress, encoding=EncodingStats())
+        call = self._new_call(on_error)
+        call.progress, call.encoding = progress, EncodingStats()
+        call.check_texts(prompts, responses)
+        return call
 
     def _call_with_rows(
         self,
@@ -278,31 +286,26 @@ class RewardEngine:
         group_sizes: Sequence[int] | Tensor,
         prompts: Sequence[Prompt] | None,
         responses: Sequence[Sequence[str]] | None,
+        on_error: OnError,
     ) -> ScoreCall:
-        sizes = check_group_sizes(group_sizes)
         if (prompts is None) != (responses is None):
             reject("prompts, responses", "only one of them", "both or neither")
+        call = self._new_call(on_error)
+        call.sizes = check_group_sizes(group_sizes)
+        call.check_hidden(hidden)
         if prompts is not None and responses is not None:
-            if (given := check_groups(prompts, responses)) != sizes:
-                reject("responses", f"group sizes {given}", f"{sizes} as in group_sizes")
+            call.check_texts(prompts, responses)
         elif not isinstance(self.router, NeverRoute):
             reject(
                 "prompts, responses", "None", f"texts, since {type(self.router).__name__} may route pairs to the judge"
             )
-        call = self._new_call(sizes, prompts, responses)
-        call.hidden = self._checked_rows(hidden, sizes)
         return call
 
-    def _new_call(
-        self,
-        sizes: list[int],
-        prompts: Sequence[Prompt] | None,
-        responses: Sequence[Sequence[str]] | None,
-        *,
-        progress: Progress | None = None,
-        encoding: EncodingStats | None = None,
-    ) -> ScoreCall:
-        call = ScoreCall(sizes, prompts, responses, self.clock, self.head, progress=progress, encoding=encoding)
+    def _new_call(self, on_error: OnError) -> ScoreCall:
+        if on_error not in ("raise", "return"):
+            reject("on_error", repr(on_error), "'raise' or 'return'")
+        one_order = self.head.config.mode == "concat" and self.orders == "one"
+        call = ScoreCall(self.clock, self.head, one_order, on_error)
         call.kept = None if self.learner is None else []
         if self.judge_deadline_s is not None:
             call.deadline = call.started + self.judge_deadline_s
@@ -311,24 +314,24 @@ class RewardEngine:
     def _run(self, call: ScoreCall) -> GroupScores:
         try:
             if self._may_ask:
-                call.asking = self._asking(call, background_loop())
-            run_alongside(functools.partial(self._work, call), call.asking)
-            return call.result(self.epsilon, one_order=self._one_order)
+                call.queue = self._judge_queue(call, background_loop())
+            run_alongside(functools.partial(self._work, call), call.queue)
+            return call.result(self.epsilon)
         finally:
             self._settle(call)
 
     async def _run_async(self, call: ScoreCall) -> GroupScores:
         try:
             if self._may_ask:
-                call.asking = self._asking(call, asyncio.get_running_loop())
-            await run_alongside_async(functools.partial(self._work, call), call.asking, call.unwanted)
-            return call.result(self.epsilon, one_order=self._one_order)
+                call.queue = self._judge_queue(call, asyncio.get_running_loop())
+            await run_alongside_async(functools.partial(self._work, call), call.queue, call.unwanted)
+            return call.result(self.epsilon)
         finally:
             self._settle(call)
 
-    def _asking(self, call: ScoreCall, loop: asyncio.AbstractEventLoop) -> Asking:
+    def _judge_queue(self, call: ScoreCall, loop: asyncio.AbstractEventLoop) -> JudgeQueue:
         assert self.judge is not None
-        return Asking(self.judge, loop, self.clock, deadline=call.deadline, answered=call.report_answers)
+        return JudgeQueue(self.judge, loop, self.clock, deadline=call.deadline, answered=call.report_answers)
 
     @property
     def _may_ask(self) -> bool:
@@ -338,37 +341,31 @@ class RewardEngine:
     def _whole_batch(self) -> bool:
         return getattr(self.router, "whole_batch", True)
 
-    @property
-    def _one_order(self) -> bool:
-        return self.head.config.mode == "concat" and self.orders == "one"
-
     # -- the algorithm, step by step ---------------------------------------------------------------------------------
 
     def _work(self, call: ScoreCall) -> None:
-        """Everything but the judge: backbone, head and router, micro-batch by micro-batch."""
+        """Everything but the judge: encoding, then backbone, head and router, micro-batch by micro-batch."""
+        if call.hidden is None and self.model is not None:
+            call.encode(self.model, self.orders)
+        if not call.sizes:
+            return  # no group is left
         if isinstance(self.router, BudgetedRouter):
             self.router.begin_step()
-        parts = self._plan(call)
-        together = self._why_no_overlap(parts)
-        for part in parts:
-            hidden = self._rows(call, part)
-            with call.time("head"):
-                call.matrices += self._matrices(call.head, hidden, part)
-            if call.kept is not None:
-                call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
-            if not together:
+        batches = self._plan(call)
+        call.micro_batches, call.why_no_overlap = len(batches), self._why_no_overlap(batches)
+        for batch in batches:
+            part = self._score(call, batch)
+            part.first = sum(len(earlier.groups) for earlier in call.parts)
+            call.parts.append(part)
+            if not call.why_no_overlap:
                 self._route(call, part)
-        if together:
-            self._route(call, MicroBatch(0, 0, call.sizes))
-        call.micro_batches, call.why_no_overlap = len(parts), together
+        if call.why_no_overlap:
+            call.parts = [ScoredPart.joined(call.parts)]
+            self._route(call, call.parts[0])
 
     def _plan(self, call: ScoreCall) -> list[MicroBatch]:
         if call.hidden is not None or self.model is None:
             return [MicroBatch(0, 0, call.sizes)]
-        with call.time("backbone"):
-            assert call.prompts is not None
-            assert call.responses is not None
-            call.encoded = self.model.encode_groups(call.prompts, call.responses, orders=self.orders)
         limit: float = math.inf
         if self._may_ask and not self._whole_batch and not isinstance(self.router, NeverRoute):
             total = sum(len(text) for group in call.encoded for text in group)
@@ -376,94 +373,92 @@ class RewardEngine:
             limit = self.micro_batch_tokens or max(least, total / _MOST_MICRO_BATCHES)
         return micro_batches(call.sizes, call.encoded, limit)
 
-    def _why_no_overlap(self, parts: list[MicroBatch]) -> str:
+    def _why_no_overlap(self, batches: list[MicroBatch]) -> str:
         if not self._may_ask:
             return "no judge is asked"
         if self._whole_batch:
             return f"{type(self.router).__name__} chooses from the whole batch"
-        return "one micro-batch" if len(parts) == 1 else ""
+        return "one micro-batch" if len(batches) == 1 else ""
 
-    def _rows(self, call: ScoreCall, part: MicroBatch) -> Tensor:
-        """The hidden rows of a micro-batch, checked and on the head's device."""
+    def _rows(self, call: ScoreCall, batch: MicroBatch) -> Tensor:
+        """The hidden rows of a micro-batch, as they come from the caller or the backbone."""
         if call.hidden is not None:
-            hidden = call.hidden
-        else:
-            assert self.model is not None
-            with call.time("backbone"):
-                groups = call.encoded[part.first : part.stop]
-                progress = call.encoding_progress(part)
-                hidden = self.model.hidden_rows(groups, progress=progress, stats=call.encoding)
-                if hidden.is_cuda:
-                    torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
-        if self.nonfinite == "raise" and len(hidden):
-            try:
-                check_finite(hidden)
-            except NonFiniteError as error:
-                raise _renumbered(error, part) from None
-        return hidden.to(self.head.device)
-
-    def _checked_rows(self, hidden: Tensor, sizes: list[int]) -> Tensor:
-        if not isinstance(hidden, Tensor):
-            reject("hidden", type(hidden).__name__, "a torch.Tensor")
-        if hidden.dim() != 2 or hidden.shape[1] != self.head.config.hidden_size:
-            reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {self.head.config.hidden_size})")
-        difference = self.head.config.mode == "difference"
-        ordered = 2 if self.orders == "both" else 1
-        rows = sum(sizes) if difference else sum(k * (k - 1) // 2 * ordered for k in sizes)
-        if hidden.shape[0] != rows:
-            unit = "response" if difference else f"{'ordered' if ordered == 2 else 'i < j'} pair"
-            reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {sizes[:8]}")
+            return call.hidden
+        assert self.model is not None
+        with call.time("backbone"):
+            groups = call.encoded[batch.first : batch.stop]
+            progress = call.encoding_progress(batch)
+            hidden = self.model.hidden_rows(groups, progress=progress, stats=call.encoding)
+            if hidden.is_cuda:
+                torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
         return hidden
 
-    def _matrices(self, head: FrozenHead, hidden: Tensor, part: MicroBatch) -> list[PairMatrices]:
-        policy: Literal["raise", "keep"] = "keep" if self.nonfinite == "route" else "raise"
-        amplitude = head.weights.amplitude
+    def _score(self, call: ScoreCall, batch: MicroBatch) -> ScoredPart:
+        """A micro-batch's pairs as the head sees them."""
+        hidden, groups = self._rows(call, batch), list(range(batch.first, batch.stop))
+        contain = call.on_error == "return" and self.nonfinite == "raise"
         try:
-            if head.config.mode == "difference":
-                sizes = torch.tensor(part.sizes, dtype=torch.int64)
-                pairs = head.score_pairs(hidden, sizes, backend=self.backend, nonfinite=policy)
-                return difference_matrices(pairs, part.sizes, amplitude)
-            rows = head.score(hidden, backend=self.backend, nonfinite=policy)
-            return concat_matrices(rows, part.sizes, amplitude, self.orders)
+            if contain:
+                hidden, groups = call.without_bad_rows(hidden, groups)
+            elif self.nonfinite == "raise" and len(hidden):
+                check_finite(hidden)
+            hidden = hidden.to(self.head.device)
+            with call.time("head"):
+                layout = PairLayout([call.sizes[k] for k in groups])
+                policy: Literal["raise", "keep"] = "keep" if contain or self.nonfinite == "route" else "raise"
+                table = self._table(call.head, hidden, layout, policy)
         except NonFiniteError as error:
-            raise _renumbered(error, part) from None
+            raise _renumbered(error, batch) from None
+        if contain:
+            hidden, groups, table = call.without_overflows(hidden, groups, table)
+        if call.kept is not None:
+            call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
+        return ScoredPart(groups, table)
 
-    def _route(self, call: ScoreCall, part: MicroBatch) -> None:
+    def _table(
+        self, head: FrozenHead, hidden: Tensor, layout: PairLayout, policy: Literal["raise", "keep"]
+    ) -> PairTable:
+        if head.config.mode == "difference":
+            pairs = head.score_pairs(hidden, layout.sizes, backend=self.backend, nonfinite=policy, dtype=torch.float64)
+            return PairTable.of_difference(pairs, layout)
+        rows = head.score(hidden, backend=self.backend, nonfinite=policy)
+        return PairTable.of_concat(rows, layout, self.orders)
+
+    def _route(self, call: ScoreCall, part: ScoredPart) -> None:
         """Decide equal responses by rule, let the router choose among the rest, and hand those over to the judge."""
-        where, identical = find_pairs(part.sizes, call.responses, part.first)
-        decide_by_rule(call.matrices, identical)
-        call.identical += identical
-        candidates, preference = look_up(call.matrices, where)
-        finite = candidates.uncertainty.isfinite()  # always, unless nonfinite="route"
-        reserved = None
+        table = part.table
+        if call.responses is not None:
+            table.decide_identical(call.responses[group] for group in part.groups)
+        if not self._may_ask:
+            return
+        rows = table.undecided()
+        logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
+        candidates = Candidates(logit, variance, uncertainty)
+        finite = uncertainty.isfinite()  # always, unless nonfinite="route"
         if isinstance(self.router, BudgetedRouter):
-            chosen, reservation = self.router.reserve(candidates)
-            reserved = call.reserve(reservation)
+            chosen, part.reservation = self.router.reserve(candidates)
             _check_choice("router.reserve", chosen, len(candidates))
-            call.unaffordable += [where[n] for n in (~finite & ~chosen).nonzero()[:, 0].tolist()]
+            table.state[rows[~finite & ~chosen]] = PairState.UNAFFORDABLE
         else:
             chosen = ~finite
             if bool(finite.any()):
-                values = (candidates.logit, candidates.variance, candidates.uncertainty)
-                usable = Candidates(*(value[finite] for value in values))
+                usable = Candidates(logit[finite], variance[finite], uncertainty[finite])
                 picked = self.router.select(usable)
                 _check_choice("router.select", picked, len(usable))
                 chosen[finite] = picked
-        asked = call.ask(
-            [where[n] for n in chosen.nonzero()[:, 0].tolist()], preference[chosen], candidates.uncertainty[chosen]
-        )
-        if reserved is not None:
-            reserved.asked = asked
+        call.submit(part, rows[chosen], preference[chosen], uncertainty[chosen])
 
     def _settle(self, call: ScoreCall) -> None:
         """Tell a budgeted router what each reservation came to: exactly once, whatever has happened.
 
         Only now and in this order, so that what the router chooses within a call never depends on the judge's timing.
         """
-        for reserved in call.reservations:
+        for part in call.parts:
+            if part.reservation is None:
+                continue
             assert isinstance(self.router, BudgetedRouter)
             try:
-                self.router.settle(reserved.reservation, reserved.usage)
+                self.router.settle(part.reservation, part.usage)
             except Exception:  # the verdicts are paid for and in; a router's books must not lose them
                 log.exception("router.settle raised; its books may be wrong from here on")
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from rmcore._base.errors import reject
 from rmcore.engine.advantage import group_rewards, grpo_advantages, rloo_advantages
+from rmcore.engine.pair_table import PairLayout, PairState, PairTable
 from rmcore.engine.usage import JudgeTally, Overlap, usage_summary
 from rmcore.judge.base import RULE, JudgeUsage, Verdict
 from rmcore.model.backbone import EncodingStats
@@ -96,22 +99,57 @@ class GroupScore:
         }
 
 
-@dataclass(frozen=True)
 class GroupScores(Sequence[GroupScore]):
-    """A scored batch: a sequence of :class:`GroupScore` in the order of the prompts."""
+    """A scored batch: a sequence of :class:`GroupScore` in the order of the prompts.
 
-    groups: tuple[GroupScore, ...]
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds by stage: ``backbone`` (tokenising too), ``head``, ``judge`` (at least one call under way) and
-    ``total``, which is less than their sum where the judge was hidden behind the backbone (``overlap``)."""
-    encoding: EncodingStats | None = None
-    judges: dict[str, JudgeTally] = field(default_factory=dict)
-    """What each judge answered and cost, by ``Verdict.judge``. Equal questions were asked, and count, once."""
-    overlap: Overlap = field(default_factory=Overlap)
-    unaccounted_questions: int = 0
-    """Questions whose judge did not say what they cost: it raised, or had to be cancelled."""
-    hidden: Tensor | None = field(default=None, repr=False, compare=False)
-    """The batch's hidden rows on the CPU, in the layout of ``score_hidden``: only from an engine that has a learner."""
+    Kept as one :class:`~rmcore.engine.pair_table.PairTable`; the groups are views of it, made when first asked for.
+
+    Args:
+        groups: the scored groups, or the table they are views of.
+        seconds: wall seconds by stage: ``backbone`` (tokenising too), ``head``, ``judge`` (at least one call under way)
+            and ``total``, which is less than their sum where the judge was hidden behind the backbone (``overlap``).
+        encoding: what the backbone did.
+        judges: what each judge answered and cost, by ``Verdict.judge``. Equal questions were asked, and count, once.
+        overlap: how judge and backbone shared the time.
+        unaccounted_questions: questions whose judge did not say what they cost: it raised, or had to be cancelled.
+        hidden: the batch's hidden rows on the CPU, in the layout of ``score_hidden``: only from an engine that has a
+            learner.
+        errors: with ``on_error="return"``: the error of each group of the call that could not be scored, by its number
+            in the call. Such a group is not in the sequence; :meth:`outcomes` has everything in its place.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[GroupScore] | PairTable,
+        seconds: Mapping[str, float] | None = None,
+        encoding: EncodingStats | None = None,
+        judges: Mapping[str, JudgeTally] | None = None,
+        overlap: Overlap | None = None,
+        unaccounted_questions: int = 0,
+        hidden: Tensor | None = None,
+        errors: Mapping[int, Exception] | None = None,
+    ) -> None:
+        if isinstance(groups, PairTable):
+            self.table = groups
+        else:
+            self.groups = tuple(groups)
+        self.seconds = dict(seconds or {})
+        self.encoding = encoding
+        self.judges = dict(judges or {})
+        self.overlap = overlap or Overlap()
+        self.unaccounted_questions = unaccounted_questions
+        self.hidden = hidden
+        self.errors = dict(errors or {})
+
+    @cached_property
+    def groups(self) -> tuple[GroupScore, ...]:
+        """The groups."""
+        return _groups_of(self.table)
+
+    @cached_property
+    def table(self) -> PairTable:
+        """All pairs, flat, on the head's device."""
+        return _table_of(self.groups)
 
     @property
     def judge_usage(self) -> JudgeUsage:
@@ -126,20 +164,33 @@ class GroupScores(Sequence[GroupScore]):
         return self.groups[index]
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.groups) if "groups" in self.__dict__ else len(self.table.layout)
 
     def __iter__(self) -> Iterator[GroupScore]:
         return iter(self.groups)
 
+    def __repr__(self) -> str:
+        return f"<GroupScores: {len(self)} groups, {len(self.table)} pairs, {len(self.errors)} errors>"
+
     @property
     def advantages(self) -> Tensor:
-        """All groups' advantages, one after the other (ΣK,)."""
-        return torch.cat([group.advantages for group in self.groups])
+        """All groups' advantages, one after the other (ΣK,) float64 on the CPU."""
+        return self.table.per_response(rloo_advantages)
 
     @property
     def rewards(self) -> Tensor:
         """All groups' leave-one-out rewards (ΣK,)."""
-        return torch.cat([group.rewards for group in self.groups])
+        return self.rewards_for("leave-one-out")
+
+    def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"]) -> Tensor:
+        """All groups' rewards (ΣK,) under the named baseline (``group_rewards``)."""
+        return self.table.per_response(partial(group_rewards, baseline=baseline))
+
+    def outcomes(self) -> list[GroupScore | Exception]:
+        """Every group of the call in its place: its score, or the error for which it has none."""
+        scored = iter(self.groups)
+        count = len(self.groups) + len(self.errors)
+        return [self.errors[k] if k in self.errors else next(scored) for k in range(count)]
 
     def to_records(self) -> list[dict[str, Any]]:
         """One plain JSON dictionary a group."""
@@ -154,38 +205,40 @@ class GroupScores(Sequence[GroupScore]):
         count pairs, ``judges`` and ``judge_usage`` count questions: equal pairs are one question. Costs are described
         in :func:`rmcore.engine.usage.usage_summary`.
         """
-        pairs = sum(group.size * (group.size - 1) // 2 for group in self.groups)
-        decisions = [decision for group in self.groups for decision in group.decisions]
-        by = Counter(decision.by for decision in decisions)
-        verdicts = [d.verdict for d in decisions if d.by == "judge" and d.verdict is not None]
-        u = [g.uncertainty[tuple(torch.triu_indices(g.size, g.size, 1))] for g in self.groups if g.size > 1]
-        flat = torch.cat(u) if u else torch.empty(0)
-        flat = flat[flat.isfinite()]
+        table, sizes = self.table, self.table.layout.sizes
+        count = dict(zip(PairState, torch.bincount(table.state, minlength=len(PairState)).tolist(), strict=True))
+        failed = count[PairState.JUDGE_FAILED] + count[PairState.UNAFFORDABLE]
+        verdicts = [v for v in table.verdicts.values() if v.preference is not None]
+        reasons = Counter(v.reason for _, v in sorted(table.verdicts.items()) if v.preference is None)
+        reasons[_BUDGET] += count[PairState.UNAFFORDABLE]
+        u = table.uncertainty.cpu()
+        u = u[u.isfinite()]
         return {
-            "groups": len(self.groups),
-            "responses": sum(group.size for group in self.groups),
-            "single_response_groups": sum(group.size == 1 for group in self.groups),
-            "pairs": pairs,
-            "routed": by["judge"] + by["judge_failed"],
+            "groups": len(self),
+            "responses": table.layout.responses,
+            "single_response_groups": int((sizes == 1).sum()),
+            "failed_groups": len(self.errors),
+            "pairs": len(table),
+            "routed": count[PairState.JUDGE] + failed,
             "decided_by": {
-                "head": pairs - len(decisions),
-                "judge": by["judge"],
-                "judge_failed": by["judge_failed"],
-                "identical": by["identical"],
+                "head": count[PairState.HEAD],
+                "judge": count[PairState.JUDGE],
+                "judge_failed": failed,
+                "identical": count[PairState.IDENTICAL],
             },
-            "judge_failures": dict(Counter(d.reason for d in decisions if d.by == "judge_failed")),
+            "judge_failures": dict(+reasons),
             "judge_ties": sum(v.preference == 0 and not v.flipped for v in verdicts),
             "judge_flips": sum(v.flipped for v in verdicts),
-            "rule_verdicts": by["identical"] + sum(v.judge == RULE for v in verdicts),
-            "unscorable_responses": sum(int(group.advantages.isnan().sum()) for group in self.groups),
-            "one_order_groups": sum(group.one_order for group in self.groups),
+            "rule_verdicts": count[PairState.IDENTICAL] + sum(v.judge == RULE for v in verdicts),
+            "unscorable_responses": int(self.advantages.isnan().sum()),
+            "one_order_groups": len(self) if table.one_order else 0,
             "uncertainty": None
-            if not len(flat)
+            if not len(u)
             else {
-                "mean": float(flat.mean()),
-                "p50": float(flat.quantile(0.5)),
-                "p90": float(flat.quantile(0.9)),
-                "count": len(flat),
+                "mean": float(u.mean()),
+                "p50": float(u.quantile(0.5)),
+                "p90": float(u.quantile(0.9)),
+                "count": len(u),
             },
             "seconds": dict(self.seconds),
             "encoding": None if self.encoding is None else asdict(self.encoding),
@@ -194,6 +247,64 @@ class GroupScores(Sequence[GroupScore]):
             "judges": {name: tally.to_dict() for name, tally in self.judges.items()},
             "unaccounted_questions": self.unaccounted_questions,
         }
+
+
+_BUDGET = "budget"
+"""The reason of a pair that nobody was asked about."""
+
+_BY: dict[PairState, Literal["judge", "judge_failed", "identical"]] = {
+    PairState.JUDGE: "judge",
+    PairState.JUDGE_FAILED: "judge_failed",
+    PairState.UNAFFORDABLE: "judge_failed",
+    PairState.IDENTICAL: "identical",
+}
+
+
+def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
+    decisions: dict[int, list[PairDecision]] = {}
+    rows = (table.state != PairState.HEAD).nonzero()[:, 0]
+    where = (table.layout.group[rows], table.layout.i[rows], table.layout.j[rows], table.state[rows])
+    for row, group, i, j, code in zip(rows.tolist(), *(column.tolist() for column in where), strict=True):
+        state, verdict = PairState(code), table.verdicts.get(row)
+        reason = _BUDGET if state is PairState.UNAFFORDABLE else "" if verdict is None else verdict.reason
+        decisions.setdefault(group, []).append(PairDecision(i, j, _BY[state], reason, verdict))
+    groups: dict[int, GroupScore] = {}
+    for number, squares in table.squares():
+        groups[number] = GroupScore(**squares, decisions=tuple(decisions.get(number, ())), one_order=table.one_order)
+    return tuple(groups[number] for number in range(len(groups)))
+
+
+def _table_of(groups: Sequence[GroupScore]) -> PairTable:
+    """The table of groups that came without one: somebody else's engine, or some of a batch's groups."""
+    one_order = any(group.one_order for group in groups)
+    if one_order and not all(group.one_order or group.size == 1 for group in groups):
+        reject("groups", "some with one_order and some without", "groups scored alike")
+    layout = PairLayout([group.size for group in groups])
+    columns = [[getattr(g, name) for g in groups] for name in ("logit", "variance", "uncertainty", "preference")]
+    if not groups:
+        return PairTable.joined([])
+    values = [
+        torch.cat([square[tuple(torch.triu_indices(len(square), len(square), 1))] for square in column])
+        for column in columns
+    ]
+    table = PairTable(layout, torch.stack(values).double(), one_order)
+    for number, group in enumerate(groups):
+        for decision in group.decisions:
+            _note(table, layout.row(number, decision.i, decision.j), decision)
+    return table
+
+
+def _note(table: PairTable, row: int, decision: PairDecision) -> None:
+    state = {"judge": PairState.JUDGE, "identical": PairState.IDENTICAL}.get(decision.by, PairState.JUDGE_FAILED)
+    verdict = decision.verdict
+    if verdict is None and state is PairState.JUDGE_FAILED:
+        if decision.reason == _BUDGET:
+            state = PairState.UNAFFORDABLE
+        else:
+            verdict = Verdict.none(decision.reason)
+    table.state[row] = state
+    if verdict is not None:
+        table.verdicts[row] = verdict
 
 
 def _plain(tensor: Tensor) -> Any:

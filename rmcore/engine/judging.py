@@ -13,7 +13,7 @@ from typing import Any
 from rmcore._base.clock import Clock
 from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, isolated_verdicts, log_judge_error
 
-__all__ = ["Asked", "Asking", "ExitError"]
+__all__ = ["ExitError", "JudgeQueue", "Submission"]
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ _PATIENCE_S = 5.0
 
 
 @dataclass(eq=False)
-class Asked:
+class Submission:
     """The questions of one micro-batch.
 
     Attributes:
-        slots: for each question, where its verdict is in ``Asking.verdicts``; equal questions share one.
+        slots: for each question, where its verdict is in ``JudgeQueue.verdicts``; equal questions share one.
         new: those asked here for the first time, the only ones that cost anything.
         usage: what they cost; None until it is known, and for ever if the judge does not say.
     """
@@ -40,10 +40,10 @@ class Asked:
     usage: JudgeUsage | None = None
 
 
-class Asking:
+class JudgeQueue:
     """Asks a judge, micro-batch by micro-batch, each distinct question once, by a deadline.
 
-    :meth:`ask` and :meth:`close` may be called from any thread; :meth:`run` is the coroutine that does the asking.
+    :meth:`submit` and :meth:`close` may be called from any thread; :meth:`run` is the coroutine that does the asking.
 
     Args:
         judge: whom to ask; several of its ``judge`` calls may be under way at once.
@@ -75,27 +75,27 @@ class Asking:
         self._judge, self._loop, self._clock, self._deadline = judge, loop, clock, deadline
         self._answered = answered
         self._slots: dict[bytes, int] = {}
-        self._inbox: asyncio.Queue[Asked | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Submission | None] = asyncio.Queue()
         self._done = 0
 
-    def ask(self, questions: Sequence[Pair]) -> Asked:
+    def submit(self, questions: Sequence[Pair]) -> Submission:
         """Hand over the questions of a micro-batch and go on; the verdicts are there when :meth:`run` has returned."""
-        asked = Asked([])
+        submission = Submission([])
         for question in questions:
             # Texts may be long and many: a digest is kept, not the text. repr, because it cannot fail on any text.
             text = repr((question.prompt, question.first, question.second))
             key = hashlib.sha256(text.encode()).digest()
             if key not in self._slots:
                 self._slots[key] = len(self.verdicts)
-                asked.new.append(question)
-                asked.new_slots.append(len(self.verdicts))
+                submission.new.append(question)
+                submission.new_slots.append(len(self.verdicts))
                 self.verdicts.append(Verdict.none("not_asked"))
-            asked.slots.append(self._slots[key])
-        if asked.new:
-            self._loop.call_soon_threadsafe(self._inbox.put_nowait, asked)
+            submission.slots.append(self._slots[key])
+        if submission.new:
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, submission)
         else:
-            asked.usage = JudgeUsage()
-        return asked
+            submission.usage = JudgeUsage()
+        return submission
 
     def close(self) -> None:
         """No more questions will come."""
@@ -108,8 +108,8 @@ class Asking:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                while (asked := await self._inbox.get()) is not None:
-                    group.create_task(self._answer(asked))
+                while (submission := await self._inbox.get()) is not None:
+                    group.create_task(self._answer(submission))
         except BaseExceptionGroup as errors:
             self.broken.set()
             raise errors.exceptions[0] from None
@@ -117,14 +117,14 @@ class Asking:
             self.broken.set()
             raise
 
-    async def _answer(self, asked: Asked) -> None:
+    async def _answer(self, submission: Submission) -> None:
         started = self._clock.now()
-        verdicts, told = await self._verdicts(asked.new)
+        verdicts, reported = await self._verdicts(submission.new)
         self.spans.append((started, self._clock.now()))
-        for slot, verdict in zip(asked.new_slots, verdicts, strict=True):
+        for slot, verdict in zip(submission.new_slots, verdicts, strict=True):
             self.verdicts[slot] = verdict
-        if told:
-            asked.usage = JudgeUsage.total(v.usage for v in verdicts)
+        if reported:
+            submission.usage = JudgeUsage.total(v.usage for v in verdicts)
         self._done += len(verdicts)
         if self._answered is not None:
             self._answered(self._done, len(self.verdicts))
@@ -154,9 +154,9 @@ class Asking:
         verdicts, error = call.result()  # on time, or the judge made something of being cancelled
         if error is not None:
             log_judge_error(error, "the judge", len(verdicts))
-        untold = len(verdicts) if error is not None else sum(v.reason == "not_a_verdict" for v in verdicts)
-        self.unaccounted += untold
-        return verdicts, not untold
+        unreported = len(verdicts) if error is not None else sum(v.reason == "not_a_verdict" for v in verdicts)
+        self.unaccounted += unreported
+        return verdicts, not unreported
 
     async def _call(self, questions: list[Pair]) -> tuple[list[Verdict], BaseException | None]:
         try:

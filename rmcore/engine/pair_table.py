@@ -1,124 +1,335 @@
-"""The head's view of groups as (K, K) matrices, and the pairs in them."""
+"""All pairs i < j of a score call as one flat table, from the kernel through router and judge to the advantages.
+
+    row   group  i  j     g     v     u     p̃    state
+    0     0      0  1    0.8   0.3   1.1   0.7   head
+    1     0      0  2   -0.2   2.1   1.5   2.0   judge
+    ...
+
+Groups come one after the other, and in each (0, 1), (0, 2), ..., (1, 2), ..., as ``ops.pair_variance`` gives them. This
+module alone knows that, and where a pair's hidden rows are; everybody else asks :class:`PairLayout`. The values are
+float64 on the head's device until somebody asks for them elsewhere; what the host knows by itself (group, i, j, state)
+is on the CPU. Squares (K, K) are made on demand, for all groups of equal K at once.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rmcore.engine.routing import Candidates
+from rmcore.head.config import PairMode
 from rmcore.head.frozen import PairScores
+from rmcore.judge.base import Verdict
 from rmcore.ops import reference
 from rmcore.ops.functional import Scores
 
-__all__ = ["PairMatrices", "Where", "concat_matrices", "decide_by_rule", "difference_matrices", "find_pairs", "look_up"]
-
-Where: TypeAlias = tuple[int, int, int]
-"""A pair: its group's number, i and j, i < j."""
+__all__ = ["PairLayout", "PairState", "PairTable"]
 
 
-@dataclass(frozen=True, slots=True)
-class PairMatrices:
-    """One group, each (K, K) float64 on the CPU: g, v, u, p̃. Where the head has no answer p̃ is NaN and u is Inf."""
+class PairState(IntEnum):
+    """Who decided a pair."""
 
-    logit: Tensor
-    variance: Tensor
-    uncertainty: Tensor
-    preference: Tensor
-
-    def put(self, i: int, j: int, preference: float) -> None:
-        """Set p̃_ij, and p̃_ji to its negative."""
-        self.preference[i, j], self.preference[j, i] = preference, -preference
-
-
-def difference_matrices(scores: PairScores, sizes: Sequence[int], amplitude: float) -> list[PairMatrices]:
-    """From flat pairs i < j, group after group."""
-    g, v = scores.logit.double().cpu(), scores.variance.double().cpu()
-    result, start = [], 0
-    for k in sizes:
-        i, j = torch.triu_indices(k, k, 1)
-        part = slice(start, start + len(i))
-        start = part.stop
-        logit, variance = _zeros(k), _zeros(k)
-        logit[i, j], logit[j, i] = g[part], -g[part]
-        variance[i, j] = variance[j, i] = v[part]
-        result.append(_finish(logit, variance, amplitude))
-    return result
+    HEAD = 0
+    JUDGE = 1
+    JUDGE_FAILED = 2
+    """It was to be judged and there is no verdict: the head's p̃ stands."""
+    UNAFFORDABLE = 3
+    """The head has no p̃ for it, and the router's budget had no room."""
+    IDENTICAL = 4
+    """Equal responses: 0 by rule."""
 
 
-def concat_matrices(
-    scores: Scores, sizes: Sequence[int], amplitude: float, orders: Literal["both", "one"]
-) -> list[PairMatrices]:
-    """From flat ordered pairs, row-major: i ≠ j, or i < j with one order."""
-    g, v = scores.logit.double().cpu(), scores.variance.double().cpu()
-    result, start = [], 0
-    for k in sizes:
-        if orders == "both":
-            i, j = (~torch.eye(k, dtype=torch.bool)).nonzero().unbind(1)
-        else:
-            i, j = torch.triu_indices(k, k, 1)
-        part = slice(start, start + len(i))
-        start = part.stop
-        logit, variance = _zeros(k), _zeros(k)
-        logit[i, j], variance[i, j] = g[part], v[part]
+class _Block(NamedTuple):
+    """All groups of one size."""
+
+    size: int
+    groups: Tensor
+    pairs: Tensor | None
+    """(n, K(K−1)/2) rows of the table; None where these are all groups there are."""
+    responses: Tensor | None
+    """(n, K) responses, counted over all groups; None likewise."""
+
+
+class PairLayout:
+    """Where the pairs, responses and hidden rows of groups are. All index tensors int64 on the CPU, made when needed.
+
+    Args:
+        sizes: K ≥ 1 of each group.
+    """
+
+    def __init__(self, sizes: Sequence[int] | Tensor) -> None:
+        self.sizes = torch.as_tensor(sizes, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def pair_counts(self) -> Tensor:
+        """(G,) pairs of each group."""
+        return self.sizes * (self.sizes - 1) // 2
+
+    @cached_property
+    def pairs(self) -> int:
+        """Q, the number of pairs."""
+        return int(self.pair_counts.sum())
+
+    @cached_property
+    def responses(self) -> int:
+        """ΣK."""
+        return int(self.sizes.sum())
+
+    @cached_property
+    def first(self) -> Tensor:
+        """(Q,) number of each pair's first response, counted over all groups."""
+        return torch.repeat_interleave(self._later)
+
+    @cached_property
+    def second(self) -> Tensor:
+        """(Q,) number of its second response."""
+        starts = _starts(self._later)
+        return self.first + 1 + torch.arange(self.pairs) - starts[self.first]
+
+    @cached_property
+    def group(self) -> Tensor:
+        """(Q,) number of its group."""
+        return torch.repeat_interleave(self.pair_counts)
+
+    @cached_property
+    def i(self) -> Tensor:
+        """(Q,) its first response, counted within the group."""
+        return self.first - _starts(self.sizes)[self.group]
+
+    @cached_property
+    def j(self) -> Tensor:
+        """(Q,) its second response, j > i."""
+        return self.second - _starts(self.sizes)[self.group]
+
+    @cached_property
+    def _later(self) -> Tensor:
+        """(ΣK,) for each response, how many of its group come after it: the pairs in which it is first."""
+        k = torch.repeat_interleave(self.sizes, self.sizes)
+        position = torch.arange(self.responses) - torch.repeat_interleave(_starts(self.sizes), self.sizes)
+        return k - 1 - position
+
+    def row(self, group: int, i: int, j: int) -> int:
+        """The row of one pair i < j."""
+        k = int(self.sizes[group])
+        return int(self._pair_starts[group]) + i * k - i * (i + 1) // 2 + j - i - 1
+
+    @cached_property
+    def _pair_starts(self) -> Tensor:
+        return _starts(self.pair_counts)
+
+    # -- hidden rows -------------------------------------------------------------------------------------------------
+
+    def row_counts(self, mode: PairMode, *, one_order: bool = False) -> Tensor:
+        """(G,) hidden rows of each group: one a response, or in concat mode one an ordered pair (or pair i < j)."""
+        if mode == "difference":
+            return self.sizes
+        return self.pair_counts if one_order else 2 * self.pair_counts
+
+    def pair_rows(self, mode: PairMode, *, one_order: bool = False) -> Tensor:
+        """(Q, 2) the two hidden rows of each pair: its responses', or those of (i, j) and (j, i); (Q, 1) if one_order.
+
+        Concat mode has its ordered pairs i ≠ j row-major: (0, 1), (0, 2), ..., (1, 0), (1, 2), ...
+        """
+        if mode == "difference":
+            return torch.stack((self.first, self.second), 1)
+        if one_order:
+            return torch.arange(self.pairs)[:, None]
+        start, k = _starts(2 * self.pair_counts)[self.group], self.sizes[self.group]
+        forward = start + self.i * (k - 1) + self.j - 1
+        return torch.stack((forward, start + self.j * (k - 1) + self.i), 1)
+
+    # -- squares -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def blocks(self) -> tuple[_Block, ...]:
+        """The groups by size."""
+        sizes = self.sizes.unique().tolist()
+        if len(sizes) == 1:
+            return (_Block(sizes[0], torch.arange(len(self)), None, None),)
+        response_starts = _starts(self.sizes)
+        blocks = []
+        for k in sizes:
+            groups = (self.sizes == k).nonzero()[:, 0]
+            pairs = self._pair_starts[groups, None] + torch.arange(k * (k - 1) // 2)
+            blocks.append(_Block(k, groups, pairs, response_starts[groups, None] + torch.arange(k)))
+        return tuple(blocks)
+
+
+@dataclass(eq=False)
+class PairTable:
+    """Pairs and what is known of them.
+
+    Attributes:
+        layout: the columns group, i and j, and where a pair's hidden rows are.
+        values: (4, Q) float64 on the head's device: g, v, u and p̃. Where the head has no answer p̃ is NaN and u is Inf.
+        one_order: concat mode scored only (i, j), i < j.
+        state: (Q,) uint8 on the CPU, a :class:`PairState` each.
+        verdicts: of the pairs that were put to a judge, by row; those without an outcome too.
+    """
+
+    layout: PairLayout
+    values: Tensor
+    one_order: bool = False
+
+    def __post_init__(self) -> None:
+        self.state = torch.full((self.layout.pairs,), PairState.HEAD, dtype=torch.uint8)
+        self.verdicts: dict[int, Verdict] = {}
+
+    def __len__(self) -> int:
+        return self.layout.pairs
+
+    # -- from the kernels --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_difference(cls, scores: PairScores, layout: PairLayout) -> PairTable:
+        """From difference mode: a row a pair already."""
+        return cls._of(torch.stack([value.double() for value in scores]), layout)
+
+    @classmethod
+    def of_concat(cls, scores: Scores, layout: PairLayout, orders: Literal["both", "one"]) -> PairTable:
+        """From concat mode: with both orders g and p̃ are half their difference, v and u their mean (design 2.6)."""
+        values = torch.stack([value.double() for value in scores])
         if orders == "one":
-            logit[j, i], variance[j, i] = -logit[i, j], variance[i, j]
-        result.append(_finish(logit, variance, amplitude))
-    return result
+            return cls._of(values, layout, one_order=True)
+        forward, backward = layout.pair_rows("concat").to(values.device).unbind(1)
+        sign = values.new_tensor([-1, 1, 1, -1])[:, None]
+        return cls._of((values[:, forward] + sign * values[:, backward]) / 2, layout)
+
+    @classmethod
+    def _of(cls, values: Tensor, layout: PairLayout, *, one_order: bool = False) -> PairTable:
+        bad = ~(values[2].isfinite() & values[3].isfinite())
+        values[2].masked_fill_(bad, torch.inf)
+        values[3].masked_fill_(bad, torch.nan)
+        return cls(layout, values, one_order)
+
+    @classmethod
+    def joined(cls, tables: Sequence[PairTable]) -> PairTable:
+        """The tables of consecutive groups as one, with their states and verdicts."""
+        if len(tables) == 1:
+            return tables[0]
+        if not tables:
+            return cls(PairLayout([]), torch.empty(4, 0, dtype=torch.float64))
+        layout = PairLayout(torch.cat([table.layout.sizes for table in tables]))
+        result = cls(layout, torch.cat([table.values for table in tables], 1), tables[0].one_order)
+        result.state = torch.cat([table.state for table in tables])
+        start = 0
+        for table in tables:
+            result.verdicts |= {start + row: verdict for row, verdict in table.verdicts.items()}
+            start += len(table)
+        return result
+
+    def without(self, groups: Tensor) -> PairTable:
+        """A table that has not been routed yet, without some groups."""
+        keep = torch.ones(len(self.layout), dtype=torch.bool)
+        keep[groups] = False
+        pairs = torch.repeat_interleave(keep, self.layout.pair_counts)
+        sizes = self.layout.sizes[keep]
+        return PairTable(PairLayout(sizes), self.values[:, pairs.to(self.values.device)], self.one_order)
+
+    # -- columns -----------------------------------------------------------------------------------------------------
+
+    @property
+    def logit(self) -> Tensor:
+        """(Q,) g, on the head's device, as are the next three."""
+        return self.values[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """(Q,) v."""
+        return self.values[1]
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """(Q,) u, the head's own, also where somebody else decided."""
+        return self.values[2]
+
+    @property
+    def preference(self) -> Tensor:
+        """(Q,) p̃ of i against j."""
+        return self.values[3]
+
+    @property
+    def routed(self) -> Tensor:
+        """(Q,) bool: to be decided by the judge."""
+        return (self.state != PairState.HEAD) & (self.state != PairState.IDENTICAL)
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def decide_identical(self, responses: Iterable[Sequence[str]]) -> None:
+        """Equal responses of a group: nothing between them, and no doubt about it."""
+        known: dict[str, int] = {}
+        ids = [known.setdefault(text, len(known)) for group in responses for text in group]
+        if len(known) == len(ids):
+            return
+        by_response = torch.tensor(ids)
+        same = by_response[self.layout.first] == by_response[self.layout.second]
+        self.state[same] = PairState.IDENTICAL
+        decided = self.values.new_tensor([0.0, 0.0, 1.0, 0.0])[:, None]
+        self.values = torch.where(same.to(self.values.device), decided, self.values)
+
+    def undecided(self) -> Tensor:
+        """(n,) rows that nobody but the head has decided yet."""
+        return (self.state == PairState.HEAD).nonzero()[:, 0]
+
+    def decide(self, rows: Sequence[int], verdicts: Sequence[Verdict], epsilon: float) -> None:
+        """Put verdicts in: p̃ = J where there is one, the head's elsewhere."""
+        self.verdicts.update(zip(rows, verdicts, strict=True))
+        found = [(row, v.preference) for row, v in zip(rows, verdicts, strict=True) if v.preference is not None]
+        self.state[torch.tensor(rows, dtype=torch.int64)] = PairState.JUDGE_FAILED
+        if found:
+            judged, preferences = torch.tensor([row for row, _ in found]), torch.tensor([q for _, q in found])
+            self.state[judged] = PairState.JUDGE
+            values = reference.verdict_logit(preferences.double(), epsilon)
+            self.preference[judged.to(self.values.device)] = values.to(self.values.device)
+
+    # -- by group ----------------------------------------------------------------------------------------------------
+
+    def per_response(self, of_squares: Callable[[Tensor], Tensor]) -> Tensor:
+        """(ΣK,) on the CPU: what a function of p̃'s squares, (n, K, K) → (n, K), says of each response."""
+        result = torch.empty(self.layout.responses, dtype=torch.float64)
+        for block in self.layout.blocks:
+            values = of_squares(_squares(self.preference, block, sign=-1)).cpu()
+            if block.responses is None:
+                return values.flatten()
+            result[block.responses] = values
+        return result
+
+    def squares(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """For each group its number and its columns by name, each (K, K) on the CPU; in no order."""
+        g, v, u, p = self.values.cpu()
+        columns = {
+            "preference": (p, -1, 0.0),  # value below the diagonal: times -1; on it: 0
+            "uncertainty": (u, 1, 1.0),
+            "logit": (g, -1, 0.0),
+            "variance": (v, 1, 0.0),
+            "routed": (self.routed, 1, False),
+        }
+        for block in self.layout.blocks:
+            made = [_squares(column, block, sign=sign, diagonal=own) for column, sign, own in columns.values()]
+            for number, *squares in zip(block.groups.tolist(), *made, strict=True):
+                yield number, dict(zip(columns, squares, strict=True))
 
 
-def find_pairs(
-    sizes: Sequence[int], responses: Sequence[Sequence[str]] | None, first: int
-) -> tuple[list[Where], list[Where]]:
-    """Pairs i < j of groups ``first``, ``first + 1``, ...: those to decide, and those of equal responses."""
-    to_decide: list[Where] = []
-    identical: list[Where] = []
-    for group, k in enumerate(sizes, start=first):
-        for i in range(k):
-            for j in range(i + 1, k):
-                same = responses is not None and responses[group][i] == responses[group][j]
-                (identical if same else to_decide).append((group, i, j))
-    return to_decide, identical
+def _squares(column: Tensor, block: _Block, *, sign: int, diagonal: float = 0.0) -> Tensor:
+    """(n, K, K) of a column (Q,): its value above the diagonal, ``sign`` times it below."""
+    k, device = block.size, column.device
+    upper = column if block.pairs is None else column[block.pairs.to(device)]
+    upper = upper.view(len(block.groups), k * (k - 1) // 2)
+    i, j = torch.triu_indices(k, k, 1, device=device)
+    square = column.new_full((len(block.groups), k, k), diagonal)
+    square[:, i, j] = upper
+    square[:, j, i] = upper if sign > 0 else 0.0 - upper  # so that no preference is 0.0 both ways, not -0.0
+    return square
 
 
-def decide_by_rule(matrices: Sequence[PairMatrices], identical: Sequence[Where]) -> None:
-    """Equal responses: nothing between them, and no doubt about it."""
-    for group, i, j in identical:
-        m = matrices[group]
-        for matrix, value in ((m.logit, 0.0), (m.variance, 0.0), (m.preference, 0.0), (m.uncertainty, 1.0)):
-            matrix[i, j] = matrix[j, i] = value
-
-
-def look_up(matrices: Sequence[PairMatrices], pairs: Sequence[Where]) -> tuple[Candidates, Tensor]:
-    """g, v and u of pairs as a router takes them, and p̃ (Q,) beside."""
-    if not pairs:
-        empty = torch.empty(0, dtype=torch.float64)
-        return Candidates(empty, empty, empty), empty
-    # One gather over the groups laid end to end: a loop over pairs in Python would cost more than the head.
-    groups = list(dict.fromkeys(group for group, _, _ in pairs))
-    sizes = [len(matrices[group].logit) for group in groups]
-    offsets = dict(zip(groups, itertools.accumulate((k * k for k in sizes), initial=0), strict=False))
-    width = dict(zip(groups, sizes, strict=True))
-    index = torch.tensor([offsets[group] + i * width[group] + j for group, i, j in pairs])
-    logit, variance, uncertainty, preference = (
-        torch.cat([getattr(matrices[group], name).flatten() for group in groups])[index]
-        for name in ("logit", "variance", "uncertainty", "preference")
-    )
-    return Candidates(logit, variance, uncertainty), preference
-
-
-def _zeros(k: int) -> Tensor:
-    return torch.zeros(k, k, dtype=torch.float64)
-
-
-def _finish(logit: Tensor, variance: Tensor, amplitude: float) -> PairMatrices:
-    """u and p̃; in concat mode both orders are averaged here (in difference mode that changes nothing)."""
-    u = reference.uncertainty(variance, amplitude)
-    preference, u = reference.concat_preference(reference.preference(logit, u), u)
-    bad = ~(preference.isfinite() & u.isfinite())
-    preference[bad], u[bad] = torch.nan, torch.inf
-    return PairMatrices((logit - logit.mT) / 2, (variance + variance.mT) / 2, u, preference)
+def _starts(counts: Tensor) -> Tensor:
+    """Where each of consecutive runs begins."""
+    return counts.cumsum(0) - counts

@@ -1,33 +1,111 @@
-"""One score call under way: its arguments, its plan, what is known so far, and the result it becomes."""
+"""One score call under way: what it may be given, its groups, what is known so far, and the result it becomes."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rmcore._base.clock import Clock
-from rmcore._base.errors import reject
-from rmcore._base.prompt import Prompt
-from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
-from rmcore.engine.judging import Asked, Asking
+from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.prompt import Prompt, check_prompt
+from rmcore.engine.groups import GroupScores
+from rmcore.engine.judging import JudgeQueue, Submission
 from rmcore.engine.overlap import StoppedError
-from rmcore.engine.pair_table import PairMatrices, Where
+from rmcore.engine.pair_table import PairLayout, PairTable
 from rmcore.engine.routing import Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
 from rmcore.head.frozen import FrozenHead
+from rmcore.head.posterior import check_finite
 from rmcore.judge.base import JudgeUsage, Pair
 from rmcore.model.backbone import EncodingStats
-from rmcore.model.reward_model import Progress
+from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.text import EncodedText
-from rmcore.ops import reference
 
-__all__ = ["MicroBatch", "Reserved", "ScoreCall", "micro_batches"]
+__all__ = [
+    "MicroBatch",
+    "OnError",
+    "ScoreCall",
+    "ScoredPart",
+    "check_group_sizes",
+    "check_groups",
+    "check_nesting",
+    "micro_batches",
+]
+
+OnError: TypeAlias = Literal["raise", "return"]
+"""What becomes of a group that cannot be scored: ``raise`` ends the call; ``return`` leaves it out, as if it had never
+been in the call, and hands its error back beside the scores of the others."""
+
+
+# -- what a call may be given ----------------------------------------------------------------------------------------
+
+
+def check_group_sizes(group_sizes: Sequence[int] | Tensor) -> list[int]:
+    """K of each group as a list; raises InputError unless it holds positive integers, at least one."""
+    given: Any = group_sizes.tolist() if isinstance(group_sizes, Tensor) else group_sizes
+    if not isinstance(given, Iterable):
+        reject("group_sizes", repr(given), "a sequence of positive integers")
+    sizes = list(given)
+    if not sizes:
+        reject("group_sizes", "an empty list", "at least one group")
+    for k, size in enumerate(sizes):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            reject(f"group_sizes[{k}]", size, "a positive integer")
+    return sizes
+
+
+def check_groups(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[int]:
+    """K of each group; raises InputError unless there is one non-empty list of texts a prompt, and a prompt."""
+    check_nesting(prompts, responses)
+    for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+        _check_group(prompt, group, f"prompts[{k}]", f"responses[{k}]")
+    return [len(group) for group in responses]
+
+
+def check_nesting(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> None:
+    """Raise InputError unless both are lists of one length, with a group at least; what is in them is not looked at."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        reject("prompts", type(prompts).__name__, "a list with one prompt a group")
+    if isinstance(responses, str) or not isinstance(responses, Sequence):
+        reject("responses", type(responses).__name__, "a list with one list of responses a prompt")
+    if not prompts:
+        reject("prompts", "an empty list", "at least one prompt")
+    if len(prompts) != len(responses):
+        reject("responses", f"{len(responses)} groups", f"{len(prompts)}, one a prompt")
+
+
+def _check_group(prompt: object, group: object, prompt_name: str = "prompt", name: str = "responses") -> None:
+    check_prompt(prompt, prompt_name)
+    if isinstance(group, str) or not isinstance(group, Sequence):
+        reject(name, type(group).__name__, "a list of strings")
+    if not group:
+        reject(name, "an empty list", "at least one response")
+    for i, response in enumerate(group):
+        if not isinstance(response, str):
+            reject(f"{name}[{i}]", type(response).__name__, "a string")
+
+
+def _errors(
+    check: Callable[[Prompt, Sequence[str]], None], prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+) -> dict[int, Exception]:
+    """What ``check`` raises, by group: whatever it is (a tokenizer's own, say), it is this group's alone."""
+    errors: dict[int, Exception] = {}
+    for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            check(prompt, group)
+        except Exception as error:
+            errors[k] = error
+    return errors
+
+
+# -- its parts -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,41 +155,63 @@ def micro_batches(sizes: Sequence[int], encoded: Sequence[Sequence[EncodedText]]
 
 
 @dataclass
-class Reserved:
-    """A budgeted router's reservation and the questions it is for."""
+class ScoredPart:
+    """Scored pairs on their way through router and judge: those of a micro-batch, or of the whole call.
 
-    reservation: Reservation
-    asked: Asked | None = None
+    Attributes:
+        groups: for each group of the table, which of the call's it is.
+        table: the pairs.
+        first: number of its first group among all that were scored; names of questions count from it.
+        reservation: what a budgeted router set aside.
+        rows: of the table, handed to the judge,
+        submission: as these questions.
+    """
+
+    groups: list[int]
+    table: PairTable
+    first: int = 0
+    reservation: Reservation | None = None
+    rows: list[int] = field(default_factory=list)
+    submission: Submission | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[ScoredPart]) -> ScoredPart:
+        """Parts that have not been routed yet as one."""
+        return cls([k for part in parts for k in part.groups], PairTable.joined([part.table for part in parts]))
 
     @property
     def usage(self) -> JudgeUsage | None:
-        """What they cost; None if nobody knows, or if it never came to asking."""
-        return None if self.asked is None else self.asked.usage
+        """What the questions cost; None if nobody knows, or if it never came to asking."""
+        return None if self.submission is None else self.submission.usage
 
 
 @dataclass
 class ScoreCall:
-    """The state of one score call. The working thread writes; the judge's loop only reports progress."""
+    """The state of one score call. The working thread writes; the judge's loop only reports progress.
 
-    sizes: list[int]
-    prompts: Sequence[Prompt] | None
-    responses: Sequence[Sequence[str]] | None
+    ``sizes``, ``prompts``, ``responses`` and ``hidden`` are of the groups that are to be scored. Those that cannot are
+    taken out when that is found, under ``on_error="return"``; ``numbers`` says which of the caller's groups are left.
+    """
+
     clock: Clock
     head: FrozenHead
     """The engine's head when the call began: an update meanwhile is for the next call."""
+    one_order: bool = False
+    on_error: OnError = "raise"
+    prompts: Sequence[Prompt] | None = None
+    responses: Sequence[Sequence[str]] | None = None
     progress: Progress | None = None
     encoding: EncodingStats | None = None
+    sizes: list[int] = field(default_factory=list)
     hidden: Tensor | None = None
     deadline: float | None = None
-    asking: Asking | None = None
+    queue: JudgeQueue | None = None
     encoded: list[list[EncodedText]] = field(default_factory=list)
-    matrices: list[PairMatrices] = field(default_factory=list)
-    identical: list[Where] = field(default_factory=list)
-    unaffordable: list[Where] = field(default_factory=list)
-    routed: list[tuple[Where, int]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    errors: dict[int, Exception] = field(default_factory=dict)
+    parts: list[ScoredPart] = field(default_factory=list)
     kept: list[Tensor] | None = None
     """Hidden rows of each micro-batch, where a learner will want them."""
-    reservations: list[Reserved] = field(default_factory=list)
     spans: dict[str, list[Span]] = field(default_factory=dict)
     micro_batches: int = 1
     why_no_overlap: str = ""
@@ -119,6 +219,115 @@ class ScoreCall:
 
     def __post_init__(self) -> None:
         self.started = self.clock.now()
+
+    # -- checking and encoding, before anything is scored ------------------------------------------------------------
+
+    def check_texts(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> None:
+        """Take texts: check every group's, and that the groups are of the sizes given (for hidden rows)."""
+        if self.on_error == "raise":
+            sizes = check_groups(prompts, responses)
+            self.prompts, self.responses = prompts, responses
+        else:
+            check_nesting(prompts, responses)
+            self.prompts, self.responses = prompts, responses
+            if self.sizes and len(responses) != len(self.sizes):
+                reject("responses", f"{len(responses)} groups", f"{len(self.sizes)}, as in group_sizes")
+            self.numbers = list(range(len(prompts)))
+            self.take_out(_errors(_check_group, prompts, responses))
+            sizes = [len(group) for group in self._texts()[1]]
+        if self.sizes and sizes != self.sizes:
+            reject("responses", f"group sizes {sizes}", f"{self.sizes} as in group_sizes")
+        self.sizes = sizes
+        self.numbers = self.numbers or list(range(len(sizes)))
+
+    def check_hidden(self, hidden: Tensor) -> None:
+        """Check that hidden rows fit the head and the groups."""
+        config = self.head.config
+        self.numbers = list(range(len(self.sizes)))
+        if not isinstance(hidden, Tensor):
+            reject("hidden", type(hidden).__name__, "a torch.Tensor")
+        if hidden.dim() != 2 or hidden.shape[1] != config.hidden_size:
+            reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {config.hidden_size})")
+        rows = int(self._row_counts(list(range(len(self.sizes)))).sum())
+        if hidden.shape[0] != rows:
+            unit = "response" if config.mode == "difference" else f"{'i < j' if self.one_order else 'ordered'} pair"
+            reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {self.sizes[:8]}")
+        self.hidden = hidden
+
+    def encode(self, model: RewardModel, orders: Literal["both", "one"]) -> None:
+        """Encode every group's texts."""
+        prompts, responses = self._texts()
+        with self.time("backbone"):
+            if self.on_error == "raise":
+                self.encoded = model.encode_groups(prompts, responses, orders=orders)
+                return
+
+            def encode(prompt: Prompt, group: Sequence[str]) -> None:
+                self.encoded.append(model.encode_group(prompt, group, orders=orders))
+
+            errors = _errors(encode, prompts, responses)
+        self.take_out(errors)
+
+    def take_out(self, errors: Mapping[int, Exception]) -> None:
+        """Go on without some groups, given by their numbers among those that are left."""
+        if not errors:
+            return
+        self.note(errors)
+        left = [k for k in range(len(self.numbers)) if k not in errors]
+        if self.hidden is not None:
+            counts = self._row_counts(list(range(len(self.sizes))))
+            keep = torch.tensor([k not in errors for k in range(len(counts))])
+            self.hidden = self.hidden[torch.repeat_interleave(keep, counts).to(self.hidden.device)]
+        self.numbers = [self.numbers[k] for k in left]
+        if self.sizes:
+            self.sizes = [self.sizes[k] for k in left]
+        prompts, responses = self._texts()
+        self.prompts, self.responses = [prompts[k] for k in left], [responses[k] for k in left]
+
+    def _texts(self) -> tuple[Sequence[Prompt], Sequence[Sequence[str]]]:
+        assert self.prompts is not None
+        assert self.responses is not None
+        return self.prompts, self.responses
+
+    def note(self, errors: Mapping[int, Exception]) -> None:
+        """Note groups' errors, under the caller's numbers."""
+        self.errors.update((self.numbers[k], error) for k, error in errors.items())
+
+    def without_bad_rows(self, hidden: Tensor, groups: list[int]) -> tuple[Tensor, list[int]]:
+        """Hidden rows and their groups (``numbers`` of this call), but for groups with a row that is NaN or Inf."""
+        finite = torch.isfinite(hidden).all(dim=1).cpu()
+        if bool(finite.all()):
+            return hidden, groups
+        counts = self._row_counts(groups)
+        owner = torch.repeat_interleave(counts)
+        bad = owner[~finite].unique()
+        errors: dict[int, Exception] = {}
+        for k in bad.tolist():
+            try:
+                check_finite(hidden[(owner == k).to(hidden.device)])
+            except NonFiniteError as error:
+                errors[groups[k]] = error
+        self.note(errors)
+        keep = ~torch.isin(owner, bad)
+        return hidden[keep.to(hidden.device)], [k for k in groups if k not in errors]
+
+    def without_overflows(
+        self, hidden: Tensor, groups: list[int], table: PairTable
+    ) -> tuple[Tensor, list[int], PairTable]:
+        """The same for groups with finite rows that overflow in the head."""
+        finite = table.uncertainty.isfinite().cpu()
+        if bool(finite.all()):
+            return hidden, groups, table
+        bad = table.layout.group[~finite].unique()
+        message = "hidden: got finite rows that overflow the head's dtype, expected results to be finite"
+        errors = {groups[k]: NonFiniteError(message) for k in bad.tolist()}
+        self.note(errors)
+        keep = ~torch.isin(torch.repeat_interleave(self._row_counts(groups)), bad)
+        return hidden[keep.to(hidden.device)], [k for k in groups if k not in errors], table.without(bad)
+
+    def _row_counts(self, groups: list[int]) -> Tensor:
+        layout = PairLayout([self.sizes[k] for k in groups])
+        return layout.row_counts(self.head.config.mode, one_order=self.one_order)
 
     # -- while it runs -----------------------------------------------------------------------------------------------
 
@@ -133,8 +342,8 @@ class ScoreCall:
             self.spans.setdefault(stage, []).append((began, self.clock.now()))
 
     def stop_if_unwanted(self) -> None:
-        """Raise StoppedError if the caller was cancelled or the asking has failed."""
-        if self.unwanted.is_set() or (self.asking is not None and self.asking.broken.is_set()):
+        """Raise StoppedError if the caller was cancelled or the judging has failed."""
+        if self.unwanted.is_set() or (self.queue is not None and self.queue.broken.is_set()):
             raise StoppedError
 
     def encoding_progress(self, part: MicroBatch) -> Progress:
@@ -154,82 +363,59 @@ class ScoreCall:
         if self.progress is not None:
             self.progress("judging", done, asked)
 
-    def reserve(self, reservation: Reservation) -> Reserved:
-        """Note a reservation, so that it is settled whatever happens."""
-        self.reservations.append(Reserved(reservation))
-        return self.reservations[-1]
-
-    def ask(self, where: list[Where], preference: Tensor, uncertainty: Tensor) -> Asked:
-        """Hand pairs to the judge, with the head's p̃ and u of each, both (Q,); raises InputError without texts."""
-        if not where:
-            return Asked([], usage=JudgeUsage())
+    def submit(self, part: ScoredPart, rows: Tensor, preference: Tensor, uncertainty: Tensor) -> None:
+        """Hand rows (n,) of a part to the judge, with the head's p̃ and u of each; raises InputError without texts."""
+        part.rows = rows.tolist()
+        if not part.rows:
+            part.submission = Submission([], usage=JudgeUsage())
+            return
         if self.prompts is None or self.responses is None:
-            reject("prompts, responses", "None", f"texts, since {len(where)} pairs need the judge")
-        assert self.asking is not None
-        questions = [
-            Pair(
-                self.prompts[group],
-                self.responses[group][i],
-                self.responses[group][j],
-                id=f"{group}:{i}:{j}",
-                uncertainty=u,
-                preference=p if math.isfinite(p) else None,
-                deadline=self.deadline,
+            reject("prompts, responses", "None", f"texts, since {len(part.rows)} pairs need the judge")
+        assert self.queue is not None
+        layout = part.table.layout
+        columns = (layout.group[rows], layout.i[rows], layout.j[rows], preference, uncertainty)
+        questions = []
+        for number, i, j, p, u in zip(*(column.tolist() for column in columns), strict=True):
+            group = part.groups[number]
+            questions.append(
+                Pair(
+                    self.prompts[group],
+                    self.responses[group][i],
+                    self.responses[group][j],
+                    id=f"{part.first + number}:{i}:{j}",
+                    uncertainty=u,
+                    preference=p if math.isfinite(p) else None,
+                    deadline=self.deadline,
+                )
             )
-            for (group, i, j), p, u in zip(where, preference.tolist(), uncertainty.tolist(), strict=True)
-        ]
-        asked = self.asking.ask(questions)
-        self.routed += zip(where, asked.slots, strict=True)
-        return asked
+        part.submission = self.queue.submit(questions)
 
     # -- when all is known -------------------------------------------------------------------------------------------
 
-    def result(self, epsilon: float, *, one_order: bool) -> GroupScores:
+    def result(self, epsilon: float) -> GroupScores:
         """Put the verdicts in: p̃ = J where there is one, the head's elsewhere."""
-        verdicts = self.asking.verdicts if self.asking is not None else []
-        decisions: list[list[PairDecision]] = [[] for _ in self.matrices]
-        masks = [torch.zeros_like(m.logit, dtype=torch.bool) for m in self.matrices]
-        for group, i, j in self.identical:
-            decisions[group].append(PairDecision(i, j, "identical"))
-        for group, i, j in self.unaffordable:
-            masks[group][i, j] = masks[group][j, i] = True
-            decisions[group].append(PairDecision(i, j, "judge_failed", "budget"))
-        for (group, i, j), slot in self.routed:
-            verdict = verdicts[slot]
-            masks[group][i, j] = masks[group][j, i] = True
-            if verdict.preference is None:
-                decisions[group].append(PairDecision(i, j, "judge_failed", verdict.reason, verdict))
-                continue
-            self.matrices[group].put(i, j, float(reference.verdict_logit(verdict.preference, epsilon)))
-            decisions[group].append(PairDecision(i, j, "judge", verdict.reason, verdict))
-        groups = tuple(
-            GroupScore(
-                preference=m.preference,
-                uncertainty=m.uncertainty,
-                logit=m.logit,
-                variance=m.variance,
-                routed=mask,
-                decisions=tuple(sorted(decided, key=lambda d: (d.i, d.j))),
-                one_order=one_order,
-            )
-            for m, mask, decided in zip(self.matrices, masks, decisions, strict=True)
-        )
+        verdicts = self.queue.verdicts if self.queue is not None else []
+        for part in self.parts:
+            if part.submission is not None and part.rows:
+                part.table.decide(part.rows, [verdicts[slot] for slot in part.submission.slots], epsilon)
+        table = PairTable.joined([part.table for part in self.parts])
         overlap = self._overlap()
         seconds = {stage: math.fsum(end - begin for begin, end in spans) for stage, spans in self.spans.items()}
         if verdicts:
             seconds["judge"] = overlap.judge_s
         seconds["total"] = self.clock.now() - self.started
         return GroupScores(
-            groups,
+            table,
             seconds,
             self.encoding,
             tally_by_judge(verdicts),
             overlap,
-            self.asking.unaccounted if self.asking is not None else 0,
-            torch.cat(self.kept) if self.kept is not None else None,
+            self.queue.unaccounted if self.queue is not None else 0,
+            None if self.kept is None else torch.cat([torch.empty(0, self.head.config.hidden_size), *self.kept]),
+            dict(sorted(self.errors.items())),
         )
 
     def _overlap(self) -> Overlap:
         busy = [span for spans in self.spans.values() for span in spans]
-        judging = self.asking.spans if self.asking is not None else []
+        judging = self.queue.spans if self.queue is not None else []
         return Overlap.of(judging, busy, micro_batches=self.micro_batches, why_not=self.why_no_overlap)

@@ -111,8 +111,12 @@ class FrozenHead:
         *,
         backend: Backend = "auto",
         nonfinite: Literal["raise", "keep"] = "raise",
+        dtype: torch.dtype = torch.float32,
     ) -> PairScores:
         """Difference mode: all pairs of each group from one row a response. See :func:`rmcore.ops.pair_variance`.
+
+        ``dtype`` is that of the result. The kernel's g and v are float32; u and p are made of them in ``dtype``, since
+        v may be so small that 1 + a v has few digits left in float32, and routers rank by u.
 
         Raises:
             NonFiniteError: a row is NaN or Inf, or overflows the serving dtype, unless ``nonfinite="keep"``, which
@@ -130,6 +134,7 @@ class FrozenHead:
                     "hidden: got finite rows that overflow the head's dtype, expected results to be finite"
                 )
             self._isolate_bad_rows(hidden, group_sizes, g, v, finite, backend)
+        g, v = g.to(dtype), v.to(dtype)
         u = reference.uncertainty(v, weights.amplitude)
         return PairScores(g, v, u, reference.preference(g, u))
 

@@ -59,12 +59,14 @@ def test_a_bad_line_exits_2_and_keeps_everything_before_it(model: Path) -> None:
 
 def test_an_overlong_group_names_its_line_and_keeps_the_good_ones(model: Path) -> None:
     long = {"prompt": "red", "responses": ["good " * 200, "bad"]}
-    stdin = "\n".join(json.dumps(g) for g in (group(), long, group())) + "\n"
-    result = call("score", model, "-", stdin=stdin)
-    assert result.exit_code == 2
-    assert len(result.stdout.splitlines()) == 1
-    assert "groups:2" in result.stderr
-    assert "at most 64" in result.stderr
+    stdin = "\n".join(json.dumps(g) for g in (group(id=1), long, group(id=3))) + "\n"
+    for size in (1, 2, 64):
+        result = call("score", model, "-", "--batch", size, stdin=stdin)
+        assert result.exit_code == 2
+        assert [json.loads(line)["id"] for line in result.stdout.splitlines()] == [1, 3]
+        assert "groups:2: prompt and response: got" in result.stderr
+        assert "at most 64" in result.stderr
+        assert "1 of 3 groups could not be scored" in result.stderr
 
 
 def test_recorded_verdicts_decide_routed_pairs(model: Path, tmp_path: Path) -> None:

@@ -797,7 +797,7 @@ def test_the_bench_runs(tmp_path):
 def test_the_interpreters_turns_are_short_inside_and_as_before_outside():
     import sys
 
-    from rmcore.engine.gil import short_turns
+    from rmcore.engine.overlap import short_turns
 
     before = sys.getswitchinterval()
     with short_turns():

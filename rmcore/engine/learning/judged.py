@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.engine.groups import GroupScore, GroupScores
+from rmcore.engine.groups import GroupScores
 from rmcore.judge.base import RULE, Verdict
 
 __all__ = ["JudgedPairs", "judged_pairs"]
@@ -89,44 +89,42 @@ def judged_pairs(
     hidden = scores.hidden
     if hidden is None:
         reject("scores.hidden", "None", "the hidden rows of the batch", "Score with an engine that has a learner")
-    needed = sum(_rows_of(group, mode) for group in scores)
+    table, layout = scores.table, scores.table.layout
+    needed = int(layout.row_counts(mode, one_order=table.one_order).sum())
     if hidden.dim() != 2 or len(hidden) != needed:
         reject("scores.hidden", f"shape {tuple(hidden.shape)}", f"({needed}, h), as the groups need")
+    routed = table.routed.nonzero()[:, 0]
+    hidden_rows = layout.pair_rows(mode, one_order=table.one_order)[routed].tolist()
     skipped: Counter[str] = Counter()
     rows: dict[int, int] = {}
     labels: list[float] = []
     weights: list[float] = []
     index: list[tuple[int, int]] = []
-    first = 0
-    for group in scores:
-        seen: set[frozenset[bytes]] = set()
-        for decision in group.decisions:
-            reason = _why_not(decision.by, decision.verdict, flip_weight)
-            if reason == "identical":
-                continue
-            places = _places(group, mode, decision.i, decision.j, first)
-            if not reason and not bool(hidden[places].isfinite().all()):
-                reason = "nonfinite"
-            content = frozenset(hidden[place].contiguous().view(torch.uint8).numpy().tobytes() for place in places)
-            if not reason and content in seen:
-                reason = "repeated"
-            if reason:
-                skipped[reason] += 1
-                continue
-            seen.add(content)
-            assert decision.verdict is not None
-            assert decision.verdict.preference is not None
-            label = 0.5 + decision.verdict.preference * (0.5 - epsilon)
-            weight = judge_weight * (flip_weight if decision.verdict.flipped else 1.0)
-            numbers = [rows.setdefault(place, len(rows)) for place in places]
-            if mode == "difference":
-                index.append((numbers[0], numbers[1]))
-                labels.append(label)
-                weights.append(weight)
-            else:
-                labels += [label, 1 - label][: len(places)]
-                weights += [weight] * len(places)
-        first += _rows_of(group, mode)
+    seen: set[tuple[int, frozenset[bytes]]] = set()
+    for pair, group, own in zip(routed.tolist(), layout.group[routed].tolist(), hidden_rows, strict=True):
+        verdict = table.verdicts.get(pair)
+        reason = _why_not(verdict, flip_weight)
+        if not reason and not bool(hidden[own].isfinite().all()):
+            reason = "nonfinite"
+        content = (group, frozenset(hidden[row].contiguous().view(torch.uint8).numpy().tobytes() for row in own))
+        if not reason and content in seen:
+            reason = "repeated"
+        if reason:
+            skipped[reason] += 1
+            continue
+        seen.add(content)
+        assert verdict is not None
+        assert verdict.preference is not None
+        label = 0.5 + verdict.preference * (0.5 - epsilon)
+        weight = judge_weight * (flip_weight if verdict.flipped else 1.0)
+        numbers = [rows.setdefault(row, len(rows)) for row in own]
+        if mode == "difference":
+            index.append((numbers[0], numbers[1]))
+            labels.append(label)
+            weights.append(weight)
+        else:
+            labels += [label, 1 - label][: len(own)]
+            weights += [weight] * len(own)
     return JudgedPairs(
         hidden[list(rows)],
         torch.tensor(labels, dtype=torch.float32),
@@ -136,26 +134,9 @@ def judged_pairs(
     )
 
 
-def _why_not(by: str, verdict: Verdict | None, flip_weight: float) -> str:
-    if by == "identical":
-        return "identical"
+def _why_not(verdict: Verdict | None, flip_weight: float) -> str:
     if verdict is None or verdict.preference is None:
         return "failed"
     if verdict.judge == RULE:
         return "rule"
     return "flip" if verdict.flipped and flip_weight == 0 else ""
-
-
-def _rows_of(group: GroupScore, mode: str) -> int:
-    k = group.size
-    return k if mode == "difference" else k * (k - 1) // (2 if group.one_order else 1)
-
-
-def _places(group: GroupScore, mode: str, i: int, j: int, first: int) -> list[int]:
-    """The rows of pair i < j, in the layout of ``RewardEngine.score_hidden``."""
-    k = group.size
-    if mode == "difference":
-        return [first + i, first + j]
-    if group.one_order:
-        return [first + i * k - i * (i + 1) // 2 + j - i - 1]
-    return [first + i * (k - 1) + j - 1, first + j * (k - 1) + i]

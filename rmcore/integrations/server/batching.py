@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt
-from rmcore.engine.checks import check_groups
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, GroupScores
+from rmcore.engine.score_call import check_groups
 from rmcore.integrations.server.assembly import BusyError
 from rmcore.judge.base import JudgeUsage
 
@@ -57,7 +57,6 @@ class BatchStats:
     """What happened so far; pairs are counted by who decided them, as in ``GroupScores.summary()``."""
 
     batches: int = 0
-    split_batches: int = 0
     groups: int = 0
     responses: int = 0
     failed_groups: int = 0
@@ -184,9 +183,7 @@ class BatchScorer:
             return await asyncio.gather(*(request.future for request in requests))
         except InputError as error:
             where = next(k for k, r in enumerate(requests) if r.future.done() and _error_of(r.future) is error)
-            # A batch of one calls its only group "group 0".
-            message = str(error).removeprefix("group 0: ")
-            raise InputError(message if len(groups) == 1 else f"groups[{where}]: {message}") from error
+            raise InputError(str(error) if len(groups) == 1 else f"groups[{where}]: {error}") from error
         finally:
             for request in requests:
                 self._withdraw(request)
@@ -305,11 +302,10 @@ class BatchScorer:
             self._room.release()
 
     async def _score(self, batch: list[_Request], permit: _Permit, started: float) -> None:
-        """Score a batch; if that fails, its halves, so that what cannot be scored fails alone."""
+        """Score a batch in one call. A group that cannot be scored fails alone, and no router is asked twice for it."""
         batch = [request for request in batch if not request.future.done()]
         if not batch:
             return
-        await permit.take()  # it was given back if the backbone was done before this batch failed
         loop = asyncio.get_running_loop()
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -318,28 +314,25 @@ class BatchScorer:
                 with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                     loop.call_soon_threadsafe(permit.free)
 
+        prompts, responses = [request.prompt for request in batch], [request.responses for request in batch]
         try:
-            scores = await self.engine.score_async(
-                [request.prompt for request in batch], [request.responses for request in batch], progress=progress
-            )
-        except Exception as error:
-            if len(batch) == 1:
-                self._fail(batch[0], error)
-                return
-            self.stats.split_batches += 1
-            log.info("a batch of %d groups failed (%s); scoring its halves", len(batch), type(error).__name__)
-            half = len(batch) // 2
-            await self._score(batch[:half], permit, started)
-            await self._score(batch[half:], permit, started)
+            scores = await self.engine.score_async(prompts, responses, on_error="return", progress=progress)
+        except Exception as error:  # not one group's: the backbone out of memory, a router that fails
+            self._fail(batch, error)
             return
-        self._deliver(batch, scores, started)
+        for number, reason in scores.errors.items():
+            self._fail([batch[number]], reason)
+        scored = [request for number, request in enumerate(batch) if number not in scores.errors]
+        if scored:
+            self._deliver(scored, scores, started)
 
-    def _fail(self, request: _Request, error: Exception) -> None:
-        self.stats.failed_groups += 1
+    def _fail(self, requests: list[_Request], error: Exception) -> None:
+        self.stats.failed_groups += len(requests)
         if not isinstance(error, InputError):
-            log.error("a group could not be scored", exc_info=error)
-        if not request.future.done():
-            request.future.set_exception(error)
+            log.error("%d groups could not be scored", len(requests), exc_info=error)
+        for request in requests:
+            if not request.future.done():
+                request.future.set_exception(error)
 
     def _deliver(self, batch: list[_Request], scores: GroupScores, started: float) -> None:
         ended = self.clock.now()

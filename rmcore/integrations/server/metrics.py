@@ -98,7 +98,6 @@ def _batches(service: RewardService) -> Iterator[Metric]:
     yield _gauge("rmcore_queue_groups", "Groups waiting for a batch.", scorer.queued)
     yield _gauge("rmcore_batches_in_flight", "Batches under way.", scorer.in_flight)
     yield _counter("rmcore_batches", "Scored batches.", stats.batches)
-    yield _counter("rmcore_split_batches", "Batches split to find what cannot be scored.", stats.split_batches)
     outcomes = {
         "scored": stats.groups,
         "failed": stats.failed_groups,

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from rmcore._base.errors import InputError
+from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine.groups import GroupScore, GroupScores
 from rmcore.integrations.server.assembly import BusyError
 from rmcore.integrations.server.batching import BatchScorer
@@ -18,6 +18,13 @@ def scored(responses) -> GroupScore:
     lengths = torch.tensor([float(len(r)) for r in responses], dtype=torch.float64)
     p = lengths[:, None] - lengths[None, :]
     return GroupScore(p, torch.ones_like(p), p.clone(), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.bool))
+
+
+BAD = {
+    "long": lambda: InputError("prompt and response: got 99 tokens, expected at most 64"),
+    "crash": ZeroDivisionError,
+    "nan": lambda: NonFiniteError("hidden: got NaN"),
+}
 
 
 class Engine:
@@ -30,7 +37,8 @@ class Engine:
         self.judge.set()
         self.encoding = self.most_encoding = self.running = self.most_running = 0
 
-    async def score_async(self, prompts, responses, *, progress=None):
+    async def score_async(self, prompts, responses, *, on_error="raise", progress=None):
+        assert on_error == "return"
         self.batches.append(list(prompts))
         self.running += 1
         self.encoding += 1
@@ -40,19 +48,15 @@ class Engine:
             try:
                 await self.gate.wait()
                 await asyncio.sleep(0)
-                for k, texts in enumerate(responses):
-                    if "long" in texts:
-                        raise InputError(f"group {k}: prompt and response: got 99 tokens, expected at most 64")
-                    if "crash" in texts:
-                        raise ZeroDivisionError
+                if any("oom" in texts for texts in responses):
+                    raise MemoryError
             finally:
                 self.encoding -= 1
             if progress is not None:
                 progress("encoding", 10, 10)
             await self.judge.wait()
-            if any("nan" in texts for texts in responses):
-                raise InputError("hidden: got NaN")
-            return GroupScores(tuple(scored(texts) for texts in responses))
+            found = {k: BAD[t]() for k, texts in enumerate(responses) for t in texts if t in BAD}
+            return GroupScores((scored(t) for k, t in enumerate(responses) if k not in found), errors=found)
         finally:
             self.running -= 1
 
@@ -144,8 +148,21 @@ def test_a_group_that_cannot_be_scored_fails_alone(text, kind):
         assert not str(results[5]).startswith("group ")
         assert all(isinstance(r, GroupScore) for k, r in enumerate(results) if k != 5)
         assert scorer.stats.failed_groups == 1
-        assert len(engine.batches) <= 9  # halves, not one at a time
-        assert engine.most_encoding == 1  # also while halves are scored again
+        assert engine.batches == [[f"p{k}" for k in range(11)]]  # in the one call that all shared
+        await scorer.score("after", ["a"])
+
+    go(main())
+
+
+def test_what_fails_the_whole_batch_fails_all_of_it_once():
+    async def main():
+        engine = Engine()
+        scorer = BatchScorer(engine, max_wait_s=0)
+        calls = start(scorer, 3) + start(scorer, 1, 3, ("a", "oom"))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {MemoryError}
+        assert scorer.stats.failed_groups == 4
+        assert len(engine.batches) == 1  # a router that has seen it is not asked again
         await scorer.score("after", ["a"])
 
     go(main())
