@@ -1,6 +1,6 @@
 """Endurance of the judge: 20,000 pairs at 2,000 requests in flight against an endpoint that fails one time in five.
 
-The pairs go through :class:`rmcore.RewardEngine` to a loopback endpoint in another process (:mod:`judge_server`), over
+The pairs go through :class:`rmcore.RewardEngine` to a loopback endpoint in another process, over
 real sockets. A fifth of the requests meets a fault of one of 23 kinds, and three storms refuse everything for a while.
 Then it is checked that every pair has exactly one verdict or one reason, that verdicts are right, that totals add up
 on both sides of the wire, that memory stayed within its bound and that the run ended by itself. Writes
@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -36,10 +37,10 @@ from rmcore import FrozenHead, GroupScores, RewardEngine
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
-from rmcore.judge import ChatJudge, ClientOptions
+from rmcore.judge import ChatJudge, ClientOptions, RecordedJudge, Verdict
+from rmcore.judge.testing import FAULTS, STORM_FAULTS, FaultMix, ReplayServer, Storm
 
 from .harness import environment
-from .judge_server import FAULTS, STORMS, worth_of
 
 __all__ = ["Soak", "main", "run"]
 
@@ -49,6 +50,7 @@ GROUP = 5
 MEMORY_BOUND_MIB = 512
 """By how much the client's resident memory may grow: a quarter of a MiB for each request in flight."""
 
+_WORTH = re.compile(r"worth (\d+)")
 _STORM_AT = (0.6, 0.75, 0.9)
 """Late enough that all places are taken before the first."""
 
@@ -68,13 +70,40 @@ class Soak:
     timeout_s: float = 40.0
     deadline_s: float = 480.0
     seed: int = 0
-    storms: list[str] = field(init=False)
+    storms: list[Storm] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.pairs < 10 or self.pairs % 10:
             raise SystemExit(f"pairs: got {self.pairs}, expected a positive multiple of 10")
         starts = [int(share * self.pairs) for share in _STORM_AT]
-        self.storms = [f"{at}:{self.storm_s}:{kind}" for at, kind in zip(starts, STORMS, strict=True)]
+        self.storms = [Storm(at, self.storm_s, kind) for at, kind in zip(starts, STORM_FAULTS, strict=True)]
+
+
+class WorthJudge(RecordedJudge):
+    """Instead of a recorded verdict: the response that says it is worth more wins."""
+
+    def lookup(self, prompt: object, first: str, second: str) -> Verdict:
+        """The verdict when ``first`` is shown first."""
+        difference = worth_of(first) - worth_of(second)
+        return Verdict.of("win" if difference > 0 else "loss" if difference < 0 else "tie")
+
+
+def worth_of(text: str) -> int:
+    """What a response says it is worth."""
+    found = _WORTH.search(text)
+    if found is None:
+        raise ValueError("no worth")
+    return int(found[1])
+
+
+def serve(soak: Soak) -> None:
+    """Print the endpoint's base URL and serve until standard input ends."""
+    faults = FaultMix(soak.faults, storms=soak.storms, seed=soak.seed)
+    with ReplayServer(
+        WorthJudge({}), latency_s=soak.latency_s, rate=soak.rate, faults=faults, seed=soak.seed
+    ) as server:
+        print(server.base_url, flush=True)
+        sys.stdin.read()
 
 
 def run(soak: Soak) -> dict[str, Any]:
@@ -154,7 +183,7 @@ def _checks(figures: dict[str, Any], soak: Soak) -> dict[str, bool]:
         "calls agree: result, client": usage["calls"] + pairs["not_sent"] == client["calls"] == soak.pairs,
         "answers add up to requests": sum(answers.values()) == server["requests"],
         "a fifth of the requests met a fault": faulty >= soak.faults * 0.95 * server["requests"],
-        "every kind of fault occurred": set(answers) >= {*FAULTS, *STORMS},
+        "every kind of fault occurred": set(answers) >= {*FAULTS, *STORM_FAULTS},
         "so many requests were in flight": server["peak_in_flight"] >= 0.95 * soak.in_flight,
         "never more than allowed": client["concurrency"]["peak_in_flight"] <= soak.in_flight,
         "nothing left in flight or queued": client["concurrency"]["in_flight"] == client["concurrency"]["queued"] == 0,
@@ -222,9 +251,9 @@ def _watch(thread: threading.Thread, judge: ChatJudge, soak: Soak) -> float:
 @contextmanager
 def _server(soak: Soak) -> Iterator[str]:
     """The endpoint in a process of its own, so that its memory and time are not the client's."""
-    command = [sys.executable, "-m", "rmcore.bench.judge_server", "--faults", str(soak.faults)]
+    command = [sys.executable, "-m", "rmcore.bench.judge_soak", "--serve", "--pairs", str(soak.pairs)]
     command += ["--seed", str(soak.seed), "--rate", str(soak.rate), "--latency", *map(str, soak.latency_s)]
-    command += [word for storm in soak.storms for word in ("--storm", storm)]
+    command += ["--faults", str(soak.faults), "--storm", str(soak.storm_s)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -270,8 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=default.deadline_s, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--serve", action="store_true", help="be the endpoint only, until standard input ends")
     a = parser.parse_args(argv)
     soak = Soak(a.pairs, a.in_flight, a.faults, a.storm, tuple(a.latency), a.rate, a.timeout, a.deadline, a.seed)
+    if a.serve:
+        serve(soak)
+        return 0
     log = logging.getLogger("rmcore")
     level = log.level
     log.setLevel(logging.ERROR)  # thousands of failures are meant here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,7 @@ import pytest
 
 from rmcore._base.errors import InputError
 from rmcore.judge import Fault, JudgePrompt, Pair, RecordedJudge, ReplayServer, pair_key, parse_verdict
+from rmcore.judge.testing import FAULTS, FaultMix, Storm
 
 
 @pytest.fixture
@@ -100,6 +103,68 @@ def test_faults_in_order_and_then_none(recorded, post):
     assert replies[0].json()["error"]["code"] == "injected"
     assert replies[2].content == b"x"
     assert replies[3].json()["usage"]["prompt_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind not in ("hang", "stall", "drip", "half_close")])
+def test_no_kind_of_fault_is_a_verdict(recorded, post, kind):
+    """Every named kind, so that one added later is tried too; those that only end with a timeout are left out."""
+    with ReplayServer(recorded, faults=[FAULTS[kind]]) as server:
+        try:
+            reply, question = post(server, timeout=20)
+        except httpx.TransportError:
+            reply = None
+        assert post(server)[0].status_code == 200, "the next request is answered as ever"
+    assert server.answers == {kind: 1, "good": 1}
+    if reply is not None and reply.status_code == 200:
+        try:
+            choice = reply.json()["choices"][0]
+        except (ValueError, LookupError):
+            return
+        assert parse_verdict(choice, question.labels).outcome is None
+
+
+def test_a_mix_meets_every_kind_equally_often_and_storms_refuse_all():
+    time_now = [0.0]
+    mix = FaultMix(0.5, storms=[Storm(100, 5.0, "429")], clock=lambda: time_now[0])
+    before = [mix(number) for number in range(100)]
+    storm = {mix(number).status for number in range(100, 150)}
+    time_now[0] = 6.0
+    after = [mix(number) for number in range(150, 5000)]
+    assert storm == {429}
+    met = Counter(fault.kind for fault in before + after if fault is not None)
+    assert set(met) == set(FAULTS)
+    assert max(met.values()) - min(met.values()) <= 1
+    assert 0.45 < met.total() / 4950 < 0.55
+    again = FaultMix(0.5, clock=lambda: 0.0)
+    assert [again(number) for number in range(100)] == before, "the same seed, the same faults"
+
+
+def test_bad_mixes_and_storms():
+    with pytest.raises(InputError, match="share"):
+        FaultMix(1.5)
+    with pytest.raises(InputError, match="kind: got 'hail'"):
+        Storm(0, 1.0, "hail")
+
+
+def test_hundreds_of_connections_on_one_thread(recorded):
+    """Concurrency is the client's to bound; the server bears what comes, and counts it."""
+    question = JudgePrompt().render("p-win", "a", "b")
+
+    async def run(server):
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(trust_env=False, limits=limits, timeout=60) as client:
+            asked = {"model": "m", "messages": question.messages}
+            posts = (client.post(server.base_url + "/chat/completions", json=asked) for _ in range(300))
+            return {reply.status_code for reply in await asyncio.gather(*posts)}
+
+    threads = threading.active_count()
+    with ReplayServer(recorded, latency_s=(0.5, 0.6)) as server:
+        assert asyncio.run(run(server)) == {200}
+        assert threading.active_count() <= threads + 1
+        stats = httpx.get(server.base_url + "/stats", trust_env=False).json()
+    assert stats["requests"] == stats["answers"]["good"] == 300
+    assert stats["peak_in_flight"] > 100
+    assert stats["in_flight"] == 0
 
 
 def test_latency(recorded, post):

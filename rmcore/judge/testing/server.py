@@ -1,0 +1,370 @@
+"""The server: recorded verdicts over HTTP/1.1, thousands of connections on one thread, and faults on demand.
+
+It reads the question back with :meth:`JudgePrompt.parse <rmcore.judge.question.prompt.JudgePrompt.parse>`, looks the
+texts up in the order shown, and answers with the label that this very request asks for, in the form it asks for (text
+or JSON): the whole path of a real judge, except the judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import random
+import re
+import socket
+import string
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from rmcore._base.errors import InputError, reject
+from rmcore.judge.base import Outcome
+from rmcore.judge.question.prompt import JudgePrompt, ParsedPrompt
+from rmcore.judge.recorded import RecordedJudge
+from rmcore.judge.testing.faults import Ending, Fault
+
+__all__ = ["ReplayServer"]
+
+_logger = logging.getLogger(__name__)
+_MAX_REQUEST = 64 << 20
+_BACKLOG = 8192  # a short one refuses connections as soon as a client is brisk
+_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,9})[ \t]*\r?$")
+_AUTHORIZATION = re.compile(r"(?im)^authorization:[ \t]*(.*?)[ \t]*\r?$")
+
+
+class ReplayServer:
+    """An OpenAI-compatible endpoint on 127.0.0.1 that knows recorded verdicts and nothing else.
+
+    Use it as a context manager, or call :meth:`start` and :meth:`stop`. A pair recorded in the order shown gets that
+    verdict, one recorded in the other order its mirror image; a recorded ``null`` gets a reply without a verdict; a
+    pair not recorded gets status 404 with code ``no_record``; a request that is no rendered question gets 400.
+
+    Args:
+        recorded: a :class:`~rmcore.judge.recorded.RecordedJudge` (a subclass may compute its ``lookup``), or the
+            mapping that one is made from.
+        latency_s: seconds each answer takes, or the bounds between which they are drawn evenly.
+        rate: answers a second at most, as of a machine that shares itself among its requests: each takes longer by the
+            number in flight divided by ``rate``. 0: any number.
+        faults: what goes wrong: a sequence, one entry a request in order of arrival (``None``: nothing), after which
+            all goes well; or a function of the request's number, from 0, such as a
+            :class:`~rmcore.judge.testing.faults.FaultMix`.
+        require_key: answer 401 to requests without this bearer key.
+        refuses: fields of a request that are answered with 400, naming the field, as endpoints do that lack it.
+        port: 0 picks a free one.
+        seed: of the latencies drawn.
+
+    Attributes:
+        requests: chat requests received so far.
+        statuses: how many answers had which status.
+        answers: how many requests met which kind of fault; those that met none are ``good``.
+        peak_in_flight, peak_connections: most at once so far.
+    """
+
+    def __init__(
+        self,
+        recorded: RecordedJudge | Mapping[str, Outcome | None],
+        *,
+        latency_s: float | tuple[float, float] = 0.0,
+        rate: float = 0.0,
+        faults: Sequence[Fault | None] | Callable[[int], Fault | None] = (),
+        require_key: str | None = None,
+        refuses: Collection[str] = (),
+        port: int = 0,
+        seed: int = 0,
+    ) -> None:
+        bounds = latency_s if isinstance(latency_s, tuple) else (latency_s, latency_s)
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
+            reject("latency_s", latency_s, "seconds, at least 0, or their bounds")
+        if not rate >= 0:
+            reject("rate", rate, "answers a second, at least 0")
+        self.recorded = recorded if isinstance(recorded, RecordedJudge) else RecordedJudge(recorded)
+        self.latency_s = bounds
+        self.rate = rate
+        self.requests = 0
+        self.statuses: Counter[int] = Counter()
+        self.answers: Counter[str] = Counter()
+        self.in_flight = self.peak_in_flight = self.peak_connections = 0
+        self._faults = faults
+        self._require_key = require_key
+        self._refuses = tuple(refuses)
+        self._port = port
+        self._random = random.Random(seed)
+        self._connections: set[_Connection] = set()
+        self._socket: socket.socket | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def base_url(self) -> str:
+        """What a client is given, such as ``http://127.0.0.1:40123/v1``. Raises RuntimeError unless started."""
+        if self._socket is None:
+            raise RuntimeError("ReplayServer: not started; use it in a with statement, or call start()")
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far, JSON values; also served at ``/v1/stats``."""
+        names = ("requests", "in_flight", "peak_in_flight", "peak_connections")
+        return {name: getattr(self, name) for name in names} | {"answers": dict(sorted(self.answers.items()))}
+
+    def start(self) -> ReplayServer:
+        """Bind and serve from a background thread. Once it returns, requests are answered."""
+        if self._socket is None:
+            # Bound here, so that an error is the caller's and a request that comes at once is queued.
+            self._socket = socket.create_server(("127.0.0.1", self._port), backlog=_BACKLOG)
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=self._serve, args=(self._loop, self._socket), name="rmcore-replay", daemon=True
+            )
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop serving, cut open connections, end waiting answers. Does nothing if not started."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._socket = self._loop = self._thread = None
+
+    def __enter__(self) -> ReplayServer:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- on the server's thread --------------------------------------------------------------------------------------
+
+    def _serve(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
+        asyncio.set_event_loop(loop)
+        server = loop.run_until_complete(loop.create_server(lambda: _Connection(self, loop), sock=listening))
+        loop.run_forever()
+        server.close()
+        for connection in list(self._connections):
+            connection.transport.abort()
+        loop.run_until_complete(asyncio.sleep(0))  # aborted connections are closed in the next round
+        loop.close()
+
+    def _next_fault(self) -> Fault | None:
+        """Count a request and take what is planned for it."""
+        number = self.requests
+        self.requests += 1
+        if callable(self._faults):
+            fault = self._faults(number)
+        else:
+            fault = self._faults[number] if number < len(self._faults) else None
+        self.answers["good" if fault is None else fault.kind] += 1
+        return fault
+
+    def _delay_s(self, fault: Fault | None) -> float:
+        delay = 0.0 if fault is None else fault.delay_s
+        if fault is None or not fault.at_once:
+            delay += self._random.uniform(*self.latency_s) + (self.in_flight / self.rate if self.rate else 0.0)
+        return delay
+
+    def _answer(self, request: bytes, authorization: str, fault: Fault | None) -> _Answer:
+        """The answer to one chat request."""
+        if fault is not None and (fault.body is not None or fault.status >= 400):
+            answer = _error(fault.status, fault.code, "injected fault")
+            answer.body = answer.body if fault.body is None else fault.body
+        else:
+            answer = self._true_answer(request, authorization, fault)
+        if fault is not None:
+            answer.status = fault.status
+            answer.headers |= {name.title(): value for name, value in fault.headers.items()}
+            answer.ending, answer.drip_s = fault.ending, fault.drip_s
+        self.statuses[answer.status] += 1
+        return answer
+
+    def _true_answer(self, request: bytes, authorization: str, fault: Fault | None) -> _Answer:
+        if self._require_key is not None and authorization != f"Bearer {self._require_key}":
+            return _error(401, "invalid_api_key", "missing or wrong key")
+        try:
+            payload = json.loads(request)
+            messages = payload["messages"]
+            refused = next((name for name in self._refuses if name in payload), None)
+            if refused is not None:
+                return _error(400, "unsupported_parameter", f"Unsupported parameter: '{refused}' is not supported.")
+            question = JudgePrompt.parse(messages)
+            verdict = self.recorded.lookup(question.prompt, question.first, question.second)
+        except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return _error(400, "not_a_question", f"not a question of this library ({type(error).__name__})")
+        if verdict.reason == "no_record" and (fault is None or fault.message is None):
+            return _error(404, "no_record", "no verdict is recorded for this pair")
+        outcome = verdict.outcome
+        text = "I cannot tell which response is better."
+        if outcome is not None:
+            label, critique = question.labels.label(outcome), "Replaying a recorded verdict."
+            text = f"{critique}\n<verdict>{label}</verdict>"
+            if question.output == "json_schema":
+                text = json.dumps({"critique": critique, "verdict": label})
+        message: dict[str, object] = {"role": "assistant", "content": text}
+        if fault is not None and fault.message is not None:
+            message |= {name: _with_labels(value, question) for name, value in fault.message.items()}
+        return _Answer(_completion(payload, message, fault.finish_reason if fault else "stop"))
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What goes over the wire."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
+    ending: Ending = ""
+    drip_s: float = 0.0
+
+
+class _Connection(asyncio.Protocol):
+    """One kept-alive HTTP/1.1 connection; one request at a time, as clients of the judge send them."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, owner: ReplayServer, loop: asyncio.AbstractEventLoop) -> None:
+        self._owner, self._loop = owner, loop
+        self._buffer = bytearray()
+        self._busy = self._bad = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._owner._connections.add(self)
+        self._owner.peak_connections = max(self._owner.peak_connections, len(self._owner._connections))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._owner._connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ended()
+
+    def eof_received(self) -> bool:
+        return False  # the client is done: close
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if not self._busy and not self._bad:
+            self._take_request()
+
+    def _take_request(self) -> None:
+        head_ends = self._buffer.find(b"\r\n\r\n")
+        if head_ends < 0:
+            return
+        head = bytes(self._buffer[:head_ends])
+        method, _, rest = head.decode("latin-1").partition(" ")
+        path = rest.partition(" ")[0].partition("?")[0]
+        found = _LENGTH.search(head)
+        length = int(found[1]) if found else 0
+        if method == "POST" and (found is None or length > _MAX_REQUEST):
+            self._bad = True
+            self._send(_error(411, "length", "a Content-Length of at most 64 MiB is needed"))
+            self.transport.close()
+            return
+        whole = head_ends + 4 + length
+        if len(self._buffer) < whole:
+            return
+        request = bytes(self._buffer[head_ends + 4 : whole])
+        del self._buffer[:whole]
+        if method == "GET" and path == "/v1/models":
+            models = {"object": "list", "data": [{"id": "replay", "object": "model"}]}
+            self._send(_Answer(json.dumps(models).encode()))
+        elif method == "GET" and path == "/v1/stats":
+            self._send(_Answer(json.dumps(self._owner.stats()).encode()))
+        elif method == "POST" and path == "/v1/chat/completions":
+            key = _AUTHORIZATION.search(head.decode("latin-1"))
+            self._begin(request, key[1] if key else "")
+        else:
+            self._send(_error(404, "no_route", "only /v1/chat/completions is served"))
+
+    def _begin(self, request: bytes, authorization: str) -> None:
+        owner = self._owner
+        self._busy = True
+        owner.in_flight += 1
+        owner.peak_in_flight = max(owner.peak_in_flight, owner.in_flight)
+        fault = owner._next_fault()
+        delay = owner._delay_s(fault)
+        if delay == 0:
+            self._answer(request, authorization, fault)
+        elif math.isfinite(delay):
+            self._timer = self._loop.call_later(delay, self._answer, request, authorization, fault)
+
+    def _answer(self, request: bytes, authorization: str, fault: Fault | None) -> None:
+        answer = self._owner._answer(request, authorization, fault)
+        if answer.ending:
+            self._send_badly(answer)
+        else:
+            self._send(answer)
+
+    def _ended(self) -> None:
+        if self._busy:
+            self._busy = False
+            self._owner.in_flight -= 1
+
+    def _send(self, answer: _Answer, *, upto: int | None = None) -> None:
+        status = HTTPStatus(answer.status).phrase if answer.status in HTTPStatus._value2member_map_ else "X"
+        fields = {"Content-Length": str(len(answer.body))} | answer.headers
+        head = f"HTTP/1.1 {answer.status} {status}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items())
+        self.transport.write(head.encode("latin-1") + b"\r\n")
+        self.transport.write(answer.body[:upto])
+        if upto is None:
+            self._ended()
+            if self._buffer and not self._bad:
+                self._take_request()
+
+    def _send_badly(self, answer: _Answer) -> None:
+        if answer.ending == "silent":
+            self.transport.close()
+            return
+        if answer.ending == "drip":
+            self._send(answer, upto=0)
+            self._drip(answer, 0)
+            return
+        self._send(answer, upto=len(answer.body) // 2)
+        if answer.ending == "close":
+            self.transport.close()
+        elif answer.ending == "half_close":
+            self.transport.write_eof()
+        elif answer.ending == "reset":
+            self.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+            self.transport.abort()
+
+    def _drip(self, answer: _Answer, position: int) -> None:
+        self.transport.write(answer.body[position : position + 1])
+        if position + 1 < len(answer.body):
+            self._timer = self._loop.call_later(answer.drip_s, self._drip, answer, position + 1)
+        else:
+            self._ended()
+
+
+def _with_labels(value: object, question: ParsedPrompt) -> object:
+    if not isinstance(value, str):
+        return value
+    labels = question.labels
+    return string.Template(value).safe_substitute(win=labels.win, loss=labels.loss, tie=labels.tie)
+
+
+def _completion(payload: Mapping[str, Any], message: Mapping[str, object], finish_reason: str) -> bytes:
+    """A chat completion; tokens are counted as four characters each, so that accounting has something to add up."""
+    asked = sum(len(str(m.get("content", ""))) for m in payload["messages"]) // 4 + 1
+    said = sum(len(text) for text in message.values() if isinstance(text, str)) // 4 + 1
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return json.dumps(
+        {
+            "id": "replay",
+            "object": "chat.completion",
+            "created": 0,
+            "model": payload.get("model", "replay"),
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+            "usage": usage,
+        }
+    ).encode()
+
+
+def _error(status: int, code: str, message: str) -> _Answer:
+    return _Answer(json.dumps({"error": {"message": message, "type": "replay", "code": code}}).encode(), status)
