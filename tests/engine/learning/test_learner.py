@@ -305,7 +305,7 @@ CHILD = """
 import sys, torch
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.learning.judged import JudgedPairs
-from rmcore.head import load_head
+from rmcore.head.checkpoint import load_head
 torch.set_num_threads(1)
 from rmcore.head.checkpoint import load_head
 from rmcore.engine.learning.judged import JudgedPairs
