@@ -18,9 +18,12 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and plots.")] = Path("rmcore-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the features and the mixed streams.")] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read the data folder's texts whole: minutes, not one, on two cores.")
+    ] = False,
 ) -> None:
-    """Train, evaluate, route to a judge over loopback HTTP and print advantages, on real text, in minutes on a CPU."""
+    """Train, evaluate, route to a judge over loopback HTTP and print advantages, on real text, in a minute on a CPU."""
     with reported_errors():
         from rmcore.cli.run_demo import run_demo
 
-        run_demo(data, out, results_console(120), seed=seed)
+        run_demo(data, out, results_console(120), seed=seed, full=full)

