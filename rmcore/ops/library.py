@@ -101,10 +101,13 @@ def _weights(handle: int, kind: type) -> FeatureMap | HeadWeights:
 
 
 def _fresh(result: Any, inputs: list[Any]) -> Any:
-    """``result`` with a copy of each tensor that is an input itself: an operator's outputs may not be."""
+    """``result`` in memory of its own: an operator's outputs may be neither inputs nor parts of one tensor."""
     if isinstance(result, tuple):
         return tuple(_fresh(part, inputs) for part in result)
-    return result.clone() if any(result is given for given in inputs if isinstance(given, Tensor)) else result
+    if not isinstance(result, Tensor):
+        return result
+    part = result.untyped_storage().nbytes() != result.numel() * result.element_size()
+    return result.clone() if part or any(result is given for given in inputs) else result
 
 
 OPERATIONS = {

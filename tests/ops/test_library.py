@@ -90,3 +90,14 @@ def test_an_unchanged_vector_comes_back_in_memory_of_its_own() -> None:
     _, right = OPERATIONS["power_iteration"].operator(torch.zeros(3, 2), vector, 1, "torch")
     assert torch.equal(right, vector)
     assert right.data_ptr() != vector.data_ptr()
+
+
+def test_two_results_in_one_tensor_come_back_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cuda backend makes them, in one allocation."""
+    both = torch.arange(3.0)
+    monkeypatch.setattr("rmcore.ops.backends.torch.power_iteration", lambda *_: (both[2], both[:2]))
+    sigma, right = OPERATIONS["power_iteration"].operator(torch.zeros(3, 2), torch.ones(2), 1, "torch")
+    assert float(sigma) == 2
+    assert torch.equal(right, torch.tensor([0.0, 1.0]))
+    assert sigma.storage_offset() == right.storage_offset() == 0
+    assert len({t.untyped_storage().data_ptr() for t in (both, sigma, right)}) == 3
