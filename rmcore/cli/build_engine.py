@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmcore._base.errors import reject
@@ -19,7 +18,7 @@ __all__ = ["close_engine", "make_engine"]
 
 
 def make_engine(
-    model: Path, judging: Judging, *, backend: Backend, device: str | None
+    model: str, judging: Judging, *, backend: Backend, device: str | None, attn_implementation: str = "auto"
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
@@ -32,7 +31,7 @@ def make_engine(
     router = _router(judging, adaptive)
     judge = _judge(judging)
     engine = RewardEngine(
-        RewardModel.from_pretrained(model, device=device),
+        RewardModel.from_pretrained(model, device=device, attn_implementation=attn_implementation),
         judge,
         router,
         backend=backend,

@@ -22,6 +22,7 @@ def evaluate(
     train_data: Annotated[Path | None, typer.Option("--train", help="Training preferences, for one control.")] = None,
     replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
     device: options.Device = None,
+    attn_implementation: options.AttnImplementation = "auto",
 ) -> None:
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
     with reported_errors():
@@ -33,7 +34,7 @@ def evaluate(
         items = list(read_preferences(preferences))
         if not items:
             reject("preferences", "no lines", "at least one")
-        loaded = RewardModel.from_pretrained(model, device=device)
+        loaded = RewardModel.from_pretrained(model, device=device, attn_implementation=attn_implementation)
         pairs = [StreamPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
         with progress_bar() as bar:
             states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=encoding_progress(bar))

@@ -14,8 +14,11 @@ import typer
 
 T = TypeVar("T")
 
-Model = Annotated[Path, typer.Argument(help="A folder written by rmcore train or upgrade.")]
+Model = Annotated[str, typer.Argument(help="A folder written by rmcore train or upgrade, or a hub name.")]
 Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if there is one.")]
+AttnImplementation = Annotated[
+    str, typer.Option(help="Attention of the backbone: auto, or what transformers calls attn_implementation.")
+]
 # Choices are written out here, not imported, so that --help does not wait for torch; mypy and a test hold them to the
 # types of the library's functions.
 Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]

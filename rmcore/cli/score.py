@@ -45,13 +45,14 @@ def _scoring(
     ] = None,
     backend: options.Backend = "auto",
     device: options.Device = None,
+    attn_implementation: options.AttnImplementation = "auto",
 ) -> Run:
     """Make the engine the options name."""
     from rmcore.engine.accounts import Accounts
 
     if batch < 1:
         reject("--batch", batch, "at least 1")
-    engine, save = make_engine(model, judging, backend=backend, device=device)
+    engine, save = make_engine(model, judging, backend=backend, device=device, attn_implementation=attn_implementation)
     booked = Accounts(accounts)
 
     def run(line: Line) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -60,6 +61,7 @@ def serve(
     judging: ServeJudging,
     backend: options.Backend = "auto",
     device: options.Device = None,
+    attn_implementation: options.AttnImplementation = "auto",
 ) -> None:
     """Serve rewards of groups over HTTP, for OpenRLHF, verl and others; /docs describes the interface.
 
@@ -96,14 +98,16 @@ def serve(
             max_responses=max_responses,
             max_chars=max_chars,
         )
-        engine, save_router = make_engine(model, judging, backend=backend, device=device)
+        engine, save_router = make_engine(
+            model, judging, backend=backend, device=device, attn_implementation=attn_implementation
+        )
         if settings.answer_within_s >= 180:
             notes.print(
                 f"[yellow]answers may take {settings.answer_within_s:g} s, and OpenRLHF gives up after 180: lower "
                 "--time-limit or --judge-deadline if it calls this server[/yellow]"
             )
         try:
-            run(engine, settings, model=model.name, started=lambda url: notes.print(f"serving {url}"))
+            run(engine, settings, model=Path(model).name, started=lambda url: notes.print(f"serving {url}"))
         finally:
             try:
                 save_router()

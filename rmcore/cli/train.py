@@ -63,6 +63,7 @@ def train(
     embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
     device: options.Device = None,
+    attn_implementation: options.AttnImplementation = "auto",
 ) -> None:
     """Train an uncertainty-aware reward model from preferences.
 
@@ -99,6 +100,7 @@ def train(
                 chat=chat,
             ),
             device,
+            attn_implementation,
         )
         config = HeadConfig(
             spine.hidden_size,
@@ -146,6 +148,7 @@ def upgrade(
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
     device: options.Device = None,
+    attn_implementation: options.AttnImplementation = "auto",
 ) -> None:
     """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
     with reported_errors():
@@ -163,7 +166,7 @@ def upgrade(
             chat=chat,
             append_eos=False,
         )
-        spine = _load_backbone(config, device)
+        spine = _load_backbone(config, device, attn_implementation)
         with progress_bar() as bar:
             upgraded = RewardModel.upgrade(
                 spine, items, ridge=ridge, dtype=_dtype(dtype), progress=encoding_progress(bar)
@@ -172,10 +175,10 @@ def upgrade(
         notes.print(f"{len(items)} pairs, {spine.stats.tokens} tokens; wrote {out}")
 
 
-def _load_backbone(config: BackboneConfig, device: str | None) -> Backbone:
+def _load_backbone(config: BackboneConfig, device: str | None, attn_implementation: str) -> Backbone:
     from rmcore.model.backbone import Backbone
 
-    return Backbone.from_pretrained(config, device=device)
+    return Backbone.from_pretrained(config, device=device, attn_implementation=attn_implementation)
 
 
 def _scored(head: FrozenHead, hidden: Tensor, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
