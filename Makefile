@@ -13,11 +13,12 @@ ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeou
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test coverage lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare clean
+.PHONY: help demo test coverage docs lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make coverage all tests, and what of rmcore they run"
+	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
 	@echo "make lint     ruff, ruff format, mypy, the import rule, clang-format"
 	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
@@ -46,7 +47,12 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	@echo "== rmcore and what tests and lint need: compiles csrc/, a minute or two"
 	@$(PIP) -e '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/.torch $(SOURCES)
+	@echo "== rmcore and what the site needs: compiles csrc/, a minute or two"
+	@$(PIP) -e '.[docs]'
+	@touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/rmcore demo --out out/demo
@@ -59,6 +65,10 @@ test: $(VENV)/.dev
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov=rmcore --cov-report=term:skip-covered
+
+# Without network: no fonts, scripts or inventories from elsewhere. The variable silences an advertisement.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
