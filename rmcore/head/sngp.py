@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ from rmcore.ops.quantize import MAX_DEPTH, quantize_projection
 from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, default_dtype, power_of_two_scale
 
 __all__ = ["SNGPHead"]
+
+
+class _Folded(NamedTuple):
+    """Layer and features in float64, as few matrices as is legal, before they are rounded."""
+
+    projection: Tensor | None
+    phase: Tensor | None
+    layer_weight: Tensor | None
+    layer_bias: Tensor | None
+    feature_scale: float
 
 
 class SNGPHead(nn.Module):
@@ -136,75 +146,97 @@ class SNGPHead(nn.Module):
             calibration: (N, h) hidden rows; their largest magnitude sets the power-of-two input scale of fp16 heads,
                 their columns' means and spreads what int8 heads take rows through first.
         """
-        config, device = self.config, self.beta.device
-        dtype = default_dtype(device) if dtype is None else dtype
-        if dtype not in SERVING_DTYPES:
-            reject("dtype", dtype, f"one of {', '.join(map(str, SERVING_DTYPES))}")
-        scale = 1.0
-        if calibration is not None and dtype == torch.float16 and calibration.numel():
-            check_finite(calibration, "calibration")
-            # Unseen rows may be larger than the calibration rows: leave a factor of eight below fp16's 65504.
-            scale = power_of_two_scale(float(calibration.abs().max()), 8192.0)
+        config = self.config
+        dtype = default_dtype(self.beta.device) if dtype is None else dtype
+        self._check_serving(dtype)
+        scale = _input_scale(dtype, calibration)
         layer = self.normalized_weight(converged=True)
         layer = None if layer is None else layer.double() / scale
         bias = None if self.bias is None else self.bias.double()
-        folds = layer is not None and config.activation == "none" and not config.layernorm
-        layer_weight = layer_bias = projection = phase = None
-        if dtype == torch.int8 and (config.features == "linear" or not (folds or layer is None)):
-            reject("dtype", "int8 for linear features, tanh or layernorm", "a 16-bit dtype, or float32")
-        if dtype == torch.int8 and max(config.hidden_size, config.num_features) > MAX_DEPTH:
-            sizes = f"int8 for h = {config.hidden_size}, D = {config.num_features}"
-            reject("dtype", sizes, f"at most {MAX_DEPTH:,} of each, or another dtype")
-        if config.features == "linear":
-            # z itself is the feature. W̄ is then the projection, unless a non-linearity follows it.
-            if layer is not None and not folds:
-                reject("config", "linear features after tanh or layernorm", "rff features, or a plain layer")
-            projection, phase = layer, bias
-            feature_scale = 1.0 / scale if layer is None else 1.0
-        else:
-            ell = self._checked_length_scale()
-            folded_layer, folded_bias = (layer, bias) if folds else (None, None)
-            projection, phase = reference.fold_projection(
-                self.omega.double(), self.b.double(), ell, folded_layer, folded_bias
-            )
-            if layer is None:
-                projection = projection / scale
-            elif not folds:
-                layer_weight, layer_bias = layer, bias
-            feature_scale = config.kernel_scale * math.sqrt(2.0 / config.num_features)
-        quantized: dict[str, Tensor] = {}
-        if dtype == torch.int8:
-            assert projection is not None
-            assert phase is not None
-            check_finite(projection, f"projection in {dtype}")
-            if calibration is not None:
-                check_finite(calibration, "calibration")
-            quantized = quantize_projection(projection, phase, calibration)
-            projection, phase = quantized.pop("projection"), quantized.pop("phase")
+        folded = (
+            self._fold_linear(layer, bias, scale) if config.features == "linear" else self._fold(layer, bias, scale)
+        )
         feature_map = FeatureMap(
             features=config.features,
-            projection=None if projection is None else projection.to(dtype).contiguous(),
-            phase=None if phase is None else phase.float(),
-            layer_weight=None if layer_weight is None else layer_weight.to(dtype).contiguous(),
-            layer_bias=None if layer_bias is None else layer_bias.float(),
             activation=config.activation,
             layernorm=config.layernorm,
             hidden_size=config.hidden_size,
             num_features=config.num_features,
             dtype=dtype,
             input_scale=scale,
-            feature_scale=feature_scale,
-            **quantized,
+            feature_scale=folded.feature_scale,
+            layer_weight=None if folded.layer_weight is None else folded.layer_weight.to(dtype).contiguous(),
+            layer_bias=None if folded.layer_bias is None else folded.layer_bias.float(),
+            **_rounded(folded, dtype, calibration),
         )
         for name, tensor in feature_map.tensors().items():
             check_finite(tensor, f"{name} in {dtype}")
         return feature_map
+
+    @property
+    def _folds(self) -> bool:
+        """Nothing non-linear stands between the layer and the features."""
+        return self.config.activation == "none" and not self.config.layernorm
+
+    def _check_serving(self, dtype: torch.dtype) -> None:
+        """Raise InputError where heads of this shape are not served in ``dtype``."""
+        config = self.config
+        if dtype not in SERVING_DTYPES:
+            reject("dtype", dtype, f"one of {', '.join(map(str, SERVING_DTYPES))}")
+        if dtype == torch.int8:
+            if config.features == "linear" or not (self._folds or self.weight is None):
+                reject("dtype", "int8 for linear features, tanh or layernorm", "a 16-bit dtype, or float32")
+            if max(config.hidden_size, config.num_features) > MAX_DEPTH:
+                sizes = f"int8 for h = {config.hidden_size}, D = {config.num_features}"
+                reject("dtype", sizes, f"at most {MAX_DEPTH:,} of each, or another dtype")
+        if config.features == "linear" and self.weight is not None and not self._folds:
+            reject("config", "linear features after tanh or layernorm", "rff features, or a plain layer")
+
+    def _fold_linear(self, layer: Tensor | None, bias: Tensor | None, scale: float) -> _Folded:
+        """z itself is the feature: W̄ is the projection, or rows are taken as they are."""
+        return _Folded(layer, bias, None, None, 1.0 / scale if layer is None else 1.0)
+
+    def _fold(self, layer: Tensor | None, bias: Tensor | None, scale: float) -> _Folded:
+        """Random Fourier features: Ω W̄ / 2πℓ in one matrix where nothing stands between, else both matrices."""
+        fold = layer is not None and self._folds
+        projection, phase = reference.fold_projection(
+            self.omega.double(), self.b.double(), self._checked_length_scale(), *((layer, bias) if fold else ())
+        )
+        feature_scale = self.config.kernel_scale * math.sqrt(2.0 / self.config.num_features)
+        if layer is None:
+            projection = projection / scale
+        return _Folded(projection, phase, *((None, None) if fold else (layer, bias)), feature_scale)
 
     def _checked_length_scale(self) -> float:
         scale = float(self.length_scale)
         if not math.isfinite(scale):
             reject("length_scale", "none yet", "a value", "Set it in the config, or call set_length_scale or fit")
         return scale
+
+
+def _input_scale(dtype: torch.dtype, calibration: Tensor | None) -> float:
+    """The power of two that fp16 heads multiply hidden rows by."""
+    if calibration is None or dtype != torch.float16 or not calibration.numel():
+        return 1.0
+    check_finite(calibration, "calibration")
+    # Unseen rows may be larger than the calibration rows: leave a factor of eight below fp16's 65504.
+    return power_of_two_scale(float(calibration.abs().max()), 8192.0)
+
+
+def _rounded(folded: _Folded, dtype: torch.dtype, calibration: Tensor | None) -> dict[str, Any]:
+    """Projection and phase in ``dtype``, with what an int8 map has beside them, as fields of a ``FeatureMap``."""
+    projection, phase = folded.projection, folded.phase
+    if dtype != torch.int8:
+        return {
+            "projection": None if projection is None else projection.to(dtype).contiguous(),
+            "phase": None if phase is None else phase.float(),
+        }
+    assert projection is not None
+    assert phase is not None
+    check_finite(projection, f"projection in {dtype}")
+    if calibration is not None:
+        check_finite(calibration, "calibration")
+    return dict(quantize_projection(projection, phase, calibration))
 
 
 def _converged_norm(weight: Tensor, vector: Tensor, *, tolerance: float = 1e-7, limit: int = 2000) -> Tensor:
