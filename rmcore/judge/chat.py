@@ -284,7 +284,8 @@ class ChatJudge:
                 usage=price_call(self.prices, verdict.usage, self.model, asked.completion.reason),
                 critique=self._without_key(verdict.critique),
             ),
-            replied=asked.parsed is not None,
+            # A generation that its server ended is no answer of the judge: it is asked again another day.
+            replied=asked.parsed is not None and asked.parsed.reason != "unfinished",
             text=self._without_key(reply_text(asked.completion.choice)),
             labels={"win": labels.win, "loss": labels.loss, "tie": labels.tie},
             sanitised=asked.question.sanitised,

@@ -24,7 +24,7 @@ from rmcore.judge.client.completions import CompletionError, CompletionFunction,
 from rmcore.judge.client.concurrency import Signal
 from rmcore.judge.client.limits import Reservation
 from rmcore.judge.client.options import ClientOptions
-from rmcore.judge.client.reply import error_code, error_detail, scrub
+from rmcore.judge.client.reply import embedded_status, error_code, error_detail, scrub
 
 if TYPE_CHECKING:
     import httpx
@@ -193,7 +193,7 @@ class HttpExchange:
         status, headers = response.status_code, response.headers
         if not failed:
             if complete:
-                return Attempt(body=bytes(content), headers=headers, status=status)
+                return _finished(bytes(content), key, headers)
             return Attempt(reason="reply_too_large", headers=headers, status=status)
         return _failure(status, bytes(content), error_detail(bytes(content[:limit]), key), headers)
 
@@ -256,7 +256,15 @@ class FunctionExchange:
             reply = await found if inspect.isawaitable(found) else found
         except Exception as error:
             return _raised(error, key)
-        return Attempt(body=json.dumps(reply_object(reply)).encode("ascii"), status=200)
+        return _finished(json.dumps(reply_object(reply)).encode("ascii"), key, {})
+
+
+def _finished(content: bytes, key: str, headers: Mapping[str, str]) -> Attempt:
+    """A whole reply of status 200, unless it holds an error of another status: that one counts then."""
+    status = embedded_status(content)
+    if status is not None:
+        return _failure(status, content, error_detail(content, key), headers)
+    return Attempt(body=content, headers=headers, status=200)
 
 
 def _failure(status: int, content: bytes, detail: str, headers: Mapping[str, str]) -> Attempt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from rmcore.judge.base import JudgeUsage
 
-__all__ = ["Completion", "error_code", "error_detail", "read_completion", "scrub"]
+__all__ = ["Completion", "embedded_status", "error_code", "error_detail", "read_completion", "scrub"]
 
 _MAX_DETAIL = 300
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
@@ -21,7 +21,8 @@ class Completion:
     """One finished call: the ``choice`` as the endpoint sent it, or ``None`` and a ``reason``.
 
     Reasons: ``http_<status>``, ``insufficient_quota``, ``timeout``, ``deadline``, ``connection``, ``reply_too_large``,
-    ``bad_encoding``, ``not_json``, ``no_choices``, ``no_api_key``, ``bad_api_key``, ``error_<type>``; and for calls of
+    ``bad_encoding``, ``not_json``, ``no_choices``, ``error_in_reply``,
+    ``no_api_key``, ``bad_api_key``, ``error_<type>``; and for calls of
     which nothing was sent ``deadline``, ``breaker_open`` (the endpoint is down; ``detail`` says how it failed last) and
     ``over_token_limit`` (larger than ``tokens_per_minute`` altogether). A call that was tried and then stopped by one
     of these keeps the reason of its last attempt. ``detail`` is the endpoint's own message, cleaned and cut, for a log
@@ -47,7 +48,31 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, Mapping):
         return Completion(None, "no_choices", error_detail(body, key), usage)
+    if reply.get("error") or choice.get("error"):  # the text beside an error is not an answer, finished as it may look
+        return Completion(None, "error_in_reply", error_detail(body, key), usage)
     return Completion(choice, usage=usage)
+
+
+def embedded_status(body: bytes) -> int | None:
+    """The HTTP status that an error object inside a body of status 200 names; ``None`` if there is none.
+
+    Gateways answer 200 before they know what their upstream says, and then put its error into the body: at the top,
+    beside choices or instead of them, or into the choice. Its ``code`` (or ``status``) is the status that counts.
+    """
+    reply = _load(body)
+    if not isinstance(reply, Mapping):
+        return None
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    for error in (reply.get("error"), choice.get("error") if isinstance(choice, Mapping) else None):
+        if isinstance(error, Mapping):
+            for name in ("code", "status", "status_code"):
+                value = error.get(name)
+                if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
+                    value = int(value)
+                if isinstance(value, int) and not isinstance(value, bool) and 400 <= value < 600:
+                    return value
+    return None
 
 
 def error_code(body: bytes) -> str:
@@ -96,7 +121,12 @@ def _load(body: bytes) -> object:
 
 def _error(body: bytes) -> object:
     reply = _load(body)
-    return reply.get("error", reply.get("message")) if isinstance(reply, Mapping) else None
+    if not isinstance(reply, Mapping):
+        return None
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    error = reply.get("error") or (choice.get("error") if isinstance(choice, Mapping) else None)
+    return error or reply.get("message")
 
 
 def _with_tokens(usage: JudgeUsage, counts: object) -> JudgeUsage:

@@ -77,7 +77,8 @@ class Answered:
         """The verdict from the side of the response **shown first**.
 
         ``reason`` of a verdict that is there notes what is special about it: ``cut:N`` (N characters of the responses
-        were not shown), ``hard:<why>`` (a soft verdict was asked for and could not be had).
+        were not shown), ``hard:<why>`` (a soft verdict was asked for and could not be had), ``weak:mass`` (it counts
+        for less, since the judge was about to write something else).
         """
         usage, parsed = self.completion.usage, self.parsed
         if parsed is None or parsed.outcome is None:
@@ -86,6 +87,8 @@ class Answered:
         notes = [f"cut:{sum(self.question.cut)}"] if any(self.question.cut) else []
         if self.soft is not None and self.soft.preference is None:
             notes.append(f"hard:{self.soft.reason}")
+        elif self.soft is not None and self.soft.reason:
+            notes.append(f"weak:{self.soft.reason}")
         hard = Verdict.of(parsed.outcome, reason="; ".join(notes), critique=parsed.critique, usage=usage, judge=judge)
         if self.soft is None or self.soft.preference is None:
             return hard

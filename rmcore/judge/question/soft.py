@@ -22,7 +22,8 @@ from rmcore.judge.question.verdict import Labels, statements
 __all__ = ["MIN_MASS", "Soft", "soft_preference"]
 
 MIN_MASS = 0.5
-"""Least probability that the three labels must have together; below it the judge was about to write something else."""
+"""Below this probability of all three labels together the judge was about to write something else: the verdict then
+counts for less, in proportion."""
 
 _OUTCOMES: tuple[Outcome, ...] = ("win", "loss", "tie")
 _DECORATION = b" \t\r\n*_`\"'"
@@ -35,7 +36,8 @@ class Soft:
 
     Where there is none ``preference`` is ``None`` and ``reason`` says why: ``no_logprobs`` (the endpoint sent none that
     can be used), ``labels`` (their first letters do not differ), ``position`` (the label was not found among the
-    tokens), ``mass`` (below :data:`MIN_MASS`).
+    tokens), ``mass`` (no label has a probability). ``reason`` is ``mass`` too beside a preference that counts for less,
+    because the labels have less than :data:`MIN_MASS` together.
     """
 
     preference: float | None
@@ -83,8 +85,11 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
     total = math.fsum(mass.values())
     if not total <= 1.001:  # no probabilities; a little above 1 is rounding
         return Soft(None, reason="no_logprobs")
+    if total == 0:
+        return Soft(None, reason="mass")
     if total < MIN_MASS:
-        return Soft(None, total, "mass")
+        # Divided by what it should have been, not by what it was: weak evidence must not become a loud vote.
+        return Soft((mass["win"] - mass["loss"]) / MIN_MASS, total, "mass")
     return Soft((mass["win"] - mass["loss"]) / total, min(total, 1.0))
 
 

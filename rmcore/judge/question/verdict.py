@@ -31,8 +31,22 @@ _THINK_CLOSE = re.compile(
     rf"<\s{{0,8}}/\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[/THINK\]|◁/think▷|<\|channel\|>\s?final\s?<\|message\|>",
     re.IGNORECASE,
 )
+# Reasoning formats that nobody has listed: `<analysis>`, `<think type=x>`, `<|START_THINKING|>`, `<|channel>thought`.
+# What ends something (`<end_of_turn>`) opens nothing.
+_OPENING = re.compile(
+    r"\s*<\|?(?!\s{0,8}verdict\b|\w{0,40}(?:end|eot|eos))(?P<name>[A-Za-z][\w:]{0,39})(?:\s[^<>\n]{0,80})?\|?>",
+    re.IGNORECASE,
+)
+# What may follow a verdict: white space, emphasis, closing brackets and tags, and the tokens that end a turn.
+_TAIL = re.compile(
+    r"(?:[\s*_`\"'.,}\])]|<\s{0,8}/[^<>\n]{1,40}>|<\|[^<>|\n]{0,20}(?:end|eot)[^<>|\n]{0,20}\|>)*", re.IGNORECASE
+)
 _FENCED = re.compile(r"```[a-zA-Z]{0,10}\s*(\{.*\})\s*```", re.DOTALL)
 _DECORATION = " \t\r\n*_`\"'"  # what models put around a label they mean
+
+
+_FINISHED = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "end", "completed", "complete"})
+"""``finish_reason`` of a text that the model itself ended; empty where an endpoint says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,8 @@ class Labels:
 class Parsed:
     """What a reply says: ``outcome`` from the side of the response shown first, or ``None`` with a ``reason``.
 
-    ``reason`` is one of ``length``, ``filter``, ``refusal``, ``no_content``, ``conflicting``, ``unparsable``.
+    ``reason`` is one of ``length``, ``filter``, ``refusal``, ``unfinished``, ``no_content``, ``conflicting``,
+    ``unparsable``.
     ``critique`` is the final answer without its verdict tags, at most :data:`MAX_CRITIQUE` characters.
     """
 
@@ -123,12 +138,15 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
     else:
         refused = False
     text = content if isinstance(content, str) else ""
-    if finish in ("length", "max_tokens", "model_length"):
+    if finish in ("length", "max_tokens", "model_length", "max_output_tokens"):
         return Parsed(None, "length", text[:MAX_CRITIQUE])
     if finish in ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "spii", "sensitive"):
         return Parsed(None, "filter", text[:MAX_CRITIQUE])
     if refused or finish == "refusal" or message.get("refusal"):
         return Parsed(None, "refusal", text[:MAX_CRITIQUE])
+    if text.strip() and (finish not in _FINISHED or reply.get("error")):
+        # Not a list of failures, which is never complete: "error", "abort" and what comes next year are no end.
+        return Parsed(None, "unfinished", text[:MAX_CRITIQUE])
     if content is not None and not isinstance(content, str):
         return Parsed(None, "unparsable")
     return _read(text, labels)
@@ -164,7 +182,25 @@ def _read(text: str, labels: Labels) -> Parsed:
     parsed = _read_object(answer, labels) if answer_from else None
     if parsed is not None:
         return parsed
-    return _decide([statement.outcome for statement in statements(answer, labels)], _TAG.sub("", answer))
+    if _opens_and_does_not_close(answer):
+        return Parsed(None, "length", answer[:MAX_CRITIQUE])
+    critique = _TAG.sub("", answer)
+    tags = list(_TAG.finditer(answer))
+    if tags and not _TAIL.fullmatch(answer, tags[-1].end()) and not _PAIR.search(answer, tags[-1].end()):
+        # A verdict ends an answer. With more behind it, it was thought aloud, and perhaps not the last thought.
+        outcomes = {statement.outcome for statement in statements(answer, labels)}
+        return Parsed(None, "conflicting" if len(outcomes - {None}) > 1 else "unparsable", critique[:MAX_CRITIQUE])
+    return _decide([statement.outcome for statement in statements(answer, labels)], critique)
+
+
+def _opens_and_does_not_close(answer: str) -> bool:
+    """Whether an answer begins with something of the shape of a reasoning tag, of whatever name, that is not closed."""
+    opening = _OPENING.match(answer)
+    if opening is None:
+        return False
+    name = re.escape(re.sub(r"(?i)^start_|_start$|^begin_", "", opening["name"]))
+    closing = rf"(?i)<\s{{0,8}}/\s{{0,8}}{name}\b|<\|?(?:end_)?{name}(?:_end)?\|>"
+    return re.search(closing, answer[opening.end() :]) is None
 
 
 def _read_object(text: str, labels: Labels) -> Parsed | None:

@@ -85,6 +85,12 @@ FAULTS: Mapping[str, Fault] = _named(
         message={"content": "I cannot say.", "reasoning_content": "<verdict>$win</verdict>"},
     ),
     unclosed_think=Fault(message={"content": "<think>So it is <verdict>$loss</verdict>"}),
+    upstream_429=Fault(body=b'{"error": {"message": "Provider returned error", "code": 429}}'),
+    upstream_502=Fault(body=b'{"error": {"message": "Bad gateway", "code": "502"}, "choices": []}'),
+    finish_error=Fault(finish_reason="error"),
+    finish_abort=Fault(finish_reason="abort"),
+    unknown_reasoning=Fault(message={"content": "<|channel>thought\nPerhaps <verdict>$loss</verdict>"}),
+    verdict_amid_text=Fault(message={"content": "<verdict>$loss</verdict> would be wrong, since"}),
     length=Fault(finish_reason="length"),
     content_filter=Fault(finish_reason="content_filter"),
 )

@@ -395,3 +395,53 @@ def test_a_pairs_own_deadline_counts_where_it_is_earlier(virtual, chat_reply):
 def test_bad_breaker():
     with pytest.raises(JudgeError, match="breaker"):
         ClientOptions(breaker=True)
+
+
+# -- errors inside a reply of status 200 -----------------------------------------------------------------------------
+
+ERROR = {"message": "Provider returned error", "code": 429}
+FINISHED = {"message": {"content": "x"}, "finish_reason": "stop"}
+FAILED = {"message": {"content": "par"}, "finish_reason": "error"}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "attempts"),
+    [
+        ({"error": ERROR}, "http_429", 3),
+        ({"error": ERROR | {"code": "502"}}, "http_502", 3),
+        ({"error": {"message": "x", "status": 503}, "choices": []}, "http_503", 3),
+        ({"error": ERROR, "choices": [FINISHED]}, "http_429", 3),
+        ({"choices": [FINISHED | {"finish_reason": "error", "error": ERROR}]}, "http_429", 3),
+        ({"error": ERROR | {"code": 400}}, "http_400", 1),
+        ({"error": {"message": "x", "code": 429, "type": "insufficient_quota"}}, "insufficient_quota", 1),
+        ({"error": {"message": "x", "code": "weird"}, "choices": [FINISHED]}, "error_in_reply", 1),
+        ({"error": {"message": "x", "code": True}}, "no_choices", 1),
+        ({"error": None, "choices": [FINISHED]}, "", 1),
+    ],
+)
+def test_an_error_inside_a_reply_of_status_200(play, body, reason, attempts):
+    async def work(clock, endpoint, client):
+        done = await client.complete({})
+        assert (done.reason, done.usage.attempts) == (reason, attempts)
+        assert (done.choice is None) == bool(reason)
+
+    play(work, lambda n, t: httpx.Response(200, json=body), retry=RetryPolicy(max_attempts=3, base_s=0.01))
+
+
+def test_an_upstream_error_is_never_stored_as_the_judges_answer(tmp_path, chat_reply):
+    """The rerun of a healthy endpoint buys what the first run could not."""
+    pair = Pair("2+2?", "4", "5")
+    bodies = [{"error": ERROR}, {"error": ERROR, "choices": [FINISHED]}, {"choices": [FAILED]}]
+    for k, body in enumerate(bodies):
+        for handler, preference in (
+            (lambda request, body=body: httpx.Response(200, json=body), None),
+            (lambda request: chat_reply(request, "<verdict>$win</verdict>"), 1.0),
+        ):
+            options = ClientOptions(transport=httpx.MockTransport(handler), retry=RetryPolicy(2, base_s=0.001))
+            judge = ChatJudge(
+                "http://127.0.0.1:9/v1", "m", None, orders="one", client=options, store=tmp_path / f"{k}.db"
+            )
+            verdict = judge.judge_sync([pair])[0]
+            judge.close()
+            assert verdict.failed is (preference is None)
+            assert verdict.reason == (("http_429", "http_429", "unfinished")[k] if preference is None else "")

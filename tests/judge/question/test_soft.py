@@ -120,7 +120,6 @@ def test_reasoning_among_the_tokens_is_passed_over():
         (None, "no_logprobs"),
         (choice(token("The first.")), "position"),
         (choice(token("<verdict>"), token("P"), token("LMZT</verdict>")), "position"),
-        (choice(*TAG, token("K", 0.3, {"x": 0.5, "P": 0.1}), *END), "mass"),
         (choice(*TAG, {"token": "K"}, *END), "mass"),
         (choice(*TAG, {"token": "K", "logprob": "-1", "top_logprobs": {"K": -1}}, *END), "mass"),
         (choice(*TAG, {"token": "K", "logprob": float("nan"), "top_logprobs": [None]}, *END), "mass"),
@@ -248,10 +247,18 @@ def test_without_logprobs_the_verdict_is_hard_and_says_so(ask, mock_judge, chat_
     assert (verdict.preference, verdict.reason, judge.counts["hard:no_logprobs"]) == (0.0, "hard:no_logprobs", 2)
 
 
-def test_too_little_mass_is_hard(ask, mock_judge, soft_handler):
+def test_little_mass_counts_for_less_not_more(ask, mock_judge, soft_handler):
     judge = mock_judge(soft_handler(0.3, 0.1), soft=True, orders="one")
     verdict = ask(judge)
-    assert (abs(verdict.preference), verdict.reason, judge.counts["hard:mass"]) == (1.0, "hard:mass", 1)
+    assert (abs(verdict.preference), verdict.reason) == (pytest.approx(0.4), "weak:mass")
+    assert judge.counts["soft"] == 1
+
+
+@given(st.floats(1e-3, 0.499), st.floats(0, 1))
+def test_weak_evidence_is_never_louder_than_its_mass(mass, share):
+    soft = read(*TAG, token("K", mass * share + 1e-9, {"P": mass * (1 - share)}), *END)
+    assert soft.reason == "mass"
+    assert abs(soft.preference) <= mass / 0.5 + 1e-6
 
 
 def test_an_endpoint_that_refuses_logprobs(ask, mock_judge, chat_reply, caplog):
