@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmcore._base.errors import InputError
+from rmcore._base.prompt import message_text, response_text
 from rmcore.cli.console import opened_output, progress_bar, reported_errors, results_console
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _print_table(ledger: VerdictLedger, calls: list[LoggedCall]) -> None:
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
     for call in calls:
         prompt = ledger.texts(call)["prompt"]
-        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        last = prompt if isinstance(prompt, str) else message_text(prompt[-1])
         cells = (
             call.key[:12],
             call.at[:19].replace("T", " "),
@@ -192,9 +193,13 @@ def _print_call(ledger: VerdictLedger, call: LoggedCall) -> None:
         typer.echo(f"{name + ':':<12} {printable(value)}")
     prompt = said["prompt"]
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"[{message['role']}] {message['content']}" for message in prompt)
+        prompt = "\n".join(f"[{message['role']}] {message_text(message)}" for message in prompt)
     cut = f" ({call.reply_cut} more characters were not kept)" if call.reply_cut else ""
-    sections = {"prompt": prompt, "shown first": said["first"], "shown second": said["second"]}
+    sections = {
+        "prompt": prompt,
+        "shown first": response_text(said["first"]),
+        "shown second": response_text(said["second"]),
+    }
     for name, text in (sections | {f"reply{cut}": said["reply"]}).items():
         # Every line is set in, so that no text can pass itself off as one of these headings.
         body = "\n".join("  " + line for line in printable(text, lines=True).split("\n"))

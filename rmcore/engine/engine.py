@@ -22,7 +22,7 @@ from torch import Tensor
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.loop import background_loop
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
@@ -132,7 +132,7 @@ class RewardEngine:
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         *,
         on_error: OnError = "raise",
         progress: Progress | None = None,
@@ -146,7 +146,8 @@ class RewardEngine:
 
         Args:
             prompts: one prompt a group, text or message list.
-            responses: one sequence of K ≥ 1 responses a prompt; K may differ. Equal responses are decided by rule: 0.
+            responses: one sequence of K ≥ 1 responses a prompt, each text or messages (:mod:`rmcore._base.prompt`); K
+                may differ. Equal responses are decided by rule: 0.
             on_error: ``raise`` raises the first group's error. ``return`` leaves out the groups that cannot be scored
                 (wrong type, over-long text, hidden rows that are not finite) and puts their errors into
                 ``GroupScores.errors``; the others are scored, routed and judged in one call, as if they were alone.
@@ -165,7 +166,7 @@ class RewardEngine:
     async def score_async(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         *,
         on_error: OnError = "raise",
         progress: Progress | None = None,
@@ -183,7 +184,7 @@ class RewardEngine:
         group_sizes: Sequence[int] | Tensor,
         *,
         prompts: Sequence[Prompt] | None = None,
-        responses: Sequence[Sequence[str]] | None = None,
+        responses: Sequence[Sequence[Response]] | None = None,
         on_error: OnError = "raise",
     ) -> GroupScores:
         """Score groups whose hidden states are already at hand: a trainer's own forward pass, for instance.
@@ -206,7 +207,7 @@ class RewardEngine:
         group_sizes: Sequence[int] | Tensor,
         *,
         prompts: Sequence[Prompt] | None = None,
-        responses: Sequence[Sequence[str]] | None = None,
+        responses: Sequence[Sequence[Response]] | None = None,
         on_error: OnError = "raise",
     ) -> GroupScores:
         """As :meth:`score_hidden`, for callers in an event loop: the head runs in a thread, the judge is awaited."""
@@ -215,7 +216,7 @@ class RewardEngine:
     def best_of(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         *,
         penalty: float = 0.0,
         ties: Ties = "first",
@@ -269,7 +270,7 @@ class RewardEngine:
     def _call_with_texts(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         on_error: OnError,
         progress: Progress | None,
     ) -> ScoreCall:
@@ -285,7 +286,7 @@ class RewardEngine:
         hidden: Tensor,
         group_sizes: Sequence[int] | Tensor,
         prompts: Sequence[Prompt] | None,
-        responses: Sequence[Sequence[str]] | None,
+        responses: Sequence[Sequence[Response]] | None,
         on_error: OnError,
     ) -> ScoreCall:
         if (prompts is None) != (responses is None):

@@ -13,7 +13,7 @@ is on the CPU. Squares (K, K) are made on demand, for all groups of equal K at o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rmcore._base.prompt import Response, content_key
 from rmcore.head.config import PairMode
 from rmcore.head.frozen import PairScores
 from rmcore.judge.base import Verdict
@@ -263,10 +264,10 @@ class PairTable:
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
-    def decide_identical(self, responses: Iterable[Sequence[str]]) -> None:
+    def decide_identical(self, responses: Iterable[Sequence[Response]]) -> None:
         """Equal responses of a group: nothing between them, and no doubt about it."""
-        known: dict[str, int] = {}
-        ids = [known.setdefault(text, len(known)) for group in responses for text in group]
+        known: dict[Hashable, int] = {}
+        ids = [known.setdefault(content_key(text), len(known)) for group in responses for text in group]
         if len(known) == len(ids):
             return
         by_response = torch.tensor(ids)

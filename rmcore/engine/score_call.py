@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import NonFiniteError, reject
-from rmcore._base.prompt import Prompt, check_prompt
+from rmcore._base.prompt import Prompt, Response, canonical_group, canonical_groups, check_nesting
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.judging import JudgeQueue, Submission
 from rmcore.engine.overlap import StoppedError
@@ -34,7 +34,6 @@ __all__ = [
     "ScoreCall",
     "ScoredPart",
     "check_group_sizes",
-    "check_groups",
     "check_nesting",
     "micro_batches",
 ]
@@ -61,39 +60,10 @@ def check_group_sizes(group_sizes: Sequence[int] | Tensor) -> list[int]:
     return sizes
 
 
-def check_groups(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[int]:
-    """K of each group; raises InputError unless there is one non-empty list of texts a prompt, and a prompt."""
-    check_nesting(prompts, responses)
-    for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
-        _check_group(prompt, group, f"prompts[{k}]", f"responses[{k}]")
-    return [len(group) for group in responses]
-
-
-def check_nesting(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> None:
-    """Raise InputError unless both are lists of one length, with a group at least; what is in them is not looked at."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        reject("prompts", type(prompts).__name__, "a list with one prompt a group")
-    if isinstance(responses, str) or not isinstance(responses, Sequence):
-        reject("responses", type(responses).__name__, "a list with one list of responses a prompt")
-    if not prompts:
-        reject("prompts", "an empty list", "at least one prompt")
-    if len(prompts) != len(responses):
-        reject("responses", f"{len(responses)} groups", f"{len(prompts)}, one a prompt")
-
-
-def _check_group(prompt: object, group: object, prompt_name: str = "prompt", name: str = "responses") -> None:
-    check_prompt(prompt, prompt_name)
-    if isinstance(group, str) or not isinstance(group, Sequence):
-        reject(name, type(group).__name__, "a list of strings")
-    if not group:
-        reject(name, "an empty list", "at least one response")
-    for i, response in enumerate(group):
-        if not isinstance(response, str):
-            reject(f"{name}[{i}]", type(response).__name__, "a string")
-
-
 def _errors(
-    check: Callable[[Prompt, Sequence[str]], None], prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+    check: Callable[[Prompt, Sequence[Response]], None],
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[Response]],
 ) -> dict[int, Exception]:
     """What ``check`` raises, by group: whatever it is (a tokenizer's own, say), it is this group's alone."""
     errors: dict[int, Exception] = {}
@@ -199,7 +169,7 @@ class ScoreCall:
     one_order: bool = False
     on_error: OnError = "raise"
     prompts: Sequence[Prompt] | None = None
-    responses: Sequence[Sequence[str]] | None = None
+    responses: Sequence[Sequence[Response]] | None = None
     progress: Progress | None = None
     encoding: EncodingStats | None = None
     sizes: list[int] = field(default_factory=list)
@@ -222,19 +192,21 @@ class ScoreCall:
 
     # -- checking and encoding, before anything is scored ------------------------------------------------------------
 
-    def check_texts(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> None:
+    def check_texts(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> None:
         """Take texts: check every group's, and that the groups are of the sizes given (for hidden rows)."""
         if self.on_error == "raise":
-            sizes = check_groups(prompts, responses)
-            self.prompts, self.responses = prompts, responses
+            self.prompts, self.responses = canonical_groups(prompts, responses)
+            sizes = [len(group) for group in self.responses]
         else:
             check_nesting(prompts, responses)
             self.prompts, self.responses = prompts, responses
             if self.sizes and len(responses) != len(self.sizes):
                 reject("responses", f"{len(responses)} groups", f"{len(self.sizes)}, as in group_sizes")
             self.numbers = list(range(len(prompts)))
-            self.take_out(_errors(_check_group, prompts, responses))
-            sizes = [len(group) for group in self._texts()[1]]
+            found: list[tuple[Prompt, Sequence[Response]]] = []
+            self.take_out(_errors(lambda *group: found.append(canonical_group(*group)), prompts, responses))
+            self.prompts, self.responses = [prompt for prompt, _ in found], [group for _, group in found]
+            sizes = [len(group) for group in self.responses]
         if self.sizes and sizes != self.sizes:
             reject("responses", f"group sizes {sizes}", f"{self.sizes} as in group_sizes")
         self.sizes = sizes
@@ -262,7 +234,7 @@ class ScoreCall:
                 self.encoded = model.encode_groups(prompts, responses, orders=orders)
                 return
 
-            def encode(prompt: Prompt, group: Sequence[str]) -> None:
+            def encode(prompt: Prompt, group: Sequence[Response]) -> None:
                 self.encoded.append(model.encode_group(prompt, group, orders=orders))
 
             errors = _errors(encode, prompts, responses)
@@ -284,7 +256,7 @@ class ScoreCall:
         prompts, responses = self._texts()
         self.prompts, self.responses = [prompts[k] for k in left], [responses[k] for k in left]
 
-    def _texts(self) -> tuple[Sequence[Prompt], Sequence[Sequence[str]]]:
+    def _texts(self) -> tuple[Sequence[Prompt], Sequence[Sequence[Response]]]:
         assert self.prompts is not None
         assert self.responses is not None
         return self.prompts, self.responses

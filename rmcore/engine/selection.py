@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.prompt import Response, response_text
 from rmcore.engine.groups import GroupScore
 
 __all__ = [
@@ -44,14 +45,14 @@ class BestOf:
 
     Attributes:
         index: its place in the group.
-        response: its text; empty where no texts were given.
+        response: itself; empty text where no texts were given.
         score: its lower confidence bound.
         scores: (K,) every response's bound, NaN for those that have no preference.
         tied: how many had the winning bound, itself included.
     """
 
     index: int
-    response: str
+    response: Response
     score: float
     scores: Tensor
     tied: int = 1
@@ -109,7 +110,7 @@ def check_filter(max_uncertainty: float, by: str, min_responses: int) -> None:
 
 def best_of(
     groups: Sequence[GroupScore],
-    responses: Sequence[Sequence[str]] | None = None,
+    responses: Sequence[Sequence[Response]] | None = None,
     *,
     penalty: float = 0.0,
     ties: Ties = "first",
@@ -133,7 +134,7 @@ def best_of(
         reject("responses", f"groups of {[len(t) for t in responses][:8]}", f"{[g.size for g in groups][:8]} as scored")
     result = []
     for k, group in enumerate(groups):
-        texts = [""] * group.size if responses is None else list(responses[k])
+        texts: list[Response] = [""] * group.size if responses is None else list(responses[k])
         # No penalty, no uncertainty: 0 · ∞ would be no number.
         bound = group.advantages - (penalty * member_uncertainty(group) if penalty else 0.0)
         usable = ~(bound.isnan() | bound.isneginf())
@@ -142,7 +143,7 @@ def best_of(
         top = bound[usable].max()
         winners = [i for i in range(group.size) if bool(usable[i]) and bool(bound[i] == top)]
         if ties != "first":
-            winners.sort(key=lambda i, texts=texts: len(texts[i]) * (1 if ties == "shortest" else -1))  # type: ignore[misc]
+            winners.sort(key=lambda i, texts=texts: len(response_text(texts[i])) * (1 if ties == "shortest" else -1))  # type: ignore[misc]
         result.append(BestOf(winners[0], texts[winners[0]], float(top), bound, len(winners)))
     return result
 

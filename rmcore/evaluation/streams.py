@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import DataError
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response
 from rmcore.model.data import read_lines
 from rmcore.model.reward_model import Preference
 
@@ -37,8 +37,8 @@ class StreamPair:
     """
 
     prompt: Prompt
-    first: str
-    second: str
+    first: Response
+    second: Response
     label: float
     source: str
     verdicts: tuple[str | None, str | None] | None = None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, JudgeError, RmcoreError, reject
 from rmcore._base.http import Connections, check_base_url
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError
 
@@ -189,15 +189,18 @@ class GroupClient:
         self.__dict__.update(state)
         self._connect()
 
-    async def groups(self, prompt: Prompt, responses: Sequence[str], *, id: int | str | None = None) -> GroupResult:
+    async def groups(
+        self, prompt: Prompt, responses: Sequence[Response], *, id: int | str | None = None
+    ) -> GroupResult:
         """Score one whole group.
 
         Args:
             prompt: text or message list.
-            responses: K ≥ 1 texts.
+            responses: K ≥ 1 responses, each text or messages (:mod:`rmcore._base.prompt`).
             id: comes back in ``record``.
         """
-        body: dict[str, Any] = {"prompt": _plain_prompt(prompt), "responses": list(responses)}
+        answers = [canonical_response(response, f"responses[{k}]") for k, response in enumerate(responses)]
+        body: dict[str, Any] = {"prompt": canonical_prompt(prompt), "responses": answers}
         if id is not None:
             body["id"] = id
         # So that a try whose answer was lost is not judged, and paid for, again. Not from the random source: copies of
@@ -212,7 +215,7 @@ class GroupClient:
         slot: int,
         k: int,
         prompt: Prompt,
-        response: str,
+        response: Response,
         *,
         attempt: int | str = 0,
     ) -> MemberPart:
@@ -223,7 +226,7 @@ class GroupClient:
             slot: which member this is, from 0.
             k: how many the group has.
             prompt: the same for all members.
-            response: this member's text.
+            response: this member's, text or messages.
             attempt: a new value makes a new group of the same id.
         """
         body = {
@@ -231,8 +234,8 @@ class GroupClient:
             "attempt": attempt,
             "slot": slot,
             "k": k,
-            "prompt": _plain_prompt(prompt),
-            "response": response,
+            "prompt": canonical_prompt(prompt),
+            "response": canonical_response(response),
         }
         return _read(await self._post("/v1/rendezvous", body), _member_part, "/v1/rendezvous")
 
@@ -243,6 +246,10 @@ class GroupClient:
             query: prompt and response in one text each, special tokens included. A single one waits for its siblings.
             prompts: the prompt each starts with.
         """
+        for name, texts in (("query", query), ("prompts", prompts)):
+            for k, text in enumerate(texts):
+                if not isinstance(text, str):  # the query must begin with the prompt, character by character
+                    reject(f"{name}[{k}]", type(text).__name__, "text, as the policy's chat template gives it")
         reply = await self._post("/get_reward", {"query": list(query), "prompts": list(prompts)})
         return _read(reply, lambda value: _reward_reply(value, len(query)), "/get_reward")
 
@@ -359,10 +366,3 @@ def _row(values: Sequence[Any]) -> tuple[Number, ...]:
 
 def _number(value: Any) -> Number:
     return None if value is None else float(value)
-
-
-def _plain_prompt(prompt: Prompt) -> Any:
-    """What the server's schema takes: a string, or messages of a role and a content."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]

@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, canonical_prompt, content_key
 
-__all__ = ["GroupingError", "completion_text", "group_size_of_runs", "prompt_key", "split_groups"]
+__all__ = ["GroupingError", "group_size_of_runs", "prompt_key", "split_groups"]
 
 
 class GroupingError(InputError):
     """The rows of a call are no whole groups; the message names the trainer setting to change."""
-
-
-def completion_text(completion: object, where: str = "completion") -> str:
-    """The text of one completion: a string, or the messages the policy wrote.
-
-    One message gives its content. Several (a completion with tool calls) are joined as ``Role: content`` paragraphs, so
-    that nothing the policy did is hidden from the reward model.
-
-    Raises:
-        InputError: not text: an image part, a message without text.
-    """
-    if isinstance(completion, str):
-        return completion
-    if not isinstance(completion, Sequence) or not completion:
-        what = "an empty list" if isinstance(completion, Sequence) else type(completion).__name__
-        reject(where, what, "a string or a non-empty list of messages")
-    texts = []
-    for k, message in enumerate(completion):
-        if not isinstance(message, dict):
-            reject(f"{where}[{k}]", type(message).__name__, "a message")
-        texts.append((str(message.get("role", "assistant")), _content(message, f"{where}[{k}]")))
-    if len(texts) == 1:
-        return texts[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in texts)
-
-
-def _content(message: dict[str, Any], where: str) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None:
-        return ""  # an assistant turn that only called tools
-    if not isinstance(content, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        reject(f"{where}.content", type(content).__name__, "text, or a list of text parts")
-    return "".join(str(part.get("text", "")) for part in content)
 
 
 def group_size_of_runs(keys: Sequence[object]) -> int:
@@ -97,6 +61,6 @@ def split_groups(keys: Sequence[object], size: int, *, setting: str = "") -> lis
     return groups
 
 
-def prompt_key(prompt: Prompt) -> object:
-    """What tells prompts apart where no id column does."""
-    return prompt if isinstance(prompt, str) else repr(prompt)
+def prompt_key(prompt: Prompt, where: str = "prompt") -> object:
+    """What tells prompts apart where no id column does; raises InputError, naming ``where``, for what is no prompt."""
+    return content_key(canonical_prompt(prompt, where))

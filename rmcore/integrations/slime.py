@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmcore._base.errors import reject
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.client import GroupClient
 from rmcore.model.reward_model import RewardModel
@@ -82,7 +82,7 @@ class GroupReward:
         advantages: dict[int, float | None] = {}
         # One alone has nothing to be compared with.
         if len(finished) > 1 or len(samples) == 1 == len(finished):
-            texts = [samples[k].response for k in finished]
+            texts = [canonical_response(samples[k].response, f"samples[{k}].response") for k in finished]
             scored = await self._score(args, prompts[0], texts)
             advantages = dict(zip(finished, scored, strict=True))
         rewards = []
@@ -98,7 +98,7 @@ class GroupReward:
             )
         return rewards
 
-    async def _score(self, args: Any, prompt: Prompt, texts: list[str]) -> list[float | None]:
+    async def _score(self, args: Any, prompt: Canonical, texts: list[Canonical]) -> list[float | None]:
         source = self._source or self._configured(args)
         if isinstance(source, GroupClient):
             return list((await source.groups(prompt, texts)).advantages)
@@ -135,7 +135,7 @@ def _status(sample: Any) -> str:
     return str(getattr(status, "value", status)).lower()
 
 
-def _prompt(sample: Any, key: str | None, k: int) -> Prompt:
+def _prompt(sample: Any, key: str | None, k: int) -> Canonical:
     if isinstance(sample, (list, tuple)):
         reject(f"samples[{k}]", "several samples", "one: agents that fan out into several cannot be scored by group")
     prompt = sample.prompt
@@ -144,6 +144,4 @@ def _prompt(sample: Any, key: str | None, k: int) -> Prompt:
         if key not in metadata:
             reject(f"samples[{k}].metadata", f"no key {key!r}", "the prompt under it")
         prompt = metadata[key]
-    if isinstance(prompt, str):
-        return prompt
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return canonical_prompt(prompt, f"samples[{k}].prompt" if key is None else f"samples[{k}].metadata[{key!r}]")

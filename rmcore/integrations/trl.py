@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.routing import Router
 from rmcore.engine.selection import member_uncertainty
-from rmcore.integrations.rows import GroupingError, completion_text, group_size_of_runs, prompt_key, split_groups
+from rmcore.integrations.rows import GroupingError, group_size_of_runs, prompt_key, split_groups
 from rmcore.judge.base import Judge
 
 __all__ = ["ConfigIssue", "PairwiseReward", "check_trl_config"]
@@ -202,17 +203,18 @@ class PairwiseReward:
         """
         trainer = getattr(log_metric, "__self__", None)
         self._check_trainer(trainer)
-        texts = [completion_text(c, f"completions[{k}]") for k, c in enumerate(completions)]
-        if len(texts) != len(prompts):
-            reject("completions", len(texts), f"{len(prompts)}, one a prompt")
+        answers = [canonical_response(c, f"completions[{k}]") for k, c in enumerate(completions)]
+        asked = [canonical_prompt(prompt, f"prompts[{k}]") for k, prompt in enumerate(prompts)]
+        if len(answers) != len(asked):
+            reject("completions", len(answers), f"{len(asked)}, one a prompt")
         keys = self._keys(prompts, columns)
         async with asyncio.timeout(self.deadline_s):
             if self.partial_groups == "gather":
-                rewards, scores = await self._gathered(list(prompts), texts, keys, trainer)
+                rewards, scores = await self._gathered(asked, answers, keys, trainer)
             else:
                 size = self._group_size(keys, trainer)
                 groups = split_groups(keys, size, setting=_LOCALITY)
-                rewards, scores = await self._score(groups, prompts, texts)
+                rewards, scores = await self._score(groups, asked, answers)
         self.last = scores
         if log_metric is not None:
             for name, value in _metrics(scores).items():
@@ -222,7 +224,7 @@ class PairwiseReward:
         return rewards
 
     async def _score(
-        self, groups: list[range], prompts: Sequence[Any], texts: list[str]
+        self, groups: list[range], prompts: Sequence[Canonical], texts: Sequence[Canonical]
     ) -> tuple[list[float | None], GroupScores | None]:
         if not groups:
             return [], None
@@ -235,7 +237,7 @@ class PairwiseReward:
         return [None if math.isnan(value) else value for value in values], scores
 
     async def _gathered(
-        self, prompts: list[Any], texts: list[str], keys: list[Any], trainer: Any
+        self, prompts: list[Canonical], texts: list[Canonical], keys: list[Any], trainer: Any
     ) -> tuple[list[float | None], GroupScores | None]:
         """Rows of all ranks put together, each rank's share of the groups scored, rewards handed back to their rows."""
         from accelerate import PartialState
@@ -272,7 +274,7 @@ class PairwiseReward:
             if len(keys) != len(prompts):
                 reject(self.group_by, f"{len(keys)} values", f"{len(prompts)}, one a row")
             return keys
-        return [prompt_key(prompt) for prompt in prompts]
+        return [prompt_key(prompt, f"prompts[{k}]") for k, prompt in enumerate(prompts)]
 
     def _group_size(self, keys: list[Any], trainer: Any) -> int:
         if self.num_generations is not None and not _evaluating(trainer):

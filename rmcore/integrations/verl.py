@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.prompt import Canonical, canonical_prompt
 from rmcore.integrations.client import GroupClient, MemberPart, ServerError
-from rmcore.integrations.rows import completion_text
 
 __all__ = ["ADVANTAGE_ESTIMATOR", "PairwiseRewardManager", "passthrough_advantages", "register"]
 
@@ -269,23 +269,12 @@ def _client(settings: Mapping[str, Any]) -> GroupClient:
     return GroupClient(url, **{name: settings[name] for name in settings if name not in ("url", "returns")})
 
 
-def _messages(about: Mapping[str, Any]) -> Any:
-    """``raw_prompt`` as text, or as messages of a role and a content."""
+def _messages(about: Mapping[str, Any]) -> Canonical:
+    """``raw_prompt`` in canonical form; verl hands the messages over as a list or as an array of objects."""
     raw = about.get("raw_prompt")
     if raw is None:
         reject("non_tensor_batch['raw_prompt']", "nothing", "the prompt's messages")
-    if isinstance(raw, str):
-        return raw
-    where = "raw_prompt"
-    messages = []
-    for k, message in enumerate(raw):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            reject(f"{where}[{k}]", repr(message)[:80], "a message with a role")
-        content = completion_text([dict(message)], where)
-        messages.append({"role": message["role"], "content": content})
-    if not messages:
-        reject(where, "no messages", "at least one")
-    return messages
+    return canonical_prompt(raw.tolist() if hasattr(raw, "tolist") else raw, "raw_prompt")
 
 
 def _extra_info(part: MemberPart, slot: int, advantage: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from rmcore._base.errors import JudgeError
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response
 
 __all__ = [
     "RULE",
@@ -55,8 +55,8 @@ class Pair:
     """
 
     prompt: Prompt
-    first: str
-    second: str
+    first: Response
+    second: Response
     id: str = ""
     uncertainty: float | None = None
     preference: float | None = None

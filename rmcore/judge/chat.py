@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.client.chat_client import ChatClient
 from rmcore.judge.client.completions import CompletionFunction
@@ -257,7 +257,7 @@ class ChatJudge:
         except Exception as error:  # the contract of a judge: a pair's trouble stays with the pair
             return Reply(Verdict.none(f"error_{type(error).__name__}"))
 
-    async def _answer(self, pair: Pair, first: str, second: str, deadline: float | None) -> Reply:
+    async def _answer(self, pair: Pair, first: Response, second: Response, deadline: float | None) -> Reply:
         """The answer from the side of the response shown first: from the store if it is there, or else by a call."""
         if self.store is None:
             return await self._call(pair.prompt, first, second, deadline)
@@ -274,7 +274,7 @@ class ChatJudge:
             return Reply(Verdict.none("deadline"))
         return replace(reply, verdict=replace(reply.verdict, judge=self.model))
 
-    async def _call(self, prompt: Prompt, first: str, second: str, deadline: float | None) -> Reply:
+    async def _call(self, prompt: Prompt, first: Response, second: Response, deadline: float | None) -> Reply:
         """One call, and what it cost."""
         asked = await self._dialect.ask(self.client.complete, prompt, first, second, deadline=deadline)
         verdict, labels = asked.verdict(self.model), asked.question.labels

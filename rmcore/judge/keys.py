@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 
 from rmcore._base.errors import reject
-from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 
 __all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 
@@ -18,19 +18,18 @@ CALL_KEY_VERSION = 1
 """As :data:`KEY_VERSION`, for :func:`call_key`."""
 
 
-def pair_key(prompt: Prompt, first: str, second: str) -> str:
+def pair_key(prompt: Prompt, first: Response, second: Response) -> str:
     """The sha256 (64 hex digits) of one pair **in one order**: exchanging ``first`` and ``second`` changes the key.
 
     The hash is over the compact JSON text ``["rmcore.pair", 1, prompt, first, second]``, keys sorted and everything
-    outside ASCII escaped, so it depends on the code points of the texts and on nothing else. Texts are not normalised.
+    outside ASCII escaped, so it depends on the code points of the texts and on nothing else. Texts are not normalised;
+    conversations and responses of messages stand in their canonical form (:mod:`rmcore._base.prompt`).
 
     Raises:
-        InputError: a response is not a string, or ``prompt`` is refused by :func:`canonical_prompt`.
+        InputError: something is no prompt or no response.
     """
-    for name, text in (("first", first), ("second", second)):
-        if not isinstance(text, str):
-            reject(name, type(text).__name__, "a string")
-    content = ["rmcore.pair", KEY_VERSION, canonical_prompt(prompt), first, second]
+    texts = [canonical_prompt(prompt), canonical_response(first, "first"), canonical_response(second, "second")]
+    content = ["rmcore.pair", KEY_VERSION, *texts]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rmcore._base.errors import DataError, InputError, reject
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import Outcome, Pair, Verdict
 from rmcore.judge.keys import pair_key
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
@@ -104,7 +104,7 @@ class RecordedJudge:
     def __repr__(self) -> str:
         return f"RecordedJudge({len(self)} records, orders={self.orders!r})"
 
-    def lookup(self, prompt: Prompt, first: str, second: str) -> Verdict:
+    def lookup(self, prompt: Prompt, first: Response, second: Response) -> Verdict:
         """The verdict when ``first`` is shown first, never averaged: what one call to the judge answered.
 
         If only the exchanged order is recorded, its verdict with the sign turned.

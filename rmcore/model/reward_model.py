@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
-from rmcore._base.prompt import Prompt, check_groups, check_prompt
+from rmcore._base.prompt import Prompt, Response, canonical_groups, check_prompt, check_response
 from rmcore.head import checkpoint
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import FitReport, fit, upgrade
@@ -38,8 +38,8 @@ class Preference:
     """One training pair: ``chosen`` is better than ``rejected`` with probability ``label``."""
 
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Response
+    rejected: Response
     label: float = 1.0
 
 
@@ -124,7 +124,7 @@ class RewardModel:
     def score(  # type: ignore[overload-overlap]  # a string is a sequence of strings
         self,
         prompts: str,
-        responses: Sequence[str],
+        responses: Sequence[Response],
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
@@ -134,7 +134,7 @@ class RewardModel:
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
@@ -143,7 +143,7 @@ class RewardModel:
     def score(
         self,
         prompts: str | Sequence[Prompt],
-        responses: Sequence[str] | Sequence[Sequence[str]],
+        responses: Sequence[Response] | Sequence[Sequence[Response]],
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
@@ -175,8 +175,9 @@ class RewardModel:
             return self.score([prompts], one, orders=orders, backend=backend, progress=progress)[0]
         if orders not in ("both", "one"):
             reject("orders", repr(orders), "'both' or 'one'")
-        groups: Any = responses
-        sizes = check_groups(prompts, groups)
+        given: Any = responses
+        prompts, groups = canonical_groups(prompts, given)
+        sizes = [len(group) for group in groups]
         hidden = self.hidden_states(prompts, groups, orders=orders, progress=progress)
         pairs: PairScores | Scores
         if self.mode == "difference":
@@ -194,7 +195,7 @@ class RewardModel:
     # -- encoding ----------------------------------------------------------------------------------------------------
 
     def encode_group(
-        self, prompt: Prompt, responses: Sequence[str], *, orders: Literal["both", "one"] = "both"
+        self, prompt: Prompt, responses: Sequence[Response], *, orders: Literal["both", "one"] = "both"
     ) -> list[EncodedText]:
         """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``)."""
         encode = self.backbone.encoder.encode
@@ -210,7 +211,7 @@ class RewardModel:
     def encode_groups(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         *,
         orders: Literal["both", "one"] = "both",
     ) -> list[list[EncodedText]]:
@@ -245,7 +246,7 @@ class RewardModel:
     def hidden_states(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[str]],
+        responses: Sequence[Sequence[Response]],
         *,
         orders: Literal["both", "one"] = "both",
         progress: Progress | None = None,
@@ -417,6 +418,8 @@ def preference_texts(
     encode = backbone.encoder.encode
     for k, item in enumerate(preferences):
         check_prompt(item.prompt, f"preferences[{k}].prompt")
+        check_response(item.chosen, f"preferences[{k}].chosen")
+        check_response(item.rejected, f"preferences[{k}].rejected")
         try:
             if mode == "difference":
                 texts += [encode(item.prompt, item.chosen), encode(item.prompt, item.rejected)]

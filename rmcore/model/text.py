@@ -8,14 +8,23 @@ prompts and responses are hostile input and never produce one: ``<|im_end|>`` in
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Message, Prompt
+from rmcore._base.prompt import (
+    Canonical,
+    Prompt,
+    Response,
+    canonical_prompt,
+    canonical_response,
+    conversation_text,
+    response_text,
+)
+from rmcore.model.chat import render_conversation
 
 __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder"]
 
@@ -24,13 +33,11 @@ OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-r
 alone are too long. ``truncate-right``: drop from the end, the longest response first, then the prompt's end.
 ``truncate-longest``: drop from the end of whichever is longest, prompt or response, until all fits."""
 
+log = logging.getLogger(__name__)
+
 _POLICIES = ("error", "truncate-prompt-left", "truncate-right", "truncate-longest")
 
-_ROLE = re.compile(r"[\w.-]+")
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
-# Private-use characters stand in for message contents while a chat template is rendered.
-_HOLD = "\ue0f0rm{}\ue0f1"
-_HELD = re.compile("\ue0f0rm(\\d+)\ue0f1")
 
 
 class Segment(NamedTuple):
@@ -114,53 +121,80 @@ class TextEncoder:
         self.overlong = overlong
         # Whether special tokens count is a state of the tokenizer, set before each call: one caller at a time.
         self._lock = threading.Lock()
+        self._noticed: set[str] = set()
         self._literal = functools.lru_cache(maxsize=256)(self._tokenize_literal)
         self._content = functools.lru_cache(maxsize=16384)(self._tokenize_content)
         self._prefix, self._suffix = self._special_tokens()
 
-    def encode(self, prompt: Prompt, first: str, second: str | None = None) -> EncodedText:
+    def encode(self, prompt: Prompt, first: Response, second: Response | None = None) -> EncodedText:
         """Tokenise one response (difference mode) or, with ``second``, one ordered pair (concat mode).
 
-        Raises InputError for an over-long text under the policy ``error``, or one the policy cannot shorten enough.
+        A response of messages is rendered by the chat template in difference mode. Where there is no chat template, two
+        responses share a turn, or the template refuses the response's roles, it is one text
+        (:func:`~rmcore._base.prompt.response_text`).
+
+        Raises InputError for what is no prompt or response, for an over-long text under the policy ``error``, and for
+        one the policy cannot shorten enough.
         """
         template = self.template.single if second is None else self.template.pair
-        texts = {"first": first} if second is None else {"first": first, "second": second}
+        asked = canonical_prompt(prompt)
+        answer = canonical_response(first, "first")
+        texts = {"first": response_text(first, "first")}
+        if second is not None:
+            texts["second"] = response_text(second, "second")
         uses_chat = self.chat == "always" or (
-            self.chat == "auto" and not isinstance(prompt, str) and bool(getattr(self.tokenizer, "chat_template", None))
+            self.chat == "auto" and not isinstance(asked, str) and bool(getattr(self.tokenizer, "chat_template", None))
         )
-        pieces = self._chat_pieces(prompt, template) if uses_chat else self._plain_pieces(prompt, template)
-        return self._assemble(pieces, texts)
+        if not uses_chat:
+            return self._assemble(self._plain_pieces(asked, template), texts)
+        turn = template.split("{prompt}", 1)[1].lstrip("\n")
+        if not isinstance(answer, str) and turn == "{first}":
+            try:
+                return self._assemble(self._turns_pieces(asked, answer), texts)
+            except _TurnsError:
+                self._notice("the roles of a response")
+        return self._assemble(self._chat_pieces(asked, turn), texts)
 
     # A piece is (segment name, kind, text): kind "literal" is template text, "content" is hostile text and "field"
     # names a response.
-    def _plain_pieces(self, prompt: Prompt, template: str) -> list[tuple[str, str, str]]:
-        text = prompt if isinstance(prompt, str) else _as_paragraphs(prompt)
+    def _plain_pieces(self, prompt: Canonical, template: str) -> list[tuple[str, str, str]]:
+        text = prompt if isinstance(prompt, str) else conversation_text(prompt) + "\n\nAssistant:"
         return [("prompt", "ids", "prefix"), *_template_pieces(template, text), ("", "ids", "suffix")]
 
-    def _chat_pieces(self, prompt: Prompt, template: str) -> list[tuple[str, str, str]]:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        turn = template.split("{prompt}", 1)[1].lstrip("\n")
-        roles = [m["role"] for m in messages]
-        bad = [role for role in roles if not _ROLE.fullmatch(role)]
-        if bad:  # a role is rendered as template text, where special tokens count
-            reject("prompt.role", repr(bad[0])[:80], "a word")
-        held = [{"role": role, "content": _HOLD.format(k)} for k, role in enumerate([*roles, "assistant"])]
-        try:
-            parts = _HELD.split(str(self.tokenizer.apply_chat_template(held, tokenize=False)))
-        except Exception as error:  # a template is a program and may raise anything
-            raise InputError(
-                f"prompt: got roles {roles}, which this tokenizer's chat template refuses ({error}), expected roles it "
-                "renders, then an assistant turn"
-            ) from error
-        if [int(k) for k in parts[1::2]] != list(range(len(held))):
-            reject("prompt", f"roles {roles}", "roles this tokenizer's chat template renders, each once and in order")
-        pieces: list[tuple[str, str, str]] = [("prompt", "literal", parts[0])]
-        for k, after in zip(parts[1::2], parts[2::2], strict=True):
-            if int(k) < len(messages):
-                pieces += [("prompt", "content", messages[int(k)]["content"]), ("prompt", "literal", after)]
+    def _chat_pieces(self, prompt: Canonical, turn: str) -> list[tuple[str, str, str]]:
+        """A conversation and one assistant turn that holds what ``turn`` says."""
+        messages = _as_messages(prompt)
+        pieces: list[tuple[str, str, str]] = []
+        name = "prompt"
+        for part in render_conversation(self._render, [*messages, {"role": "assistant", "content": ""}], self._notice):
+            if part.message == len(messages):
+                pieces += _template_pieces(turn, None)
+                name = ""
             else:
-                pieces += [*_template_pieces(turn, None), ("", "literal", after)]
+                pieces.append((name, "content" if part.kind == "text" else "literal", part.text))
         return pieces
+
+    def _turns_pieces(self, prompt: Canonical, answer: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+        """A conversation that goes on with the messages of a response; raises _TurnsError where it cannot."""
+        messages = _as_messages(prompt)
+        try:
+            parts = render_conversation(self._render, [*messages, *answer], self._notice)
+        except InputError as error:
+            raise _TurnsError from error
+        pieces: list[tuple[str, str, str]] = []
+        name = "prompt"
+        for part in parts:
+            name = "first" if part.message >= len(messages) else name
+            pieces.append((name, "content" if part.kind == "text" else "literal", part.text))
+        return pieces
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def _notice(self, field: str) -> None:
+        if field not in self._noticed:
+            self._noticed.add(field)
+            log.warning("the tokenizer's chat template leaves out %s: shown as text within the messages instead", field)
 
     def _assemble(self, pieces: list[tuple[str, str, str]], texts: dict[str, str]) -> EncodedText:
         # Ids a policy may cut (content) are kept apart from those it may not (template, special tokens).
@@ -206,7 +240,8 @@ class TextEncoder:
                 excess -= left[k]
         else:
             # A unit is what is shortened as one: a response, or all messages of the prompt.
-            units = [[k] for k, run in enumerate(runs) if run[0] != "prompt" and run[1]]
+            own = {name: [k for k, run in enumerate(runs) if run[0] == name and run[1]] for name in ("first", "second")}
+            units = [unit for unit in own.values() if unit]
             if self.overlong == "truncate-longest" and prompts:
                 units.insert(0, prompts)
             excess -= _level(units, sizes, right, excess)
@@ -282,5 +317,9 @@ def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, 
     return pieces
 
 
-def _as_paragraphs(messages: Sequence[Message]) -> str:
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\n\nAssistant:"
+def _as_messages(prompt: Canonical) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+class _TurnsError(Exception):
+    """A chat template does not render a response's messages as turns of their own."""

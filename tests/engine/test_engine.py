@@ -482,7 +482,7 @@ def test_progress(make_backbone, preferences, scripted_judge):
         (["p"], [[]], r"responses\[0\]: got an empty list"),
         (["p"], [None], r"responses\[0\]"),
         (["p"], [["a", 3]], r"responses\[0\]\[1\]: got int"),
-        (["p"], [["a", ["b"]]], r"responses\[0\]\[1\]: got list"),
+        (["p"], [["a", ["b"]]], r"responses\[0\]\[1\]\[0\]: got str"),
         (["p", "q"], [["a"], ["b", None]], r"responses\[1\]\[1\]"),
         (["p", "q"], [["a"]], "responses: got 1 groups, expected 2"),
         (["p"], [["a"], ["b"]], "responses: got 2 groups, expected 1"),

@@ -71,11 +71,11 @@ def test_a_group_comes_back_as_the_engine_scores_it(engine, served, group_client
 
 
 def test_members_meet_and_each_gets_its_own_part(engine, served, group_client):
-    exact = engine.score([[{"role": "user", "content": PROMPT}]], [RESPONSES])[0]
+    prompt = [{"role": "user", "content": PROMPT, "name": "somebody"}]
+    exact = engine.score([prompt], [RESPONSES])[0]
     client = group_client(served(engine))
 
     async def all_of() -> list[Any]:
-        prompt = [{"role": "user", "content": PROMPT, "name": "somebody"}]
         order = [2, 0, 3, 1]
         parts = await asyncio.gather(*(client.rendezvous("u", k, 4, prompt, RESPONSES[k]) for k in order))
         return [parts[order.index(k)] for k in range(4)]

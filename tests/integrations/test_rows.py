@@ -1,4 +1,4 @@
-"""From a trainer's rows to groups: texts, runs, and refusals that say what to change."""
+"""From a trainer's rows to groups: runs, and refusals that say what to change."""
 
 from __future__ import annotations
 
@@ -7,39 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
-from rmcore.integrations.rows import GroupingError, completion_text, group_size_of_runs, split_groups
-
-
-def test_completions_become_text():
-    assert completion_text("plain") == "plain"
-    assert completion_text([{"role": "assistant", "content": "one"}]) == "one"
-    assert (
-        completion_text(
-            [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-        )
-        == "ab"
-    )
-    turns = [
-        {"role": "assistant", "content": None, "tool_calls": []},
-        {"role": "tool", "content": "42"},
-        {"role": "assistant", "content": "It is 42."},
-    ]
-    assert completion_text(turns) == "Assistant: \n\nTool: 42\n\nAssistant: It is 42."
-
-
-@pytest.mark.parametrize(
-    ("completion", "message"),
-    [
-        (7, r"c: got int"),
-        ([], r"c: got an empty list"),
-        (["text"], r"c\[0\]: got str"),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], r"c\[0\].content: got list"),
-        ([{"role": "assistant", "content": 5}], r"c\[0\].content: got int"),
-    ],
-)
-def test_what_is_no_text_is_refused(completion, message):
-    with pytest.raises(InputError, match=message):
-        completion_text(completion, "c")
+from rmcore.integrations.rows import GroupingError, group_size_of_runs, split_groups
 
 
 @given(st.integers(1, 5), st.integers(1, 6))

@@ -164,7 +164,7 @@ def test_a_server_that_fails_raises_and_is_no_reward(group_client):
 
 
 def test_the_prompt_may_come_from_metadata(engine):
-    messages = [{"role": "user", "content": PROMPT, "extra": 1}]
+    messages = [{"role": "user", "content": PROMPT, "name": None}]
     samples = [Sample("<|user|> templated <|assistant|>", text, metadata={"messages": messages}) for text in TEXTS]
     exact = engine.score([[{"role": "user", "content": PROMPT}]], [TEXTS])[0].advantages
     same(run(GroupReward(engine, prompt_key="messages"), samples), exact)

@@ -24,11 +24,21 @@ def test_text_and_one_message_are_different_prompts():
     assert pair_key("p", "a", "b") != pair_key([{"role": "user", "content": "p"}], "a", "b")
 
 
-def test_messages_count_by_role_and_content_only():
+def test_a_conversation_has_the_same_key_in_every_release():
+    key = "7c77458b184c6fe9371a82c03cc9080614674d8ee52c24646edb2fe302c13878"
+    assert pair_key([{"role": "user", "content": "p"}, {"role": "assistant", "content": ""}], "a", "b") == key
+
+
+def test_messages_count_by_what_they_say():
     plain = [{"role": "user", "content": "p"}, {"role": "assistant", "content": ""}]
-    dressed = ({"content": "p", "role": "user", "name": "x"}, {"role": "assistant", "content": None, "tool_calls": []})
+    dressed = ({"content": "p", "role": "user", "name": None}, {"role": "assistant", "content": None, "tool_calls": []})
     assert pair_key(plain, "a", "b") == pair_key(dressed, "a", "b")
     assert canonical_prompt(dressed) == plain
+    assert pair_key([{**plain[0], "name": "x"}, plain[1]], "a", "b") != pair_key(plain, "a", "b")
+
+
+def test_one_assistant_message_is_its_text():
+    assert pair_key("p", [{"role": "assistant", "content": "a"}], "b") == pair_key("p", "a", "b")
 
 
 def test_boundaries_between_texts_are_part_of_the_key():

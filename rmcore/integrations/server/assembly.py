@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response
 from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.members import (
     AssemblyStats,
@@ -41,7 +41,7 @@ __all__ = ["AssemblyStats", "BusyError", "ConflictError", "GroupAssembly", "Late
 
 log = logging.getLogger(__name__)
 
-Score: TypeAlias = Callable[[Prompt, Sequence[str]], Awaitable[GroupScore]]
+Score: TypeAlias = Callable[[Prompt, Sequence[Response]], Awaitable[GroupScore]]
 """Scores one group; batching across groups is its business."""
 
 
@@ -108,7 +108,7 @@ class GroupAssembly:
         return sum(not group.closed for group in self._groups.values())
 
     async def join(
-        self, group_id: Hashable, slot: int, size: int, prompt: Prompt, response: str, *, attempt: Hashable = 0
+        self, group_id: Hashable, slot: int, size: int, prompt: Prompt, response: Response, *, attempt: Hashable = 0
     ) -> MemberResult:
         """Wait for the group ``(group_id, attempt)`` and return this member's part.
 
@@ -130,8 +130,7 @@ class GroupAssembly:
             reject("size", size, "at least 1")
         if not 0 <= slot < size:
             reject("slot", slot, f"0 to {size - 1}")
-        if not isinstance(response, str):
-            reject("response", type(response).__name__, "a string")
+        response = canonical_response(response)
         self._forget_old()
         key = ("id", group_id, attempt)
         group = self._groups.get(key)
@@ -152,7 +151,7 @@ class GroupAssembly:
             self._add(group, slot, response)
         return await self._wait(group, slot)
 
-    async def join_by_content(self, prompt: Prompt, response: str, size: int) -> MemberResult:
+    async def join_by_content(self, prompt: Prompt, response: Response, size: int) -> MemberResult:
         """Wait for a group of ``size`` responses to ``prompt`` and return this one's part.
 
         Equal responses are members of their own. A call is taken for the repetition of an earlier one, and shares its
@@ -167,8 +166,7 @@ class GroupAssembly:
         """
         if size < 1:
             reject("size", size, "at least 1")
-        if not isinstance(response, str):
-            reject("response", type(response).__name__, "a string")
+        response = canonical_response(response)
         self._forget_old()
         name, digest = prompt_digest(prompt), text_digest(response)
         self._forget_abandoned(name)
@@ -222,7 +220,7 @@ class GroupAssembly:
         group.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return group
 
-    def _add(self, group: OpenGroup, slot: int, response: str) -> None:
+    def _add(self, group: OpenGroup, slot: int, response: Canonical) -> None:
         if group.closed:
             self.stats.late_members += 1
             raise LateError(

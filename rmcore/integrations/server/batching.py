@@ -18,10 +18,9 @@ from dataclasses import dataclass, field, replace
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_groups, text_length
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, GroupScores
-from rmcore.engine.score_call import check_groups
 from rmcore.integrations.server.assembly import BusyError
 from rmcore.judge.base import JudgeUsage
 
@@ -71,8 +70,8 @@ class BatchStats:
 
 @dataclass(eq=False)
 class _Request:
-    prompt: Prompt
-    responses: Sequence[str]
+    prompt: Canonical
+    responses: Sequence[Canonical]
     characters: int
     arrived: float
     future: asyncio.Future[ScoredGroup]
@@ -149,7 +148,7 @@ class BatchScorer:
         low, high = _RETRY_AFTER_S
         return 1.0 if self._pace_s is None else min(max(self._pace_s * (len(self._queue) + 1), low), high)
 
-    async def score(self, prompt: Prompt, responses: Sequence[str], *, admitted: bool = False) -> GroupScore:
+    async def score(self, prompt: Prompt, responses: Sequence[Response], *, admitted: bool = False) -> GroupScore:
         """Score one group in the next batch that has room.
 
         Args:
@@ -164,7 +163,7 @@ class BatchScorer:
         return (await self.submit([(prompt, responses)], admitted=admitted))[0].group
 
     async def submit(
-        self, groups: Sequence[tuple[Prompt, Sequence[str]]], *, admitted: bool = False
+        self, groups: Sequence[tuple[Prompt, Sequence[Response]]], *, admitted: bool = False
     ) -> list[ScoredGroup]:
         """Score several groups, in as few batches as there is room for; all are accepted or none is.
 
@@ -175,10 +174,9 @@ class BatchScorer:
                 others' results are lost to the caller.
             BusyError: there is no room for all of them, or the scorer is draining.
         """
-        prompts, responses = [prompt for prompt, _ in groups], [texts for _, texts in groups]
-        check_groups(prompts, responses)
+        prompts, responses = canonical_groups([prompt for prompt, _ in groups], [texts for _, texts in groups])
         self._admit(len(groups), admitted)
-        requests = [self._enqueue(prompt, texts) for prompt, texts in groups]
+        requests = [self._enqueue(prompt, texts) for prompt, texts in zip(prompts, responses, strict=True)]
         try:
             return await asyncio.gather(*(request.future for request in requests))
         except InputError as error:
@@ -213,8 +211,8 @@ class BatchScorer:
             self.stats.refused_groups += count
             raise BusyError(f"{len(self._queue)} groups wait already", self.retry_after_s)
 
-    def _enqueue(self, prompt: Prompt, responses: Sequence[str]) -> _Request:
-        characters = len(responses) * _length(prompt) + sum(map(len, responses))
+    def _enqueue(self, prompt: Canonical, responses: Sequence[Canonical]) -> _Request:
+        characters = len(responses) * text_length(prompt) + sum(map(text_length, responses))
         future: asyncio.Future[ScoredGroup] = asyncio.get_running_loop().create_future()
         request = _Request(prompt, responses, characters, self.clock.now(), future)
         self._queue.append(request)
@@ -388,7 +386,3 @@ class _Permit:
 
 def _error_of(future: asyncio.Future[ScoredGroup]) -> BaseException | None:
     return None if future.cancelled() else future.exception()
-
-
-def _length(prompt: Prompt) -> int:
-    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)

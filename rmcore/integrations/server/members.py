@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 from rmcore._base.errors import InputError
-from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_json, canonical_prompt, canonical_response
 from rmcore.engine.groups import GroupScore
 
 __all__ = [
@@ -91,7 +89,7 @@ class Slot:
     """A member. ``left_at`` is when its last waiter went away."""
 
     digest: bytes
-    text: str | None  # until the group is scored
+    text: Canonical | None  # until the group is scored
     waiters: int = 0
     delivered: bool = False
     left_at: float = 0.0
@@ -123,12 +121,14 @@ class OpenGroup:
     outcome: Outcome | None = None
 
 
-def text_digest(text: str) -> bytes:
-    """sha256, of any string Python can hold."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def text_digest(response: Response) -> bytes:
+    """sha256 of any response; raises InputError for what is none."""
+    canonical = canonical_response(response)
+    if isinstance(canonical, str):
+        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(b"\xff" + canonical_json(canonical).encode("ascii")).digest()  # no text begins with that byte
 
 
 def prompt_digest(prompt: Prompt) -> str:
     """sha256 of what a judge would be shown; raises InputError for what is no prompt."""
-    content: Any = canonical_prompt(prompt)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+    return hashlib.sha256(canonical_json(canonical_prompt(prompt)).encode("ascii")).hexdigest()

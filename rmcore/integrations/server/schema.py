@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from starlette.responses import Response
 from torch import Tensor
 
+from rmcore._base.errors import InputError
 from rmcore.engine.groups import GroupScore
 from rmcore.engine.usage import usage_summary
 from rmcore.integrations.server.assembly import MemberResult
@@ -27,8 +28,10 @@ __all__ = [
     "HealthReply",
     "MemberReply",
     "MemberRequest",
+    "Message",
     "RewardReply",
     "RewardRequest",
+    "check_encodable",
     "describe",
     "error_response",
     "first_errors",
@@ -49,12 +52,24 @@ def _is_list(value: object) -> str:
     return "list" if isinstance(value, (list, tuple)) else "one"
 
 
+def _kind_of_response(value: object) -> str:
+    return "message" if isinstance(value, (dict, BaseModel)) else _is_list(value)
+
+
 def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
         raise ValueError("no Unicode text: it holds a lone surrogate") from None
     return text
+
+
+def check_encodable(value: object) -> None:
+    """Raise InputError for a JSON value that holds a lone surrogate somewhere."""
+    try:
+        _encodable(json.dumps(value, ensure_ascii=False))
+    except ValueError as error:
+        raise InputError(f"message: {error}") from None
 
 
 def _integral(value: object) -> object:
@@ -67,11 +82,17 @@ Integer = Annotated[int, BeforeValidator(_integral)]
 
 
 class Message(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation, as chat completions have it.
 
-    model_config = _STRICT
+    Besides role and content: name, reasoning_content, tool_calls and tool_call_id. A field that is null or empty counts
+    as absent; anything else is refused by name.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)  # what holds something unknown is refused by name later on
     role: Text = Field(min_length=1, examples=["user"])
-    content: Text
+    content: Any = Field(
+        default=None, description="Text, or text parts; null for an assistant's message that says it otherwise."
+    )
 
 
 Conversation = Annotated[list[Message], Field(min_length=1)]
@@ -79,6 +100,11 @@ PromptField = Annotated[
     Annotated[Text, Tag("one")] | Annotated[Conversation, Tag("list")],
     Discriminator(_is_list),
     Field(description="Plain text, or a conversation."),
+]
+ResponseField = Annotated[
+    Annotated[Text, Tag("one")] | Annotated[Message, Tag("message")] | Annotated[Conversation, Tag("list")],
+    Discriminator(_kind_of_response),
+    Field(description="Plain text, a message, or the several messages of a policy that called tools."),
 ]
 Name = Annotated[Integer, Field(ge=-(2**53), le=2**53)] | Annotated[Text, Field(max_length=512)]
 
@@ -88,7 +114,7 @@ class GroupRequest(BaseModel):
 
     model_config = _STRICT
     prompt: PromptField = Field(examples=["What is a tree?"])
-    responses: list[Text] = Field(min_length=1, examples=[["A plant.", "A fish."]])
+    responses: list[ResponseField] = Field(min_length=1, examples=[["A plant.", "A fish."]])
     id: Name | None = Field(default=None, description="Comes back in the reply; with equal content it marks a retry.")
 
 
@@ -170,7 +196,7 @@ class MemberRequest(BaseModel):
     slot: Integer = Field(ge=0, lt=2**31, description="Which member this is; below k.")
     k: Integer = Field(ge=1, lt=2**31, description="How many members the group has.")
     prompt: PromptField
-    response: Text
+    response: ResponseField
 
 
 class Reward(BaseModel):
@@ -314,9 +340,8 @@ def describe(page: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
     request["responses"]["maxItems"] = settings.max_responses
     member["k"] |= {"maximum": settings.max_responses}
     member["slot"] |= {"maximum": settings.max_responses - 1}
-    request["responses"]["items"]["maxLength"] = member["response"]["maxLength"] = settings.max_chars
-    for prompt in (request["prompt"], member["prompt"]):
-        next(kind for kind in prompt["oneOf"] if kind["type"] == "string")["maxLength"] = settings.max_chars
+    for text in (request["prompt"], member["prompt"], request["responses"]["items"], member["response"]):
+        next(kind for kind in text["oneOf"] if kind.get("type") == "string")["maxLength"] = settings.max_chars
     groups = paths["/v1/groups"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     next(kind for kind in groups["oneOf"] if kind.get("type") == "array")["maxItems"] = settings.max_groups
     if settings.token is not None:

@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, text_length
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
@@ -22,8 +22,11 @@ from rmcore.integrations.server.replies import ReplyStore
 from rmcore.integrations.server.schema import (
     GroupRequest,
     MemberRequest,
+    Message,
     PromptField,
+    ResponseField,
     RewardRequest,
+    check_encodable,
     group_reply,
     win_rates,
 )
@@ -81,14 +84,13 @@ class RewardService:
         limits = self.settings
         if len(requests) > limits.max_groups:
             reject("groups", len(requests), f"at most {limits.max_groups} in a request")
-        groups: list[tuple[Prompt, list[str]]] = []
+        groups: list[tuple[Canonical, list[Canonical]]] = []
         for k, request in enumerate(requests):
             where = f"groups[{k}]." if len(requests) > 1 else ""
             if len(request.responses) > limits.max_responses:
                 reject(f"{where}responses", len(request.responses), f"at most {limits.max_responses}")
-            for i, response in enumerate(request.responses):
-                self._check_length(response, f"{where}responses[{i}]")
-            groups.append((self._prompt(request.prompt, f"{where}prompt"), request.responses))
+            responses = [self._response(one, f"{where}responses[{i}]") for i, one in enumerate(request.responses)]
+            groups.append((self._prompt(request.prompt, f"{where}prompt"), responses))
         scored = await self.scorer.submit(groups)
         return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
 
@@ -98,10 +100,10 @@ class RewardService:
             reject("k", request.k, f"at most {self.settings.max_responses}")
         if request.slot >= request.k:
             reject("slot", request.slot, f"below k = {request.k}")
-        self._check_length(request.response, "response")
+        response = self._response(request.response, "response")
         prompt = self._prompt(request.prompt, "prompt")
         return await self.assembly.join(
-            request.group_id, request.slot, request.k, prompt, request.response, attempt=request.attempt
+            request.group_id, request.slot, request.k, prompt, response, attempt=request.attempt
         )
 
     async def rewards(self, body: RewardRequest, scope: Scope) -> tuple[list[float], list[float]]:
@@ -144,23 +146,38 @@ class RewardService:
     def _rewards_of(self, group: GroupScore) -> tuple[list[float], list[float]]:
         return group.rewards_for(self.settings.baseline).tolist(), win_rates(group)
 
-    async def _score_assembled(self, prompt: Prompt, responses: Sequence[str]) -> GroupScore:
+    async def _score_assembled(self, prompt: Prompt, responses: Sequence[Response]) -> GroupScore:
         return await self.scorer.score(prompt, responses, admitted=True)
 
-    def _prompt(self, prompt: PromptField, where: str) -> Prompt:
-        if isinstance(prompt, str):
-            self._check_length(prompt, where)
-            return prompt
-        self._check_length("".join(message.content for message in prompt), where)
-        return [{"role": message.role, "content": message.content} for message in prompt]
+    def _prompt(self, prompt: PromptField, where: str) -> Canonical:
+        canonical = canonical_prompt(prompt if isinstance(prompt, str) else [_as_sent(one) for one in prompt], where)
+        self._check_length(canonical, where)
+        return canonical
 
-    def _check_length(self, text: str, where: str, times: int = 1) -> None:
-        most = times * self.settings.max_chars
-        if len(text) > most:
-            reject(where, f"{len(text)} characters", f"at most {most}")
+    def _response(self, response: ResponseField, where: str) -> Canonical:
+        if isinstance(response, str):
+            canonical: Canonical = response
+        elif isinstance(response, list):
+            canonical = canonical_response([_as_sent(message) for message in response], where)
+        else:
+            canonical = canonical_response(_as_sent(response), where)
+        self._check_length(canonical, where)
+        return canonical
+
+    def _check_length(self, text: Canonical, where: str, times: int = 1) -> None:
+        most, length = times * self.settings.max_chars, text_length(text)
+        if length > most:
+            reject(where, f"{length} characters", f"at most {most}")
 
     def _observe(self, scored: Sequence[ScoredGroup]) -> None:
         self.metrics.batch_groups.observe(len(scored))
         self.metrics.batch_seconds.observe(scored[0].scoring_s)
         for one in scored:
             self.metrics.wait_seconds.observe(one.waited_s)
+
+
+def _as_sent(message: Message) -> dict[str, Any]:
+    """A message's fields as they came, the unknown ones too."""
+    fields = message.model_dump(exclude_unset=True)
+    check_encodable(fields)
+    return fields

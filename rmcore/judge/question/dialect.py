@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from rmcore._base.prompt import Prompt
+from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
 from rmcore.judge.question.prompt import JudgePrompt, Output, RandomSource, RenderedPrompt
@@ -155,7 +155,7 @@ class Dialect:
         self._json_works = False
 
     async def ask(
-        self, complete: Complete, prompt: Prompt, first: str, second: str, *, deadline: float | None = None
+        self, complete: Complete, prompt: Prompt, first: Response, second: Response, *, deadline: float | None = None
     ) -> Answered:
         """Which is better, ``first`` being shown first? Put again, within ``deadline``, while a refusal can be met.
 

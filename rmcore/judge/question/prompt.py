@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, response_text
 from rmcore.judge.question.contract import CONTRACTS, LABEL_STYLE, Output, RandomSource, draw, find_contract
 from rmcore.judge.question.sanitise import restore, sanitise
+from rmcore.judge.question.turns import assemble, segments
 from rmcore.judge.question.verdict import Labels
 
 __all__ = [
@@ -71,8 +72,6 @@ $second
 Compare the two responses in a few sentences, then give your verdict.
 """
 
-_MESSAGE = "message "
-_ROLE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _UNTRUSTED = ("prompt", "first", "second")
 _FIELDS = ("contract", *_UNTRUSTED, "label_first", "label_second", "label_tie")
 _HEADER = re.compile(r"^--- (system|user) ---[ \t]*\r?\n", re.MULTILINE)
@@ -117,12 +116,12 @@ class RenderedPrompt:
 class ParsedPrompt:
     """What a rendered prompt asks: its labels, the form of answer, and the texts as they were given.
 
-    ``prompt`` is in canonical form; a response of which ``cut`` tells that characters were cut is what was left of it.
+    All three are in canonical form; a response of which ``cut`` tells that characters were cut is what was left of it.
     """
 
-    prompt: Prompt
-    first: str
-    second: str
+    prompt: Canonical
+    first: Canonical
+    second: Canonical
     labels: Labels
     output: Output = "text"
     cut: tuple[int, int] = (0, 0)
@@ -141,7 +140,7 @@ class JudgePrompt:
         system, user: the template.
         output: the form of answer that the contract asks for. A template says nothing of it, so one serves for both.
         max_response_chars: of a longer response the judge is shown the beginning, and told below it how many
-            characters were cut. ``None``: all of it.
+            characters were cut (of several messages: as one text). ``None``: all of it.
 
     Raises:
         InputError: a field is missing, repeated, unknown or in the wrong place, or an argument is out of range.
@@ -208,7 +207,7 @@ class JudgePrompt:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def render(
-        self, prompt: Prompt, first: str, second: str, random_source: RandomSource | None = None
+        self, prompt: Prompt, first: Response, second: Response, random_source: RandomSource | None = None
     ) -> RenderedPrompt:
         """The question "which is better", ``first`` shown first, with a token and labels of its own.
 
@@ -216,15 +215,13 @@ class JudgePrompt:
         hold a marker of this call; marker look-alikes and control tokens in the texts are sanitised and counted.
 
         Raises:
-            InputError: a text is not text, the conversation is empty, or a role is not one plain word.
+            InputError: a text is neither text nor messages as :mod:`rmcore._base.prompt` has them.
             JudgeError: ``random_source`` keeps drawing words that are taken.
         """
-        canonical = canonical_prompt(prompt)
-        turns = [("prompt", canonical)] if isinstance(canonical, str) else _turns(canonical)
-        for name, text in (("first", first), ("second", second)):
-            if not isinstance(text, str):
-                reject(name, type(text).__name__, "a string")
-        taken = [part for turn in turns for part in turn] + [first, second, self.system, self.user]
+        turns = segments("prompt", canonical_prompt(prompt))
+        shown_first, cut_first = self._shown("first", first)
+        shown_second, cut_second = self._shown("second", second)
+        taken = [part for turn in (*turns, *shown_first, *shown_second) for part in turn] + [self.system, self.user]
         token, labels = draw(taken, random_source)
         count = 0
 
@@ -234,23 +231,30 @@ class JudgePrompt:
             count += broken
             return f"<<<{token}:{name}>>>\n{safe}\n<<<{token}:end>>>"
 
-        def response(name: str, text: str) -> tuple[str, int]:
-            limit = len(text) if self.max_response_chars is None else self.max_response_chars
+        def joined(parts: list[tuple[str, str]], cut: int = 0) -> str:
             # The note stands outside of the markers, where no response can write one.
-            gone = max(len(text) - limit, 0)
-            return segment(name, text[:limit]) + (f"\n[cut: {gone} characters]" if gone else ""), gone
+            return "\n".join(segment(*part) for part in parts) + (f"\n[cut: {cut} characters]" if cut else "")
 
         trusted = {"label_first": labels.win, "label_second": labels.loss, "label_tie": labels.tie}
         contract = string.Template(CONTRACTS[self.output])
         trusted["contract"] = contract.substitute(token=token, win=labels.win, loss=labels.loss, tie=labels.tie)
-        asked = "\n".join(segment(name, text) for name, text in turns)
-        (shown_first, cut_first), (shown_second, cut_second) = response("first", first), response("second", second)
-        texts = {"prompt": asked, "first": shown_first, "second": shown_second}
+        texts = {
+            "prompt": joined(turns),
+            "first": joined(shown_first, cut_first),
+            "second": joined(shown_second, cut_second),
+        }
         # Template substitutes in one pass over the template: what it puts in is never looked at again.
         messages = [{"role": "system", "content": string.Template(self.system).substitute(trusted)}]
         messages.append({"role": "user", "content": string.Template(self.user).substitute(trusted | texts)})
         shown = messages if self.system.strip() else messages[1:]
         return RenderedPrompt(shown, labels, token, count, self.output, (cut_first, cut_second))
+
+    def _shown(self, name: str, response: Response) -> tuple[list[tuple[str, str]], int]:
+        """The segments of a response, and how many characters of it they leave out."""
+        canonical = canonical_response(response, name)
+        text = response_text(canonical)
+        gone = 0 if self.max_response_chars is None else max(len(text) - self.max_response_chars, 0)
+        return segments(name, text[: len(text) - gone] if gone else canonical), gone
 
     @staticmethod
     def parse(messages: Sequence[Mapping[str, object]]) -> ParsedPrompt:
@@ -265,22 +269,16 @@ class JudgePrompt:
             reject("messages", "no contract paragraph", "a prompt rendered by JudgePrompt")
         output, contract = declared
         token = contract["token"]
-        segments = re.findall(
+        found = re.findall(
             rf"<<<{token}:([\w. -]+)>>>\n(.*?)\n<<<{token}:end>>>(?:\n\[cut: (\d+) characters\])?", whole, re.DOTALL
         )
-        texts: dict[str, str] = {}
-        cut: dict[str, int] = {}
-        turns: list[dict[str, str]] = []
-        for name, text, gone in segments:
-            if name.startswith(_MESSAGE):
-                turns.append({"role": name.removeprefix(_MESSAGE), "content": restore(text)})
-            else:
-                texts[name], cut[name] = restore(text), int(gone or 0)
-        if not {"first", "second"} <= texts.keys() or ("prompt" in texts) == bool(turns):
-            reject("messages", f"the segments {sorted(texts)} and {len(turns)} turns", "prompt, first and second")
+        texts = assemble((name, restore(text)) for name, text, _ in found)
+        if texts.keys() != {"prompt", "first", "second"}:
+            reject("messages", f"the texts {sorted(texts)}", "prompt, first and second")
         labels = Labels(contract["win"], contract["loss"], contract["tie"])
-        lost = (cut["first"], cut["second"])
-        return ParsedPrompt(turns or texts["prompt"], texts["first"], texts["second"], labels, output, lost)
+        cut = {name: int(gone or 0) for name, _, gone in found}
+        lost = (cut.get("first", 0), cut.get("second", 0))
+        return ParsedPrompt(texts["prompt"], texts["first"], texts["second"], labels, output, lost)
 
 
 def _fields(template: str, name: str) -> list[str]:
@@ -295,12 +293,3 @@ def _fields(template: str, name: str) -> list[str]:
                 reject(f"template {name}", f"the field ${field}", "one of $" + ", $".join(_FIELDS))
             found.append(field)
     return found
-
-
-def _turns(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """A conversation as named segments, one a message."""
-    for index, message in enumerate(messages):
-        if not _ROLE.fullmatch(message["role"]):
-            # The role becomes part of a marker line, so it must not be able to end one.
-            reject(f"prompt[{index}]['role']", repr(message["role"][:40]), "one plain word such as 'user'")
-    return [(_MESSAGE + message["role"], message["content"]) for message in messages]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rmcore._base.errors import InputError
+from rmcore._base.prompt import Canonical, canonical_response
 from rmcore.judge.base import RULE, Pair, Verdict
 from rmcore.judge.question.sanitise import blank
 
@@ -16,17 +18,24 @@ def rule_verdict(pair: Pair) -> Verdict | None:
       tie, ``rule:both_blank``;
     - one blank: the other wins, ``rule:blank``.
 
-    The rule stands in ``reason``, and ``judge`` is :data:`~rmcore.judge.base.RULE`. A pair that is not text is left to
-    the judge's own checks.
+    Of several messages the whole counts: one that calls a tool is not blank. The rule stands in ``reason``, and
+    ``judge`` is :data:`~rmcore.judge.base.RULE`. What is no response is left to the judge's own checks.
     """
-    first, second = pair.first, pair.second
-    if not all(isinstance(text, str) for text in (first, second)):
+    try:
+        first, second = canonical_response(pair.first), canonical_response(pair.second)
+    except InputError:
         return None
     if first == second:
         return Verdict.of("tie", reason="rule:identical", judge=RULE)
-    empty = blank(first), blank(second)
+    empty = _blank(first), _blank(second)
     if all(empty):
         return Verdict.of("tie", reason="rule:both_blank", judge=RULE)
     if any(empty):
         return Verdict.of("loss" if empty[0] else "win", reason="rule:blank", judge=RULE)
     return None
+
+
+def _blank(response: Canonical) -> bool:
+    if isinstance(response, str):
+        return blank(response)
+    return all(message.keys() == {"role", "content"} and blank(message["content"]) for message in response)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore._base.prompt import Canonical, Prompt, canonical_prompt, canonical_response
 from rmcore._base.quantile import quantiles
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.orders import combine_orders, exchanged
@@ -96,8 +96,8 @@ class JudgedPair:
     judge: str
     model: str
     prompt: Prompt
-    a: str
-    b: str
+    a: Canonical
+    b: Canonical
     verdict: Verdict
     orders: int
     critiques: Mapping[Shown, str]
@@ -199,10 +199,12 @@ class VerdictLedger:
         names = ("prompt", "first", "second", "critique", "reply", "labels", "parameters")
         for row in self._rows(query, call.id):
             said = dict(zip(names, map(load_text, row), strict=True))
-            if not all(isinstance(said[name], str) for name in names[1:5]):
+            if not all(isinstance(said[name], str) for name in ("critique", "reply")):
                 raise StoreError(f"{self.path}: call {call.id} holds texts that are none")
             try:
                 canonical_prompt(said["prompt"])
+                canonical_response(said["first"], "first")
+                canonical_response(said["second"], "second")
             except InputError as error:
                 raise StoreError(f"{self.path}: call {call.id}: {error}") from None
             return said
@@ -321,9 +323,11 @@ def _standing(calls: Sequence[LoggedCall]) -> LoggedCall:
     return verdicts[0] if verdicts else ([call for call in calls if call.replied] or calls)[-1]
 
 
-def _as_answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+def _as_answer(prompt: Prompt, answer: Canonical) -> Canonical:
     """A response in the form of its prompt: TRL wants both plain or both conversational."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    return (
+        answer if isinstance(prompt, str) or not isinstance(answer, str) else [{"role": "assistant", "content": answer}]
+    )
 
 
 def _kind(verdict: Verdict) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from rmcore._base.prompt import Prompt, canonical_prompt
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.keys import call_key, pair_key
 
@@ -33,7 +33,7 @@ class Question:
         shown: which of the two orders this is.
         judge, model, parameters, template: who is asked and how, as in ``call_key``.
         prompt: in canonical form.
-        first, second: the responses in the order shown.
+        first, second: the responses in the order shown, in canonical form.
         canary: the pair was made up to test the judge (:mod:`rmcore.judge.wrappers.canary`): no data, and not in the
         key.
     """
@@ -45,9 +45,9 @@ class Question:
     model: str
     parameters: Mapping[str, Any]
     template: str
-    prompt: Prompt
-    first: str
-    second: str
+    prompt: Canonical
+    first: Canonical
+    second: Canonical
     canary: bool = False
 
     @classmethod
@@ -58,8 +58,8 @@ class Question:
         parameters: Mapping[str, Any],
         template: str,
         prompt: Prompt,
-        first: str,
-        second: str,
+        first: Response,
+        second: Response,
         *,
         canary: bool = False,
     ) -> Question:
@@ -82,8 +82,8 @@ class Question:
             parameters=public,
             template=template,
             prompt=canonical_prompt(prompt),
-            first=first,
-            second=second,
+            first=canonical_response(first),
+            second=canonical_response(second),
             canary=canary,
         )
 

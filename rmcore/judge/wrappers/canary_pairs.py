@@ -10,7 +10,7 @@ import math
 import random
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, TypeGuard, get_args
 
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import Prompt, canonical_prompt
@@ -102,11 +102,11 @@ class CanaryMaker:
     def make(self, source: Pair, only: frozenset[CanaryKind] = frozenset()) -> Canary | None:
         """A canary from ``source``, of the kind whose turn it is or the next one that can be made of it.
 
-        ``None`` if none can be made: the responses are too short, or are no text. ``only`` narrows the kinds.
+        ``None`` if none can be made: the responses are too short, or are no plain text. ``only`` narrows the kinds.
         """
         kinds = [kind for kind in self.kinds if not only or kind in only]
         rng = random.Random(f"{self.seed}:{self._made}")
-        if not all(_is_text(text) for text in (source.first, source.second)):
+        if not (_is_text(source.first) and _is_text(source.second)):
             return None
         # The response that the head thinks better: the likelier one to deserve its win.
         preference = source.preference
@@ -159,7 +159,7 @@ def _half(text: str) -> str:
     return text[: next(inside, middle)]
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str)
 
 

@@ -122,7 +122,7 @@ def test_what_has_no_preference_is_null(make_app, talk, echo_engine):
         ("/v1/groups", {"prompt": "p", "responses": ["a"], "tempreature": 1}, 422, "tempreature"),
         ("/v1/groups", {"prompt": [], "responses": ["a"]}, 422, "prompt"),
         ("/v1/groups", {"prompt": [{"role": "user"}], "responses": ["a"]}, 422, "content"),
-        ("/v1/groups", {"prompt": [{"role": "u", "content": "x", "tool_calls": []}], "responses": ["a"]}, 422, "tool"),
+        ("/v1/groups", {"prompt": [{"role": "u", "content": "x", "mood": 1}], "responses": ["a"]}, 422, "mood"),
         ("/v1/groups", {"prompt": "p", "responses": ["a"] * 9}, 422, "responses: got 9, expected at most 8"),
         (
             "/v1/groups",

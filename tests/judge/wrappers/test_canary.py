@@ -140,7 +140,7 @@ def test_another_prompts_response_is_never_of_the_same_prompt_nor_the_same_text(
     maker = CanaryMaker(("other_prompt",), 0)
     chat = [{"role": "user", "content": "question 0?"}]
     maker.remember(Pair(chat, REAL, REAL))
-    assert maker.make(Pair([{"role": "user", "content": "question 0?", "name": "x"}], REAL + "!", REAL + "?")) is None
+    assert maker.make(Pair([{"role": "user", "content": "question 0?", "name": None}], REAL + "!", REAL + "?")) is None
     maker.remember(Pair("another", REAL + "!", REAL + "!"))
     assert maker.make(Pair(chat, REAL + "!", REAL + "!")) is None
     maker.remember(Pair(42, REAL + "!!", ""))  # no prompt at all
