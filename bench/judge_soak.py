@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rmcore import FrozenHead, GroupScores, RewardEngine
+from rmcore._base.prompt import Response, response_text
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
@@ -82,9 +83,9 @@ class Soak:
 class WorthJudge(RecordedJudge):
     """Instead of a recorded verdict: the response that says it is worth more wins."""
 
-    def lookup(self, prompt: object, first: str, second: str) -> Verdict:
+    def lookup(self, prompt: object, first: Response, second: Response) -> Verdict:
         """The verdict when ``first`` is shown first."""
-        difference = worth_of(first) - worth_of(second)
+        difference = worth_of(response_text(first)) - worth_of(response_text(second))
         return Verdict.of("win" if difference > 0 else "loss" if difference < 0 else "tie")
 
 

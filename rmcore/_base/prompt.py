@@ -149,7 +149,7 @@ def canonical_group(
 def canonical_groups(
     prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]
 ) -> tuple[list[Canonical], list[list[Canonical]]]:
-    """All groups' prompts and responses in canonical form; raises as :func:`check_nesting` and :func:`canonical_group`."""
+    """Prompts and responses in canonical form; raises as :func:`check_nesting` and :func:`canonical_group`."""
     check_nesting(prompts, responses)
     groups = [
         canonical_group(prompt, group, f"prompts[{k}]", f"responses[{k}]")

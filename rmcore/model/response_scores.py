@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rmcore._base.prompt import Response, content_key
 from rmcore.ops import reference
 
 __all__ = ["ResponseScores", "pair_squares"]
@@ -55,7 +56,7 @@ class ResponseScores:
 
 
 def pair_squares(
-    logit: Tensor, variance: Tensor, responses: Sequence[Sequence[str]], amplitude: float, *, ordered: bool
+    logit: Tensor, variance: Tensor, responses: Sequence[Sequence[Response]], amplitude: float, *, ordered: bool
 ) -> list[ResponseScores]:
     """One result a group from the head's flat pairs, all groups of equal K at once.
 
@@ -89,7 +90,9 @@ def pair_squares(
     return [result[group] for group in range(len(responses))]
 
 
-def _equal_texts(groups: Sequence[Sequence[str]], k: int) -> Tensor:
-    known: dict[str, int] = {}
-    ids = torch.tensor([known.setdefault(text, len(known)) for group in groups for text in group]).view(-1, k)
+def _equal_texts(groups: Sequence[Sequence[Response]], k: int) -> Tensor:
+    known: dict[Hashable, int] = {}
+    ids = torch.tensor([known.setdefault(content_key(text), len(known)) for group in groups for text in group]).view(
+        -1, k
+    )
     return ids[:, :, None] == ids[:, None, :]

@@ -169,8 +169,8 @@ class RewardModel:
             NonFiniteError: the backbone produced NaN or Inf.
         """
         if isinstance(prompts, str):
-            if isinstance(responses, str) or not all(isinstance(text, str) for text in responses):
-                reject("responses", type(responses).__name__, "a list of strings, since prompts is one text")
+            if isinstance(responses, str) or not isinstance(responses, Sequence):
+                reject("responses", type(responses).__name__, "a list of responses, since prompts is one text")
             one: Any = [responses]
             return self.score([prompts], one, orders=orders, backend=backend, progress=progress)[0]
         if orders not in ("both", "one"):
