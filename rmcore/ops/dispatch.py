@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,8 +60,20 @@ def explain(
     if op not in OPS:
         reject("op", repr(op), f"one of {', '.join(OPS)}")
     if backend not in ("auto", *_ALL):
-        reject("backend", repr(backend), f"one of auto, {', '.join(_ALL)}")
-    device = torch.device(device)
+        _reject_backend(backend)
+    name, reasons = _first(op, torch.device(device), dtype, backend, rows, weights)
+    return Explanation(name, reasons)
+
+
+def _first(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+    rows: int | None,
+    weights: FeatureMap | HeadWeights | Tensor | None,
+) -> tuple[str, dict[str, str]]:
+    """The first backend of the order that can run, or ``none``, and why those before it cannot."""
     order = _ORDER.get(device.type, ("torch",)) if backend == "auto" else (backend,)
     reasons: dict[str, str] = {}
     for name in order:
@@ -70,9 +82,9 @@ def explain(
         if why is None and rows is not None and hasattr(module, "declines"):
             why = module.declines(op, rows, weights)
         if why is None:
-            return Explanation(name, reasons)
+            return name, reasons
         reasons[name] = why
-    return Explanation("none", reasons)
+    return "none", reasons
 
 
 @functools.cache
@@ -91,7 +103,13 @@ def select(
     """The backend module that runs ``op`` on ``tensor``; raises BackendError where the named one cannot."""
     if backend == "auto" and tensor.dtype == torch.float64:
         backend = "torch"  # the kernels compute in float32; who brings float64 wants it kept
-    explanation = explain(op, tensor.device, dtype, backend, rows=tensor.shape[0], weights=weights)
-    if explanation.backend == "none":
-        raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {explanation.reasons[backend]}")
-    return _module(explanation.backend)
+    if backend != "auto" and backend not in _ALL:
+        _reject_backend(backend)
+    name, reasons = _first(op, tensor.device, dtype, backend, tensor.shape[0], weights)
+    if name == "none":
+        raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {reasons[backend]}")
+    return _module(name)
+
+
+def _reject_backend(backend: str) -> NoReturn:
+    reject("backend", repr(backend), f"one of auto, {', '.join(_ALL)}")

@@ -58,9 +58,11 @@ def score(hidden: Tensor, weights: HeadWeights, *, backend: Backend = "auto", ou
         BackendError: the named backend cannot run here.
     """
     if out is None:
-        check_hidden(hidden, weights.map)
+        check_hidden(hidden, weights.map)  # before an output is made for it; then the rest fits
         out = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    _score(ScoreTask(hidden, weights, out), backend)
+        _score.checked(ScoreTask(hidden, weights, out), backend)
+    else:
+        _score(ScoreTask(hidden, weights, out), backend)
     return Scores(*out.unbind(0))
 
 

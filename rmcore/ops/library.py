@@ -62,6 +62,10 @@ class Operation:
     def __call__(self, task: Task, backend: Backend) -> Any:
         """Check the task and run it; raises InputError or BackendError."""
         task.check()
+        return self.checked(task, backend)
+
+    def checked(self, task: Task, backend: Backend) -> Any:
+        """The same for a task whose tensors are known to fit."""
         if torch.compiler.is_compiling():
             return self.operator(*[v.handle if isinstance(v, (FeatureMap, HeadWeights)) else v for v in task], backend)
         return self.run(task, backend)
