@@ -53,7 +53,7 @@ class _Refusal(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
         prefix, _, name = fullname.partition(".")
-        if prefix == self.package and name in self.moved:
+        if prefix == self.package and name in self.moved:  # "judge.replay", say
             raise ImportError(f"{fullname} has moved: it is {self.moved[name]} now", name=fullname)
         return None
 
