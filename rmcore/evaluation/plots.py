@@ -8,7 +8,6 @@ every line also has its own dash pattern, for print.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmcore._base.errors import RmcoreError, reject
+from rmcore._base.files import write_atomic
 from rmcore.engine.accounts import Accounts
 from rmcore.engine.routing.drift import StepRecord
 from rmcore.evaluation.report import EvaluationReport, ScoreReport
@@ -182,16 +182,7 @@ def save_figure(figure: Figure, path: str | Path) -> Figure:
     buffer = io.BytesIO()
     # No software version in the file: the same report gives the same bytes.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, buffer.getvalue())
     return figure
 
 

@@ -7,14 +7,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore._base.files import atomic_folder, digest_file
 from rmcore._base.version import __version__
 from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead
@@ -33,12 +29,9 @@ from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
-    "atomic_folder",
-    "digest_file",
     "load_head",
     "read_config",
     "save_head",
-    "sync_path",
     "write_head",
 ]
 
@@ -50,42 +43,9 @@ FORMAT_VERSION = 1
 _DTYPES = {str(d).removeprefix("torch."): d for d in SERVING_DTYPES}
 
 
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder that takes ``path``'s place only if the block succeeds; a reader never sees a half-written one.
-
-    Raises InputError where ``path`` exists and is not an rmcore folder (nothing of somebody else's is replaced).
-    """
-    target = Path(path).resolve()
-    if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
-        reject("path", repr(str(target)), "a new or empty folder, or one that rmcore wrote")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    work = target.with_name(f".{target.name}.{mark}.tmp")
-    work.mkdir()
-    try:
-        yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                sync_path(file)
-        old = target.with_name(f".{target.name}.{mark}.old")
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(work, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        sync_path(target.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def save_head(head: FrozenHead, path: str | os.PathLike[str], *, include_posterior: bool = True) -> None:
     """Write a head as a folder of its own. ``include_posterior`` keeps it able to learn; it costs 4·D² bytes."""
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, marker=CONFIG_FILE) as folder:
         write_config(folder, {"kind": "head", "head": write_head(head, folder, include_posterior=include_posterior)})
 
 
@@ -250,18 +210,3 @@ def _scalar(values: dict[str, Any], name: str, *, positive: bool = False) -> flo
     if not math.isfinite(value) or (positive and value <= 0):
         reject(name, value, "a positive finite number" if positive else "a finite number")
     return value
-
-
-def digest_file(file: Path) -> str:
-    """Hex sha256 of a file's contents."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_path(path: Path) -> None:
-    """Have a file, or a folder's list of names, written through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

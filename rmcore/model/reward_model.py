@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore._base.files import atomic_folder
 from rmcore._base.prompt import Prompt, Response, canonical_groups, check_prompt, check_response
 from rmcore.head import checkpoint
 from rmcore.head.config import HeadConfig
@@ -272,7 +273,7 @@ class RewardModel:
         """
         if backbone not in ("name", "embed"):
             reject("backbone", repr(backbone), "'name' or 'embed'")
-        with checkpoint.atomic_folder(path) as folder:
+        with atomic_folder(path, marker=checkpoint.CONFIG_FILE) as folder:
             self._save_pretrained(folder, embed=backbone == "embed", include_posterior=include_posterior)
 
     def _save_pretrained(self, folder: Path, *, embed: bool, include_posterior: bool) -> None:

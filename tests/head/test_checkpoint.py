@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmcore._base.errors import CheckpointError, InputError
+from rmcore._base.files import atomic_folder
 from rmcore.head import checkpoint
 from rmcore.head.checkpoint import load_head, save_head
 
@@ -296,7 +297,7 @@ def test_an_interrupt_is_a_failure_too(saved):
     before = contents(saved)
 
     def interrupted():
-        with checkpoint.atomic_folder(saved) as folder:
+        with atomic_folder(saved, marker=checkpoint.CONFIG_FILE) as folder:
             (folder / "rmcore.json").write_text("{}")
             raise KeyboardInterrupt
 

@@ -28,8 +28,8 @@ from typing import Any
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError
+from rmcore._base.files import atomic_file, digest_file, sync_path
 from rmcore._base.version import __version__
-from rmcore.head.checkpoint import digest_file, sync_path
 
 __all__ = ["Journal", "Version"]
 
@@ -150,12 +150,9 @@ class Journal:
         from safetensors.torch import save_file
 
         self._check_open()
-        target, work = self.path / name, self.path / f".{name}.tmp"
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, work)
-        sync_path(work)
-        os.replace(work, target)
-        sync_path(self.path)
-        return digest_file(target)
+        with atomic_file(self.path / name) as work:
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, work)
+        return digest_file(self.path / name)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._check_open()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import CheckpointError
+from rmcore._base.files import write_atomic
 
 __all__ = ["plain", "read_state", "write_state"]
 
@@ -22,23 +22,7 @@ def plain(value: float | None) -> float | str | None:
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write ``state`` as JSON: a reader sees the old file or the new one, also after a power cut."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with work.open("w", encoding="utf-8") as file:
-            json.dump(state, file, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomic(path, json.dumps(state, allow_nan=False) + "\n")
 
 
 def read_state(path: str | os.PathLike[str]) -> Any:
