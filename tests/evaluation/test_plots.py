@@ -99,7 +99,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(report, tmp_path,
     def fail(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rmcore.evaluation.plots.os.fsync", fail)
+    monkeypatch.setattr("rmcore._base.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         plot_uplift(report, path)
     assert path.read_bytes() == b"old"
