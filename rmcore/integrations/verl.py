@@ -120,12 +120,17 @@ class PairwiseRewardManager:
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: list[float]) -> Tensor:
-        """(B, response length) with each score at its response's last token, as verl's base class does it."""
+        """(B, response length) with each score at its response's last token, as verl's base class does it.
+
+        A sample without a response token has no token to carry a score: its row stays 0. (verl's own code writes it at
+        index −1, a padded position, from where it leaks into sums over the row.)
+        """
         prompt_length = data.batch["prompts"].size(1)
         lengths = data.batch["attention_mask"][:, prompt_length:].sum(dim=1)
         result = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
         rows = torch.arange(result.size(0), device=result.device)
-        result[rows, lengths - 1] = result.new_tensor(scores)
+        there = lengths > 0
+        result[rows[there], lengths[there] - 1] = result.new_tensor(scores)[there]
         return result
 
     def _decode(self, item: Any) -> str:

@@ -135,6 +135,25 @@ def test_scores_are_advantages_and_pass_through_to_every_token(manager_of, engin
     assert all(info["rmcore_members"] == 4 and info["rmcore_uncertainty"] >= 1 for info in infos)
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_sample_without_a_response_token_carries_no_score(length):
+    answered = torch.zeros(3, length, dtype=torch.long)
+    answered[0, 0] = 1
+    answered[2] = 1
+    batch = {
+        "prompts": torch.zeros(3, 4, dtype=torch.long),
+        "responses": torch.zeros(3, length, dtype=torch.long),
+        "attention_mask": torch.cat([torch.ones(3, 4, dtype=torch.long), answered], dim=1),
+    }
+    rewards = PairwiseRewardManager.assemble_rm_scores(SimpleNamespace(batch=batch), [0.5, 7.0, -1.0])
+    expected = torch.zeros(3, length)
+    expected[0, 0] = 0.5
+    expected[2, -1] = -1.0
+    assert torch.equal(rewards, expected)
+    advantages, _ = passthrough_advantages(rewards, answered)
+    assert torch.equal(advantages, torch.tensor([[0.5], [0.0], [-1.0]]) * answered)
+
+
 @pytest.mark.parametrize("estimator", ["rloo", "rloo_vectorized"])
 def test_a_leave_one_out_baseline_makes_the_advantages_of_the_scores(estimator, manager_of, engine, tokenizer):
     scores = torch.tensor([r["reward_score"] for r in run_all(manager_of(estimator=estimator), tokenizer)])

@@ -7,35 +7,94 @@ lists. An answer that is no 200 is retried four times, a second apart; then the 
 
 from __future__ import annotations
 
+import re
+
 from rmcore._base.errors import reject
 from rmcore.integrations.server.settings import ServeSettings
 
 __all__ = ["grouped", "prompt_text", "response_text"]
 
 
+_SPECIAL = re.compile(
+    r"<\|[^<>|\s]{1,64}\|>"  # <|im_start|>, <|begin_of_text|>
+    r"|<｜[^<>｜\s]{1,64}｜>"  # DeepSeek's, with full-width bars
+    r"|</?(?:s|bos|eos|pad|unk|BOS_TOKEN|EOS_TOKEN|PAD)>"
+    r"|<(?:start|end)_of_[a-z]+>"
+    r"|\[/?(?:INST|BOS|EOS|PAD|CLS|SEP|SYSTEM_PROMPT|AVAILABLE_TOOLS|gMASK)\]|<sop>"
+)
+"""Special tokens as tokenizers write them out: by their shapes, since there are more than anybody lists."""
+
+
 def response_text(query: str, prompt: str, end_tokens: tuple[str, ...], where: str = "query") -> str:
     """The response: what follows the prompt, without the special tokens at its end.
 
-    Special tokens before the prompt (a BOS the tokenizer added, padding) are skipped too.
+    Special tokens before the prompt (a BOS the tokenizer added, padding) are skipped, and so is a space that decoding
+    put behind a special token, as SentencePiece does (``<s> [INST]`` for ``<s>[INST]``), or took away there.
 
     Raises:
-        InputError: the query does not start with the prompt: it was cut, or decoded to other characters.
+        InputError: the query does not start with the prompt; the message shows where they part.
     """
-    start = query
-    while not start.startswith(prompt):
-        token = next((t for t in ("<s>", "<bos>", "<|begin_of_text|>", *end_tokens) if start.startswith(t)), None)
-        if token is None:
-            reject(
-                where,
-                f"{query[:40]!r}...",
-                f"the prompt {prompt[:40]!r}..., then the response",
-                "A prompt longer than OpenRLHF's limit is cut before it comes here: raise that limit",
-            )
-        start = start[len(token) :]
-    response = start[len(prompt) :]
+    response = _after(query, prompt, end_tokens)
+    if response is None:
+        reject(
+            where,
+            _where_they_part(query, prompt),
+            f"the prompt {prompt[:40]!r}..., then the response",
+            "Either the prompt was cut before it came here (OpenRLHF's prompt limit), or the tokenizer does not decode "
+            "it back to the same characters",
+        )
     while token := next((t for t in end_tokens if response.endswith(t)), ""):
         response = response[: -len(token)]
     return response
+
+
+def _after(query: str, prompt: str, end_tokens: tuple[str, ...]) -> str | None:
+    start = 0
+    while True:
+        if query.startswith(prompt, start):
+            return query[start + len(prompt) :]
+        if (found := _match(query, start, prompt)) is not None:
+            return query[found:]
+        token = _SPECIAL.match(query, start)
+        width = len(token[0]) if token else next((len(t) for t in end_tokens if query.startswith(t, start)), 0)
+        if not width:
+            return None
+        start += width
+        if query.startswith(" ", start) and not prompt.startswith(" "):
+            start += 1
+
+
+def _match(query: str, start: int, prompt: str) -> int | None:
+    """Where in ``query`` the prompt that begins at ``start`` ends, spaces behind special tokens aside."""
+    at = start
+    behind = False  # of a special token
+    for piece, special in _pieces(prompt):
+        if behind:
+            at += query.startswith(" ", at)
+            piece = piece.removeprefix(" ")
+        if not query.startswith(piece, at):
+            return None
+        at += len(piece)
+        behind = special
+    return at
+
+
+def _pieces(text: str) -> list[tuple[str, bool]]:
+    """A text cut into its special tokens (True) and what lies between them (False)."""
+    pieces, done = [], 0
+    for found in _SPECIAL.finditer(text):
+        if found.start() > done:
+            pieces.append((text[done : found.start()], False))
+        pieces.append((found[0], True))
+        done = found.end()
+    return [*pieces, (text[done:], False)] if done < len(text) else pieces
+
+
+def _where_they_part(query: str, prompt: str) -> str:
+    at = next((k for k, (a, b) in enumerate(zip(query, prompt, strict=False)) if a != b), min(len(query), len(prompt)))
+    if at == 0:
+        return f"{query[:40]!r}..."
+    return f"{query[at : at + 40]!r} where the prompt goes on with {prompt[at : at + 40]!r}, at character {at}"
 
 
 def prompt_text(prompt: str, settings: ServeSettings, where: str = "prompts") -> str:

@@ -23,6 +23,7 @@ END_TOKENS = (
     "<end_of_turn>",
     "<turn|>",
     "<eos>",
+    "<｜end▁of▁sentence｜>",
     "</s>",
     "<pad>",
     "[EOS]",

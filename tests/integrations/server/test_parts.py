@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
 from rmcore.integrations.server import ServeSettings
@@ -104,6 +106,35 @@ def test_a_failure_is_told_and_not_kept(manual_clock):
 )
 def test_the_response_is_what_follows_the_prompt(query, prompt, expected):
     assert response_text(query, prompt, END_TOKENS) == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt"),
+    [
+        ("<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>yes<｜end▁of▁sentence｜>", "<｜User｜>hi<｜Assistant｜>"),
+        ("<s> [INST] hi [/INST] yes</s>", "<s>[INST] hi [/INST] "),
+        ("<s><s> [INST] hi [/INST] yes</s>", "<s>[INST] hi [/INST] "),
+        ("<s>[INST] hi[/INST]yes</s>", "<s> [INST] hi[/INST]"),
+        ("<BOS_TOKEN><|START_OF_TURN_TOKEN|>hi<|CHATBOT|>yes<eos>", "<|START_OF_TURN_TOKEN|>hi<|CHATBOT|>"),
+        ("[gMASK]<sop><|user|>hi<|assistant|>yes<|endoftext|>", "<|user|>hi<|assistant|>"),
+        ("<pad><pad><bos><start_of_turn>user\nhi<end_of_turn>yes<eos>", "<start_of_turn>user\nhi<end_of_turn>"),
+    ],
+)
+def test_tokenizers_that_add_a_bos_or_a_space_are_understood(query, prompt):
+    assert response_text(query, prompt, END_TOKENS) == "yes"
+
+
+@given(st.text("ab <|>s[]/", max_size=12), st.text("ab <|>", min_size=1, max_size=12))
+def test_a_query_made_of_its_prompt_and_a_response_gives_the_response(prompt, response):
+    if response.endswith(END_TOKENS):
+        return
+    assert response_text(prompt + response, prompt, END_TOKENS) == response
+    assert response_text("<s>" + prompt + response, "<s>" + prompt, END_TOKENS) == response
+
+
+def test_a_refused_query_shows_where_it_parts_from_its_prompt():
+    with pytest.raises(InputError, match=r"'X rest' where the prompt goes on with 'c d e', at character 4"):
+        response_text("a b X rest", "a b c d e", END_TOKENS)
 
 
 @pytest.mark.parametrize(("query", "prompt"), [("sk answer", "ask"), ("", "ask"), ("<s>", "ask"), ("Ask", "ask")])
