@@ -1,6 +1,7 @@
 """Groups in, preferences, uncertainties and advantages out.
 
-- ``engine``: :class:`RewardEngine`; ``score_call`` is one call under way, ``overlap`` runs backbone and judge at once.
+- ``engine``: :class:`RewardEngine`; ``score_call`` is one call under way, ``steps`` and ``micro_batches`` what is
+  done for it, ``overlap`` runs backbone and judge at once.
 - ``pair_table``: all pairs of a call; ``groups`` shows them group by group; ``advantage`` turns them into rewards.
 - ``judging``: the judge's questions of one call.
 - ``routing``: which pairs go to the judge. ``learning``: the head learns from verdicts.

@@ -16,23 +16,21 @@ import threading
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.errors import reject
 from rmcore._base.loop import background_loop
 from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
 from rmcore.engine.overlap import run_alongside, run_alongside_async
-from rmcore.engine.pair_table import PairLayout, PairState, PairTable
-from rmcore.engine.routing import BudgetedRouter, Candidates, NeverRoute, Router, ThresholdRouter
-from rmcore.engine.score_call import MicroBatch, OnError, ScoreCall, ScoredPart, check_group_sizes, micro_batches
+from rmcore.engine.routing import BudgetedRouter, NeverRoute, Router, ThresholdRouter
+from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group_sizes
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
+from rmcore.engine.steps import plan, route, score_pairs
 from rmcore.head.frozen import FrozenHead
-from rmcore.head.posterior import check_finite
 from rmcore.judge.base import Judge
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
@@ -41,11 +39,6 @@ from rmcore.ops.dispatch import Backend
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
 
 log = logging.getLogger(__name__)
-
-# Measured on a CPU, 256 groups of 2, a small Llama: cutting the batch into micro-batches of 1, 2, 4, 8 or 16 forward
-# passes took 18, 17, 5, 3 or 0% more processor time than not cutting it; with groups of 4, which share more, nothing.
-_LEAST_PASSES = 4
-_MOST_MICRO_BATCHES = 12
 
 
 class RewardEngine:
@@ -305,8 +298,15 @@ class RewardEngine:
     def _new_call(self, on_error: OnError) -> ScoreCall:
         if on_error not in ("raise", "return"):
             reject("on_error", repr(on_error), "'raise' or 'return'")
-        one_order = self.head.config.mode == "concat" and self.orders == "one"
-        call = ScoreCall(self.clock, self.head, one_order, on_error)
+        call = ScoreCall(
+            self.clock,
+            self.head,
+            self.model,
+            orders=self.orders,
+            nonfinite=self.nonfinite,
+            backend=self.backend,
+            on_error=on_error,
+        )
         call.kept = None if self.learner is None else []
         if self.judge_deadline_s is not None:
             call.deadline = call.started + self.judge_deadline_s
@@ -334,6 +334,28 @@ class RewardEngine:
         assert self.judge is not None
         return JudgeQueue(self.judge, loop, self.clock, deadline=call.deadline, answered=call.report_answers)
 
+    # -- the algorithm, step by step ---------------------------------------------------------------------------------
+
+    def _work(self, call: ScoreCall) -> None:
+        """Everything but the judge: encoding, then backbone, head and router, micro-batch by micro-batch."""
+        if call.hidden is None:
+            call.encode()
+        if not call.sizes:
+            return  # no group is left
+        if isinstance(self.router, BudgetedRouter):
+            self.router.begin_step()
+        batches = plan(call, overlap=self._may_overlap, tokens=self.micro_batch_tokens)
+        call.micro_batches, call.why_no_overlap = len(batches), self._why_no_overlap(len(batches))
+        for batch in batches:
+            part = score_pairs(call, batch)
+            part.first = sum(len(earlier.groups) for earlier in call.parts)
+            call.parts.append(part)
+            if not call.why_no_overlap:
+                route(call, part, self.router, may_ask=self._may_ask)
+        if call.why_no_overlap:
+            call.parts = [ScoredPart.joined(call.parts)]
+            route(call, call.parts[0], self.router, may_ask=self._may_ask)
+
     @property
     def _may_ask(self) -> bool:
         return self.judge is not None and not (isinstance(self.router, NeverRoute) and self.nonfinite == "raise")
@@ -342,112 +364,16 @@ class RewardEngine:
     def _whole_batch(self) -> bool:
         return getattr(self.router, "whole_batch", True)
 
-    # -- the algorithm, step by step ---------------------------------------------------------------------------------
+    @property
+    def _may_overlap(self) -> bool:
+        return self._may_ask and not self._whole_batch and not isinstance(self.router, NeverRoute)
 
-    def _work(self, call: ScoreCall) -> None:
-        """Everything but the judge: encoding, then backbone, head and router, micro-batch by micro-batch."""
-        if call.hidden is None and self.model is not None:
-            call.encode(self.model, self.orders)
-        if not call.sizes:
-            return  # no group is left
-        if isinstance(self.router, BudgetedRouter):
-            self.router.begin_step()
-        batches = self._plan(call)
-        call.micro_batches, call.why_no_overlap = len(batches), self._why_no_overlap(batches)
-        for batch in batches:
-            part = self._score(call, batch)
-            part.first = sum(len(earlier.groups) for earlier in call.parts)
-            call.parts.append(part)
-            if not call.why_no_overlap:
-                self._route(call, part)
-        if call.why_no_overlap:
-            call.parts = [ScoredPart.joined(call.parts)]
-            self._route(call, call.parts[0])
-
-    def _plan(self, call: ScoreCall) -> list[MicroBatch]:
-        if call.hidden is not None or self.model is None:
-            return [MicroBatch(0, 0, call.sizes)]
-        limit: float = math.inf
-        if self._may_ask and not self._whole_batch and not isinstance(self.router, NeverRoute):
-            total = sum(len(text) for group in call.encoded for text in group)
-            least = _LEAST_PASSES * self.model.backbone.tokens_per_batch
-            limit = self.micro_batch_tokens or max(least, total / _MOST_MICRO_BATCHES)
-        return micro_batches(call.sizes, call.encoded, limit)
-
-    def _why_no_overlap(self, batches: list[MicroBatch]) -> str:
+    def _why_no_overlap(self, batches: int) -> str:
         if not self._may_ask:
             return "no judge is asked"
         if self._whole_batch:
             return f"{type(self.router).__name__} chooses from the whole batch"
-        return "one micro-batch" if len(batches) == 1 else ""
-
-    def _rows(self, call: ScoreCall, batch: MicroBatch) -> Tensor:
-        """The hidden rows of a micro-batch, as they come from the caller or the backbone."""
-        if call.hidden is not None:
-            return call.hidden
-        assert self.model is not None
-        with call.time("backbone"):
-            groups = call.encoded[batch.first : batch.stop]
-            progress = call.encoding_progress(batch)
-            hidden = self.model.hidden_rows(groups, progress=progress, stats=call.encoding)
-            if hidden.is_cuda:
-                torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
-        return hidden
-
-    def _score(self, call: ScoreCall, batch: MicroBatch) -> ScoredPart:
-        """A micro-batch's pairs as the head sees them."""
-        hidden, groups = self._rows(call, batch), list(range(batch.first, batch.stop))
-        contain = call.on_error == "return" and self.nonfinite == "raise"
-        try:
-            if contain:
-                hidden, groups = call.without_bad_rows(hidden, groups)
-            elif self.nonfinite == "raise" and len(hidden):
-                check_finite(hidden)
-            hidden = hidden.to(self.head.device)
-            with call.time("head"):
-                layout = PairLayout([call.sizes[k] for k in groups])
-                policy: Literal["raise", "keep"] = "keep" if contain or self.nonfinite == "route" else "raise"
-                table = self._table(call.head, hidden, layout, policy)
-        except NonFiniteError as error:
-            raise _renumbered(error, batch) from None
-        if contain:
-            hidden, groups, table = call.without_overflows(hidden, groups, table)
-        if call.kept is not None:
-            call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
-        return ScoredPart(groups, table)
-
-    def _table(
-        self, head: FrozenHead, hidden: Tensor, layout: PairLayout, policy: Literal["raise", "keep"]
-    ) -> PairTable:
-        if head.config.mode == "difference":
-            pairs = head.score_pairs(hidden, layout.sizes, backend=self.backend, nonfinite=policy, dtype=torch.float64)
-            return PairTable.of_difference(pairs, layout)
-        rows = head.score(hidden, backend=self.backend, nonfinite=policy)
-        return PairTable.of_concat(rows, layout, self.orders)
-
-    def _route(self, call: ScoreCall, part: ScoredPart) -> None:
-        """Decide equal responses by rule, let the router choose among the rest, and hand those over to the judge."""
-        table = part.table
-        if call.responses is not None:
-            table.decide_identical(call.responses[group] for group in part.groups)
-        if not self._may_ask:
-            return
-        rows = table.undecided()
-        logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
-        candidates = Candidates(logit, variance, uncertainty)
-        finite = uncertainty.isfinite()  # always, unless nonfinite="route"
-        if isinstance(self.router, BudgetedRouter):
-            chosen, part.reservation = self.router.reserve(candidates)
-            _check_choice("router.reserve", chosen, len(candidates))
-            table.state[rows[~finite & ~chosen]] = PairState.UNAFFORDABLE
-        else:
-            chosen = ~finite
-            if bool(finite.any()):
-                usable = Candidates(logit[finite], variance[finite], uncertainty[finite])
-                picked = self.router.select(usable)
-                _check_choice("router.select", picked, len(usable))
-                chosen[finite] = picked
-        call.submit(part, rows[chosen], preference[chosen], uncertainty[chosen])
+        return "one micro-batch" if batches == 1 else ""
 
     def _settle(self, call: ScoreCall) -> None:
         """Tell a budgeted router what each reservation came to: exactly once, whatever has happened.
@@ -462,17 +388,3 @@ class RewardEngine:
                 self.router.settle(part.reservation, part.usage)
             except Exception:  # the verdicts are paid for and in; a router's books must not lose them
                 log.exception("router.settle raised; its books may be wrong from here on")
-
-
-def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:
-    """The error with its rows counted from the first of the whole call, as the caller counts them."""
-    if part.first_row == 0:
-        return error
-    where = f"rows counted within groups {part.first} to {part.stop - 1}, whose first is row {part.first_row} of all"
-    return NonFiniteError(f"{error} ({where})", tuple(part.first_row + row for row in error.rows))
-
-
-def _check_choice(what: str, chosen: object, count: int) -> None:
-    if not isinstance(chosen, Tensor) or chosen.shape != (count,) or chosen.dtype != torch.bool:
-        got = f"{tuple(chosen.shape)} {chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
-        reject(what, got, f"a ({count},) bool tensor")

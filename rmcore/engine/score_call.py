@@ -17,6 +17,7 @@ from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Prompt, Response, canonical_group, canonical_groups, check_nesting
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.judging import JudgeQueue, Submission
+from rmcore.engine.micro_batches import MicroBatch
 from rmcore.engine.overlap import StoppedError
 from rmcore.engine.pair_table import PairLayout, PairTable
 from rmcore.engine.routing import Reservation
@@ -27,16 +28,9 @@ from rmcore.judge.base import JudgeUsage, Pair
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.text import EncodedText
+from rmcore.ops.dispatch import Backend
 
-__all__ = [
-    "MicroBatch",
-    "OnError",
-    "ScoreCall",
-    "ScoredPart",
-    "check_group_sizes",
-    "check_nesting",
-    "micro_batches",
-]
+__all__ = ["OnError", "ScoreCall", "ScoredPart", "check_group_sizes", "check_nesting"]
 
 OnError: TypeAlias = Literal["raise", "return"]
 """What becomes of a group that cannot be scored: ``raise`` ends the call; ``return`` leaves it out, as if it had never
@@ -76,52 +70,6 @@ def _errors(
 
 
 # -- its parts -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Consecutive groups that are encoded and scored together.
-
-    Attributes:
-        first: number of the first group.
-        first_row: of its hidden rows among those of the whole call.
-        sizes: K of each group.
-        tokens: of all its texts together.
-        tokens_before: of the groups before it.
-    """
-
-    first: int
-    first_row: int
-    sizes: list[int]
-    tokens: int = 0
-    tokens_before: int = 0
-
-    @property
-    def stop(self) -> int:
-        """One past the number of the last group."""
-        return self.first + len(self.sizes)
-
-
-def micro_batches(sizes: Sequence[int], encoded: Sequence[Sequence[EncodedText]], tokens: float) -> list[MicroBatch]:
-    """Cut the groups, in their order, into as few parts as have about ``tokens`` tokens each, all of about equal size.
-
-    In their order, not sorted by length: a router that works part by part must not see the long groups first, or its
-    budget would go to them. Of equal size, so that no small rest runs at the price of a full batch.
-    """
-    counts = [sum(len(text) for text in group) for group in encoded]
-    total = sum(counts)
-    parts = max(1, math.ceil(total / tokens))
-    result: list[MicroBatch] = []
-    first = first_row = row = before = done = 0
-    mark = 1  # the next of the parts - 1 marks that cut the tokens into equal shares
-    for group, count in enumerate(counts):
-        done += count
-        row += len(encoded[group])
-        if group + 1 == len(counts) or (mark < parts and done * parts >= total * mark):
-            result.append(MicroBatch(first, first_row, list(sizes[first : group + 1]), done - before, before))
-            first, first_row, before = group + 1, row, done
-            mark = done * parts // max(total, 1) + 1
-    return result
 
 
 @dataclass
@@ -166,7 +114,10 @@ class ScoreCall:
     clock: Clock
     head: FrozenHead
     """The engine's head when the call began: an update meanwhile is for the next call."""
-    one_order: bool = False
+    model: RewardModel | None = None
+    orders: Literal["both", "one"] = "both"
+    nonfinite: Literal["raise", "route"] = "raise"
+    backend: Backend = "auto"
     on_error: OnError = "raise"
     prompts: Sequence[Prompt] | None = None
     responses: Sequence[Sequence[Response]] | None = None
@@ -189,6 +140,11 @@ class ScoreCall:
 
     def __post_init__(self) -> None:
         self.started = self.clock.now()
+
+    @property
+    def one_order(self) -> bool:
+        """Whether hidden rows are of pairs i < j only."""
+        return self.head.config.mode == "concat" and self.orders == "one"
 
     # -- checking and encoding, before anything is scored ------------------------------------------------------------
 
@@ -226,8 +182,10 @@ class ScoreCall:
             reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {self.sizes[:8]}")
         self.hidden = hidden
 
-    def encode(self, model: RewardModel, orders: Literal["both", "one"]) -> None:
+    def encode(self) -> None:
         """Encode every group's texts."""
+        assert self.model is not None
+        model, orders = self.model, self.orders
         prompts, responses = self._texts()
         with self.time("backbone"):
             if self.on_error == "raise":

@@ -16,8 +16,8 @@ import torch
 
 from rmcore import BudgetRouter, RewardEngine, RewardModel
 from rmcore._base.errors import InputError, NonFiniteError
+from rmcore.engine.micro_batches import micro_batches
 from rmcore.engine.routing import AlwaysRoute, NeverRoute, Reservation, ThresholdRouter
-from rmcore.engine.score_call import micro_batches
 from rmcore.judge import run_sync
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 

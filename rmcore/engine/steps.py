@@ -1,0 +1,123 @@
+"""The steps of a score call: its micro-batches, one of them through backbone and head, its pairs through the router."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import NonFiniteError, reject
+from rmcore.engine.micro_batches import MicroBatch, micro_batches
+from rmcore.engine.pair_table import PairLayout, PairState, PairTable
+from rmcore.engine.routing import BudgetedRouter, Candidates, Router
+from rmcore.engine.score_call import ScoreCall, ScoredPart
+from rmcore.head.posterior import check_finite
+
+__all__ = ["plan", "route", "score_pairs"]
+
+# Measured on a CPU, 256 groups of 2, a small Llama: cutting the batch into micro-batches of 1, 2, 4, 8 or 16 forward
+# passes took 18, 17, 5, 3 or 0% more processor time than not cutting it; with groups of 4, which share more, nothing.
+_LEAST_PASSES = 4
+_MOST_MICRO_BATCHES = 12
+
+
+def plan(call: ScoreCall, *, overlap: bool, tokens: int | None) -> list[MicroBatch]:
+    """Cut a call into micro-batches.
+
+    Args:
+        call: with its texts encoded, or its hidden rows.
+        overlap: whether a judge may answer for one while the next is encoded; if not, there is nothing to cut for.
+        tokens: about how many each has; None for the engine's choice.
+    """
+    if call.hidden is not None or call.model is None:
+        return [MicroBatch(0, 0, call.sizes)]
+    limit: float = math.inf
+    if overlap:
+        total = sum(len(text) for group in call.encoded for text in group)
+        least = _LEAST_PASSES * call.model.backbone.tokens_per_batch
+        limit = tokens or max(least, total / _MOST_MICRO_BATCHES)
+    return micro_batches(call.sizes, call.encoded, limit)
+
+
+def score_pairs(call: ScoreCall, batch: MicroBatch) -> ScoredPart:
+    """A micro-batch's pairs as the head sees them."""
+    hidden, groups = _hidden_rows(call, batch), list(range(batch.first, batch.stop))
+    contain = call.on_error == "return" and call.nonfinite == "raise"
+    try:
+        if contain:
+            hidden, groups = call.without_bad_rows(hidden, groups)
+        elif call.nonfinite == "raise" and len(hidden):
+            check_finite(hidden)
+        hidden = hidden.to(call.head.device)
+        with call.time("head"):
+            layout = PairLayout([call.sizes[k] for k in groups])
+            table = _table(call, hidden, layout, "keep" if contain or call.nonfinite == "route" else "raise")
+    except NonFiniteError as error:
+        raise _renumbered(error, batch) from None
+    if contain:
+        hidden, groups, table = call.without_overflows(hidden, groups, table)
+    if call.kept is not None:
+        call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
+    return ScoredPart(groups, table)
+
+
+def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> Tensor:
+    """The hidden rows of a micro-batch, as they come from the caller or the backbone."""
+    if call.hidden is not None:
+        return call.hidden
+    assert call.model is not None
+    with call.time("backbone"):
+        groups = call.encoded[batch.first : batch.stop]
+        hidden = call.model.hidden_rows(groups, progress=call.encoding_progress(batch), stats=call.encoding)
+        if hidden.is_cuda:
+            torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
+    return hidden
+
+
+def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Literal["raise", "keep"]) -> PairTable:
+    head, backend = call.head, call.backend
+    if head.config.mode == "difference":
+        pairs = head.score_pairs(hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64)
+        return PairTable.of_difference(pairs, layout)
+    return PairTable.of_concat(head.score(hidden, backend=backend, nonfinite=nonfinite), layout, call.orders)
+
+
+def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:
+    """The error with its rows counted from the first of the whole call, as the caller counts them."""
+    if part.first_row == 0:
+        return error
+    where = f"rows counted within groups {part.first} to {part.stop - 1}, whose first is row {part.first_row} of all"
+    return NonFiniteError(f"{error} ({where})", tuple(part.first_row + row for row in error.rows))
+
+
+def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -> None:
+    """Decide equal responses by rule, let the router choose among the rest, and hand those over to the judge."""
+    table = part.table
+    if call.responses is not None:
+        table.decide_identical(call.responses[group] for group in part.groups)
+    if not may_ask:
+        return
+    rows = table.undecided()
+    logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
+    candidates = Candidates(logit, variance, uncertainty)
+    finite = uncertainty.isfinite()  # always, unless nonfinite="route"
+    if isinstance(router, BudgetedRouter):
+        chosen, part.reservation = router.reserve(candidates)
+        _check_choice("router.reserve", chosen, len(candidates))
+        table.state[rows[~finite & ~chosen]] = PairState.UNAFFORDABLE
+    else:
+        chosen = ~finite
+        if bool(finite.any()):
+            usable = Candidates(logit[finite], variance[finite], uncertainty[finite])
+            picked = router.select(usable)
+            _check_choice("router.select", picked, len(usable))
+            chosen[finite] = picked
+    call.submit(part, rows[chosen], preference[chosen], uncertainty[chosen])
+
+
+def _check_choice(what: str, chosen: object, count: int) -> None:
+    if not isinstance(chosen, Tensor) or chosen.shape != (count,) or chosen.dtype != torch.bool:
+        got = f"{tuple(chosen.shape)} {chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
+        reject(what, got, f"a ({count},) bool tensor")
