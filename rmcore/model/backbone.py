@@ -7,10 +7,11 @@ stops the forward pass there. transformers is imported on first use.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
 from rmcore.model.loading import choose_attention, configured, load, tree_kinds
+from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, PairTemplate, TextEncoder
 from rmcore.ops.dispatch import Explanation
 
@@ -110,6 +112,8 @@ class Backbone:
     ) -> None:
         if tokens_per_batch < 1:
             reject("tokens_per_batch", tokens_per_batch, "at least 1")
+        if config.date is None and reads_clock(tokenizer):
+            config = replace(config, date=datetime.date.today().isoformat())
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -127,6 +131,7 @@ class Backbone:
             append_eos=append_eos,
             max_length=config.max_length or limit,
             overlong=config.overlong,
+            date=config.date,
         )
         self._separator = pair_separator(model, tokenizer)
         self._final_linear = final_linear(model) if config.kind == "classifier" else None

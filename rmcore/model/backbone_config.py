@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from rmcore._base.errors import reject
+from rmcore.model.template_date import parse_date
 from rmcore.model.text import OverlongPolicy, PairTemplate
 
 __all__ = ["BackboneConfig", "Pooling"]
@@ -34,6 +35,8 @@ class BackboneConfig:
         append_eos: end plain texts with eos; None does so for ``last`` pooling.
         single_template, pair_template: see :class:`rmcore.model.text.PairTemplate`. A model of BERT's kind has a form
             of its own for two texts, ``{prompt}[SEP]{first}`` with its separator: what follows it gets token type 1.
+        date: YYYY-MM-DD, what a chat template that asks for the day is told; None takes the day the backbone is first
+            loaded, which the loaded backbone has here.
     """
 
     name: str = ""
@@ -48,6 +51,7 @@ class BackboneConfig:
     append_eos: bool | None = None
     single_template: str = PairTemplate.single
     pair_template: str = PairTemplate.pair
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("base", "classifier"):
@@ -60,6 +64,8 @@ class BackboneConfig:
             reject("layer", self.layer, "a layer from 1 of a base model, or None")
         if not math.isfinite(self.length_feature):
             reject("length_feature", self.length_feature, "a finite number")
+        if self.date is not None:
+            parse_date(self.date)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
 
 __all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
+
+log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
@@ -395,6 +398,13 @@ class RewardModel:
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
             )
+            if config.date is None and loaded.config.date is not None:
+                log.warning(
+                    "%s: its chat template asks what day it is, and the folder, of an older rmcore, does not say: "
+                    "it is told %s. Save the model again to keep that",
+                    name,
+                    loaded.config.date,
+                )
             return cls(loaded, head)
         except (InputError, KeyError, TypeError) as error:
             raise CheckpointError(f"{name}: got a backbone section that does not fit ({error})") from error

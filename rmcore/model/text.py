@@ -25,6 +25,7 @@ from rmcore._base.prompt import (
     response_text,
 )
 from rmcore.model.chat import render_conversation
+from rmcore.model.template_date import parse_date, pinned_template
 
 __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder"]
 
@@ -93,6 +94,7 @@ class TextEncoder:
         append_eos: end plain texts with the tokenizer's eos token, for last-token pooling.
         max_length: most tokens a text may have, specials included; None for no limit.
         overlong: what happens to longer ones.
+        date: YYYY-MM-DD, told to a chat template that asks for the day; None leaves the template the clock.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class TextEncoder:
         append_eos: bool = False,
         max_length: int | None = None,
         overlong: OverlongPolicy = "error",
+        date: str | None = None,
     ) -> None:
         if chat not in ("auto", "always", "never"):
             reject("chat", repr(chat), "auto, always or never")
@@ -119,6 +122,7 @@ class TextEncoder:
         self.append_eos = append_eos
         self.max_length = max_length
         self.overlong = overlong
+        self.date = None if date is None else parse_date(date)
         # Whether special tokens count is a state of the tokenizer, set before each call: one caller at a time.
         self._lock = threading.Lock()
         self._noticed: set[str] = set()
@@ -189,7 +193,8 @@ class TextEncoder:
         return pieces
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        pinned = None if self.date is None else pinned_template(self.tokenizer.get_chat_template(), self.date)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=pinned))
 
     def _notice(self, field: str) -> None:
         if field not in self._noticed:
