@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
-from rmcore.engine.routing.budget import Budget, Hold
+from rmcore.engine.routing.budget import Budget
 from rmcore.engine.routing.drift import Drift, StepLog, StepRecord
 from rmcore.engine.routing.pacing import Pace
 from rmcore.engine.routing.recent import Floats, ForgettingSample
@@ -54,7 +54,7 @@ class _Open:
     """A reservation in flight."""
 
     reservation: Reservation
-    holds: tuple[Hold, ...] = ()
+    parts: tuple[Reservation, ...] = ()  # one a budget
     spend: dict[str, float] = field(default_factory=dict)  # of its step, which may be over when it is settled
 
 
@@ -178,7 +178,7 @@ class AdaptiveRouter:
             wanted = self._wanted(score[usable], target)
             order = np.concatenate([np.flatnonzero(~usable), np.flatnonzero(usable)[self._ranked(score[usable])]])
             wanted += int((~usable).sum())
-            granted, holds = self._grant(wanted)
+            granted, parts = self._grant(wanted)
             chosen = torch.zeros(len(candidates), dtype=torch.bool)
             chosen[torch.from_numpy(order[:granted])] = True
             self._pairs += len(candidates)
@@ -187,10 +187,10 @@ class AdaptiveRouter:
             )
             if self._sample.seen >= self.warmup and self._threshold is not None:
                 self._log.fix(self._threshold)
-            reservation = Reservation(self._next_id, granted, tuple(hold.amount for hold in holds))
+            reservation = Reservation(self._next_id, granted, tuple(amount for part in parts for amount in part.amount))
             self._next_id += 1
             if granted:
-                self._open[reservation.id] = _Open(reservation, holds, spend)
+                self._open[reservation.id] = _Open(reservation, parts, spend)
         return chosen, reservation
 
     def settle(self, reservation: Reservation, usage: JudgeUsage | None) -> None:
@@ -212,8 +212,8 @@ class AdaptiveRouter:
             if known is None or known.reservation != reservation:
                 reject("reservation", reservation, "a reservation of this router that was not settled before")
             del self._open[reservation.id]
-            for budget, hold in zip(self.budgets, known.holds, strict=True):
-                known.spend[budget.name] += budget.settle(hold, usage)
+            for budget, part in zip(self.budgets, known.parts, strict=True):
+                known.spend[budget.name] += budget.settle(part, usage)
 
     # -- what has happened -------------------------------------------------------------------------------------------
 
@@ -339,15 +339,15 @@ class AdaptiveRouter:
         """Indices, highest score first, equal ones in random order."""
         return np.lexsort((self._random.random(len(score)), -score))
 
-    def _grant(self, wanted: int) -> tuple[int, tuple[Hold, ...]]:
+    def _grant(self, wanted: int) -> tuple[int, tuple[Reservation, ...]]:
         """Reserve in every budget as many of the wanted pairs as fit in all of them."""
-        granted, holds = wanted, []
+        granted, parts = wanted, []
         for budget in self.budgets:
-            holds.append(budget.reserve(granted))
-            granted = holds[-1].pairs
+            parts.append(budget.reserve(granted))
+            granted = parts[-1].pairs
         return granted, tuple(
-            hold if hold.pairs == granted else budget.shrink(hold, granted)
-            for budget, hold in zip(self.budgets, holds, strict=True)
+            part if part.pairs == granted else budget.shrink(part, granted)
+            for budget, part in zip(self.budgets, parts, strict=True)
         )
 
 

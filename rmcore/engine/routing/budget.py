@@ -1,9 +1,9 @@
 """Hard limits on what judging may cost: reserve before the call, settle after it.
 
     budget = Budget(500_000, "tokens", "step", max_per_pair=6_000)
-    hold = budget.reserve(40)          # as many of 40 pairs as still fit: hold.pairs
-    ...                                # ask the judge about hold.pairs pairs
-    budget.settle(hold, usage)         # what it did cost; the rest of the reservation is free again
+    reservation = budget.reserve(40)   # as many of 40 pairs as still fit: reservation.pairs
+    ...                                # ask the judge about so many pairs
+    budget.settle(reservation, usage)  # what it did cost; the rest of the reservation is free again
 
 **What is guaranteed.** ``reserved + spent ≤ limit`` at every moment and under every interleaving of threads and tasks,
 as long as no pair costs more than was reserved for it. So the limit is
@@ -38,9 +38,10 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore.engine.routing.pair_cost import FIRST_ESTIMATE, PairCost
 from rmcore.engine.routing.recent import SlidingSum
+from rmcore.engine.routing.routers import Reservation
 from rmcore.judge.base import JudgeUsage
 
-__all__ = ["Budget", "BudgetStats", "Hold", "Period", "Unit"]
+__all__ = ["Budget", "BudgetStats", "Period", "Unit"]
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +56,6 @@ WINDOWS = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
 _UNITS = ("pairs", "calls", "tokens", "cost")
 _PERIODS = ("run", "step", *WINDOWS)
 _BILLION = 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """What one ``reserve`` set aside: ``pairs`` pairs, ``amount`` in the budget's unit. Settle it once."""
-
-    id: int
-    pairs: int
-    amount: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +134,10 @@ class Budget:
 
     Example:
         >>> budget = Budget(10, "calls", "run")
-        >>> hold = budget.reserve(8)
-        >>> hold.pairs, budget.stats().left
+        >>> reservation = budget.reserve(8)
+        >>> reservation.pairs, budget.stats().left
         (5, 0.0)
-        >>> spent = budget.settle(hold, JudgeUsage(calls=7))
+        >>> spent = budget.settle(reservation, JudgeUsage(calls=7))
         >>> budget.stats().left
         3.0
     """
@@ -183,7 +175,7 @@ class Budget:
         self._lock = threading.Lock()
         self._now = -math.inf
         self._account = _Account(WINDOWS.get(per))
-        self._open: dict[int, tuple[Hold, int, _Account]] = {}
+        self._open: dict[int, tuple[Reservation, int, _Account]] = {}
         self._next_id = 1
         self._total = self._settled = self._denied = self._excess = self._overshoot = 0
 
@@ -203,8 +195,8 @@ class Budget:
             if self.per == "step":
                 self._account = _Account(None)
 
-    def reserve(self, pairs: int) -> Hold:
-        """Set aside what ``pairs`` pairs may cost, or as many of them as fit; ``hold.pairs`` says how many did."""
+    def reserve(self, pairs: int) -> Reservation:
+        """Set aside what ``pairs`` pairs may cost, or as many of them as fit; its ``pairs`` says how many did."""
         if not isinstance(pairs, int) or isinstance(pairs, bool) or pairs < 0:
             reject("pairs", repr(pairs), "a non-negative integer")
         with self._lock:
@@ -212,45 +204,45 @@ class Budget:
             room = self._limit - self._account.spent(self._time()) - self._account.reserved
             granted = min(pairs, max(room, 0) // rate)
             self._denied += pairs - granted
-            return self._hold(granted, granted * rate, self._account)
+            return self._set_aside(granted, granted * rate, self._account)
 
-    def shrink(self, hold: Hold, pairs: int) -> Hold:
-        """Give part of a hold back before anything was asked: a hold for ``pairs`` of its pairs takes its place."""
+    def shrink(self, reservation: Reservation, pairs: int) -> Reservation:
+        """Give part of one back before anything was asked: a reservation for ``pairs`` of its pairs takes its place."""
         with self._lock:
-            amount, account = self._close(hold)
-            if not isinstance(pairs, int) or not 0 <= pairs <= hold.pairs:
-                self._open[hold.id] = (hold, amount, account)
+            amount, account = self._close(reservation)
+            if not isinstance(pairs, int) or not 0 <= pairs <= reservation.pairs:
+                self._open[reservation.id] = (reservation, amount, account)
                 account.reserved += amount
-                account.pairs += hold.pairs
-                reject("pairs", repr(pairs), f"an integer from 0 to the hold's {hold.pairs}")
-            return self._hold(pairs, amount // hold.pairs * pairs if hold.pairs else 0, account)
+                account.pairs += reservation.pairs
+                reject("pairs", repr(pairs), f"an integer from 0 to the reservation's {reservation.pairs}")
+            return self._set_aside(pairs, amount // reservation.pairs * pairs if reservation.pairs else 0, account)
 
-    def settle(self, hold: Hold, usage: JudgeUsage | None) -> float:
-        """Book what a hold's pairs cost; to be called exactly once a hold.
+    def settle(self, reservation: Reservation, usage: JudgeUsage | None) -> float:
+        """Book what a reservation's pairs cost; to be called exactly once a reservation.
 
         Args:
-            hold: what ``reserve`` or ``shrink`` returned.
+            reservation: what ``reserve`` or ``shrink`` returned.
             usage: of those pairs together; ``None`` if nobody knows: everything reserved then counts as spent.
 
         Returns:
             What was booked, in ``unit``.
 
         Raises:
-            InputError: the hold is not this budget's, or was settled before.
+            InputError: the reservation is not this budget's, or was settled before.
         """
         if usage is not None and not isinstance(usage, JudgeUsage):
             reject("usage", type(usage).__name__, "a JudgeUsage or None")
         with self._lock:
-            charge = self._charge(hold, usage)  # before anything is changed: a judge's usage may be anybody's
-            reserved, account = self._close(hold)
+            charge = self._charge(reservation, usage)  # before anything is changed: a judge's usage may be anybody's
+            reserved, account = self._close(reservation)
             known = charge is not None
             charge = self._cautious(charge, reserved, usage)
             now = self._time()
             account.spend(now, charge)
             self._total += charge
-            self._settled += hold.pairs
-            if known and usage is not None and hold.pairs:
-                self._pair.learn(hold.pairs, charge, usage)
+            self._settled += reservation.pairs
+            if known and usage is not None and reservation.pairs:
+                self._pair.learn(reservation.pairs, charge, usage)
             self._excess += max(charge - reserved, 0)
             over = account.spent(now) - self._limit
             if over > 0 and charge:
@@ -258,7 +250,7 @@ class Budget:
                 self._overshoot = max(self._overshoot, over)
                 log.warning(
                     "budget of %g %s: %d pairs cost %g where %g was reserved; %g over the limit",
-                    *(self.limit, self.name, hold.pairs),
+                    *(self.limit, self.name, reservation.pairs),
                     *(self._units(charge), self._units(reserved), self._units(over)),
                 )
             return self._units(charge)
@@ -340,33 +332,33 @@ class Budget:
         self._now = max(self._now, self.clock.now())
         return self._now
 
-    def _hold(self, pairs: int, amount: int, account: _Account) -> Hold:
-        hold = Hold(self._next_id, pairs, self._units(amount))
+    def _set_aside(self, pairs: int, amount: int, account: _Account) -> Reservation:
+        reservation = Reservation(self._next_id, pairs, (self._units(amount),))
         self._next_id += 1
-        self._open[hold.id] = (hold, amount, account)
+        self._open[reservation.id] = (reservation, amount, account)
         account.reserved += amount
         account.pairs += pairs
-        return hold
+        return reservation
 
-    def _close(self, hold: Hold) -> tuple[int, _Account]:
-        known = self._open.get(hold.id) if isinstance(hold, Hold) else None
-        if known is None or known[0] != hold:
-            reject("hold", hold, "a hold of this budget that was not settled before")
-        _, amount, account = self._open.pop(hold.id)
+    def _close(self, reservation: Reservation) -> tuple[int, _Account]:
+        known = self._open.get(reservation.id) if isinstance(reservation, Reservation) else None
+        if known is None or known[0] != reservation:
+            reject("reservation", reservation, "a reservation of this budget that was not settled before")
+        _, amount, account = self._open.pop(reservation.id)
         account.reserved -= amount
-        account.pairs -= hold.pairs
+        account.pairs -= reservation.pairs
         return amount, account
 
-    def _charge(self, hold: Hold, usage: JudgeUsage | None) -> int | None:
+    def _charge(self, reservation: Reservation, usage: JudgeUsage | None) -> int | None:
         """What the judge says it cost; None where it does not say all."""
         if self.unit == "pairs":
-            return hold.pairs
+            return reservation.pairs
         if usage is None:
             return None
         tokens = usage.prompt_tokens + usage.completion_tokens
         amount = {"calls": usage.calls, "tokens": tokens, "cost": usage.cost}[self.unit]
         if not math.isfinite(amount) or min(amount, usage.calls, usage.prompt_tokens, usage.completion_tokens) < 0:
-            log.warning("a judge reports %r %s; %d pairs count as reserved", amount, self.unit, hold.pairs)
+            log.warning("a judge reports %r %s; %d pairs count as reserved", amount, self.unit, reservation.pairs)
             return None
         if usage.calls and (usage.unpriced_calls if self.unit == "cost" else self.unit == "tokens" and not tokens):
             return None

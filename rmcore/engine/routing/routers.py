@@ -80,12 +80,13 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What a :class:`BudgetedRouter` set aside for the pairs of one ``reserve``. Hand it back to ``settle``, once.
+    """What one ``reserve`` of a :class:`BudgetedRouter`, or of a ``Budget``, set aside. Hand it to ``settle``, once.
 
     Attributes:
-        id: names it; unique within its router.
-        pairs: how many pairs were chosen.
-        amount: what was set aside in each of the router's budgets, in that budget's unit and order.
+        id: names it; unique within its router or budget.
+        pairs: for how many pairs.
+        amount: what was set aside in each of the router's budgets, in that budget's unit and order; a budget's own is
+            one number.
     """
 
     id: int

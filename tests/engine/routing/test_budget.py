@@ -71,7 +71,7 @@ class Interleavings(RuleBasedStateMachine):
     Whole tokens, so that the ledger's own sums are exact.
     """
 
-    holds = Bundle("holds")
+    reservations = Bundle("reservations")
 
     @initialize(
         limit=st.integers(0, 400), bound=st.integers(1, 40), per=st.sampled_from(["run", "step", "minute", "hour"])
@@ -85,37 +85,37 @@ class Interleavings(RuleBasedStateMachine):
         self.done: list[Spent] = []
         self.denied = 0
 
-    @rule(target=holds, pairs=st.integers(0, 12))
+    @rule(target=reservations, pairs=st.integers(0, 12))
     def reserve(self, pairs):
         free = self.limit - self.counted()
-        hold = self.budget.reserve(pairs)
-        assert hold.pairs == min(pairs, free // self.bound)  # all that fits, and no more
-        assert hold.amount == hold.pairs * self.bound
-        self.denied += pairs - hold.pairs
-        self.flying[hold.id] = Spent(self.step, self.clock.time, math.inf, hold.pairs * self.bound)
-        return hold
+        reservation = self.budget.reserve(pairs)
+        assert reservation.pairs == min(pairs, free // self.bound)  # all that fits, and no more
+        assert reservation.amount == (reservation.pairs * self.bound,)
+        self.denied += pairs - reservation.pairs
+        self.flying[reservation.id] = Spent(self.step, self.clock.time, math.inf, reservation.pairs * self.bound)
+        return reservation
 
-    @rule(target=holds, hold=consumes(holds), share=st.floats(0, 1))
-    def shrink(self, hold, share):
-        old = self.flying.pop(hold.id)
-        smaller = self.budget.shrink(hold, int(share * hold.pairs))
-        assert smaller.amount == int(share * hold.pairs) * self.bound
-        self.flying[smaller.id] = Spent(old.step, old.reserved_at, math.inf, int(smaller.amount))
+    @rule(target=reservations, reservation=consumes(reservations), share=st.floats(0, 1))
+    def shrink(self, reservation, share):
+        old = self.flying.pop(reservation.id)
+        smaller = self.budget.shrink(reservation, int(share * reservation.pairs))
+        assert smaller.amount == (int(share * reservation.pairs) * self.bound,)
+        self.flying[smaller.id] = Spent(old.step, old.reserved_at, math.inf, int(smaller.amount[0]))
         return smaller
 
-    @rule(hold=consumes(holds), share=st.floats(0, 1))
-    def settle(self, hold, share):
-        spent = self.flying.pop(hold.id)
+    @rule(reservation=consumes(reservations), share=st.floats(0, 1))
+    def settle(self, reservation, share):
+        spent = self.flying.pop(reservation.id)
         spent.settled_at, spent.amount = self.clock.time, int(share * spent.amount)
         calls = 2 if spent.amount else 0
-        assert self.budget.settle(hold, usage("tokens", spent.amount, calls)) == spent.amount
+        assert self.budget.settle(reservation, usage("tokens", spent.amount, calls)) == spent.amount
         self.done.append(spent)
 
-    @rule(hold=consumes(holds))
-    def lose(self, hold):
-        spent = self.flying.pop(hold.id)
+    @rule(reservation=consumes(reservations))
+    def lose(self, reservation):
+        spent = self.flying.pop(reservation.id)
         spent.settled_at = self.clock.time
-        assert self.budget.settle(hold, None) == spent.amount
+        assert self.budget.settle(reservation, None) == spent.amount
         self.done.append(spent)
 
     @rule()
@@ -165,7 +165,7 @@ TestInterleavings.settings = settings(max_examples=120, stateful_step_count=40, 
 class Restarts(RuleBasedStateMachine):
     """A budget that is saved, killed and restored at any moment spends no more than one that never was."""
 
-    holds = Bundle("holds")
+    reservations = Bundle("reservations")
 
     @initialize(limit=st.integers(1, 200), per=st.sampled_from(["run", "step", "minute"]))
     def make(self, limit, per):
@@ -175,21 +175,21 @@ class Restarts(RuleBasedStateMachine):
         self.amounts: list[int] = []
         self.flying: dict[tuple[int, int], int] = {}
 
-    @rule(target=holds, pairs=st.integers(1, 6))
+    @rule(target=reservations, pairs=st.integers(1, 6))
     def reserve(self, pairs):
-        hold = self.budget.reserve(pairs)
-        self.flying[self.life, hold.id] = int(hold.amount)
-        return self.life, hold
+        reservation = self.budget.reserve(pairs)
+        self.flying[self.life, reservation.id] = int(reservation.amount[0])
+        return self.life, reservation
 
-    @rule(named=consumes(holds), calls=st.integers(0, 24))
+    @rule(named=consumes(reservations), calls=st.integers(0, 24))
     def settle(self, named, calls):
-        life, hold = named
+        life, reservation = named
         if life == self.life:
-            self.amounts.append(min(calls, self.flying.pop((life, hold.id))))
-            self.budget.settle(hold, JudgeUsage(calls=self.amounts[-1]))
+            self.amounts.append(min(calls, self.flying.pop((life, reservation.id))))
+            self.budget.settle(reservation, JudgeUsage(calls=self.amounts[-1]))
         else:  # asked by the process that was killed
             with pytest.raises(InputError):
-                self.budget.settle(hold, JudgeUsage(calls=calls))
+                self.budget.settle(reservation, JudgeUsage(calls=calls))
 
     @rule()
     def restart(self):
@@ -234,15 +234,15 @@ def test_threads_never_exceed_it_together(per):
         try:
             start.wait()
             for _ in range(150):
-                hold = budget.reserve(draw.randint(0, 9))
-                count(hold.amount)
+                reservation = budget.reserve(draw.randint(0, 9))
+                count(reservation.amount[0])
                 if draw.random() < 0.2:
-                    smaller = hold.pairs // 2
-                    count(smaller * bound - hold.amount)
-                    hold = budget.shrink(hold, smaller)
-                real = draw.randint(0, int(hold.amount)) // 4
-                count(real - hold.amount)
-                budget.settle(hold, JudgeUsage(calls=bool(real), prompt_tokens=real))
+                    smaller = reservation.pairs // 2
+                    count(smaller * bound - reservation.amount[0])
+                    reservation = budget.shrink(reservation, smaller)
+                real = draw.randint(0, int(reservation.amount[0])) // 4
+                count(real - reservation.amount[0])
+                budget.settle(reservation, JudgeUsage(calls=bool(real), prompt_tokens=real))
         except Exception as error:
             errors.append(error)
 
@@ -275,16 +275,16 @@ def test_without_a_bound_the_overshoot_is_at_most_the_excess_in_flight(costs, li
     budget = Budget(limit, "tokens", "run", first_estimate=50)
     spent = 0
     for batch in costs:  # each batch is in flight together
-        holds = [budget.reserve(1) for _ in batch]
+        reservations = [budget.reserve(1) for _ in batch]
         assert budget.stats().spent + budget.stats().reserved <= max(limit, spent)
         excess = 0
-        for hold, cost in zip(holds, batch, strict=True):
-            cost *= hold.pairs
-            excess += max(0, cost - hold.amount)
+        for reservation, cost in zip(reservations, batch, strict=True):
+            cost *= reservation.pairs
+            excess += max(0, cost - reservation.amount[0])
             spent += cost
-            budget.settle(hold, JudgeUsage(calls=hold.pairs if cost else 0, prompt_tokens=cost))
+            budget.settle(reservation, JudgeUsage(calls=reservation.pairs if cost else 0, prompt_tokens=cost))
         assert spent == budget.stats().spent
-        if any(hold.pairs for hold in holds):
+        if any(reservation.pairs for reservation in reservations):
             assert spent - limit <= excess
     assert budget.stats().overshoot >= max(0, spent - limit)
     assert budget.stats().left == max(0, limit - spent)
@@ -382,17 +382,17 @@ def test_the_expected_number_of_pairs_goes_by_the_mean_not_the_bound():
 def test_what_is_booked(unit, spent, expected):
     bound = {"tokens": {"max_per_pair": 1_000}, "cost": {"max_per_pair": 1}}.get(unit, {})
     budget = Budget(10_000, unit, **bound)
-    hold = budget.reserve(4)
-    assert budget.settle(hold, spent) == expected
+    reservation = budget.reserve(4)
+    assert budget.settle(reservation, spent) == expected
     assert (budget.stats().spent, budget.stats().reserved) == (expected, 0)
 
 
 def test_currency_does_not_round_away():
     budget = Budget(0.3, "cost", max_per_pair=0.1)
     for _ in range(3):
-        hold = budget.reserve(1)
-        assert hold.pairs == 1
-        budget.settle(hold, JudgeUsage(calls=2, cost=0.1))
+        reservation = budget.reserve(1)
+        assert reservation.pairs == 1
+        budget.settle(reservation, JudgeUsage(calls=2, cost=0.1))
     assert budget.reserve(1).pairs == 0
     assert budget.stats().left == 0
     many = Budget(1_000_000, "cost", max_per_pair=1e-6)
@@ -447,9 +447,9 @@ def test_a_clock_that_steps_back_frees_nothing():
     clock.time = 159.0
     assert budget.stats().left == 0
     clock.time = 160.0
-    hold = budget.reserve(2)
+    reservation = budget.reserve(2)
     clock.time = 0.0
-    budget.settle(hold, None)
+    budget.settle(reservation, None)
     clock.time = 219.0
     assert budget.stats().left == 0
 
@@ -566,28 +566,28 @@ def test_a_state_must_be_whole():
 def test_a_state_is_not_loaded_over_what_is_in_flight():
     budget = Budget(10)
     state = budget.state_dict()
-    hold = budget.reserve(1)
+    reservation = budget.reserve(1)
     with pytest.raises(InputError, match="1 reservations in flight"):
         budget.load_state_dict(state)
-    budget.settle(hold, None)
+    budget.settle(reservation, None)
     budget.load_state_dict(state)
     assert budget.stats().left == 10
 
 
-def test_holds_are_settled_once_and_where_they_belong():
+def test_reservations_are_settled_once_and_where_they_belong():
     budget, other = Budget(100), Budget(100)
-    hold, foreign = budget.reserve(3), other.reserve(4)
+    reservation, foreign = budget.reserve(3), other.reserve(4)
     for wrong in (foreign, None, 1):
-        with pytest.raises(InputError, match="hold"):
+        with pytest.raises(InputError, match="reservation"):
             budget.settle(wrong, None)
     with pytest.raises(InputError, match="usage: got dict"):
-        budget.settle(hold, {"calls": 1})
-    with pytest.raises(InputError, match="pairs: got 4, expected an integer from 0 to the hold's 3"):
-        budget.shrink(hold, 4)
+        budget.settle(reservation, {"calls": 1})
+    with pytest.raises(InputError, match="pairs: got 4, expected an integer from 0 to the reservation's 3"):
+        budget.shrink(reservation, 4)
     assert budget.stats().reserved == 6  # none of it did anything
-    smaller = budget.shrink(hold, 2)
+    smaller = budget.shrink(reservation, 2)
     with pytest.raises(InputError, match="settled before"):
-        budget.settle(hold, None)
+        budget.settle(reservation, None)
     budget.settle(smaller, None)
     with pytest.raises(InputError, match="settled before"):
         budget.settle(smaller, None)
