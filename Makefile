@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Errors are shown, warnings about a machine's own pip settings are not.
 PIP = $(BIN)/pip install -qq
 TORCH ?= 2.13.0
+# The Python of the machine with the GPU, for gpu-check-prepare.
+GPU_PYTHON ?= python3.12
 # Machines without an NVIDIA GPU get torch's CPU build, which is gigabytes smaller. TORCH_CPU=0 or 1 overrides.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
@@ -13,7 +15,7 @@ ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeou
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test coverage docs lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare clean
+.PHONY: help demo test coverage docs lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -95,6 +97,13 @@ soak-serve: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/rmcore bench --verbose
 
+# Every Triton kernel for every table row, with the Triton of the machine with the GPU and with this one: no spills, no
+# serialised matrix instructions. Minutes; the tests run the ends of the tables.
+triton-gate: $(VENV)/.dev
+	$(BIN)/pip install -q --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python tests/kernels/compile_triton.py --archs 90
+	$(BIN)/python tests/kernels/compile_triton.py
+
 # For a bare machine with an NVIDIA GPU, torch and triton but no network: installs nothing, every fact is on disk at once.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py run
@@ -105,7 +114,7 @@ gpu-check-more:
 
 # Here, before: _cuda for the Python of the machine with the GPU, so that nothing needs to be built there.
 gpu-check-prepare: $(VENV)/.dev
-	$(BIN)/python bench/gpu_check.py prepare
+	$(BIN)/python bench/gpu_check.py prepare --python $(GPU_PYTHON)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

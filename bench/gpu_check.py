@@ -259,13 +259,22 @@ def _pybind11_folder() -> str:
 
 def prepare(python: str, architecture: str = "90a-real") -> int:
     """Build ``_cuda`` for ``python`` (that of the GPU machine) into out/gpu-check-prepared; 0 if it can travel."""
+    asked = "import sys, sysconfig; print(sys.executable, sysconfig.get_config_var('EXT_SUFFIX'))"
+    done = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"--python {python}: does not run ({done.stderr.strip()[:200]}); name the Python of the GPU machine")
+        return 1
+    interpreter, suffix = done.stdout.split()  # the interpreter itself, where ``python`` is a launcher
     PREPARED.mkdir(parents=True, exist_ok=True)
     for old in PREPARED.glob("*.so"):
         old.unlink()
     build = PREPARED / "build"
-    for command in build_command(build, python, architecture, _pybind11_folder()):
+    for command in build_command(build, interpreter, architecture, _pybind11_folder()):
         subprocess.run(command, check=True)
     (built,) = build.rglob("_cuda*.so")
+    if not built.name.endswith(suffix):
+        print(f"{built.name} was built for another Python than {interpreter}, whose modules end in {suffix}")
+        return 1
     needed = newest_glibc(built)
     if needed > GLIBC:
         print(f"{built.name} needs glibc {needed[0]}.{needed[1]}, newer than {GLIBC[0]}.{GLIBC[1]}: it would not load")

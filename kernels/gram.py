@@ -26,7 +26,7 @@ from . import heuristics
 from .common import cdiv, launch, power_of_two, triangle_row
 from .heuristics import Device
 
-_WEIGH_PARTS = 64
+_WEIGH_PARTS = 32
 _ADD_ROWS = 16
 
 
