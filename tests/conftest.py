@@ -29,6 +29,12 @@ class Data(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from or left in the user's cache."""
+    monkeypatch.setenv("RMCORE_CACHE", "off")
+
+
+@pytest.fixture(autouse=True)
 def _one_thread_for_small_matrices(request) -> Iterator[None]:
     """Threads only hurt where matrices are tiny, and on a busy machine they hurt by minutes."""
     threads = torch.get_num_threads()

@@ -8,9 +8,11 @@ stops the forward pass there. transformers is imported on first use.
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ from rmcore.model.encoding.architecture import block, final_linear, pair_separat
 from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
+from rmcore.model.folder_files import check_files, folder_digests
+from rmcore.model.hub import folder_of
 from rmcore.model.loading import choose_attention, configured, load, tree_kinds
+from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, PairTemplate, TextEncoder
 from rmcore.ops.dispatch import Explanation
@@ -46,6 +51,7 @@ class EncodingStats:
         truncated_texts: texts that a policy cut.
         cut_tokens: what it took.
         packed_tokens: tokens of packed forward passes, where shared beginnings count once.
+        cached: distinct texts whose states were known from before, so that they cost nothing.
     """
 
     texts: int = 0
@@ -55,6 +61,7 @@ class EncodingStats:
     truncated_texts: int = 0
     cut_tokens: int = 0
     packed_tokens: int = 0
+    cached: int = 0
 
     @property
     def computed_tokens(self) -> int:
@@ -97,6 +104,10 @@ class Backbone:
         packing: how shared beginnings are encoded: ``auto`` packs them where that saves and is exact, ``flex`` and
             ``sdpa`` always pack, with that attention or an error, ``padded`` gives every text a row of its own.
         tree_kinds: the attentions that ``packing="auto"`` may choose from; None for all.
+        files: sha256 of each file the model and its tokenizer come from, where that is a folder.
+
+    Attributes:
+        state_cache: where encoded states are kept and looked up; None, the default, keeps none.
     """
 
     def __init__(
@@ -109,6 +120,7 @@ class Backbone:
         attention: tuple[str, str] = ("", ""),
         packing: Packing = "auto",
         tree_kinds: tuple[Kind, ...] | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         if tokens_per_batch < 1:
             reject("tokens_per_batch", tokens_per_batch, "at least 1")
@@ -120,6 +132,8 @@ class Backbone:
         self.tokens_per_batch = tokens_per_batch
         self.attention = attention
         self.stats = EncodingStats()
+        self.files = dict(files or {})
+        self.state_cache: StateCache | None = None
         limit = position_limit(model)
         if config.max_length is not None and limit is not None and config.max_length > limit:
             reject("max_length", config.max_length, f"at most the model's {limit} positions")
@@ -138,6 +152,7 @@ class Backbone:
         if config.layer is not None:
             block(model, config.layer)
         self._lock = threading.RLock()
+        self._loaded = self._weights_version()
         self._sharing = PrefixSharing(
             model,
             packing,
@@ -161,6 +176,7 @@ class Backbone:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        expected_files: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Backbone:
         """Load a backbone by hub name or folder. Only safetensors files are read as weights.
@@ -180,12 +196,14 @@ class Backbone:
             cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
             local_files_only: take what is in the cache, and do not ask the hub.
             trust_remote_code: run the Python files that come with a model. They can do whatever you can.
+            expected_files: the ``files`` that a folder had when something was fitted on it.
             kwargs: fields of :class:`BackboneConfig` where ``config`` is a name. ``revision`` is one.
 
         A private repository needs HF_TOKEN in the environment, or ``hf auth login``.
 
         Raises:
-            CheckpointError: the name cannot be loaded; the message carries the loader's reason.
+            CheckpointError: the name cannot be loaded; the message carries the loader's reason. Or the folder's files
+                are not the expected ones; the message names them.
             InputError: an argument that :class:`BackboneConfig` or this function does not have.
         """
         config = configured(config, kwargs)
@@ -196,6 +214,12 @@ class Backbone:
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
         }
+        folder = folder_of(config.name, config.revision)
+        recorded = expected_files or {}
+        code = trust_remote_code or any(name.endswith(".py") for name in recorded)
+        files = {} if folder is None else folder_digests(folder, code=code)
+        if folder is not None and recorded:
+            check_files(folder, recorded, files)
         config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
         return cls(
             model.to(device).eval(),
@@ -205,6 +229,7 @@ class Backbone:
             attention=attention,
             packing=packing,
             tree_kinds=tree_kinds(attn_implementation),
+            files=files,
         )
 
     @property
@@ -219,6 +244,33 @@ class Backbone:
             self._final_linear.in_features if self._final_linear is not None else text_config(self.model).hidden_size
         )
         return int(width) + (self.config.length_feature != 0)
+
+    @property
+    def changed(self) -> bool:
+        """Whether weights were trained or replaced since the model was loaded."""
+        return self._weights_version() != self._loaded
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of all that decides the state of a sequence of token ids; None where that is not known.
+
+        It covers the files or the hub's commit, the pooling, and the arithmetic: dtype, device, attention, versions.
+        """
+        source = self.files or ([self.config.name, self.config.revision] if self.config.revision else None)
+        if source is None or self.changed:
+            return None
+        import transformers
+
+        config = self.config
+        state = (config.kind, config.pooling, config.layer, self._separator, self.packing, *self.attention)
+        arithmetic = (str(self.model.dtype), self.device.type, torch.__version__, transformers.__version__)
+        text = json.dumps([1, source, state, arithmetic], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _weights_version(self) -> tuple[int, int]:
+        # torch counts the writes to each tensor; tensors made in inference mode have no count and no training.
+        parameters = list(self.model.parameters()) if hasattr(self.model, "parameters") else []
+        return len(parameters), sum(0 if p.is_inference() else p._version for p in parameters)
 
     @property
     def packing(self) -> Packing:
@@ -269,10 +321,20 @@ class Backbone:
         )
         width = self.hidden_size - (self.config.length_feature != 0)
         pooled = torch.empty(len(ids), width, dtype=torch.float32, device=self.device)
-        done = 0
+        cache = None if self.changed else self.state_cache
+        todo = list(range(len(ids)))
+        if cache is not None:
+            known, states = cache.read(ids)
+            pooled[torch.tensor(known, dtype=torch.long, device=self.device)] = states.to(self.device)
+            todo = sorted(set(todo) - set(known))
+            call.cached = len(known)
+        done = call.tokens - sum(len(ids[k]) for k in todo)
         with torch.inference_mode():
-            for batch, states in self._encode(ids, call):
+            for part, states in self._encode([ids[k] for k in todo], call):
+                batch = [todo[k] for k in part]
                 pooled[torch.tensor(batch, device=self.device)] = states
+                if cache is not None:
+                    cache.write([ids[k] for k in batch], states)
                 done += sum(len(ids[k]) for k in batch)
                 if progress is not None:
                     progress(done, call.tokens)

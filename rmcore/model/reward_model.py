@@ -24,6 +24,7 @@ from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
+from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.text import EncodedText
 from rmcore.ops.dispatch import Backend
@@ -283,13 +284,19 @@ class RewardModel:
         config = self.backbone.config
         if not embed and not config.name:
             reject("backbone", "'name' for a backbone that came without one", "'embed'")
+        if not embed and self.backbone.changed:
+            reject("backbone", "'name' for weights that were trained since they were loaded", "'embed'")
         head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
+        files = self.backbone.files
         if embed:
             self.backbone.model.save_pretrained(folder / "backbone")
             self.backbone.tokenizer.save_pretrained(folder / "backbone")
+            files = folder_digests(folder / "backbone")
             if config.revision is None:  # a path of this machine is nobody else's business
                 config = replace(config, name="")
         values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": embed}
+        if files:
+            values["backbone_files"] = files
         checkpoint.write_config(folder, values)
 
     def push_to_hub(
@@ -327,7 +334,7 @@ class RewardModel:
         if backbone not in ("auto", "name", "embed"):
             reject("backbone", repr(backbone), "'auto', 'name' or 'embed'")
         config = self.backbone.config
-        on_hub = bool(config.name) and config.revision is not None
+        on_hub = bool(config.name) and config.revision is not None and not self.backbone.changed
         if backbone == "name" and not on_hub:
             reject("backbone", f"'name' for {config.name!r}, which is not on the hub", "'embed' or 'auto'")
         embed = backbone == "embed" or not on_hub
@@ -370,7 +377,8 @@ class RewardModel:
         A private repository needs HF_TOKEN in the environment, or ``hf auth login``; tokens are not taken as arguments.
 
         Raises:
-            CheckpointError: anything truncated, foreign or inconsistent; on the hub a repository or revision that is
+            CheckpointError: anything truncated, foreign or inconsistent, or a backbone whose files are not those the
+                model was saved with (the message names them); on the hub a repository or revision that is
                 not there, gated, or not in the cache while offline. The message names both.
             InputError: a revision beside a folder, or a backbone given that is not as wide as the head.
         """
@@ -397,6 +405,7 @@ class RewardModel:
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
+                expected_files=values.get("backbone_files"),
             )
             if config.date is None and loaded.config.date is not None:
                 log.warning(

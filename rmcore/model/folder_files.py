@@ -1,0 +1,89 @@
+"""The files that decide what a backbone's folder computes, by sha256: a saved model is for these and no others.
+
+Whole files are digested, weights too, since a sample would miss a tensor that was overwritten in place. That is paid
+once: the digest of a large file is kept in the cache (:mod:`rmcore._base.cache`) under its device, inode, size and
+times of change, of which the last (ctime) cannot be set back by a program that writes to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+from rmcore._base.cache import cache_folder
+from rmcore._base.errors import CheckpointError
+from rmcore._base.files import digest_file
+
+__all__ = ["check_files", "folder_digests"]
+
+# What transformers reads of a folder: configuration, weights, adapters, tokenizers of all kinds, chat templates.
+_DECIDING = (
+    *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt", "*.model"),
+    *("bpe.codes", "*.tiktoken", "tekken.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
+)
+_LARGE = 32 * 2**20
+_SETTLED_S = 2.0
+"""A file changed less than this ago is not cached: another change could bear the same time stamp."""
+
+
+def folder_digests(folder: Path, *, code: bool = False) -> dict[str, str]:
+    """sha256 by name of the files in a folder that decide what a backbone loaded from it computes.
+
+    Args:
+        folder: as ``from_pretrained`` of transformers takes it.
+        code: Python files too, for a backbone that runs them.
+    """
+    patterns = (*_DECIDING, "*.py") if code else _DECIDING
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    names += [f"additional_chat_templates/{file.name}" for file in folder.glob("additional_chat_templates/*")]
+    chosen = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter to others
+        return dict(zip(chosen, pool.map(lambda name: _digest(folder / name), chosen), strict=True))
+
+
+def check_files(folder: Path, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Hold a folder's files against those a model was saved with.
+
+    Raises CheckpointError, which names the files that are missing, changed or new.
+    """
+    missing = sorted(set(recorded) - set(found))
+    changed = sorted(name for name in set(recorded) & set(found) if recorded[name] != found[name])
+    new = sorted(set(found) - set(recorded))
+    told = [
+        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''} {what}"
+        for names, what in ((missing, "missing"), (changed, "changed"), (new, "new"))
+        if names
+    ]
+    if told:
+        raise CheckpointError(
+            f"backbone: got {str(folder)!r} with {'; '.join(told)} since the model was saved, expected the backbone it "
+            "was fitted on. Put the files back, or train again"
+        )
+
+
+def _digest(file: Path) -> str:
+    stat = file.stat()
+    cache = cache_folder()
+    if stat.st_size < _LARGE or cache is None or time.time() - stat.st_ctime < _SETTLED_S:
+        return digest_file(file)
+    known = (os.path.realpath(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    kept = cache / "digests" / hashlib.sha256(repr(known).encode()).hexdigest()
+    try:
+        text = kept.read_text(encoding="ascii")
+        if len(text) == 64:
+            return text
+    except (OSError, ValueError):
+        pass
+    digest = digest_file(file)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(digest, encoding="ascii")
+    except OSError:  # a cache that cannot be written costs time, no more
+        pass
+    return digest
