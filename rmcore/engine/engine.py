@@ -12,9 +12,10 @@ import asyncio
 import functools
 import logging
 import math
+import os
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,8 +28,10 @@ from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
 from rmcore.engine.overlap import run_alongside, run_alongside_async
 from rmcore.engine.routing import BudgetedRouter, NeverRoute, Router, ThresholdRouter
+from rmcore.engine.routing.state import write_state
 from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group_sizes
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
+from rmcore.engine.state import engine_state, load_engine_file, load_engine_state
 from rmcore.engine.steps import plan, route, score_pairs
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
@@ -246,6 +249,33 @@ class RewardEngine:
         learner = self._checked_learner()
         learner.revert(version)
         self._serve_head_of(learner)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart must not lose, as JSON values: the router's state, budgets included, and which head this is.
+
+        With a learner the state names the head's version; the head itself lies in the learner's journal. What is in
+        flight counts as spent.
+        """
+        return engine_state(self)
+
+    def load_state_dict(self, state: object) -> None:
+        """Go on from a state of :meth:`state_dict`: a router made alike, the same head; a learner goes to its version.
+
+        Raises:
+            CheckpointError: damaged, or of another router, head or journal, named. Nothing is changed.
+            InputError: reservations are in flight.
+        """
+        load_engine_state(self, state)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` to a JSON file, whole or not at all."""
+        write_state(path, engine_state(self))
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file of :meth:`save_state`. Raises as :meth:`load_state_dict`, naming the file."""
+        load_engine_file(self, path)
 
     def _checked_learner(self) -> VerdictLearner:
         if self.learner is None:

@@ -29,7 +29,7 @@ from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.reference import TILE
 
-__all__ = ["LearningConfig", "UpdateReport", "VerdictLearner"]
+__all__ = ["LearningConfig", "UpdateReport", "VerdictLearner", "beta_digest", "head_identity"]
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class VerdictLearner:
 
     def check_head(self, head: FrozenHead) -> None:
         """Raise InputError unless ``head`` is a version of this learner's head: the same features."""
-        if head is not self._head and _identity(head) != _identity(self._head):
+        if head is not self._head and head_identity(head) != head_identity(self._head):
             reject("head", "one with other features than the learner's", "the head the learner was made with")
 
     def update(self, scores: GroupScores) -> UpdateReport:
@@ -160,7 +160,7 @@ class VerdictLearner:
         self.close()
 
     def _open(self, count: int) -> None:
-        identity, state, journal = _identity(self._base), _state_digest(self._base), self._journal
+        identity, state, journal = head_identity(self._base), _state_digest(self._base), self._journal
         if not journal.versions:
             journal.begin(identity, state, count, _snapshot(self._base))
             return
@@ -219,7 +219,7 @@ def _from_snapshot(base: FrozenHead, tensors: Mapping[str, Tensor], count: int) 
     return FrozenHead(base.config, base.feature_map, on["beta"], base.beta0, posterior, weights)
 
 
-def _identity(head: FrozenHead) -> dict[str, Any]:
+def head_identity(head: FrozenHead) -> dict[str, Any]:
     """What stays the same in all versions of a head, JSON values."""
     return {
         "config": head.config.to_dict(),
@@ -228,6 +228,11 @@ def _identity(head: FrozenHead) -> dict[str, Any]:
         "scales": [head.feature_map.input_scale, head.feature_map.feature_scale],
         "features": _digest(head.feature_map.tensors()),
     }
+
+
+def beta_digest(head: FrozenHead) -> str:
+    """Hex sha256 of β: which version of a head this is, also where it came without its posterior."""
+    return _digest({"beta": head.beta})
 
 
 def _state_digest(head: FrozenHead) -> str:

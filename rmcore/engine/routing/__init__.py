@@ -26,6 +26,7 @@ from rmcore.engine.routing.routers import (
     ThresholdRouter,
     rank_score,
 )
+from rmcore.engine.routing.state import StatefulRouter
 
 __all__ = [
     "AdaptiveRouter",
@@ -39,6 +40,7 @@ __all__ = [
     "RankBy",
     "Reservation",
     "Router",
+    "StatefulRouter",
     "ThresholdRouter",
     "rank_score",
 ]

@@ -19,9 +19,10 @@ No score wins everywhere: measure with ``rmcore evaluate`` on pairs like yours.
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -216,6 +217,25 @@ class RandomRouter:
         budget = _budget(self.fraction, self.count, len(candidates))
         chosen[torch.randperm(len(candidates), generator=self._generator)[:budget]] = True
         return chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where its draws are, JSON values."""
+        generator = base64.b64encode(self._generator.get_state().numpy().tobytes()).decode("ascii")
+        return {"format": "rmcore-random-router", "version": 1, "generator": generator}
+
+    def load_state_dict(self, state: object) -> None:
+        """Draw on from a state; what to route is not part of it. Raises CheckpointError where it is no such state."""
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.routing.schema import RandomRouterState
+
+        text = checked(RandomRouterState, state, "router").generator
+        try:
+            words = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+            generator = torch.Generator()
+            generator.set_state(words)
+        except (ValueError, RuntimeError):
+            refuse("router.generator", text, "the state of torch's generator, in base64")
+        self._generator = generator
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ __all__ = [
     "LogState",
     "PaceState",
     "QuantilesState",
+    "RandomRouterState",
     "RouterState",
     "SampleState",
     "Window",
@@ -181,6 +182,14 @@ class RandomState(State):
     state: WordsState
     has_uint32: Count
     uinteger: Count
+
+
+class RandomRouterState(State):
+    """A :class:`~rmcore.engine.routing.routers.RandomRouter`."""
+
+    format: Literal["rmcore-random-router"]
+    version: Annotated[int, AfterValidator(_first_version)]
+    generator: str
 
 
 class RouterState(State):

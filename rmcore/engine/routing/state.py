@@ -7,12 +7,26 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from rmcore._base.errors import CheckpointError
 from rmcore._base.files import write_atomic
+from rmcore.engine.routing.routers import Router
 
-__all__ = ["plain", "read_state", "write_state"]
+__all__ = ["StatefulRouter", "plain", "read_state", "write_state"]
+
+
+@runtime_checkable
+class StatefulRouter(Router, Protocol):
+    """A router whose next choice depends on what it chose before, or whose budget is part spent."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next choice depends on, JSON values."""
+        ...
+
+    def load_state_dict(self, state: object) -> None:
+        """Continue from a state; raise CheckpointError where it does not fit, and change nothing then."""
+        ...
 
 
 def plain(value: float | None) -> float | str | None:
