@@ -6,7 +6,7 @@ Every class derives from :class:`RmcoreError` and, where Python has a fitting bu
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 __all__ = [
     "BackendError",
@@ -38,10 +38,14 @@ class NonFiniteError(InputError):
 
 
 class DataError(InputError):
-    """A line of a data file cannot be used. ``line`` is its 1-based number, ``source`` the file's name."""
+    """A line of a data file cannot be used. ``line`` is its 1-based number, ``source`` the file's name.
 
-    def __init__(self, message: str, *, source: str = "", line: int = 0) -> None:
-        where = f"{source or '<input>'}:{line}: " if line else ""
+    Where there are no lines (an array, a table), ``unit`` is ``row`` and ``line`` counts these.
+    """
+
+    def __init__(self, message: str, *, source: str = "", line: int = 0, unit: Literal["line", "row"] = "line") -> None:
+        name = source or "<input>"
+        where = "" if not line else f"{name}:{line}: " if unit == "line" else f"{name}, row {line}: "
         super().__init__(f"{where}{message}")
         self.source = source
         self.line = line

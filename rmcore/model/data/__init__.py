@@ -1,0 +1,129 @@
+r"""Data in: preferences and groups, streamed, with the line or row of what is wrong in every error.
+
+**Where from**: JSON Lines, or one JSON array of objects, in UTF-8 whatever the locale (a byte-order mark is skipped);
+Parquet; each of them also compressed by gzip, bzip2, xz or zstd, which is told by the first bytes; ``-`` for standard
+input; a folder written by ``Dataset.save_to_disk``; a data set of the hub, ``hf://org/name`` with ``@revision``,
+``/config`` and ``:split`` where needed; or rows: a ``datasets.Dataset`` or any iterable of mappings. zstd, Parquet and
+``datasets`` need the extra ``data``.
+
+**Preferences**, one a row (TRL's names; plain or conversational, explicit or implicit prompt)::
+
+    {"prompt": "...", "chosen": "...", "rejected": "..."}
+    {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
+    {"chosen": [user, assistant], "rejected": [user, assistant]}
+    {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}
+
+Where ``chosen`` and ``rejected`` are whole conversations, the prompt is what they begin with: the messages they share,
+or the one that is given beside them. What follows is the response, of several messages if they part earlier. In the
+last form the prompt ends with the last "Assistant:" they share. Lists of responses (RewardBench 2) are a pair for each
+chosen and each rejected one. The forms of OpenAI, NeMo RL, ms-swift, LLaMA-Factory, HelpSteer3, SHP, PKU-SafeRLHF and
+Chatbot Arena are read too, as :mod:`rmcore.model.data.preferences` declares them.
+
+``label`` is the probability that ``chosen`` is better, in [0.5, 1]; 0 is an error, not a pair turned round. Margins and
+scores beside a pair are not used, and a warning says so once.
+
+**Groups**, one a row: ``{"id": ..., "prompt": ..., "responses": ["...", ...]}``.
+
+Prompts and responses are read as :mod:`rmcore._base.prompt` has them, from text to conversations with tool calls. Other
+keys are ignored. ``columns`` maps other names: ``{"prompt": "question"}`` takes the prompt from ``question``, and
+``{"prompt": "input.text"}`` from inside ``input``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rmcore._base.errors import DataError, InputError
+from rmcore.model.data import groups, preferences
+from rmcore.model.data.columns import map_columns, parse_columns
+from rmcore.model.data.groups import Group, parse_group
+from rmcore.model.data.lines import Row, opened, read_json
+from rmcore.model.data.preferences import parse_preference, parse_preferences, unused_columns
+from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, saved_rows
+from rmcore.model.reward_model import Preference
+
+__all__ = [
+    "Group",
+    "Source",
+    "parse_columns",
+    "parse_group",
+    "parse_preference",
+    "parse_preferences",
+    "read_groups",
+    "read_lines",
+    "read_preferences",
+]
+
+log = logging.getLogger(__name__)
+
+Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
+"""A path, ``-``, an ``hf://`` name, or rows themselves."""
+
+_TABLES = {".csv": "comma-separated text", ".tsv": "tab-separated text", ".xlsx": "a spreadsheet"}
+
+
+def read_preferences(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Preference]:
+    """Yield preferences; raises DataError at the first bad row, naming it. Says once what columns are not used."""
+    told: set[str] = set()
+    name = _name(source)
+    for row in _rows(source):
+        try:
+            value = map_columns(row.value, columns or {}, preferences.COLUMNS)
+            yield from parse_preferences(value)
+        except InputError as error:
+            raise DataError(str(error), source=name, line=row.number, unit=row.unit) from error
+        for column in unused_columns(value):
+            if column not in told:
+                told.add(column)
+                log.warning("%s: the column %s is not used: %s", name, column, _WHY_UNUSED.get(column, _NO_MARGINS))
+
+
+def read_groups(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Group]:
+    """Yield groups; raises DataError at the first bad row, naming it."""
+    for row in _rows(source):
+        try:
+            group = parse_group(map_columns(row.value, columns or {}, groups.COLUMNS))
+        except InputError as error:
+            raise DataError(str(error), source=_name(source), line=row.number, unit=row.unit) from error
+        yield Group(group.prompt, group.responses, group.id, row.number)
+
+
+def read_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of every row; raises DataError for one that is not a JSON object in UTF-8."""
+    for row in _rows(source):
+        yield row.number, row.value
+
+
+_NO_MARGINS = "a pair counts the same by whatever margin it was won. A label in [0.5, 1] says how sure it is"
+_WHY_UNUSED = {
+    "label": "it holds a word, not the probability that chosen is better",
+    "tools": "prompts are rendered without the list of tools",
+    "chat_template_kwargs": "prompts are rendered without them",
+}
+
+
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    if not isinstance(source, (str, Path)):
+        yield from object_rows(source, _name(source))
+        return
+    name = str(source)
+    if name.startswith(HUB):
+        yield from hub_rows(name)
+        return
+    if name != "-" and Path(source).is_dir():
+        yield from saved_rows(Path(source))
+        return
+    if (what := _TABLES.get(Path(name).suffix.lower())) is not None:
+        raise DataError(
+            f"{name}: {what} is not read. Convert it, with pandas: pandas.read_csv(...).to_json('data.jsonl'"
+            ", orient='records', lines=True)"
+        )
+    with opened(source) as (stream, head):
+        yield from parquet_rows(stream, name) if head.startswith(b"PAR1") else read_json(stream, name)

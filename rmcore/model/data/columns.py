@@ -1,0 +1,50 @@
+"""Other names for columns: ``prompt=question`` takes ``prompt`` from the column ``question``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from rmcore._base.errors import InputError, reject
+
+__all__ = ["map_columns", "parse_columns"]
+
+
+def parse_columns(given: Iterable[str]) -> dict[str, str]:
+    """``["prompt=question", "chosen=good,rejected=bad"]`` as a mapping from rmcore's names to the file's."""
+    found: dict[str, str] = {}
+    for pair in (part for text in given for part in text.split(",")):
+        name, equals, column = (part.strip() for part in pair.partition("="))
+        if not (name and equals and column):
+            reject("columns", repr(pair), "NAME=COLUMN, as in prompt=question")
+        if name in found:
+            reject("columns", f"{name} twice", "each name once")
+        found[name] = column
+    return found
+
+
+def map_columns(row: Mapping[str, Any], columns: Mapping[str, str], known: Collection[str]) -> dict[str, Any]:
+    """``row`` with the ``columns`` under their new names besides.
+
+    A column that is not there is looked for inside others, at its dots: ``prompt=input.text``.
+
+    Raises:
+        InputError: a name is none of the ``known`` ones, or a column is missing.
+    """
+    result = dict(row)
+    for name, column in columns.items():
+        if name not in known:
+            reject("columns", repr(name), f"one of {', '.join(sorted(known))}")
+        result[name] = _value(row, column, name)
+    return result
+
+
+def _value(row: Mapping[str, Any], column: str, name: str) -> Any:
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise InputError(f"columns: no column {column!r} to take {name} from (found {sorted(map(str, row))[:12]})")
+        value = value[part]
+    return value

@@ -1,0 +1,198 @@
+"""JSON text in: which bytes it is made of, compressed or not, and where in it something is wrong.
+
+Text is UTF-8, whatever the locale. A byte-order mark is skipped. What comes before a bad byte, a bad line or the place
+where a compressed file breaks off is read.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from rmcore._base.errors import DataError
+
+__all__ = ["Row", "opened", "optional_module", "read_json"]
+
+_MARK = b"\xef\xbb\xbf"
+_WIDE = (b"\xff\xfe", b"\xfe\xff")  # how UTF-16 text begins, and UTF-32's little-endian form
+_FORM = "one JSON object a line, or one array of objects"
+
+
+class Row(NamedTuple):
+    """An object of a file, its 1-based number and what that counts: lines of text, else rows."""
+
+    number: int
+    value: dict[str, Any]
+    unit: Literal["line", "row"] = "line"
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[BinaryIO, bytes]]:
+    """The bytes of a file, or of stdin for ``-``, decompressed; and the first few, which are still to be read.
+
+    Compression is told by the first bytes, not by the file's name. Raises DataError for what cannot be opened.
+    """
+    try:
+        stream = _stdin() if str(path) == "-" else open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    wrapped = not hasattr(stream, "peek")
+    plain: Any = io.BufferedReader(stream) if wrapped else stream
+    try:
+        kind = _kind(plain)
+        inner = _decompressed(plain, kind, path)
+        try:
+            head = inner.peek(8)[:8]
+        except _BROKEN as error:
+            raise DataError(f"not a complete {kind or 'plain'} file ({error})", source=str(path), line=1) from error
+        yield inner, head
+    finally:
+        if wrapped:
+            plain.detach()  # or stdin would be closed with it
+        if str(path) != "-":
+            stream.close()
+
+
+def _stdin() -> BinaryIO:
+    """Bytes of stdin, of which the locale says nothing; of a text stream put in its place too."""
+    inner = getattr(sys.stdin, "buffer", None)
+    return io.BytesIO(sys.stdin.read().encode("utf-8", "surrogatepass")) if inner is None else inner
+
+
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# What the four decompressors raise; pyarrow's errors are OSErrors.
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def _kind(stream: Any) -> str:
+    head = stream.peek(8)
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+
+
+def _decompressed(stream: Any, kind: str, path: str | Path) -> Any:
+    if kind == "gzip":
+        return io.BufferedReader(gzip.GzipFile(fileobj=stream))
+    if kind == "bzip2":
+        return io.BufferedReader(bz2.BZ2File(stream))
+    if kind == "xz":
+        return io.BufferedReader(lzma.LZMAFile(stream))
+    if kind == "zstd":
+        return io.BufferedReader(optional_module("pyarrow", path, "a zstd file").CompressedInputStream(stream, "zstd"))
+    return stream
+
+
+def optional_module(name: str, source: object, what: str) -> Any:
+    """A module of the extra ``data``; raises DataError saying how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(
+            f"{source}: got {what}, which {package} reads and is not installed ({error}). Install it with "
+            "pip install 'rmcore[data]', or convert the data to JSON Lines"
+        ) from error
+
+
+def read_json(stream: BinaryIO, source: str) -> Iterator[Row]:
+    """The objects of JSON Lines, or of one array; raises DataError naming the line, or the array's row.
+
+    Blank lines are skipped but counted.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(stream, 1):
+            if number == 1 and line.startswith(_WIDE):
+                raise DataError(
+                    f"not UTF-8 but UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {source}", source=source, line=1
+                )
+            line = line.removeprefix(_MARK)
+            if number == 1 and line.lstrip().startswith(b"["):
+                yield from _read_array(line + stream.read(), source)
+                return
+            if not line.strip():
+                continue
+            try:
+                # surrogatepass: half a surrogate pair is taken as it is from "\ud83d", and as bytes.
+                value = json.loads(line.decode("utf-8", "surrogatepass"), object_pairs_hook=_members)
+            except UnicodeDecodeError as error:
+                raise DataError(_bad_byte(error), source=source, line=number) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"not JSON ({error}), expected {_FORM}", source=source, line=number) from error
+            if not isinstance(value, dict):
+                raise DataError(f"got {_article(value)}, expected an object", source=source, line=number)
+            yield Row(number, value)
+    except _BROKEN as error:
+        raise DataError(
+            f"the compressed file breaks off or is damaged, not a complete gzip, bzip2, xz or zstd file ({error})",
+            source=source,
+            line=number + 1,
+        ) from error
+
+
+def _read_array(data: bytes, source: str) -> Iterator[Row]:
+    bad: UnicodeDecodeError | None = None
+    try:
+        text = data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        text, bad = data[: error.start].decode("utf-8", "surrogatepass"), error
+    number = 0
+    try:
+        for number, value in enumerate(_items(text), 1):
+            if not isinstance(value, dict):
+                raise DataError(f"got {_article(value)}, expected an object", source=source, line=number, unit="row")
+            yield Row(number, value, "row")
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        said = _bad_byte(bad) if bad is not None else f"not JSON ({error}), expected {_FORM}"
+        raise DataError(said, source=source, line=number + 1, unit="row") from error
+
+
+def _items(text: str) -> Iterator[Any]:
+    """The items of a JSON array, one by one, so that those before an error are had."""
+    decoder = json.JSONDecoder(object_pairs_hook=_members)
+    at = _space(text, text.index("[") + 1)
+    if text[at : at + 1] != "]":
+        while True:
+            value, at = decoder.raw_decode(text, at)
+            yield value
+            at = _space(text, at)
+            if text[at : at + 1] == "]":
+                break
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+            at = _space(text, at + 1)
+    if text[at + 1 :].strip():
+        raise json.JSONDecodeError("Extra data after the array", text, at + 1)
+
+
+def _space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for k, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:k]))
+        raise ValueError(f"the key {twice!r:.80} comes twice")
+    return found
+
+
+def _bad_byte(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason})"
+
+
+def _article(value: object) -> str:
+    return f"a JSON {'null' if value is None else type(value).__name__}"

@@ -1,0 +1,86 @@
+"""Rows that are no JSON text: Parquet, and what the ``datasets`` library has, on disk or on the hub."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote
+
+from rmcore._base.errors import DataError, InputError, reject
+from rmcore.model.data.lines import Row, optional_module
+
+__all__ = ["HUB", "hub_rows", "object_rows", "parquet_rows", "saved_rows"]
+
+HUB = "hf://"
+_HUB_NAME = re.compile(
+    r"hf://(?:datasets/)?(?P<name>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/:]+))?(?:/(?P<config>[^/:]+))?(?::(?P<split>.+))?"
+)
+
+
+def parquet_rows(stream: BinaryIO, source: str) -> Iterator[Row]:
+    """The rows of a Parquet file, a few hundred at a time."""
+    parquet = optional_module("pyarrow.parquet", source, "a Parquet file")
+    arrow = optional_module("pyarrow", source, "a Parquet file")
+    number = 0
+    try:
+        file = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
+        for batch in file.iter_batches(batch_size=256):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(number, value, "row")
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"not a whole Parquet file ({error})", source=source, line=number + 1, unit="row") from error
+
+
+def object_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Row]:
+    """The rows of a ``datasets.Dataset``, or of any iterable of mappings.
+
+    Raises:
+        InputError: it holds several splits.
+        DataError: one of the rows is no mapping.
+    """
+    if isinstance(rows, Mapping):
+        reject(source, f"{type(rows).__name__} with {sorted(map(str, rows))[:8]}", "one split of it, or a list of rows")
+    for number, value in enumerate(rows, 1):
+        if not isinstance(value, Mapping):
+            raise DataError(
+                f"got a {type(value).__name__}, expected a mapping of columns", source=source, line=number, unit="row"
+            )
+        yield Row(number, dict(value), "row")
+
+
+def saved_rows(folder: Path) -> Iterator[Row]:
+    """The rows of a folder written by ``Dataset.save_to_disk``."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        reject("path", f"{str(folder)!r}, a folder", "a file, or a folder that Dataset.save_to_disk wrote")
+    datasets = optional_module("datasets", folder, "a folder of the datasets library")
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # many kinds, depending on what is damaged
+        raise DataError(f"{folder}: not readable by datasets ({type(error).__name__}: {error})") from error
+    return object_rows(found, str(folder))
+
+
+def hub_rows(source: str) -> Iterator[Row]:
+    """The rows of ``hf://org/name[@revision][/config][:split]``, through the cache of the ``datasets`` library."""
+    match = _HUB_NAME.fullmatch(source)
+    if match is None:
+        reject("data", repr(source), "hf://org/name, with @revision, /config and :split where needed")
+    datasets = optional_module("datasets", source, "a data set of the hub")
+    revision = unquote(match["revision"]) if match["revision"] else None
+    try:
+        split = match["split"]
+        if split is None:
+            names = datasets.get_dataset_split_names(match["name"], match["config"], revision=revision)
+            if len(names) != 1:
+                reject("data", f"{source!r} with the splits {names}", f"one of them, as in {source}:{names[0]}")
+            split = names[0]
+        found = datasets.load_dataset(match["name"], match["config"], split=split, revision=revision)
+    except InputError:
+        raise
+    except Exception as error:  # of the hub, of the network, of the data set's own files
+        raise DataError(f"{source}: {type(error).__name__}: {error}") from error
+    return object_rows(found, source)

@@ -1,0 +1,192 @@
+"""Bytes to rows: encodings, compression, arrays; whatever is wrong is named where it is, and what precedes it is read."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmcore._base.errors import DataError
+from rmcore.model.data import read_groups, read_lines, read_preferences
+
+Rows = list[dict[str, Any]]
+ROW = b'{"prompt": "hi", "responses": ["a", "b"]}\n'
+
+
+def zstd(data: bytes) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    return bytes(pyarrow.Codec("zstd").compress(data, asbytes=True))
+
+
+def rows_then_error(source: Any, reader: Callable[..., Any] = read_lines) -> tuple[list[Any], DataError]:
+    found = []
+    with pytest.raises(DataError) as caught:
+        found.extend(iter_into(reader(source), found))
+    return found, caught.value
+
+
+def iter_into(reader: Any, found: list[Any]) -> list[Any]:
+    for item in reader:
+        found.append(item)
+    return []
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+rows = st.lists(st.dictionaries(texts, texts | st.integers() | st.none() | st.lists(texts), max_size=3), max_size=6)
+
+
+@given(rows, st.booleans(), st.sampled_from([bytes, gzip.compress, bz2.compress, lzma.compress, zstd]), st.booleans())
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, rows: Rows, array: bool, pack: Callable[[bytes], bytes], mark: bool
+) -> None:
+    text = json.dumps(rows, ensure_ascii=False) if array else "".join(json.dumps(row) + "\n" for row in rows)
+    path = tmp_path_factory.mktemp("lines") / "a file"
+    path.write_bytes(pack((b"\xef\xbb\xbf" if mark else b"") + text.encode()))
+    assert list(read_lines(path)) == list(enumerate(rows, 1))
+
+
+@given(st.lists(texts, max_size=5), st.binary(min_size=1, max_size=4), st.binary(max_size=8))
+def test_a_bad_byte_names_its_own_line_after_all_rows_before_it(
+    tmp_path_factory: pytest.TempPathFactory, before: list[str], bad: bytes, after: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "f"
+    good = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in before)
+    path.write_bytes(good.encode() + b'{"text": "\xff' + bad + after)
+    found, error = rows_then_error(path)
+    assert [value["text"] for _, value in found] == before
+    assert error.line == len(before) + 1
+    assert "not UTF-8" in str(error)
+
+
+def test_four_good_lines_but_one(tmp_path: Path) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_bytes(ROW * 3 + b'{"prompt":"caf\xe9","responses":["a","b"]}\n' + ROW)
+    found, error = rows_then_error(path, read_groups)
+    assert len(found) == 3
+    assert str(error).startswith(f"{path}:4: not UTF-8 (byte 0xe9 at position 15")
+
+
+def test_a_mark_is_skipped_at_the_start_and_where_files_were_joined(tmp_path: Path) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_bytes((b"\xef\xbb\xbf" + ROW) * 2)
+    assert len(list(read_groups(path))) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_wide_text_is_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_bytes(("\ufeff" * (encoding == "utf-16-le") + ROW.decode()).encode(encoding))
+    with pytest.raises(DataError, match="UTF-16 text. Convert it: iconv"):
+        list(read_groups(path))
+
+
+@pytest.mark.parametrize("half", [b"\\ud83d", "\ud83d".encode("utf-8", "surrogatepass")])
+def test_half_a_surrogate_pair_is_taken_as_it_is(tmp_path: Path, half: bytes) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_bytes(b'{"prompt": "hi", "responses": ["smile ' + half + b'", "b"]}\n')
+    assert next(read_groups(path)).responses == ("smile \ud83d", "b")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+@pytest.mark.parametrize("cut", [4, 12])
+def test_a_compressed_file_that_breaks_off(tmp_path: Path, pack: Callable[[bytes], bytes], cut: int) -> None:
+    path = tmp_path / "g"
+    lines = b"".join(json.dumps({"k": k, "text": "x" * (k % 7)}).encode() + b"\n" for k in range(5000))
+    path.write_bytes(pack(lines)[:-cut])
+    found, error = rows_then_error(path)
+    assert all(value["k"] == number - 1 for number, value in found)
+    assert error.line > 0
+
+
+def test_a_compressed_file_that_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    data = bytearray(gzip.compress(b"".join(json.dumps({"k": k}).encode() + b"\n" for k in range(50_000))))
+    data[len(data) // 2] ^= 255
+    path.write_bytes(bytes(data))
+    _, error = rows_then_error(path)
+    assert error.line > 0
+    path.write_bytes(b"\x1f\x8b garbage")
+    _, error = rows_then_error(path)
+    assert "gzip" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "says"),
+    [
+        ('[{"a": 1}, {"a": 2}', 2, "row 3: not JSON"),
+        ('[{"a": 1}, {"a": 2},]', 2, "row 3: not JSON"),
+        ('[{"a": 1} {"a": 2}]', 1, "row 2: not JSON"),
+        ('[{"a": 1}, 3]', 1, "row 2: got a JSON int"),
+        ('[{"a": 1}]\n[{"a": 2}]', 1, "row 2: not JSON .Extra data after the array"),
+        ('[{"a": 1}, {"a": 2, "a": 3}]', 1, "row 2: not JSON .the key 'a' comes twice"),
+        ('[{"a": 1}, {"a": "\udcff"}]', 1, "row 2: not UTF-8"),
+        ("[" * 100_000, 0, "row 1: not JSON"),
+    ],
+)
+def test_a_bad_array_names_its_row_after_those_before_it(tmp_path: Path, text: str, count: int, says: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    found, error = rows_then_error(path)
+    assert [number for number, _ in found] == list(range(1, count + 1))
+    assert str(error).startswith(str(path))
+    pytest.raises(DataError, list, read_lines(path)).match(says)
+
+
+def test_an_array_of_preferences_pretty_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    pairs = [{"prompt": "2+2?", "chosen": "4", "rejected": str(k)} for k in range(3)]
+    for indent in (None, 2):
+        path.write_text(json.dumps(pairs, indent=indent))
+        assert [pair.rejected for pair in read_preferences(path)] == ["0", "1", "2"]
+    path.write_text("[ ]\n")
+    assert list(read_preferences(path)) == []
+
+
+def test_an_object_over_several_lines_is_told_the_form(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"prompt": "a"}, indent=2))
+    with pytest.raises(DataError, match=r"a.json:1: not JSON .*expected one JSON object a line, or one array"):
+        list(read_lines(path))
+
+
+def test_nesting_and_twice_given_keys_are_data_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for text, says in (('{"a":' * 50_000, "not JSON"), ('{"chosen": "a", "chosen": "b"}', "'chosen' comes twice")):
+        path.write_text('{"a": 1}\n' + text + "\n")
+        found, error = rows_then_error(path)
+        assert (len(found), error.line) == (1, 2)
+        assert says in str(error)
+
+
+class Stdin:
+    """stdin in another locale, which says nothing of the bytes."""
+
+    encoding = "latin-1"
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BufferedReader(io.BytesIO(data))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
+def test_stdin_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]) -> None:
+    stdin = Stdin(pack('{"prompt": "κ", "responses": ["é"]}\n'.encode()))
+    monkeypatch.setattr("sys.stdin", stdin)
+    (group,) = read_groups("-")
+    assert (group.prompt, group.responses) == ("κ", ("é",))
+
+
+def test_other_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,chosen\n")
+    with pytest.raises(DataError, match="comma-separated text is not read. Convert it, with pandas"):
+        list(read_preferences(tmp_path / "rows.csv"))
+    with pytest.raises(ValueError, match="a folder, expected a file, or a folder that Dataset.save_to_disk wrote"):
+        list(read_preferences(tmp_path))

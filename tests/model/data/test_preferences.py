@@ -1,0 +1,285 @@
+"""The forms of preference data: each is read as the pair it holds, or refused by its name."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmcore._base.errors import DataError, InputError
+from rmcore.model.data import parse_group, parse_preference, parse_preferences, read_preferences
+from rmcore.model.data.preferences import FORMS
+
+
+def user(text: str = "2+2?") -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+ASKED = [user()]
+WHOLE = ([user(), says("4")], [user(), says("5")])
+TEXT = "\n\nHuman: 2+2?\n\nAssistant:"
+TRL = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (TRL, "2+2?"),
+        ({"prompt": "2+2?", "chosen": WHOLE[0], "rejected": WHOLE[1], "score_chosen": 8.0}, ASKED),
+        ({"prompt": None, "chosen": WHOLE[0], "rejected": WHOLE[1]}, ASKED),
+        ({"prompt": ASKED, "chosen": says("4"), "rejected": says("5")}, ASKED),
+        ({"prompt": ASKED, "chosen": [says("4")], "rejected": says("5")}, ASKED),
+        (
+            {
+                "input": {"messages": ASKED, "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [says("4")],
+                "non_preferred_output": [says("5")],
+            },
+            ASKED,
+        ),
+        (
+            {
+                "context": ASKED,
+                "completions": [{"rank": 1, "completion": [says("5")]}, {"rank": 0, "completion": [says("4")]}],
+            },
+            ASKED,
+        ),
+        ({"messages": [*ASKED, says("4")], "rejected_response": "5"}, ASKED),
+        ({"messages": [*ASKED, says("4")], "rejected_response": ["5"]}, ASKED),
+        ({"messages": [*ASKED, says("4")], "rejected_messages": [*ASKED, says("5")]}, ASKED),
+        (
+            {
+                "conversations": [{"from": "human", "value": "2+2?"}],
+                "chosen": {"from": "gpt", "value": "4"},
+                "rejected": {"from": "gpt", "value": "5"},
+            },
+            ASKED,
+        ),
+        ({"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"}, ASKED),
+        ({"question": "2+2?", "system": "", "chosen": "4", "rejected": "5"}, ASKED),
+        ({"context": ASKED, "response1": "4", "response2": "5", "overall_preference": -2}, ASKED),
+        ({"context": ASKED, "response1": "5", "response2": "4", "overall_preference": 3}, ASKED),
+        ({"history": "2+2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1, "score_ratio": 2.0}, "2+2?"),
+        ({"history": "2+2?", "human_ref_A": "5", "human_ref_B": "4", "labels": 0}, "2+2?"),
+        ({"prompt": "2+2?", "response_0": "5", "response_1": "4", "better_response_id": 1}, "2+2?"),
+        ({"conversation_a": WHOLE[1], "conversation_b": WHOLE[0], "winner": "model_b"}, ASKED),
+    ],
+)
+def test_every_form_gives_its_pair(row: dict[str, Any], prompt: object) -> None:
+    pair = parse_preference(row)
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.label) == (prompt, "4", "5", 1.0)
+
+
+def test_every_form_is_covered_above() -> None:
+    (mark,) = test_every_form_gives_its_pair.pytestmark  # type: ignore[attr-defined]
+    given = [set(row) for row, _ in mark.args[1]]
+    assert all(any(set(form.columns) <= names for names in given) for form in FORMS)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": TEXT + " 4", "rejected": TEXT + " 5"},
+        {"prompt": TEXT, "chosen": TEXT + " 4", "rejected": TEXT + " 5"},
+    ],
+)
+def test_dialogues_written_as_text_end_their_prompt_with_assistant(row: dict[str, Any]) -> None:
+    pair = parse_preference(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (TEXT, " 4", " 5")
+
+
+@given(st.text(), st.text(), st.text())
+def test_a_dialogue_is_cut_where_its_last_common_question_ends(question: str, better: str, worse: str) -> None:
+    start = f"\n\nHuman: {question}\n\nAssistant:"
+    pair = parse_preference({"chosen": start + better, "rejected": start + worse})
+    assert str(pair.prompt) + str(pair.chosen) == start + better
+    assert str(pair.prompt) + str(pair.rejected) == start + worse
+    assert str(pair.prompt).startswith(start)
+
+
+def test_turns_that_part_early_are_responses_of_several_messages() -> None:
+    rows = [[user(), says(answer), user("sure?"), says("yes")] for answer in ("4", "5")]
+    pair = parse_preference({"chosen": rows[0], "rejected": rows[1]})
+    assert pair.prompt == ASKED
+    assert pair.chosen == rows[0][1:]
+    assert pair.rejected == rows[1][1:]
+
+
+def test_systems_and_histories_are_part_of_the_prompt() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    alpaca = {"instruction": "add", "input": "2, 2", "system": "Be brief.", "history": [["hi", "hello"]]}
+    pair = parse_preference({**alpaca, "chosen": "4", "rejected": "5"})
+    assert pair.prompt == [system, user("hi"), says("hello"), user("add\n2, 2")]
+    assert parse_preference({"question": "2+2?", "system": "Be brief.", "chosen": "4", "rejected": "5"}).prompt == [
+        system,
+        *ASKED,
+    ]
+    turns = [{"from": "human", "value": "2+2?"}]
+    row = {"conversations": turns, "system": "Be brief.", "chosen": "4", "rejected": "5"}
+    assert parse_preference(row).prompt == [system, *ASKED]
+
+
+def test_an_agents_answer_is_all_that_follows_the_last_question() -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]}
+    messages = [*ASKED, call, {"role": "tool", "content": "4"}, says("4")]
+    pair = parse_preference({"messages": messages, "rejected_response": "5"})
+    assert pair.prompt == ASKED
+    assert [message["role"] for message in pair.chosen] == ["assistant", "tool", "assistant"]  # type: ignore[index]
+
+
+# -- several pairs a row ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_lists_are_every_chosen_with_every_rejected(better: int, worse: int) -> None:
+    row = {
+        "id": "1",
+        "prompt": "2+2?",
+        "chosen": [f"good {k}" for k in range(better)],
+        "rejected": [f"bad {k}" for k in range(worse)],
+        "subset": "Math",
+    }
+    pairs = parse_preferences(row)
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {
+        (good, bad) for good in row["chosen"] for bad in row["rejected"]
+    }
+    assert len(pairs) == better * worse
+    assert parse_group(row).responses == (*row["chosen"], *row["rejected"])
+    assert parse_group(row).id == "1"
+    assert len(list(read_preferences([row]))) == better * worse
+
+
+def test_a_single_preference_is_not_taken_from_several() -> None:
+    with pytest.raises(InputError, match="got 3 pairs, expected one"):
+        parse_preference({"prompt": "2+2?", "chosen": ["4"], "rejected": ["5", "6", "7"]})
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=5))
+def test_ranks_order_pairs_and_equal_ranks_are_even(ranks: list[int]) -> None:
+    completions = [{"rank": rank, "completion": [says(f"{k}")]} for k, rank in enumerate(ranks)]
+    pairs = parse_preferences({"context": ASKED, "completions": completions})
+    assert len(pairs) == len(ranks) * (len(ranks) - 1) // 2
+    for pair in pairs:
+        better, worse = ranks[int(str(pair.chosen))], ranks[int(str(pair.rejected))]
+        assert (better, pair.label) == (worse, 0.5) or (better < worse and pair.label == 1.0)
+    group = parse_group({"context": ASKED, "completions": completions})
+    assert group.responses == tuple(str(k) for k in range(len(ranks)))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"context": ASKED, "response1": "4", "response2": "5", "overall_preference": 0},
+        {"conversation_a": WHOLE[0], "conversation_b": WHOLE[1], "winner": "tie (bothbad)"},
+    ],
+)
+def test_ties_are_even(row: dict[str, Any]) -> None:
+    assert parse_preference(row).label == 0.5
+
+
+# -- label and margins -----------------------------------------------------------------------------------------------
+
+
+@given(st.floats() | st.integers())
+def test_a_label_is_a_probability_of_at_least_a_half_or_an_error(label: float) -> None:
+    row = {**TRL, "label": label}
+    if 0.5 <= label <= 1:
+        pair = parse_preference(row)
+        assert (pair.chosen, pair.label) == ("4", label)
+    else:
+        with pytest.raises(InputError, match="label: got"):
+            parse_preference(row)
+
+
+@pytest.mark.parametrize("label", [True, False, "0.3", "1", "nan", [1], {"p": 1}])
+def test_other_labels_are_errors(label: object) -> None:
+    with pytest.raises(InputError, match="label: got"):
+        parse_preference({**TRL, "label": label})
+
+
+def test_a_label_of_0_is_told_what_it_would_mean() -> None:
+    with pytest.raises(InputError, match=r"label: got 0, expected a number in \[0.5, 1\]. Below it, rejected would be"):
+        parse_preference({**TRL, "label": 0})
+    assert parse_preference({**TRL, "label": None}).label == 1.0
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"margin": 2.5}, ["margin"]),
+        ({"score_chosen": 8, "score_rejected": 0.0}, ["score_chosen", "score_rejected"]),
+        ({"label": "crowd"}, ["label"]),
+        ({"tools": [{"type": "function"}]}, ["tools"]),
+        ({"margin": None, "tools": [], "source": "x"}, []),
+    ],
+)
+def test_columns_that_are_not_used_are_told_once(
+    columns: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert len(list(read_preferences([{**TRL, **columns}] * 3))) == 3
+    assert [record.getMessage().split(" is not used")[0] for record in caplog.records] == [
+        f"list: the column {name}" for name in told
+    ]
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, "unpaired .KTO."),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, "stepwise supervision"),
+        ({"prompt": "a", "responses": ["b"]}, "a group of responses, as rmcore score reads them"),
+        ({"prompt": "a", "answers": []}, "Nectar"),
+        ({"instruction": "a", "completions": []}, "ultrafeedback_binarized"),
+        ({"messages": ASKED}, "one conversation"),
+        ({"q": "a", "better": "b"}, r"expected keys prompt, chosen, rejected .found \['better', 'q'\].*--columns"),
+        ({**TRL, "images": ["cat.png"]}, "images: got images, video or sound, expected text only"),
+        ({**TRL, "chosen": None}, "chosen: got"),
+        ({**TRL, "chosen": {"role": "user", "content": "x"}}, "chosen"),
+        ({"input": [], "preferred_output": [], "non_preferred_output": []}, "input: got list"),
+        ({"context": ASKED, "completions": [{"rank": "a", "completion": "b"}] * 2}, r"completions\[0\].rank"),
+        ({"context": ASKED, "completions": [{"completion": "b"}]}, "a list of at least two"),
+        ({"context": ASKED, "response1": "4", "response2": "5", "overall_preference": 9}, "overall_preference: got 9"),
+        ({"history": "h", "human_ref_A": "4", "human_ref_B": "5", "labels": "1"}, "labels: got '1', expected one of"),
+        ({"messages": ASKED, "rejected_response": "5"}, "a question, then the chosen answer"),
+        ({"conversations": [{"from": "bot", "value": ""}], "chosen": "a", "rejected": "b"}, "from: got 'bot'"),
+        ({"conversations": "x", "chosen": "a", "rejected": "b"}, "conversations: got str"),
+        ({"instruction": "x", "history": ["y"], "chosen": "a", "rejected": "b"}, r"history\[0\]: got str"),
+    ],
+)
+def test_other_forms_are_refused_by_name(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        parse_preference(row)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "rank", "completion"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@given(data=st.data())
+def test_no_row_whatsoever_raises_anything_but_input_errors(form: Any, data: st.DataObject) -> None:
+    row = data.draw(st.fixed_dictionaries(dict.fromkeys(form.columns, json_values), optional={"label": json_values}))
+    for read in (parse_preferences, parse_group):
+        try:
+            read(row)
+        except InputError as error:
+            assert not isinstance(error, DataError)

@@ -1,0 +1,174 @@
+"""Parquet, ``datasets`` objects, folders and hub names; other names for columns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmcore._base.errors import DataError, InputError
+from rmcore.model.data import parse_columns, read_groups, read_preferences
+
+USER = {"role": "user", "content": "hi"}
+ROWS = [
+    {"prompt": [USER], "chosen": [{"role": "assistant", "content": f"yes {k}"}], "rejected": "no", "margin": None}
+    for k in range(600)
+]
+
+
+@pytest.fixture
+def datasets() -> Any:
+    return pytest.importorskip("datasets")
+
+
+def uniform() -> list[dict[str, Any]]:
+    return [{**row, "rejected": [{"role": "assistant", "content": "no"}]} for row in ROWS]
+
+
+def test_parquet_is_read_from_a_file_and_from_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(uniform()), path)
+    expected = [f"yes {k}" for k in range(600)]
+    assert [pair.chosen for pair in read_preferences(path)] == expected
+    with path.open("rb") as stream:
+        monkeypatch.setattr("sys.stdin", type("Stdin", (), {"buffer": stream}))
+        assert [pair.chosen for pair in read_preferences("-")] == expected
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        list(read_preferences(path))
+
+
+def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": None, "rejected": "c"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    reader = read_preferences(path)
+    assert next(reader).chosen == "b"
+    with pytest.raises(DataError, match=r"p.parquet, row 2: chosen") as caught:
+        next(reader)
+    assert (caught.value.line, caught.value.source) == (2, str(path))
+
+
+def test_datasets_and_plain_rows_are_read(datasets: Any) -> None:
+    expected = [f"yes {k}" for k in range(600)]
+    assert [pair.chosen for pair in read_preferences(ROWS)] == expected
+    dataset = datasets.Dataset.from_list(uniform())
+    assert [pair.chosen for pair in read_preferences(dataset)] == expected
+    assert [pair.chosen for pair in read_preferences(dataset.to_iterable_dataset())] == expected
+    with pytest.raises(InputError, match="one split of it"):
+        list(read_preferences(datasets.DatasetDict(train=dataset)))
+    with pytest.raises(DataError, match=r"list, row 2: got a str, expected a mapping"):
+        list(read_preferences([ROWS[0], "text"]))  # type: ignore[list-item]
+
+
+def test_a_saved_dataset_is_a_folder(datasets: Any, tmp_path: Path) -> None:
+    datasets.Dataset.from_list(uniform()).save_to_disk(tmp_path / "saved")
+    assert len(list(read_preferences(tmp_path / "saved"))) == 600
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="not readable by datasets"):
+        list(read_preferences(tmp_path / "saved"))
+
+
+class Hub:
+    """Stands for the hub: data sets by name, as ``load_dataset`` finds them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, datasets: Any, splits: list[str]) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.splits = splits
+        self.dataset = datasets.Dataset.from_list(uniform()[:2])
+        monkeypatch.setattr(datasets, "load_dataset", self.load)
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: self.splits)
+
+    def load(self, name: str, config: str | None, *, split: str, revision: str | None) -> Any:
+        self.asked.append((name, config, split, revision))
+        if name == "org/gone":
+            raise FileNotFoundError("no such data set")
+        return self.dataset
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hf://org/name", ("org/name", None, "only", None)),
+        ("hf://org/name:test", ("org/name", None, "test", None)),
+        ("hf://datasets/org/name:train[:10%]", ("org/name", None, "train[:10%]", None)),
+        ("hf://org/name@v1.0/math:train", ("org/name", "math", "train", "v1.0")),
+        ("hf://org/name@refs%2Fpr%2F1", ("org/name", None, "only", "refs/pr/1")),
+    ],
+)
+def test_hub_names(datasets: Any, monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[Any, ...]) -> None:
+    hub = Hub(monkeypatch, datasets, ["only"])
+    assert [pair.chosen for pair in read_preferences(name)] == ["yes 0", "yes 1"]
+    assert hub.asked == [asked]
+
+
+def test_hub_errors_name_what_was_asked(datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, datasets, ["train", "test"])
+    with pytest.raises(InputError, match=r"splits \['train', 'test'\], expected one of them, as in hf://o/n:train"):
+        list(read_preferences("hf://o/n"))
+    with pytest.raises(DataError, match="hf://org/gone:train: FileNotFoundError: no such data set"):
+        list(read_preferences("hf://org/gone:train"))
+    with pytest.raises(InputError, match="expected hf://org/name"):
+        list(read_preferences("hf://name"))
+
+
+@pytest.mark.parametrize(("missing", "data"), [("pyarrow", b"\x28\xb5\x2f\xfd...."), ("pyarrow", b"PAR1....")])
+def test_what_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, data: bytes
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"pip install 'rmcore\[data\]'"):
+        list(read_preferences(path))
+
+
+def test_datasets_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'rmcore\[data\]'"):
+        list(read_preferences("hf://org/name"))
+
+
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_taken_from_other_names() -> None:
+    row = {"question": "hi", "good": "yes", "bad": "no", "prompt": 7, "meta": {"p": 0.75}}
+    columns = parse_columns(["prompt=question", "chosen=good,rejected=bad", "label=meta.p"])
+    (pair,) = read_preferences([row], columns)
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.label) == ("hi", "yes", "no", 0.75)
+    (group,) = read_groups([{"q": "hi", "a.b": ["x", "y"]}], {"prompt": "q", "responses": "a.b"})
+    assert (group.prompt, group.responses) == ("hi", ("x", "y"))
+
+
+@given(st.permutations(["p", "c", "r"]))
+def test_columns_may_be_exchanged(names: list[str]) -> None:
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    by_text = {text: name for name, text in row.items()}
+    mapping = dict(zip(("prompt", "chosen", "rejected"), (by_text[name] for name in names), strict=True))
+    (pair,) = read_preferences([row], mapping)
+    assert [pair.prompt, pair.chosen, pair.rejected] == names
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["prompt"], "expected NAME=COLUMN"),
+        (["=x"], "expected NAME=COLUMN"),
+        (["prompt=a", "prompt=b"], "prompt twice"),
+        (["promt=question"], "'promt', expected one of"),
+        (["prompt=answer"], r"no column 'answer' to take prompt from \(found"),
+        (["prompt=question.text"], "no column 'question.text'"),
+    ],
+)
+def test_bad_columns_are_named(given: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        list(read_preferences([{"question": "hi", "chosen": "a", "rejected": "b"}], parse_columns(given)))
