@@ -1,4 +1,4 @@
-"""Bytes to rows: encodings, compression, arrays; whatever is wrong is named where it is, and what precedes it is read."""
+"""Bytes to rows: encodings, compression, arrays; an error is named where it is, what precedes it is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,12 @@ def zstd(data: bytes) -> bytes:
 
 
 def rows_then_error(source: Any, reader: Callable[..., Any] = read_lines) -> tuple[list[Any], DataError]:
-    found = []
+    rows = reader(source)
+    found: list[Any] = []
     with pytest.raises(DataError) as caught:
-        found.extend(iter_into(reader(source), found))
+        while True:
+            found.append(next(rows))
     return found, caught.value
-
-
-def iter_into(reader: Any, found: list[Any]) -> list[Any]:
-    for item in reader:
-        found.append(item)
-    return []
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -85,7 +82,7 @@ def test_a_mark_is_skipped_at_the_start_and_where_files_were_joined(tmp_path: Pa
 def test_wide_text_is_named(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "g.jsonl"
     path.write_bytes(("\ufeff" * (encoding == "utf-16-le") + ROW.decode()).encode(encoding))
-    with pytest.raises(DataError, match="UTF-16 text. Convert it: iconv"):
+    with pytest.raises(DataError, match=r"UTF-16 text\. Convert it: iconv"):
         list(read_groups(path))
 
 
@@ -138,7 +135,7 @@ def test_a_bad_array_names_its_row_after_those_before_it(tmp_path: Path, text: s
     found, error = rows_then_error(path)
     assert [number for number, _ in found] == list(range(1, count + 1))
     assert str(error).startswith(str(path))
-    pytest.raises(DataError, list, read_lines(path)).match(says)
+    assert re.search(says, str(error))
 
 
 def test_an_array_of_preferences_pretty_or_not(tmp_path: Path) -> None:
@@ -186,7 +183,7 @@ def test_stdin_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch, pack
 
 def test_other_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,chosen\n")
-    with pytest.raises(DataError, match="comma-separated text is not read. Convert it, with pandas"):
+    with pytest.raises(DataError, match=r"comma-separated text is not read\. Convert it, with pandas"):
         list(read_preferences(tmp_path / "rows.csv"))
-    with pytest.raises(ValueError, match="a folder, expected a file, or a folder that Dataset.save_to_disk wrote"):
+    with pytest.raises(ValueError, match=r"a folder, expected a file, or a folder that Dataset\.save_to_disk wrote"):
         list(read_preferences(tmp_path))
