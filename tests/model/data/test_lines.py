@@ -29,11 +29,9 @@ def zstd(data: bytes) -> bytes:
 
 
 def rows_then_error(source: Any, reader: Callable[..., Any] = read_lines) -> tuple[list[Any], DataError]:
-    rows = reader(source)
     found: list[Any] = []
     with pytest.raises(DataError) as caught:
-        while True:
-            found.append(next(rows))
+        found.extend(reader(source))  # keeps what came before the error
     return found, caught.value
 
 
