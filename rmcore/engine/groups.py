@@ -280,13 +280,10 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
     if one_order and not all(group.one_order or group.size == 1 for group in groups):
         reject("groups", "some with one_order and some without", "groups scored alike")
     layout = PairLayout([group.size for group in groups])
-    columns = [[getattr(g, name) for g in groups] for name in ("logit", "variance", "uncertainty", "preference")]
     if not groups:
         return PairTable.joined([])
-    values = [
-        torch.cat([square[tuple(torch.triu_indices(len(square), len(square), 1))] for square in column])
-        for column in columns
-    ]
+    names = ("logit", "variance", "uncertainty", "preference")
+    values = [layout.flat([getattr(group, name) for group in groups]) for name in names]
     table = PairTable(layout, torch.stack(values).double(), one_order)
     for number, group in enumerate(groups):
         for decision in group.decisions:

@@ -5,10 +5,9 @@
     1     0      0  2   -0.2   2.1   1.5   2.0   judge
     ...
 
-Groups come one after the other, and in each (0, 1), (0, 2), ..., (1, 2), ..., as ``ops.pair_variance`` gives them. This
-module alone knows that, and where a pair's hidden rows are; everybody else asks :class:`PairLayout`. The values are
-float64 on the head's device until somebody asks for them elsewhere; what the host knows by itself (group, i, j, state)
-is on the CPU. Squares (K, K) are made on demand, for all groups of equal K at once.
+Rows are laid out as :class:`~rmcore.ops.pair_layout.PairLayout` says. The values are float64 on the head's device until
+somebody asks for them elsewhere; what the host knows by itself (group, i, j, state) is on the CPU. Squares (K, K) are
+made on demand, for all groups of equal K at once.
 """
 
 from __future__ import annotations
@@ -16,18 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
-from rmcore.head.config import PairMode
 from rmcore.head.frozen import PairScores
 from rmcore.judge.base import Verdict
 from rmcore.ops import reference
 from rmcore.ops.functional import Scores
+from rmcore.ops.pair_layout import PairLayout, squares
 
 __all__ = ["PairLayout", "PairState", "PairTable"]
 
@@ -43,125 +41,6 @@ class PairState(IntEnum):
     """The head has no p̃ for it, and the router's budget had no room."""
     IDENTICAL = 4
     """Equal responses: 0 by rule."""
-
-
-class _Block(NamedTuple):
-    """All groups of one size."""
-
-    size: int
-    groups: Tensor
-    pairs: Tensor | None
-    """(n, K(K−1)/2) rows of the table; None where these are all groups there are."""
-    responses: Tensor | None
-    """(n, K) responses, counted over all groups; None likewise."""
-
-
-class PairLayout:
-    """Where the pairs, responses and hidden rows of groups are. All index tensors int64 on the CPU, made when needed.
-
-    Args:
-        sizes: K ≥ 1 of each group.
-    """
-
-    def __init__(self, sizes: Sequence[int] | Tensor) -> None:
-        self.sizes = torch.as_tensor(sizes, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    @cached_property
-    def pair_counts(self) -> Tensor:
-        """(G,) pairs of each group."""
-        return self.sizes * (self.sizes - 1) // 2
-
-    @cached_property
-    def pairs(self) -> int:
-        """Q, the number of pairs."""
-        return int(self.pair_counts.sum())
-
-    @cached_property
-    def responses(self) -> int:
-        """ΣK."""
-        return int(self.sizes.sum())
-
-    @cached_property
-    def first(self) -> Tensor:
-        """(Q,) number of each pair's first response, counted over all groups."""
-        return torch.repeat_interleave(self._later)
-
-    @cached_property
-    def second(self) -> Tensor:
-        """(Q,) number of its second response."""
-        starts = _starts(self._later)
-        return self.first + 1 + torch.arange(self.pairs) - starts[self.first]
-
-    @cached_property
-    def group(self) -> Tensor:
-        """(Q,) number of its group."""
-        return torch.repeat_interleave(self.pair_counts)
-
-    @cached_property
-    def i(self) -> Tensor:
-        """(Q,) its first response, counted within the group."""
-        return self.first - _starts(self.sizes)[self.group]
-
-    @cached_property
-    def j(self) -> Tensor:
-        """(Q,) its second response, j > i."""
-        return self.second - _starts(self.sizes)[self.group]
-
-    @cached_property
-    def _later(self) -> Tensor:
-        """(ΣK,) for each response, how many of its group come after it: the pairs in which it is first."""
-        k = torch.repeat_interleave(self.sizes, self.sizes)
-        position = torch.arange(self.responses) - torch.repeat_interleave(_starts(self.sizes), self.sizes)
-        return k - 1 - position
-
-    def row(self, group: int, i: int, j: int) -> int:
-        """The row of one pair i < j."""
-        k = int(self.sizes[group])
-        return int(self._pair_starts[group]) + i * k - i * (i + 1) // 2 + j - i - 1
-
-    @cached_property
-    def _pair_starts(self) -> Tensor:
-        return _starts(self.pair_counts)
-
-    # -- hidden rows -------------------------------------------------------------------------------------------------
-
-    def row_counts(self, mode: PairMode, *, one_order: bool = False) -> Tensor:
-        """(G,) hidden rows of each group: one a response, or in concat mode one an ordered pair (or pair i < j)."""
-        if mode == "difference":
-            return self.sizes
-        return self.pair_counts if one_order else 2 * self.pair_counts
-
-    def pair_rows(self, mode: PairMode, *, one_order: bool = False) -> Tensor:
-        """(Q, 2) the two hidden rows of each pair: its responses', or those of (i, j) and (j, i); (Q, 1) if one_order.
-
-        Concat mode has its ordered pairs i ≠ j row-major: (0, 1), (0, 2), ..., (1, 0), (1, 2), ...
-        """
-        if mode == "difference":
-            return torch.stack((self.first, self.second), 1)
-        if one_order:
-            return torch.arange(self.pairs)[:, None]
-        start, k = _starts(2 * self.pair_counts)[self.group], self.sizes[self.group]
-        forward = start + self.i * (k - 1) + self.j - 1
-        return torch.stack((forward, start + self.j * (k - 1) + self.i), 1)
-
-    # -- squares -----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def blocks(self) -> tuple[_Block, ...]:
-        """The groups by size."""
-        sizes = self.sizes.unique().tolist()
-        if len(sizes) == 1:
-            return (_Block(sizes[0], torch.arange(len(self)), None, None),)
-        response_starts = _starts(self.sizes)
-        blocks = []
-        for k in sizes:
-            groups = (self.sizes == k).nonzero()[:, 0]
-            pairs = self._pair_starts[groups, None] + torch.arange(k * (k - 1) // 2)
-            blocks.append(_Block(k, groups, pairs, response_starts[groups, None] + torch.arange(k)))
-        return tuple(blocks)
 
 
 @dataclass(eq=False)
@@ -297,7 +176,7 @@ class PairTable:
         """(ΣK,) on the CPU: what a function of p̃'s squares, (n, K, K) → (n, K), says of each response."""
         result = torch.empty(self.layout.responses, dtype=torch.float64)
         for block in self.layout.blocks:
-            values = of_squares(_squares(self.preference, block, sign=-1)).cpu()
+            values = of_squares(squares(self.preference, block, sign=-1)).cpu()
             if block.responses is None:
                 return values.flatten()
             result[block.responses] = values
@@ -314,23 +193,6 @@ class PairTable:
             "routed": (self.routed, 1, False),
         }
         for block in self.layout.blocks:
-            made = [_squares(column, block, sign=sign, diagonal=own) for column, sign, own in columns.values()]
-            for number, *squares in zip(block.groups.tolist(), *made, strict=True):
-                yield number, dict(zip(columns, squares, strict=True))
-
-
-def _squares(column: Tensor, block: _Block, *, sign: int, diagonal: float = 0.0) -> Tensor:
-    """(n, K, K) of a column (Q,): its value above the diagonal, ``sign`` times it below."""
-    k, device = block.size, column.device
-    upper = column if block.pairs is None else column[block.pairs.to(device)]
-    upper = upper.view(len(block.groups), k * (k - 1) // 2)
-    i, j = torch.triu_indices(k, k, 1, device=device)
-    square = column.new_full((len(block.groups), k, k), diagonal)
-    square[:, i, j] = upper
-    square[:, j, i] = upper if sign > 0 else 0.0 - upper  # so that no preference is 0.0 both ways, not -0.0
-    return square
-
-
-def _starts(counts: Tensor) -> Tensor:
-    """Where each of consecutive runs begins."""
-    return counts.cumsum(0) - counts
+            made = [squares(column, block, sign=sign, diagonal=own) for column, sign, own in columns.values()]
+            for number, *of_group in zip(block.groups.tolist(), *made, strict=True):
+                yield number, dict(zip(columns, of_group, strict=True))

@@ -19,7 +19,7 @@ from rmcore.engine.groups import GroupScores
 from rmcore.engine.judging import JudgeQueue, Submission
 from rmcore.engine.micro_batches import MicroBatch
 from rmcore.engine.overlap import StoppedError
-from rmcore.engine.pair_table import PairLayout, PairTable
+from rmcore.engine.pair_table import PairTable
 from rmcore.engine.routing import Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
 from rmcore.head.frozen import FrozenHead
@@ -29,6 +29,7 @@ from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.text import EncodedText
 from rmcore.ops.dispatch import Backend
+from rmcore.ops.pair_layout import PairLayout
 
 __all__ = ["OnError", "ScoreCall", "ScoredPart", "check_group_sizes", "check_nesting"]
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.engine.micro_batches import MicroBatch, micro_batches
-from rmcore.engine.pair_table import PairLayout, PairState, PairTable
+from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import BudgetedRouter, Candidates, Router
 from rmcore.engine.score_call import ScoreCall, ScoredPart
 from rmcore.head.posterior import check_finite
+from rmcore.ops.pair_layout import PairLayout
 
 __all__ = ["plan", "route", "score_pairs"]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import InputError, reject
+from rmcore.engine.pair_table import PairTable
 from rmcore.evaluation.report import Array, EvaluationReport, ScoredPairs, ScoreReport, Uplift, as_vector
 from rmcore.evaluation.statistics import (
     FRACTIONS,
@@ -37,7 +38,7 @@ from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import Progress
 from rmcore.model.text import EncodedText
-from rmcore.ops.reference import concat_preference, uncertainty
+from rmcore.ops.pair_layout import PairLayout
 
 __all__ = ["PairStates", "encode_pairs", "evaluate_head", "evaluate_pairs", "recorded_preference"]
 
@@ -114,15 +115,9 @@ def evaluate_head(
         g, u = scores.logit.double(), scores.uncertainty.double()
     else:
         rows = head.score(states.hidden.flatten(0, 1))
-        logit, spread = (t.double().view(count, 2) for t in (rows.logit, rows.variance))
-        u_both = uncertainty(spread, head.weights.amplitude)
-        order = torch.zeros(count, 2, 2, dtype=torch.float64, device=logit.device)
-        width = order.clone()
-        order[:, 0, 1], order[:, 1, 0] = (logit / u_both).unbind(1)
-        width[:, 0, 1], width[:, 1, 0] = u_both.unbind(1)
-        preference, width = concat_preference(order, width)
-        u = width[:, 0, 1]
-        g = preference[:, 0, 1] * u
+        table = PairTable.of_concat(rows, PairLayout([2] * count), "both")
+        u = table.uncertainty
+        g = table.preference * u
     labels = np.array([pair.label for pair in pairs])
     decided = np.where(labels == 0.5, 0.0, np.sign(labels - 0.5))
     clusters = {key: k for k, key in enumerate(dict.fromkeys(str(pair.prompt) for pair in pairs))}

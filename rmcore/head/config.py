@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from rmcore._base.errors import reject
 from rmcore.ops import reference
+from rmcore.ops.pair_layout import PairMode
 from rmcore.ops.reference import Activation, Likelihood
 
 __all__ = ["HeadConfig", "PairMode"]
-
-PairMode: TypeAlias = Literal["difference", "concat"]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 - ``tensors``: the same as functions of plain tensors, ``score_tensors`` and so on, and ``prepare``.
 - ``dispatch``: which backend runs an operation; ``explain`` tells without running.
 - ``tasks``, ``library``: what each operation is, declared once, and its ``torch.library`` operator ``rmcore::*``.
+- ``pair_layout``: where the pairs of groups, their responses and their hidden rows are.
 - ``reference``: the formulas in plain torch, the truth that every backend is held against.
 - ``weights``, ``quantize``: a frozen head's tensors as the kernels take them.
 - ``backends``: torch, cpu, triton, cuda.

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import reference
+from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
 
@@ -316,7 +317,7 @@ def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> 
     """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
     hidden, rows = _rows(hidden)
     sizes = group_sizes.contiguous()
-    pairs = int((sizes * (sizes - 1)).sum()) // 2
+    pairs = PairLayout(sizes).pairs
     logits, variances = torch.empty(pairs), torch.empty(pairs)
     if pairs:
         _run(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import reference
+from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import HeadWeights
 
@@ -63,12 +64,14 @@ def accumulate(task: AccumulateTask) -> Tensor:
 
 def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
-    g = torch.empty(int((group_sizes * (group_sizes - 1) // 2).sum()), dtype=torch.float32, device=hidden.device)
+    g = torch.empty(PairLayout(group_sizes).pairs, dtype=torch.float32, device=hidden.device)
     v = torch.empty_like(g)
     row = pair = 0
     for sizes in _group_chunks(group_sizes.tolist()):
         rows = hidden[row : row + sum(sizes)]
-        i, j, first = (t.to(hidden.device) for t in _pair_rows(sizes))
+        layout = PairLayout(sizes)
+        first = torch.repeat_interleave(layout.starts, layout.sizes).to(hidden.device)
+        i, j = layout.first.to(hidden.device), layout.second.to(hidden.device)
         # Taking each group's first row away before the products leaves only the group's own spread to round, and
         # changes no difference.
         c = weights.map(rows)
@@ -96,17 +99,6 @@ def _group_chunks(sizes: list[int]) -> Iterator[list[int]]:
         held += k * k
     if chunk:
         yield chunk
-
-
-def _pair_rows(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers (i, j) of all pairs i < j of each group, and for every row its group's first row."""
-    starts = [0]
-    for k in sizes[:-1]:
-        starts.append(starts[-1] + k)
-    pairs = [torch.triu_indices(k, k, 1) + start for k, start in zip(sizes, starts, strict=True)]
-    first = torch.repeat_interleave(torch.tensor(starts), torch.tensor(sizes))
-    i, j = torch.cat(pairs, dim=1)
-    return i, j, first
 
 
 def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

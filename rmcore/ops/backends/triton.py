@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
 
@@ -185,7 +186,7 @@ def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> 
     device = _device(hidden.device)
     d = weights.num_features
     sizes: list[int] = group_sizes.tolist()
-    count = sum(k * (k - 1) // 2 for k in sizes)
+    count = PairLayout(group_sizes).pairs
     g = torch.empty(count, dtype=torch.float32, device=hidden.device)
     v = torch.empty_like(g)
     chunk = _chunk(WORKSPACE, d, 8 + weights.dtype.itemsize)
@@ -226,7 +227,9 @@ def _pair_rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, 
     """
     runs = [(k, len(list(same))) for k, same in itertools.groupby(sizes)]
     if len(runs) > _MAX_RUNS and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        made = _ragged_pair_rows(torch.tensor(sizes))
+        layout = PairLayout(sizes)
+        made: tuple[Tensor, ...]
+        made = torch.repeat_interleave(layout.starts, layout.sizes), layout.first, layout.second
         if device.type == "cuda":
             made = tuple(t.pin_memory() for t in made)
         first, left, right = (t.to(device, non_blocking=True) for t in made)
@@ -241,18 +244,6 @@ def _pair_rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, 
         rights.append((heads + j).reshape(-1))
         start += count * k
     return torch.cat(firsts), torch.cat(lefts), torch.cat(rights)
-
-
-def _ragged_pair_rows(sizes: Tensor) -> tuple[Tensor, ...]:
-    starts = sizes.cumsum(0) - sizes
-    pairs = sizes * (sizes - 1) // 2
-    group = torch.repeat_interleave(torch.arange(len(sizes)), pairs)
-    k = sizes[group]
-    # Pairs still to come in the group, this one included, number r = (k − i)(k − i − 1)/2 at the start of row i.
-    left = pairs[group] - (torch.arange(len(group)) - (pairs.cumsum(0) - pairs)[group])
-    i = k - 1 - (((8 * left - 7).double().sqrt() + 1) / 2).floor().long()
-    j = k - (left - (k - i - 1) * (k - i - 2) // 2)
-    return torch.repeat_interleave(starts, sizes), starts[group] + i, starts[group] + j
 
 
 # -- power_iteration -------------------------------------------------------------------------------------------------
