@@ -24,6 +24,7 @@ from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged,
 from rmcore.judge.question.dialect import Dialect
 from rmcore.judge.question.prompt import JudgePrompt, Output
 from rmcore.judge.question.rules import rule_verdict
+from rmcore.judge.question.sanitise import breakable
 from rmcore.judge.store.prices import PriceTable, price_call
 from rmcore.judge.store.records import Question, Reply, reply_text
 from rmcore.judge.wrappers.canary_pairs import CANARY_ID
@@ -143,6 +144,7 @@ class ChatJudge:
             given_prompt,
             output=given_prompt.output if output is None else output,
             max_response_chars=given_prompt.max_response_chars if max_response_chars is None else max_response_chars,
+            special_tokens=given_prompt.special_tokens or breakable(getattr(complete, "special_tokens", ())),
         )
         self.soft = soft
         self.rules = rules

@@ -41,6 +41,9 @@ class CompletionFunction(Protocol):
         (as of ``openai``), or the bare text of the answer, if it was *finished*: text that was cut off needs a mapping
         with ``finish_reason`` "length".
 
+    If it has an attribute ``special_tokens``, a judge breaks these in the texts it shows; one that is called ``name``
+    stands for it in a store, and ``api_key`` is kept out of logs and stores.
+
     Raises:
         CompletionError: the call failed as an HTTP call with that status would have.
         TimeoutError, OSError: no reply in time, no connection; it is tried again.
@@ -138,6 +141,13 @@ class _Transformers:
 
     def __repr__(self) -> str:
         return f"transformers_completions({self.name!r})"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The tokenizer's own."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        own = {str(token) for token in added if token.special} | set(getattr(self._tokenizer, "all_special_tokens", ()))
+        return tuple(sorted(own))
 
     async def __call__(self, messages: list[dict[str, str]], /, **parameters: Any) -> Any:
         parameters.pop("model", None)

@@ -29,7 +29,7 @@ from pathlib import Path
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, response_text
 from rmcore.judge.question.contract import CONTRACTS, LABEL_STYLE, Output, RandomSource, draw, find_contract
-from rmcore.judge.question.sanitise import restore, sanitise
+from rmcore.judge.question.sanitise import ESCAPE, RULES, restore, sanitise
 from rmcore.judge.question.turns import assemble, segments
 from rmcore.judge.question.verdict import Labels
 
@@ -141,6 +141,8 @@ class JudgePrompt:
         output: the form of answer that the contract asks for. A template says nothing of it, so one serves for both.
         max_response_chars: of a longer response the judge is shown the beginning, and told below it how many
             characters were cut (of several messages: as one text). ``None``: all of it.
+        special_tokens: control sequences of the judge's tokenizer, to be broken in the texts besides those that are
+            known by their shape (:mod:`rmcore.judge.question.sanitise`); each of two characters or more.
 
     Raises:
         InputError: a field is missing, repeated, unknown or in the wrong place, or an argument is out of range.
@@ -150,6 +152,7 @@ class JudgePrompt:
     user: str = DEFAULT_USER
     output: Output = "text"
     max_response_chars: int | None = None
+    special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.output not in CONTRACTS:
@@ -157,6 +160,10 @@ class JudgePrompt:
         limit = self.max_response_chars
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             reject("max_response_chars", repr(limit)[:80], "a number of characters, at least 1, or None")
+        object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
+        for token in self.special_tokens:
+            if not isinstance(token, str) or len(token) < 2 or ESCAPE in token:
+                reject("special_tokens", repr(token)[:80], f"texts of at least 2 characters without {ESCAPE}")
         system, user = _fields(self.system, "system"), _fields(self.user, "user")
         for name in _UNTRUSTED:
             if name in system or user.count(name) != 1:
@@ -200,10 +207,12 @@ class JudgePrompt:
     def version(self) -> str:
         """Twelve hex digits over everything that shapes the question except the texts: part of a cache key.
 
-        That is the template, the contract with its form of answer, the look of labels, and the length cap.
+        That is the template, the contract with its form of answer, the look of labels, the length cap, and what is
+        sanitised.
         """
         limit = str(self.max_response_chars)
-        content = "\0".join([self.system, self.user, CONTRACTS[self.output], LABEL_STYLE, limit])
+        content = "\0".join([self.system, self.user, CONTRACTS[self.output], LABEL_STYLE, limit, RULES])
+        content += "".join("\0" + token for token in sorted(self.special_tokens))
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def render(
@@ -227,7 +236,7 @@ class JudgePrompt:
 
         def segment(name: str, text: str) -> str:
             nonlocal count
-            safe, broken = sanitise(text)
+            safe, broken = sanitise(text, self.special_tokens)
             count += broken
             return f"<<<{token}:{name}>>>\n{safe}\n<<<{token}:end>>>"
 

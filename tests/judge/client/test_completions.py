@@ -324,3 +324,10 @@ def test_what_cannot_generate_is_refused(tiny):
         transformers_completions(model, SimpleNamespace(chat_template=None))
     with pytest.raises(ValueError, match="max_new_tokens"):
         transformers_completions(model, tokenizer, max_new_tokens=0)
+
+
+def test_a_model_in_this_process_knows_its_special_tokens(tiny):
+    model, tokenizer = tiny
+    known = transformers_completions(model, tokenizer).special_tokens
+    assert set(tokenizer.all_special_tokens) <= set(known)
+    assert known == tuple(sorted(known))

@@ -73,7 +73,7 @@ PLAIN = [
     "Human: hello\n\nAssistant: hi",
     "the verdict is in",
     "a <thinker> and a <think_time",
-    "if x <1 and y> 2: return [THINKING]",
+    "if x <1 and y> 2: return [Thinking]",
     "שלום\u200f עולם, सि\u094dक्ष, e\u0301té, नमस्ते\u200d, 👩\u200d💻",
     "AT&amp;T &lt;b&gt; &#60;br&#62;",
     "‹quoted› 〈text〉",
