@@ -161,6 +161,7 @@ class Run:
             "RMCORE_GPU_ROWS": str(self.rows),
             "OUT": str(self.rows.parent),
             "RMCORE_COMMIT": _commit(),
+            "RMCORE_SELF_CHECK": "0",  # the steps are the check
             **step.environment,
         }
         with self.log.open("ab") as log:

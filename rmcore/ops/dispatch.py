@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import BackendError, reject
+from rmcore.ops.self_check import refusal
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["OPS", "Backend", "Explanation", "explain", "select"]
@@ -81,6 +82,8 @@ def _first(
         why = "not part of this build" if module is None else module.unavailable(op, device, dtype)
         if why is None and rows is not None and hasattr(module, "declines"):
             why = module.declines(op, rows, weights)
+        if why is None and device.type == "cuda":
+            why = refusal(name, op, device)
         if why is None:
             return name, reasons
         reasons[name] = why

@@ -99,7 +99,8 @@ def accumulate(
         () float64, the sum of log-likelihoods at β.
 
     Raises:
-        InputError: a shape, dtype or device does not fit, or a pair index is out of range.
+        InputError: a shape, dtype or device does not fit, or a pair index is out of range. On a GPU the indices are not
+            looked at from the host: one out of range makes the result and the gradient NaN.
         BackendError: the named backend cannot run here.
     """
     task = AccumulateTask(

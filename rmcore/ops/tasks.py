@@ -84,6 +84,17 @@ def _check_vector(name: str, tensor: Tensor, length: int) -> None:
         reject(name, f"shape {tuple(tensor.shape)}", f"({length},)")
 
 
+def guarded_pairs(pairs: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Indices that are safe to read with, and labels that are NaN if any of the given ones was not.
+
+    On a GPU nothing can be raised without waiting for it, which would also forbid CUDA graphs: instead a wrong index
+    makes the log-likelihood and the gradient NaN, so that no fit takes the result for a number.
+    """
+    wrong = ((pairs < 0) | (pairs >= rows)).any()
+    labels = labels.to(torch.promote_types(labels.dtype, torch.float32))
+    return pairs.clamp(0, rows - 1), torch.where(wrong, torch.nan, labels)
+
+
 class ScoreTask(NamedTuple):
     """hidden (B, h) → ``out`` (4, B): g, v, u, p."""
 
@@ -159,20 +170,26 @@ class AccumulateTask(NamedTuple):
             reject("precision", f"{tuple(precision.shape)} {precision.dtype}", f"({d}, {d}) float32 or float64")
         if not precision.is_contiguous():
             reject("precision", f"strides {precision.stride()}", "a contiguous tensor")
+        if pairs is not None and n and not self.hidden.shape[0]:
+            reject("pairs", f"{n} pairs of rows", "none, since hidden has no rows")
 
     def check_values(self) -> None:
-        """Raise InputError where an index is out of range."""
-        if self.pairs is not None and self.pairs.numel():
+        """Raise InputError where an index is out of range; on a GPU ``ready`` sees to it, without asking the device."""
+        if self.pairs is not None and self.pairs.device.type == "cpu" and self.pairs.numel():
             low, high, rows = int(self.pairs.min()), int(self.pairs.max()), self.hidden.shape[0]
             if low < 0 or high >= rows:
                 reject("pairs", f"indices {low}..{high}", f"row indices 0..{rows - 1}")
 
     def ready(self) -> AccumulateTask:
-        """With an int8 map's features in float32."""
-        # No backend sums int8 features: their float32 form is made once for the pass.
-        return (
-            self if self.feature_map.dtype != torch.int8 else self._replace(feature_map=self.feature_map.dequantized())
-        )
+        """With an int8 map's features in float32, and no pair index that points outside the rows."""
+        task = self
+        if task.feature_map.dtype == torch.int8:
+            # No backend sums int8 features: their float32 form is made once for the pass.
+            task = task._replace(feature_map=task.feature_map.dequantized())
+        if task.pairs is not None and task.pairs.device.type != "cpu" and task.data:
+            pairs, labels = guarded_pairs(task.pairs, task.labels, task.hidden.shape[0])
+            task = task._replace(pairs=pairs, labels=labels)
+        return task
 
     def served(self) -> Served:
         """What decides the backend."""

@@ -414,3 +414,12 @@ def test_triangle_row_is_exact():
     got = torch.empty_like(want)
     _rows[(-(-len(want) // 65536),)](got, len(want), BLOCK=65536)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_the_self_check_passes(op, monkeypatch):
+    from rmcore.ops import self_check
+
+    monkeypatch.setattr(self_check, "REPEATS", 2)
+    monkeypatch.setattr(self_check, "ROWS", (1, 17, 130))
+    assert self_check.check(backend, op, torch.device("cpu")) is None

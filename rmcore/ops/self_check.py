@@ -1,0 +1,289 @@
+"""Kernels that have not been shown to be right on a card prove themselves there before they serve.
+
+On a card that no shipped results stand for, the first call of a GPU backend's operation runs it on small problems
+against plain torch, in a process of its own with a time limit: a kernel that is wrong, whose bits move, that raises,
+crashes or hangs is refused, aloud, and ``auto`` goes on to the next backend. The outcome is kept on disk by card,
+driver, versions and kernel sources, so a machine pays once. ``rmcore.ops.explain`` tells; ``RMCORE_SELF_CHECK=0`` turns
+it off.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmcore._base.files import write_atomic
+from rmcore._base.version import __version__
+
+__all__ = ["TIME_LIMIT_S", "check", "refusal"]
+
+log = logging.getLogger(__name__)
+
+PROVEN: frozenset[tuple[str, str]] = frozenset()
+"""(card, backend) whose ``bench/results/gpu-<card>.json`` is committed and passed. None has been measured yet."""
+
+TIME_LIMIT_S = 180.0
+"""For one operation's check: the process's start and Triton's compilation, which take most of it, included."""
+
+REPEATS = 20
+ROWS = (1, 17, 64, 130, 700)
+# 16-bit products of up to 160 terms, relative to the largest result. A wrong kernel is off by far more than this.
+_TOLERANCE = 2e-2
+_H, _D = 144, 160
+"""Hidden size and features of the problems: neither a power of two nor a multiple of the tiles' 128."""
+
+_lock = threading.Lock()
+_known: dict[tuple[str, str, int], str | None] = {}
+
+
+def refusal(backend: str, op: str, device: torch.device) -> str | None:
+    """Why an unproven kernel must not serve ``op`` on a GPU, or None. The first call for a machine takes seconds."""
+    if device.type != "cuda" or backend == "torch" or os.environ.get("RMCORE_SELF_CHECK", "1") == "0":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _lock:  # of several threads one checks and the others wait for what it finds
+        if (backend, op, index) not in _known:
+            _known[backend, op, index] = _looked_up(backend, op, index)
+    return _known[backend, op, index]
+
+
+def _looked_up(backend: str, op: str, index: int) -> str | None:
+    card = torch.cuda.get_device_name(index)
+    if (card, backend) in PROVEN:
+        return None
+    return _outcome(_file(backend, op, _machine(index)), backend, op, index, card)
+
+
+def _outcome(file: Path, backend: str, op: str, index: int, card: str) -> str | None:
+    """The outcome kept in ``file``; if there is none, of a check run now. A failure is logged once in every process."""
+    try:
+        why = json.loads(file.read_text(encoding="utf-8"))["failed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        log.info("checking %s of the %s backend on %s, once for this machine", op, backend, card)
+        why = _run(backend, op, index)
+        with suppress(OSError):  # a read-only home: the check is run again next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, json.dumps({"card": card, "backend": backend, "op": op, "failed": why}) + "\n")
+    if why is None:
+        return None
+    log.warning("%s of the %s backend failed its self-check on %s and does not serve: %s", op, backend, card, why)
+    return f"it failed its self-check on {card}: {why} (RMCORE_SELF_CHECK=0 serves it all the same)"
+
+
+def _run(backend: str, op: str, index: int) -> str | None:
+    """Check in a process of its own, since a kernel may hang or take the CUDA context with it."""
+    command = [sys.executable, "-m", "rmcore.ops.self_check", backend, op, f"cuda:{index}"]
+    environment = {**os.environ, "RMCORE_SELF_CHECK": "0"}
+    try:
+        child = subprocess.Popen(  # noqa: S603 (this interpreter, this module)
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return f"its check could not be started ({error})"
+    try:
+        out, err = child.communicate(timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return f"it did not end within {TIME_LIMIT_S:.0f} s"
+    try:
+        why: str | None = json.loads(out.splitlines()[-1])["failed"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        last = (err.strip().splitlines() or ["nothing on stderr"])[-1]
+        return f"its check ended with exit code {child.returncode} ({last[:200]})"
+    return why
+
+
+@functools.cache
+def _machine(index: int) -> str:
+    """Everything that could change the outcome: card, driver, versions, the kernels themselves."""
+    versions: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(index),
+        "capability": torch.cuda.get_device_capability(index),
+        "driver": torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rmcore": __version__,
+        "kernels": _sources(),
+    }
+    with suppress(ImportError):
+        versions["triton"] = importlib.import_module("triton").__version__
+    return json.dumps(versions, sort_keys=True)
+
+
+def _sources() -> str:
+    """A digest of the Triton kernels' text and of the compiled module."""
+    digest = hashlib.sha256()
+    paths: list[Path] = []
+    for name in ("rmcore.kernels.common", "rmcore._cuda"):
+        with suppress(ImportError):
+            found = importlib.import_module(name).__file__
+            paths += [] if found is None else [Path(found)]
+    for path in paths:
+        for part in sorted(path.parent.glob("*.py")) if path.suffix == ".py" else [path]:
+            digest.update(part.read_bytes())
+    return digest.hexdigest()
+
+
+def _file(backend: str, op: str, machine: str) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(f"{backend} {op} {machine}".encode()).hexdigest()[:32]
+    return Path(home) / "rmcore" / "self-check" / f"{name}.json"
+
+
+# -- the checks themselves ---------------------------------------------------------------------------------------------
+
+
+def check(backend: Any, op: str, device: torch.device, dtype: torch.dtype = torch.float16) -> str | None:
+    """Run one operation of a backend module on small problems; what is wrong with it, or None.
+
+    Args:
+        backend: a module of :mod:`rmcore.ops.backends`, or anything with its functions.
+        op: ``score``, ``accumulate``, ``pair_variance`` or ``power_iteration``.
+        device: where.
+        dtype: of the weights.
+    """
+    try:
+        return _CHECKS[op](backend, device, dtype)
+    except Exception as error:  # whatever a kernel raises, it must not serve
+        return f"{type(error).__name__}: {error}"[:400]
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _weights(device: torch.device, dtype: torch.dtype) -> Any:
+    from rmcore.ops import reference
+    from rmcore.ops.weights import FeatureMap, HeadWeights
+
+    projection = (_random(_D, _H, seed=0) / (3 * _H**0.5)).to(dtype)
+    phase = torch.rand(_D, generator=torch.Generator().manual_seed(1))
+    feature_map = FeatureMap(
+        features="rff", projection=projection, phase=phase, layer_weight=None, layer_bias=None, activation="none",
+        layernorm=False, hidden_size=_H, num_features=_D, dtype=dtype,
+    )  # fmt: skip
+    factor = reference.pack_lower(_random(_D, _D, seed=2).tril() / _D**0.5).to(dtype)
+    weights = HeadWeights(feature_map, _random(_D, seed=3).float(), 0.1, factor, 1.0, 0.4)
+    return weights.to(device)
+
+
+def _compare(name: str, got: Tensor, want: Tensor, tolerance: float = _TOLERANCE) -> str | None:
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    if got.shape != want.shape:
+        return f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if not bool(got.isfinite().all()):
+        return f"{name}: NaN or Inf, or not written at all"
+    error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30)) if got.numel() else 0.0
+    return f"{name}: off by {error:.1e} of the largest, {tolerance:.0e} allowed" if error > tolerance else None
+
+
+def _score(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    from rmcore.ops.backends import torch as plain
+
+    weights = _weights(device, dtype)
+    declines = getattr(backend, "declines", lambda *_: None)
+    for rows in ROWS:
+        if declines("score", rows, weights) is not None:
+            continue
+        hidden = _random(rows, _H, seed=rows).to(dtype).to(device)
+        want = torch.empty(4, rows, dtype=torch.float64, device=device)
+        plain.score(hidden.double(), weights, want)
+        first: Tensor | None = None
+        for _ in range(REPEATS):
+            out = torch.full((4, rows), float("nan"), device=device)
+            backend.score(hidden, weights, out)
+            first = out.clone() if first is None else first
+            if not torch.equal(first.cpu().view(torch.int32), out.cpu().view(torch.int32)):
+                return f"score of {rows} rows: bits move from call to call"
+        assert first is not None
+        for name, k in (("g", 0), ("v", 1), ("u", 2), ("p", 3)):
+            if why := _compare(f"score of {rows} rows, {name}", first[k], want[k]):
+                return why
+    return None
+
+
+def _accumulate(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    from rmcore.ops.backends import torch as plain
+    from rmcore.ops.tasks import AccumulateTask
+
+    feature_map = _weights(device, dtype).map
+    rows = 300
+    hidden = _random(rows, _H, seed=5).to(dtype).to(device)
+    beta = (_random(_D, seed=6) / 8).float().to(device)
+    index = torch.randint(rows, (200, 2), generator=torch.Generator().manual_seed(7)).to(device)
+    for pairs in (None, index):
+        count = rows if pairs is None else len(pairs)
+        labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(8)).float().to(device)
+
+        def total(module: Any, rows: Tensor, kind: torch.dtype, labels: Tensor = labels, pairs: Any = pairs) -> Any:
+            precision = torch.zeros(_D, _D, dtype=kind, device=device)
+            gradient = torch.zeros(_D, dtype=kind, device=device)
+            task = AccumulateTask(rows, labels.to(kind), feature_map, beta.to(kind), precision, gradient, pairs)
+            return module.accumulate(task), precision.tril(), gradient
+
+        want = total(plain, hidden.double(), torch.float64)
+        got = total(backend, hidden, torch.float32)
+        for name, a, b in zip(("log-likelihood", "precision", "gradient"), got, want, strict=True):
+            if why := _compare(f"accumulate of {count} {'rows' if pairs is None else 'pairs'}, {name}", a, b):
+                return why
+    return None
+
+
+def _pair_variance(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    from rmcore.ops.backends import torch as plain
+
+    weights, sizes = _weights(device, dtype), torch.tensor([1, 2, 5, 0, 8, 3])
+    hidden = _random(int(sizes.sum()), _H, seed=9).to(dtype).to(device)
+    got, want = backend.pair_variance(hidden, sizes, weights), plain.pair_variance(hidden.double(), sizes, weights)
+    for name, a, b in zip(("g", "v"), got, want, strict=True):
+        if why := _compare(f"pair_variance, {name}", a, b):
+            return why
+    return None
+
+
+def _power_iteration(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    from rmcore.ops.backends import torch as plain
+
+    matrix, vector = (_random(96, _H, seed=10) / 12).to(dtype).to(device), _random(_H, seed=11).float().to(device)
+    got, want = backend.power_iteration(matrix, vector, 3), plain.power_iteration(matrix.double(), vector.double(), 3)
+    for name, a, b in zip(("sigma", "vector"), got, want, strict=True):
+        if why := _compare(f"power_iteration, {name}", a, b):
+            return why
+    return None
+
+
+_CHECKS = {
+    "score": _score,
+    "accumulate": _accumulate,
+    "pair_variance": _pair_variance,
+    "power_iteration": _power_iteration,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The child: check one operation and print one JSON line."""
+    backend, op, device = sys.argv[1:] if argv is None else argv
+    module = importlib.import_module(f"rmcore.ops.backends.{backend}")
+    print(json.dumps({"failed": check(module, op, torch.device(device))}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
