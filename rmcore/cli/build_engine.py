@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rmcore._base.errors import reject
+from rmcore.cli.checks import check_backend, check_device
 from rmcore.cli.options import Judging
 
 if TYPE_CHECKING:
@@ -18,7 +21,13 @@ __all__ = ["close_engine", "make_engine"]
 
 
 def make_engine(
-    model: str, judging: Judging, *, backend: Backend, device: str | None, attn_implementation: str = "auto"
+    model: str,
+    judging: Judging,
+    *,
+    backend: Backend,
+    device: str | None,
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
@@ -30,8 +39,13 @@ def make_engine(
     adaptive = _adaptive_router(judging)
     router = _router(judging, adaptive)
     judge = _judge(judging)
+    _check_together(judging, judge, router)
+    check_device(device)
+    check_backend(model, backend, device)
     engine = RewardEngine(
-        RewardModel.from_pretrained(model, device=device, attn_implementation=attn_implementation),
+        RewardModel.from_pretrained(
+            model, device=device, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        ),
         judge,
         router,
         backend=backend,
@@ -43,6 +57,27 @@ def make_engine(
             adaptive.save(judging.router_state)
 
     return engine, save
+
+
+def _check_together(judging: Judging, judge: Judge | None, router: Router) -> None:
+    """Raises InputError for options that would only be found useless, or wrong, once a model is loaded."""
+    from rmcore.engine.routing import NeverRoute
+
+    routing, asking = "--threshold, --budget or --judge-fraction", "--judge-url or --verdicts"
+    if judge is None and not isinstance(router, NeverRoute):
+        reject("judge", "None", f"{asking}, for the pairs that {type(router).__name__} routes")
+    if judge is not None and isinstance(router, NeverRoute):
+        reject(asking, f"one without {routing}, so that the judge is never asked", "one of them, or no judge")
+    deadline, key = judging.judge_deadline, judging.judge_key_env
+    if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
+        reject("--judge-deadline", deadline, "seconds above 0")
+    if judging.judge_url is not None and key and not os.environ.get(key):
+        reject(
+            "--judge-key-env",
+            f"{key}, and no such variable is set",
+            "the environment variable with the judge's key",
+            "For a server without keys: --judge-key-env ''",
+        )
 
 
 def close_engine(engine: RewardEngine) -> None:

@@ -61,10 +61,16 @@ def opened_output(path: str) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def reported_errors() -> Iterator[None]:
-    """Ends the command with one line and an exit code where the body raises: 2 for bad input, 1 for other failures."""
+def reported_errors(kept: object = None) -> Iterator[None]:
+    """Ends the command with one line and an exit code where the body raises: 2 for bad input, 1 for other failures.
+
+    Interrupted by Ctrl-C it is 130, and ``kept`` as text says what is kept.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        typer.echo("rmcore: interrupted" + ("" if kept is None else f"; {kept}"), err=True)
+        raise typer.Exit(130) from None
     except (InputError, OSError) as error:
         _fail(error, 2)
     except RmcoreError as error:

@@ -10,6 +10,7 @@ import typer
 
 from rmcore._base.errors import reject
 from rmcore.cli import options
+from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 
 __all__ = ["evaluate"]
@@ -23,18 +24,28 @@ def evaluate(
     replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    no_cache: options.NoCache = False,
 ) -> None:
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
-    with reported_errors():
+    kept = Kept()
+    with reported_errors(kept):
         from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
         from rmcore.evaluation.streams import StreamPair
         from rmcore.model.data import read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences
 
+        if replicates < 1:
+            reject("--replicates", replicates, "at least 1")
+        check_folder(out, "--out")
+        check_device(device)
         items = list(read_preferences(preferences))
         if not items:
             reject("preferences", "no lines", "at least one")
-        loaded = RewardModel.from_pretrained(model, device=device, attn_implementation=attn_implementation)
+        loaded = RewardModel.from_pretrained(
+            model, device=device, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+        kept.use(loaded.backbone, cache=not no_cache)
         pairs = [StreamPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
         with progress_bar() as bar:
             states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=encoding_progress(bar))

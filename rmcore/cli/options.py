@@ -19,6 +19,13 @@ Device = Annotated[str | None, typer.Option(help="torch device; default: cuda if
 AttnImplementation = Annotated[
     str, typer.Option(help="Attention of the backbone: auto, or what transformers calls attn_implementation.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python files that come with the model: they can do all you can."),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Keep no encoded texts for later runs, and use none (folder: RMCORE_CACHE).")
+]
 # Choices are written out here, not imported, so that --help does not wait for torch; mypy and a test hold them to the
 # types of the library's functions.
 Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]

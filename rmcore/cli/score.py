@@ -15,6 +15,7 @@ from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
 from rmcore.cli.accounts import print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
+from rmcore.cli.checks import check_parent
 from rmcore.cli.console import notes, opened_output, print_error, progress_bar, reported_errors
 
 if TYPE_CHECKING:
@@ -46,13 +47,25 @@ def _scoring(
     backend: options.Backend = "auto",
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> Run:
     """Make the engine the options name."""
     from rmcore.engine.accounts import Accounts
 
     if batch < 1:
         reject("--batch", batch, "at least 1")
-    engine, save = make_engine(model, judging, backend=backend, device=device, attn_implementation=attn_implementation)
+    if out != "-":
+        check_parent(Path(out), "--out")
+    if accounts is not None:
+        check_parent(accounts, "--accounts")
+    engine, save = make_engine(
+        model,
+        judging,
+        backend=backend,
+        device=device,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     booked = Accounts(accounts)
 
     def run(line: Line) -> None:

@@ -62,6 +62,7 @@ def serve(
     backend: options.Backend = "auto",
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve rewards of groups over HTTP, for OpenRLHF, verl and others; /docs describes the interface.
 
@@ -99,7 +100,12 @@ def serve(
             max_chars=max_chars,
         )
         engine, save_router = make_engine(
-            model, judging, backend=backend, device=device, attn_implementation=attn_implementation
+            model,
+            judging,
+            backend=backend,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
         )
         if settings.answer_within_s >= 180:
             notes.print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +11,7 @@ import typer
 
 from rmcore._base.errors import reject
 from rmcore.cli import options
+from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    no_cache: options.NoCache = False,
 ) -> None:
     """Train an uncertainty-aware reward model from preferences.
 
@@ -72,7 +77,8 @@ def train(
 
     Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
     """
-    with reported_errors():
+    kept = Kept()
+    with reported_errors(kept):
         from rmcore.head.config import HeadConfig
         from rmcore.head.fit import fit, fit_amplitude
         from rmcore.head.sngp import SNGPHead
@@ -83,6 +89,24 @@ def train(
 
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        for option, count in (("--epochs", epochs), ("--finetune-epochs", finetune_epochs)):
+            if count < 0:
+                reject(option, count, "0 or more")
+        if not (math.isfinite(lr_backbone) and lr_backbone > 0):
+            reject("--lr-backbone", lr_backbone, "a positive number")
+        config = HeadConfig(
+            1,  # the backbone's width, once it is known; all else is checked now
+            num_features=features,
+            mode=mode,
+            layer_size=layer_size,
+            ridge=ridge,
+            kernel_scale=kernel_scale,
+            length_scale_factor=length_scale_factor,
+            likelihood=likelihood,
+            seed=seed,
+        )
+        check_model_folder(out)
+        check_device(device)
         items = list(read_preferences(preferences))
         if not items:
             reject("preferences", "no lines", "at least one")
@@ -101,18 +125,10 @@ def train(
             ),
             device,
             attn_implementation,
+            trust_remote_code,
         )
-        config = HeadConfig(
-            spine.hidden_size,
-            num_features=features,
-            mode=mode,
-            layer_size=layer_size,
-            ridge=ridge,
-            kernel_scale=kernel_scale,
-            length_scale_factor=length_scale_factor,
-            likelihood=likelihood,
-            seed=seed,
-        )
+        config = replace(config, hidden_size=spine.hidden_size)
+        kept.use(spine, cache=not no_cache)
         with progress_bar() as bar:
             head = SNGPHead(config).to(spine.device)
             if finetune_epochs:
@@ -127,7 +143,8 @@ def train(
                 )
                 frozen = fit_amplitude(frozen, *_scored(frozen, unseen, unseen_pairs), outcomes)
         model = RewardModel(spine, frozen)
-        model.save_pretrained(out, backbone="embed" if embed_backbone or finetune_epochs else "name")
+        how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
+        save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
         logit, _ = _scored(frozen, hidden, pairs)
         right = float(((logit > 0) == (labels > 0.5)).float().mean())
         amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out else ""
@@ -149,14 +166,23 @@ def upgrade(
     embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    no_cache: options.NoCache = False,
 ) -> None:
     """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
-    with reported_errors():
+    kept = Kept()
+    with reported_errors(kept):
         from rmcore.model.backbone import BackboneConfig
         from rmcore.model.data import read_preferences
         from rmcore.model.reward_model import RewardModel
 
+        if not (math.isfinite(ridge) and ridge > 0):
+            reject("--ridge", ridge, "a positive finite number")
+        check_model_folder(out)
+        check_device(device)
         items = list(read_preferences(pairs))
+        if not items:
+            reject("pairs", "no lines", "at least one")
         config = BackboneConfig(
             name=model,
             kind="classifier",
@@ -166,19 +192,25 @@ def upgrade(
             chat=chat,
             append_eos=False,
         )
-        spine = _load_backbone(config, device, attn_implementation)
+        spine = _load_backbone(config, device, attn_implementation, trust_remote_code)
+        kept.use(spine, cache=not no_cache)
         with progress_bar() as bar:
             upgraded = RewardModel.upgrade(
                 spine, items, ridge=ridge, dtype=_dtype(dtype), progress=encoding_progress(bar)
             )
-        upgraded.save_pretrained(out, backbone="embed" if embed_backbone else "name")
+        how: Literal["name", "embed"] = "embed" if embed_backbone else "name"
+        save_or_say(out, lambda path: upgraded.save_pretrained(path, backbone=how), kept)
         notes.print(f"{len(items)} pairs, {spine.stats.tokens} tokens; wrote {out}")
 
 
-def _load_backbone(config: BackboneConfig, device: str | None, attn_implementation: str) -> Backbone:
+def _load_backbone(
+    config: BackboneConfig, device: str | None, attn_implementation: str, trust_remote_code: bool
+) -> Backbone:
     from rmcore.model.backbone import Backbone
 
-    return Backbone.from_pretrained(config, device=device, attn_implementation=attn_implementation)
+    return Backbone.from_pretrained(
+        config, device=device, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+    )
 
 
 def _scored(head: FrozenHead, hidden: Tensor, pairs: Tensor | None) -> tuple[Tensor, Tensor]:

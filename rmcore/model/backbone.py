@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.model.backbone_config import BackboneConfig, Pooling
+from rmcore.model.devices import checked_device
 from rmcore.model.encoding.architecture import block, final_linear, pair_separator, position_limit, text_config
 from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
@@ -207,7 +208,7 @@ class Backbone:
             InputError: an argument that :class:`BackboneConfig` or this function does not have.
         """
         config = configured(config, kwargs)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = checked_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options = {
             "cache_dir": cache_dir,

@@ -277,8 +277,13 @@ class RewardModel:
         """
         if backbone not in ("name", "embed"):
             reject("backbone", repr(backbone), "'name' or 'embed'")
+        from safetensors import SafetensorError
+
         with atomic_folder(path, marker=checkpoint.CONFIG_FILE) as folder:
-            self._save_pretrained(folder, embed=backbone == "embed", include_posterior=include_posterior)
+            try:
+                self._save_pretrained(folder, embed=backbone == "embed", include_posterior=include_posterior)
+            except SafetensorError as error:  # as it reports a disk that is full, say
+                raise OSError(f"{os.fspath(path)}: {error}") from error
 
     def _save_pretrained(self, folder: Path, *, embed: bool, include_posterior: bool) -> None:
         config = self.backbone.config

@@ -1,0 +1,124 @@
+"""What can be found wrong before a model is loaded, and what is said of work that ended early."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rmcore._base.errors import BackendError, CheckpointError, InputError, reject
+
+if TYPE_CHECKING:
+    from rmcore.model.backbone import Backbone
+    from rmcore.ops.dispatch import Backend
+
+__all__ = ["Kept", "check_backend", "check_device", "check_folder", "check_model_folder", "check_parent", "save_or_say"]
+
+
+def check_device(name: str | None) -> None:
+    """Raises InputError for a device this machine does not have."""
+    from rmcore.model.devices import checked_device
+
+    try:
+        checked_device(name)
+    except InputError as error:
+        raise InputError(f"--{error}") from error
+
+
+def check_backend(model: str, backend: Backend, device: str | None) -> None:
+    """Raises BackendError where the kernels asked for cannot run a saved model's head here."""
+    from rmcore.head.checkpoint import read_config
+    from rmcore.model.devices import checked_device
+    from rmcore.model.hub import folder_of
+    from rmcore.ops.dispatch import explain
+
+    if backend == "auto":
+        return
+    import torch
+
+    folder = folder_of(model, expected="a folder with rmcore.json")
+    head: Any = {} if folder is None else read_config(folder).get("head")
+    head = head if isinstance(head, dict) else {}
+    mode = (head.get("config") or {}).get("mode", "difference")
+    dtype = getattr(torch, str(head.get("dtype", "float16")), torch.float16)
+    op = "pair_variance" if mode == "difference" else "score"
+    explanation = explain(op, checked_device(device), dtype, backend)
+    if explanation.backend == "none":
+        raise BackendError(f"--backend: got {backend!r}, which cannot run here: {explanation.reasons[backend]}")
+
+
+def check_parent(path: Path, option: str) -> None:
+    """Raises InputError where a file or folder cannot be made at ``path``."""
+    place = Path(os.path.abspath(path)).parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reject(option, repr(str(path)), f"a place that can be written to: {error.strerror or error}")
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Raises InputError where a folder for results is a file, or cannot be made."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        reject(option, f"{str(path)!r}, a file", "a folder, there already or not")
+    check_parent(path / "file", option)
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises InputError where a model cannot be saved as ``path``."""
+    from rmcore.head.checkpoint import CONFIG_FILE
+
+    if path.exists() and not (path / CONFIG_FILE).is_file() and (not path.is_dir() or any(path.iterdir())):
+        reject("--out", repr(str(path)), "a new or empty folder, or one that rmcore wrote")
+    check_parent(path, "--out")
+
+
+class Kept:
+    """What is kept of a command that ends early: the states its backbone has encoded so far."""
+
+    def __init__(self) -> None:
+        self.backbone: Backbone | None = None
+
+    def use(self, backbone: Backbone, *, cache: bool) -> None:
+        """Take encoded states from the cache, and put them there, unless ``cache`` is off."""
+        from rmcore.model.state_cache import StateCache
+
+        self.backbone = backbone
+        if cache:
+            width = backbone.hidden_size - (backbone.config.length_feature != 0)
+            backbone.state_cache = StateCache.default(backbone.identity, width)
+
+    def __str__(self) -> str:
+        """One sentence, for when the command was interrupted."""
+        if self.backbone is None:
+            return "nothing was done yet"
+        cache = self.backbone.state_cache
+        known = 0 if cache is None else cache.written + self.backbone.stats.cached
+        if cache is None or not known:
+            return "nothing is kept"
+        return f"{known} encoded texts are kept in {cache.path}: the same command goes on from there"
+
+
+def save_or_say(out: Path, save: Callable[[Path], None], kept: Kept) -> None:
+    """Save a fitted model; where ``out`` cannot be written (a full disk), save it elsewhere and say where.
+
+    Raises CheckpointError in that case.
+    """
+    try:
+        save(out)
+    except OSError as error:
+        why = f"--out: got {str(out)!r}, which cannot be written ({error.strerror or error})"
+        spare = Path(tempfile.mkdtemp(prefix="rmcore-")) / (out.name or "model")
+        try:
+            save(spare)
+        except OSError:
+            raise CheckpointError(f"{why}, nor can {spare.parent}. The model is lost; {kept}") from error
+        raise CheckpointError(f"{why}. The model is in {spare} instead") from error
