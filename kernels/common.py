@@ -43,11 +43,12 @@ def power_of_two(n: int) -> int:
 
 @triton.jit
 def cos_turns(t):
-    """cos(2πt): absolute error below 2^-22 for exact t up to 2^22 turns.
+    """cos(2πt): absolute error below 2^-22 for any finite t, NaN for the others.
 
-    r = t − round(t) is exact, cos(2πr) = −sin(2π(|r| − ¼)), and |r| − ¼ is exact where the sine is small.
+    r = t − round(t) is exact, cos(2πr) = −sin(2π(|r| − ¼)), and |r| − ¼ is exact where the sine is small. From 2^22
+    turns on that way of rounding ends; such a t has at most a half behind the point, which floor gives.
     """
-    r = t - ((t + _ROUND) - _ROUND)
+    r = tl.where(tl.abs(t) < 4194304.0, t - ((t + _ROUND) - _ROUND), t - tl.floor(t))
     q = tl.abs(r) - 0.25
     s = q * q
     p = ((_S4 * s + _S3) * s + _S2) * s + _S1
