@@ -17,90 +17,55 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
-from rmcore.engine.routing import Router
+from rmcore.engine.routing import BudgetedRouter, Router, StatefulRouter
 from rmcore.engine.selection import member_uncertainty
+from rmcore.integrations.reference import (
+    Answers,
+    OverReference,
+    ReferenceAnswers,
+    ReferenceSource,
+    preference_over_reference,
+)
 from rmcore.integrations.rows import GroupingError, group_size_of_runs, prompt_key, split_groups
+from rmcore.integrations.trl_config import LOCALITY, ConfigIssue, check_trl_config, config_kind
 from rmcore.judge.base import Judge
+
+if TYPE_CHECKING:
+    from rmcore.integrations.trl_state import RewardStateCallback
 
 __all__ = ["ConfigIssue", "PairwiseReward", "check_trl_config"]
 
 log = logging.getLogger(__name__)
 
-_LOCALITY = (
-    "Make per_device_train_batch_size * steps_per_generation a multiple of num_generations, so that every rank holds "
-    "whole groups, or pass partial_groups='gather'"
-)
 
+@dataclass(frozen=True)
+class _Rows:
+    """What a call is about, one entry a row."""
 
-@dataclass(frozen=True, slots=True)
-class ConfigIssue:
-    """A trainer setting that keeps the trainer's advantages from being RLOO over the preferences, and what to do."""
+    prompts: list[Canonical]
+    texts: list[Canonical]
+    keys: list[Any]
+    references: list[Answers] | None
 
-    setting: str
-    got: object
-    why: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.setting}: got {self.got!r}. {self.why} {self.fix}"
-
-
-def check_trl_config(args: Any, *, reward_funcs: int = 1) -> list[ConfigIssue]:
-    """Every setting of an ``RLOOConfig`` or ``GRPOConfig`` that breaks exactness; an empty list if none does.
-
-    Args:
-        args: the trainer's configuration.
-        reward_funcs: how many reward functions the trainer gets.
-
-    Raises:
-        InputError: ``args`` is neither configuration.
-    """
-    kind = _config_kind(args)
-    issues = []
-
-    def issue(setting: str, why: str, fix: str) -> None:
-        issues.append(ConfigIssue(setting, getattr(args, setting, None), why, fix))
-
-    if kind == "rloo":
-        if args.beta:
-            issue("beta", "RLOOTrainer subtracts beta times the KL from the reward.", "Set beta=0.0.")
-        if args.reward_clip_range:
-            issue("reward_clip_range", "Rewards beyond the range are clamped.", "Set reward_clip_range=None.")
-        if args.normalize_advantages:
-            issue("normalize_advantages", "Advantages are divided by their std.", "Set normalize_advantages=False.")
-    else:
-        if str(args.scale_rewards).lower() not in ("none", "false"):
-            issue("scale_rewards", "Advantages are divided by a std.", 'Set scale_rewards="none".')
-        if getattr(args, "multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
-            issue(
-                "multi_objective_aggregation",
-                "Rewards are normalised by their std first.",
-                'Set multi_objective_aggregation="sum_then_normalize".',
-            )
-    weights = getattr(args, "reward_weights", None)
-    if weights is not None and list(weights) != [1.0]:
-        issue("reward_weights", "Rewards are scaled.", "Set reward_weights=None.")
-    if reward_funcs != 1:
-        issues.append(
-            ConfigIssue("reward_funcs", reward_funcs, "Rewards of several functions are summed.", "Pass one function.")
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        """The rows of all ranks; their data have the same columns."""
+        references = [part.references for part in parts]
+        return cls(
+            [prompt for part in parts for prompt in part.prompts],
+            [text for part in parts for text in part.texts],
+            [key for part in parts for key in part.keys],
+            None if None in references else [answers for part in references for answers in part or ()],
         )
-    k, rows = args.num_generations, _rows_per_rank(args)
-    if k and rows and rows % k:
-        issues.append(
-            ConfigIssue(
-                "per_device_train_batch_size",
-                args.per_device_train_batch_size,
-                f"A rank gets {rows} rows, no multiple of num_generations = {k}, so groups straddle calls.",
-                _LOCALITY + ".",
-            )
-        )
-    return issues
+
+
+_Scored: TypeAlias = tuple[list[float | None], GroupScores | None, OverReference | None]
 
 
 class PairwiseReward:
@@ -117,6 +82,13 @@ class PairwiseReward:
         group_by: the dataset column that tells prompts apart, where the data has it; ``None`` compares the prompts.
         partial_groups: ``raise`` if a rank holds no whole groups, or ``gather`` the rows of all ranks (needs
             accelerate; each rank then scores a share of the groups).
+        reference: a reference policy's answers to the prompts, over which the preference of the completions is logged
+            (``rmcore/preference_over_reference``, ``win_rate_over_reference``, ``reference_share``; by the head alone,
+            without a judge, and without a change to the rewards): the name of a dataset column, the ``Path`` of a file
+            of groups, or a function from a prompt to an answer. None: the column ``reference_completion``, where the
+            data has it. Rewards average 0, so this is the curve to look at and to choose checkpoints by.
+        reference_every: compare in every so many calls; the completions are encoded once more for it. At evaluation it
+            is always done.
         deadline_s: seconds after which a call fails. Verdicts not in after 80% of it are given up: those pairs keep
             the head's preference. It must be below the trainer's ``ddp_timeout``, which would end the run instead.
         strict: raise if :func:`check_trl_config` finds anything; by default it is logged once as warnings.
@@ -136,6 +108,8 @@ class PairwiseReward:
         mode: Literal["rloo", "grpo"] = "rloo",
         group_by: str | None = "prompt_id",
         partial_groups: Literal["raise", "gather"] = "raise",
+        reference: ReferenceSource | None = None,
+        reference_every: int = 1,
         deadline_s: float = 900.0,
         strict: bool = False,
         **engine_options: Any,
@@ -152,18 +126,23 @@ class PairwiseReward:
             reject("partial_groups", repr(partial_groups), "'raise' or 'gather'")
         if not (math.isfinite(deadline_s) and deadline_s > 0):
             reject("deadline_s", deadline_s, "seconds above 0")
+        if reference_every < 1:
+            reject("reference_every", reference_every, "at least 1")
         self.__name__ = "pairwise_reward"  # what TRL calls its metrics after
         self.mode = mode
         self.num_generations = num_generations
         self.group_by = group_by
         self.partial_groups = partial_groups
+        self.reference = ReferenceAnswers(reference)
+        self.reference_every = reference_every
         self.deadline_s = deadline_s
         self.strict = strict
         self.last: GroupScores | None = None
         self._path = None if isinstance(model, RewardEngine) else os.fspath(model)
         self._settings = {"judge": judge, "router": router, **engine_options}
         self._engine = model if isinstance(model, RewardEngine) else None
-        self._checked = False
+        self._checked = self._warned = False
+        self._calls = 0  # in training
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,6 +166,27 @@ class PairwiseReward:
                 self._engine = RewardEngine(RewardModel.from_pretrained(self._path), **options)
             return self._engine
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the engine has anything that a restart must not lose: a router with state, or a learner."""
+        engine = self._engine
+        router = self._settings.get("router") if engine is None else engine.router
+        learner = self._settings.get("learner") if engine is None else engine.learner
+        return learner is not None or isinstance(router, (BudgetedRouter, StatefulRouter))
+
+    def callback(
+        self, *, restore: bool = True, checkpoint: str | os.PathLike[str] | None = None
+    ) -> RewardStateCallback:
+        """The trainer callback that keeps budgets, router and learned head in its checkpoints.
+
+        A trainer without one gets one at the first call, so it need only be made by hand to set its arguments
+        (:class:`~rmcore.integrations.trl_state.RewardStateCallback`), or where the trainer cannot be seen through the
+        ``log_metric`` it passes.
+        """
+        from rmcore.integrations.trl_state import RewardStateCallback
+
+        return RewardStateCallback(self, restore=restore, checkpoint=checkpoint)
+
     async def __call__(
         self,
         prompts: Sequence[Any],
@@ -203,58 +203,63 @@ class PairwiseReward:
         """
         trainer = getattr(log_metric, "__self__", None)
         self._check_trainer(trainer)
+        keeper = await self._keeper(trainer, columns)
         answers = [canonical_response(c, f"completions[{k}]") for k, c in enumerate(completions)]
         asked = [canonical_prompt(prompt, f"prompts[{k}]") for k, prompt in enumerate(prompts)]
         if len(answers) != len(asked):
             reject("completions", len(answers), f"{len(asked)}, one a prompt")
-        keys = self._keys(prompts, columns)
-        async with asyncio.timeout(self.deadline_s):
-            if self.partial_groups == "gather":
-                rewards, scores = await self._gathered(asked, answers, keys, trainer)
-            else:
-                size = self._group_size(keys, trainer)
-                groups = split_groups(keys, size, setting=_LOCALITY)
-                rewards, scores = await self._score(groups, asked, answers)
+        references = await asyncio.to_thread(self._references, asked, columns, trainer)
+        rows = _Rows(asked, answers, self._keys(prompts, columns), references)
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                if self.partial_groups == "gather":
+                    rewards, scores, over = await self._gathered(rows, trainer)
+                else:
+                    size = self._group_size(rows.keys, trainer)
+                    rewards, scores, over = await self._score(split_groups(rows.keys, size, setting=LOCALITY), rows)
+        finally:
+            if keeper is not None and trainer is not None:
+                await asyncio.to_thread(keeper.note_spent, trainer.args)
         self.last = scores
         if log_metric is not None:
-            for name, value in _metrics(scores).items():
+            for name, value in (_metrics(scores) | ({} if over is None else over.metrics())).items():
                 log_metric(f"rmcore/{name}", value)
         if log_extra is not None and self.partial_groups == "raise" and scores is not None:
             log_extra("uncertainty", [float(u) for group in scores for u in member_uncertainty(group)])
         return rewards
 
-    async def _score(
-        self, groups: list[range], prompts: Sequence[Canonical], texts: Sequence[Canonical]
-    ) -> tuple[list[float | None], GroupScores | None]:
+    async def _score(self, groups: list[range], rows: _Rows) -> _Scored:
         if not groups:
-            return [], None
+            return [], None, None
         engine = await asyncio.to_thread(lambda: self.engine)
-        scores = await engine.score_async(
-            [prompts[rows[0]] for rows in groups], [[texts[row] for row in rows] for rows in groups]
-        )
+        prompts = [rows.prompts[group[0]] for group in groups]
+        texts = [[rows.texts[row] for row in group] for group in groups]
+        scores = await engine.score_async(prompts, texts)
+        over = None
+        if rows.references is not None:
+            references = [rows.references[group[0]] for group in groups]
+            over = await preference_over_reference(engine, prompts, texts, references)
         baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out" if self.mode == "rloo" else "group-mean"
         values = [float(value) for group in scores for value in group.rewards_for(baseline)]
-        return [None if math.isnan(value) else value for value in values], scores
+        return [None if math.isnan(value) else value for value in values], scores, over
 
-    async def _gathered(
-        self, prompts: list[Canonical], texts: list[Canonical], keys: list[Any], trainer: Any
-    ) -> tuple[list[float | None], GroupScores | None]:
+    async def _gathered(self, rows: _Rows, trainer: Any) -> _Scored:
         """Rows of all ranks put together, each rank's share of the groups scored, rewards handed back to their rows."""
         from accelerate import PartialState
         from accelerate.utils import gather_object
 
         state = PartialState()
         # Collectives block, so they leave the event loop alone; every rank makes the same two.
-        everything = await asyncio.to_thread(gather_object, [(prompts, texts, keys)])
+        everything = await asyncio.to_thread(gather_object, [rows])
         error: Exception | None = None
         mine: dict[int, float | None] = {}
-        scores = None
+        scores = over = None
         try:
-            all_prompts, all_texts, all_keys = ([x for part in everything for x in part[n]] for n in range(3))
-            groups = split_groups(all_keys, self._group_size(all_keys, trainer), setting="")
+            everyone = _Rows.joined(everything)
+            groups = split_groups(everyone.keys, self._group_size(everyone.keys, trainer), setting="")
             share = groups[state.process_index :: state.num_processes]
-            rewards, scores = await self._score(share, all_prompts, all_texts)
-            mine = dict(zip([row for rows in share for row in rows], rewards, strict=True))
+            rewards, scores, over = await self._score(share, everyone)
+            mine = dict(zip([row for group in share for row in group], rewards, strict=True))
         except Exception as caught:  # told to all ranks, or they would wait for this one until ddp_timeout
             error = caught
         told = f"{type(error).__name__}: {error}" if error is not None else ""
@@ -265,8 +270,40 @@ class PairwiseReward:
         if failed:
             raise RuntimeError(f"rank {failed[0][0]} could not score its groups: {failed[0][1]}")
         merged = {row: value for rewards, _ in results for row, value in rewards.items()}
-        start = sum(len(part[1]) for part in everything[: state.process_index])
-        return [merged[start + k] for k in range(len(texts))], scores
+        start = sum(len(part.texts) for part in everything[: state.process_index])
+        return [merged[start + k] for k in range(len(rows.texts))], scores, over
+
+    async def _keeper(self, trainer: Any, columns: dict[str, Any]) -> RewardStateCallback | None:
+        """The trainer's callback for this reward's state, made and attached now where it has none."""
+        if not self.keeps_state:
+            return None
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is None:
+            if "trainer_state" in columns and not self._warned:
+                self._warned = True
+                log.warning(
+                    "budgets, router and learned head are not in the trainer's checkpoints, since the trainer is not "
+                    "visible from here: pass reward.callback() to its callbacks, and log_metric to the reward"
+                )
+            return None
+        from rmcore.integrations.trl_state import RewardStateCallback
+
+        ours = (one for one in handler.callbacks if isinstance(one, RewardStateCallback) and one.reward is self)
+        keeper = next(ours, None)
+        if keeper is None:
+            keeper = self.callback()
+            trainer.add_callback(keeper)
+        # An evaluation at step 0 may come before a run that resumes: not its beginning.
+        if not keeper.begun and (trainer.state.global_step or not _evaluating(trainer)):
+            await asyncio.to_thread(keeper.begin, trainer.args, trainer.state)
+        return keeper
+
+    def _references(self, prompts: list[Canonical], columns: dict[str, Any], trainer: Any) -> list[Answers] | None:
+        if not _evaluating(trainer):
+            self._calls += 1
+            if (self._calls - 1) % self.reference_every:
+                return None
+        return self.reference.find(prompts, columns)
 
     def _keys(self, prompts: Sequence[Any], columns: dict[str, Any]) -> list[Any]:
         if self.group_by is not None and self.group_by in columns:
@@ -289,7 +326,7 @@ class PairwiseReward:
         if self._checked or args is None:
             return
         try:
-            kind = _config_kind(args)
+            kind = config_kind(args)
         except InputError:
             return
         timeout = getattr(args, "ddp_timeout", None)
@@ -312,20 +349,6 @@ class PairwiseReward:
 def _evaluating(trainer: Any) -> bool:
     model = getattr(trainer, "model", None)
     return model is not None and not getattr(model, "training", True)
-
-
-def _config_kind(args: Any) -> Literal["rloo", "grpo"]:
-    # By what they have, not by class: importing TRL takes seconds, and forks rename.
-    if hasattr(args, "normalize_advantages") and hasattr(args, "num_generations"):
-        return "rloo"
-    if not (hasattr(args, "scale_rewards") and hasattr(args, "num_generations")):
-        reject("args", type(args).__name__, "an RLOOConfig or a GRPOConfig")
-    return "grpo"
-
-
-def _rows_per_rank(args: Any) -> int:
-    steps = getattr(args, "steps_per_generation", None) or getattr(args, "gradient_accumulation_steps", 1) or 1
-    return int(getattr(args, "per_device_train_batch_size", 0) or 0) * int(steps)
 
 
 def _metrics(scores: GroupScores | None) -> dict[str, float]:

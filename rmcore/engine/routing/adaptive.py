@@ -191,6 +191,9 @@ class AdaptiveRouter:
             self._next_id += 1
             if granted:
                 self._open[reservation.id] = _Open(reservation, parts, spend)
+            else:  # needs no settling, so nothing may stay open in the budgets either
+                for budget, part in zip(self.budgets, parts, strict=True):
+                    budget.settle(part, None)
         return chosen, reservation
 
     def settle(self, reservation: Reservation, usage: JudgeUsage | None) -> None:

@@ -13,7 +13,7 @@ from rmcore._base.errors import CheckpointError
 from rmcore._base.files import write_atomic
 from rmcore.engine.routing.routers import Router
 
-__all__ = ["StatefulRouter", "plain", "read_state", "write_state"]
+__all__ = ["StatefulRouter", "keep_spent", "plain", "read_state", "write_state"]
 
 
 @runtime_checkable
@@ -32,6 +32,26 @@ class StatefulRouter(Router, Protocol):
 def plain(value: float | None) -> float | str | None:
     """A number that may be infinite, as JSON."""
     return value if value is None or math.isfinite(value) else "inf" if value > 0 else "-inf"
+
+
+def keep_spent(state: Any, later: Any) -> Any:
+    """A router's state whose budgets per run have spent what a later state of the same run says, if that is more.
+
+    For a run that goes back to an earlier state: what was bought in between is paid. Anything that is no state of a
+    router with the same budgets is left to whoever loads it.
+    """
+    earlier, since = (one.get("budgets") if isinstance(one, Mapping) else None for one in (state, later))
+    if not isinstance(earlier, list) or not isinstance(since, list) or len(earlier) != len(since):
+        return state
+    return {**state, "budgets": [_spent(one, other) for one, other in zip(earlier, since, strict=True)]}
+
+
+def _spent(budget: Any, later: Any) -> Any:
+    kinds = [(b.get("unit"), b.get("per")) if isinstance(b, Mapping) else None for b in (budget, later)]
+    if kinds[0] != kinds[1] or kinds[0] is None or kinds[0][1] != "run":
+        return budget
+    names = [name for name in ("spent", "total") if all(isinstance(b.get(name), int) for b in (budget, later))]
+    return {**budget, **{name: max(budget[name], later[name]) for name in names}}
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

@@ -917,3 +917,19 @@ def test_importing_it_is_cheap():
         "assert not {'transformers', 'httpx', 'sqlite3', 'triton', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("per", ["run", "step", "minute"])
+def test_a_reservation_without_pairs_leaves_nothing_in_flight(per):
+    budget = Budget(3, "calls", per, max_per_pair=1)
+    router = AdaptiveRouter(1.0, budget, warmup=0)
+    candidates = Candidates(torch.zeros(3), torch.ones(3), torch.linspace(1, 2, 3))
+    _, reservation = router.reserve(candidates)
+    router.settle(reservation, JudgeUsage(calls=3))
+    for _ in range(3):
+        mask, nothing = router.reserve(candidates)
+        assert not mask.any()
+        assert nothing.pairs == 0
+    assert budget.stats().reserved == 0
+    assert (budget.stats().spent, budget.stats().denied_pairs) == (3, 9)
+    router.load_state_dict(router.state_dict())  # refused while anything is in flight
