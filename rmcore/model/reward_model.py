@@ -176,6 +176,9 @@ class RewardModel:
         if isinstance(prompts, str):
             if isinstance(responses, str) or not isinstance(responses, Sequence):
                 reject("responses", type(responses).__name__, "a list of responses, since prompts is one text")
+            for k, response in enumerate(responses):
+                if isinstance(response, (list, tuple)) and response and isinstance(response[0], str):
+                    reject(f"responses[{k}]", "a list of texts", "a response, since prompts is one text")
             one: Any = [responses]
             return self.score([prompts], one, orders=orders, backend=backend, progress=progress)[0]
         if orders not in ("both", "one"):
