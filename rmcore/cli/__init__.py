@@ -3,9 +3,12 @@
 Exit codes: 0 done; 1 something failed (a model that cannot be loaded, say); 2 bad input or usage. A bad line names its
 number and what is wrong, and everything before it is scored and written first.
 
+Text is UTF-8 whatever the locale. What --out names appears when the command has come to the end of its input; until
+then, and after an error, results are in NAME.partial (``rmcore.cli.output``).
+
 A file a family of commands; what they share is in ``options`` (options of several commands), ``build_engine`` (the
-reward engine these name) and ``console`` (notes, progress, errors). Heavy imports stay inside the commands, so that
-``rmcore --help`` is quick.
+reward engine these name), ``output`` (what is written) and ``console`` (notes, progress, errors). Heavy imports stay
+inside the commands, so that ``rmcore --help`` is quick.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import typer
 from rmcore._base.version import __version__
 from rmcore.cli import accounts, best_of, demo, evaluate, score, serve, train, verdicts
 from rmcore.cli.commands import add_commands, installed_commands
+from rmcore.cli.options import ManyColumns
+from rmcore.cli.output import use_utf8
 
 __all__ = ["app", "main"]
 
@@ -33,13 +38,13 @@ app = typer.Typer(
 
 app.add_typer(verdicts.app, name="verdicts")
 app.command("serve")(serve.serve)
-app.command("best-of")(best_of.best_of_command)
-app.command("filter")(best_of.filter_command)
-app.command("train")(train.train)
-app.command("upgrade")(train.upgrade)
-app.command("score")(score.score)
+app.command("best-of", cls=ManyColumns)(best_of.best_of_command)
+app.command("filter", cls=ManyColumns)(best_of.filter_command)
+app.command("train", cls=ManyColumns)(train.train)
+app.command("upgrade", cls=ManyColumns)(train.upgrade)
+app.command("score", cls=ManyColumns)(score.score)
 app.command("accounts")(accounts.show_accounts)
-app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate", cls=ManyColumns)(evaluate.evaluate)
 app.command("demo")(demo.demo)
 add_commands(app, installed_commands())  # `rmcore bench`, and what other packages bring
 
@@ -50,6 +55,7 @@ def root(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
 ) -> None:
     """Options of all commands."""
+    use_utf8()
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmcore._base.errors import BackendError, CheckpointError, InputError, reject
+from rmcore._base.files import same_file
 
 if TYPE_CHECKING:
     from rmcore.model.backbone import Backbone
@@ -72,12 +73,19 @@ def check_folder(path: Path | None, option: str) -> None:
     check_parent(path / "file", option)
 
 
-def check_model_folder(path: Path) -> None:
-    """Raises InputError where a model cannot be saved as ``path``."""
+def check_model_folder(path: Path, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+    """Raises InputError where a model cannot be saved as ``path``, or would destroy one of ``inputs``, or, without
+    ``overwrite``, another model.
+    """
     from rmcore.head.checkpoint import CONFIG_FILE
 
+    for given in inputs:
+        if same_file(path, given):
+            reject("--out", repr(str(path)), f"another place than {given!r}, which is read")
     if path.exists() and not (path / CONFIG_FILE).is_file() and (not path.is_dir() or any(path.iterdir())):
-        reject("--out", repr(str(path)), "a new or empty folder, or one that rmcore wrote")
+        reject("--out", repr(str(path)), "a new or empty folder, or with --overwrite one that rmcore wrote")
+    if (path / CONFIG_FILE).is_file() and not overwrite:
+        reject("--out", f"{str(path)!r}, which exists", "a new folder", "--overwrite replaces it")
     check_parent(path, "--out")
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -17,7 +17,6 @@ from rmcore._base.errors import InputError, RmcoreError
 __all__ = [
     "encoding_progress",
     "notes",
-    "opened_output",
     "print_error",
     "progress_bar",
     "reported_errors",
@@ -48,16 +47,6 @@ def encoding_progress(bar: Progress) -> Callable[[str, int, int], None]:
             bar.update(task, description=f"{stage} (tokens)", completed=done, total=total)
 
     return update
-
-
-@contextmanager
-def opened_output(path: str) -> Iterator[IO[str]]:
-    """Where results go: a file, or stdout for ``-``."""
-    if path == "-":
-        yield sys.stdout
-        return
-    with open(path, "w", encoding="utf-8") as stream:
-        yield stream
 
 
 @contextmanager

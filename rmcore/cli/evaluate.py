@@ -9,19 +9,23 @@ from typing import Annotated
 import typer
 
 from rmcore._base.errors import reject
+from rmcore._base.files import write_atomic
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.cli.output import check_file
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
     model: options.Model,
-    preferences: Annotated[str, typer.Argument(help="JSONL of held-out preferences; - for stdin.")],
+    preferences: Annotated[str, typer.Argument(help="Held-out preferences: a file, - or hf://org/name:split.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and a plot.")] = None,
     train_data: Annotated[Path | None, typer.Option("--train", help="Training preferences, for one control.")] = None,
     replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
+    columns: options.Columns = None,
+    overwrite: options.Overwrite = False,
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -32,14 +36,18 @@ def evaluate(
     with reported_errors(kept):
         from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
         from rmcore.evaluation.streams import StreamPair
-        from rmcore.model.data import read_preferences
+        from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences
 
         if replicates < 1:
             reject("--replicates", replicates, "at least 1")
         check_folder(out, "--out")
         check_device(device)
-        items = list(read_preferences(preferences))
+        files = [] if out is None else [out / "report.json", out / "report.png"]
+        for file in files:
+            check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite)
+        names = parse_columns(columns or [])
+        items = list(read_preferences(preferences, names))
         if not items:
             reject("preferences", "no lines", "at least one")
         loaded = RewardModel.from_pretrained(
@@ -52,14 +60,16 @@ def evaluate(
             known = None
             if train_data is not None:
                 known, _, _ = encode_preferences(
-                    loaded.backbone, list(read_preferences(train_data)), loaded.mode, progress=encoding_progress(bar)
+                    loaded.backbone,
+                    list(read_preferences(train_data, names)),
+                    loaded.mode,
+                    progress=encoding_progress(bar),
                 )
         report = evaluate_head(loaded.head, states, pairs, train=known, replicates=replicates)
         typer.echo(report.to_markdown())
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+        if files:
             from rmcore.evaluation.plots import plot_report
 
-            plot_report(report, out / "report.png")
-            notes.print(f"wrote {out / 'report.json'} and {out / 'report.png'}")
+            write_atomic(files[0], json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+            plot_report(report, files[1])
+            notes.print(f"wrote {files[0]} and {files[1]}")

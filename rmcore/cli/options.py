@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 T = TypeVar("T")
 
@@ -29,6 +31,12 @@ NoCache = Annotated[
 # Choices are written out here, not imported, so that --help does not wait for torch; mypy and a test hold them to the
 # types of the library's functions.
 Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=COLUMN ...", help="Other names of columns: prompt=question chosen=good."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
 
 Threshold = Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")]
 BudgetFraction = Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")]
@@ -80,6 +88,22 @@ class Judging:
     store: Store = None
     prices: Prices = None
     verdicts: Verdicts = None
+
+
+class ManyColumns(TyperCommand):
+    """A command whose ``--columns`` takes all that follow it in the form NAME=COLUMN."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """``--columns a=b c=d`` as ``--columns a=b --columns c=d``, which is what click knows."""
+        spread: list[str] = []
+        within = False
+        for k, arg in enumerate(args):
+            if within and args[k - 1] != "--columns":
+                within = re.fullmatch(r"[A-Za-z_0-9]+=.+", arg) is not None
+                spread += ["--columns"] if within else []
+            within = within or arg == "--columns"
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
 
 
 def with_options(command: Callable[..., T]) -> Callable[..., T]:

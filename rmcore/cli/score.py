@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -16,7 +15,8 @@ from rmcore.cli import options
 from rmcore.cli.accounts import print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_parent
-from rmcore.cli.console import notes, opened_output, print_error, progress_bar, reported_errors
+from rmcore.cli.console import notes, print_error, progress_bar, reported_errors
+from rmcore.cli.output import Output, check_apart, check_file, opened_output
 
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
@@ -37,8 +37,15 @@ Run: TypeAlias = Callable[[Line], None]
 def _scoring(
     *,
     model: options.Model,
-    groups: Annotated[str, typer.Argument(help='JSONL of groups: {"prompt": ..., "responses": [...]}; - for stdin.')],
+    groups: Annotated[
+        str, typer.Argument(help='Groups, {"prompt": ..., "responses": [...]}: a file, - or hf://org/name:split.')
+    ],
     out: Annotated[str, typer.Option("--out", "-o", help="Where results go; - for stdout.")] = "-",
+    overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the results in --out end, of an interrupted run too.")
+    ] = False,
+    columns: options.Columns = None,
     judging: options.Judging,
     batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
     accounts: Annotated[
@@ -51,13 +58,18 @@ def _scoring(
 ) -> Run:
     """Make the engine the options name."""
     from rmcore.engine.accounts import Accounts
+    from rmcore.model.data import parse_columns, read_groups
 
     if batch < 1:
         reject("--batch", batch, "at least 1")
-    if out != "-":
-        check_parent(Path(out), "--out")
+    read = [groups, model, judging.verdicts, judging.prices, judging.judge_template]
+    kept = {"--accounts": accounts, "--router-state": judging.router_state, "--store": judging.store}
+    check_file(out, inputs=[*read, *kept.values()], overwrite=overwrite, resume=resume)
+    for option, path in kept.items():
+        check_apart(option, path, read)
     if accounts is not None:
         check_parent(accounts, "--accounts")
+    names = parse_columns(columns or [])
     engine, save = make_engine(
         model,
         judging,
@@ -69,7 +81,14 @@ def _scoring(
     booked = Accounts(accounts)
 
     def run(line: Line) -> None:
-        _score_stream(engine, groups, out, batch, booked, line, save)
+        try:
+            with opened_output(out, resume=resume) as output:
+                todo = _not_done(read_groups(groups, names), output.last, out)
+                done, failed = _score_stream(engine, _chunks(todo, batch), output, booked, line, save)
+        finally:
+            close_engine(engine)
+        if failed:
+            raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
         print_accounts(booked.totals(), notes)
 
     return run
@@ -106,35 +125,53 @@ def score(load: Callable[[], Run]) -> None:
     load()(lambda group, score: score.to_record())
 
 
+Chunks: TypeAlias = "Iterator[tuple[list[Group], DataError | None]]"
+
+
 def _score_stream(
-    engine: RewardEngine, source: str, out: str, batch: int, accounts: Accounts, line: Line, after: Callable[[], None]
-) -> None:
-    """Score the groups of ``source`` batch by batch, then close the judge.
+    engine: RewardEngine, chunks: Chunks, output: Output, accounts: Accounts, line: Line, after: Callable[[], None]
+) -> tuple[int, int]:
+    """Score groups batch by batch; how many there were, and how many could not be scored.
 
     ``line`` makes what is written of each group, ``after`` ends a batch. Groups that cannot be scored are named as they
-    come and raise DataError at the end; a line that cannot be read ends the run at once, all before it written.
+    come; a line that cannot be read ends the run at once, all before it written.
     """
-    from rmcore.model.data import read_groups
-
     done = failed = 0
-    try:
-        with opened_output(out) as stream, progress_bar() as bar:
-            task = bar.add_task("groups", total=None)
-            for chunk, error in _chunks(read_groups(source), batch):
-                if chunk:
-                    failed += _score_chunk(engine, chunk, stream, accounts, line)
-                    done += len(chunk)
-                    bar.update(task, completed=done)
-                    after()
-                if error is not None:
-                    raise error
-    finally:
-        close_engine(engine)
-    if failed:
-        raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
+    with progress_bar() as bar:
+        task = bar.add_task("groups", total=None)
+        for chunk, error in chunks:
+            if chunk:
+                failed += _score_chunk(engine, chunk, output, accounts, line)
+                done += len(chunk)
+                bar.update(task, completed=done)
+                after()
+            if error is not None:
+                raise error
+    return done, failed
 
 
-def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts: Accounts, line: Line) -> int:
+def _not_done(groups: Iterator[Group], last: dict[str, Any] | None, out: str) -> Iterator[Group]:
+    """The groups behind that of the ``last`` result. Raises DataError where the results cannot be of these groups."""
+    if last is None:
+        yield from groups
+        return
+    line, seen = last.get("line"), 0
+    if isinstance(line, bool) or not isinstance(line, int):
+        raise DataError(f"{out}: got results that do not say of which line they are, which --resume cannot go on from")
+    for group in groups:
+        seen = group.line
+        if group.line > line:
+            yield group
+        elif group.line == line and group.id != last.get("id"):
+            raise DataError(
+                f"{out}: got the id {last.get('id')!r} for line {line}, which has {group.id!r}: the results "
+                "there are of another input"
+            )
+    if seen < line:
+        raise DataError(f"{out}: got results up to line {line} of an input that ends with line {seen}")
+
+
+def _score_chunk(engine: RewardEngine, chunk: list[Group], output: Output, accounts: Accounts, line: Line) -> int:
     """Score groups together, write those that can be scored and name the others; how many these are."""
     scores = engine.score([g.prompt for g in chunk], [g.responses for g in chunk], on_error="return")
     if len(scores):
@@ -153,13 +190,13 @@ def _score_chunk(engine: RewardEngine, chunk: list[Group], stream: Any, accounts
                 continue
             if record is not None:
                 named = {} if group.id is None else {"id": group.id}
-                stream.write(json.dumps({**named, **record}, allow_nan=False, ensure_ascii=False) + "\n")
+                output.write({**named, "line": group.line, **record})
     finally:
-        stream.flush()
+        output.flush()
     return failed
 
 
-def _chunks(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], DataError | None]]:
+def _chunks(groups: Iterator[Group], size: int) -> Chunks:
     chunk: list[Group] = []
     while True:
         try:

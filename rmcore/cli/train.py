@@ -34,7 +34,9 @@ Dtype = Annotated[
 
 
 def train(
-    preferences: Annotated[str, typer.Argument(help="JSONL of preferences (prompt, chosen, rejected); - for stdin.")],
+    preferences: Annotated[
+        str, typer.Argument(help="Preferences (prompt, chosen, rejected): a file, - or hf://org/name:split.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model to.")],
     backbone: Annotated[str, typer.Option(help="Hugging Face model: hub name or folder.")],
     mode: Annotated[
@@ -57,7 +59,7 @@ def train(
         Literal["logistic", "gaussian"], typer.Option(help="Posterior; gaussian as in the published code.")
     ] = "logistic",
     calibrate: Annotated[
-        str | None, typer.Option(help="JSONL of held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
+        str | None, typer.Option(help="Held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
     ] = None,
     dtype: Dtype = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
@@ -65,6 +67,8 @@ def train(
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
+    columns: options.Columns = None,
+    overwrite: options.Overwrite = False,
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -83,7 +87,7 @@ def train(
         from rmcore.head.fit import fit, fit_amplitude
         from rmcore.head.sngp import SNGPHead
         from rmcore.model.backbone import BackboneConfig
-        from rmcore.model.data import read_preferences
+        from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences
         from rmcore.model.training import finetune, train_layer
 
@@ -105,12 +109,13 @@ def train(
             likelihood=likelihood,
             seed=seed,
         )
-        check_model_folder(out)
+        check_model_folder(out, overwrite=overwrite, inputs=[backbone])
         check_device(device)
-        items = list(read_preferences(preferences))
+        names = parse_columns(columns or [])
+        items = list(read_preferences(preferences, names))
         if not items:
             reject("preferences", "no lines", "at least one")
-        held_out = [] if calibrate is None else list(read_preferences(calibrate))
+        held_out = [] if calibrate is None else list(read_preferences(calibrate, names))
         if calibrate is not None and not held_out:
             reject("--calibrate", "no lines", "at least one")
         spine = _load_backbone(
@@ -156,7 +161,9 @@ def train(
 
 def upgrade(
     model: Annotated[str, typer.Argument(help="A reward model: AutoModelForSequenceClassification with one label.")],
-    pairs: Annotated[str, typer.Argument(help="JSONL of preferences like those it will score; - for stdin.")],
+    pairs: Annotated[
+        str, typer.Argument(help="Preferences like those it will score: a file, - or hf://org/name:split.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
     ridge: Annotated[float, typer.Option(help="Prior precision of its last layer.")] = 1.0,
     dtype: Dtype = None,
@@ -164,6 +171,8 @@ def upgrade(
     overlong: Overlong = "error",
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
+    columns: options.Columns = None,
+    overwrite: options.Overwrite = False,
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -173,14 +182,14 @@ def upgrade(
     kept = Kept()
     with reported_errors(kept):
         from rmcore.model.backbone import BackboneConfig
-        from rmcore.model.data import read_preferences
+        from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel
 
         if not (math.isfinite(ridge) and ridge > 0):
             reject("--ridge", ridge, "a positive finite number")
-        check_model_folder(out)
+        check_model_folder(out, overwrite=overwrite, inputs=[model])
         check_device(device)
-        items = list(read_preferences(pairs))
+        items = list(read_preferences(pairs, parse_columns(columns or [])))
         if not items:
             reject("pairs", "no lines", "at least one")
         config = BackboneConfig(

@@ -19,7 +19,9 @@ from rich.text import Text
 
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import message_text, response_text
-from rmcore.cli.console import opened_output, progress_bar, reported_errors, results_console
+from rmcore.cli import options
+from rmcore.cli.console import progress_bar, reported_errors, results_console
+from rmcore.cli.output import check_file, opened_output
 
 if TYPE_CHECKING:
     from rmcore.judge.store.ledger import JudgedPair, LoggedCall, VerdictLedger
@@ -71,29 +73,31 @@ def export(
     one_order: Annotated[bool, typer.Option(help="Also pairs with a verdict in one order only.")] = True,
     canaries: Annotated[bool, typer.Option(help="Also pairs made up to test the judge.")] = False,
     min_preference: Annotated[float, typer.Option(help="Least strength of preference, 0 to 1.")] = 0.0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Export preferences as JSON Lines that TRL and `rmcore train` read: prompt, chosen, rejected, and what is known.
 
     Both orders of a pair are one row. Its preference is their mean: 1 where both agree, 0.5 where one is a tie. Rows
     with a preference of 0 (flips and ties) have no better response; with --flips or --ties they come along, marked.
     """
-    with _opened(store) as ledger, opened_output(out) as stream, progress_bar() as bar:
-        task = bar.add_task("pairs", total=None, visible=out != "-")
+    with reported_errors():
+        check_file(out, inputs=[store], overwrite=overwrite)
         if not 0 <= min_preference <= 1:
             raise InputError(f"--min-preference: got {min_preference}, expected a number in [0, 1]")
+    with _opened(store) as ledger, opened_output(out) as rows, progress_bar() as bar:
+        task = bar.add_task("pairs", total=None, visible=out != "-")
         left_out: Counter[str] = Counter()
-        rows = 0
         for pair in ledger.pairs(model=model, canaries=canaries):
             why = _why_not(pair, flips, ties, one_order, min_preference)
             if why:
                 left_out[why] += 1
                 continue
-            # ASCII: safe on a terminal, and lone surrogates have no other encoding.
-            stream.write(json.dumps(pair.to_row(), allow_nan=False) + "\n")
-            rows += 1
-            bar.update(task, completed=rows)
+            # ASCII: safe on a terminal, which stdout may be.
+            rows.stream.write(json.dumps(pair.to_row(), allow_nan=False) + "\n")
+            rows.count += 1
+            bar.update(task, completed=rows.count)
         notes = "".join(f", {count} {why}" for why, count in sorted(left_out.items()))
-        typer.echo(f"{rows} rows{notes and '; left out' + notes[1:]}", err=True)
+        typer.echo(f"{rows.count} rows{notes and '; left out' + notes[1:]}", err=True)
 
 
 @app.command()

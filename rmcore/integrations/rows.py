@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt, canonical_prompt, content_key
@@ -18,20 +18,32 @@ def group_size_of_runs(keys: Sequence[object]) -> int:
     """K, where all runs of equal neighbours are equally long.
 
     Raises:
-        GroupingError: the runs differ in length, so rows are missing or a prompt stands beside itself.
+        GroupingError: the runs differ in length, so rows are missing or a prompt stands beside itself; or a prompt
+            comes back in another run, so the rows are interleaved, or the data has it twice.
     """
     runs: list[int] = []
+    starts: dict[object, int] = {}
     for k, key in enumerate(keys):
         if k and key == keys[k - 1]:
             runs[-1] += 1
-        else:
-            runs.append(1)
+            continue
+        runs.append(1)
+        if (first := starts.setdefault(_hashable(key), k)) != k:
+            raise GroupingError(
+                f"prompts: got the prompt of row {first} again in row {k}, apart from it, expected a prompt's rows "
+                "together. Sort interleaved rows by prompt; where the data repeats prompts, pass num_generations, and "
+                "a prompt_id column that tells them apart"
+            )
     if len(set(runs)) > 1:
         raise GroupingError(
             f"prompts: got runs of {runs[:8]} equal prompts, expected runs of one length K. Pass num_generations, "
             "and a prompt_id column if the data repeats prompts"
         )
     return runs[0] if runs else 0
+
+
+def _hashable(key: object) -> object:
+    return key if isinstance(key, Hashable) else repr(key)
 
 
 def split_groups(keys: Sequence[object], size: int, *, setting: str = "") -> list[range]:

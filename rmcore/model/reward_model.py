@@ -445,9 +445,18 @@ def preference_texts(
     labels: list[float] = []
     encode = backbone.encoder.encode
     for k, item in enumerate(preferences):
+        if not isinstance(item, Preference):
+            reject(
+                f"preferences[{k}]",
+                type(item).__name__,
+                "a Preference",
+                "rmcore.data.read_preferences makes them of rows: of dicts, of a datasets.Dataset, of files",
+            )
         check_prompt(item.prompt, f"preferences[{k}].prompt")
         check_response(item.chosen, f"preferences[{k}].chosen")
         check_response(item.rejected, f"preferences[{k}].rejected")
+        if isinstance(item.label, bool) or not isinstance(item.label, (int, float)) or not 0 <= item.label <= 1:
+            reject(f"preferences[{k}].label", repr(item.label)[:40], "a probability in [0, 1]")
         try:
             if mode == "difference":
                 texts += [encode(item.prompt, item.chosen), encode(item.prompt, item.rejected)]

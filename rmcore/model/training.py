@@ -208,9 +208,6 @@ def finetune(
     _check_not_negative(weight_decay=weight_decay)
     if not 0 <= warmup < 1:
         reject("warmup", warmup, "a share of the steps in [0, 1)")
-    for k, item in enumerate(preferences):
-        if not 0 <= item.label <= 1:
-            reject(f"preferences[{k}].label", item.label, "a probability in [0, 1]")
     groups = _backbone_groups(backbone, lr_backbone, weight_decay)
     texts, labels = preference_texts(backbone, preferences, head.config.mode)
 

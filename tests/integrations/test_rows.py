@@ -22,6 +22,19 @@ def test_uneven_runs_are_refused():
         group_size_of_runs(["a", "a", "b"])
 
 
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(2, 4))
+def test_interleaved_rows_are_never_groups_of_their_runs(prompts, run, times):
+    keys = [prompt for _ in range(times) for prompt in range(prompts) for _ in range(run)]
+    with pytest.raises(GroupingError, match=rf"the prompt of row 0 again in row {prompts * run}, apart"):
+        group_size_of_runs(keys)
+
+
+def test_keys_need_not_be_hashable():
+    assert group_size_of_runs([["a"], ["a"], {"b": 1}, {"b": 1}]) == 2
+    with pytest.raises(GroupingError, match="again in row 2"):
+        group_size_of_runs([["a"], ["b"], ["a"]])
+
+
 def test_partial_and_mixed_groups_are_refused_with_the_setting():
     with pytest.raises(GroupingError, match=r"got 3 rows, expected a multiple of num_generations = 2. Change x"):
         split_groups(["a", "a", "b"], 2, setting="Change x")

@@ -130,6 +130,12 @@ def test_evaluation_may_have_one_generation(policy_path, tokenizer_of, reward_mo
     assert [group.size for group in reward.last] == [4, 4]
 
 
+def test_interleaved_rows_are_refused_not_scored_as_groups_of_one(reward_model):
+    reward = PairwiseReward(RewardEngine(reward_model))
+    with pytest.raises(GroupingError, match="the prompt of row 0 again in row 2"):
+        asyncio.run(reward(["p", "r", "p", "r"], list("abcd")))
+
+
 def test_groups_that_straddle_ranks_are_refused_by_name(policy_path, tokenizer_of, reward_model, tmp_path):
     reward = PairwiseReward(RewardEngine(reward_model))
     # One rank's view of two: 6 rows a rank are one and a half groups of 4.

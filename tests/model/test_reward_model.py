@@ -43,6 +43,39 @@ def fitted(folder, preferences) -> RewardModel:
 # -- fitting ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (Preference("hi", None, "no"), r"preferences\[1\]\.chosen: got NoneType"),
+        (Preference("hi", "yes", None), r"preferences\[1\]\.rejected: got NoneType"),
+        (Preference(None, "yes", "no"), r"preferences\[1\]\.prompt"),
+        (Preference("hi", [], "no"), r"preferences\[1\]\.chosen: got an empty list"),
+        (Preference("hi", [{"role": "user", "content": "x"}], "no"), r"preferences\[1\]\.chosen: got messages"),
+        (Preference("hi", "yes", "no", float("nan")), r"preferences\[1\]\.label: got nan"),
+        (Preference("hi", "yes", "no", 2), r"preferences\[1\]\.label: got 2"),
+        (Preference("hi", "yes", "no", "0.3"), r"preferences\[1\]\.label: got '0.3'"),
+        (Preference("hi", "yes", "no", True), r"preferences\[1\]\.label: got True"),
+        ({"prompt": "hi", "chosen": "yes", "rejected": "no"}, r"preferences\[1\]: got dict.*read_preferences makes"),
+        (("hi", "yes", "no"), r"preferences\[1\]: got tuple, expected a Preference"),
+    ],
+)
+def test_what_is_no_preference_is_named_not_trained_on(fitted, preferences, bad, says):
+    for mode in ("difference", "concat"):
+        with pytest.raises(InputError, match=says):
+            RewardModel.fit(fitted.backbone, [preferences[0], bad], mode=mode, num_features=8)
+
+
+def test_messages_are_the_responses_they_hold(fitted):
+    text, message = Preference("hi", "yes", "no"), {"role": "assistant", "content": "yes"}
+    for chosen in (message, [message]):
+        for one, other in zip(
+            encode_preferences(fitted.backbone, [text], "difference"),
+            encode_preferences(fitted.backbone, [replace(text, chosen=chosen)], "difference"),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("mode", ["difference", "concat"])
 @pytest.mark.parametrize(("base", "pooling"), [("bert", "mean"), ("llama", "mean"), ("qwen3", "last")])
 def test_learns_a_keyword(make_backbone, preferences, mode, base, pooling):

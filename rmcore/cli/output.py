@@ -1,0 +1,225 @@
+"""Where results go: a file that is never half there, or stdout as a stream.
+
+A file's results are written to ``NAME.partial`` beside it, which takes the name when the command has come to the end of
+its input. After an error or an interrupt the partial file stays, with every result up to there, and whatever had the
+name before is as it was. ``--resume`` goes on with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from rmcore._base.errors import DataError, reject
+from rmcore._base.files import replace_file, same_file
+from rmcore.cli.checks import check_parent
+from rmcore.cli.console import notes
+
+__all__ = ["Output", "check_apart", "check_file", "json_line", "opened_output", "use_utf8"]
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON in readable characters; half a surrogate pair, which UTF-8 has not, as its escape."""
+    text = json.dumps(record, allow_nan=False, ensure_ascii=False)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
+
+
+@dataclass
+class Output:
+    """An open output.
+
+    Attributes:
+        stream: where lines go.
+        last: the last result that was there already, where an earlier run is gone on with.
+        count: results in it.
+    """
+
+    stream: IO[str]
+    last: dict[str, Any] | None = None
+    count: int = 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a record as a line."""
+        self.stream.write(json_line(record))
+        self.count += 1
+
+    def flush(self) -> None:
+        """Have everything written seen by others."""
+        self.stream.flush()
+
+
+def check_file(
+    out: str, *, inputs: Iterable[str | Path | None] = (), overwrite: bool = False, resume: bool = False
+) -> None:
+    """Refuse, before any work is done, an output that would destroy something.
+
+    Raises:
+        InputError: it is one of the ``inputs``; it, or what an interrupted run left of it, exists and neither
+            ``overwrite`` nor ``resume`` says what to do; it is a folder, or cannot be made.
+    """
+    check_apart("--out", out, inputs)
+    if out == "-":
+        if resume:
+            reject("--resume", "results that go to stdout", "a file: -o NAME")
+        return
+    path = Path(out)
+    if _streams(path):
+        if resume:
+            reject("--resume", f"{out!r}, which is no regular file", "a file that results are kept in")
+        return
+    if path.is_dir():
+        reject("--out", f"{out!r}, a folder", "a file's name")
+    check_parent(path, "--out")
+    if overwrite and resume:
+        reject("--overwrite, --resume", "both", "at most one")
+    partial = _partial(path)
+    if resume and path.exists() and partial.exists() and not _continues(path, partial):
+        reject(
+            "--resume",
+            f"{out!r} beside {partial.name!r}",
+            "one of them: the file is whole, the other an interrupted run's",
+            "Remove one, or begin anew with --overwrite",
+        )
+    if overwrite or resume:
+        return
+    if path.exists():
+        reject(
+            "--out", f"{out!r}, which exists", "a new name", "--overwrite replaces it, --resume adds what is missing"
+        )
+    if partial.exists():
+        reject(
+            "--out",
+            f"{out!r}, of which an interrupted run left {partial.name!r}",
+            "a new name",
+            "--resume goes on with it, --overwrite begins anew",
+        )
+
+
+def check_apart(option: str, out: str | Path | None, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse a place to write to that is one of the ``inputs``, by links and redirections too."""
+    for given in inputs:
+        if out is not None and given is not None and _one_file(str(out), str(given)):
+            reject(option, repr(str(out)), f"another place than {str(given)!r}, which is read")
+
+
+@contextmanager
+def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
+    """Where results go: a file, or stdout for ``-``. :func:`check_file` comes first.
+
+    Raises:
+        InputError: another process is writing to it.
+        DataError: with ``resume``, what is there is not a command's output.
+    """
+    if out == "-" or _streams(Path(out)):
+        if out == "-":
+            yield Output(sys.stdout)
+            return
+        with open(out, "w", encoding="utf-8") as stream:
+            yield Output(stream)
+        return
+    path = Path(out)
+    partial = _partial(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a+b") as raw:
+        try:
+            fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reject("--out", f"{out!r}, which another process is writing", "a file of its own")
+        raw.seek(0)
+        fresh = not (resume and raw.read(1))
+        last, count = _begin(path, raw, resume)
+        stream = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
+        output = Output(stream, last, count)
+        try:
+            yield output
+            stream.flush()
+        except BaseException:
+            _keep(output, path, partial, nothing=fresh and output.count == count)
+            raise
+        replace_file(partial, path)
+
+
+def use_utf8() -> None:
+    """Have stdout in UTF-8 whatever the locale; what neither it nor stderr can show is shown as its escape."""
+    for stream, encoding in ((sys.stdout, "utf-8"), (sys.stderr, None)):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _begin(path: Path, partial: BinaryIO, resume: bool) -> tuple[dict[str, Any] | None, int]:
+    """The last result and the number of results of a run that is gone on with; its file ends with a whole line."""
+    if not resume:
+        partial.truncate(0)
+        return None, 0
+    partial.seek(0)
+    data = partial.read()
+    if not data and path.exists():
+        data = path.read_bytes()
+        partial.write(data)
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.splitlines()
+    try:
+        last = json.loads(lines[-1]) if lines else None
+        if last is not None and not isinstance(last, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise DataError(f"{path}: not results that --resume can go on from ({error})") from error
+    partial.truncate(len(whole))  # half a line, where the run was killed
+    return last, len(lines)
+
+
+def _keep(output: Output, path: Path, partial: Path, *, nothing: bool) -> None:
+    """Say what an error has left; ``nothing`` new is no file."""
+    with suppress(OSError):  # a full disk, say: the error is on its way already
+        output.stream.flush()
+    if nothing:
+        partial.unlink(missing_ok=True)
+        return
+    before = f"; {path} is as it was" if path.exists() else ""
+    said = f"{partial} has the {output.count} results before the error, --resume goes on with them{before}"
+    notes.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def _continues(path: Path, partial: Path) -> bool:
+    """Whether an interrupted run was going on with the whole file."""
+    whole = path.read_bytes()
+    with partial.open("rb") as stream:
+        return stream.read(len(whole)) == whole
+
+
+def _streams(path: Path) -> bool:
+    """Whether it is a device or a pipe, which nothing can take the place of."""
+    try:
+        return not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode))
+    except OSError:
+        return False
+
+
+def _one_file(out: str, given: str) -> bool:
+    if "-" not in (out, given):
+        return not given.startswith("hf://") and same_file(out, given)
+    try:
+        one, other = (_status(name, stream) for name, stream in ((out, sys.stdout), (given, sys.stdin)))
+    except (OSError, ValueError):  # no such file, or no descriptor behind a stream
+        return False
+    return stat.S_ISREG(one.st_mode) and os.path.samestat(one, other)
+
+
+def _status(name: str, stream: IO[str]) -> os.stat_result:
+    return os.fstat(stream.fileno()) if name == "-" else os.stat(name)

@@ -1,0 +1,344 @@
+"""What commands write: whole files or none, nothing destroyed, gone on with after an interrupt, UTF-8 everywhere."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from rmcore._base.errors import InputError
+from rmcore.cli import app
+from rmcore.cli.output import check_file, json_line, opened_output
+
+runner = CliRunner()
+ROW = {"prompt": "red tree house", "responses": ["good clear", "bad rude", "odd vague"]}
+
+
+def call(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return runner.invoke(app, [str(a) for a in arguments], input=stdin, catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, backbone_path: Path) -> Path:
+    folder = tmp_path_factory.mktemp("output")
+    rows = [
+        {"question": "red tree", "good": f"{good} {word}", "bad": f"{bad} {word}"}
+        for good, bad in (("good", "bad"), ("clear", "vague"), ("kind", "rude"))
+        for word in ("red", "blue", "green", "tree")
+    ]
+    (folder / "prefs.jsonl").write_text("".join(json_line(row) for row in rows))
+    result = call(
+        "train", folder / "prefs.jsonl", "--columns", "prompt=question", "chosen=good", "rejected=bad", "--backbone",
+        backbone_path, "--pooling", "mean", "--features", 64, "-o", folder / "model",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    return folder / "model"
+
+
+def groups(path: Path, count: int, **more: Any) -> Path:
+    path.write_text("".join(json_line({**ROW, "id": k, **more}) for k in range(count)))
+    return path
+
+
+def ids(path: Path) -> list[Any]:
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+# -- lines -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(), st.text(st.characters(exclude_categories=()))))
+def test_any_text_is_a_line_of_utf8_and_comes_back(record: dict[str, str]) -> None:
+    line = json_line(record).encode()
+    assert line.count(b"\n") == 1
+    # Two halves that stand together are one character to every reader of JSON.
+    whole = {
+        key: text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") for key, text in record.items()
+    }
+    assert json.loads(line) == whole
+
+
+# -- nothing is destroyed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["score"], ["best-of"], ["filter", "--max-u", "9"]])
+def test_output_over_the_input_is_refused_by_any_name(command: list[str], model: Path, tmp_path: Path) -> None:
+    source = groups(tmp_path / "g.jsonl", 2)
+    text = source.read_text()
+    link, hard = tmp_path / "link", tmp_path / "hard"
+    link.symlink_to(source)
+    os.link(source, hard)
+    for out in (source, link, hard, tmp_path / "x" / ".." / "g.jsonl"):
+        for more in ([], ["--overwrite"], ["--resume"]):
+            result = call(command[0], model, source, *command[1:], "-o", out, *more)
+            assert result.exit_code == 2
+            assert "which is read" in result.stderr
+    assert source.read_text() == text
+    assert {path.name for path in tmp_path.iterdir()} == {"g.jsonl", "link", "hard"}
+
+
+@pytest.mark.parametrize("option", ["--accounts", "--router-state", "--store"])
+def test_files_kept_beside_are_not_the_input_either(option: str, model: Path, tmp_path: Path) -> None:
+    source = groups(tmp_path / "g.jsonl", 1)
+    text = source.read_text()
+    result = call("score", model, source, option, source)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert source.read_text() == text
+
+
+def test_redirected_onto_itself(model: Path, tmp_path: Path) -> None:
+    source = groups(tmp_path / "g.jsonl", 1)
+    script = f"'{sys.executable}' -m rmcore.cli score '{model}' - < '{source}' >> '{source}'"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "which is read" in done.stderr
+    assert ids(source) == [0]
+
+
+def test_an_existing_result_stays_unless_overwrite_says_so(model: Path, tmp_path: Path) -> None:
+    source, out = groups(tmp_path / "g.jsonl", 2), tmp_path / "out.jsonl"
+    out.write_text("dear\n")
+    for read in (source, tmp_path / "typo.jsonl"):
+        result = call("score", model, read, "-o", out)
+        assert result.exit_code == 2
+        assert "--overwrite replaces it" in result.stderr
+    typo = call("score", model, tmp_path / "typo.jsonl", "-o", out, "--overwrite")
+    assert typo.exit_code == 2
+    assert out.read_text() == "dear\n"
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    assert call("score", model, source, "-o", out, "--overwrite").exit_code == 0
+    assert ids(out) == [0, 1]
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_models_folder_is_replaced_only_by_overwrite(model: Path, backbone_path: Path, tmp_path: Path) -> None:
+    prefs = model.parent / "prefs.jsonl"
+    names = ["--columns", "prompt=question,chosen=good,rejected=bad"]
+    before = (model / "rmcore.json").read_bytes()
+    options = [*names, "--backbone", backbone_path, "--features", 32]
+    result = call("train", prefs, *options, "-o", model)
+    assert result.exit_code == 2
+    assert "--overwrite replaces it" in result.stderr
+    assert (model / "rmcore.json").read_bytes() == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    for out, said in ((foreign, "one that rmcore wrote"), (backbone_path, "which is read")):
+        result = call("train", tmp_path / "never read.jsonl", *options, "-o", out, "--overwrite")
+        assert result.exit_code == 2
+        assert said in result.stderr
+    assert call("train", prefs, *options, "-o", tmp_path / "m").exit_code == 0
+    assert call("train", prefs, *options, "-o", tmp_path / "m", "--overwrite").exit_code == 0
+
+
+def test_evaluate_keeps_an_older_report(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("dear")
+    result = call("evaluate", model, model.parent / "prefs.jsonl", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "report.json', which exists" in result.stderr
+    assert (tmp_path / "report.json").read_text() == "dear"
+
+
+# -- interrupted and gone on with ------------------------------------------------------------------------------------
+
+
+def test_a_bad_line_leaves_the_results_before_it_and_resume_goes_on(model: Path, tmp_path: Path) -> None:
+    source, out, partial = tmp_path / "g.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    good = groups(source, 5).read_bytes().splitlines(keepends=True)
+    source.write_bytes(b"".join(good[:3]) + b'{"prompt":"caf\xe9","responses":["a","b"]}\n' + good[4])
+    result = call("score", model, source, "-o", out)
+    assert result.exit_code == 2
+    assert f"{source}:4: not UTF-8" in result.stderr
+    assert "has the 3 results before the error" in result.stderr
+    assert ids(partial) == [0, 1, 2]
+    assert not out.exists()
+    again = call("score", model, source, "-o", out)
+    assert again.exit_code == 2
+    assert "--resume goes on with it" in again.stderr
+    source.write_bytes(b"".join(good))
+    assert call("score", model, source, "-o", out, "--resume").exit_code == 0
+    assert ids(out) == [0, 1, 2, 3, 4]
+    assert [json.loads(line)["line"] for line in out.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40])
+def test_a_killed_run_is_gone_on_with_at_its_last_whole_line(model: Path, tmp_path: Path, cut: int) -> None:
+    source, out = groups(tmp_path / "g.jsonl", 4), tmp_path / "out.jsonl"
+    assert call("score", model, source, "-o", out, "--batch", 1).exit_code == 0
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.unlink()
+    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:2]) + lines[2][:cut])
+    result = call("score", model, source, "-o", out, "--resume", "--batch", 1)
+    assert result.exit_code == 0, result.stderr
+    assert out.read_bytes() == whole
+    assert "2 groups" in result.stderr, "what is there is not scored again"
+
+
+def test_resume_adds_what_an_input_has_got_since(model: Path, tmp_path: Path) -> None:
+    source, out = groups(tmp_path / "g.jsonl", 2), tmp_path / "out.jsonl"
+    for count in (2, 2, 5):
+        assert call("score", model, groups(source, count), "-o", out, "--resume").exit_code == 0
+        assert ids(out) == list(range(count))
+    good = source.read_text()
+    source.write_text(good + json_line({**ROW, "id": 5}) + "oops\n")
+    for _ in range(2):
+        assert call("score", model, source, "-o", out, "--resume").exit_code == 2
+        assert ids(out) == list(range(5))
+        assert ids(tmp_path / "out.jsonl.partial") == list(range(6))
+    source.write_text(good + json_line({**ROW, "id": 5}))
+    assert call("score", model, source, "-o", out, "--resume").exit_code == 0
+    assert ids(out) == list(range(6))
+
+
+def test_resume_does_not_mix_results_of_different_inputs(model: Path, tmp_path: Path) -> None:
+    source, out = groups(tmp_path / "g.jsonl", 3), tmp_path / "out.jsonl"
+    assert call("score", model, source, "-o", out).exit_code == 0
+    before = out.read_text()
+    other = groups(tmp_path / "other.jsonl", 4)
+    other.write_text(other.read_text().replace('"id": 2', '"id": 20'))
+    for read, said in ((other, "of another input"), (groups(tmp_path / "short.jsonl", 2), "ends with line 2")):
+        result = call("score", model, read, "-o", out, "--resume")
+        assert result.exit_code == 2
+        assert said in result.stderr
+    for content, said in (("{}\n", "of which line"), ("no json\n", "can go on from"), ("[1]\n", "can go on from")):
+        out.write_text(content)
+        result = call("score", model, source, "-o", out, "--resume")
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert out.read_text() == content
+        (tmp_path / "out.jsonl.partial").unlink(missing_ok=True)
+    out.write_text(before)
+    (tmp_path / "out.jsonl.partial").write_text("something else\n")
+    result = call("score", model, source, "-o", out, "--resume")
+    assert "Remove one, or begin anew with --overwrite" in result.stderr
+    assert call("score", model, source, "--resume").exit_code == 2
+
+
+def test_groups_that_cannot_be_scored_do_not_keep_the_file_back(model: Path, tmp_path: Path) -> None:
+    source, out = groups(tmp_path / "g.jsonl", 3), tmp_path / "out.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text(lines[0] + json_line({"prompt": "red", "responses": ["good " * 200, "bad"]}) + lines[2])
+    result = call("score", model, source, "-o", out)
+    assert result.exit_code == 2
+    assert "1 of 3 groups could not be scored; the others are written" in result.stderr
+    assert ids(out) == [0, 2]
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    with (tmp_path / "out.partial").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is writing"), opened_output(str(tmp_path / "out")):
+            pytest.fail("must not be opened")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_a_run_what_was_written_stays(tmp_path: Path, error: type[BaseException]) -> None:
+    out = tmp_path / "out"
+    out.write_text("old")
+
+    def write() -> None:
+        with opened_output(str(out)) as output:
+            output.write({"id": 0})
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert (out.read_text(), (tmp_path / "out.partial").read_text()) == ("old", '{"id": 0}\n')
+
+
+def test_devices_and_pipes_are_written_as_they_are(model: Path, tmp_path: Path) -> None:
+    source = groups(tmp_path / "g.jsonl", 1)
+    assert call("score", model, source, "-o", "/dev/null").exit_code == 0
+    assert not Path("/dev/null.partial").exists()
+    with pytest.raises(InputError, match="no regular file"):
+        check_file("/dev/null", resume=True)
+    with pytest.raises(InputError, match="a folder"):
+        check_file(str(tmp_path))
+    assert call("score", model, source, "-o", tmp_path / "new" / "out").exit_code == 0
+    assert ids(tmp_path / "new" / "out") == [0]
+
+
+# -- encodings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["score"], ["best-of"], ["filter", "--max-u", "9"]])
+def test_half_a_surrogate_pair_kills_no_command(command: list[str], model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "g.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"id":"a","prompt":"hi","responses":["ok","fine"]}\n'
+        '{"id":"\\ud83d","prompt":"hi \\udc00","responses":["smile \\ud83d","plain"]}\n'
+        '{"id":"c","prompt":"hi","responses":["x","y"]}\n'
+    )
+    for more in ([], ["-o", out]):
+        result = call(command[0], model, source, *command[1:], *more)
+        assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [record["id"] for record in records] == ["a", "\ud83d", "c"]
+    if command[0] == "filter":
+        assert records[1]["responses"] == ["smile \ud83d", "plain"]
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "latin-1"])
+def test_bytes_are_utf8_in_every_locale(model: Path, locale: str) -> None:
+    stdin = b"\xef\xbb\xbf" + (json_line({"id": "é\ud83d", "prompt": "κ", "responses": ["☃", "ü"]}) * 2).encode()
+    environment = {"LC_ALL": "C" if locale == "latin-1" else locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if locale == "latin-1":
+        environment["PYTHONIOENCODING"] = "latin-1:strict"
+    done = subprocess.run(
+        [sys.executable, "-m", "rmcore.cli", "filter", str(model), "-", "--max-u", "9"],
+        input=stdin,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.decode("utf-8").splitlines()]
+    assert [record["responses"] for record in records] == [["☃", "ü"]] * 2
+    assert records[0]["id"] == "é\ud83d"
+
+
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_take_all_that_follow(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "q.jsonl"
+    source.write_text(json_line({"q": "red tree", "name": "n", "meta": {"answers": ["good", "bad"]}}))
+    forms = (
+        ["--columns", "prompt=q", "responses=meta.answers", "id=name"],
+        ["--columns", "prompt=q", "--columns", "responses=meta.answers,id=name"],
+        ["--columns=prompt=q,responses=meta.answers,id=name"],
+    )
+    for form in forms:
+        for arguments in ([model, source, *form], [*form, model, source]):
+            result = call("score", *arguments)
+            assert result.exit_code == 0, result.stderr
+            assert json.loads(result.stdout)["id"] == "n"
+    for form, said in ((["promt=q"], "expected one of"), (["prompt=question"], "no column 'question'")):
+        result = call("score", model, source, "--columns", *form)
+        assert result.exit_code == 2
+        assert said in result.stderr
+
+
+def test_margins_are_told_once_where_a_command_reads_them(model: Path, backbone_path: Path, tmp_path: Path) -> None:
+    prefs = tmp_path / "p.jsonl"
+    row = {"prompt": "red tree", "chosen": "good", "rejected": "bad", "margin": 2.5}
+    prefs.write_text(json_line(row) * 3)
+    done = subprocess.run(
+        [sys.executable, "-m", "rmcore.cli", "evaluate", str(model), str(prefs), "--replicates", "5"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the column margin is not used") == 1
