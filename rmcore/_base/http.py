@@ -15,6 +15,7 @@ import urllib.parse
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING
 
 from rmcore._base.errors import JudgeError
@@ -70,7 +71,7 @@ class LoopConnections:
 
         if self._verify is None and self._transport is None:
             self._verify = httpx.create_ssl_context(trust_env=self._trust_env)  # slow to make, so shared by all pools
-        return httpx.AsyncClient(
+        client = httpx.AsyncClient(
             transport=self._transport,
             timeout=self._timeout,
             # A transport of the user's own may hold its requests back as it likes.
@@ -79,6 +80,10 @@ class LoopConnections:
             follow_redirects=False,  # a redirect would carry prompts, and perhaps the key, to another host
             trust_env=self._trust_env,
         )
+        # No request depends on an earlier one: a load balancer's cookie would tie all calls to one backend, and cookies
+        # that a server never stops adding make a header that it refuses.
+        client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        return client
 
 
 class Connections:

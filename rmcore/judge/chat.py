@@ -20,6 +20,7 @@ from rmcore.judge.client.chat_client import ChatClient
 from rmcore.judge.client.completions import CompletionFunction
 from rmcore.judge.client.exchange import FunctionExchange
 from rmcore.judge.client.options import ClientOptions
+from rmcore.judge.client.secrets import without_secret
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
 from rmcore.judge.question.dialect import Dialect
 from rmcore.judge.question.prompt import JudgePrompt, Output
@@ -298,7 +299,7 @@ class ChatJudge:
     def _without_key(self, text: str) -> str:
         """``text`` without the endpoint's key, in case the endpoint says it back: what it says is kept."""
         key, _ = self.client.exchange.secret()
-        return text.replace(key, "***") if len(key) >= 4 else text
+        return without_secret(text, key)
 
     def _report(self, verdicts: list[Verdict], answers: Collection[Reply]) -> None:
         """One warning a batch if pairs got no verdict, with the first words the endpoint had for it."""

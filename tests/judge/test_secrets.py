@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import pickle
+import time
 import urllib.parse
 
 import httpx
@@ -16,6 +18,7 @@ from rmcore._base.errors import JudgeError
 from rmcore._base.http import check_base_url
 from rmcore.judge import ChatJudge, Pair, ReplayServer
 from rmcore.judge.client.reply import error_detail, scrub
+from rmcore.judge.client.secrets import without_secret
 
 PAIR = Pair("p-win", "a", "b")
 
@@ -169,3 +172,109 @@ def test_a_proxy_of_the_environment_is_not_used_for_this_machine(ask, make_judge
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with ReplayServer(recorded) as server:
         assert ask(make_judge(server.base_url)).preference == 1
+
+
+# -- however it is written -------------------------------------------------------------------------------------------
+
+WRITTEN = {
+    "plain": lambda key: key,
+    "upper case": str.upper,
+    "percent, where it must be": lambda key: urllib.parse.quote(key, safe=""),
+    "percent, all of it": lambda key: "".join(f"%{ord(c):02x}" for c in key),
+    "percent, every third": lambda key: "".join(f"%{ord(c):02X}" if k % 3 else c for k, c in enumerate(key)),
+    "percent, twice": lambda key: urllib.parse.quote("".join(f"%{ord(c):02X}" for c in key)),
+    "percent, three times": lambda key: "".join(f"%2525{ord(c):02X}" for c in key),
+    "JSON escapes": lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
+    "JSON escapes, twice": lambda key: "".join(f"\\\\u{ord(c):04x}" for c in key),
+    "hexadecimal escapes": lambda key: "".join(f"\\x{ord(c):02x}" for c in key),
+    "entities": lambda key: "".join(f"&#{ord(c)};" for c in key),
+    "entities, some": lambda key: key.replace("-", "&#x2D;").replace("&", "&amp;", 0),
+    "lines": lambda key: "\n  ".join(key[k : k + 10] for k in range(0, len(key), 10)),
+    "zero width": "\u200b".join,
+    "base64": lambda key: base64.b64encode(key.encode()).decode(),
+    "base64 of the header": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
+    "base64 of user and key": lambda key: base64.b64encode(f"u:{key}:x".encode()).decode(),
+    "base64 for URLs": lambda key: base64.urlsafe_b64encode(f"ab{key}".encode()).decode(),
+    "hexadecimal": lambda key: key.encode().hex().upper(),
+    "the first half": lambda key: key[:14],
+    "the last half": lambda key: key[-14:],
+    "from the middle": lambda key: key[7:21],
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+def test_a_key_that_comes_back_in_any_writing_is_neither_kept_nor_logged(
+    ask, mock_judge, chat_reply, secret, caplog, tmp_path, name
+):
+    caplog.set_level(logging.DEBUG)
+    written = WRITTEN[name](secret)
+    verdicts = []
+    for answer in ("said", "refused"):
+        path = tmp_path / f"{answer}.db"
+
+        def handler(request, answer=answer):
+            if answer == "refused":
+                return httpx.Response(400, json={"error": {"message": f"bad header {written}", "code": "bad"}})
+            return chat_reply(request, f"You sent {written}, thank you.\n<verdict>$win</verdict>")
+
+        judge = mock_judge(handler, api_key_env="RMCORE_TEST_KEY", store=path)
+        verdicts.append(ask(judge))
+    assert [verdict.preference for verdict in verdicts] == [1.0, None] or verdicts[0].flipped
+    kept = b"".join(path.read_bytes() for path in sorted(tmp_path.iterdir())).decode("utf-8", "replace")
+    for place in (kept, caplog.text, repr(verdicts)):
+        assert written not in place
+        assert json.dumps(written)[1:-1] not in place
+    assert "***" in kept
+    assert "***" in caplog.text
+
+
+@given(
+    st.text(max_size=30),
+    st.text(max_size=30),
+    st.text("abcXYZ0189-_+/=.", min_size=4, max_size=60),
+    st.sampled_from(sorted(WRITTEN)).filter(lambda name: "half" not in name and "middle" not in name),
+)
+def test_no_writing_of_a_key_survives(before, after, key, name):
+    clean = without_secret(f"{before} {WRITTEN[name](key)} {after}", key)
+    assert "***" in clean
+
+
+@given(st.text("ghijk %&#\\;+/ \u200bÄ", max_size=200), st.text("0123456789ABCDEF", min_size=30, max_size=60))
+def test_text_without_the_key_is_left_alone(text, key):
+    assert without_secret(text, key) == text
+
+
+def test_what_stands_around_the_key_stays():
+    assert without_secret("a key-0123456789-key b key-01 c", "key-0123456789-key") == "a *** b key-01 c"
+    assert without_secret("key-0123456789-keykey-0123456789-key", "key-0123456789-key").strip("*") == ""
+    assert without_secret("abc abcd", "abc") == "abc abcd"  # too short to be told from words
+
+
+@pytest.mark.parametrize("unit", ["%", "%25", "key-01", "&#", "\\", "key-0123456789-key", "\u200b"])
+def test_time_is_linear_in_what_an_endpoint_says(unit):
+    def seconds(size):
+        text = unit * (size // len(unit))
+        began = time.process_time()
+        without_secret(text, "key-0123456789-key")
+        return time.process_time() - began
+
+    seconds(10_000)
+    assert seconds(200_000) < 0.1 + 40 * seconds(20_000)
+
+
+# -- no state across requests ----------------------------------------------------------------------------------------
+
+
+def test_cookies_are_neither_kept_nor_sent_back(ask, mock_judge, chat_reply, pairs):
+    sent = []
+
+    def handler(request):
+        sent.append(request.headers.get("cookie"))
+        reply = chat_reply(request, "<verdict>$win</verdict>")
+        k = len(sent)
+        reply.headers["set-cookie"] = f"backend{k}={k}; Path=/"
+        return reply
+
+    ask(mock_judge(handler), *pairs)
+    assert len(sent) > len(pairs)
+    assert set(sent) == {None}

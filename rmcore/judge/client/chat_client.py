@@ -34,6 +34,7 @@ from rmcore.judge.client.latency import LatencyEstimate
 from rmcore.judge.client.limits import LimitsState, RateLimits
 from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.client.reply import Completion, read_completion
+from rmcore.judge.client.tokens import believable
 
 __all__ = ["ChatClient", "ClientState"]
 
@@ -167,6 +168,7 @@ class ChatClient:
         if last.body is None:
             return Completion(None, last.reason, last.detail, usage if attempts else JudgeUsage())
         completion = read_completion(last.body, usage, key)
+        completion = replace(completion, usage=believable(completion.usage, payload, len(body), len(last.body)))
         self._settle(last, completion.usage)
         return completion
 

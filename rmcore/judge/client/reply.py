@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rmcore.judge.base import JudgeUsage
+from rmcore.judge.client.secrets import without_secret
 
 __all__ = ["Completion", "embedded_status", "error_code", "error_detail", "read_completion", "scrub"]
 
@@ -96,12 +96,11 @@ def error_detail(body: bytes, key: str) -> str:
 
 
 def scrub(text: str, key: str) -> str:
-    """``text`` on one line, without control characters, ``key`` (plain or URL-encoded) or what looks like a key."""
+    """``text`` on one line, without control characters, ``key`` (however it is written) or what looks like a key."""
     if len(key) >= 4:
         # A cut-off text may end in the first half of the key; a half is a secret too.
         text = text[: _MAX_DETAIL * 8]
-        for secret in {key, urllib.parse.quote(key, safe="")}:
-            text = text.replace(secret, "***")
+        text = without_secret(text, key)
         for length in range(min(len(key), len(text)), 3, -1):
             if text.endswith(key[:length]):
                 text = text[:-length] + "***"
