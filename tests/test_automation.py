@@ -52,6 +52,17 @@ def test_hosted_ci_asks_make_for_targets_that_exist() -> None:
         assert target(name)
 
 
+def test_the_kernels_of_every_architecture_are_compiled_somewhere() -> None:
+    """``make test`` compiles them for one: the gate for all is a target of its own, and part of the local CI."""
+    asked = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert asked == ["lint", "test", "compile-gate"]
+    gate = target("compile-gate")
+    assert "RMCORE_ALL_ARCHS=1" in gate
+    for path in ("tests/kernels/test_triton_compile.py", "tests/kernels/test_cuda_build.py"):
+        assert path in gate
+        assert "RMCORE_ALL_ARCHS" in (ROOT / path).read_text()
+
+
 def test_commit_hooks_run_what_make_lint_runs() -> None:
     (repository,) = load(".pre-commit-config.yaml")["repos"]
     assert repository["repo"] == "local", "hooks fetch nothing: the tools are those of .venv"

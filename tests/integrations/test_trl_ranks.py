@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.shared import made_once
 
 from rmcore.engine import RewardEngine
 
@@ -18,15 +21,25 @@ pytest.importorskip("trl", reason="TRL is not installed (pip install 'rmcore[trl
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def run(policy, model, out: Path, rows: int, partial_groups: str) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(SCRIPT)]
-    command += [str(policy), str(model), str(out), str(rows), partial_groups]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    files = [out / "rank0.json", out / "rank1.json"]
-    assert all(file.exists() for file in files), done.stderr[-3000:]
-    return [json.loads(file.read_text()) for file in files]
+Ranks = Callable[[int, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def ranks_of(policy_path, reward_model_path, tmp_path_factory) -> Ranks:
+    """``ranks_of(rows, partial_groups)``: each rank's account; one launch for all runs, the failing one last."""
+
+    def launch(out: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(SCRIPT)]
+        command += [str(policy_path("llama")), str(reward_model_path), str(out), "8,raise", "6,gather", "6,raise"]
+        env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+        assert len(list(out.glob("*.json"))) == 6, done.stderr[-3000:]
+
+    out = made_once(tmp_path_factory, "two ranks", launch)
+    return lambda rows, partial: [
+        json.loads((out / f"{rows} {partial} rank {rank}.json").read_text()) for rank in range(2)
+    ]
 
 
 def expected(reward_model, ranks: list[dict], step: int, size: int = 4) -> torch.Tensor:
@@ -41,8 +54,8 @@ def expected(reward_model, ranks: list[dict], step: int, size: int = 4) -> torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "partial_groups"), [(8, "raise"), (6, "gather")], ids=["whole", "gathered"])
-def test_two_ranks_are_exact(rows, partial_groups, policy_path, reward_model, reward_model_path, tmp_path):
-    ranks = run(policy_path("llama"), reward_model_path, tmp_path, rows, partial_groups)
+def test_two_ranks_are_exact(rows, partial_groups, ranks_of, reward_model):
+    ranks = ranks_of(rows, partial_groups)
     assert not [rank["error"] for rank in ranks if "error" in rank]
     for step in range(2):
         ours = expected(reward_model, ranks, step)
@@ -53,9 +66,8 @@ def test_two_ranks_are_exact(rows, partial_groups, policy_path, reward_model, re
 
 
 @pytest.mark.slow
-def test_straddling_groups_raise_on_every_rank(policy_path, reward_model_path, tmp_path):
-    ranks = run(policy_path("llama"), reward_model_path, tmp_path, 6, "raise")
-    for rank in ranks:
+def test_straddling_groups_raise_on_every_rank(ranks_of):
+    for rank in ranks_of(6, "raise"):
         assert rank["error"].startswith("GroupingError")
         for word in ("per_device_train_batch_size", "steps_per_generation", "num_generations"):
             assert word in rank["error"]

@@ -1,4 +1,10 @@
-"""One rank of a two-rank RLOO run; run by test_trl_ranks.py under torchrun, never collected."""
+"""One rank of two-rank RLOO runs, one after the other; run by test_trl_ranks.py under torchrun, never collected.
+
+    two_ranks.py POLICY MODEL OUT ROWS,PARTIAL_GROUPS...
+
+Each run writes ``OUT/ROWS PARTIAL_GROUPS rank N.json``. A run that is to fail comes last: it leaves the process group
+in a state that the next should not depend on.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +23,18 @@ from rmcore.integrations.trl import PairwiseReward
 from rmcore.model import RewardModel
 
 
-def main(policy: str, model: str, out: str, rows: int, partial_groups: str) -> None:
+def main(policy: str, model: str, out: str, *runs: str) -> None:
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    for run in runs:
+        rows, partial_groups = run.split(",")
+        told = train(policy, model, out, int(rows), partial_groups)
+        Path(out, f"{rows} {partial_groups} rank {os.environ['RANK']}.json").write_text(json.dumps(told))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train(policy: str, model: str, out: str, rows: int, partial_groups: str) -> dict[str, object]:
+    """What this rank's reward function saw and the advantages it trained on, or the error."""
     engine = RewardEngine(RewardModel.from_pretrained(model))
     reward = PairwiseReward(engine, partial_groups=partial_groups)  # type: ignore[arg-type]
     seen: list[dict[str, object]] = []
@@ -50,14 +65,11 @@ def main(policy: str, model: str, out: str, rows: int, partial_groups: str) -> N
     trainer._generate_and_score_completions = keep
     try:
         trainer.train()
-        told = {"seen": seen, "advantages": theirs}
     except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}"}
-    Path(out, f"rank{rank}.json").write_text(json.dumps(told))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"seen": seen, "advantages": theirs}
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    main(*sys.argv[1:])
