@@ -26,7 +26,7 @@ from rmcore.judge.question.dialect import Dialect
 from rmcore.judge.question.prompt import JudgePrompt, Output
 from rmcore.judge.question.rules import rule_verdict
 from rmcore.judge.question.sanitise import breakable
-from rmcore.judge.store.prices import PriceTable, price_call
+from rmcore.judge.store.prices import PriceTable, answering_model, price_call
 from rmcore.judge.store.records import Question, Reply, reply_text
 from rmcore.judge.wrappers.canary_pairs import CANARY_ID
 
@@ -64,7 +64,8 @@ class ChatJudge:
     they end with the judge.
 
     Args:
-        base_url: as in ``https://api.openai.com/v1``. Either this or ``complete``.
+        base_url: as in ``https://api.openai.com/v1``; an Azure deployment with its ``?api-version=…`` too. Either this
+            or ``complete``.
         model: the model's name there.
         api_key_env: the environment variable that holds the key, read at each call and never kept; ``None`` for a
             server without keys. If it is unset, every pair fails with ``no_api_key`` and nothing is sent.
@@ -97,7 +98,8 @@ class ChatJudge:
         judge_id: the name the store files verdicts under, besides the model: the same name, the same judge. Give one if
             a judge moves between addresses. Default: ``base_url``, or the ``name`` of ``complete``, if it has one.
         prices: a :class:`~rmcore.judge.store.prices.PriceTable`, a mapping or a JSON file, for ``usage.cost``. Without
-            it, or for a model that is not in it, calls are counted in ``usage.unpriced_calls``.
+            it, or for a model that is not in it, calls are counted in ``usage.unpriced_calls``. What counts is the
+            model that answers, which may be another than was asked for: a warning says so once.
 
     Raises:
         JudgeError: an argument is unusable.
@@ -169,6 +171,7 @@ class ChatJudge:
         if store is not None and not self.judge_id:
             raise JudgeError("judge_id: got nothing, expected a name for the store, since `complete` has none")
         self.prices = None if prices is None else PriceTable.of(prices)
+        self._others: set[str] = set()  # models that answered and were not asked for
         self._own_store = isinstance(store, (str, Path))
         self.store = _open_store(store)
 
@@ -275,16 +278,19 @@ class ChatJudge:
         )
         if reply is None:
             return Reply(Verdict.none("deadline"))
-        return replace(reply, verdict=replace(reply.verdict, judge=self.model))
+        return replace(reply, verdict=replace(reply.verdict, judge=answering_model(self.model, reply.model)))
 
     async def _call(self, prompt: Prompt, first: Response, second: Response, deadline: float | None) -> Reply:
         """One call, and what it cost."""
         asked = await self._dialect.ask(self.client.complete, prompt, first, second, deadline=deadline)
-        verdict, labels = asked.verdict(self.model), asked.question.labels
+        answered = self._answered(asked.completion.model)
+        verdict, labels = asked.verdict(answered), asked.question.labels
         return Reply(
             replace(
                 verdict,
-                usage=price_call(self.prices, verdict.usage, self.model, asked.completion.reason),
+                usage=price_call(
+                    self.prices, verdict.usage, self.model, asked.completion.reason, asked.completion.model
+                ),
                 critique=self._without_key(verdict.critique),
             ),
             # A generation that its server ended is no answer of the judge: it is asked again another day.
@@ -293,8 +299,23 @@ class ChatJudge:
             labels={"win": labels.win, "loss": labels.loss, "tie": labels.tie},
             sanitised=asked.question.sanitised,
             detail=asked.completion.detail,
+            model=asked.completion.model,
+            fingerprint=asked.completion.fingerprint,
             currency="" if self.prices is None else self.prices.currency,
         )
+
+    def _answered(self, said: str) -> str:
+        """Who answered, with a warning the first time that it is another model than the one asked for."""
+        answered = answering_model(self.model, said)
+        if answered != self.model and answered not in self._others:
+            self._others.add(answered)
+            _logger.warning(
+                "judge %s: %s answers as %r; verdicts are stored and priced by that name",
+                self.model,
+                self.client.exchange.place or "the endpoint",
+                answered,
+            )
+        return answered
 
     def _without_key(self, text: str) -> str:
         """``text`` without the endpoint's key, in case the endpoint says it back: what it says is kept."""
@@ -310,9 +331,11 @@ class ChatJudge:
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
             detail = next((f"; first: {answer.detail}" for answer in answers if answer.detail), "")
+            place = self.client.exchange.place
             _logger.warning(
-                "judge %s: no verdict for %d of %d pairs (%s)%s",
+                "judge %s%s: no verdict for %d of %d pairs (%s)%s",
                 self.model,
+                f" (POST {place})" if place else "",
                 reasons.total(),
                 len(verdicts),
                 counts,

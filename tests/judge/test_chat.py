@@ -309,8 +309,12 @@ def test_a_judge_can_be_pickled_after_use(ask, make_judge, recorded):
 def test_failures_are_told_once_a_batch(ask, make_judge, recorded, caplog):
     with ReplayServer(recorded, faults=[None, None, *[Fault(404, code="x")] * 4]) as server, caplog.at_level("WARNING"):
         ask(make_judge(server.base_url, concurrency=1), PAIR, PAIR, PAIR)
+        url = f"{server.base_url}/chat/completions"
     (record,) = [r for r in caplog.records if r.name == "rmcore.judge.chat"]
-    assert record.getMessage() == ("judge judge-model: no verdict for 2 of 3 pairs (http_404 2); first: injected fault")
+    assert record.getMessage() == (
+        f"judge judge-model (POST {url}): no verdict for 2 of 3 pairs (http_404 2); "
+        "first: injected fault"
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from rmcore._base.clock import Clock
 from rmcore._base.retry import retry_after_s, retry_delay_s
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.client.breaker import BreakerState, CircuitBreaker
+from rmcore.judge.client.causes import ConnectionFailedError
 from rmcore.judge.client.concurrency import AdaptiveConcurrency, ConcurrencyState
 from rmcore.judge.client.exchange import OVERLOAD, Attempt, Exchange, HttpExchange, Send
 from rmcore.judge.client.latency import LatencyEstimate
@@ -39,6 +40,9 @@ from rmcore.judge.client.tokens import believable
 __all__ = ["ChatClient", "ClientState"]
 
 _logger = logging.getLogger(__name__)
+
+_FIRST_CONCURRENCY = 4
+"""A small server of one's own has a slot or two; to a large one, a few more round trips are nothing."""
 
 _Request: TypeAlias = tuple[Mapping[str, object], bytes, str]
 """Payload, the same as JSON, key."""
@@ -98,7 +102,7 @@ class ChatClient:
         """Everything that belongs to one process: locks, connections, and what was learnt about the endpoint."""
         options = self.options
         self._process = os.getpid()
-        self._slots = AdaptiveConcurrency(options.concurrency)
+        self._slots = AdaptiveConcurrency(options.concurrency, start=_FIRST_CONCURRENCY)
         self._breaker = CircuitBreaker(options.breaker, options.clock)
         self._limits = RateLimits(options.requests_per_minute, options.tokens_per_minute, clock=options.clock)
         self._latency = LatencyEstimate()
@@ -226,7 +230,10 @@ class ChatClient:
                 result = await send(*request)
         except TimeoutError:
             self._latency.add(self.clock.now() - began, self.clock.now(), complete=False)
-            return Attempt(reason="deadline" if cut else "timeout", retry=not cut)
+            waited = f"no whole reply within {left if cut else self.options.timeout_s:.3g} s"
+            return Attempt(reason="deadline" if cut else "timeout", detail=waited, retry=not cut)
+        except ConnectionFailedError as error:
+            return Attempt(reason="connection", detail=str(error), retry=not error.lasting)
         except OSError:
             return Attempt(reason="connection", retry=True)
         except Exception as error:  # a transport or a function of the user's own may raise anything

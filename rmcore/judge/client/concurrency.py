@@ -6,6 +6,10 @@ refuses. After a storm of refusals it doubles again up to half of what it was be
 64 the step is a 32nd of the ceiling instead of one, so that the way back from half takes 16 round trips of any size: a
 judge's round trip takes seconds, and a thousand of them half a training run.
 
+A server with a fixed number of places refuses at the same limit each time. From the second refusal there on, that limit
+is tried again only after 8, 16, … 128 round trips, so that a server of two places is not asked for a third one all the
+time; once the limit has been passed it is forgotten.
+
 Signals, given with :meth:`Slot.release`:
 
 - ``success``: a complete reply. It makes the limit grow only where at least half of the limit was in use: calls one by
@@ -79,6 +83,7 @@ class AdaptiveConcurrency:
         self._threshold = ceiling  # below it the limit doubles each round trip
         self._step = max(1, ceiling // 32)  # what it grows by above
         self._credit = 0
+        self._wall, self._hits = 0, 0  # the limit that was refused last, and how often it was, again and again
         self._successes_since_cut = 0
         self._outcomes = self._timeouts = 0  # of the latest round trip
         self._in_flight = self._peak = self._cuts = 0
@@ -157,13 +162,20 @@ class AdaptiveConcurrency:
         return self._timeouts >= max(_FEWEST_TIMEOUTS, math.ceil(_TIMEOUT_SHARE * self._limit))
 
     def _grow(self) -> None:
-        self._credit += self._limit if self._limit < self._threshold else self._step
-        if self._credit >= self._limit:
-            self._credit -= self._limit
+        at_the_wall = self._hits > 0 and self._limit + 1 == self._wall
+        self._credit += self._limit if self._limit < self._threshold and not at_the_wall else self._step
+        needed = self._limit * (8 << min(self._hits - 1, 4)) if at_the_wall else self._limit
+        if self._credit >= needed:
+            self._credit -= needed
             self._limit = min(self._limit + 1, self._ceiling)
+            if self._limit > self._wall:
+                self._hits = 0
 
     def _cut(self, signal: Signal) -> None:
         limit = max(1, self._limit // 2)
+        if signal == "refused":
+            self._hits = self._hits + 1 if self._limit == self._wall else 0
+            self._wall = self._limit
         # Only the first cut of a storm tells what was too much; those that follow without a success between them
         # would take the memory of it down to nothing.
         if self._cuts == 0 or self._successes_since_cut:

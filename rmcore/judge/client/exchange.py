@@ -18,8 +18,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rmcore._base.errors import JudgeError
-from rmcore._base.http import Connections, check_base_url
+from rmcore._base.http import Connections
 from rmcore._base.retry import should_retry
+from rmcore.judge.client.address import Address
+from rmcore.judge.client.causes import check_environment, connection_trouble, status_hint
 from rmcore.judge.client.completions import CompletionError, CompletionFunction, reply_object
 from rmcore.judge.client.concurrency import Signal
 from rmcore.judge.client.limits import Reservation
@@ -82,6 +84,11 @@ class Exchange(Protocol):
         """Who is asked, for reprs and as a judge's name; empty if that is not known."""
         ...
 
+    @property
+    def place(self) -> str:
+        """Where requests go, for a log line; empty if that is not known."""
+        ...
+
     def secret(self) -> tuple[str, str]:
         """The key as it is now, and a reason if nothing can be sent with it."""
         ...
@@ -103,23 +110,27 @@ class HttpExchange:
     """Posts to ``{base_url}/chat/completions``. Safe to use from several event loops, each with its own connections.
 
     Args:
-        base_url: as in ``https://api.openai.com/v1``; http or https, without credentials, query or fragment.
-        api_key_env: environment variable that holds the bearer key, read at every call and kept nowhere; ``None``
-            sends no key.
+        base_url: as in ``https://api.openai.com/v1``; http or https, without credentials or fragment. The forms it may
+            have, Azure's among them, are in :mod:`rmcore.judge.client.address`.
+        api_key_env: environment variable that holds the key, read at every call and kept nowhere; ``None`` sends no
+            key.
         options: of which ``timeout_s``, ``max_reply_bytes`` and ``transport`` matter here.
 
     Raises:
-        JudgeError: an argument is unusable.
+        JudgeError: an argument is unusable, or the environment names a proxy or certificates that are
+            (:func:`~rmcore.judge.client.causes.check_environment`).
     """
 
     def __init__(self, base_url: str, api_key_env: str | None, options: ClientOptions) -> None:
-        self.base_url, self._loopback = check_base_url(base_url)
+        self.address = Address.of(base_url)
         if api_key_env is not None and not _ENV_NAME.fullmatch(api_key_env):
             # The value is not shown: it may be the key itself, passed by mistake.
             raise JudgeError("api_key_env: got no variable name, expected the NAME of an environment variable or None")
         self.api_key_env = api_key_env
         self.timeout_s, self.max_reply_bytes = options.timeout_s, options.max_reply_bytes
         self.transport = options.transport
+        if not self.address.loopback and self.transport is None:
+            check_environment()
         self.start_afresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,14 +144,25 @@ class HttpExchange:
         return f"base_url={self.base_url!r}, api_key_env={self.api_key_env!r}"
 
     @property
+    def base_url(self) -> str:
+        """The base URL, without its query."""
+        return self.address.base_url
+
+    @property
     def name(self) -> str:
-        """The base URL."""
-        return self.base_url
+        """The base URL, with what else of it names a judge."""
+        return self.address.name
+
+    @property
+    def place(self) -> str:
+        """What is posted to."""
+        return self.address.url
 
     def start_afresh(self) -> None:
         """Connections of its own for this process."""
         # trust_env: a proxy cannot reach this machine's own servers
-        self.connections = Connections(timeout_s=self.timeout_s, trust_env=not self._loopback, transport=self.transport)
+        trust_env = not self.address.loopback
+        self.connections = Connections(timeout_s=self.timeout_s, trust_env=trust_env, transport=self.transport)
 
     def secret(self) -> tuple[str, str]:
         """The key as the environment has it now, and a reason if there is none that can be sent."""
@@ -169,16 +191,15 @@ class HttpExchange:
             return await self._exchange(client, body, key)
         except httpx.TimeoutException:
             raise TimeoutError from None
-        except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError):
+        except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError) as error:
             # Without its words: messages of HTTP libraries can quote headers, and one of them holds the key.
-            raise ConnectionError from None
+            raise connection_trouble(error, self.address.url) from None
 
     async def _exchange(self, client: httpx.AsyncClient, body: bytes, key: str) -> Attempt:
         # Uncompressed, so that the size limit is a limit on memory: a compressed reply can unfold a thousandfold.
         sent = {"content-type": "application/json", "accept": "application/json", "accept-encoding": "identity"}
-        if key:
-            sent["authorization"] = f"Bearer {key}"
-        url = self.base_url + "/chat/completions"
+        sent |= self.address.authorization(key)
+        url = self.address.url
         async with client.stream("POST", url, content=body, headers=sent) as response:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
                 return Attempt(reason="bad_encoding", headers=response.headers, status=response.status_code)
@@ -195,7 +216,10 @@ class HttpExchange:
             if complete:
                 return _finished(bytes(content), key, headers)
             return Attempt(reason="reply_too_large", headers=headers, status=status)
-        return _failure(status, bytes(content), error_detail(bytes(content[:limit]), key), headers)
+        explained = bool(error_code(bytes(content)))
+        hint = scrub(status_hint(status, url, headers, self.api_key_env, explained=explained), key)
+        said = error_detail(bytes(content[:limit]), key)
+        return _failure(status, bytes(content), "; ".join(word for word in (said, hint) if word), headers)
 
 
 class FunctionExchange:
@@ -228,6 +252,11 @@ class FunctionExchange:
         """The function's own ``name``, if it has one."""
         name = getattr(self.complete, "name", "")
         return name if isinstance(name, str) else ""
+
+    @property
+    def place(self) -> str:
+        """Not known: it is the function's."""
+        return ""
 
     def start_afresh(self) -> None:
         """Nothing here belongs to a process."""

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rmcore.judge.base import JudgeUsage
+from rmcore.judge.client.causes import not_a_completion
 from rmcore.judge.client.secrets import without_secret
 
 __all__ = ["Completion", "embedded_status", "error_code", "error_detail", "read_completion", "scrub"]
 
 _MAX_DETAIL = 300
+_MAX_NAME = 200
+_FINGERPRINT = "system_fingerprint"
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
 
 
@@ -26,13 +29,15 @@ class Completion:
     which nothing was sent ``deadline``, ``breaker_open`` (the endpoint is down; ``detail`` says how it failed last) and
     ``over_token_limit`` (larger than ``tokens_per_minute`` altogether). A call that was tried and then stopped by one
     of these keeps the reason of its last attempt. ``detail`` is the endpoint's own message, cleaned and cut, for a log
-    line.
+    line. ``model`` and ``fingerprint`` are what the reply says of who answered (``model``, ``system_fingerprint``).
     """
 
     choice: Mapping[str, object] | None
     reason: str = ""
     detail: str = ""
     usage: JudgeUsage = field(default_factory=JudgeUsage)
+    model: str = ""
+    fingerprint: str = ""
 
 
 def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
@@ -42,7 +47,8 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
     """
     reply = _load(body)
     if not isinstance(reply, Mapping):
-        return Completion(None, "not_json", usage=usage)
+        detail = "a JSON value that is no object" if reply is not None else scrub(not_a_completion(body), key)
+        return Completion(None, "not_json", detail, usage)
     usage = _with_tokens(usage, reply.get("usage"))
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -50,7 +56,8 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
         return Completion(None, "no_choices", error_detail(body, key), usage)
     if reply.get("error") or choice.get("error"):  # the text beside an error is not an answer, finished as it may look
         return Completion(None, "error_in_reply", error_detail(body, key), usage)
-    return Completion(choice, usage=usage)
+    said = {name: _name(reply.get(word), key) for name, word in (("model", "model"), ("fingerprint", _FINGERPRINT))}
+    return Completion(choice, usage=usage, **said)
 
 
 def embedded_status(body: bytes) -> int | None:
@@ -138,6 +145,11 @@ def _with_tokens(usage: JudgeUsage, counts: object) -> JudgeUsage:
         cached_tokens=_count(counts, "prompt_tokens_details", "cached_tokens")
         or _count(counts, "prompt_cache_hit_tokens"),
     )
+
+
+def _name(value: object, key: str) -> str:
+    """A name that the endpoint gives, as it may stand in a store and a log line; empty if it is none."""
+    return scrub(value[:_MAX_NAME], key) if isinstance(value, str) else ""
 
 
 def _count(value: object, *path: str) -> int:

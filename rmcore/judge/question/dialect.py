@@ -1,9 +1,10 @@
 """How one endpoint is asked: the request's fields, and what to leave out where the endpoint refuses it.
 
 Endpoints that call themselves compatible differ. A reasoning model refuses ``temperature`` or ``logprobs``, a newer one
-wants ``max_completion_tokens`` for ``max_tokens``, a server without structured output refuses ``response_format`` or
-answers it with nothing. None of that must cost a pair: the same question is put again without what was refused, and
-once that has worked the judge leaves it out for good. Each such change is logged once and counted.
+wants ``max_completion_tokens`` for ``max_tokens``, a chat template knows no system role, a server without structured
+output refuses ``response_format`` or answers it with nothing. None of that must cost a pair: the same question is put
+again without what was refused, and once that has worked the judge leaves it out for good. Each such change is logged
+once and counted.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ _NAMED = {
     "max_tokens": re.compile(r"\bmax_tokens\b", re.I),
     "max_completion_tokens": re.compile(r"\bmax_completion_tokens\b", re.I),
 }
+# Of messages, not of fields, so it has words of its own: chat templates without a system role say them in many ways.
+_NO_SYSTEM = re.compile(
+    r"system[ _]?(?:role|message|prompt|instruction)s?\b.{0,60}?(?:not |n't |un)(?:support|allow|permit|enabl|accept)"
+    r"|(?:unsupported|unknown|invalid|unexpected|does(?: not|n't) support).{0,60}?\b(?:system|developer)\b"
+    r"|(?:system|developer)\W+(?:role |instruction )?(?:is |are )?(?:not |un)(?:support|allow|permit|enabl|accept)"
+    r"|only user(?:,| and) assistant\b.{0,20}roles|roles must alternate user/assistant",
+    re.IGNORECASE | re.DOTALL,
+)
+_SYSTEM = "system_role"
 _LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
 
@@ -101,23 +111,35 @@ class _Terms:
 
     output: Output
     parameters: Mapping[str, object]
+    system: bool = True  # a message of its own; otherwise its text stands before the question
     given_up: frozenset[str] = frozenset()
 
     def has(self, name: str) -> bool:
+        if name == _SYSTEM:
+            return self.system
         return self.output == "json_schema" if name == "response_format" else name in self.parameters
 
     def without(self, name: str) -> _Terms:
         """The same without ``name``; a limit on tokens is not dropped but goes by its other name."""
-        parameters, output = dict(self.parameters), self.output
+        parameters, output, system = dict(self.parameters), self.output, self.system
         if name == "response_format":
             output = "text"
+        elif name == _SYSTEM:
+            system = False
         elif name == "logprobs":
             parameters = {key: value for key, value in parameters.items() if key not in ("logprobs", "top_logprobs")}
         else:
             value = parameters.pop(name)
             if name in _LIMITS:
                 parameters.setdefault(_LIMITS[name], value)
-        return _Terms(output, parameters, self.given_up | {name})
+        return _Terms(output, parameters, system, self.given_up | {name})
+
+    def messages(self, question: RenderedPrompt) -> list[dict[str, str]]:
+        """The question's messages in the roles that the endpoint takes."""
+        if self.system or len(question.messages) < 2:
+            return question.messages
+        # The contract stays before the texts that it speaks of, in whichever message it stood.
+        return [{"role": "user", "content": "\n\n".join(message["content"] for message in question.messages)}]
 
 
 @dataclass
@@ -147,7 +169,7 @@ class Dialect:
     counts: Counter[str] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:
-        self._terms = _Terms(self.prompt.output, dict(self.parameters))
+        self._terms = _Terms(self.prompt.output, dict(self.parameters), system=bool(self.prompt.system.strip()))
         self._templates: dict[Output, JudgePrompt] = {
             self.prompt.output: self.prompt,
             "text": replace(self.prompt, output="text"),
@@ -166,7 +188,7 @@ class Dialect:
         given_up: dict[str, str] = {}
         while True:
             question = self._templates[terms.output].render(prompt, first, second, self.random_source)
-            payload: dict[str, object] = {"model": self.model, "messages": question.messages, **terms.parameters}
+            payload: dict[str, object] = {"model": self.model, "messages": terms.messages(question), **terms.parameters}
             if terms.output == "json_schema":
                 payload["response_format"] = question.response_format()
             reply = await complete(payload, deadline=deadline)
@@ -201,6 +223,7 @@ class Dialect:
                     self.dropped[name] = why
             if new:
                 instead = f", {_LIMITS[name]} instead" if name in _LIMITS else ""
+                instead = ", its text stands before the question instead" if name == _SYSTEM else instead
                 _logger.warning(
                     "judge %s: does not take %s (%s); left out from now on%s", self.model, name, why, instead
                 )
@@ -226,6 +249,9 @@ def _refused(terms: _Terms, reply: Completion, parsed: Parsed | None) -> str | N
     if parsed is not None:
         empty = terms.output == "json_schema" and parsed.reason == "no_content"
         return "response_format" if empty else None
+    # Servers that trip over the template itself say so with 500.
+    if terms.system and reply.reason in _REFUSING | {"http_500"} and _NO_SYSTEM.search(reply.detail):
+        return _SYSTEM
     if reply.reason not in _REFUSING or not _REFUSED.search(reply.detail):
         return None
     for name, named in _NAMED.items():

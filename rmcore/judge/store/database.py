@@ -17,7 +17,7 @@ import os
 import sqlite3
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -28,8 +28,9 @@ from rmcore.judge.store.records import MAX_REPLY, Question, Reply
 
 __all__ = ["SCHEMA_VERSION", "Reuse", "StoreError", "find_reply", "insert_call", "load_text", "open_database"]
 
-Reuse: TypeAlias = Literal["replies", "verdicts"]
-"""What answers an equal question: whatever the judge replied, or only replies that hold a verdict."""
+Reuse: TypeAlias = Literal["replies", "verdicts"] | Collection[str]
+"""What answers an equal question: whatever the judge replied; only replies that hold a verdict; or whatever it replied
+but for replies without a verdict that have one of these reasons (``{"length", "unparsable"}``)."""
 
 _APPLICATION_ID: Final = 0x726D7673  # "rmvs": tells our files from other people's databases
 _BUSY_S: Final = 30.0
@@ -61,6 +62,10 @@ _MIGRATIONS: Final = (
         id TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL, beat REAL NOT NULL);
     CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL);
     """,
+    """
+    ALTER TABLE calls ADD COLUMN answered TEXT NOT NULL DEFAULT '';
+    ALTER TABLE calls ADD COLUMN fingerprint TEXT NOT NULL DEFAULT ''
+    """,
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 """The version this release writes, in the file's ``user_version``."""
@@ -76,7 +81,7 @@ def open_database(path: str | Path, *, read_only: bool = False) -> sqlite3.Conne
     The connection is in autocommit mode and may be handed to one other thread.
 
     Raises:
-        StoreError: the file is damaged, foreign, of a later version, or (``read_only``) missing or of an older one;
+        StoreError: the file is damaged, foreign, of a later version, or (``read_only``) missing or empty;
             or it lies where sqlite cannot keep a write-ahead log, such as a network file system.
     """
     path = Path(path).absolute()
@@ -97,9 +102,8 @@ def _open(path: Path, read_only: bool) -> sqlite3.Connection:
     try:
         version = _check_owner(database, path)
         if read_only:
-            if version < SCHEMA_VERSION:
-                state = f"version {version}" if version else "an empty file"
-                raise StoreError(f"{path}: got {state}, expected a store of version {SCHEMA_VERSION}")
+            if not version:
+                raise StoreError(f"{path}: got an empty file, expected a verdict store")
             return database
         _begin_wal(database, path)
         if version < SCHEMA_VERSION:
@@ -192,17 +196,28 @@ def find_reply(database: sqlite3.Connection, key: str, reuse: Reuse) -> Reply | 
 
     The *first* verdict, so that the answer stays what it was, even if a question was bought twice.
     """
+    not_again = () if isinstance(reuse, str) else tuple(reuse)
     row = database.execute(
-        "SELECT preference, reason, critique, reply, labels, neutralised, currency FROM calls WHERE key = ? "
-        "AND replied AND (preference IS NOT NULL OR ?) "
+        "SELECT preference, reason, critique, reply, labels, neutralised, currency, answered, fingerprint FROM calls "
+        "WHERE key = ? AND replied AND (preference IS NOT NULL OR (? "
+        "AND reason NOT IN (SELECT value FROM json_each(?)))) "
         "ORDER BY preference IS NULL, CASE WHEN preference IS NULL THEN -id ELSE id END LIMIT 1",
-        (key, reuse == "replies"),
+        (key, reuse != "verdicts", json.dumps(not_again)),
     ).fetchone()
     if row is None:
         return None
-    preference, reason, critique, text, labels, sanitised, currency = row
+    preference, reason, critique, text, labels, sanitised, currency, model, fingerprint = row
     verdict = Verdict(preference, reason, critique=load_text(critique), usage=JudgeUsage(cache_hits=1))
-    return Reply(verdict, True, load_text(text), load_text(labels), sanitised, currency=currency)
+    return Reply(
+        verdict,
+        True,
+        load_text(text),
+        load_text(labels),
+        sanitised,
+        currency=currency,
+        model=model,
+        fingerprint=fingerprint,
+    )
 
 
 def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, at: float, version: str) -> None:
@@ -235,6 +250,8 @@ def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, 
         "canary": int(question.canary),
         "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"),
         "version": version,
+        "answered": reply.model,
+        "fingerprint": reply.fingerprint,
     }
     names = ", ".join(row)
     database.execute(f"INSERT INTO calls ({names}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))  # noqa: S608

@@ -20,7 +20,7 @@ from rmcore._base.quantile import quantiles
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.orders import combine_orders, exchanged
 from rmcore.judge.store.database import StoreError, load_text, open_database
-from rmcore.judge.store.prices import PriceTable, price_call
+from rmcore.judge.store.prices import PriceTable, answering_model, price_call
 from rmcore.judge.store.records import Shown
 
 __all__ = ["JudgedPair", "LoggedCall", "VerdictLedger"]
@@ -28,7 +28,7 @@ __all__ = ["JudgedPair", "LoggedCall", "VerdictLedger"]
 _CALLS = """
     SELECT calls.id, calls.judge, key, pair, shown, judges.judge, model, template, preference, reason, replied, canary,
         attempts, prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens, seconds, cost, currency,
-        neutralised, reply_cut, at, version
+        neutralised, reply_cut, at, version, {answered}
     FROM calls JOIN judges ON judges.id = calls.judge"""
 _KINDS: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None))}
 _TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_tokens")
@@ -38,7 +38,8 @@ _TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_tok
 class LoggedCall:
     """One row of the log. ``preference`` is from the side of the response shown first, ``None`` without a verdict.
 
-    ``asked`` is equal for calls of the same judge, model, parameters and template.
+    ``asked`` is equal for calls of the same judge, model, parameters and template. ``model`` is the one asked for,
+    ``answered`` and ``fingerprint`` are what the reply says of who answered (empty where it does not say).
     """
 
     id: int
@@ -65,6 +66,13 @@ class LoggedCall:
     reply_cut: int
     at: str
     version: str
+    answered: str
+    fingerprint: str
+
+    @property
+    def answering(self) -> str:
+        """The model that answered (:func:`~rmcore.judge.store.prices.answering_model`)."""
+        return answering_model(self.model, self.answered)
 
     @property
     def outcome(self) -> Literal["win", "loss", "tie", "none"]:
@@ -84,7 +92,7 @@ class JudgedPair:
 
     Attributes:
         pair: the key that both orders share.
-        judge, model: who was asked.
+        judge, model: who was asked, and the model that answered (both, if it was another in each order).
         prompt: a text or a list of messages.
         a, b: the responses; ``a`` is the one shown first in the order ``ab``.
         verdict: from ``a``'s side.
@@ -144,6 +152,9 @@ class VerdictLedger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._database = open_database(self.path, read_only=True)
+        (version,) = next(self._rows("PRAGMA user_version"))
+        # Files of the first version do not say who answered.
+        self._select = _CALLS.format(answered="answered, fingerprint" if version > 1 else "'', ''")
 
     def __enter__(self) -> VerdictLedger:
         return self
@@ -185,7 +196,7 @@ class VerdictLedger:
         if reason is not None:
             where.append("(reason = ? OR substr(reason, 1, length(?) + 1) = ? || ':')")
             values += [reason] * 3
-        query = f"{_CALLS} WHERE {' AND '.join(where)} ORDER BY calls.id DESC LIMIT ?"
+        query = f"{self._select} WHERE {' AND '.join(where)} ORDER BY calls.id DESC LIMIT ?"
         return list(self._calls(query, *values, -1 if limit is None else limit))
 
     def texts(self, call: LoggedCall) -> dict[str, Any]:
@@ -218,7 +229,9 @@ class VerdictLedger:
             canaries: also pairs that were made up to test the judge.
             texts: read the texts; without, they are empty.
         """
-        query = f"{_CALLS} WHERE (canary = 0 OR ?) AND (model = ? OR ? IS NULL) ORDER BY calls.judge, pair, calls.id"
+        query = (
+            f"{self._select} WHERE (canary = 0 OR ?) AND (model = ? OR ? IS NULL) ORDER BY calls.judge, pair, calls.id"
+        )
         calls = self._calls(query, canaries, model, model)
         for _, group in groupby(calls, key=lambda call: (call.asked, call.pair)):
             yield self._together(list(group), texts)
@@ -235,10 +248,10 @@ class VerdictLedger:
         latencies: list[float] = []
         keys: set[str] = set()
         first = last = None
-        for call in self._calls(f"{_CALLS} ORDER BY calls.id"):
+        for call in self._calls(f"{self._select} ORDER BY calls.id"):
             keys.add(call.key)
             first, last = first or call.at, call.at
-            counts["models"][call.model] += 1
+            counts["models"][call.answering] += 1
             counts["outcomes"][call.outcome] += 1
             if call.preference is None:
                 counts["reasons"][call.reason] += 1
@@ -307,7 +320,7 @@ class VerdictLedger:
         return JudgedPair(
             pair=one.pair,
             judge=one.judge,
-            model=one.model,
+            model=" ".join(dict.fromkeys(call.answering for call in by_order.values())),
             prompt=prompt,
             a=a,
             b=b,
@@ -351,7 +364,7 @@ class _Sums:
         self.counts.update(counted)
         cost, currency = call.cost, call.currency
         if prices is not None:
-            usage = price_call(prices, call.usage, call.model, call.reason)
+            usage = price_call(prices, call.usage, call.model, call.reason, call.answered)
             cost, currency = None if usage.unpriced_calls else usage.cost, prices.currency
         if cost is None:
             self.counts["unpriced_calls"] += 1

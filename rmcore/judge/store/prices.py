@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Any
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore.judge.base import JudgeUsage
 
-__all__ = ["Price", "PriceTable", "price_call"]
+__all__ = ["Price", "PriceTable", "answering_model", "price_call"]
+
+# A dated or numbered release of the model that was asked for: -2024-08-06, -20241022, -0613, @001, :latest.
+_RELEASE = re.compile(r"(?:-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4}|\d{3}|latest)|[@:][\w.-]{1,40})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +145,33 @@ class PriceTable(Mapping[str, Price]):
         return replace(usage, cost=cost or 0.0, unpriced_calls=usage.calls if cost is None else 0)
 
 
-def price_call(prices: PriceTable | None, usage: JudgeUsage, model: str, reason: str) -> JudgeUsage:
+def answering_model(asked: str, said: str) -> str:
+    """The model that answered: ``asked``, unless the reply says another name (``said``).
+
+    The same model are ``asked`` itself, also in other letters and with another path before it (``org/name``, a file's
+    folder), and a release of it (``name-2024-08-06``): endpoints put their aliases in full. An empty name says nothing.
+    """
+    if not said:
+        return asked
+    short, long = (name.casefold().rstrip("/").rpartition("/")[2].removesuffix(".gguf") for name in (asked, said))
+    same = long == short or (long.startswith(short) and _RELEASE.fullmatch(long[len(short) :]) is not None)
+    return asked if same else said
+
+
+def price_call(prices: PriceTable | None, usage: JudgeUsage, model: str, reason: str, answered: str = "") -> JudgeUsage:
     """``usage`` of one call with its cost, or among ``unpriced_calls``; without a table every call that may cost is.
+
+    The price is that of the model that ``answered``, by the very name that it gave; where that name is not in the
+    table, that of :func:`answering_model`.
 
     A call that ended with an error status (``reason`` is ``http_<status>`` or ``insufficient_quota``) and reported no
     tokens cost nothing. Of one that timed out or broke off nobody knows.
     """
     if not usage.prompt_tokens and reason.startswith(("http_", "insufficient_quota")):
         return usage
-    return replace(usage, unpriced_calls=usage.calls) if prices is None else prices.priced(usage, model)
+    if prices is None:
+        return replace(usage, unpriced_calls=usage.calls)
+    return prices.priced(usage, answered if answered in prices else answering_model(model, answered))
 
 
 def _name(model: object) -> str:

@@ -101,6 +101,7 @@ class Reply:
         sanitised: how many control sequences were broken up in the texts.
         detail: the endpoint's own words for a failure; for logs, not kept.
         currency: what ``verdict.usage.cost`` is counted in.
+        model, fingerprint: who answered, as the reply says (``model``, ``system_fingerprint``); empty if it does not.
     """
 
     verdict: Verdict
@@ -110,6 +111,8 @@ class Reply:
     sanitised: int = 0
     detail: str = ""
     currency: str = ""
+    model: str = ""
+    fingerprint: str = ""
 
     @property
     def shareable(self) -> bool:

@@ -46,7 +46,8 @@ class VerdictStore:
         path: the file; made if it is not there, with mode 0600, since prompts may be confidential.
         reuse: ``"replies"``: whatever a judge replied answers an equal question later, refusals and unreadable replies
             included, for they were paid for and will mostly come again; ``"verdicts"``: replies without a verdict are
-            asked anew. Failures on the way to the judge are logged and never reused.
+            asked anew; a set of reasons, such as ``{"length", "unparsable"}``: of those only the ones with these.
+            Failures on the way to the judge are logged and never reused.
         lease_s: seconds after which a claim of a process that gives no sign of life ends.
         clock: the wall clock, for timestamps and leases; it must agree with that of other processes.
 
@@ -62,8 +63,10 @@ class VerdictStore:
     ) -> None:
         if not isinstance(path, (str, Path)) or not str(path):
             reject("path", type(path).__name__ if path != "" else "an empty one", "the path of a file")
-        if reuse not in ("replies", "verdicts"):
-            reject("reuse", repr(reuse)[:80], "'replies' or 'verdicts'")
+        if not isinstance(reuse, str) and all(isinstance(reason, str) and reason for reason in reuse):
+            reuse = frozenset(reuse)
+        elif reuse not in ("replies", "verdicts"):
+            reject("reuse", repr(reuse)[:80], "'replies', 'verdicts' or a set of reasons")
         if not lease_s > 0:
             reject("lease_s", lease_s, "seconds above 0")
         self.path = Path(path).absolute()

@@ -224,3 +224,41 @@ def test_one_count_over_threads_and_loops():
 def test_bad_arguments(kwargs):
     with pytest.raises(InputError, match=list(kwargs)[-1]):
         AdaptiveConcurrency(**kwargs)
+
+
+@pytest.mark.parametrize("places", [1, 2, 3, 12])
+def test_a_server_with_few_places_is_not_asked_for_more_all_the_time(places):
+    """Of 35 requests to two places 17 were refused where the limit started at 8 and was halved again and again."""
+
+    async def work():
+        concurrency = AdaptiveConcurrency(16, start=4)
+        in_use = refused = 0
+
+        async def call():
+            nonlocal in_use, refused
+            while True:
+                slot = await concurrency.acquire()
+                if in_use < places:
+                    break
+                refused += 1
+                slot.release("refused")
+                await asyncio.sleep(0)
+            in_use += 1
+            for _ in range(8):
+                await asyncio.sleep(0)
+            in_use -= 1
+            slot.release("success")
+
+        await asyncio.gather(*(call() for _ in range(200)))
+        return refused, concurrency.state
+
+    refused, state = asyncio.run(work())
+    assert refused <= 12
+    assert state.in_flight == state.queued == 0
+    assert state.limit <= places + 1
+
+
+def test_a_wall_that_is_gone_is_passed_and_forgotten():
+    # 3 is refused twice; then the server has room, and after the longer tries the limit grows as before.
+    rounds = run([REFUSED, GOOD, GOOD, REFUSED, *[GOOD] * 40], start=3)
+    assert max(rounds) > 20

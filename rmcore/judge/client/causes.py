@@ -1,0 +1,188 @@
+"""Why a request came to nothing, in one line with the remedy: connections, replies that are none, the environment.
+
+All words are our own. Messages of HTTP libraries can quote headers, and one of them holds the key.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rmcore._base.errors import JudgeError
+
+__all__ = ["ConnectionFailedError", "check_environment", "connection_trouble", "not_a_completion", "status_hint"]
+
+_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+_PROXIES = ("http", "https", "all")
+
+
+class ConnectionFailedError(ConnectionError):
+    """No connection, or a broken one; ``str`` says why and what to do. ``lasting``: trying again will not help."""
+
+    def __init__(self, words: str, *, lasting: bool = False) -> None:
+        super().__init__(words)
+        self.lasting = lasting
+
+
+def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
+    """What an HTTP library raised while it asked ``url``, in our words."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or "?"
+    place = f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    for cause in _chain(error):
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return ConnectionFailedError(
+                f"TLS: the certificate of {host} is not accepted ({cause.verify_message.rstrip('.')}); if it is your "
+                "own authority's, name its file in SSL_CERT_FILE",
+                lasting=True,
+            )
+        if isinstance(cause, ssl.SSLError):
+            return ConnectionFailedError(
+                f"TLS: no TLS is spoken at {place}; is it http:// instead of https://?", lasting=True
+            )
+        if isinstance(cause, socket.gaierror):
+            return ConnectionFailedError(f"DNS: no address is known for {host}; check the host's name and the network")
+        if "ProxyError" in kinds:
+            return ConnectionFailedError(
+                f"the proxy of {_proxy_variables(parts.scheme)} does not let the request through"
+            )
+        if isinstance(cause, ConnectionRefusedError):
+            proxies = _proxy_variables(parts.scheme) if not _loopback(host) else ""
+            behind = f", or the proxy of {proxies} refuses" if proxies else ""
+            return ConnectionFailedError(
+                f"nothing listens at {place}: connection refused{behind}; is the server running?"
+            )
+        if isinstance(cause, ConnectionResetError):
+            return ConnectionFailedError(f"{place} reset the connection")
+        if "RemoteProtocolError" in kinds:
+            return ConnectionFailedError(
+                f"{place} closed the connection or answered with something other than HTTP; "
+                "a server that speaks https:// does that to http://"
+                if parts.scheme == "http"
+                else f"{place} closed the connection or answered with something other than HTTP"
+            )
+    return ConnectionFailedError(f"no connection to {place}")
+
+
+def status_hint(status: int, url: str, headers: Mapping[str, str], key_env: str | None, *, explained: bool) -> str:
+    """What to do about an error status; empty where the endpoint's own words must do (``explained``: it has some)."""
+    path = urllib.parse.urlsplit(url).path
+    if 300 <= status < 400:
+        there = urllib.parse.urlsplit(urllib.parse.urljoin(url, headers.get("location", "")))
+        target = f"{there.scheme}://{there.netloc.rpartition('@')[2]}{there.path}"[:200]
+        return f"redirects to {target}; redirects are not followed, give the base URL of that"
+    if status in (404, 405):
+        versioned = re.search(r"/v\d+(beta\d*)?(/|$)|/deployments/", path) is not None
+        if not versioned:
+            return "there is no such path; base URLs mostly end in /v1"
+        return "" if explained else "there is no such path; check the base URL"
+    if status == 401:
+        return f"the key of {key_env} is not accepted" if key_env else "no key was sent"
+    return ""
+
+
+def not_a_completion(body: bytes) -> str:
+    """What a reply of status 200 is that is no JSON."""
+    start = body[:512].lstrip().lower()
+    if not start:
+        return "an empty reply"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        return "an HTML page instead of JSON: a sign-in page or a web interface; check the base URL"
+    if start.startswith((b"data:", b"event:", b"id:", b"retry:", b": ", b":\n")):
+        return (
+            "server-sent events instead of JSON, although no stream was asked for; switch streaming off at the server"
+        )
+    return "no JSON; the beginning: " + body[:80].decode("utf-8", "replace")
+
+
+def check_environment() -> None:
+    """Proxies and certificates that the environment names can be used.
+
+    Raises:
+        JudgeError: naming the variable, what is wrong with it and the remedy. Values are not quoted: proxies have
+            passwords.
+    """
+    variables = [name for name in (*_proxy_names(_PROXIES), "NO_PROXY", "no_proxy") if os.environ.get(name)]
+    for name in variables:
+        if "no_proxy" not in name.lower():
+            _check_proxy(name, os.environ[name])
+    _check_certificates()
+    if variables:
+        import httpx
+
+        try:
+            # Whatever else there may be about them; a client is made of all of them, whichever it needs.
+            httpx.AsyncClient(trust_env=True, verify=False)  # noqa: S501 - nothing is sent
+        except Exception as error:
+            raise JudgeError(
+                f"{', '.join(variables)}: got a value that cannot be used ({type(error).__name__}), "
+                "expected proxies such as http://host:port, and host names in NO_PROXY"
+            ) from None
+
+
+def _check_proxy(name: str, value: str) -> None:
+    expected = "expected a URL such as http://host:port, or no such variable"
+    if value != value.strip() or not value.isprintable() or any(c.isspace() for c in value):
+        raise JudgeError(f"{name}: got white space or control characters in it, {expected}")
+    try:
+        parts = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise JudgeError(f"{name}: got a malformed URL, {expected}") from None
+    if parts.scheme not in _PROXY_SCHEMES:
+        raise JudgeError(f"{name}: got the scheme {parts.scheme[:20]!r}, expected one of {', '.join(_PROXY_SCHEMES)}")
+    if not host:
+        raise JudgeError(f"{name}: got a URL without a host, {expected}")
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        raise JudgeError(f"{name}: got a SOCKS proxy, expected the package for it: pip install 'httpx[socks]'")
+
+
+def _check_certificates() -> None:
+    # As httpx reads them: the folder counts only where no file is named.
+    for name, kind in (("SSL_CERT_FILE", "file"), ("SSL_CERT_DIR", "folder")):
+        value = os.environ.get(name)
+        if not value:
+            continue
+        path = Path(value)
+        if not (path.is_file() if kind == "file" else path.is_dir()):
+            raise JudgeError(f"{name}: got {value!r:.200}, which is no {kind}, expected a {kind} of certificates")
+        if kind == "file":
+            try:
+                ssl.create_default_context(cafile=value)
+            except (OSError, ssl.SSLError):
+                raise JudgeError(f"{name}: got {value!r:.200}, expected a readable PEM file of certificates") from None
+        return
+
+
+def _proxy_names(schemes: tuple[str, ...]) -> list[str]:
+    return [word for scheme in schemes for word in (f"{scheme}_proxy".upper(), f"{scheme}_proxy")]
+
+
+def _proxy_variables(scheme: str) -> str:
+    return " or ".join(name for name in _proxy_names((scheme, "all")) if os.environ.get(name))
+
+
+def _loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, and the members of groups, each once; the innermost causes come first."""
+    found: list[BaseException] = []
+    waiting = [error]
+    while waiting and len(found) < 64:
+        one = waiting.pop(0)
+        if one in found:
+            continue
+        found.append(one)
+        waiting += [other for other in (one.__cause__, one.__context__) if other is not None]
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+    return reversed(found)

@@ -1,0 +1,288 @@
+"""Failures told with their cause, and endpoints in the forms that people have them (Azure, pasted paths, no system)."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmcore._base.errors import JudgeError
+from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, Pair, RetryPolicy
+from rmcore.judge.client.address import Address
+from rmcore.judge.client.causes import check_environment, connection_trouble, not_a_completion, status_hint
+
+URL = "https://judge.example/v1"
+AZURE = "https://me.openai.azure.com/openai/deployments/gpt"
+WIN = "<verdict>$win</verdict>"
+VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+# -- addresses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given_url", "posted", "name", "header"),
+    [
+        (URL, f"{URL}/chat/completions", URL, "authorization"),
+        (f"{URL}/", f"{URL}/chat/completions", URL, "authorization"),
+        (f"{URL}/chat/completions", f"{URL}/chat/completions", URL, "authorization"),
+        (f"{URL}/chat/completions/", f"{URL}/chat/completions", URL, "authorization"),
+        (f"{URL}?route=eu", f"{URL}/chat/completions?route=eu", f"{URL}?route=eu", "authorization"),
+        (f"{AZURE}?api-version=2024-10-21", f"{AZURE}/chat/completions?api-version=2024-10-21", AZURE, "api-key"),
+        (
+            f"{AZURE}/chat/completions?api-version=2024-10-21",
+            f"{AZURE}/chat/completions?api-version=2024-10-21",
+            AZURE,
+            "api-key",
+        ),
+        (
+            "https://me.openai.azure.com/openai/v1",
+            "https://me.openai.azure.com/openai/v1/chat/completions",
+            "https://me.openai.azure.com/openai/v1",
+            "api-key",
+        ),
+        (
+            "http://127.0.0.1:4000/openai/deployments/d?api-version=1",
+            "http://127.0.0.1:4000/openai/deployments/d/chat/completions?api-version=1",
+            "http://127.0.0.1:4000/openai/deployments/d",
+            "api-key",
+        ),
+    ],
+)
+def test_where_requests_go(given_url, posted, name, header):
+    address = Address.of(given_url)
+    assert (address.url, address.name, address.key_header) == (posted, name, header)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (AZURE, "API version"),
+        (f"{URL}?api-key=hunter2", "with a key"),
+        (f"{URL}?subscription_key=hunter2", "with a key"),
+        (f"{URL}?sig=hunter2", "with a key"),
+        (f"{URL}?a=b#hunter2", "fragment"),
+        (f"{URL}?hunter2", "malformed"),
+        (f"{URL}?a=hunter2 b", "malformed"),
+    ],
+)
+def test_addresses_that_are_refused_and_not_quoted(url, says):
+    with pytest.raises(JudgeError, match=says) as caught:
+        ChatJudge(url, "m", None)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_azure_gets_its_key_in_its_own_header(ask, mock_judge, chat_reply, secret):
+    seen = []
+
+    def azure(request):
+        seen.append((str(request.url), request.headers.get("api-key"), request.headers.get("authorization")))
+        return chat_reply(request, WIN)
+
+    url = f"{AZURE}?api-version=2024-10-21"
+    assert ask(mock_judge(azure, base_url=url, api_key_env="RMCORE_TEST_KEY", orders="one")).preference is not None
+    assert seen == [(f"{AZURE}/chat/completions?api-version=2024-10-21", secret, None)]
+
+
+# -- replies that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "url", "reason", "says"),
+    [
+        (
+            httpx.Response(308, headers={"location": "/v2/chat/completions?k=v"}),
+            URL,
+            "http_308",
+            "redirects to https://judge.example/v2/chat/completions;",
+        ),
+        (httpx.Response(404, json={"detail": "Not Found"}), "https://judge.example", "http_404", "mostly end in /v1"),
+        (httpx.Response(405, text="no"), URL, "http_405", "there is no such path"),
+        (httpx.Response(401, json={"error": {"message": "bad"}}), URL, "http_401", "no key was sent"),
+        (httpx.Response(200, text="<!DOCTYPE html><html>Sign in"), URL, "not_json", "an HTML page"),
+        (httpx.Response(200, text='data: {"choices": []}\n\ndata: [DONE]\n'), URL, "not_json", "server-sent events"),
+        (httpx.Response(200, text=""), URL, "not_json", "an empty reply"),
+        (httpx.Response(200, text="hello"), URL, "not_json", "the beginning: hello"),
+        (httpx.Response(200, text="[1]"), URL, "not_json", "no object"),
+    ],
+)
+def test_the_log_names_cause_and_url(ask, mock_judge, caplog, answer, url, reason, says):
+    with caplog.at_level("WARNING"):
+        assert ask(mock_judge(lambda _: answer, base_url=url, orders="one")).reason == reason
+    (line,) = [r.getMessage() for r in caplog.records if "no verdict" in r.getMessage()]
+    assert says in line
+    assert f"POST {url}/chat/completions" in line
+
+
+def test_a_path_that_the_endpoint_explains_is_not_explained_again():
+    assert status_hint(404, f"{URL}/chat/completions", {}, None, explained=True) == ""
+    assert "OPENAI_API_KEY" in status_hint(401, URL, {}, "OPENAI_API_KEY", explained=True)
+
+
+@given(st.binary(max_size=300))
+def test_any_reply_is_named(body):
+    assert not_a_completion(body)
+
+
+# -- connections -----------------------------------------------------------------------------------------------------
+
+
+def test_a_port_where_nobody_listens(ask, make_judge, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    judge = make_judge(f"http://127.0.0.1:{port}/v1", retry=RetryPolicy(max_attempts=1), orders="one")
+    with caplog.at_level("WARNING"):
+        assert ask(judge).reason == "connection"
+    assert f"nothing listens at 127.0.0.1:{port}" in caplog.text
+
+
+def test_https_where_http_is_spoken(ask, make_judge, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as plain, caplog.at_level("WARNING"):
+
+        def answer():
+            connection, _ = plain.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        verdict = ask(make_judge(f"https://127.0.0.1:{plain.getsockname()[1]}/v1", orders="one"))
+        thread.join()
+    assert (verdict.reason, verdict.usage.attempts) == ("connection", 1)  # it will not mend by itself
+    assert "is it http://" in caplog.text
+
+
+def _caused(outer: BaseException, cause: BaseException) -> BaseException:
+    outer.__cause__ = cause
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("cause", "says"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "DNS: no address is known for judge.example"),
+        (ExceptionGroup("all", [OSError(), ConnectionRefusedError()]), "nothing listens at judge.example:443"),
+        (ssl.SSLCertVerificationError(1, "self-signed"), "SSL_CERT_FILE"),
+        (ConnectionResetError(), "reset"),
+        (OSError("sk-secret"), "no connection to judge.example:443"),
+    ],
+)
+def test_the_innermost_cause_is_the_one_told(cause, says):
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        cause.verify_message = "self-signed certificate"
+    words = str(connection_trouble(_caused(httpx.ConnectError("sk-secret"), _caused(OSError("sk-secret"), cause)), URL))
+    assert says in words
+    assert "sk-secret" not in words
+
+
+# -- the environment -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:9"),
+        ("ALL_PROXY", "ftp://127.0.0.1:9"),
+        ("HTTPS_PROXY", " http://127.0.0.1:9"),
+        ("https_proxy", "http://127.0.0.1:port"),
+        ("HTTP_PROXY", "http://"),
+        ("HTTP_PROXY", "http://user:hunter2@[::1"),
+        ("SSL_CERT_FILE", "/nonexistent.pem"),
+        ("SSL_CERT_DIR", "/nonexistent"),
+    ],
+)
+def test_an_unusable_setting_is_named_before_pairs_are_lost(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(JudgeError, match=name) as caught:
+        ChatJudge(URL, "m", None)
+    assert "hunter2" not in str(caught.value)
+    # Neither this machine's own servers nor a transport of the user's own look at the environment.
+    ChatJudge("http://127.0.0.1:9/v1", "m", None)
+    ChatJudge(URL, "m", None, client=ClientOptions(transport=httpx.MockTransport(lambda _: httpx.Response(200))))
+
+
+def test_a_certificate_file_without_certificates(monkeypatch, tmp_path):
+    path = tmp_path / "ca.pem"
+    path.write_text("no certificate")
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with pytest.raises(JudgeError, match=r"SSL_CERT_FILE.*PEM"):
+        check_environment()
+
+
+def test_usable_settings_are_left_alone(monkeypatch):
+    for name in ("HTTP_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://user:pass@127.0.0.1:3128")
+    monkeypatch.setenv("ALL_PROXY", "proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1,.example")
+    check_environment()
+
+
+@given(st.text(max_size=40))
+def test_any_proxy_is_usable_or_refused_in_our_words(value):
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            patch.setenv("ALL_PROXY", value)
+        except (ValueError, UnicodeEncodeError):
+            return  # no value of a variable
+        said = "ALL_PROXY"
+        try:
+            check_environment()
+        except JudgeError as error:
+            said = str(error)
+        assert "ALL_PROXY" in said
+
+
+# -- judges without a system role --------------------------------------------------------------------------------------
+
+REFUSALS = [
+    (400, "System role not supported"),
+    (400, "Only user and assistant roles are supported!"),
+    (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+    (400, "Unsupported value: 'messages[0].role' does not support 'system' with this model."),
+    (422, "messages[0].role: unknown variant `system`, expected `user` or `assistant`"),
+    (400, "Developer instruction is not enabled for models/gemma-3-1b-it"),
+    (500, "Value error in template: System role not supported"),
+    (400, "system messages are not allowed"),
+]
+
+
+@pytest.mark.parametrize(("status", "words"), REFUSALS)
+def test_a_judge_without_system_role_is_asked_without_one(ask, mock_judge, chat_reply, caplog, status, words):
+    roles = []
+
+    def endpoint(request):
+        messages = json.loads(request.content)["messages"]
+        roles.append([message["role"] for message in messages])
+        if messages[0]["role"] == "system":
+            return httpx.Response(status, json={"object": "error", "message": words, "code": status})
+        question = JudgePrompt.parse(messages)
+        return chat_reply(request, WIN if question.first == "a" else "<verdict>$loss</verdict>")
+
+    judge = mock_judge(endpoint, retry=RetryPolicy(max_attempts=1), concurrency=1)
+    with caplog.at_level("WARNING"):
+        verdicts = ask(judge, Pair("p", "a", "b"), Pair("q", "a", "c"))
+    assert [v.preference for v in verdicts] == [1, 1]
+    assert roles.count(["system", "user"]) == 1, "what was learnt is kept"
+    assert roles[-1] == ["user"]
+    assert caplog.text.count("does not take system_role") == 1
+
+
+@pytest.mark.parametrize("words", ["temperature is not supported", "the system is not ready", "internal error"])
+def test_other_refusals_keep_the_system_message(ask, mock_judge, words):
+    judge = mock_judge(lambda _: httpx.Response(400, json={"error": {"message": words}}), orders="one")
+    assert ask(judge).reason == "http_400"
+    assert "system_role" not in str(judge.counts)
