@@ -312,8 +312,7 @@ def test_failures_are_told_once_a_batch(ask, make_judge, recorded, caplog):
         url = f"{server.base_url}/chat/completions"
     (record,) = [r for r in caplog.records if r.name == "rmcore.judge.chat"]
     assert record.getMessage() == (
-        f"judge judge-model (POST {url}): no verdict for 2 of 3 pairs (http_404 2); "
-        "first: injected fault"
+        f"judge judge-model (POST {url}): no verdict for 2 of 3 pairs (http_404 2); first: injected fault"
     )
 
 
