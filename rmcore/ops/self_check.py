@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmcore._base.cache import cache_folder
 from rmcore._base.files import write_atomic
 from rmcore._base.version import __version__
 
@@ -68,16 +69,16 @@ def _looked_up(backend: str, op: str, index: int) -> str | None:
     return _outcome(_file(backend, op, _machine(index)), backend, op, index, card)
 
 
-def _outcome(file: Path, backend: str, op: str, index: int, card: str) -> str | None:
+def _outcome(file: Path | None, backend: str, op: str, index: int, card: str) -> str | None:
     """The outcome kept in ``file``; if there is none, of a check run now. A failure is logged once in every process."""
     try:
-        why = json.loads(file.read_text(encoding="utf-8"))["failed"]
+        why = json.loads("" if file is None else file.read_text(encoding="utf-8"))["failed"]
     except (OSError, ValueError, KeyError, TypeError):
         log.info("checking %s of the %s backend on %s, once for this machine", op, backend, card)
         why = _run(backend, op, index)
-        with suppress(OSError):  # a read-only home: the check is run again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps({"card": card, "backend": backend, "op": op, "failed": why}) + "\n")
+        if file is not None:
+            with suppress(OSError):  # a read-only home: the check is run again next time
+                write_atomic(file, json.dumps({"card": card, "backend": backend, "op": op, "failed": why}) + "\n")
     if why is None:
         return None
     log.warning("%s of the %s backend failed its self-check on %s and does not serve: %s", op, backend, card, why)
@@ -141,10 +142,10 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _file(backend: str, op: str, machine: str) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _file(backend: str, op: str, machine: str) -> Path | None:
+    folder = cache_folder()
     name = hashlib.sha256(f"{backend} {op} {machine}".encode()).hexdigest()[:32]
-    return Path(home) / "rmcore" / "self-check" / f"{name}.json"
+    return None if folder is None else folder / "self-check" / f"{name}.json"
 
 
 # -- the checks themselves ---------------------------------------------------------------------------------------------

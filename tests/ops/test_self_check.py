@@ -86,6 +86,7 @@ def machine(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("RMCORE_SELF_CHECK", raising=False)
+    monkeypatch.delenv("RMCORE_CACHE", raising=False)
     return tmp_path
 
 
@@ -158,6 +159,15 @@ def test_a_home_that_cannot_be_written_costs_a_check_a_process_and_nothing_else(
     (machine / "rmcore").write_text("a file where the folder should be")
     assert self_check.refusal("triton", "score", GPU) is None
     assert len(outcome.runs) == 1
+
+
+def test_without_a_cache_every_process_checks(machine, outcome, monkeypatch):
+    monkeypatch.setenv("RMCORE_CACHE", "off")
+    for _ in range(2):
+        monkeypatch.setattr(self_check, "_known", {})
+        assert self_check.refusal("triton", "score", GPU) is None
+    assert len(outcome.runs) == 2
+    assert list(machine.iterdir()) == []
 
 
 def script(path: Path, text: str) -> str:
