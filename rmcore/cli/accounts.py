@@ -35,6 +35,12 @@ def print_accounts(totals: dict[str, Any], console: Console) -> None:
     """The totals of an :class:`~rmcore.engine.accounts.Accounts` as a table."""
     from rmcore.engine.accounts import account_lines
 
+    if not console.is_terminal:  # whole lines, for a pipe or a file
+        lines = list(account_lines(totals))
+        width = max((len(name) for name, _ in lines), default=0)
+        for name, value in lines:
+            console.print(f"{name:<{width}}  {value}".rstrip(), markup=False, highlight=False, soft_wrap=True)
+        return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in account_lines(totals):
         table.add_row(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,21 +11,35 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from rmcore._base.errors import InputError, RmcoreError
 
 __all__ = [
+    "count_lines",
     "encoding_progress",
     "notes",
     "print_error",
+    "print_markdown",
     "progress_bar",
     "reported_errors",
     "results_console",
+    "training_progress",
 ]
 
 # Everything but results goes to stderr, so that stdout can be a pipe.
-notes = Console(stderr=True)
+# Lines are not broken in a pipe or a file, where a path in two halves is of no use.
+notes = Console(stderr=True, soft_wrap=not sys.stderr.isatty())
+
+
+def print_markdown(text: str) -> None:
+    """Markdown to stdout: drawn on a terminal, as it is elsewhere."""
+    if sys.stdout.isatty():
+        Console().print(Markdown(text))
+    else:
+        typer.echo(text)
 
 
 def results_console(width: int) -> Console:
@@ -32,9 +47,16 @@ def results_console(width: int) -> Console:
     return Console(width=None if sys.stdout.isatty() else width)
 
 
+class _Count(MofNCompleteColumn):
+    """Done of all; only what is done where nobody knows how much it will be, as in a stream."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text(f"{int(task.completed)}")
+
+
 def progress_bar() -> Progress:
     """A bar on stderr while something runs; nothing where stderr is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn())
     return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
 
 
@@ -47,6 +69,37 @@ def encoding_progress(bar: Progress) -> Callable[[str, int, int], None]:
             bar.update(task, description=f"{stage} (tokens)", completed=done, total=total)
 
     return update
+
+
+def training_progress(bar: Progress, name: str) -> tuple[Callable[[str, int, int], None], Callable[[float], None]]:
+    """Shows on ``bar`` how far a training has got, and its loss: callbacks for both."""
+    task = bar.add_task(name, total=None)
+    loss = ""
+
+    def update(stage: str, done: int, total: int) -> None:
+        bar.update(task, description=f"{stage}{loss if stage != 'encoding' else ''}", completed=done, total=total)
+
+    def report(value: float) -> None:
+        nonlocal loss
+        loss = f", loss {value:.3f}"
+
+    return update, report
+
+
+def count_lines(path: str) -> int | None:
+    """Lines of a plain file, for a bar's total; None for a stream, or what is no text in lines."""
+    if path == "-" or not path.endswith((".jsonl", ".ndjson", ".jsonlines")):
+        return None
+    try:
+        with open(path, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return None
+            lines, last = 0, b"\n"
+            while block := stream.read(2**20):
+                lines, last = lines + block.count(b"\n"), block[-1:]
+            return lines + (last != b"\n")
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rmcore._base.errors import reject
 from rmcore._base.files import write_atomic
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_folder
-from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.cli.console import encoding_progress, notes, print_markdown, progress_bar, reported_errors
 from rmcore.cli.output import check_file
 
 __all__ = ["evaluate"]
@@ -66,7 +66,7 @@ def evaluate(
                     progress=encoding_progress(bar),
                 )
         report = evaluate_head(loaded.head, states, pairs, train=known, replicates=replicates)
-        typer.echo(report.to_markdown())
+        print_markdown(report.to_markdown())
         if files:
             from rmcore.evaluation.plots import plot_report
 

@@ -15,7 +15,7 @@ from rmcore.cli import options
 from rmcore.cli.accounts import print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_parent
-from rmcore.cli.console import notes, print_error, progress_bar, reported_errors
+from rmcore.cli.console import count_lines, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def _scoring(
         try:
             with opened_output(out, resume=resume) as output:
                 todo = _not_done(read_groups(groups, names), output.last, out)
-                done, failed = _score_stream(engine, _chunks(todo, batch), output, booked, line, save)
+                done, failed = _score_stream(
+                    engine, _chunks(todo, batch), output, booked, line, save, lines=count_lines(groups)
+                )
         finally:
             close_engine(engine)
         if failed:
@@ -129,21 +131,28 @@ Chunks: TypeAlias = "Iterator[tuple[list[Group], DataError | None]]"
 
 
 def _score_stream(
-    engine: RewardEngine, chunks: Chunks, output: Output, accounts: Accounts, line: Line, after: Callable[[], None]
+    engine: RewardEngine,
+    chunks: Chunks,
+    output: Output,
+    accounts: Accounts,
+    line: Line,
+    after: Callable[[], None],
+    *,
+    lines: int | None = None,
 ) -> tuple[int, int]:
     """Score groups batch by batch; how many there were, and how many could not be scored.
 
     ``line`` makes what is written of each group, ``after`` ends a batch. Groups that cannot be scored are named as they
-    come; a line that cannot be read ends the run at once, all before it written.
+    come; a line that cannot be read ends the run at once, all before it written. ``lines`` is how many there are.
     """
     done = failed = 0
     with progress_bar() as bar:
-        task = bar.add_task("groups", total=None)
+        task = bar.add_task("groups" if lines is None else "lines", total=lines)
         for chunk, error in chunks:
             if chunk:
                 failed += _score_chunk(engine, chunk, output, accounts, line)
                 done += len(chunk)
-                bar.update(task, completed=done)
+                bar.update(task, completed=done if lines is None else chunk[-1].line)
                 after()
             if error is not None:
                 raise error

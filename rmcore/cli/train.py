@@ -12,7 +12,7 @@ import typer
 from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
-from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors, training_progress
 
 if TYPE_CHECKING:
     import torch
@@ -137,10 +137,21 @@ def train(
         with progress_bar() as bar:
             head = SNGPHead(config).to(spine.device)
             if finetune_epochs:
-                finetune(spine, head, items, epochs=finetune_epochs, lr_backbone=lr_backbone, seed=seed)
+                watch, loss = training_progress(bar, "fine-tuning")
+                finetune(
+                    spine,
+                    head,
+                    items,
+                    epochs=finetune_epochs,
+                    lr_backbone=lr_backbone,
+                    seed=seed,
+                    progress=watch,
+                    report_loss=loss,
+                )
             hidden, labels, pairs = encode_preferences(spine, items, mode, progress=encoding_progress(bar))
             if epochs:
-                train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed)
+                watch, _ = training_progress(bar, "training the layer")
+                train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed, progress=watch)
             frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
             if held_out:
                 unseen, outcomes, unseen_pairs = encode_preferences(

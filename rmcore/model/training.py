@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +156,7 @@ def finetune(
     validation: Sequence[Preference] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    report_loss: Callable[[float], None] | None = None,
 ) -> TrainReport:
     """Train a backbone and a head together on preferences; fit the head on the new hidden states afterwards.
 
@@ -182,6 +183,7 @@ def finetune(
         validation: held-out pairs; the weights of the epoch with the least loss there are kept.
         seed: of the order of the data and of dropout. The global random state is left as it was.
         progress: called with ("encoding" or "finetuning", done, in all).
+        report_loss: called after each step, before ``progress``, with the mean loss of the epoch so far.
 
     Returns:
         A :class:`TrainReport`.
@@ -233,7 +235,7 @@ def finetune(
     with _training(backbone.model, head), _seeded(seed, backbone.device):
         validate()
         for _ in range(epochs):
-            seen = 0.0
+            seen, pairs_seen = 0.0, 0
             for step in torch.split(torch.randperm(len(preferences), generator=generator), per_step):
                 optimizer.zero_grad(set_to_none=True)
                 for part in torch.split(step, batch_pairs):
@@ -251,6 +253,9 @@ def finetune(
                 optimizer.step()
                 schedule.step()
                 run.steps += 1
+                pairs_seen += len(step)
+                if report_loss is not None:
+                    report_loss(seen / pairs_seen)
                 if progress is not None:
                     progress("finetuning", run.steps, total)
             run.finish_epoch(seen / len(preferences))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -16,6 +17,8 @@ from rmcore.ops.self_check import refusal
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["OPS", "Backend", "Explanation", "explain", "select"]
+
+log = logging.getLogger(__name__)
 
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "cuda"]
 OPS = ("score", "accumulate", "pair_variance", "power_iteration")
@@ -111,7 +114,22 @@ def select(
     name, reasons = _first(op, tensor.device, dtype, backend, tensor.shape[0], weights)
     if name == "none":
         raise BackendError(f"backend: got {backend!r}, which cannot run {op} here: {reasons[backend]}")
+    if reasons and name == "torch":
+        _tell_fallback(op, tensor.device)
     return _module(name)
+
+
+@functools.cache
+def _tell_fallback(op: str, device: torch.device) -> None:
+    """Say once a process and kind of device that ``auto`` has only torch there, unless a head's dtype is why."""
+    name, reasons = _first(op, device, torch.float16, "auto", None, None)
+    if name == "torch" and device.type not in _told:
+        _told.add(device.type)
+        why = "; ".join(f"{kernels}: {reason}" for kernels, reason in reasons.items())
+        log.warning("backend 'auto' runs on torch, which is slower than rmcore's kernels (%s)", why)
+
+
+_told: set[str] = set()
 
 
 def _reject_backend(backend: str) -> NoReturn:

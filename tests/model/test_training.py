@@ -394,3 +394,13 @@ def test_a_wholly_frozen_backbone_is_refused():
     backbone.model.requires_grad_(False)
     with pytest.raises(InputError, match=r"^backbone: got no parameter that requires grad"):
         finetune(backbone, tiny_head(), preferences(2))
+
+
+def test_finetuning_reports_its_loss_after_each_step(make_backbone, preferences):
+    backbone = make_backbone("qwen2", pooling="mean")
+    head = SNGPHead(backbone.hidden_size, num_features=16)
+    losses: list[float] = []
+    report = finetune(backbone, head, preferences[:6], epochs=2, batch_pairs=2, report_loss=losses.append)
+    assert len(losses) == report.steps == 6
+    assert losses[2] == pytest.approx(report.losses[0], rel=1e-6)
+    assert losses[5] == pytest.approx(report.losses[1], rel=1e-6)
