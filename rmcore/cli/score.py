@@ -122,7 +122,8 @@ def score(load: Callable[[], Run]) -> None:
 
     Without --threshold, --budget or --judge-fraction no pair goes to a judge.
 
-    Example: `rmcore score my-rm groups.jsonl --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
+    Example: `rmcore score my-rm groups.jsonl --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge
+    --judge-key-env ''` (a server without keys)
     """
     load()(lambda group, score: score.to_record())
 

@@ -69,7 +69,8 @@ def serve(
     Requests are scored together in batches. SIGTERM answers everything accepted, then ends with status 0. Without
     --threshold, --budget or --judge-fraction no pair goes to a judge.
 
-    Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge`
+    Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge
+    --judge-key-env ''` (a judge without keys)
     """
     with reported_errors():
         from rmcore.integrations.server import run

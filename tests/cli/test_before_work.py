@@ -182,7 +182,7 @@ def test_a_sweep_encodes_once(preferences, held_out, backbone_path, tmp_path, ca
     for k, option in enumerate((("--ridge", 3), ("--kernel-scale", 1), ("--likelihood", "gaussian")), 1):
         assert train(preferences, backbone_path, tmp_path / str(k), *option).exit_code == 0
     assert len(passes) == first
-    assert train(preferences, backbone_path, tmp_path / "1", "--no-cache").exit_code == 0
+    assert train(preferences, backbone_path, tmp_path / "again", "--no-cache").exit_code == 0
     assert len(passes) == 2 * first
     assert call("evaluate", tmp_path / "0", held_out, "--replicates", 5).exit_code == 0
     encoded = len(passes)
@@ -226,7 +226,7 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(
     without = train(preferences, backbone_path, tmp_path / "rm2", "--no-cache")
     assert without.exit_code == 0
     monkeypatch.setattr(Backbone, "_forward", interrupted)
-    assert "nothing is kept" in train(preferences, backbone_path, tmp_path / "rm", "--no-cache").stderr
+    assert "nothing is kept" in train(preferences, backbone_path, tmp_path / "rm3", "--no-cache").stderr
 
 
 def test_a_disk_that_is_full_after_the_fit_loses_nothing(preferences, backbone_path, tmp_path, monkeypatch) -> None:
