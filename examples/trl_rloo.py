@@ -95,12 +95,6 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], seed: int) -> list[st
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def over_start(engine: RewardEngine, prompts: list[str], start: list[str], now: list[str]) -> float:
-    """Mean preference p̃ of the policy's responses over those it began with, by the reward model alone."""
-    scores = engine.score(prompts, [[new, old] for new, old in zip(now, start, strict=True)])
-    return sum(float(group.preference[0, 1]) for group in scores) / len(prompts)
-
-
 def run(steps: int, out: Path, *, seed: int = 0) -> dict[str, Any]:
     """Train, print, draw; returns the curves and the worst difference between the trainer's advantages and ours."""
     import datasets
@@ -113,8 +107,6 @@ def run(steps: int, out: Path, *, seed: int = 0) -> dict[str, Any]:
     tokenizer, reward_model = make_tokenizer(), make_reward_model(rng)
     prompts = [" ".join(rng.choices(NEUTRAL, k=3)) for _ in range(64)]
     held_out = [" ".join(rng.choices(NEUTRAL, k=3)) for _ in range(64)]
-    alone = RewardEngine(reward_model)
-    curve: list[tuple[int, float]] = []
     steps_seen: list[Mapping[str, Any]] = []
     worst = 0.0
 
@@ -125,20 +117,28 @@ def run(steps: int, out: Path, *, seed: int = 0) -> dict[str, Any]:
             output_dir=folder, per_device_train_batch_size=32, num_generations=8, max_completion_length=8,
             max_steps=steps, learning_rate=3e-3, beta=0.0, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
             disable_tqdm=True, logging_strategy="no", seed=seed, lr_scheduler_type="constant",
+            # One response a held-out prompt: it is compared with the policy's first answer, by the reward model alone.
+            eval_strategy="steps", eval_steps=5, eval_on_start=True, num_generations_eval=1,
+            per_device_eval_batch_size=64,
         )  # fmt: skip
         for issue in check_trl_config(args):
             print("not exact:", issue)
         data = datasets.Dataset.from_dict({"prompt": prompts, "prompt_id": list(range(len(prompts)))})
         policy = make_policy(Path(folder) / "policy")
+        start = sample(transformers.LlamaForCausalLM.from_pretrained(policy), tokenizer, held_out, seed)
+        held = {"prompt": held_out, "prompt_id": list(range(len(held_out))), "reference_completion": start}
         trainer = RLOOTrainer(
-            model=str(policy), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer
-        )
-        start = sample(trainer.model, tokenizer, held_out, seed)
+            model=str(policy), reward_funcs=reward, args=args, train_dataset=data,
+            eval_dataset=datasets.Dataset.from_dict(held), processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         generate = trainer._generate_and_score_completions
 
         def watched(inputs: Any) -> Any:
             nonlocal worst
             result = generate(inputs)
+            if not trainer.model.training:
+                return result
             scores = reward.last
             assert isinstance(scores, GroupScores)
             worst = max(worst, float((result["advantages"].double() - scores.advantages).abs().max()))
@@ -147,16 +147,14 @@ def run(steps: int, out: Path, *, seed: int = 0) -> dict[str, Any]:
                 print("  ", [round(a, 4) for a in result["advantages"][:8].tolist()])
                 print("  ", [round(a, 4) for a in scores.advantages[:8].tolist()])
             steps_seen.append(scores.summary())
-            if len(steps_seen) % 5 == 1:
-                now = sample(trainer.model, tokenizer, held_out, seed)
-                curve.append((len(steps_seen) - 1, over_start(alone, held_out, start, now)))
             return result
 
         trainer._generate_and_score_completions = watched
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-        curve.append((steps, over_start(alone, held_out, start, sample(trainer.model, tokenizer, held_out, seed))))
+        name = "eval_rmcore/preference_over_reference"
+        curve = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
         judge.close()
 
     judged = sum(summary["decided_by"]["judge"] for summary in steps_seen)

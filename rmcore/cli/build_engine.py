@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -52,9 +53,12 @@ def make_engine(
         judge_deadline_s=judging.judge_deadline,
     )
 
+    saving = threading.Lock()  # or of two batches that end at once the older state may be written last
+
     def save() -> None:
         if adaptive is not None and judging.router_state is not None:
-            adaptive.save(judging.router_state)
+            with saving:
+                adaptive.save(judging.router_state)
 
     return engine, save
 

@@ -67,7 +67,8 @@ def serve(
     """Serve rewards of groups over HTTP, for OpenRLHF, verl and others; /docs describes the interface.
 
     Requests are scored together in batches. SIGTERM answers everything accepted, then ends with status 0. Without
-    --threshold, --budget or --judge-fraction no pair goes to a judge.
+    --threshold, --budget or --judge-fraction no pair goes to a judge. --router-state is written after every batch, so
+    budgets hold over restarts and crashes.
 
     Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge
     --judge-key-env ''` (a judge without keys)
@@ -114,7 +115,13 @@ def serve(
                 "--time-limit or --judge-deadline if it calls this server[/yellow]"
             )
         try:
-            run(engine, settings, model=Path(model).name, started=lambda url: notes.print(f"serving {url}"))
+            run(
+                engine,
+                settings,
+                model=Path(model).name,
+                started=lambda url: notes.print(f"serving {url}"),
+                save_state=None if judging.router_state is None else save_router,
+            )
         finally:
             try:
                 save_router()

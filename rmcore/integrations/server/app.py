@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request
@@ -58,7 +58,12 @@ def _errors(*more: tuple[int, str], without: Iterable[int] = ()) -> dict[int | s
 
 
 def create_app(
-    engine: RewardEngine, settings: ServeSettings | None = None, *, model: str = "", clock: Clock | None = None
+    engine: RewardEngine,
+    settings: ServeSettings | None = None,
+    *,
+    model: str = "",
+    clock: Clock | None = None,
+    save_state: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The application, to be run by any ASGI server (one process: groups are put together in its memory).
 
@@ -67,12 +72,13 @@ def create_app(
         settings: limits and times; without them the defaults.
         model: a name for ``/health``.
         clock: a seam for tests.
+        save_state: called in a thread after each batch, before its answers go out; to keep budgets over a crash.
 
     Returns:
         The application; ``app.state.service`` is its :class:`RewardService`.
     """
     settings = settings or ServeSettings()
-    service = RewardService(engine, settings, model=model, clock=clock)
+    service = RewardService(engine, settings, model=model, clock=clock, save_state=save_state)
     app = FastAPI(
         title="rmcore",
         version=__version__,

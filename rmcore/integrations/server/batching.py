@@ -90,6 +90,7 @@ class BatchScorer:
         :class:`~rmcore.integrations.server.assembly.BusyError`. max_in_flight: batches under way at most, those
         included that only wait for the judge. clock: of waits and of the seconds reported; a seam for tests.
         observe: called with each batch's groups when it is done, for histograms.
+        save_state: called in a thread when a batch is scored, before its answers go out; what it raises is logged.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class BatchScorer:
         max_in_flight: int = 4,
         clock: Clock | None = None,
         observe: Callable[[Sequence[ScoredGroup]], None] | None = None,
+        save_state: Callable[[], None] | None = None,
     ) -> None:
         limits = (("max_groups", max_groups), ("max_queue", max_queue), ("max_in_flight", max_in_flight))
         for name, value in limits:
@@ -121,6 +123,7 @@ class BatchScorer:
         self.clock: Clock = clock or SystemClock()
         self.stats = BatchStats()
         self._observe = observe
+        self._save_state = save_state
         self._queue: deque[_Request] = deque()
         self._characters = 0
         self._full = asyncio.Event()
@@ -318,11 +321,20 @@ class BatchScorer:
         except Exception as error:  # not one group's: the backbone out of memory, a router that fails
             self._fail(batch, error)
             return
+        await self._saved()
         for number, reason in scores.errors.items():
             self._fail([batch[number]], reason)
         scored = [request for number, request in enumerate(batch) if number not in scores.errors]
         if scored:
             self._deliver(scored, scores, started)
+
+    async def _saved(self) -> None:
+        if self._save_state is None:
+            return
+        try:
+            await asyncio.to_thread(self._save_state)
+        except Exception:  # the verdicts are paid for and in; a full disk must not lose them too
+            log.exception("the state could not be saved; a restart would go on from the one before")
 
     def _fail(self, requests: list[_Request], error: Exception) -> None:
         self.stats.failed_groups += len(requests)

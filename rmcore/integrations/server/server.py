@@ -40,7 +40,12 @@ class MissingPackageError(RmcoreError, ImportError):
 
 
 def create_app(
-    engine: RewardEngine, settings: ServeSettings | None = None, *, model: str = "", clock: Clock | None = None
+    engine: RewardEngine,
+    settings: ServeSettings | None = None,
+    *,
+    model: str = "",
+    clock: Clock | None = None,
+    save_state: Callable[[], None] | None = None,
 ) -> FastAPI:
     """:func:`rmcore.integrations.server.app.create_app`, imported when it is needed.
 
@@ -51,7 +56,7 @@ def create_app(
         from rmcore.integrations.server.app import create_app as create
     except ModuleNotFoundError as error:
         raise _missing(error) from error
-    return create(engine, settings, model=model, clock=clock)
+    return create(engine, settings, model=model, clock=clock, save_state=save_state)
 
 
 def run(
@@ -60,6 +65,7 @@ def run(
     *,
     model: str = "",
     started: Callable[[str], None] | None = None,
+    save_state: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
 
@@ -71,6 +77,7 @@ def run(
         settings: limits and times; without them the defaults.
         model: a name for ``/health``.
         started: called with the server's URL when it accepts connections.
+        save_state: called in a thread after each batch, before its answers go out; to keep budgets over a crash.
 
     Raises:
         MissingPackageError: fastapi or uvicorn is not installed.
@@ -81,7 +88,7 @@ def run(
         import uvicorn
     except ModuleNotFoundError as error:
         raise _missing(error) from error
-    app = create_app(engine, settings, model=model)
+    app = create_app(engine, settings, model=model, save_state=save_state)
     config = uvicorn.Config(
         app,
         host=settings.host,

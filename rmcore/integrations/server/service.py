@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import Scope
@@ -43,10 +43,17 @@ class RewardService:
         settings: limits and times.
         model: a name for ``/health``.
         clock: of all waits; a seam for tests.
+        save_state: called in a thread after each batch: what a crash must not lose is then on disk.
     """
 
     def __init__(
-        self, engine: RewardEngine, settings: ServeSettings, *, model: str = "", clock: Clock | None = None
+        self,
+        engine: RewardEngine,
+        settings: ServeSettings,
+        *,
+        model: str = "",
+        clock: Clock | None = None,
+        save_state: Callable[[], None] | None = None,
     ) -> None:
         self.settings, self.model = settings, model
         self.scorer = BatchScorer(
@@ -57,6 +64,7 @@ class RewardService:
             max_in_flight=settings.batches_in_flight,
             clock=clock,
             observe=self._observe,
+            save_state=save_state,
         )
         self.assembly = GroupAssembly(
             self._score_assembled,

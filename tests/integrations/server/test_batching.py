@@ -346,3 +346,22 @@ def test_costs_are_told_by_group_and_add_up(judged_engine):
 def test_bad_limits_are_named(option):
     with pytest.raises(InputError, match=next(iter(option))):
         BatchScorer(Engine(), **option)
+
+
+def test_the_state_is_saved_before_answers_go_out_and_a_full_disk_loses_none(caplog):
+    async def main():
+        saved, calls = [], []
+
+        def save():
+            saved.append([call.done() for call in calls])
+            if len(saved) == 2:
+                raise OSError(28, "No space left on device")
+
+        scorer = BatchScorer(Engine(), max_groups=2, max_wait_s=0, save_state=save)
+        calls += start(scorer, 4)
+        assert len(await asyncio.gather(*calls)) == 4
+        assert len(saved) == 2
+        assert not any(saved[0])
+        assert "No space left" in caplog.text
+
+    go(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rmcore.cli import app as cli
+from rmcore.judge import ReplayServer
 
 WORDS = ["good", "clear", "right", "bad", "vague", "wrong", "red", "blue", "green", "tree"]
 
@@ -174,3 +176,22 @@ def test_bad_arguments_are_named_before_anything_is_loaded(arguments, environmen
     done = CliRunner().invoke(cli, ["serve", "no-such-model", *arguments])
     assert done.exit_code == 2
     assert message in done.output
+
+
+@pytest.mark.slow
+def test_a_killed_server_has_not_forgotten_what_it_spent(server, tmp_path):
+    state = tmp_path / "router.json"
+    with ReplayServer({}) as judge:
+        arguments = ["--judge-fraction", "1.0", "--max-calls", "10", "--router-state", str(state)]
+        arguments += ["--judge-url", judge.base_url, "--judge-model", "m", "--judge-key-env", ""]
+        asked = []
+        for turn in range(2):
+            process, url, _ = server(*arguments)
+            for k in range(3):  # three pairs each, two calls a pair
+                body = {"prompt": f"red {turn} {k}", "responses": ["good", "bad", "tree"]}
+                httpx.post(f"{url}/v1/groups", json=body, timeout=60).raise_for_status()
+            asked.append(json.loads(state.read_text())["budgets"][0]["spent"])
+            process.kill()  # no farewell
+            process.wait()
+    assert asked == [10, 10]
+    assert judge.requests == 10
