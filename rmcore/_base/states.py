@@ -5,13 +5,23 @@ Imported where a state is read, so that what never reads one needs no pydantic.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from rmcore._base.errors import CheckpointError
 
-__all__ = ["State", "checked", "refuse"]
+__all__ = ["FirstVersion", "State", "checked", "refuse"]
+
+
+def _first_version(value: int) -> int:
+    if value != 1:
+        raise ValueError("1")
+    return value
+
+
+FirstVersion: TypeAlias = Annotated[int, AfterValidator(_first_version)]
+"""The version of a state that has had only one; no Literal, for which True would pass for 1."""
 
 
 class State(BaseModel):

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from rmcore._base.states import State
+from rmcore._base.states import FirstVersion, State
 
 __all__ = ["EngineState", "LearnerPart", "RouterPart"]
-
-
-def _first_version(value: int) -> int:
-    if value != 1:
-        raise ValueError("1")
-    return value
 
 
 Digest: TypeAlias = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
@@ -38,7 +32,7 @@ class EngineState(State):
     """A :class:`~rmcore.engine.engine.RewardEngine`."""
 
     format: Literal["rmcore-engine"]
-    version: Annotated[int, AfterValidator(_first_version)]  # no Literal: True would pass for 1
+    version: FirstVersion
     head: dict[str, Any]
     beta: Digest
     learner: LearnerPart | None

@@ -240,7 +240,7 @@ class PairwiseReward:
             references = [rows.references[group[0]] for group in groups]
             over = await preference_over_reference(engine, prompts, texts, references)
         baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out" if self.mode == "rloo" else "group-mean"
-        values = [float(value) for group in scores for value in group.rewards_for(baseline)]
+        values = scores.rewards_for(baseline).tolist()
         return [None if math.isnan(value) else value for value in values], scores, over
 
     async def _gathered(self, rows: _Rows, trainer: Any) -> _Scored:

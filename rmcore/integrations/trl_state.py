@@ -17,11 +17,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from transformers.trainer_callback import TrainerCallback
 
 from rmcore._base.errors import CheckpointError
-from rmcore._base.states import State, checked, refuse
+from rmcore._base.states import FirstVersion, State, checked, refuse
 from rmcore.engine.routing import BudgetedRouter, StatefulRouter
 from rmcore.engine.routing.state import keep_spent, read_state, write_state
 from rmcore.head.checkpoint import save_head
@@ -38,17 +38,11 @@ HEAD_FOLDER = "rmcore_head"
 _FORMAT, _VERSION = "rmcore-trainer-state", 1
 
 
-def _first_version(value: int) -> int:
-    if value != 1:
-        raise ValueError("1")
-    return value
-
-
 class TrainerFile(State):
     """What ``rmcore_state.json`` holds; an engine's state a rank."""
 
     format: Literal["rmcore-trainer-state"]
-    version: Annotated[int, AfterValidator(_first_version)]
+    version: FirstVersion
     global_step: Annotated[int, Field(ge=0)]
     ranks: Annotated[list[dict[str, Any]], Field(min_length=1)]
 

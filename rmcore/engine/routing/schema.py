@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rmcore._base.states import State
+from rmcore._base.states import FirstVersion, State
 
 __all__ = [
     "BudgetState",
@@ -35,12 +35,6 @@ def _infinity(value: object) -> object:
 def _no_nan(value: float) -> float:
     if math.isnan(value):
         raise ValueError("a number or an infinity")
-    return value
-
-
-def _first_version(value: int) -> int:
-    if value != 1:
-        raise ValueError("1")
     return value
 
 
@@ -188,7 +182,7 @@ class RandomRouterState(State):
     """A :class:`~rmcore.engine.routing.routers.RandomRouter`."""
 
     format: Literal["rmcore-random-router"]
-    version: Annotated[int, AfterValidator(_first_version)]
+    version: FirstVersion
     generator: str
 
 
@@ -196,7 +190,7 @@ class RouterState(State):
     """An :class:`~rmcore.engine.routing.adaptive.AdaptiveRouter`."""
 
     format: Literal["rmcore-adaptive-router"]
-    version: Annotated[int, AfterValidator(_first_version)]  # no Literal: True would pass for 1
+    version: FirstVersion
     by: str
     next_id: Id
     pairs: Count
