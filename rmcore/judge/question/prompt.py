@@ -191,7 +191,7 @@ class JudgePrompt:
             OSError: the file cannot be read.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # which may begin with a byte-order mark
         except UnicodeDecodeError as error:
             raise InputError(f"template {Path(path).name}: not UTF-8: {error.reason} at byte {error.start}") from None
         pieces = _HEADER.split(text)

@@ -228,6 +228,15 @@ def test_a_template_file_without_headers_is_all_user(tmp_path):
     assert [m["role"] for m in JudgePrompt.from_file(path).render("p", "a", "b").messages] == ["user"]
 
 
+def test_a_template_files_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "template.txt"
+    text = "--- system ---\n$contract\n--- user ---\n$prompt\n$first\n$second"
+    path.write_text(text, encoding="utf-8")
+    plain = JudgePrompt.from_file(path)
+    path.write_text(text, encoding="utf-8-sig")
+    assert JudgePrompt.from_file(path) == plain
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"stray\n--- user ---\n$contract", b"--- user ---\n--- user ---\n"])
 def test_bad_template_files(tmp_path, content):
     (tmp_path / "t.txt").write_bytes(content)
