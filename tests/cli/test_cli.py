@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
+from rmcore.judge import RecordedJudge
 from rmcore.judge.testing import ReplayServer
 
 runner = CliRunner()
@@ -92,7 +94,9 @@ def test_an_adaptive_router_keeps_to_its_calls_over_several_runs(model: Path, tm
     options = ["--judge-fraction", 1.0, "--max-calls", 10, "--router-state", state, "--batch", 1]
     lines = "\n".join(json.dumps(group()) for _ in range(2)) + "\n"  # 3 pairs a group, 2 calls a pair
     decided = []
-    with ReplayServer({}) as server:
+    texts = group()["responses"]
+    rows = [{"prompt": group()["prompt"], "first": a, "second": b, "verdict": "win"} for a, b in combinations(texts, 2)]
+    with ReplayServer(RecordedJudge.from_rows(rows)) as server:
         judge = ["--judge-url", server.base_url, "--judge-model", "m", "--judge-key-env", ""]
         for _ in range(2):
             result = call("score", model, "-", *options, *judge, stdin=lines)
