@@ -15,6 +15,7 @@ from rmcore.engine.routing import RankBy
 from rmcore.head.config import PairMode
 from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.orders import Orders
+from rmcore.judge.store.database import Reuse
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.text import OverlongPolicy
 from rmcore.ops.dispatch import Backend
@@ -22,6 +23,7 @@ from rmcore.ops.reference import Likelihood
 from rmcore.ops.weights import SERVING_DTYPES
 
 BACKBONE = typing.get_type_hints(BackboneConfig)
+REUSE_WORDS = typing.get_args(Reuse)[0]  # besides sets of reasons, which are --ask-again
 CHOICES = {
     ("train", "mode"): typing.get_args(PairMode),
     ("train", "pooling"): tuple(word for word in typing.get_args(Pooling) if word != "classifier"),  # that is upgrade's
@@ -32,6 +34,7 @@ CHOICES = {
     **{(name, "backend"): typing.get_args(Backend) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "rank_by"): typing.get_args(RankBy) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
+    **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ("score", "serve", "best-of", "filter")},
     ("serve", "baseline"): typing.get_args(Baseline),
     ("best-of", "ties"): typing.get_args(selection.Ties),
     ("filter", "by"): typing.get_args(typing.get_type_hints(selection.filter_groups)["by"]),

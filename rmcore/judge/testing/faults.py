@@ -73,6 +73,12 @@ FAULTS: Mapping[str, Fault] = _named(
     http_502=Fault(502),
     http_401=Fault(401),
     http_403=Fault(403),
+    http_404=Fault(404),
+    redirect=Fault(308, headers={"Location": "/v2/chat/completions"}),
+    sse=Fault(
+        body=b'data: {"choices": [{"delta": {"content": "<verdict>"}}]}\n\ndata: [DONE]\n\n',
+        headers={"Content-Type": "text/event-stream"},
+    ),
     _10_mb_error=Fault(500, body=_LARGE),
     truncated_json=Fault(body=b'{"choices": [{"message": {"content": "<verdict>'),
     html=Fault(body=b"<html><body>Please log in.</body></html>", headers={"Content-Type": "text/html"}),
