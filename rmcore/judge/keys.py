@@ -12,7 +12,8 @@ from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_re
 __all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 
 KEY_VERSION = 1
-"""Part of every key. It changes if, and only if, the same texts would get another key."""
+"""Part of every key. It changes if, and only if, plain texts and plain ``{role, content}`` messages would get another
+key. What else a message may hold (tool calls, names, reasoning) had no place in a key before it had one here."""
 
 CALL_KEY_VERSION = 1
 """As :data:`KEY_VERSION`, for :func:`call_key`."""
