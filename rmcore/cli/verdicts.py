@@ -21,10 +21,11 @@ from rich.text import Text
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import message_text, response_text
 from rmcore.cli import options
-from rmcore.cli.console import progress_bar, reported_errors, results_console
+from rmcore.cli.console import print_error, progress_bar, reported_errors, results_console
 from rmcore.cli.output import check_file, opened_output
 
 if TYPE_CHECKING:
+    from rmcore.judge.store.database import StoreError
     from rmcore.judge.store.ledger import JudgedPair, LoggedCall, VerdictLedger
 
 _UNCUT = 1 << 30
@@ -83,6 +84,7 @@ def export(
 
     Both orders of a pair are one row. Its preference is their mean: 1 where both agree, 0.5 where one is a tie. Rows
     with a preference of 0 (flips and ties) have no better response; with --flips or --ties they come along, marked.
+    A call of the store that cannot be read is named and left out; the exit code is 2 then, and all others are written.
     """
     with reported_errors():
         check_file(out, inputs=[store], overwrite=overwrite)
@@ -91,7 +93,14 @@ def export(
     with _opened(store) as ledger, opened_output(out) as rows, progress_bar() as bar:
         task = bar.add_task("pairs", total=None, visible=out != "-")
         left_out: Counter[str] = Counter()
-        for pair in ledger.pairs(model=model, canaries=canaries):
+        unreadable = 0
+
+        def tell(error: StoreError) -> None:
+            nonlocal unreadable
+            unreadable += 1
+            print_error(error)
+
+        for pair in ledger.pairs(model=model, canaries=canaries, unreadable=tell):
             why = _why_not(pair, flips, ties, one_order, min_preference)
             if why:
                 left_out[why] += 1
@@ -101,7 +110,11 @@ def export(
             rows.count += 1
             bar.update(task, completed=rows.count)
         notes = "".join(f", {count} {why}" for why, count in sorted(left_out.items()))
-        typer.echo(f"{rows.count} rows{notes and '; left out' + notes[1:]}", err=True)
+        notes += f", {unreadable} unreadable" if unreadable else ""
+        if rows.count or left_out or not unreadable:
+            typer.echo(f"{rows.count} rows{notes and '; left out' + notes[1:]}", err=True)
+    if unreadable:
+        raise typer.Exit(2)
 
 
 @app.command()

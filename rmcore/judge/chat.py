@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ChatJudge"]
 
 _logger = logging.getLogger(__name__)
+_CLOSE_S = 5.0
 _RESERVED = frozenset({"model", "messages", "stream", "n"})
 
 
@@ -223,7 +224,11 @@ class ChatJudge:
 
     async def aclose(self) -> None:
         """Close all connections, and the store if it was given as a path. The judge can be used again."""
-        await self.client.aclose()
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self.client.aclose()
+        except TimeoutError:
+            _logger.warning("judge %s: connections did not close within %g s and are left", self.model, _CLOSE_S)
         if self.store is not None and self._own_store:
             await asyncio.to_thread(self.store.close)
 

@@ -347,3 +347,33 @@ def test_reading_changes_nothing_and_works_while_another_writes(path):
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             ledger._database.execute("DELETE FROM calls")
     assert logged > 15
+
+
+@pytest.mark.parametrize(
+    ("damage", "gone"),
+    [
+        ("UPDATE calls SET preference = 'x' WHERE id = 1", 1),
+        ("UPDATE calls SET critique = '{' WHERE id = 1", 1),
+        ("UPDATE calls SET critique = CAST(x'22ff22' AS TEXT) WHERE id = 1", 1),
+        ("UPDATE calls SET reason = CAST(x'ff' AS TEXT) WHERE id = 1", 1),
+        ("UPDATE calls SET shown = 'zz' WHERE id = 1", 1),
+        ("UPDATE texts SET body = '[1' WHERE id = (SELECT prompt FROM calls WHERE id = 1)", 1),
+        ("DELETE FROM texts WHERE id = (SELECT prompt FROM calls WHERE id = 1)", 1),
+    ],
+)
+def test_one_unreadable_row_does_not_stop_the_export(tmp_path, damage, gone):
+    path = tmp_path / "v.db"
+    with VerdictStore(path) as store:
+        for k in range(4):
+            log(store, f"p{k}", "a", "b", 1.0)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA ignore_check_constraints = ON")
+        database.execute("PRAGMA foreign_keys = OFF")
+        database.execute(damage)
+        database.commit()
+    result = call("export", path)
+    assert result.exit_code == 2
+    assert len(result.stdout.splitlines()) == 4 - gone
+    assert "call 1" in result.stderr
+    assert "v.db" in result.stderr.replace("\n", "")
+    assert f"{gone} unreadable" in result.stderr

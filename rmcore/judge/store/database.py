@@ -75,10 +75,11 @@ class StoreError(InputError):
     """A verdict store cannot be used: missing, damaged, another program's file, or of a later version."""
 
 
-def open_database(path: str | Path, *, read_only: bool = False) -> sqlite3.Connection:
+def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
     """Open a store, made with mode 0600 and brought to this release's version unless ``read_only``.
 
-    The connection is in autocommit mode and may be handed to one other thread.
+    The connection is in autocommit mode and may be handed to one other thread. Whatever it does waits up to ``busy_s``
+    for locks of others, and then fails with "database is locked".
 
     Raises:
         StoreError: the file is damaged, foreign, of a later version, or (``read_only``) missing or empty;
@@ -90,22 +91,22 @@ def open_database(path: str | Path, *, read_only: bool = False) -> sqlite3.Conne
             _create_file(path)
         elif not path.is_file():
             raise StoreError(f"{path}: got {'no file' if path.is_dir() else 'nothing'}, expected a verdict store")
-        return _open(path, read_only)
+        return _open(path, read_only, busy_s)
     except OSError as error:
         raise StoreError(f"{path}: cannot be opened ({error.strerror or type(error).__name__})") from None
     except sqlite3.Error as error:
         raise StoreError(f"{path}: no usable verdict store ({error})") from None
 
 
-def _open(path: Path, read_only: bool) -> sqlite3.Connection:
-    database = _connect(path, "ro" if read_only else "rw")
+def _open(path: Path, read_only: bool, busy_s: float) -> sqlite3.Connection:
+    database = _connect(path, "ro" if read_only else "rw", busy_s)
     try:
         version = _check_owner(database, path)
         if read_only:
             if not version:
                 raise StoreError(f"{path}: got an empty file, expected a verdict store")
             return database
-        _begin_wal(database, path)
+        _begin_wal(database, path, busy_s)
         if version < SCHEMA_VERSION:
             _migrate(database, path)
     except BaseException:
@@ -122,10 +123,10 @@ def _create_file(path: Path) -> None:
         pass
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def _connect(path: Path, mode: str, busy_s: float) -> sqlite3.Connection:
     def connect(options: str) -> sqlite3.Connection:
         url = f"file:{urllib.parse.quote(str(path))}?{options}"
-        database = sqlite3.connect(url, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        database = sqlite3.connect(url, uri=True, timeout=busy_s, isolation_level=None, check_same_thread=False)
         try:
             database.execute("PRAGMA trusted_schema = OFF")  # the file may be somebody else's: run no code of its own
             database.execute("PRAGMA schema_version").fetchone()
@@ -157,9 +158,9 @@ def _check_owner(database: sqlite3.Connection, path: Path) -> int:
     return int(version)
 
 
-def _begin_wal(database: sqlite3.Connection, path: Path) -> None:
+def _begin_wal(database: sqlite3.Connection, path: Path, busy_s: float) -> None:
     """Switch to the write-ahead log, which lets readers and a writer work at once."""
-    until = time.monotonic() + _BUSY_S
+    until = time.monotonic() + busy_s
     while True:
         try:
             # Asking for it again is free. sqlite does not wait for others here by itself.
@@ -264,6 +265,8 @@ def load_text(stored: str) -> Any:
         StoreError: it is none, so the file was not written by this library.
     """
     try:
+        if not isinstance(stored, str):
+            raise TypeError
         return json.loads(stored)
     except (ValueError, TypeError, RecursionError):
         raise StoreError("verdict store: got a text that is no JSON, expected what this library writes") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -152,6 +152,7 @@ class VerdictLedger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._database = open_database(self.path, read_only=True)
+        self._database.text_factory = _text
         (version,) = next(self._rows("PRAGMA user_version"))
         # Files of the first version do not say who answered.
         self._select = _CALLS.format(answered="answered, fingerprint" if version > 1 else "'', ''")
@@ -209,7 +210,10 @@ class VerdictLedger:
             JOIN texts a ON a.id = calls.first JOIN texts b ON b.id = calls.second WHERE calls.id = ?"""
         names = ("prompt", "first", "second", "critique", "reply", "labels", "parameters")
         for row in self._rows(query, call.id):
-            said = dict(zip(names, map(load_text, row), strict=True))
+            try:
+                said = dict(zip(names, map(load_text, row), strict=True))
+            except StoreError as error:
+                raise StoreError(f"{self.path}: call {call.id}: {error}") from None
             if not all(isinstance(said[name], str) for name in ("critique", "reply")):
                 raise StoreError(f"{self.path}: call {call.id} holds texts that are none")
             try:
@@ -221,20 +225,36 @@ class VerdictLedger:
             return said
         raise StoreError(f"{self.path}: call {call.id} has no texts")
 
-    def pairs(self, *, model: str | None = None, canaries: bool = False, texts: bool = True) -> Iterator[JudgedPair]:
+    def pairs(
+        self,
+        *,
+        model: str | None = None,
+        canaries: bool = False,
+        texts: bool = True,
+        unreadable: Callable[[StoreError], None] | None = None,
+    ) -> Iterator[JudgedPair]:
         """What each judge said of each pair, pair by pair, in memory for one pair.
 
         Args:
             model: of this model only.
             canaries: also pairs that were made up to test the judge.
             texts: read the texts; without, they are empty.
+            unreadable: called with the error of a row that cannot be read, which is then left out. Without it the
+                error is raised.
         """
         query = (
             f"{self._select} WHERE (canary = 0 OR ?) AND (model = ? OR ? IS NULL) ORDER BY calls.judge, pair, calls.id"
         )
-        calls = self._calls(query, canaries, model, model)
+        calls = self._calls(query, canaries, model, model, unreadable=unreadable)
         for _, group in groupby(calls, key=lambda call: (call.asked, call.pair)):
-            yield self._together(list(group), texts)
+            try:
+                pair = self._together(list(group), texts)
+            except StoreError as error:
+                if unreadable is None:
+                    raise
+                unreadable(error)
+                continue
+            yield pair
 
     def stats(self, prices: PriceTable | None = None) -> dict[str, Any]:
         """Counts over the whole log, as JSON values.
@@ -280,17 +300,28 @@ class VerdictLedger:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _calls(self, query: str, *values: object) -> Iterator[LoggedCall]:
+    def _calls(
+        self, query: str, *values: object, unreadable: Callable[[StoreError], None] | None = None
+    ) -> Iterator[LoggedCall]:
         """Rows as calls; sqlite lets a column hold anything, so a file that others wrote is not believed."""
         for row in self._rows(query, *values):
-            call = LoggedCall(*row)
-            for part in fields(LoggedCall):
-                value = getattr(call, part.name)
-                if not isinstance(value, _KINDS.get(str(part.type), str)):
-                    raise StoreError(f"{self.path}: call {call.id!r:.20}: {part.name} is no {part.type}")
-            if call.shown not in ("ab", "ba") or not -1 <= (call.preference or 0.0) <= 1:
-                raise StoreError(f"{self.path}: call {call.id}: shown or preference is none that this library writes")
+            try:
+                call = self._checked(LoggedCall(*row))
+            except StoreError as error:
+                if unreadable is None:
+                    raise
+                unreadable(error)
+                continue
             yield call
+
+    def _checked(self, call: LoggedCall) -> LoggedCall:
+        for part in fields(LoggedCall):
+            value = getattr(call, part.name)
+            if not isinstance(value, _KINDS.get(str(part.type), str)):
+                raise StoreError(f"{self.path}: call {call.id!r:.20}: {part.name} is no {part.type}")
+        if call.shown not in ("ab", "ba") or not -1 <= (call.preference or 0.0) <= 1:
+            raise StoreError(f"{self.path}: call {call.id}: shown or preference is none that this library writes")
+        return call
 
     def _rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
         try:
@@ -349,6 +380,14 @@ def _kind(verdict: Verdict) -> str:
     if verdict.preference:
         return "decided"
     return "flips" if verdict.flipped else "ties"
+
+
+def _text(stored: bytes) -> str | bytes:
+    """A text, or its bytes where they are none: then its row is refused, not the whole query."""
+    try:
+        return stored.decode()
+    except UnicodeDecodeError:
+        return stored
 
 
 class _Sums:

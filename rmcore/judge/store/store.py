@@ -37,6 +37,7 @@ __all__ = ["StoreError", "VerdictStore"]
 
 _logger = logging.getLogger(__name__)
 _FIRST_POLL_S, _LAST_POLL_S = 0.02, 0.25
+_MOMENT_S = 0.25
 
 
 class VerdictStore:
@@ -120,14 +121,16 @@ class VerdictStore:
         Args:
             question: what is asked.
             ask: puts it to the judge.
-            timeout_s: longest wait for *other* askers; ``ask`` keeps its own time. ``None``: no limit.
+            timeout_s: longest wait for *other* askers and for the file; ``ask`` keeps its own time. ``None``: no
+                limit. A reply that could not be committed by then is returned all the same and committed later.
 
         Returns:
             The reply, with a usage of one cache hit if it was not ``ask`` that brought it; ``None`` if ``timeout_s``
             passed while others were asking.
 
         Raises:
-            StoreError: the file cannot be read or claimed. Nothing was asked then.
+            StoreError: the file cannot be read or claimed, by ``timeout_s`` where others keep it locked. Nothing was
+                asked then.
             BaseException: what ``ask`` raises, cancellation included.
         """
         self._check_process()
@@ -192,8 +195,14 @@ class VerdictStore:
                 return own  # nothing was sent: no call to log
             try:
                 # The job is in the writer's queue before anything is awaited: a paid reply is kept, come what may.
-                kept = await asyncio.wrap_future(self._submit(Record(question, own)))
+                job = self._submit(Record(question, own))
                 release = False
+                kept = await self._by(job, until)
+            except TimeoutError:
+                _logger.warning(
+                    "%s: a verdict is handed out before its row is written: others keep it locked", self.path
+                )
+                kept = own
             except StoreError as error:
                 _logger.error("%s; a reply that was paid for is used and not stored", error)
                 kept = own
@@ -213,7 +222,10 @@ class VerdictStore:
         """The stored answer; ``BUSY`` if another process was asking until time ran out; ``None``: it is ours to ask."""
         loop, delay = asyncio.get_running_loop(), _FIRST_POLL_S
         while True:
-            found = await asyncio.wrap_future(self._submit(Claim(key)))
+            try:
+                found = await self._by(self._submit(Claim(key)), until)
+            except TimeoutError:
+                raise StoreError(f"{self.path}: locked by others until the deadline") from None
             if found is not BUSY:
                 return found
             left = delay if until is None else until - loop.time()
@@ -221,6 +233,16 @@ class VerdictStore:
                 return BUSY
             await asyncio.sleep(min(delay, left))
             delay = min(2 * delay, _LAST_POLL_S)
+
+    async def _by(self, job: Future[Any], until: float | None) -> Any:
+        """What the writer answers. It has a moment even after ``until``: what is stored costs nothing.
+
+        Raises:
+            TimeoutError: it did not answer in time. The job stays in its queue.
+        """
+        least = asyncio.get_running_loop().time() + _MOMENT_S
+        async with asyncio.timeout_at(None if until is None else max(until, least)):
+            return await asyncio.wrap_future(job)
 
     # -- the writer --------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ at once, since host, process id and the process's start time together name a pro
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import sqlite3
@@ -27,7 +28,12 @@ __all__ = ["BUSY", "Claim", "Find", "Job", "Record", "Release", "Writer"]
 BUSY: Final = object()
 """Another process holds the claim."""
 
+_logger = logging.getLogger(__name__)
+
 _BATCH: Final = 512
+_BUSY_S: Final = 0.25  # one wait for a lock, so that the end of the store is seen in between
+_PATIENCE_S: Final = 30.0  # all waits of one batch
+_CLOSE_S: Final = 5.0  # the same, once the store is being closed
 
 
 @dataclass(slots=True)
@@ -82,6 +88,8 @@ class Writer:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closed = threading.Lock()
         self._stopped = False
+        self._stop_by = float("inf")
+        self._file: tuple[int, int] | None = None
         self._thread = threading.Thread(target=self._run, name="rmcore-store", daemon=True)
         self._thread.start()
 
@@ -96,15 +104,22 @@ class Writer:
         return job.future
 
     def stop(self) -> None:
-        """Do what is queued, close the connection, end the thread. Jobs that come later fail."""
+        """Do what is queued, close the connection, end the thread. Jobs that come later fail.
+
+        It takes five seconds at most where somebody else keeps the file locked; what could not be written by then is
+        lost, and the log says how much of it was paid for.
+        """
         if self._process != os.getpid():
             return  # the thread stayed behind when this process was forked off
         with self._closed:
             if not self._stopped:
                 self._stopped = True
+                self._stop_by = time.monotonic() + _CLOSE_S
                 self._jobs.put(None)
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_CLOSE_S + 1.0)
+            if self._thread.is_alive():
+                _logger.error("%s: cannot be closed; its last verdicts may be missing", self._path)
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
@@ -113,21 +128,63 @@ class Writer:
         going = True
         while going:
             batch, going = self._next()
-            try:
-                database = database or open_database(self._path)
-                if batch:
-                    self._do(database, batch)
-                if going and self._held and time.monotonic() - self._beaten > self._lease_s / 4:
-                    self._beat(database)
-            except StoreError as error:
-                _fail(batch, error)
-            except sqlite3.Error as error:
-                # Disk full, file gone bad: everybody in this batch is told, and the next batch tries again.
-                _fail(batch, StoreError(f"{self._path}: {error}"))
-            except BaseException as error:  # nobody may wait for ever, whatever happened
-                _fail(batch, error)
+            began = time.monotonic()
+            while True:
+                try:
+                    database = self._opened(database)
+                    if batch:
+                        self._do(database, batch)
+                    if going and self._held and time.monotonic() - self._beaten > self._lease_s / 4:
+                        self._beat(database)
+                except (StoreError, sqlite3.Error) as error:
+                    batch = [job for job in batch if not job.future.done()]
+                    if "locked" in str(error) and time.monotonic() < min(began + _PATIENCE_S, self._stop_by):
+                        continue  # by another process, which may be done soon
+                    # Disk full, file gone bad: everybody in this batch is told, and the next batch tries again.
+                    self._fail(batch, error if isinstance(error, StoreError) else StoreError(f"{self._path}: {error}"))
+                except BaseException as error:  # nobody may wait for ever, whatever happened
+                    self._fail(batch, error)
+                break
         if database is not None:
             self._close(database)
+
+    def _opened(self, database: sqlite3.Connection | None) -> sqlite3.Connection:
+        """The connection, opened if there is none, and a new one where the file it belongs to is gone."""
+        if database is not None:
+            if self._file == _identity(self._path):
+                return database
+            self._rescue(database)
+        opened = open_database(self._path, busy_s=_BUSY_S)
+        self._file, self._registered = _identity(self._path), False
+        return opened
+
+    def _rescue(self, database: sqlite3.Connection) -> None:
+        """Write what ``database`` still holds to a file again: under its name, or beside a file that took its place.
+
+        The old connection is kept: closing it would delete the log beside the path, which is another file's by now.
+        """
+        replaced = self._path.exists()
+        target = self._path.with_name(f"{self._path.name}.kept-{self._owner[:8]}") if replaced else self._path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not replaced:
+                for ending in ("-wal", "-shm"):  # of the lost file; a new one must not take them for its own
+                    Path(f"{self._path}{ending}").unlink(missing_ok=True)
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            database.execute("VACUUM INTO ?", (str(target),))
+            what = "another file lies in its place; its verdicts are kept in" if replaced else "it is written again to"
+            _logger.error("%s: the store was removed while in use; %s %s", self._path, what, target)
+        except (OSError, sqlite3.Error) as error:
+            _logger.error("%s: the store was removed while in use, and its verdicts are lost (%s)", self._path, error)
+        _lost.append(database)
+
+    def _fail(self, batch: list[Job], error: BaseException) -> None:
+        paid = sum(isinstance(job, Record) for job in batch)
+        if paid:
+            _logger.error("%s: %d replies that were paid for are not stored (%s)", self._path, paid, error)
+        for job in batch:
+            if not job.future.done():
+                job.future.set_exception(error)
 
     def _next(self) -> tuple[list[Job], bool]:
         """All jobs there are, waiting for one (with claims held: until a heartbeat is due), and whether to go on."""
@@ -252,6 +309,9 @@ class Writer:
             raise
 
     def _close(self, database: sqlite3.Connection) -> None:
+        if self._file != _identity(self._path):
+            self._rescue(database)
+            return
         try:
             database.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
             database.execute("DELETE FROM owners WHERE id = ?", (self._owner,))
@@ -260,10 +320,16 @@ class Writer:
         database.close()
 
 
-def _fail(batch: list[Job], error: BaseException) -> None:
-    for job in batch:
-        if not job.future.done():
-            job.future.set_exception(error)
+_lost: list[sqlite3.Connection] = []  # to files that are gone
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file lies at ``path``; ``None`` if none does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _host() -> str:
