@@ -23,7 +23,7 @@ def without_secret(text: str, secret: str) -> str:
     Found are the secret as it is, its characters escaped, all or some of them (percent signs, once or several times
     over; ``\u00XX``, ``\xXX``, HTML entities), in any case, with white space between, as base64 (of a text that it is
     part of, too) or hexadecimal digits; and of one of twelve characters or more any twelve in a row. A secret of fewer
-    than four characters is not looked for.
+    than four characters is not looked for, and one of four not in base64.
     """
     if len(secret) < _LEAST or not text:
         return text
