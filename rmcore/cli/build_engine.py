@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rmcore.judge import VerdictStore
     from rmcore.judge.base import Judge
     from rmcore.judge.store.prices import PriceTable
+    from rmcore.model.text import OverlongPolicy
     from rmcore.ops.dispatch import Backend
 
 __all__ = ["close_engine", "make_engine"]
@@ -32,6 +33,8 @@ def make_engine(
     device: str | None,
     attn_implementation: str = "auto",
     trust_remote_code: bool = False,
+    max_length: int | None = None,
+    overlong: OverlongPolicy | None = None,
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
@@ -48,7 +51,12 @@ def make_engine(
     check_backend(model, backend, device)
     engine = RewardEngine(
         RewardModel.from_pretrained(
-            model, device=device, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            model,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            max_length=max_length,
+            overlong=overlong,
         ),
         judge,
         router,

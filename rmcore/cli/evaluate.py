@@ -30,6 +30,8 @@ def evaluate(
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     no_cache: options.NoCache = False,
+    max_length: options.MaxLength = None,
+    overlong: options.Overlong = None,
 ) -> None:
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
     kept = Kept()
@@ -51,7 +53,12 @@ def evaluate(
         if not items:
             reject("preferences", "no lines", "at least one")
         loaded = RewardModel.from_pretrained(
-            model, device=device, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            model,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            max_length=max_length,
+            overlong=overlong,
         )
         kept.use(loaded.backbone, cache=not no_cache)
         pairs = [StreamPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
@@ -66,6 +73,12 @@ def evaluate(
                     progress=encoding_progress(bar),
                 )
         report = evaluate_head(loaded.head, states, pairs, train=known, replicates=replicates)
+        silent = int(states.silent.sum())
+        if silent:
+            notes.print(
+                f"{silent} of {len(items)} pairs carry no signal: the model's inputs are equal, or one is too long and "
+                "unread. They count as no preference, and as the most uncertain"
+            )
         print_markdown(report.to_markdown())
         if files:
             from rmcore.evaluation.plots import plot_report

@@ -28,8 +28,15 @@ TrustRemoteCode = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep no encoded texts for later runs, and use none (folder: RMCORE_CACHE).")
 ]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Most tokens a text may have; default: what the model was saved with.")
+]
 # Choices are written out here, not imported, so that --help does not wait for torch; mypy and a test hold them to the
 # types of the library's functions.
+Overlong = Annotated[
+    Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest", "no-reward"] | None,
+    typer.Option(help="What to do with longer texts; default: what the model was saved with."),
+]
 Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]
 
 Columns = Annotated[

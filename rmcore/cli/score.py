@@ -57,6 +57,8 @@ def _scoring(
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    max_length: options.MaxLength = None,
+    overlong: options.Overlong = None,
 ) -> Run:
     """Make the engine the options name."""
     from rmcore.engine.accounts import Accounts
@@ -79,6 +81,8 @@ def _scoring(
         device=device,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        max_length=max_length,
+        overlong=overlong,
     )
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()

@@ -63,6 +63,8 @@ def serve(
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    max_length: options.MaxLength = None,
+    overlong: options.Overlong = None,
 ) -> None:
     """Serve rewards of groups over HTTP, for OpenRLHF, verl and others; /docs describes the interface.
 
@@ -108,6 +110,8 @@ def serve(
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            max_length=max_length,
+            overlong=overlong,
         )
         if settings.answer_within_s >= 180:
             notes.print(

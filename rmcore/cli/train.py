@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["train", "upgrade"]
 
 Overlong = Annotated[
-    Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest"],
-    typer.Option(help="What to do with texts over the limit."),
+    Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest", "no-reward"],
+    typer.Option(help="What to do with texts over the limit; no-reward leaves their pairs out."),
 ]
 Chat = Annotated[Literal["auto", "always", "never"], typer.Option(help="Use the tokenizer's chat template.")]
 Dtype = Annotated[

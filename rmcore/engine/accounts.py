@@ -171,6 +171,12 @@ def account_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
         reasons = sorted(totals["judge_failures"].items(), key=lambda item: (-item[1], item[0]))
         shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons[:5])
         lines.append(("no verdict", f"{by['judge_failed']:,} ({shown}{', ...' if len(reasons) > 5 else ''})"))
+    silent = {name: count for name, count in totals.get("no_signal", {}).items() if count}
+    if silent:
+        shown = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in silent.items())
+        lines.append(
+            ("no signal", f"{sum(silent.values()):,} pairs ({shown}), of which nobody decided {by['nobody']:,}")
+        )
     usage, overlap = totals["judge_usage"], totals["overlap"]
     if totals["routed"]:
         lines.append(("verdicts", f"{totals['judge_flips']:,} flips, {totals['judge_ties']:,} ties"))

@@ -37,6 +37,7 @@ from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
+from rmcore.model.text import OverlongPolicy
 from rmcore.ops.dispatch import Backend
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
@@ -130,6 +131,8 @@ class RewardEngine:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         on_error: OnError = "raise",
         progress: Progress | None = None,
     ) -> GroupScores:
@@ -143,7 +146,12 @@ class RewardEngine:
         Args:
             prompts: one prompt a group, text or message list.
             responses: one sequence of K ≥ 1 responses a prompt, each text or messages (:mod:`rmcore._base.prompt`); K
-                may differ. Equal responses are decided by rule: 0.
+                may differ. Equal responses are decided by rule: 0. Different ones whose inputs are equal (cut to the
+                limit, say) have no preference, u = Inf, unless the judge decides: they are first in line.
+            max_length: most tokens of a text in this call; None is the backbone's own limit.
+            overlong: what happens to longer ones (:data:`~rmcore.model.text.OverlongPolicy`); None is the backbone's.
+                With ``no-reward`` such a response has no preference but what a judge says, and its siblings are scored
+                as if it were not there.
             on_error: ``raise`` raises the first group's error. ``return`` leaves out the groups that cannot be scored
                 (wrong type, over-long text, hidden rows that are not finite) and puts their errors into
                 ``GroupScores.errors``; the others are scored, routed and judged in one call, as if they were alone.
@@ -157,13 +165,15 @@ class RewardEngine:
                 before a judge is asked and before a step of the router begins.
             NonFiniteError: the backbone produced NaN or Inf and ``nonfinite`` is ``raise``.
         """
-        return self._run(self._call_with_texts(prompts, responses, on_error, progress))
+        return self._run(self._call_with_texts(prompts, responses, max_length, overlong, on_error, progress))
 
     async def score_async(
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         on_error: OnError = "raise",
         progress: Progress | None = None,
     ) -> GroupScores:
@@ -172,7 +182,9 @@ class RewardEngine:
         Cancelling it cancels the judge's calls and stops the backbone after its current forward pass; when the
         CancelledError comes out, neither a thread nor a task is left.
         """
-        return await self._run_async(self._call_with_texts(prompts, responses, on_error, progress))
+        return await self._run_async(
+            self._call_with_texts(prompts, responses, max_length, overlong, on_error, progress)
+        )
 
     def score_hidden(
         self,
@@ -216,6 +228,8 @@ class RewardEngine:
         *,
         penalty: float = 0.0,
         ties: Ties = "first",
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
     ) -> list[BestOf]:
         """Score groups and choose the best response of each (:func:`rmcore.engine.selection.best_of`).
 
@@ -224,11 +238,14 @@ class RewardEngine:
             responses: its responses.
             penalty: c ≥ 0: choose by mean preference minus c times uncertainty.
             ties: which of several equally good ones: the first, the shortest or the longest text.
+            max_length: as in :meth:`score`, as is the next.
+            overlong: what happens to over-long texts.
 
         Raises as :meth:`score` and :func:`~rmcore.engine.selection.best_of`.
         """
         check_selection(penalty, ties)
-        return best_of(self.score(prompts, responses), responses, penalty=penalty, ties=ties)
+        scores = self.score(prompts, responses, max_length=max_length, overlong=overlong)
+        return best_of(scores, responses, penalty=penalty, ties=ties)
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -294,6 +311,8 @@ class RewardEngine:
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
+        max_length: int | None,
+        overlong: OverlongPolicy | None,
         on_error: OnError,
         progress: Progress | None,
     ) -> ScoreCall:
@@ -301,6 +320,8 @@ class RewardEngine:
             reject("model", "a FrozenHead", "a RewardModel to score texts; or call score_hidden")
         call = self._new_call(on_error)
         call.progress, call.encoding = progress, EncodingStats()
+        if (max_length, overlong) != (None, None):
+            call.limit = self.model.backbone.text_limit(max_length, overlong)
         call.check_texts(prompts, responses)
         return call
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from rmcore.engine.pair_table import PairLayout, PairState, PairTable
 from rmcore.engine.usage import JudgeTally, Overlap, usage_summary
 from rmcore.judge.base import RULE, JudgeUsage, Verdict
 from rmcore.model.backbone import EncodingStats
+from rmcore.model.signal import PairSignal
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision"]
+
+
+DecidedBy: TypeAlias = Literal["judge", "judge_failed", "identical", "nobody"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,19 @@ class PairDecision:
 
     ``by``: ``judge``; ``judge_failed`` (no verdict: the head's preference stands, ``reason`` says why; ``budget`` means
     that a pair which the head cannot score was not asked about, since the router's budget was used up); ``identical``
-    (equal responses: 0 by rule).
+    (equal responses: 0 by rule); ``nobody`` (no preference: the head has nothing to go by and no judge was asked).
+
+    ``no_signal``: why the head has nothing to go by, whoever decided: ``equal_inputs`` (different responses whose
+    inputs to the backbone are equal, cut to the limit for instance), ``unread`` (over-long under the policy
+    ``no-reward``); otherwise empty.
     """
 
     i: int
     j: int
-    by: Literal["judge", "judge_failed", "identical"]
+    by: DecidedBy
     reason: str = ""
     verdict: Verdict | None = None
+    no_signal: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,10 @@ class GroupScore:
     """One prompt's K responses. All matrices (K, K) float64 on the CPU; row i, column j is "i against j".
 
     Attributes:
-        preference: p̃, antisymmetric, logits: the judge's J where it decided, the head's g/u elsewhere. NaN only where
-            a non-finite row was to be judged and the judge failed.
-        uncertainty: u, symmetric, ≥ 1, the head's own, also where the judge decided.
+        preference: p̃, antisymmetric, logits: the judge's J where it decided, the head's g/u elsewhere. NaN means no
+            preference: nobody decided, or a non-finite row was to be judged and the judge failed. Means leave it out.
+        uncertainty: u, symmetric, ≥ 1, the head's own, also where the judge decided; Inf where the head has nothing to
+            go by.
         logit: g, antisymmetric, before division by u.
         variance: v, symmetric.
         routed: True where the pair was to be decided by the judge.
@@ -76,9 +86,16 @@ class GroupScore:
         """(K,) rewards that give ``advantages`` back under a leave-one-out baseline."""
         return group_rewards(self.preference)
 
-    def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"]) -> Tensor:
-        """(K,) rewards that give ``advantages`` back under the named baseline (``group_rewards``)."""
-        return group_rewards(self.preference, baseline)
+    def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"], *, missing_as_zero: bool = False) -> Tensor:
+        """(K,) rewards that give ``advantages`` back under the named baseline (``group_rewards``).
+
+        A response without any preference has NaN. ``missing_as_zero``: the trainer counts it as 0 in a baseline over
+        all K, so the others' rewards are made for that; with 0 in its place its own advantage is 0 too.
+        """
+        rewards = group_rewards(self.preference, baseline)
+        if missing_as_zero and baseline == "leave-one-out" and bool(rewards.isnan().any()):
+            return self.advantages * (self.size - 1) / self.size
+        return rewards
 
     def grpo_advantages(self, *, scale_by_std: bool = True) -> Tensor:
         """(K,) GRPO advantages of the rewards."""
@@ -200,13 +217,15 @@ class GroupScores(Sequence[GroupScore]):
         """Counts and means over the batch, JSON values; :class:`rmcore.engine.accounts.Accounts` adds them up over
         steps.
 
-        Every pair is in exactly one of ``decided_by``'s counts; ``rule_verdicts`` were decided by rule, here or in the
-        judge, without a call. ``judge_ties``, ``judge_flips`` and ``judge_failures``
-        count pairs, ``judges`` and ``judge_usage`` count questions: equal pairs are one question. Costs are described
+        Every pair is in exactly one of ``decided_by``'s counts; ``no_signal`` counts those among them for which the
+        head had nothing to go by; ``rule_verdicts`` were decided by rule, here or in the judge, without a call.
+        ``judge_ties``, ``judge_flips`` and ``judge_failures`` count pairs, ``judges`` and ``judge_usage`` count
+        questions: equal pairs are one question. Costs are described
         in :func:`rmcore.engine.usage.usage_summary`.
         """
         table, sizes = self.table, self.table.layout.sizes
         count = dict(zip(PairState, torch.bincount(table.state, minlength=len(PairState)).tolist(), strict=True))
+        silent = torch.bincount(table.signal, minlength=len(PairSignal)).tolist()
         failed = count[PairState.JUDGE_FAILED] + count[PairState.UNAFFORDABLE]
         verdicts = [v for v in table.verdicts.values() if v.preference is not None]
         reasons = Counter(v.reason for _, v in sorted(table.verdicts.items()) if v.preference is None)
@@ -225,7 +244,9 @@ class GroupScores(Sequence[GroupScore]):
                 "judge": count[PairState.JUDGE],
                 "judge_failed": failed,
                 "identical": count[PairState.IDENTICAL],
+                "nobody": count[PairState.NOBODY],
             },
+            "no_signal": {name: silent[signal] for signal, name in _NO_SIGNAL.items()},
             "judge_failures": dict(+reasons),
             "judge_ties": sum(v.preference == 0 and not v.flipped for v in verdicts),
             "judge_flips": sum(v.flipped for v in verdicts),
@@ -252,22 +273,28 @@ class GroupScores(Sequence[GroupScore]):
 _BUDGET = "budget"
 """The reason of a pair that nobody was asked about."""
 
-_BY: dict[PairState, Literal["judge", "judge_failed", "identical"]] = {
+_NO_SIGNAL = {PairSignal.EQUAL_INPUTS: "equal_inputs", PairSignal.UNREAD: "unread"}
+_SIGNAL_OF = {name: signal for signal, name in _NO_SIGNAL.items()}
+
+_BY: dict[PairState, DecidedBy] = {
     PairState.JUDGE: "judge",
     PairState.JUDGE_FAILED: "judge_failed",
     PairState.UNAFFORDABLE: "judge_failed",
     PairState.IDENTICAL: "identical",
+    PairState.NOBODY: "nobody",
 }
 
 
 def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
     decisions: dict[int, list[PairDecision]] = {}
     rows = (table.state != PairState.HEAD).nonzero()[:, 0]
-    where = (table.layout.group[rows], table.layout.i[rows], table.layout.j[rows], table.state[rows])
-    for row, group, i, j, code in zip(rows.tolist(), *(column.tolist() for column in where), strict=True):
+    layout = table.layout
+    where = (layout.group[rows], layout.i[rows], layout.j[rows], table.state[rows], table.signal[rows])
+    for row, group, i, j, code, signal in zip(rows.tolist(), *(column.tolist() for column in where), strict=True):
         state, verdict = PairState(code), table.verdicts.get(row)
         reason = _BUDGET if state is PairState.UNAFFORDABLE else "" if verdict is None else verdict.reason
-        decisions.setdefault(group, []).append(PairDecision(i, j, _BY[state], reason, verdict))
+        silent = _NO_SIGNAL.get(PairSignal(signal), "")
+        decisions.setdefault(group, []).append(PairDecision(i, j, _BY[state], reason, verdict, silent))
     groups: dict[int, GroupScore] = {}
     for number, squares in table.squares():
         groups[number] = GroupScore(**squares, decisions=tuple(decisions.get(number, ())), one_order=table.one_order)
@@ -292,7 +319,11 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
 
 
 def _note(table: PairTable, row: int, decision: PairDecision) -> None:
-    state = {"judge": PairState.JUDGE, "identical": PairState.IDENTICAL}.get(decision.by, PairState.JUDGE_FAILED)
+    state = {by: state for state, by in _BY.items()}[decision.by]
+    if decision.by == "judge_failed":  # which of the two follows from the reason
+        state = PairState.JUDGE_FAILED
+    if decision.no_signal:
+        table.signal[row] = _SIGNAL_OF[decision.no_signal]
     verdict = decision.verdict
     if verdict is None and state is PairState.JUDGE_FAILED:
         if decision.reason == _BUDGET:
@@ -317,6 +348,8 @@ def _decision_record(decision: PairDecision) -> dict[str, Any]:
     record: dict[str, Any] = {"i": decision.i, "j": decision.j, "by": decision.by}
     if decision.reason:
         record["reason"] = decision.reason
+    if decision.no_signal:
+        record["no_signal"] = decision.no_signal
     verdict = decision.verdict
     if verdict is not None and verdict.preference is not None:
         record |= {"outcome": verdict.outcome, "preference": verdict.preference, "flipped": verdict.flipped}

@@ -23,6 +23,7 @@ from torch import Tensor
 from rmcore._base.prompt import Response, content_key
 from rmcore.head.frozen import PairScores
 from rmcore.judge.base import Verdict
+from rmcore.model.signal import PairSignal
 from rmcore.ops import reference
 from rmcore.ops.functional import Scores
 from rmcore.ops.pair_layout import PairLayout, squares
@@ -41,6 +42,8 @@ class PairState(IntEnum):
     """The head has no p̃ for it, and the router's budget had no room."""
     IDENTICAL = 4
     """Equal responses: 0 by rule."""
+    NOBODY = 5
+    """Its inputs tell nothing (:class:`~rmcore.model.signal.PairSignal`) and no judge was asked: no preference."""
 
 
 @dataclass(eq=False)
@@ -52,6 +55,8 @@ class PairTable:
         values: (4, Q) float64 on the head's device: g, v, u and p̃. Where the head has no answer p̃ is NaN and u is Inf.
         one_order: concat mode scored only (i, j), i < j.
         state: (Q,) uint8 on the CPU, a :class:`PairState` each.
+        signal: (Q,) uint8 on the CPU, a :class:`~rmcore.model.signal.PairSignal` each: what the head had to go by,
+            whoever decided.
         verdicts: of the pairs that were put to a judge, by row; those without an outcome too.
     """
 
@@ -61,6 +66,7 @@ class PairTable:
 
     def __post_init__(self) -> None:
         self.state = torch.full((self.layout.pairs,), PairState.HEAD, dtype=torch.uint8)
+        self.signal = torch.full((self.layout.pairs,), PairSignal.PRESENT, dtype=torch.uint8)
         self.verdicts: dict[int, Verdict] = {}
 
     def __len__(self) -> int:
@@ -100,6 +106,7 @@ class PairTable:
         layout = PairLayout(torch.cat([table.layout.sizes for table in tables]))
         result = cls(layout, torch.cat([table.values for table in tables], 1), tables[0].one_order)
         result.state = torch.cat([table.state for table in tables])
+        result.signal = torch.cat([table.signal for table in tables])
         start = 0
         for table in tables:
             result.verdicts |= {start + row: verdict for row, verdict in table.verdicts.items()}
@@ -139,7 +146,7 @@ class PairTable:
     @property
     def routed(self) -> Tensor:
         """(Q,) bool: to be decided by the judge."""
-        return (self.state != PairState.HEAD) & (self.state != PairState.IDENTICAL)
+        return torch.isin(self.state, _ROUTED)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -154,6 +161,24 @@ class PairTable:
         self.state[same] = PairState.IDENTICAL
         decided = self.values.new_tensor([0.0, 0.0, 1.0, 0.0])[:, None]
         self.values = torch.where(same.to(self.values.device), decided, self.values)
+
+    def silence(self, signal: Tensor) -> None:
+        """Take back what the head says of pairs whose inputs tell nothing: p̃ becomes NaN and u Inf.
+
+        Equal responses stay decided by rule; a pair with an unread text, whose g and v mean nothing, does not.
+
+        Args:
+            signal: (Q,) uint8, a :class:`~rmcore.model.signal.PairSignal` each, on the CPU.
+        """
+        if not bool(signal.any()):
+            return
+        unread = signal == PairSignal.UNREAD
+        self.state[unread] = PairState.HEAD
+        self.signal = torch.where(self.state == PairState.IDENTICAL, int(PairSignal.PRESENT), signal)
+        told = self.values.new_tensor([torch.nan, torch.nan, torch.inf, torch.nan])[:, None]
+        self.values = torch.where(unread.to(self.values.device), told, self.values)
+        silent = (self.signal != PairSignal.PRESENT).to(self.values.device)
+        self.values[2:] = torch.where(silent, told[2:], self.values[2:])
 
     def undecided(self) -> Tensor:
         """(n,) rows that nobody but the head has decided yet."""
@@ -196,3 +221,6 @@ class PairTable:
             made = [squares(column, block, sign=sign, diagonal=own) for column, sign, own in columns.values()]
             for number, *of_group in zip(block.groups.tolist(), *made, strict=True):
                 yield number, dict(zip(columns, of_group, strict=True))
+
+
+_ROUTED = torch.tensor([PairState.JUDGE, PairState.JUDGE_FAILED, PairState.UNAFFORDABLE], dtype=torch.uint8)

@@ -27,7 +27,8 @@ from rmcore.head.posterior import check_finite
 from rmcore.judge.base import JudgeUsage, Pair
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
-from rmcore.model.text import EncodedText
+from rmcore.model.signal import PairSignal, pair_signals
+from rmcore.model.text import EncodedText, TextLimit
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.pair_layout import PairLayout
 
@@ -123,6 +124,8 @@ class ScoreCall:
     prompts: Sequence[Prompt] | None = None
     responses: Sequence[Sequence[Response]] | None = None
     progress: Progress | None = None
+    limit: TextLimit | None = None
+    """Of this call's texts, instead of the backbone's own."""
     encoding: EncodingStats | None = None
     sizes: list[int] = field(default_factory=list)
     hidden: Tensor | None = None
@@ -190,11 +193,11 @@ class ScoreCall:
         prompts, responses = self._texts()
         with self.time("backbone"):
             if self.on_error == "raise":
-                self.encoded = model.encode_groups(prompts, responses, orders=orders)
+                self.encoded = model.encode_groups(prompts, responses, orders=orders, limit=self.limit)
                 return
 
             def encode(prompt: Prompt, group: Sequence[Response]) -> None:
-                self.encoded.append(model.encode_group(prompt, group, orders=orders))
+                self.encoded.append(model.encode_group(prompt, group, orders=orders, limit=self.limit))
 
             errors = _errors(encode, prompts, responses)
         self.take_out(errors)
@@ -293,6 +296,19 @@ class ScoreCall:
         """Called on the judge's loop after each of its calls."""
         if self.progress is not None:
             self.progress("judging", done, asked)
+
+    def find_silent(self, part: ScoredPart) -> None:
+        """Mark a part's pairs whose inputs tell nothing: different responses with equal inputs, unread texts."""
+        table, mode = part.table, self.head.config.mode
+        if self.encoded:
+            texts = [text for k in part.groups for text in self.encoded[k]]
+            signal = pair_signals(texts, table.layout.pair_rows(mode, one_order=self.one_order), mode)
+        elif self.responses is not None and mode == "difference":
+            # Hidden rows from elsewhere: v = ‖U(φ_i − φ_j)‖² is 0 where they are equal.
+            signal = (table.variance == 0).cpu().to(torch.uint8) * int(PairSignal.EQUAL_INPUTS)
+        else:
+            return
+        table.silence(signal)
 
     def submit(self, part: ScoredPart, rows: Tensor, preference: Tensor, uncertainty: Tensor) -> None:
         """Hand rows (n,) of a part to the judge, with the head's p̃ and u of each; raises InputError without texts."""

@@ -77,17 +77,20 @@ class Kept:
 def member_uncertainty(group: GroupScore) -> Tensor:
     """(K,) u_i: mean u of a response's pairs, decided pairs as 1; a pair without a finite u makes it infinite.
 
-    K = 1 gives 1: there is nothing to compare, so nothing to be unsure of.
+    Pairs of which nobody knows anything are left out, as of all means; a response that has no others gets Inf. K = 1
+    gives 1: there is nothing to compare, so nothing to be unsure of.
     """
     k = group.size
     if k == 1:
         return torch.ones(1, dtype=torch.float64)
-    u = group.uncertainty.clone()
+    u, counted = group.uncertainty.clone(), ~torch.eye(k, dtype=torch.bool)
     for decision in group.decisions:
         if decision.by in ("judge", "identical"):
             u[decision.i, decision.j] = u[decision.j, decision.i] = 1.0
-    u.fill_diagonal_(0.0)
-    return u.sum(1) / (k - 1)
+        if decision.by == "nobody":
+            counted[decision.i, decision.j] = counted[decision.j, decision.i] = False
+    known = counted.sum(1)
+    return (u.masked_fill(~counted, 0.0).sum(1) / known).masked_fill(known == 0, math.inf)
 
 
 def check_selection(penalty: float, ties: str) -> None:

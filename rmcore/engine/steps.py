@@ -14,6 +14,7 @@ from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import BudgetedRouter, Candidates, Router
 from rmcore.engine.score_call import ScoreCall, ScoredPart
 from rmcore.head.posterior import check_finite
+from rmcore.model.signal import PairSignal, fill_unread
 from rmcore.ops.pair_layout import PairLayout
 
 __all__ = ["plan", "route", "score_pairs"]
@@ -72,6 +73,7 @@ def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> Tensor:
     with call.time("backbone"):
         groups = call.encoded[batch.first : batch.stop]
         hidden = call.model.hidden_rows(groups, progress=call.encoding_progress(batch), stats=call.encoding)
+        hidden = fill_unread(hidden, groups)
         if hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
     return hidden
@@ -98,23 +100,29 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
     table = part.table
     if call.responses is not None:
         table.decide_identical(call.responses[group] for group in part.groups)
-    if not may_ask:
-        return
+    call.find_silent(part)
     rows = table.undecided()
+    silent = table.signal[rows] != PairSignal.PRESENT
+    if not may_ask:
+        table.state[rows[silent]] = PairState.NOBODY
+        return
     logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
+    # First in line by every score: no margin, and nothing known.
+    logit, variance = logit.masked_fill(silent, 0.0), variance.masked_fill(silent, math.inf)
     candidates = Candidates(logit, variance, uncertainty)
-    finite = uncertainty.isfinite()  # always, unless nonfinite="route"
+    usable = uncertainty.isfinite() | silent  # always, unless nonfinite="route"
     if isinstance(router, BudgetedRouter):
         chosen, part.reservation = router.reserve(candidates)
         _check_choice("router.reserve", chosen, len(candidates))
-        table.state[rows[~finite & ~chosen]] = PairState.UNAFFORDABLE
+        table.state[rows[~usable & ~chosen]] = PairState.UNAFFORDABLE
     else:
-        chosen = ~finite
-        if bool(finite.any()):
-            usable = Candidates(logit[finite], variance[finite], uncertainty[finite])
-            picked = router.select(usable)
-            _check_choice("router.select", picked, len(usable))
-            chosen[finite] = picked
+        chosen = ~usable
+        if bool(usable.any()):
+            offered = Candidates(logit[usable], variance[usable], uncertainty[usable])
+            picked = router.select(offered)
+            _check_choice("router.select", picked, len(offered))
+            chosen[usable] = picked
+    table.state[rows[silent & ~chosen]] = PairState.NOBODY
     call.submit(part, rows[chosen], preference[chosen], uncertainty[chosen])
 
 

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.prompt import content_key
 from rmcore.engine.pair_table import PairTable
 from rmcore.evaluation.report import Array, EvaluationReport, ScoredPairs, ScoreReport, Uplift, as_vector
 from rmcore.evaluation.statistics import (
@@ -36,7 +37,8 @@ from rmcore.evaluation.statistics import (
 from rmcore.evaluation.streams import StreamPair
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
-from rmcore.model.reward_model import Progress
+from rmcore.model.reward_model import Progress, encode_pair
+from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
 from rmcore.ops.pair_layout import PairLayout
 
@@ -52,14 +54,21 @@ class PairStates:
     Attributes:
         hidden: (N, 2, h): first and second response (difference mode), or both orders of the pair (concat mode).
         tokens: (N, 2) content tokens of the two texts encoded.
+        silent: (N,) bool, True where the inputs tell nothing (:mod:`rmcore.model.signal`): two different responses
+            whose texts are equal, or an unread one. Default: nowhere.
     """
 
     hidden: Tensor
     tokens: Tensor
+    silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.silent):
+            object.__setattr__(self, "silent", torch.zeros(len(self.hidden), dtype=torch.bool))
 
     def __getitem__(self, index: Tensor | Sequence[int]) -> PairStates:
         rows = torch.as_tensor(index, dtype=torch.long)
-        return PairStates(self.hidden[rows], self.tokens[rows])
+        return PairStates(self.hidden[rows], self.tokens[rows], self.silent[rows])
 
 
 def encode_pairs(
@@ -67,22 +76,23 @@ def encode_pairs(
 ) -> PairStates:
     """Encode labelled pairs; a text that occurs in several of them is encoded once."""
     texts: list[EncodedText] = []
-    encode = backbone.encoder.encode
+    silent: list[bool] = []
     for k, pair in enumerate(pairs):
         try:
-            if mode == "difference":
-                texts += [encode(pair.prompt, pair.first), encode(pair.prompt, pair.second)]
-            else:
-                texts += [
-                    encode(pair.prompt, pair.first, pair.second),
-                    encode(pair.prompt, pair.second, pair.first),
-                ]
+            own = encode_pair(backbone, pair.prompt, pair.first, pair.second, mode)
+            texts += own
+            silent.append(pair_signal(own, mode) != PairSignal.PRESENT and not _equal(pair, own))
         except InputError as error:
             raise InputError(f"pairs[{k}]: {error}") from error
     note = None if progress is None else (lambda done, total: progress("encoding", done, total))
-    hidden = backbone.hidden(texts, progress=note)
+    hidden = fill_unread(backbone.hidden(texts, progress=note), [texts[k : k + 2] for k in range(0, len(texts), 2)])
     tokens = torch.tensor([text.content_tokens for text in texts], dtype=torch.float64)
-    return PairStates(hidden.view(len(pairs), 2, -1), tokens.view(-1, 2))
+    return PairStates(hidden.view(len(pairs), 2, -1), tokens.view(-1, 2), torch.tensor(silent, dtype=torch.bool))
+
+
+def _equal(pair: StreamPair, texts: Sequence[EncodedText]) -> bool:
+    """Equal responses, read: that there is nothing between them is known."""
+    return content_key(pair.first) == content_key(pair.second) and not any(text.unread for text in texts)
 
 
 def evaluate_head(
@@ -118,6 +128,9 @@ def evaluate_head(
         table = PairTable.of_concat(rows, PairLayout([2] * count), "both")
         u = table.uncertainty
         g = table.preference * u
+    if bool(states.silent.any()):  # no preference, and as uncertain as the most uncertain: the engine routes them first
+        silent = states.silent.to(u.device)
+        g, u = g.masked_fill(silent, 0.0), torch.where(silent, u[~silent].max() if bool((~silent).any()) else u, u)
     labels = np.array([pair.label for pair in pairs])
     decided = np.where(labels == 0.5, 0.0, np.sign(labels - 0.5))
     clusters = {key: k for k, key in enumerate(dict.fromkeys(str(pair.prompt) for pair in pairs))}

@@ -22,6 +22,7 @@ from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response,
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore
 from rmcore.engine.routing import NeverRoute
+from rmcore.model.text import OverlongPolicy
 
 __all__ = ["Answers", "OverReference", "ReferenceAnswers", "ReferenceSource", "preference_over_reference"]
 
@@ -106,6 +107,9 @@ async def preference_over_reference(
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[Response]],
     references: Sequence[Answers],
+    *,
+    max_length: int | None = None,
+    overlong: OverlongPolicy | None = None,
 ) -> OverReference:
     """Compare responses with reference answers, by the engine's head as it is now.
 
@@ -114,8 +118,11 @@ async def preference_over_reference(
         prompts: one a group.
         responses: the policy's, K ≥ 1 a prompt.
         references: the answers to each prompt.
+        max_length: most tokens of a text, as in ``engine.score``, as is the next.
+        overlong: what happens to longer ones.
 
-    A prompt without an answer, and one that cannot be scored, lowers ``share``; the latter is logged.
+    Pairs without a preference (over-long under ``no-reward``, equal when cut) are left out. A prompt without an
+    answer, and one that cannot be scored, lowers ``share``; the latter is logged.
     """
     if engine.model is None:
         reject("engine.model", "a FrozenHead", "a RewardModel to score texts")
@@ -137,11 +144,13 @@ async def preference_over_reference(
                     wanted.append((slice(0, 1), slice(1, 2)))
     if not groups:
         return OverReference(math.nan, math.nan, 0.0)
-    scores = await alone.score_async([prompts[k] for k in asked], groups, on_error="return")
+    limit: dict[str, Any] = {"max_length": max_length, "overlong": overlong}
+    scores = await alone.score_async([prompts[k] for k in asked], groups, on_error="return", **limit)
     found, failed = [], dict[int, Exception]()
     for k, (rows, against), outcome in zip(asked, wanted, scores.outcomes(), strict=True):
         if isinstance(outcome, GroupScore):
-            found.append(outcome.preference[rows, against].flatten())
+            known = outcome.preference[rows, against].flatten()
+            found.append(known[~known.isnan()])
         else:
             failed[k] = outcome
     if failed:

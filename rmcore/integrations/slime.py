@@ -21,6 +21,7 @@ from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.client import GroupClient
 from rmcore.model.reward_model import RewardModel
+from rmcore.model.text import OverlongPolicy, TextLimit
 
 __all__ = ["GroupReward", "group_rm"]
 
@@ -41,18 +42,38 @@ class GroupReward:
         prompt_key: the key of ``sample.metadata`` that holds the prompt as the reward model shall see it, text or
             messages. None: ``sample.prompt``, which has the policy's chat template in it under
             ``--apply-chat-template``.
+        max_length: most tokens of a text; None is what the model was saved with. A group server has its own limits
+            (``rmcore serve --max-length --overlong``), so there it is refused.
+        overlong: what happens to longer ones, likewise (:data:`~rmcore.model.text.OverlongPolicy`). A sample without a
+            reward (``no-reward``) is masked in the loss.
     """
 
-    def __init__(self, source: RewardEngine | GroupClient | None = None, *, prompt_key: str | None = None) -> None:
+    def __init__(
+        self,
+        source: RewardEngine | GroupClient | None = None,
+        *,
+        prompt_key: str | None = None,
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
+    ) -> None:
         if source is not None and not isinstance(source, (RewardEngine, GroupClient)):
             reject("source", type(source).__name__, "a RewardEngine, a GroupClient or None")
+        limit = {"max_length": max_length, "overlong": overlong}
+        self.limit: dict[str, Any] = {name: value for name, value in limit.items() if value is not None}
+        TextLimit(**self.limit)
+        if self.limit and isinstance(source, GroupClient):
+            reject(
+                "max_length, overlong",
+                "given beside a GroupClient",
+                "None: rmcore serve takes --max-length, --overlong",
+            )
         self.prompt_key = prompt_key
         self._source = source
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock."""
-        return {"prompt_key": self.prompt_key, "_source": self._source}
+        return {"prompt_key": self.prompt_key, "limit": self.limit, "_source": self._source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -102,7 +123,7 @@ class GroupReward:
         source = self._source or self._configured(args)
         if isinstance(source, GroupClient):
             return list((await source.groups(prompt, texts)).advantages)
-        scores = await source.score_async([prompt], [texts])
+        scores = await source.score_async([prompt], [texts], **self.limit)
         return [value if value == value else None for value in scores[0].advantages.tolist()]  # NaN: no preference
 
     def _configured(self, args: Any) -> RewardEngine | GroupClient:

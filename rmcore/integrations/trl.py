@@ -35,6 +35,7 @@ from rmcore.integrations.reference import (
 from rmcore.integrations.rows import GroupingError, group_size_of_runs, prompt_key, split_groups
 from rmcore.integrations.trl_config import LOCALITY, ConfigIssue, check_trl_config, config_kind
 from rmcore.judge.base import Judge
+from rmcore.model.text import OverlongPolicy, TextLimit
 
 if TYPE_CHECKING:
     from rmcore.integrations.trl_state import RewardStateCallback
@@ -92,6 +93,9 @@ class PairwiseReward:
         deadline_s: seconds after which a call fails. Verdicts not in after 80% of it are given up: those pairs keep
             the head's preference. It must be below the trainer's ``ddp_timeout``, which would end the run instead.
         strict: raise if :func:`check_trl_config` finds anything; by default it is logged once as warnings.
+        max_length: most tokens of a text; None is what the model was saved with.
+        overlong: what happens to longer ones, likewise (:data:`~rmcore.model.text.OverlongPolicy`). ``no-reward`` gives
+            such a completion None and the rest of its group the rewards they would have without it.
         engine_options: further keyword arguments of :class:`~rmcore.engine.RewardEngine` for a folder.
 
     Attributes:
@@ -112,6 +116,8 @@ class PairwiseReward:
         reference_every: int = 1,
         deadline_s: float = 900.0,
         strict: bool = False,
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         **engine_options: Any,
     ) -> None:
         if not isinstance(model, (RewardEngine, str, os.PathLike)):
@@ -137,6 +143,9 @@ class PairwiseReward:
         self.reference_every = reference_every
         self.deadline_s = deadline_s
         self.strict = strict
+        limit = {"max_length": max_length, "overlong": overlong}
+        self.limit: dict[str, Any] = {name: value for name, value in limit.items() if value is not None}
+        TextLimit(**self.limit)
         self.last: GroupScores | None = None
         self._path = None if isinstance(model, RewardEngine) else os.fspath(model)
         self._settings = {"judge": judge, "router": router, **engine_options}
@@ -234,13 +243,14 @@ class PairwiseReward:
         engine = await asyncio.to_thread(lambda: self.engine)
         prompts = [rows.prompts[group[0]] for group in groups]
         texts = [[rows.texts[row] for row in group] for group in groups]
-        scores = await engine.score_async(prompts, texts)
+        scores = await engine.score_async(prompts, texts, **self.limit)
         over = None
         if rows.references is not None:
             references = [rows.references[group[0]] for group in groups]
-            over = await preference_over_reference(engine, prompts, texts, references)
+            over = await preference_over_reference(engine, prompts, texts, references, **self.limit)
         baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out" if self.mode == "rloo" else "group-mean"
-        values = scores.rewards_for(baseline).tolist()
+        # TRL counts a None as 0 in its baseline.
+        values = [float(r) for group in scores for r in group.rewards_for(baseline, missing_as_zero=True)]
         return [None if math.isnan(value) else value for value in values], scores, over
 
     async def _gathered(self, rows: _Rows, trainer: Any) -> _Scored:

@@ -32,7 +32,7 @@ from rmcore.model.hub import folder_of
 from rmcore.model.loading import choose_attention, configured, load, tree_kinds
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
-from rmcore.model.text import EncodedText, PairTemplate, TextEncoder
+from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
 from rmcore.ops.dispatch import Explanation
 
 __all__ = ["Backbone", "BackboneConfig", "EncodingStats", "Pooling", "choose_attention", "length_batches"]
@@ -51,6 +51,7 @@ class EncodingStats:
         padded_tokens: tokens of padded forward passes, padding included.
         truncated_texts: texts that a policy cut.
         cut_tokens: what it took.
+        unread_texts: texts that the policy ``no-reward`` left unread.
         packed_tokens: tokens of packed forward passes, where shared beginnings count once.
         cached: distinct texts whose states were known from before, so that they cost nothing.
     """
@@ -63,6 +64,7 @@ class EncodingStats:
     cut_tokens: int = 0
     packed_tokens: int = 0
     cached: int = 0
+    unread_texts: int = 0
 
     @property
     def computed_tokens(self) -> int:
@@ -83,6 +85,23 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
         count = max(1, max_tokens // max(lengths[order[start]], 1))
         yield order[start : start + count]
         start += count
+
+
+def _check_positions(max_length: int | None, positions: int | None) -> None:
+    if max_length is not None and positions is not None and max_length > positions:
+        reject("max_length", max_length, f"at most the model's {positions} positions")
+
+
+def _warn_of_cuts(texts: Sequence[EncodedText], call: EncodingStats) -> None:
+    limit = next((text.limit for text in texts if text.limit is not None), None)
+    if limit is None:
+        return
+    over = call.truncated_texts + call.unread_texts
+    done = f"cut {call.cut_tokens} tokens" if call.truncated_texts else "left them unread"
+    log.warning(
+        "%d of %d texts were longer than %s tokens; the policy %r %s",
+        *(over, call.texts, limit.max_length, limit.overlong, done),
+    )
 
 
 class _EnoughError(Exception):
@@ -135,18 +154,18 @@ class Backbone:
         self.stats = EncodingStats()
         self.files = dict(files or {})
         self.state_cache: StateCache | None = None
-        limit = position_limit(model)
-        if config.max_length is not None and limit is not None and config.max_length > limit:
-            reject("max_length", config.max_length, f"at most the model's {limit} positions")
+        self.positions = position_limit(model)
+        _check_positions(config.max_length, self.positions)
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
         self.encoder = TextEncoder(
             tokenizer,
             template=PairTemplate(config.single_template, config.pair_template),
             chat=config.chat,
             append_eos=append_eos,
-            max_length=config.max_length or limit,
+            max_length=config.max_length or self.positions,
             overlong=config.overlong,
             date=config.date,
+            positions=self.positions,
         )
         self._separator = pair_separator(model, tokenizer)
         self._final_linear = final_linear(model) if config.kind == "classifier" else None
@@ -160,7 +179,7 @@ class Backbone:
             encode_pack=self._encode_pack,
             encode_alone=lambda ids: self._forward([ids])[0],
             layers=config.layer or int(getattr(text_config(model), "num_hidden_layers", 0)),
-            max_length=self.encoder.max_length,
+            max_length=self.positions or self.encoder.max_length,
             kinds=tree_kinds,
         )
 
@@ -278,6 +297,15 @@ class Backbone:
         """How shared beginnings were asked to be encoded."""
         return self._sharing.packing
 
+    def text_limit(self, max_length: int | None = None, overlong: OverlongPolicy | None = None) -> TextLimit:
+        """The limit of texts with some of it given, the rest as configured; raises InputError for an impossible one."""
+        own = self.encoder.limit
+        limit = TextLimit(max_length or own.max_length, overlong or own.overlong)
+        if max_length is not None:
+            TextLimit(max_length)  # 0, say
+            _check_positions(max_length, self.positions)
+        return limit
+
     def explain(self) -> Explanation:
         """How shared beginnings are encoded (``flex``, ``sdpa``, ``padded``), and why not otherwise.
 
@@ -301,7 +329,7 @@ class Backbone:
         progress: Callable[[int, int], None] | None = None,
         stats: EncodingStats | None = None,
     ) -> Tensor:
-        """Pooled hidden states (N, h) float32 on the model's device, one row a text, in order.
+        """Pooled hidden states (N, h) float32 on the model's device, one row a text, in order; NaN for unread texts.
 
         Args:
             texts: encoded texts; equal ones are encoded once.
@@ -309,16 +337,18 @@ class Backbone:
             stats: what this call did is added to it. ``self.stats`` counts all calls, of all threads.
         """
         distinct: dict[tuple[int, ...], int] = {}
-        rows = [distinct.setdefault(text.ids, len(distinct)) for text in texts]
+        read = [k for k, text in enumerate(texts) if not text.unread]
+        rows = [distinct.setdefault(texts[k].ids, len(distinct)) for k in read]
         ids = list(distinct)
         if () in distinct:
-            reject(f"texts[{rows.index(distinct[()])}]", "no tokens at all", "at least one token")
+            reject(f"texts[{read[rows.index(distinct[()])]}]", "no tokens at all", "at least one token")
         call = EncodingStats(
             texts=len(texts),
             encoded=len(ids),
             tokens=sum(map(len, ids)),
             truncated_texts=sum(text.cut_tokens > 0 for text in texts),
             cut_tokens=sum(text.cut_tokens for text in texts),
+            unread_texts=len(texts) - len(read),
         )
         width = self.hidden_size - (self.config.length_feature != 0)
         pooled = torch.empty(len(ids), width, dtype=torch.float32, device=self.device)
@@ -331,7 +361,7 @@ class Backbone:
             call.cached = len(known)
         done = call.tokens - sum(len(ids[k]) for k in todo)
         with torch.inference_mode():
-            for part, states in self._encode([ids[k] for k in todo], call):
+            for part, states in self._encode([ids[k] for k in todo], call) if todo else ():
                 batch = [todo[k] for k in part]
                 pooled[torch.tensor(batch, device=self.device)] = states
                 if cache is not None:
@@ -343,16 +373,13 @@ class Backbone:
             self.stats.add(call)
         if stats is not None:
             stats.add(call)
-        if call.truncated_texts:
-            log.warning(
-                "%d of %d texts were longer than %s tokens; the policy %r cut %d tokens",
-                call.truncated_texts,
-                call.texts,
-                self.encoder.max_length,
-                self.config.overlong,
-                call.cut_tokens,
-            )
-        return self.add_length_feature(pooled[torch.tensor(rows, dtype=torch.long, device=self.device)], texts)
+        _warn_of_cuts(texts, call)
+        states = pooled[torch.tensor(rows, dtype=torch.long, device=self.device)]
+        if call.unread_texts:
+            every = torch.full((len(texts), width), torch.nan, dtype=torch.float32, device=self.device)
+            every[torch.tensor(read, dtype=torch.long, device=self.device)] = states
+            states = every
+        return self.add_length_feature(states, texts)
 
     def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
         """(indices of texts, their pooled states) of one forward pass after another."""

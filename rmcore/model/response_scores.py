@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
+from rmcore.model.signal import PairSignal, pair_signals
+from rmcore.model.text import EncodedText
 from rmcore.ops import reference
 
 __all__ = ["ResponseScores", "pair_squares"]
@@ -21,8 +23,9 @@ class ResponseScores:
     The names mean what they do in :class:`rmcore.GroupScores`, and the values are those of an engine without a judge.
 
     Attributes:
-        preference: p̃ = g / u, antisymmetric, logits.
-        uncertainty: u ≥ 1, symmetric; 1 is as sure as the training data allows.
+        preference: p̃ = g / u, antisymmetric, logits. NaN where the model cannot tell: the inputs of two different
+            responses are equal (cut to the limit, say), or one is over-long under the policy ``no-reward``.
+        uncertainty: u ≥ 1, symmetric; 1 is as sure as the training data allows. Inf where there is no preference.
         logit: g, antisymmetric, before division by u.
         variance: v, symmetric.
     """
@@ -37,26 +40,44 @@ class ResponseScores:
         """(K,) a reward a response: the mean of its p̃ against the K responses, its own 0 included.
 
         They compare responses of one prompt; between prompts they mean nothing. The reward of a model with linear
-        features, where no uncertainty divides it, is this up to a constant of the prompt. K = 1 gives 0.
+        features, where no uncertainty divides it, is this up to a constant of the prompt. K = 1 gives 0. Pairs without
+        a preference are left out; a response that has none to any other gets NaN, and does not count among the K.
         """
-        return reference.rloo_rewards(self.preference)
+        known = ~self.preference.isnan()
+        known.fill_diagonal_(False)
+        members = (known.sum(1) > 0).sum().clamp_min(1)
+        total = self.preference.masked_fill(~known, 0.0).sum(1) / members
+        return total if len(total) == 1 else total.masked_fill(known.sum(1) == 0, torch.nan)
 
     @property
     def response_uncertainty(self) -> Tensor:
-        """(K,) mean u of a response's pairs with the others; K = 1 gives 1."""
-        k = len(self.uncertainty)
-        if k == 1:
+        """(K,) mean u of a response's pairs that have a preference; Inf where none has; K = 1 gives 1."""
+        if len(self.uncertainty) == 1:
             return torch.ones(1, dtype=torch.float64)
-        return (self.uncertainty.sum(1) - self.uncertainty.diagonal()) / (k - 1)
+        known = ~self.preference.isnan()
+        known.fill_diagonal_(False)
+        count = known.sum(1)
+        mean = self.uncertainty.masked_fill(~known, 0.0).sum(1) / count
+        return mean.masked_fill(count == 0, torch.inf)
 
     @property
     def ranking(self) -> Tensor:
-        """(K,) int64: places of the responses, best reward first; of equal ones the first in the group is first."""
-        return self.rewards.argsort(descending=True, stable=True)
+        """(K,) int64: places of the responses, best reward first; of equal ones the first in the group is first.
+
+        Those without a reward come last.
+        """
+        return self.rewards.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
 
 
 def pair_squares(
-    logit: Tensor, variance: Tensor, responses: Sequence[Sequence[Response]], amplitude: float, *, ordered: bool
+    logit: Tensor,
+    variance: Tensor,
+    responses: Sequence[Sequence[Response]],
+    amplitude: float,
+    encoded: Sequence[Sequence[EncodedText]],
+    mode: str,
+    *,
+    ordered: bool,
 ) -> list[ResponseScores]:
     """One result a group from the head's flat pairs, all groups of equal K at once.
 
@@ -65,6 +86,8 @@ def pair_squares(
         variance: (Q,) v, likewise.
         responses: the groups' texts. Equal ones of a group are decided by rule: nothing between them, and no doubt.
         amplitude: a of u = √(1 + a v).
+        encoded: the groups' texts as the backbone had them.
+        mode: ``difference`` (a text a response) or ``concat`` (a text a pair, as in ``logit``).
         ordered: both orders were scored, and are averaged.
     """
     g, v = logit.double().cpu(), variance.double().cpu()
@@ -72,6 +95,8 @@ def pair_squares(
     counts = sizes * (sizes - 1) // (1 if ordered else 2)
     starts = counts.cumsum(0) - counts
     result: dict[int, ResponseScores] = {}
+    inputs = [text for group in encoded for text in group]
+    row_starts = starts if mode == "concat" else sizes.cumsum(0) - sizes
     for k in sizes.unique().tolist():
         groups = (sizes == k).nonzero()[:, 0]
         i, j = (~torch.eye(k, dtype=torch.bool)).nonzero().T if ordered else torch.triu_indices(k, k, 1)
@@ -85,6 +110,14 @@ def pair_squares(
         u = reference.uncertainty(squares[1], amplitude)
         p, u = reference.concat_preference(reference.preference(squares[0], u), u)
         g_mean, v_mean = (squares[0] - squares[0].mT) / 2, (squares[1] + squares[1].mT) / 2
+        pair_rows = rows[..., None] if mode == "concat" else row_starts[groups, None, None] + torch.stack((i, j), 1)
+        signal = torch.zeros(len(groups), k, k, dtype=torch.uint8)
+        signal[:, i, j] = pair_signals(inputs, pair_rows.flatten(0, 1), mode).view(len(groups), -1)
+        signal = torch.maximum(signal, signal.mT)
+        unread = signal == PairSignal.UNREAD
+        silent = unread | ((signal == PairSignal.EQUAL_INPUTS) & ~same)
+        p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
+        g_mean, v_mean = g_mean.masked_fill(unread, torch.nan), v_mean.masked_fill(unread, torch.nan)
         for n, group in enumerate(groups.tolist()):
             result[group] = ResponseScores(p[n], u[n], g_mean[n], v_mean[n])
     return [result[group] for group in range(len(responses))]

@@ -26,11 +26,12 @@ from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
-from rmcore.model.text import EncodedText
+from rmcore.model.signal import fill_unread, training_signal
+from rmcore.model.text import EncodedText, OverlongPolicy, TextLimit
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
 
-__all__ = ["Preference", "Progress", "RewardModel", "encode_preferences"]
+__all__ = ["Preference", "Progress", "RewardModel", "encode_pair", "encode_preferences", "preference_texts"]
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ class RewardModel:
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         progress: Progress | None = None,
     ) -> ResponseScores: ...
     @overload
@@ -143,6 +146,8 @@ class RewardModel:
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         progress: Progress | None = None,
     ) -> list[ResponseScores]: ...
     def score(
@@ -152,6 +157,8 @@ class RewardModel:
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         progress: Progress | None = None,
     ) -> ResponseScores | list[ResponseScores]:
         """Score responses with the model alone: rewards, and a preference and an uncertainty for every pair.
@@ -164,6 +171,8 @@ class RewardModel:
                 are decided by rule: nothing between them.
             orders: concat mode: score ``both`` orders of a pair and average, or ``one`` (i < j).
             backend: of the head's kernels.
+            max_length: most tokens of a text in this call; None is the backbone's own limit.
+            overlong: what happens to longer ones (:data:`~rmcore.model.text.OverlongPolicy`); None is the backbone's.
             progress: called with ("encoding", tokens done, tokens in all).
 
         Returns:
@@ -180,13 +189,23 @@ class RewardModel:
                 if isinstance(response, (list, tuple)) and response and isinstance(response[0], str):
                     reject(f"responses[{k}]", "a list of texts", "a response, since prompts is one text")
             one: Any = [responses]
-            return self.score([prompts], one, orders=orders, backend=backend, progress=progress)[0]
+            return self.score(
+                [prompts],
+                one,
+                orders=orders,
+                backend=backend,
+                max_length=max_length,
+                overlong=overlong,
+                progress=progress,
+            )[0]
         if orders not in ("both", "one"):
             reject("orders", repr(orders), "'both' or 'one'")
         given: Any = responses
         prompts, groups = canonical_groups(prompts, given)
         sizes = [len(group) for group in groups]
-        hidden = self.hidden_states(prompts, groups, orders=orders, progress=progress)
+        limit = self.backbone.text_limit(max_length, overlong)
+        encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
+        hidden = fill_unread(self.hidden_rows(encoded, progress=progress), encoded)
         pairs: PairScores | Scores
         if self.mode == "difference":
             pairs = self.head.score_pairs(hidden, torch.tensor(sizes), backend=backend)
@@ -197,20 +216,27 @@ class RewardModel:
             pairs.variance,
             groups,
             self.head.weights.amplitude,
+            encoded,
+            self.mode,
             ordered=self.mode == "concat" and orders == "both",
         )
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 
     def encode_group(
-        self, prompt: Prompt, responses: Sequence[Response], *, orders: Literal["both", "one"] = "both"
+        self,
+        prompt: Prompt,
+        responses: Sequence[Response],
+        *,
+        orders: Literal["both", "one"] = "both",
+        limit: TextLimit | None = None,
     ) -> list[EncodedText]:
         """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``)."""
         encode = self.backbone.encoder.encode
         if self.mode == "difference":
-            return [encode(prompt, response) for response in responses]
+            return [encode(prompt, response, limit=limit) for response in responses]
         return [
-            encode(prompt, a, b)
+            encode(prompt, a, b, limit=limit)
             for i, a in enumerate(responses)
             for j, b in enumerate(responses)
             if (i != j if orders == "both" else i < j)
@@ -222,12 +248,13 @@ class RewardModel:
         responses: Sequence[Sequence[Response]],
         *,
         orders: Literal["both", "one"] = "both",
+        limit: TextLimit | None = None,
     ) -> list[list[EncodedText]]:
         """:meth:`encode_group` of every group. An InputError names the group by its place among ``prompts``."""
         groups = []
         for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                groups.append(self.encode_group(prompt, group, orders=orders))
+                groups.append(self.encode_group(prompt, group, orders=orders, limit=limit))
             except InputError as error:
                 raise InputError(f"group {k}: {error}") from error
         return groups
@@ -365,6 +392,8 @@ class RewardModel:
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
         trust_remote_code: bool = False,
+        max_length: int | None = None,
+        overlong: OverlongPolicy | None = None,
         backbone: Backbone | None = None,
     ) -> RewardModel:
         """Load a model written by :meth:`save_pretrained` or pushed by :meth:`push_to_hub`.
@@ -380,6 +409,8 @@ class RewardModel:
             tokens_per_batch: tokens of one forward pass.
             packing: how texts that begin alike are encoded.
             trust_remote_code: run Python files that come with the backbone.
+            max_length: most tokens of a text, instead of what the model was saved with.
+            overlong: what happens to longer texts, likewise (:data:`~rmcore.model.text.OverlongPolicy`).
             backbone: use this one instead of loading the one recorded (it must be as wide).
 
         A private repository needs HF_TOKEN in the environment, or ``hf auth login``; tokens are not taken as arguments.
@@ -388,8 +419,14 @@ class RewardModel:
             CheckpointError: anything truncated, foreign or inconsistent, or a backbone whose files are not those the
                 model was saved with (the message names them); on the hub a repository or revision that is
                 not there, gated, or not in the cache while offline. The message names both.
-            InputError: a revision beside a folder, or a backbone given that is not as wide as the head.
+            InputError: a revision beside a folder, a backbone given that is not as wide as the head, a limit beside it
+                or one that the backbone has no positions for.
         """
+        limits: dict[str, Any] = {"max_length": max_length, "overlong": overlong}
+        limits = {key: value for key, value in limits.items() if value is not None}
+        TextLimit(**limits)
+        if backbone is not None and limits:
+            reject("max_length, overlong", "given beside a backbone", "None: they belong to the backbone's config")
         folder = hub.folder_of(name, revision, expected=f"a folder with {checkpoint.CONFIG_FILE}") or hub.download(
             os.fspath(name), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -403,6 +440,7 @@ class RewardModel:
             config = BackboneConfig.from_dict(values["backbone"])
             if values.get("embedded"):
                 config = replace(config, name=str(folder / "backbone"), revision=None)
+            config = replace(config, **limits)
             loaded = Backbone.from_pretrained(
                 config,
                 device=device,
@@ -424,6 +462,8 @@ class RewardModel:
                 )
             return cls(loaded, head)
         except (InputError, KeyError, TypeError) as error:
+            if limits and isinstance(error, InputError) and str(error).startswith("max_length: "):
+                raise  # the caller's own
             raise CheckpointError(f"{name}: got a backbone section that does not fit ({error})") from error
 
 
@@ -440,10 +480,12 @@ def encode_preferences(
 def preference_texts(
     backbone: Backbone, preferences: Sequence[Preference], mode: str
 ) -> tuple[list[EncodedText], Tensor]:
-    """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order."""
-    texts: list[EncodedText] = []
-    labels: list[float] = []
-    encode = backbone.encoder.encode
+    """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order.
+
+    Pairs whose two inputs are equal, or one of which is unread, teach nothing: they are left out, with a warning that
+    says how many and why. Raises InputError where no other is left.
+    """
+    pairs: list[tuple[EncodedText, EncodedText]] = []
     for k, item in enumerate(preferences):
         if not isinstance(item, Preference):
             reject(
@@ -458,16 +500,24 @@ def preference_texts(
         if isinstance(item.label, bool) or not isinstance(item.label, (int, float)) or not 0 <= item.label <= 1:
             reject(f"preferences[{k}].label", repr(item.label)[:40], "a probability in [0, 1]")
         try:
-            if mode == "difference":
-                texts += [encode(item.prompt, item.chosen), encode(item.prompt, item.rejected)]
-                labels.append(item.label)
-            else:
-                texts.append(encode(item.prompt, item.chosen, item.rejected))
-                texts.append(encode(item.prompt, item.rejected, item.chosen))
-                labels += [item.label, 1 - item.label]
+            pairs.append(encode_pair(backbone, item.prompt, item.chosen, item.rejected, mode))
         except InputError as error:
             raise InputError(f"preferences[{k}]: {error}") from error
-    return texts, torch.tensor(labels, dtype=torch.float32)
+    kept = training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
+    labels = [preferences[k].label for k in kept]
+    if mode == "concat":
+        labels = [value for label in labels for value in (label, 1 - label)]
+    return [text for k in kept for text in pairs[k]], torch.tensor(labels, dtype=torch.float32)
+
+
+def encode_pair(
+    backbone: Backbone, prompt: Prompt, first: Response, second: Response, mode: str
+) -> tuple[EncodedText, EncodedText]:
+    """The two texts of a pair: its responses', or its two orders in concat mode."""
+    encode = backbone.encoder.encode
+    if mode == "difference":
+        return encode(prompt, first), encode(prompt, second)
+    return encode(prompt, first, second), encode(prompt, second, first)
 
 
 def _tokens(progress: Progress | None) -> Callable[[int, int], None] | None:

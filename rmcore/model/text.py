@@ -11,8 +11,8 @@ import functools
 import logging
 import re
 import threading
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import (
@@ -27,18 +27,29 @@ from rmcore._base.prompt import (
 from rmcore.model.chat import render_conversation
 from rmcore.model.template_date import parse_date, pinned_template
 
-__all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder"]
+__all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "TextLimit"]
 
-OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest"]
+OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest", "no-reward"]
 """``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
-alone are too long. ``truncate-right``: drop from the end, the longest response first, then the prompt's end.
-``truncate-longest``: drop from the end of whichever is longest, prompt or response, until all fits."""
+alone are too long. ``truncate-right``: drop from the end, the longest response first, down to a quarter of the limit
+for all responses of the text together, then the prompt's end. ``truncate-longest``: drop from the end of whichever is
+longest, prompt or response, until all fits. ``no-reward``: leave such a text unread; its pairs have no preference, and
+the other responses of its group are as they would be without it.
+
+No policy cuts a response to nothing: a text of which no token of a response would be left is refused."""
 
 log = logging.getLogger(__name__)
 
-_POLICIES = ("error", "truncate-prompt-left", "truncate-right", "truncate-longest")
+_POLICIES = get_args(OverlongPolicy)
 
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
+
+
+_Run: TypeAlias = tuple[str, bool, tuple[int, ...]]
+"""Segment name, whether a policy may cut it, token ids."""
+
+_LEAST_SHARE = 4
+"""Under ``truncate-right`` the responses keep at least a quarter of the limit while there is prompt to cut."""
 
 
 class Segment(NamedTuple):
@@ -49,12 +60,38 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class TextLimit:
+    """How many tokens a text may have, specials included (None: any number), and what happens to longer ones."""
+
+    max_length: int | None = None
+    overlong: OverlongPolicy = "error"
+
+    def __post_init__(self) -> None:
+        if self.overlong not in _POLICIES:
+            reject("overlong", repr(self.overlong), f"one of {', '.join(_POLICIES)}")
+        if self.max_length is not None and self.max_length < 1:
+            reject("max_length", self.max_length, "a positive number of tokens or None")
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedText:
-    """One backbone input: its segments in order, the content length before any cut, and how many tokens were cut."""
+    """One backbone input.
+
+    Attributes:
+        segments: in order; none where the text is ``unread``.
+        content_tokens: content length before any cut.
+        cut_tokens: how many tokens were cut.
+        equal_responses: of a text with two responses: what is left of both is the same, but for where a cut fell.
+        unread: longer than the limit under the policy ``no-reward``.
+        limit: what cut it, if anything did.
+    """
 
     segments: tuple[Segment, ...]
     content_tokens: int
     cut_tokens: int = 0
+    equal_responses: bool = False
+    unread: bool = False
+    limit: TextLimit | None = field(default=None, compare=False, repr=False)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -95,6 +132,7 @@ class TextEncoder:
         max_length: most tokens a text may have, specials included; None for no limit.
         overlong: what happens to longer ones.
         date: YYYY-MM-DD, told to a chat template that asks for the day; None leaves the template the clock.
+        positions: how far ``max_length`` may go, for error messages; None if nobody knows.
     """
 
     def __init__(
@@ -107,22 +145,19 @@ class TextEncoder:
         max_length: int | None = None,
         overlong: OverlongPolicy = "error",
         date: str | None = None,
+        positions: int | None = None,
     ) -> None:
+        self.limit = TextLimit(max_length, overlong)
         if chat not in ("auto", "always", "never"):
             reject("chat", repr(chat), "auto, always or never")
-        if overlong not in _POLICIES:
-            reject("overlong", repr(overlong), f"one of {', '.join(_POLICIES)}")
-        if max_length is not None and max_length < 1:
-            reject("max_length", max_length, "a positive number of tokens or None")
         if chat == "always" and not getattr(tokenizer, "chat_template", None):
             reject("chat", "'always'", "a tokenizer with a chat template")
         self.tokenizer = tokenizer
         self.template = template or PairTemplate()
         self.chat = chat
         self.append_eos = append_eos
-        self.max_length = max_length
-        self.overlong = overlong
         self.date = None if date is None else parse_date(date)
+        self.positions = positions
         # Whether special tokens count is a state of the tokenizer, set before each call: one caller at a time.
         self._lock = threading.Lock()
         self._noticed: set[str] = set()
@@ -130,16 +165,26 @@ class TextEncoder:
         self._content = functools.lru_cache(maxsize=16384)(self._tokenize_content)
         self._prefix, self._suffix = self._special_tokens()
 
-    def encode(self, prompt: Prompt, first: Response, second: Response | None = None) -> EncodedText:
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens a text may have where a call says nothing else."""
+        return self.limit.max_length
+
+    def encode(
+        self, prompt: Prompt, first: Response, second: Response | None = None, *, limit: TextLimit | None = None
+    ) -> EncodedText:
         """Tokenise one response (difference mode) or, with ``second``, one ordered pair (concat mode).
 
         A response of messages is rendered by the chat template in difference mode. Where there is no chat template, two
         responses share a turn, or the template refuses the response's roles, it is one text
         (:func:`~rmcore._base.prompt.response_text`).
 
+        ``limit`` is for this text, instead of the encoder's own.
+
         Raises InputError for what is no prompt or response, for an over-long text under the policy ``error``, and for
         one the policy cannot shorten enough.
         """
+        limit = limit or self.limit
         template = self.template.single if second is None else self.template.pair
         asked = canonical_prompt(prompt)
         answer = canonical_response(first, "first")
@@ -150,14 +195,14 @@ class TextEncoder:
             self.chat == "auto" and not isinstance(asked, str) and bool(getattr(self.tokenizer, "chat_template", None))
         )
         if not uses_chat:
-            return self._assemble(self._plain_pieces(asked, template), texts)
+            return self._assemble(self._plain_pieces(asked, template), texts, limit)
         turn = template.split("{prompt}", 1)[1].lstrip("\n")
         if not isinstance(answer, str) and turn == "{first}":
             try:
-                return self._assemble(self._turns_pieces(asked, answer), texts)
+                return self._assemble(self._turns_pieces(asked, answer), texts, limit)
             except _TurnsError:
                 self._notice("the roles of a response")
-        return self._assemble(self._chat_pieces(asked, turn), texts)
+        return self._assemble(self._chat_pieces(asked, turn), texts, limit)
 
     # A piece is (segment name, kind, text): kind "literal" is template text, "content" is hostile text and "field"
     # names a response.
@@ -201,9 +246,9 @@ class TextEncoder:
             self._noticed.add(field)
             log.warning("the tokenizer's chat template leaves out %s: shown as text within the messages instead", field)
 
-    def _assemble(self, pieces: list[tuple[str, str, str]], texts: dict[str, str]) -> EncodedText:
+    def _assemble(self, pieces: list[tuple[str, str, str]], texts: dict[str, str], limit: TextLimit) -> EncodedText:
         # Ids a policy may cut (content) are kept apart from those it may not (template, special tokens).
-        runs: list[tuple[str, bool, tuple[int, ...]]] = []
+        runs: list[_Run] = []
         current = "prompt"
         for name, kind, text in pieces:
             current = name or current
@@ -216,49 +261,61 @@ class TextEncoder:
             if ids:
                 runs.append((current, kind in ("content", "field"), ids))
         content = sum(len(ids) for _, cuttable, ids in runs if cuttable)
-        excess = 0 if self.max_length is None else sum(len(ids) for *_, ids in runs) - self.max_length
+        excess = 0 if limit.max_length is None else sum(len(ids) for *_, ids in runs) - limit.max_length
+        if excess > 0 and limit.overlong == "no-reward":
+            return EncodedText((), content, unread=True, limit=limit)
+        whole = [_content_of(runs, name) for name in texts]
         if excess > 0:
-            runs = self._shorten(runs, excess)
+            runs = self._shorten(runs, excess, limit)
         segments: list[Segment] = []
         for name in ("prompt", "first", "second"):
             ids = tuple(i for run, _, part in runs if run == name for i in part)
             if ids:
                 segments.append(Segment(name, ids))
-        return EncodedText(tuple(segments), content, max(excess, 0))
+        equal = len(whole) == 2 and _nothing_between(whole, [_content_of(runs, name) for name in texts])
+        return EncodedText(
+            tuple(segments), content, max(excess, 0), equal_responses=equal, limit=limit if excess > 0 else None
+        )
 
-    def _shorten(self, runs: list[tuple[str, bool, tuple[int, ...]]], excess: int) -> list[tuple[str, bool, Any]]:
+    def _shorten(self, runs: list[_Run], excess: int, limit: TextLimit) -> list[_Run]:
         total = sum(len(ids) for *_, ids in runs)
-        if self.overlong == "error":
-            reject(
-                "prompt and response",
-                f"{total} tokens",
-                f"at most {self.max_length}",
-                f"Pass a larger max_length, or an overlong policy: {', '.join(_POLICIES[1:])}",
-            )
+        assert limit.max_length is not None
+        if limit.overlong == "error":
+            reject("prompt and response", f"{total} tokens", f"at most {limit.max_length}", self._remedy(limit))
         sizes = [len(ids) if cuttable else 0 for _, cuttable, ids in runs]
         left = [0] * len(runs)
         right = [0] * len(runs)
         prompts = [k for k, run in enumerate(runs) if run[0] == "prompt" and run[1]]
-        if self.overlong == "truncate-prompt-left":
+        # A unit is what is shortened as one: a response, or all messages of the prompt.
+        own = {name: [k for k, run in enumerate(runs) if run[0] == name and run[1]] for name in ("first", "second")}
+        units = [unit for unit in own.values() if unit]
+        if limit.overlong == "truncate-prompt-left":
             for k in prompts:
                 left[k] = min(sizes[k], excess)
                 excess -= left[k]
+        elif limit.overlong == "truncate-longest":
+            excess -= _level([prompts, *units], sizes, right, excess, [0, *[1] * len(units)])
         else:
-            # A unit is what is shortened as one: a response, or all messages of the prompt.
-            own = {name: [k for k, run in enumerate(runs) if run[0] == name and run[1]] for name in ("first", "second")}
-            units = [unit for unit in own.values() if unit]
-            if self.overlong == "truncate-longest" and prompts:
-                units.insert(0, prompts)
-            excess -= _level(units, sizes, right, excess)
-            if self.overlong == "truncate-right":
-                excess -= _level([prompts], sizes, right, excess)
+            least = max(1, limit.max_length // (_LEAST_SHARE * max(len(units), 1)))
+            excess -= _level(units, sizes, right, excess, [least] * len(units))
+            excess -= _level([prompts], sizes, right, excess, [0])
+            excess -= _level(units, sizes, right, excess, [1] * len(units))
         if excess > 0:
             reject(
                 "prompt and response",
-                f"{total} tokens, of which {excess} too many remain after the policy {self.overlong!r}",
-                f"at most {self.max_length}",
+                f"{total} tokens, of which {excess} too many remain after the policy {limit.overlong!r}, which never "
+                "cuts a response to nothing",
+                f"at most {limit.max_length}",
             )
         return [(name, cut, ids[left[k] : len(ids) - right[k]]) for k, (name, cut, ids) in enumerate(runs)]
+
+    def _remedy(self, limit: TextLimit) -> str:
+        policies = f"an overlong policy: {', '.join(name for name in _POLICIES if name != 'error')}"
+        if self.positions is None:
+            return f"Pass a larger max_length, or {policies}"
+        if limit.max_length is not None and limit.max_length < self.positions:
+            return f"Pass a larger max_length (the model has {self.positions} positions), or {policies}"
+        return f"The model has no more positions. Pass {policies}"
 
     def _tokenize_literal(self, text: str) -> tuple[int, ...]:
         if not text:
@@ -288,18 +345,33 @@ class TextEncoder:
         return prefix, suffix
 
 
-def _level(units: list[list[int]], sizes: list[int], right: list[int], excess: int) -> int:
+def _content_of(runs: list[_Run], name: str) -> tuple[int, ...]:
+    return tuple(i for run, own, ids in runs if own and run == name for i in ids)
+
+
+def _nothing_between(whole: list[tuple[int, ...]], left: list[tuple[int, ...]]) -> bool:
+    """Whether what is left of two responses is the same, or, both being cut, the same but for where the cut fell."""
+    if all(len(kept) < len(full) for kept, full in zip(left, whole, strict=True)):
+        shorter = min(map(len, left))
+        return left[0][:shorter] == left[1][:shorter]
+    return left[0] == left[1]
+
+
+def _level(units: list[list[int]], sizes: list[int], right: list[int], excess: int, least: list[int]) -> int:
     """Cut up to ``excess`` tokens from the ends of ``units`` into ``right``, the longest unit first; how many it was.
 
     The longest is brought down to the next longest (or as far as needed) before another is touched, so none pays for
-    another.
+    another; and no unit below its ``least``.
     """
-    left = [sum(sizes[k] for k in unit) for unit in units]
+    left = [sum(sizes[k] - right[k] for k in unit) for unit in units]
     cut = 0
-    while cut < excess and any(left):
-        longest = max(range(len(units)), key=lambda n: left[n])
-        others = max((size for n, size in enumerate(left) if n != longest), default=0)
-        drop = min(max(1, left[longest] - others), excess - cut, left[longest])
+    while cut < excess:
+        spare = [n for n in range(len(units)) if left[n] > least[n]]
+        if not spare:
+            break
+        longest = max(spare, key=lambda n: left[n])
+        others = max((left[n] for n in spare if n != longest), default=0)
+        drop = min(max(1, left[longest] - others), excess - cut, left[longest] - least[longest])
         left[longest] -= drop
         cut += drop
         for k in reversed(units[longest]):

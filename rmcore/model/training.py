@@ -212,13 +212,14 @@ def finetune(
         reject("warmup", warmup, "a share of the steps in [0, 1)")
     groups = _backbone_groups(backbone, lr_backbone, weight_decay)
     texts, labels = preference_texts(backbone, preferences, head.config.mode)
+    count = len(texts) // 2  # pairs without signal are left out
 
     _prepare(head, None if _has_length_scale(head) else _first_states(backbone, head, preferences, progress))
     groups += _head_groups(head, lr_head, weight_decay)
     optimizer = torch.optim.AdamW(groups)
     parameters = [p for group in groups for p in group["params"]]
     per_step = batch_pairs * accumulation
-    total = epochs * math.ceil(len(preferences) / per_step)
+    total = epochs * math.ceil(count / per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_then_linear(total, warmup))
     run = _Run([backbone.model, head], keep=validation is not None)
 
@@ -236,7 +237,7 @@ def finetune(
         validate()
         for _ in range(epochs):
             seen, pairs_seen = 0.0, 0
-            for step in torch.split(torch.randperm(len(preferences), generator=generator), per_step):
+            for step in torch.split(torch.randperm(count, generator=generator), per_step):
                 optimizer.zero_grad(set_to_none=True)
                 for part in torch.split(step, batch_pairs):
                     rows = torch.stack([2 * part, 2 * part + 1], dim=1).flatten()
@@ -258,7 +259,7 @@ def finetune(
                     report_loss(seen / pairs_seen)
                 if progress is not None:
                     progress("finetuning", run.steps, total)
-            run.finish_epoch(seen / len(preferences))
+            run.finish_epoch(seen / count)
             validate()
     return run.report()
 

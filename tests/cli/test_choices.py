@@ -28,7 +28,10 @@ CHOICES = {
     ("train", "mode"): typing.get_args(PairMode),
     ("train", "pooling"): tuple(word for word in typing.get_args(Pooling) if word != "classifier"),  # that is upgrade's
     ("train", "likelihood"): typing.get_args(Likelihood),
-    **{(name, "overlong"): typing.get_args(OverlongPolicy) for name in ("train", "upgrade")},
+    **{
+        (name, "overlong"): typing.get_args(OverlongPolicy)
+        for name in ("train", "upgrade", "score", "serve", "best-of", "filter", "evaluate")
+    },
     **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
     **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},
     **{(name, "backend"): typing.get_args(Backend) for name in ("score", "serve", "best-of", "filter")},
@@ -74,6 +77,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "serve": [missing],
         "best-of": [missing, missing],
         "filter": [missing, missing, "--max-u", "2"],
+        "evaluate": [missing, missing],
     }
     result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})
     assert result.exit_code == 2

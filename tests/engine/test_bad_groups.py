@@ -49,13 +49,13 @@ def make_engine(hand_head, table_model, scripted_judge):
         model = table_model(head, row)
         encode = model.encode_group
 
-        def checked(prompt, responses, *, orders="both"):
+        def checked(prompt, responses, **options):
             for text in responses:
                 if text == "crash":
                     raise ZeroDivisionError
                 if len(text.split()) > 8:
                     raise InputError(f"prompt and response: got {len(text.split())} words, expected at most 8")
-            return encode(prompt, responses, orders=orders)
+            return encode(prompt, responses, **options)
 
         model.encode_group = checked
         usage = JudgeUsage(calls=1, attempts=1)

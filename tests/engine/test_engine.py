@@ -260,7 +260,7 @@ def test_equal_responses_do_not_use_up_the_budget(hand_head, table_model, script
     engine = table_engine(hand_head, table_model, judge, BudgetRouter(fraction=1.0))
     scores = engine.score(["p"], [["1 0", "1 0", "1 0", "2 0"]])
     assert len(judge.asked) == 1  # the three pairs with "2 0" are one question
-    assert scores.summary()["decided_by"] == {"head": 0, "judge": 3, "judge_failed": 0, "identical": 3}
+    assert scores.summary()["decided_by"] == {"head": 0, "judge": 3, "judge_failed": 0, "identical": 3, "nobody": 0}
 
 
 def test_budget_is_over_the_whole_batch(hand_head, table_model, scripted_judge):
@@ -376,7 +376,7 @@ def test_a_judge_that_fails_on_a_non_finite_pair(hand_head, scripted_judge, mode
     summary = scores.summary()
     json.dumps(summary, allow_nan=False)
     assert summary["unscorable_responses"] == 3
-    assert summary["decided_by"] == {"head": 3, "judge": 0, "judge_failed": 4, "identical": 0}
+    assert summary["decided_by"] == {"head": 3, "judge": 0, "judge_failed": 4, "identical": 0, "nobody": 0}
     assert summary["judge_failures"] == {"timeout": 4}
 
 
@@ -408,7 +408,7 @@ def test_records_and_summary(hand_head, table_model, scripted_judge):
     assert summary["single_response_groups"] == 1
     assert summary["pairs"] == 5
     assert summary["routed"] == 4
-    assert summary["decided_by"] == {"head": 0, "judge": 3, "judge_failed": 1, "identical": 1}
+    assert summary["decided_by"] == {"head": 0, "judge": 3, "judge_failed": 1, "identical": 1, "nobody": 0}
     assert summary["judge_failures"] == {"http_500": 1}
     assert (summary["judge_ties"], summary["judge_flips"]) == (1, 1)
     assert summary["uncertainty"]["p50"] == pytest.approx(2.0)

@@ -179,7 +179,7 @@ def assert_head_kept(scores, head_alone, reasons: dict[str, int]) -> None:
     assert torch.equal(group.advantages, head_alone.advantages)
     assert group.routed.sum() == 6
     summary = scores.summary()
-    assert summary["decided_by"] == {"head": 0, "judge": 0, "judge_failed": 3, "identical": 0}
+    assert summary["decided_by"] == {"head": 0, "judge": 0, "judge_failed": 3, "identical": 0, "nobody": 0}
     assert summary["routed"] == summary["pairs"] == 3
     assert summary["judge_failures"] == reasons
     assert summary["judge_ties"] == 0
@@ -225,7 +225,7 @@ def test_each_failure_has_its_own_reason(score, head_alone, scripted_judge):
     ]
     assert group.preference[0, 1] == head_alone.preference[0, 1]
     assert group.preference[0, 2].item() == pytest.approx(J)
-    assert scores.summary()["decided_by"] == {"head": 0, "judge": 1, "judge_failed": 2, "identical": 0}
+    assert scores.summary()["decided_by"] == {"head": 0, "judge": 1, "judge_failed": 2, "identical": 0, "nobody": 0}
     assert scores.summary()["judge_failures"] == {"http_500": 1, "refusal": 1}
 
 

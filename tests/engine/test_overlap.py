@@ -567,7 +567,7 @@ def test_a_judge_that_makes_something_of_being_cancelled(make_engine):
 
     engine = make_engine(Salvages(), judge_deadline_s=30.0, clock=clock, micro_batch_tokens=100)
     scores = engine.score(["p", "q"], [["1 0", "2 0"]] * 2)
-    assert scores.summary()["decided_by"] == {"head": 0, "judge": 1, "judge_failed": 1, "identical": 0}
+    assert scores.summary()["decided_by"] == {"head": 0, "judge": 1, "judge_failed": 1, "identical": 0, "nobody": 0}
     assert scores.judge_usage.calls == 2
 
 

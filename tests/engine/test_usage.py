@@ -179,7 +179,7 @@ def test_the_summary_by_hand(hand_head, scripted_judge):
     scores = engine.score_hidden(torch.arange(14.0)[:, None], [2] * 7, prompts=["p"] * 7, responses=texts)
     summary = scores.summary()
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["decided_by"] == {"head": 0, "judge": 5, "judge_failed": 1, "identical": 1}
+    assert summary["decided_by"] == {"head": 0, "judge": 5, "judge_failed": 1, "identical": 1, "nobody": 0}
     assert (summary["judge_ties"], summary["judge_flips"], summary["rule_verdicts"]) == (2, 1, 2)
     assert summary["judge_failures"] == {"timeout": 1}
     assert summary["judge_usage"]["calls"] == 6
@@ -220,7 +220,7 @@ def test_totals_are_sums_of_the_steps(make_summary):
     totals = accounts.totals()
     assert totals["steps"] == 3
     assert totals["pairs"] == 2 + 3 + 4
-    assert totals["decided_by"] == {"head": 0, "judge": 6, "judge_failed": 3, "identical": 0}
+    assert totals["decided_by"] == {"head": 0, "judge": 6, "judge_failed": 3, "identical": 0, "nobody": 0}
     assert totals["judge_failures"] == {"timeout": 3}
     for name in ("calls", "attempts", "retries", "cache_hits", "prompt_tokens", "reasoning_tokens", "cost"):
         assert totals["judge_usage"][name] == 3 * steps[0]["judge_usage"][name]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import check_prompt
-from rmcore.model.text import PairTemplate, TextEncoder
+from rmcore.model.text import PairTemplate, TextEncoder, TextLimit
 
 FAMILIES = ["bert", "llama", "mistral", "chatml", "qwen", "no-template", "roberta"]
 SPECIALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "<s>", "</s>", "<pad>"]
@@ -363,8 +363,52 @@ def test_right_takes_the_prompts_end_last(tokenizer_for):
     template = PairTemplate(single="{prompt}{first}")
     whole = TextEncoder(tokenizer, template=template).encode(words(20), "good")
     cut = TextEncoder(tokenizer, template=template, max_length=8, overlong="truncate-right").encode(words(20), "good")
-    assert "first" not in parts(cut)
-    assert cut.ids == whole.ids[:8]
+    first = parts(whole)["first"]
+    assert parts(cut)["first"] == first[:2]  # a quarter of the limit is the responses': they are not cut to nothing
+    assert parts(cut)["prompt"] == parts(whole)["prompt"][:6]
+
+
+@pytest.mark.parametrize("response", [2, 10, 60])
+def test_right_leaves_the_response_a_quarter_before_the_prompt_is_cut(tokenizer_for, response):
+    tokenizer = tokenizer_for("llama")
+    template = PairTemplate(single="{prompt}{first}")
+    encoder = TextEncoder(tokenizer, template=template, max_length=64, overlong="truncate-right")
+    cut = encoder.encode("the " * 100, "fox " * response)
+    sizes = {name: len(ids) for name, ids in parts(cut).items()}
+    whole = len(parts(TextEncoder(tokenizer, template=template).encode("", "fox " * response))["first"])
+    assert sizes["first"] == min(whole, 16)
+    assert sum(sizes.values()) == 64
+
+
+@pytest.mark.parametrize("policy", ["truncate-right", "truncate-longest"])
+def test_a_response_of_which_nothing_would_be_left_is_refused(tokenizer_for, policy):
+    tokenizer = tokenizer_for("llama")
+    template = PairTemplate(pair="{prompt}{first}{second}")
+    encoder = TextEncoder(tokenizer, template=template, max_length=2, overlong=policy)  # bos, and one more
+    assert len(TextEncoder(tokenizer, template=template, max_length=3, overlong=policy).encode("the", "a", "b")) == 3
+    with pytest.raises(InputError, match="never cuts a response to nothing"):
+        encoder.encode("the", "a", "b")
+
+
+def test_an_overlong_text_may_stay_unread(tokenizer_for):
+    encoder = TextEncoder(tokenizer_for("llama"), max_length=16, overlong="no-reward")
+    long = encoder.encode("hi", words(60))
+    assert long.unread
+    assert len(long) == 0
+    assert long.content_tokens > 16
+    assert not encoder.encode("hi", "fox").unread
+    assert encoder.encode("hi", words(60), limit=TextLimit(16, "truncate-right")).cut_tokens > 0
+    assert not encoder.encode("hi", words(60), limit=TextLimit(None)).unread
+
+
+@pytest.mark.parametrize(("positions", "told"), [(None, "larger max_length"), (64, "64 positions"), (16, "no more")])
+def test_the_remedies_named_exist(tokenizer_for, positions, told):
+    encoder = TextEncoder(tokenizer_for("llama"), max_length=16, positions=positions)
+    with pytest.raises(InputError, match=told) as caught:
+        encoder.encode(words(40), "good")
+    assert ("larger max_length" in str(caught.value)) == (positions != 16)
+    for policy in str(caught.value).split("overlong policy: ")[1].split(", "):
+        TextEncoder(tokenizer_for("llama"), max_length=16, overlong=policy).encode(words(40), "good")
 
 
 @pytest.mark.parametrize(("prompt", "response"), [(50, 20), (20, 50), (35, 35)])
@@ -401,7 +445,10 @@ def test_never_longer_than_the_limit_and_nothing_but_content_is_cut(
     try:
         cut = TextEncoder(tokenizer, append_eos=True, max_length=limit, overlong=policy).encode(prompt, first, second)
     except InputError:
+        # All content but a token of each response that has any.
         cuttable = whole.content_tokens
+        if policy != "truncate-prompt-left":
+            cuttable -= sum(bool(free.encode("", text).content_tokens) for text in (first, second or ""))
         if policy == "truncate-prompt-left":
             empty = [{"role": "user", "content": ""}] if not isinstance(prompt, str) else ""
             cuttable -= free.encode(empty, first, second).content_tokens

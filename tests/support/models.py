@@ -225,6 +225,21 @@ def hand_head() -> Callable[..., FrozenHead]:
     return _hand_head
 
 
+class TableText(tuple[str, ...]):
+    """Texts that stand in for an encoded one."""
+
+    __slots__ = ()
+    unread = False
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        return tuple(map(str, self))
+
+    @property
+    def equal_responses(self) -> bool:
+        return len(self) == 3 and self[1] == self[2]
+
+
 class TableModel(RewardModel):
     """A reward model whose backbone is a table from text to hidden state."""
 
@@ -233,12 +248,12 @@ class TableModel(RewardModel):
         self.backbone: Any = SimpleNamespace(tokens_per_batch=8192)
         self.table = table
 
-    def encode_group(self, prompt, responses, *, orders="both") -> list[Any]:
+    def encode_group(self, prompt, responses, *, orders="both", limit=None) -> list[Any]:
         """Tuples of texts stand in for encoded texts: their length, 2 or 3, counts as tokens."""
         if self.mode == "difference":
-            return [(prompt, a) for a in responses]
+            return [TableText((prompt, a)) for a in responses]
         ordered = itertools.permutations(responses, 2) if orders == "both" else itertools.combinations(responses, 2)
-        return [(prompt, a, b) for a, b in ordered]
+        return [TableText((prompt, a, b)) for a, b in ordered]
 
     def hidden_rows(self, groups, *, progress=None, stats=None) -> Tensor:
         rows: list[Any] = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.engine.groups import GroupScores
 from rmcore.judge.base import RULE, Verdict
+from rmcore.model.signal import PairSignal
 
 __all__ = ["JudgedPairs", "judged_pairs"]
 
@@ -74,7 +75,8 @@ def judged_pairs(
     says. In concat mode both orders of a pair are taken, as in fitting, or the one that was scored.
 
     Not taken, and counted in ``skipped``: ``failed`` (no verdict), ``rule`` (decided without a judge, as it will be
-    next time), ``flip`` (the orders disagree and ``flip_weight`` is 0), ``nonfinite`` (a hidden row holds NaN or Inf)
+    next time), ``flip`` (the orders disagree and ``flip_weight`` is 0), ``no_signal`` (the responses' inputs are equal,
+    or one was left unread: nothing to learn it by), ``nonfinite`` (a hidden row holds NaN or Inf)
     and ``repeated`` (equal rows in one group: one question, one answer, which must not count twice).
 
     Args:
@@ -104,6 +106,8 @@ def judged_pairs(
     for pair, group, own in zip(routed.tolist(), layout.group[routed].tolist(), hidden_rows, strict=True):
         verdict = table.verdicts.get(pair)
         reason = _why_not(verdict, flip_weight)
+        if not reason and int(table.signal[pair]) != PairSignal.PRESENT:
+            reason = "no_signal"
         if not reason and not bool(hidden[own].isfinite().all()):
             reason = "nonfinite"
         content = (group, frozenset(hidden[row].contiguous().view(torch.uint8).numpy().tobytes() for row in own))

@@ -57,6 +57,9 @@ class Candidates:
         logit: g.
         variance: v.
         uncertainty: u = √(1 + a v).
+
+    Pairs whose inputs tell nothing (different responses, one input) have g = 0 and v = u = Inf: first in line by every
+    score.
     """
 
     logit: Tensor
@@ -212,10 +215,12 @@ class RandomRouter:
         self._generator = torch.Generator().manual_seed(seed)
 
     def select(self, candidates: Candidates) -> Tensor:
-        """A random subset."""
+        """A random subset; pairs with u = Inf, of which nothing is known, before all others."""
         chosen = torch.zeros(len(candidates), dtype=torch.bool)
         budget = _budget(self.fraction, self.count, len(candidates))
-        chosen[torch.randperm(len(candidates), generator=self._generator)[:budget]] = True
+        order = torch.randperm(len(candidates), generator=self._generator)
+        order = order[candidates.uncertainty[order].isinf().argsort(descending=True, stable=True)]
+        chosen[order[:budget]] = True
         return chosen
 
     def state_dict(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _batches(service: RewardService) -> Iterator[Metric]:
     yield _counters("rmcore_groups", "Groups by outcome.", "outcome", outcomes)
     yield _counter("rmcore_responses", "Scored responses.", stats.responses)
     yield _counter("rmcore_unscorable_responses", "Those without a preference.", stats.unscorable_responses)
-    pairs = {by: stats.pairs[by] for by in ("head", "judge", "judge_failed", "identical")}
+    pairs = {by: stats.pairs[by] for by in ("head", "judge", "judge_failed", "identical", "nobody")}
     yield _counters("rmcore_pairs", "Pairs by who decided them.", "by", pairs)
 
 

@@ -131,6 +131,7 @@ class Decisions(BaseModel):
     judge: int
     judge_failed: int = Field(description="No verdict: the head's preference stands.")
     identical: int = Field(description="Equal responses: 0 by rule.")
+    nobody: int = Field(description="The model cannot tell (equal when cut, or unread) and no judge was asked: null.")
     flips: int = Field(description="Verdicts that changed with the order of the responses.")
     failures: dict[str, int] = Field(description="Why there was no verdict.")
 
@@ -276,6 +277,7 @@ def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
             "judge": by["judge"],
             "judge_failed": by["judge_failed"],
             "identical": by["identical"],
+            "nobody": by["nobody"],
             "flips": sum(d.by == "judge" and d.verdict is not None and d.verdict.flipped for d in group.decisions),
             "failures": dict(Counter(d.reason for d in group.decisions if d.by == "judge_failed")),
         },

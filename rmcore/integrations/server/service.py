@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from starlette.types import Scope
 
 from rmcore._base.clock import Clock
@@ -33,6 +35,9 @@ from rmcore.integrations.server.schema import (
 from rmcore.integrations.server.settings import ServeSettings
 
 __all__ = ["RewardService"]
+
+
+log = logging.getLogger(__name__)
 
 
 class RewardService:
@@ -152,7 +157,21 @@ class RewardService:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _rewards_of(self, group: GroupScore) -> tuple[list[float], list[float]]:
-        return group.rewards_for(self.settings.baseline).tolist(), win_rates(group)
+        """Rewards and win rates. A response of which the model's inputs tell nothing gets 0 and ½: its advantage is 0.
+
+        OpenRLHF has no word for "no reward", and the run would end without one. Its siblings' rewards are made for that
+        0, so their advantages are what they would be without it. Where scoring failed there is none: NaN.
+        """
+        rewards = group.rewards_for(self.settings.baseline, missing_as_zero=True)
+        rates = torch.tensor(win_rates(group), dtype=torch.float64)
+        silent = torch.zeros(group.size, dtype=torch.bool)
+        for decision in group.decisions:
+            if decision.no_signal:
+                silent[[decision.i, decision.j]] = True
+        neutral = silent & rewards.isnan()
+        if bool(neutral.any()):
+            log.warning("%d of %d responses carry no signal: their advantage is 0", int(neutral.sum()), group.size)
+        return rewards.masked_fill(neutral, 0.0).tolist(), rates.masked_fill(neutral, 0.5).tolist()
 
     async def _score_assembled(self, prompt: Prompt, responses: Sequence[Response]) -> GroupScore:
         return await self.scorer.score(prompt, responses, admitted=True)

@@ -40,8 +40,8 @@ def score(reward_model, monkeypatch):
     encode, rows_of = reward_model.encode_group, reward_model.hidden_rows
     spoilt: list[int] = []
 
-    def encode_group(prompt, responses, *, orders="both"):
-        encoded = encode(prompt, responses, orders=orders)
+    def encode_group(prompt, responses, **options):
+        encoded = encode(prompt, responses, **options)
         if "stone cloud" in responses:
             spoilt.append(id(encoded))
         return encoded

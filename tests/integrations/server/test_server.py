@@ -68,7 +68,7 @@ def test_judged_pairs_tell_who_decided_and_what_it_cost(make_app, talk, judged_e
 
     got = talk(make_app(judged_engine), main)
     assert got["decisions"] == {
-        "head": 0, "judge": 2, "judge_failed": 3, "identical": 1, "flips": 0, "failures": {"refusal": 3},
+        "head": 0, "judge": 2, "judge_failed": 3, "identical": 1, "nobody": 0, "flips": 0, "failures": {"refusal": 3},
     }  # fmt: skip
     assert (got["cost"]["calls"], got["cost"]["cost"], got["cost"]["unpriced_calls"]) == (2, 4.0, 0)
     assert got["preference"][1][2] == pytest.approx(1.9924, abs=1e-4)
