@@ -157,7 +157,14 @@ def train(
                 unseen, outcomes, unseen_pairs = encode_preferences(
                     spine, held_out, mode, progress=encoding_progress(bar)
                 )
-                frozen = fit_amplitude(frozen, *_scored(frozen, unseen, unseen_pairs), outcomes)
+                calibrated = fit_amplitude(frozen, *_scored(frozen, unseen, unseen_pairs), outcomes)
+                if calibrated.config.resolved_amplitude == 0:
+                    notes.print(
+                        f"--calibrate: {len(held_out)} pairs want amplitude 0, which makes u = 1 everywhere and leaves "
+                        f"routers nothing to go by; it stays {frozen.config.resolved_amplitude:.3g}"
+                    )
+                else:
+                    frozen = calibrated
         model = RewardModel(spine, frozen)
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)

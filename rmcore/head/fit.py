@@ -285,6 +285,14 @@ def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Ten
             low = left
     amplitude = math.exp((low + high) / 2)
     amplitude = 0.0 if nll(0.0) <= nll(amplitude) else amplitude
+    if amplitude == 0:
+        wrong = int((((g > 0) != (y > 0.5)) & (y != 0.5)).sum())
+        log.warning(
+            "the %d held-out pairs, %d of them wrong, want no uncertainty at all: amplitude 0 makes u = 1 everywhere, "
+            "so no router that goes by u can choose",
+            len(g),
+            wrong,
+        )
     config = replace(head.config, amplitude=amplitude)
     weights = replace(head.weights, amplitude=amplitude)
     return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights)

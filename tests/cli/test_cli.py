@@ -230,9 +230,11 @@ def test_held_out_preferences_set_the_amplitude(
         result = call("train", preferences, *options, *more, "-o", tmp_path / name)
         assert result.exit_code == 0, result.stderr
         assert ("amplitude" in result.stderr) == bool(more)
+        assert ("want amplitude 0" in result.stderr) == (name == "right")  # what the head was trained on says nothing
         amplitudes[name] = json.loads((tmp_path / name / "rmcore.json").read_text())["head"]["config"]["amplitude"]
     assert amplitudes["plain"] is None
-    assert 0 <= amplitudes["right"] < 1 < amplitudes["wrong"]
+    assert amplitudes["right"] is None
+    assert amplitudes["wrong"] > 1
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     refused = call("train", preferences, *options, "--calibrate", empty, "-o", tmp_path / "no")

@@ -236,10 +236,12 @@ def test_the_fitted_amplitude_minimises_the_held_out_loss(make_data, fit_head):
     assert not torch.equal(other.score(x).uncertainty, head.score(x).uncertainty)
 
 
-def test_confident_and_right_wants_no_amplitude(make_data, fit_head):
+def test_confident_and_right_wants_no_amplitude_and_is_warned_about(make_data, fit_head, caplog):
     g = torch.linspace(-3, 3, 100)
-    head = fit_amplitude(fit_head(make_data()), g, torch.ones(100), (g > 0).float())
+    with caplog.at_level(logging.WARNING, logger="rmcore"):
+        head = fit_amplitude(fit_head(make_data()), g, torch.ones(100), (g > 0).float())
     assert head.config.amplitude == 0
+    assert "the 100 held-out pairs, 0 of them wrong, want no uncertainty at all" in caplog.text
 
 
 def test_worse_than_chance_wants_all_of_it_and_is_warned_about(make_data, fit_head, caplog):
