@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import fresh_python
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -29,7 +30,9 @@ def tree(tmp_path: Path) -> Path:
 
 
 def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "lint-imports"), "--no-cache"]
+    command = fresh_python.command(
+        "from importlinter.cli import lint_imports_command as main; main(['--no-cache'], standalone_mode=True)"
+    )
     environment = os.environ | {"PYTHONPATH": str(tree)}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=60, check=False)
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import fresh_python
 
 from rmcore.bench import gpu_check
 from rmcore.bench.gpu_check import Run, Step
@@ -194,7 +195,7 @@ def test_the_assembled_tree_is_what_an_installation_has(tmp_path: Path):
     code = "import rmcore.kernels.heuristics, rmcore.bench.gpu_probe, rmcore; print(rmcore.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "tree")}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        fresh_python.command(code), cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(tmp_path / "tree" / "rmcore" / "__init__.py")
 

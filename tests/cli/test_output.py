@@ -277,9 +277,9 @@ def test_devices_and_pipes_are_written_as_they_are(model: Path, tmp_path: Path) 
 def test_half_a_surrogate_pair_kills_no_command(command: list[str], model: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "g.jsonl", tmp_path / "out.jsonl"
     source.write_text(
-        '{"id":"a","prompt":"hi","responses":["ok","fine"]}\n'
-        '{"id":"\\ud83d","prompt":"hi \\udc00","responses":["smile \\ud83d","plain"]}\n'
-        '{"id":"c","prompt":"hi","responses":["x","y"]}\n'
+        '{"id":"a","prompt":"hi","responses":["good","bad"]}\n'
+        '{"id":"\\ud83d","prompt":"hi \\udc00","responses":["good \\ud83d","bad"]}\n'
+        '{"id":"c","prompt":"hi","responses":["kind","rude"]}\n'
     )
     for more in ([], ["-o", out]):
         result = call(command[0], model, source, *command[1:], *more)
@@ -287,12 +287,14 @@ def test_half_a_surrogate_pair_kills_no_command(command: list[str], model: Path,
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [record["id"] for record in records] == ["a", "\ud83d", "c"]
     if command[0] == "filter":
-        assert records[1]["responses"] == ["smile \ud83d", "plain"]
+        assert records[1]["responses"] == ["good \ud83d", "bad"]
 
 
 @pytest.mark.parametrize("locale", ["C", "POSIX", "latin-1"])
 def test_bytes_are_utf8_in_every_locale(model: Path, locale: str) -> None:
-    stdin = b"\xef\xbb\xbf" + (json_line({"id": "é\ud83d", "prompt": "κ", "responses": ["☃", "ü"]}) * 2).encode()
+    stdin = (
+        b"\xef\xbb\xbf" + (json_line({"id": "é\ud83d", "prompt": "κ", "responses": ["good ☃", "bad ü"]}) * 2).encode()
+    )
     environment = {"LC_ALL": "C" if locale == "latin-1" else locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     if locale == "latin-1":
         environment["PYTHONIOENCODING"] = "latin-1:strict"
@@ -306,7 +308,7 @@ def test_bytes_are_utf8_in_every_locale(model: Path, locale: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.decode("utf-8").splitlines()]
-    assert [record["responses"] for record in records] == [["☃", "ü"]] * 2
+    assert [record["responses"] for record in records] == [["good ☃", "bad ü"]] * 2
     assert records[0]["id"] == "é\ud83d"
 
 

@@ -19,6 +19,7 @@ from support.messages import DONE, USER, as_prompt, as_response, each_refused, e
 from typer.testing import CliRunner
 
 from rmcore._base.errors import InputError
+from rmcore._base.prompt import content_key
 from rmcore.cli import app
 from rmcore.engine import RewardEngine
 from rmcore.integrations.openrlhf import make_reward_func
@@ -60,7 +61,12 @@ def edges(engine, model, tmp_path_factory) -> dict[str, Edge]:
 
     def preference(prompt: Any, responses: list[Any]) -> Any:
         row = {"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}
-        texts, _ = preference_texts(model.backbone, [parse_preference(row)], "difference")
+        pair = parse_preference(row)
+        if content_key(pair.chosen) == content_key(pair.rejected):
+            with pytest.raises(InputError, match=r"carry no signal \(1 equal responses\)"):
+                preference_texts(model.backbone, [pair], "difference")
+            return None, True
+        texts, _ = preference_texts(model.backbone, [pair], "difference")
         return [text.ids for text in texts], texts[0].ids == texts[1].ids
 
     def command(prompt: Any, responses: list[Any]) -> Any:
