@@ -101,11 +101,11 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
     if call.responses is not None:
         table.decide_identical(call.responses[group] for group in part.groups)
     call.find_silent(part)
+    if not may_ask:
+        table.state[(table.signal != PairSignal.PRESENT) & (table.state == PairState.HEAD)] = PairState.NOBODY
+        return
     rows = table.undecided()
     silent = table.signal[rows] != PairSignal.PRESENT
-    if not may_ask:
-        table.state[rows[silent]] = PairState.NOBODY
-        return
     logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
     # First in line by every score: no margin, and nothing known.
     logit, variance = logit.masked_fill(silent, 0.0), variance.masked_fill(silent, math.inf)
