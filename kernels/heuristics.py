@@ -133,8 +133,15 @@ _GRAM: _Table = {
     ("interpreter", 2): ((_ANY, Tile(128, 256, 128, 4, 1)),),
     ("interpreter", 4): ((_ANY, Tile(128, 256, 128, 4, 1)),),
 }
-for _table in (_PROJECT, _PRODUCT, _GRAM):  # Blackwell's data-centre parts have Hopper's shared memory and more
-    _table.update({("sm100", size): _table["sm90", size] for size in (2, 4)})
+# Blackwell's data-centre parts have Hopper's shared memory and more. Two of Hopper's tiles spill there; the ones they
+# replaced on Hopper do not.
+_ON_BLACKWELL = {
+    Tile(128, 64, 64, 8, 4, fill=1.0): Tile(128, 128, 64, 8, 4, fill=1.0),
+    Tile(128, 128, 64, 4, 4, group=32, paired=True): Tile(128, 128, 64, 8, 4, group=32, paired=True),
+}
+for _table in (_PROJECT, _PRODUCT, _GRAM):
+    for _size in (2, 4):
+        _table["sm100", _size] = tuple((limit, _ON_BLACKWELL.get(tile, tile)) for limit, tile in _table["sm90", _size])
 
 
 def device(of: torch.device) -> Device:
