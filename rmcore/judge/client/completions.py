@@ -30,27 +30,28 @@ _STANDARD = frozenset(
 class CompletionFunction(Protocol):
     """``async (messages, **parameters) → completion``: what can stand in for an endpoint.
 
-    Args:
-        messages: ``{"role", "content"}`` each.
-        parameters: ``model``, and what the judge was given to send: ``temperature``, ``max_tokens``,
-            ``response_format``, ``logprobs``, fields of ``extra_body``. Refuse what is not supported with
-            ``CompletionError(400, "response_format is not supported")``: the judge asks again without it.
-
-    Returns:
-        A chat completion: a mapping with ``choices`` (and ``usage``), an object with ``model_dump()`` that gives one
-        (as of ``openai``), or the bare text of the answer, if it was *finished*: text that was cut off needs a mapping
-        with ``finish_reason`` "length".
-
     If it has an attribute ``special_tokens``, a judge breaks these in the texts it shows; one that is called ``name``
     stands for it in a store, and ``api_key`` is kept out of logs and stores.
-
-    Raises:
-        CompletionError: the call failed as an HTTP call with that status would have.
-        TimeoutError, OSError: no reply in time, no connection; it is tried again.
     """
 
     def __call__(self, messages: list[dict[str, str]], /, **parameters: Any) -> Any:
-        """Answer ``messages``; awaited."""
+        """Answer ``messages``; awaited.
+
+        Args:
+            messages: ``{"role", "content"}`` each.
+            parameters: ``model``, and what the judge was given to send: ``temperature``, ``max_tokens``,
+                ``response_format``, ``logprobs``, fields of ``extra_body``. Refuse what is not supported with
+                ``CompletionError(400, "response_format is not supported")``: the judge asks again without it.
+
+        Returns:
+            A chat completion: a mapping with ``choices`` (and ``usage``), an object with ``model_dump()`` that gives
+            one (as of ``openai``), or the bare text of the answer, if it was *finished*: text that was cut off needs a
+            mapping with ``finish_reason`` "length".
+
+        Raises:
+            CompletionError: the call failed as an HTTP call with that status would have.
+            TimeoutError, OSError: no reply in time, no connection; it is tried again.
+        """
         ...
 
 
