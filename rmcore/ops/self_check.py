@@ -56,10 +56,12 @@ def refusal(backend: str, op: str, device: torch.device) -> str | None:
     if device.type != "cuda" or backend == "torch" or os.environ.get("RMCORE_SELF_CHECK", "1") == "0":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
-    with _lock:  # of several threads one checks and the others wait for what it finds
-        if (backend, op, index) not in _known:
-            _known[backend, op, index] = _looked_up(backend, op, index)
-    return _known[backend, op, index]
+    key = (backend, op, index)
+    if key not in _known:  # every call comes by here: only the first one takes the lock
+        with _lock:  # of several threads one checks and the others wait for what it finds
+            if key not in _known:
+                _known[key] = _looked_up(backend, op, index)
+    return _known[key]
 
 
 def _looked_up(backend: str, op: str, index: int) -> str | None:
