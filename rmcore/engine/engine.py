@@ -427,15 +427,21 @@ class RewardEngine:
         return "one micro-batch" if batches == 1 else ""
 
     def _settle(self, call: ScoreCall) -> None:
-        """Tell a budgeted router what each reservation came to: exactly once, whatever has happened.
+        """Tell the router what became of its choices and of each reservation: exactly once, whatever has happened.
 
         Only now and in this order, so that what the router chooses within a call never depends on the judge's timing.
         """
+        observe = getattr(self.router, "observe", None)
         for part in call.parts:
-            if part.reservation is None:
-                continue
-            assert isinstance(self.router, BudgetedRouter)
             try:
-                self.router.settle(part.reservation, part.usage)
+                if part.reservation is not None:
+                    assert isinstance(self.router, BudgetedRouter)
+                    self.router.settle(part.reservation, part.usage)
             except Exception:  # the verdicts are paid for and in; a router's books must not lose them
                 log.exception("router.settle raised; its books may be wrong from here on")
+            try:
+                if part.offer is not None and observe is not None:
+                    offer = part.offer
+                    observe(offer.candidates, offer.routed, offer.preference(part.table.verdicts))
+            except Exception:  # nor must what it learns
+                log.exception("router.observe raised; it has not learned from these verdicts")

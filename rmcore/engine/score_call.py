@@ -20,11 +20,11 @@ from rmcore.engine.judging import JudgeQueue, Submission
 from rmcore.engine.micro_batches import MicroBatch
 from rmcore.engine.overlap import StoppedError
 from rmcore.engine.pair_table import PairTable
-from rmcore.engine.routing import Reservation
+from rmcore.engine.routing import Candidates, Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import check_finite
-from rmcore.judge.base import JudgeUsage, Pair
+from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.signal import PairSignal, pair_signals
@@ -32,7 +32,7 @@ from rmcore.model.text import EncodedText, TextLimit
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.pair_layout import PairLayout
 
-__all__ = ["OnError", "ScoreCall", "ScoredPart", "check_group_sizes", "check_nesting"]
+__all__ = ["Offer", "OnError", "ScoreCall", "ScoredPart", "check_group_sizes", "check_nesting"]
 
 OnError: TypeAlias = Literal["raise", "return"]
 """What becomes of a group that cannot be scored: ``raise`` ends the call; ``return`` leaves it out, as if it had never
@@ -74,6 +74,24 @@ def _errors(
 # -- its parts -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a router was offered, where that is in the table, and what it chose."""
+
+    candidates: Candidates
+    rows: Tensor
+    routed: Tensor
+
+    def preference(self, verdicts: Mapping[int, Verdict]) -> Tensor:
+        """(Q,) float64: the verdict on each pair, by row of the table; NaN where there is none."""
+        found = torch.full((len(self.rows),), math.nan, dtype=torch.float64)
+        for k in self.routed.nonzero()[:, 0].tolist():
+            verdict = verdicts.get(int(self.rows[k]))
+            if verdict is not None and verdict.preference is not None:
+                found[k] = verdict.preference
+        return found
+
+
 @dataclass
 class ScoredPart:
     """Scored pairs on their way through router and judge: those of a micro-batch, or of the whole call.
@@ -83,6 +101,7 @@ class ScoredPart:
         table: the pairs.
         first: number of its first group among all that were scored; names of questions count from it.
         reservation: what a budgeted router set aside.
+        offer: what the router chose from.
         rows: of the table, handed to the judge,
         submission: as these questions.
     """
@@ -91,6 +110,7 @@ class ScoredPart:
     table: PairTable
     first: int = 0
     reservation: Reservation | None = None
+    offer: Offer | None = None
     rows: list[int] = field(default_factory=list)
     submission: Submission | None = None
 

@@ -12,7 +12,7 @@ from rmcore._base.errors import NonFiniteError, reject
 from rmcore.engine.micro_batches import MicroBatch, micro_batches
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import BudgetedRouter, Candidates, Router
-from rmcore.engine.score_call import ScoreCall, ScoredPart
+from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
 from rmcore.head.posterior import check_finite
 from rmcore.model.signal import PairSignal, fill_unread
 from rmcore.ops.pair_layout import PairLayout
@@ -114,14 +114,16 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
     if isinstance(router, BudgetedRouter):
         chosen, part.reservation = router.reserve(candidates)
         _check_choice("router.reserve", chosen, len(candidates))
+        part.offer = Offer(candidates, rows, chosen)
         table.state[rows[~usable & ~chosen]] = PairState.UNAFFORDABLE
     else:
         chosen = ~usable
         if bool(usable.any()):
-            offered = Candidates(logit[usable], variance[usable], uncertainty[usable])
+            offered = candidates[usable]
             picked = router.select(offered)
             _check_choice("router.select", picked, len(offered))
             chosen[usable] = picked
+            part.offer = Offer(offered, rows[usable], picked)
     table.state[rows[silent & ~chosen]] = PairState.NOBODY
     call.submit(part, rows[chosen], preference[chosen], uncertainty[chosen])
 

@@ -805,3 +805,44 @@ def test_the_interpreters_turns_are_short_inside_and_as_before_outside():
             assert sys.getswitchinterval() == pytest.approx(0.0005)
         assert sys.getswitchinterval() == pytest.approx(0.0005), "somebody is still inside"
     assert sys.getswitchinterval() == before
+
+
+class Pupil:
+    """Routes every second pair, and keeps what it is told."""
+
+    whole_batch = False
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.offered: list[tuple[object, torch.Tensor]] = []
+        self.observed: list[tuple[object, torch.Tensor, torch.Tensor]] = []
+        self.error = error
+
+    def select(self, candidates):
+        routed = torch.arange(len(candidates)) % 2 == 0
+        self.offered.append((candidates, routed))
+        return routed
+
+    def observe(self, candidates, routed, preference) -> None:
+        self.observed.append((candidates, routed, preference))
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_router_sees_the_verdicts_on_its_choices_once_and_in_order(make_engine, scripted_judge):
+    judge = scripted_judge(lambda pair: Verdict.none("timeout") if "0:0:1" in pair.id else Verdict(0.5))
+    router = Pupil()
+    scores = make_engine(judge, router).score(PROMPTS, RESPONSES)
+    assert [id(c) for c, _, _ in router.observed] == [id(c) for c, _ in router.offered]
+    failed = scores.summary()["decided_by"]["judge_failed"]
+    seen = torch.cat([preference for _, _, preference in router.observed])
+    routed = torch.cat([mask for _, mask, _ in router.observed])
+    assert seen[~routed].isnan().all()
+    assert int(seen[routed].isnan().sum()) == failed > 0
+    assert (seen[routed].nan_to_num(0.5) == 0.5).all()
+
+
+def test_a_router_that_cannot_learn_loses_no_batch(make_engine, scripted_judge, caplog):
+    router = Pupil(OSError("disk full"))
+    scores = make_engine(scripted_judge(lambda _: WIN), router).score(PROMPTS, RESPONSES)
+    assert scores.summary()["decided_by"]["judge"] == sum(int(mask.sum()) for _, mask in router.offered)
+    assert "router.observe raised" in caplog.text

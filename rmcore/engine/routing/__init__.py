@@ -24,6 +24,7 @@ from rmcore.engine.routing.routers import (
     Reservation,
     Router,
     ThresholdRouter,
+    VerdictRouter,
     rank_score,
 )
 from rmcore.engine.routing.state import StatefulRouter
@@ -42,5 +43,6 @@ __all__ = [
     "Router",
     "StatefulRouter",
     "ThresholdRouter",
+    "VerdictRouter",
     "rank_score",
 ]

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import base64
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -43,6 +44,7 @@ __all__ = [
     "Reservation",
     "Router",
     "ThresholdRouter",
+    "VerdictRouter",
     "rank_score",
 ]
 
@@ -57,6 +59,7 @@ class Candidates:
         logit: g.
         variance: v.
         uncertainty: u = √(1 + a v).
+        columns: what else is known of the pairs, by name.
 
     Pairs whose inputs tell nothing (different responses, one input) have g = 0 and v = u = Inf: first in line by every
     score.
@@ -65,9 +68,15 @@ class Candidates:
     logit: Tensor
     variance: Tensor
     uncertainty: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.logit)
+
+    def __getitem__(self, rows: Tensor) -> Candidates:
+        """Some of the pairs, by a mask or by numbers."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return Candidates(self.logit[rows], self.variance[rows], self.uncertainty[rows], columns)
 
 
 class Router(Protocol):
@@ -121,6 +130,21 @@ class BudgetedRouter(Router, Protocol):
         """What the pairs of a reservation cost; to be called exactly once a reservation.
 
         ``None`` means that nobody knows (the calls were cancelled, say): everything reserved then counts as spent.
+        """
+        ...
+
+
+@runtime_checkable
+class VerdictRouter(Router, Protocol):
+    """A router that learns from what became of the pairs it chose."""
+
+    def observe(self, candidates: Candidates, routed: Tensor, preference: Tensor) -> None:
+        """What the judge said; the engine calls it exactly once a choice, when the score call is over.
+
+        Args:
+            candidates: the very object that was given to ``select`` or ``reserve``.
+            routed: (Q,) bool, the choice.
+            preference: (Q,) float64, the verdict in [-1, 1]; NaN where there is none.
         """
         ...
 
