@@ -69,6 +69,9 @@ Head make_head(const std::string& dtype, int hidden_size, int num_features, int 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA latency kernels of rmcore. Importing needs no GPU and no driver.";
   m.attr("MAX_ROWS") = kMaxRows;
+  py::register_exception<BarrierTimeout>(m, "BarrierTimeout", PyExc_RuntimeError);
+  m.def("check_barriers", &check_barriers,
+        "Raises BarrierTimeout where a launch since the last call gave up waiting for a thread block.");
   m.def("device_count", &device_count, "Devices this process can use; 0 without a driver.");
   m.def("properties", &describe, py::arg("device"), "What the kernels' layout depends on, as a dict.");
   m.def("max_power_columns", &max_power_columns, py::arg("element_bytes"), "Widest matrix of power_iteration.");

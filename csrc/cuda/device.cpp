@@ -3,9 +3,9 @@
 
 #include <map>
 #include <mutex>
-#include <stdexcept>
 #include <tuple>
 
+#include "barrier.h"
 #include "error.h"
 
 namespace rmcore::cuda {
@@ -77,8 +77,31 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ != device_) cudaSetDevice(previous_);
 }
 
+uint64_t* hang_word() {
+  static uint64_t* const word = [] {
+    // Allocating is forbidden to a thread that captures a graph, unless it says that it knows: nothing here depends on
+    // the graph's work.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    void* made = nullptr;
+    const cudaError_t code = cudaHostAlloc(&made, sizeof(uint64_t), cudaHostAllocMapped | cudaHostAllocPortable);
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    check(code, "cudaHostAlloc");
+    *static_cast<uint64_t*>(made) = 0;
+    return static_cast<uint64_t*>(made);
+  }();
+  return word;
+}
+
+void check_barriers() {
+  uint64_t* const word = hang_word();
+  if (__atomic_load_n(word, __ATOMIC_RELAXED) == 0) return;
+  throw BarrierTimeout(hang_message(__atomic_exchange_n(word, 0, __ATOMIC_RELAXED)));
+}
+
 void launch_cooperative(const void* kernel, int grid, int threads, int shared_bytes, void* params, int device,
                         uintptr_t stream) {
+  check_barriers();
   const DeviceGuard guard(device);
   const int resident = resident_blocks(kernel, threads, shared_bytes, device);
   if (grid > resident) {

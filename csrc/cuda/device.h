@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 namespace rmcore::cuda {
@@ -36,8 +37,19 @@ class DeviceGuard {
   int device_;
 };
 
-// Launches `kernel` cooperatively with one parameter struct, after checking that all of its blocks fit on the device at
-// once. Throws CudaError and std::runtime_error.
+// A barrier of an earlier launch that a thread block never came to. That launch has ended and its results are NaN.
+struct BarrierTimeout : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The word of host memory in which kernels report such a barrier; the same address on every device. Throws CudaError.
+uint64_t* hang_word();
+
+// Throws BarrierTimeout where one was reported since the last call. Reads host memory: asks nothing of the device.
+void check_barriers();
+
+// Launches `kernel` cooperatively with one parameter struct, after check_barriers and after checking that all of its
+// blocks fit on the device at once. Throws CudaError, BarrierTimeout and std::runtime_error.
 void launch_cooperative(const void* kernel, int grid, int threads, int shared_bytes, void* params, int device,
                         uintptr_t stream);
 

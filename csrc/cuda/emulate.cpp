@@ -5,13 +5,17 @@
 // kernels' order; memory starts as NaN. Values are floats that the caller has rounded to the serving dtype. What is
 // checked besides the numbers: that a slot of the ring holds the step which is read from it, and how often each 16-byte
 // chunk of the weights is fetched.
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "barrier.h"
 #include "power_iteration.h"
 #include "score.h"
 
@@ -312,7 +316,7 @@ void emulate(Head head, const float* hidden, int64_t stride, int rows, int in_pl
   std::vector<float> memory(plan.bytes / 2 + 64, kPoison);
   const auto scaled = [&](int64_t& offset) { offset *= 2; };
   scaled(plan.converted), scaled(plan.unnormalised), scaled(plan.layer), scaled(plan.features), scaled(plan.partial);
-  scaled(plan.logit), scaled(plan.variance), scaled(plan.ticket);
+  scaled(plan.logit), scaled(plan.variance), scaled(plan.ticket), scaled(plan.board);
   const Scalar dtype = head.dtype, other = in_place ? dtype : Scalar::kFloat32;
   const int columns = 8 * plan.tiles;
   ScoreParams p = score_params(head, plan, hidden, other, stride, rows, out, memory.data());
@@ -379,6 +383,28 @@ void emulate(Head head, const float* hidden, int64_t stride, int rows, int in_pl
   }
 }
 
+// The barrier of barrier.h between threads of the host, each standing for a thread block.
+struct HostBarrier {
+  std::atomic<unsigned>*counter, *board;
+  std::atomic<uint64_t>* word;
+  std::atomic<int>* looks;  // at the clock
+  uint64_t nanoseconds;
+
+  void note(int block, int phase) const { board[block].store(phase, std::memory_order_relaxed); }
+  unsigned noted(int block) const { return board[block].load(std::memory_order_relaxed); }
+  unsigned add(unsigned n) const { return counter->fetch_add(n, std::memory_order_release); }
+  unsigned load() const {
+    std::this_thread::yield();
+    return counter->load(std::memory_order_acquire);
+  }
+  uint64_t now() const {
+    looks->fetch_add(1);
+    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+  }
+  uint64_t limit() const { return nanoseconds; }
+  void report(uint64_t r) const { word->store(r); }
+};
+
 }  // namespace
 }  // namespace rmcore::cuda
 
@@ -404,6 +430,40 @@ int emulate_score(int dtype, int h, int d, int m, const float* projection, int64
     message = error.what();
     return 1;
   }
+}
+
+// `blocks` thread blocks meet `phases` times over a board that holds anything; block `missing` (-1: none) ends before
+// phase `from`. Fills came[blocks] with the barriers each passed, word with the report, total with what the counter
+// holds and the sum of what the others had written before each barrier that a block passed. Returns looks at the clock.
+int emulate_barrier(int blocks, int phases, int missing, int from, int64_t limit_ns, int* came, uint64_t* word,
+                    int64_t* total) {
+  std::atomic<unsigned> counter{0};
+  std::vector<std::atomic<unsigned>> board(blocks), written(blocks);
+  std::atomic<uint64_t> report{0};
+  std::atomic<int> looks{0};
+  std::atomic<int64_t> seen{0};
+  for (int i = 0; i < blocks; ++i) board[i] = 0xffffffffu, written[i] = 0;
+  const HostBarrier ops{&counter, board.data(), &report, &looks, static_cast<uint64_t>(limit_ns)};
+  std::vector<std::thread> threads;
+  for (int block = 0; block < blocks; ++block) {
+    threads.emplace_back([&, block] {
+      came[block] = 0;
+      for (int phase = 1; phase <= phases; ++phase) {
+        if (block == missing && phase == from) return;
+        written[block].store(phase, std::memory_order_relaxed);
+        if (!meet(ops, KernelName::kScore, block, blocks, phase)) return;
+        ++came[block];
+        for (int other = 0; other < blocks; ++other) {
+          seen += written[other].load(std::memory_order_relaxed) >= static_cast<unsigned>(phase);
+        }
+      }
+    });
+  }
+  for (std::thread& t : threads) t.join();
+  *word = report;
+  total[0] = counter, total[1] = seen;
+  message = report == 0 ? "" : hang_message(report);
+  return looks;
 }
 
 // The share of each worker in a stage of a full-size problem: fills steps[grid], returns whether K is split.

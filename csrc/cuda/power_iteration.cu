@@ -12,11 +12,10 @@
 // fetches exactly those with cp.async into a ring that no other thread reads. Thread blocks' shares of Wᵀy go through
 // the workspace and are added in the order of the blocks. The first rows of the next iteration are fetched before the
 // barriers.
-#include <cooperative_groups.h>
-
 #include <stdexcept>
 #include <string>
 
+#include "barrier.cuh"
 #include "device.cuh"
 #include "device.h"
 #include "power_iteration.h"
@@ -82,13 +81,21 @@ __device__ __forceinline__ float sum_over_blocks(const float* values, int count,
   return block_sum(sum, scratch);
 }
 
+// The end of a thread block whose barrier did not open: no result may pass for one.
+__device__ __forceinline__ void give_up(const PowerParams& p) {
+  fetch_wait(0);
+  const float none = __int_as_float(0x7fffffff);
+  for (int i = threadIdx.x; i < p.columns; i += kThreads) p.result[i] = none;
+  if (threadIdx.x == 0) *p.sigma = none;
+}
+
 template <typename T, int Values, int Rows>
 __global__ void __launch_bounds__(kThreads, 1) power_kernel(const __grid_constant__ PowerParams p) {
   constexpr int kChunk = 16 / sizeof(T), kChunks = Values / kChunk;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ float scratch[kWarps], dots[2][Rows][kWarps], sums[kWarps][32];
   uint4* ring = reinterpret_cast<uint4*>(memory);
-  const auto grid = cooperative_groups::this_grid();
+  GridBarrier barrier(KernelName::kPowerIteration, p.board, p.report);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int begin = share_of_rows(p.rows, blockIdx.x, gridDim.x),
             end = share_of_rows(p.rows, blockIdx.x + 1, gridDim.x);
@@ -178,9 +185,9 @@ __global__ void __launch_bounds__(kThreads, 1) power_kernel(const __grid_constan
       }
     }
     if (thread == 0) p.squares[blockIdx.x] = square;
-    grid.sync();
+    if (!barrier.sync()) return give_up(p);
     add_partials(p, sums);
-    grid.sync();
+    if (!barrier.sync()) return give_up(p);
     const float norm = sqrtf(sum_over_blocks(p.norms, gridDim.x, scratch));
     if (norm > 0.0f) {
 #pragma unroll
@@ -248,6 +255,8 @@ void launch_power(const PowerPlan& plan, Scalar dtype, const void* weight, int64
   params.product = reinterpret_cast<float*>(base + plan.product);
   params.norms = reinterpret_cast<float*>(base + plan.norms);
   params.squares = reinterpret_cast<float*>(base + plan.squares);
+  params.board = reinterpret_cast<unsigned*>(base + plan.board);
+  params.report = hang_word();
   params.sigma = sigma;
   params.result = result;
   const void* kernel = dtype == Scalar::kFloat16    ? power_kernel_of<__half>(plan.wide)

@@ -22,11 +22,13 @@ struct PowerParams {
   const float* vector;  // (columns,)
   float* partial;       // (grid, partial_pitch): each thread block's share of Wᵀy
   int64_t partial_pitch;
-  float* product;  // (columns,): Wᵀy
-  float* norms;    // (grid,): ‖Wᵀy‖² by thread block
-  float* squares;  // (grid,): ‖y‖² by thread block
-  float* sigma;    // ()
-  float* result;   // (columns,)
+  float* product;    // (columns,): Wᵀy
+  float* norms;      // (grid,): ‖Wᵀy‖² by thread block
+  float* squares;    // (grid,): ‖y‖² by thread block
+  unsigned* board;   // (grid,): how many grid barriers each thread block has come to
+  uint64_t* report;  // host memory: a barrier that a thread block did not come to (barrier.h)
+  float* sigma;      // ()
+  float* result;     // (columns,)
 };
 
 struct PowerPlan {
@@ -37,7 +39,7 @@ struct PowerPlan {
   int grid;
   int shared_bytes;
   int64_t partial_pitch;
-  int64_t partial, product, norms, squares, bytes;  // offsets into the workspace
+  int64_t partial, product, norms, squares, board, bytes;  // offsets into the workspace
 };
 
 // The layout for a matrix; throws std::invalid_argument where it has more columns than the registers hold.

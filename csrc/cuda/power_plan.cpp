@@ -31,7 +31,8 @@ PowerPlan plan_power(int rows, int columns, int element_bytes, int multiprocesso
   plan.product = aligned(4 * plan.partial_pitch * plan.grid);
   plan.norms = plan.product + aligned(int64_t{4} * columns);
   plan.squares = plan.norms + aligned(int64_t{4} * plan.grid);
-  plan.bytes = plan.squares + aligned(int64_t{4} * plan.grid);
+  plan.board = plan.squares + aligned(int64_t{4} * plan.grid);
+  plan.bytes = plan.board + aligned(int64_t{4} * plan.grid);
   return plan;
 }
 

@@ -30,6 +30,7 @@ void launch_score(const Head& head, const ScorePlan& plan, const void* hidden, S
                                 std::to_string(plan.bytes) + ", aligned to 256");
   }
   ScoreParams params = score_params(head, plan, hidden, hidden_dtype, hidden_stride, rows, out, workspace);
+  params.report = hang_word();
   const void* kernel = head.dtype == Scalar::kFloat16 ? score_kernel_fp16(plan.tiles) : score_kernel_bf16(plan.tiles);
   launch_cooperative(kernel, plan.grid, kThreads, plan.shared_bytes, &params, device, stream);
 }

@@ -21,12 +21,12 @@
 //   does hold back, the operand of those steps (c, from L2), is fetched as soon as it opens.
 // - Sums have one order: steps within a warp, warps within a block, blocks by number. No atomics on values.
 //
-// The barrier is cooperative_groups' grid.sync(): its state belongs to the launch, so a workspace may hold anything
-// before the call, an aborted launch leaves nothing stale behind, and captured graphs may be replayed at will.
+// The barrier counts where cooperative_groups' grid.sync() does: its state belongs to the launch, so a workspace may
+// hold anything before the call and captured graphs may be replayed at will. Unlike that one it does not wait for ever
+// (barrier.h): a thread block that gives up fills the output with NaN, reports and ends.
 #pragma once
 
-#include <cooperative_groups.h>
-
+#include "barrier.cuh"
 #include "device.cuh"
 #include "score.h"
 
@@ -359,11 +359,17 @@ __device__ __forceinline__ void conclude(const ScoreParams& p, const Sums<Tiles>
   }
 }
 
+// The end of a thread block whose barrier did not open: no result may pass for one.
+__device__ __forceinline__ void give_up(const ScoreParams& p) {
+  fetch_wait(0);
+  for (int i = threadIdx.x; i < 4 * p.rows; i += kThreads) p.out[i] = __int_as_float(0x7fffffff);
+}
+
 template <typename T, int Tiles>
 __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constant__ ScoreParams p) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Work work[kMaxStages];
-  const auto grid = cooperative_groups::this_grid();
+  GridBarrier barrier(KernelName::kScore, p.board, p.report);
   float* reduction = reinterpret_cast<float*>(memory);
   uint4* ring = reinterpret_cast<uint4*>(memory + reduction_bytes(Tiles));
   if (threadIdx.x < kMaxStages) work[threadIdx.x] = p.stage[threadIdx.x].work;
@@ -374,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
   stream.prefetch();
   if (p.converted != nullptr) {
     convert<T, Tiles>(p);
-    grid.sync();
+    if (!barrier.sync()) return give_up(p);
   }
   Sums<Tiles> sums;
 #pragma unroll
@@ -388,14 +394,14 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
       run_stage<T, Tiles, triangular_strips(Tiles)>(p, stage, stream, reduction, sums);
     }
     if (work[stage].split) {
-      grid.sync();
+      if (!barrier.sync()) return give_up(p);
       finish_split<T, Tiles>(p, stage, work[stage], sums);
     }
     if (p.stage[stage].kind == kLayer && p.layernorm) {
-      grid.sync();
+      if (!barrier.sync()) return give_up(p);
       normalise<T, Tiles>(p.stage[stage], reduction);
     }
-    if (stage + 1 < p.stages) grid.sync();
+    if (stage + 1 < p.stages && !barrier.sync()) return give_up(p);
   }
   conclude<Tiles>(p, sums);
 }

@@ -75,7 +75,9 @@ struct ScoreParams {
   float* logit_partial;     // (N, grid)
   float* variance_partial;  // (N, grid)
   unsigned* ticket;
-  float* out;  // (4, B)
+  unsigned* board;   // (grid,): how many grid barriers each thread block has come to
+  uint64_t* report;  // host memory: a barrier that a thread block did not come to (barrier.h)
+  float* out;        // (4, B)
 };
 
 // Everything about a launch that depends on the head, the padded batch and the device only.
@@ -90,7 +92,7 @@ struct ScorePlan {
   int64_t layer_pitch;
   int64_t feature_pitch;
   // Offsets into the workspace, bytes.
-  int64_t converted, unnormalised, layer, features, partial, logit, variance, ticket, bytes;
+  int64_t converted, unnormalised, layer, features, partial, logit, variance, ticket, board, bytes;
 };
 
 // Lays out a launch for `rows` rows on `multiprocessors` SMs with `shared_bytes` of shared memory for a thread block.

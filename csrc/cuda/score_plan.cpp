@@ -61,6 +61,7 @@ ScorePlan plan_score(const Head& head, int rows, int multiprocessors, int64_t sh
   }
   int64_t used = 0;
   plan.ticket = take(used, sizeof(unsigned));
+  plan.board = take(used, int64_t{4} * plan.grid);
   plan.converted = take(used, 2 * columns * plan.converted_pitch);
   plan.unnormalised = take(used, head.layernorm ? 4 * columns * plan.layer_pitch : 0);
   plan.layer = take(used, 2 * columns * plan.layer_pitch);
@@ -98,6 +99,7 @@ ScoreParams score_params(const Head& head, const ScorePlan& plan, const void* hi
   p.logit_partial = reinterpret_cast<float*>(base + plan.logit);
   p.variance_partial = reinterpret_cast<float*>(base + plan.variance);
   p.ticket = reinterpret_cast<unsigned*>(base + plan.ticket);
+  p.board = reinterpret_cast<unsigned*>(base + plan.board);
   p.out = out;
 
   // The operand of a stage is the result of the one before; the first reads the hidden rows.

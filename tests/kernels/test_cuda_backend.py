@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,3 +83,28 @@ def test_aligned_copies_only_what_it_must():
         assert copy.stride(1) == 1
         assert torch.equal(copy[:, : odd.shape[1]], odd)
         assert not copy[:, odd.shape[1] :].any()
+
+
+def test_a_launch_that_gave_up_is_told_at_the_next_call_and_ends_the_backends_service(monkeypatch, caplog):
+    class BarrierTimeout(RuntimeError):  # noqa: N818 (the native module's name)
+        pass
+
+    def launch():
+        raise BarrierTimeout("thread block 3 did not come to grid barrier 1 of an earlier score within 4 s")
+
+    monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(BarrierTimeout=BarrierTimeout))
+    monkeypatch.setattr(cuda, "_hung", [])
+    with caplog.at_level(logging.ERROR), pytest.raises(errors.BackendError, match="thread block 3 did not come"):
+        cuda._run(launch)
+    assert "thread block 3" in caplog.text
+    assert "thread block 3" in cuda.unavailable("score", CUDA, torch.float16)
+    explained = ops.explain("score", "cuda", torch.float16, "cuda")
+    assert explained.backend == "none"
+    assert "serves no more" in explained.reasons["cuda"]
+
+
+def test_another_error_of_a_launch_is_an_error_and_no_more(monkeypatch):
+    monkeypatch.setattr(cuda, "_hung", [])
+    with pytest.raises(errors.BackendError, match="cuda: cudaLaunch"):
+        cuda._run(lambda: (_ for _ in ()).throw(RuntimeError("cudaLaunchCooperativeKernel: too many blocks (720)")))
+    assert cuda._hung == []

@@ -26,7 +26,17 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("emulate") / "libemulate.so"
     names = ("emulate.cpp", "score_plan.cpp", "power_plan.cpp")
-    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", *(str(SOURCES / n) for n in names), "-o", str(target)]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        *(str(SOURCES / n) for n in names),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     lib = ctypes.CDLL(str(target))
     lib.emulate_message.restype = ctypes.c_char_p
@@ -248,3 +258,29 @@ def test_power_iteration(library, m, h, grid, element_bytes):
     expected_sigma, expected = reference.power_iteration(weight.double(), vector.double(), 3)
     torch.testing.assert_close(sigma.double(), expected_sigma, rtol=1e-5, atol=0)
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def meet(library, blocks: int, phases: int, *, missing: int = -1, phase: int = 0, limit_s: float = 60.0):
+    """Barriers that each block passed, the message, the counter, what was seen, looks at the clock."""
+    came, word, total = (ctypes.c_int * blocks)(), ctypes.c_uint64(), (ctypes.c_int64 * 2)()
+    limit = ctypes.c_int64(int(1e9 * limit_s))
+    looks = library.emulate_barrier(blocks, phases, missing, phase, limit, came, ctypes.byref(word), total)
+    return list(came), library.emulate_message().decode(), total[0], total[1], looks
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+def test_a_barrier_holds_until_all_have_come_and_is_ready_for_the_next(library, blocks):
+    came, message, counter, seen, _ = meet(library, blocks, 40)
+    assert came == [40] * blocks
+    assert message == ""
+    assert counter % 2**31 == 0  # as it was before: the launch's next barrier starts from here
+    assert seen == 40 * blocks * blocks  # what every block wrote before, every block saw after
+
+
+@pytest.mark.parametrize(("missing", "phase"), [(0, 1), (3, 1), (5, 4), (0, 9)])
+def test_a_block_that_does_not_come_ends_the_launch_and_is_named(library, missing, phase):
+    came, message, *_, looks = meet(library, 6, 12, missing=missing, phase=phase, limit_s=0.02)
+    assert came == [phase - 1] * 6
+    assert message.startswith(f"thread block {missing} did not come to grid barrier {phase} of an earlier score")
+    assert message.endswith("; its results are NaN")
+    assert looks > 0

@@ -4,12 +4,16 @@
 are bit-identical from run to run. The native module is loaded on first use and allocates nothing: weights are used
 where they lie (rows that do not begin at multiples of 16 bytes are copied once, into ``weights.cache``), and the
 workspace comes from torch, one for each device and stream.
+
+A launch whose thread blocks wait for one that never comes gives up after four seconds, with NaN for results. Nobody
+waits for the GPU to learn that: the next call reads a word of host memory, raises and takes the backend out of service.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -23,6 +27,8 @@ from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["MAX_ROWS", "accumulate", "declines", "pair_variance", "power_iteration", "score", "unavailable"]
 
+log = logging.getLogger(__name__)
+
 MAX_ROWS = 64
 """Rows of one ``score`` call."""
 
@@ -30,6 +36,8 @@ _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 _DTYPES = {"score": (torch.float16, torch.bfloat16), "power_iteration": tuple(_NAMES)}
 _CACHE = "cuda"
 _workspaces: dict[tuple[int, int], Tensor] = {}
+_hung: list[str] = []
+"""Barriers that thread blocks did not come to in this process: after the first the backend serves no more."""
 
 
 @functools.cache
@@ -58,6 +66,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why ``op`` cannot run on weights of ``dtype`` on ``device``, or None."""
     if op not in _DTYPES:
         return f"has no {op} kernel; triton serves it"
+    if _hung:
+        return f"{_hung[0]}; it serves no more in this process"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA device"
     if dtype not in _DTYPES[op]:
@@ -93,6 +103,9 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, getattr(_native(), "BarrierTimeout", ())):
+            log.error("backend cuda: %s", error)
+            _hung.append(str(error))
         raise BackendError(f"backend: cuda: {error}") from error
 
 
