@@ -5,6 +5,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "outliers.h"
 #include "simd.h"
 #include "workspace.h"
 
@@ -65,27 +66,36 @@ inline void store_whole(uint8_t* out, Vec x) { store_bytes(out, x); }
 inline Vec load_whole(const uint8_t* p) { return load_bytes(p); }
 #endif
 inline Vec load_whole(const float* p) { return load(p); }
+template <class Act>
+constexpr Act kNothing = Same<Act, uint8_t>::value ? Act(128) : Act(0);  // 0 as store_whole writes it
 
 constexpr float kLowTerm = 1.0f / (2.0f * kWhole);  // a low term's factor over its row's: rounding leaves half a step
 
 // Columns 0 … columns of a row, kWidth at a time from `values(i)`, to whole numbers; returns the row's factor, which is
-// NaN where a value is not finite. Where `low` is not 0, what rounding took away goes to `out + low`.
+// NaN where a value is not finite. Where `low` is not 0, what rounding took away goes to `out + low`. Where `outliers`
+// is given, they go there and are zeros in the row.
 template <class Act, class Values>
-float quantize_row(int64_t columns, Act* out, int64_t low, Values&& values) {
-  Vec most = zero(), spoilt = zero();
+float quantize_row(int64_t columns, Act* out, int64_t low, Values&& values, Outliers* outliers = nullptr) {
+  Vec most = zero(), spoilt = zero(), sizes = zero();
   for (int64_t i = 0; i < columns; i += kWidth) {
-    const Vec x = values(i);
-    most = larger(most, abs(x));
+    const Vec x = values(i), size = abs(x);
+    most = larger(most, size);
+    sizes = add(sizes, size);
     spoilt = add(spoilt, sub(x, x));
   }
-  const float edge = largest(most);
-  const Vec factor = splat(edge > 1e-30f ? kWhole / edge : 0.0f);
+  Extent extent{largest(most), sum(sizes)};
+  if (outliers != nullptr) extent = take_outliers(columns, extent, values, *outliers);
+  const Vec factor = splat(extent.edge > 1e-30f ? kWhole / extent.edge : 0.0f);
   for (int64_t i = 0; i < columns; i += kWidth) {
     const Vec x = mul(values(i), factor), whole = nearest(x);
     store_whole(out + i, whole);
     if (low != 0) store_whole(out + low + i, nearest(mul(sub(x, whole), splat(1.0f / kLowTerm))));
   }
-  return edge / kWhole + sum(spoilt);
+  for (int k = 0; outliers != nullptr && k < outliers->count; ++k) {
+    out[outliers->columns[k]] = kNothing<Act>;
+    if (low != 0) out[low + outliers->columns[k]] = kNothing<Act>;
+  }
+  return extent.edge / kWhole + sum(spoilt);
 }
 
 // c, which is within ±1, in whole numbers of 1/127; a NaN is anything, so that whoever sums must bring it back.
@@ -124,12 +134,12 @@ void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* 
   }
 }
 
-// Row `row` of the map's input, shifted and scaled by column, as whole numbers; returns the row's factor.
+// Row `row` of the map's input, shifted and scaled by column, as whole numbers and outliers; returns the row's factor.
 template <class Act>
-float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int64_t low) {
+float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int64_t low, Outliers& outliers) {
   const int64_t start = row * rows.row_stride;
   const bool centred = map.hidden_shift != nullptr;
-  return quantize_row(round_up(map.hidden, kPanel), out, low, [&](int64_t i) {
+  const auto values = [&](int64_t i) {
     Vec x, shift = zero(), scale = splat(map.input_scale);
     if (rows.col_stride == 1 && i + kWidth <= map.hidden) {
       x = load_elements(rows, start + i);
@@ -149,7 +159,8 @@ float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int
       scale = load(scales);
     }
     return mul(sub(x, shift), scale);
-  });
+  };
+  return quantize_row(round_up(map.hidden, kPanel), out, low, values, &outliers);
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ struct FeatureBuffers {
   int64_t hidden_stride, layer_stride, activated_stride;
   float* hidden_factor;                 // (rows), int8 only
   float* hidden_low_factor;             // (rows), of their low terms
+  Outliers* outliers;                   // (rows), int8 only
   Workspace::PerThread<float> acc;      // (rows of a task, 64)
   Workspace::PerThread<float> scratch;  // (kConvertDepth, 64)
   Workspace::PerThread<float> low_acc;  // (rows of a task, 64), int8 in two terms only
@@ -47,6 +48,7 @@ FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, boo
   if (Same<W, I8>::value) {
     b.hidden_factor = workspace.take<float>(rows);
     b.hidden_low_factor = workspace.take<float>(rows);
+    b.outliers = workspace.take<Outliers>(rows);
     if (two) b.low_acc = workspace.take_each<float>(threads, task_rows * kPanel);
   }
   if (map.layer != nullptr) {
@@ -152,7 +154,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
   team.each(count, [&](int64_t r) {
     Act* row = b.hidden + r * b.hidden_stride;
     if constexpr (Same<W, I8>::value) {
-      b.hidden_factor[r] = load_row_int8(map, rows, start + r, row, b.hidden_low);
+      b.hidden_factor[r] = load_row_int8(map, rows, start + r, row, b.hidden_low, b.outliers[r]);
       b.hidden_low_factor[r] = b.hidden_factor[r] * kLowTerm;
     } else {
       load_row(rows, start + r, map.hidden, map.input_scale, row, b.hidden_low);
@@ -220,6 +222,9 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       for (int64_t i = 0; i < n * kPanel; i += kWidth) store(acc + i, add(load(acc + i), load(low_acc + i)));
     } else {
       product(0, low, b.hidden_factor, acc, next);
+    }
+    if constexpr (Same<W, I8>::value) {
+      add_outliers(static_cast<int>(n), b.outliers + first, weights, map.projection_int8.scale + panel * kPanel, acc);
     }
     finish_features(map, panel, static_cast<int>(n), acc);
     emit(acc, panel, first, n);

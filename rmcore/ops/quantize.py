@@ -5,7 +5,8 @@ projection's rounding is not an error: the posterior is fitted with the rounded 
 What is rounded behind the posterior's back are hidden rows, c and U. Hidden rows are first centred and balanced by
 column, since a few large columns would otherwise leave whole numbers too coarse for all others
 (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438, equation 4 with α = ½, for weights whose columns are alike); both are
-folded into the projection exactly.
+folded into the projection exactly. What still stands out of a row by far is left out of its whole numbers and
+multiplied in float32, on the fly (``csrc/cpu/outliers.h``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ __all__ = ["MAX_DEPTH", "WHOLE", "balance_columns", "dequantize_rows", "quantize
 
 WHOLE = 127
 """The largest whole number used; −128 is not."""
+_MOST_TO_WEIGHTS = -3
+"""Weights of a column are made larger by 2³ at most, or those of all others would be left no digits. Values that stand
+out further than that are outliers of their rows, which the kernel keeps apart in float32 (csrc/cpu/outliers.h)."""
 MAX_DEPTH = 65_536
 """Sums of more products than this (255 · 127 each) could leave 32-bit integers."""
 
@@ -52,7 +56,7 @@ def balance_columns(calibration: Tensor) -> tuple[Tensor, Tensor]:
         return shift, torch.ones_like(shift)
     typical = spread[varies].median()
     exponent = torch.where(varies, 0.5 * torch.log2(typical / spread.clamp_min(1e-300)), torch.zeros_like(spread))
-    return shift, torch.ldexp(torch.ones_like(shift), exponent.round().clamp(-24, 24).to(torch.int32))
+    return shift, torch.ldexp(torch.ones_like(shift), exponent.round().clamp(_MOST_TO_WEIGHTS, 24).to(torch.int32))
 
 
 def quantize_projection(projection: Tensor, phase: Tensor, calibration: Tensor | None) -> dict[str, Tensor]:

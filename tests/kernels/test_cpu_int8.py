@@ -323,3 +323,58 @@ def test_heads_without_a_folded_projection_are_refused(config):
 def test_too_large_a_head_is_refused():
     with pytest.raises(InputError, match=r"^dtype: got int8 for h = 70000"):
         SNGPHead(70_000, num_features=1, length_scale=1.0).freeze_features(torch.int8)
+
+
+def outlying(rows, h, columns, sizes):
+    """Ordinary rows, but for `columns` of every second one."""
+    hidden = draw(rows, h, seed=4)
+    hidden[::2, columns] = torch.tensor(sizes) * torch.where(torch.arange(len(columns)) % 2 == 0, 1.0, -1.0)
+    return hidden
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_outliers_of_a_row_are_multiplied_in_float32(isa, calibrated):
+    _cpu.set_isa(isa)
+    for h, d in ((1, 70), (70, 33), (129, 300), (300, 129)):
+        weights = make_head(h, d, calibrated=calibrated)
+        beta, size = (
+            weights.beta.double(),
+            weights.map.projection.double().abs() * weights.map.projection_scale[:, None],
+        )
+        plain = draw(9, h, seed=4)
+        c = weights.map(plain.double())
+        base = float((run(plain, weights)[0] - c @ beta - weights.beta0).abs().max())
+        for columns, sizes in (
+            ([0], [1e5]),
+            ([h - 1], [80.0]),
+            (range(0, min(h, 60), 3), [1e4 * 3**-k for k in range(20)]),
+        ):
+            columns = list(columns)
+            hidden = outlying(9, h, columns, sizes[: len(columns)])
+            g = run(hidden, weights)[0]
+            truth = weights.map(hidden.double()) @ beta + weights.beta0
+            largest = float(hidden.abs().max()) * (1.0 if weights.map.hidden_scale is None else 12.0)
+            rounding = 2 * math.pi * len(columns) * largest * float(size.amax()) * 2**-23 * float(beta.abs().sum())
+            assert float((g - truth).abs().max()) <= 4 * base + rounding + 1e-4, (h, d, columns)
+            for row in range(3):  # alone as among others
+                assert torch.equal(run(hidden[row : row + 1], weights)[0], g[row : row + 1])
+
+
+def test_more_outliers_than_are_taken_apart_share_the_row():
+    """33 columns of one size among 2,000: the row is coarse, as it was, and no more than that."""
+    weights = make_head(2000, 33)
+    hidden = outlying(4, 2000, list(range(33)), [1e5] * 33)
+    g = run(hidden, weights)[0]
+    assert bool(g.isfinite().all())
+    assert torch.equal(run(hidden[1:2], weights)[0], g[1:2])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_of_an_outlier_and_a_value_that_is_not_finite_is_not_finite(bad):
+    weights = make_head(70, 33)
+    hidden = outlying(4, 70, [3], [1e5])
+    hidden[0, 9] = bad
+    g = run(hidden, weights)[0]
+    assert not bool(g[0].isfinite())
+    assert bool(g[1:].isfinite().all())

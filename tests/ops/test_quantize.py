@@ -99,19 +99,42 @@ def test_a_fitted_head_keeps_its_uncertainties(make_data, fit_head, layer, mode)
     assert float((served.logit - g).abs().max()) < 2e-3 * float(g.abs().max())
 
 
-def test_massive_activations_need_calibration_rows():
-    """A few columns a hundred times the rest, as language models have: balanced, all others keep their digits."""
-    hidden = draw(400, 64)
-    hidden[:, [3, 40]] = hidden[:, [3, 40]] * 2 + torch.tensor([300.0, -200.0])
+def score_error(head, hidden, calibration):
+    frozen = head.freeze_features(torch.int8, calibration=calibration)
+    weights = HeadWeights.build(frozen, torch.ones(100), 0.0, torch.eye(100).double(), 0.4)
+    g = ops.score(hidden, weights, backend="cpu").logit.double()
+    return float((g - frozen(hidden.double()) @ weights.beta.double()).abs().max())
+
+
+@pytest.mark.parametrize("size", [10.0, 300.0, 1e5])
+def test_massive_activations_leave_the_others_their_digits(size):
+    """A few columns far beyond the rest, as language models have: in all rows, in one that was not seen, or learned."""
     head = SNGPHead(64, num_features=100, length_scale=12.0)
-    errors = []
-    for calibration in (None, hidden):
-        frozen = head.freeze_features(torch.int8, calibration=calibration)
-        weights = HeadWeights.build(frozen, torch.ones(100), 0.0, torch.eye(100).double(), 0.4)
-        c = frozen(hidden.double())
-        g = ops.score(hidden, weights).logit.double()
-        errors.append(float((g - c @ weights.beta.double()).abs().max()))
-    assert errors[1] < errors[0] / 20
+    plain, other = draw(400, 64), draw(400, 64, seed=1)
+    base = score_error(head, other, plain)
+    everywhere = plain.clone()
+    everywhere[:, [3, 40]] = everywhere[:, [3, 40]] * 2 + torch.tensor([size, -size])
+    one = plain.clone()
+    one[5, 7] = size
+    unseen = other.clone()
+    unseen[::3, 7] = size
+    # A float32 phase of `size` is exact to half a unit in its last place, for each of 100 features.
+    bound = 4 * base + 100 * 2 * math.pi * size * 2**-24
+    for rows, calibration in (
+        (everywhere, None),
+        (everywhere, everywhere),
+        (unseen, None),
+        (unseen, plain),
+        (unseen, one),
+        (other, one),
+    ):
+        assert score_error(head, rows, calibration) <= bound
+
+
+def test_one_wild_calibration_row_does_not_coarsen_the_weights():
+    rows = draw(400, 64)
+    rows[5, 7] = 1e5
+    assert balance_columns(rows)[1][7] == 1 / 8
 
 
 def test_the_float32_map_has_the_same_features():
