@@ -18,12 +18,14 @@ def _check_square(preferences: Tensor) -> None:
         reject("preferences", f"shape {tuple(preferences.shape)}", "(..., K, K) with K ≥ 1")
 
 
-def rloo_advantages(preferences: Tensor) -> Tensor:
+def rloo_advantages(preferences: Tensor, *, complete: bool = False) -> Tensor:
     """A_i = mean over j ≠ i of p̃_ij: RLOO over pairwise preferences (NeurIPS 2025, arXiv:2402.14740).
 
     Args:
         preferences: (..., K, K) antisymmetric p̃, logits. A NaN pair has no preference (a row that could not be scored
             and was not judged) and is left out of both its members' means; the diagonal is not read.
+        complete: the caller knows that every pair has a preference and that 0 stands on the diagonal: the same numbers
+            for less work.
 
     Returns:
         (..., K). K = 1 gives 0; a member with no usable pair in a group of K > 1 gives NaN.
@@ -31,30 +33,42 @@ def rloo_advantages(preferences: Tensor) -> Tensor:
     _check_square(preferences)
     if preferences.shape[-1] == 1:
         return torch.zeros_like(preferences[..., 0])
-    total, count = _sums(preferences)
+    total, count = _sums(preferences, complete)
     return total / count
 
 
-def group_rewards(preferences: Tensor, baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out") -> Tensor:
+def group_rewards(
+    preferences: Tensor,
+    baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out",
+    *,
+    complete: bool = False,
+) -> Tensor:
     """Rewards from which a stock trainer gets :func:`rloo_advantages` back, to rounding.
 
     With S_i = Σ_j p̃_ij over the m members that have preferences (ΣS = 0): S_i/m for a leave-one-out baseline (TRL's
     RLOOTrainer), S_i/(m−1) for a group mean without std scaling (GRPOTrainer with scale_rewards="none"). Members
     without a usable pair get NaN, which trainers are told as None. The identity is exact when every pair between the m
-    members has a preference. (..., K, K) → (..., K).
+    members has a preference. (..., K, K) → (..., K). ``complete`` as in :func:`rloo_advantages`.
     """
     _check_square(preferences)
     if baseline not in ("leave-one-out", "group-mean"):
         reject("baseline", repr(baseline), "'leave-one-out' or 'group-mean'")
     if preferences.shape[-1] == 1:
         return torch.zeros_like(preferences[..., 0])
-    total, count = _sums(preferences)
+    total, count = _sums(preferences, complete)
+    if complete:
+        return total / (count + 1 if baseline == "leave-one-out" else count)
     members = (count > 0).sum(-1, keepdim=True).to(total.dtype)
     total = torch.where(count > 0, total, torch.nan)
     return total / (members if baseline == "leave-one-out" else (members - 1).clamp_min(1))
 
 
-def _sums(preferences: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(preferences: Tensor, complete: bool) -> tuple[Tensor, Tensor]:
+    """(..., K) Σ_j p̃_ij, and over how many j; () where that is all others."""
+    if complete:
+        total = preferences.sum(-1)
+        # A tensor, because a GPU divides by a number by multiplying with its rounded reciprocal.
+        return total, total.new_full((), preferences.shape[-1] - 1)
     eye = torch.eye(preferences.shape[-1], dtype=torch.bool, device=preferences.device)
     usable = ~(preferences.isnan() | eye)
     return preferences.masked_fill(~usable, 0.0).sum(-1), usable.sum(-1).to(preferences.dtype)

@@ -27,7 +27,7 @@ from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
 from rmcore.engine.overlap import run_alongside, run_alongside_async
-from rmcore.engine.routing import BudgetedRouter, NeverRoute, Router, ThresholdRouter
+from rmcore.engine.routing import NeverRoute, Router, ThresholdRouter, is_budgeted
 from rmcore.engine.routing.state import write_state
 from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group_sizes
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
@@ -393,7 +393,7 @@ class RewardEngine:
             call.encode()
         if not call.sizes:
             return  # no group is left
-        if isinstance(self.router, BudgetedRouter):
+        if is_budgeted(self.router):
             self.router.begin_step()
         batches = plan(call, overlap=self._may_overlap, tokens=self.micro_batch_tokens)
         call.micro_batches, call.why_no_overlap = len(batches), self._why_no_overlap(len(batches))
@@ -435,7 +435,7 @@ class RewardEngine:
         for part in call.parts:
             try:
                 if part.reservation is not None:
-                    assert isinstance(self.router, BudgetedRouter)
+                    assert is_budgeted(self.router)
                     self.router.settle(part.reservation, part.usage)
             except Exception:  # the verdicts are paid for and in; a router's books must not lose them
                 log.exception("router.settle raised; its books may be wrong from here on")

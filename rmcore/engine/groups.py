@@ -192,7 +192,7 @@ class GroupScores(Sequence[GroupScore]):
     @property
     def advantages(self) -> Tensor:
         """All groups' advantages, one after the other (ΣK,) float64 on the CPU."""
-        return self.table.per_response(rloo_advantages)
+        return self.table.per_response(partial(rloo_advantages, complete=self.table.complete))
 
     @property
     def rewards(self) -> Tensor:
@@ -201,7 +201,7 @@ class GroupScores(Sequence[GroupScore]):
 
     def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"]) -> Tensor:
         """All groups' rewards (ΣK,) under the named baseline (``group_rewards``)."""
-        return self.table.per_response(partial(group_rewards, baseline=baseline))
+        return self.table.per_response(partial(group_rewards, baseline=baseline, complete=self.table.complete))
 
     def outcomes(self) -> list[GroupScore | Exception]:
         """Every group of the call in its place: its score, or the error for which it has none."""
@@ -323,7 +323,7 @@ def _note(table: PairTable, row: int, decision: PairDecision) -> None:
     if decision.by == "judge_failed":  # which of the two follows from the reason
         state = PairState.JUDGE_FAILED
     if decision.no_signal:
-        table.signal[row] = _SIGNAL_OF[decision.no_signal]
+        table.signal[row], table.silent = _SIGNAL_OF[decision.no_signal], True
     verdict = decision.verdict
     if verdict is None and state is PairState.JUDGE_FAILED:
         if decision.reason == _BUDGET:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
 from rmcore.head.frozen import PairScores
+from rmcore.head.posterior import all_finite
 from rmcore.judge.base import Verdict
 from rmcore.model.signal import PairSignal
 from rmcore.ops import reference
@@ -58,6 +59,8 @@ class PairTable:
         signal: (Q,) uint8 on the CPU, a :class:`~rmcore.model.signal.PairSignal` each: what the head had to go by,
             whoever decided.
         verdicts: of the pairs that were put to a judge, by row; those without an outcome too.
+        complete: known on the host: every pair has a finite u and p̃. False: one may have none.
+        silent: known on the host: ``signal`` has something else than ``PRESENT``.
     """
 
     layout: PairLayout
@@ -68,6 +71,7 @@ class PairTable:
         self.state = torch.full((self.layout.pairs,), PairState.HEAD, dtype=torch.uint8)
         self.signal = torch.full((self.layout.pairs,), PairSignal.PRESENT, dtype=torch.uint8)
         self.verdicts: dict[int, Verdict] = {}
+        self.complete = self.silent = False
 
     def __len__(self) -> int:
         return self.layout.pairs
@@ -75,9 +79,9 @@ class PairTable:
     # -- from the kernels --------------------------------------------------------------------------------------------
 
     @classmethod
-    def of_difference(cls, scores: PairScores, layout: PairLayout) -> PairTable:
-        """From difference mode: a row a pair already."""
-        return cls._of(torch.stack([value.double() for value in scores]), layout)
+    def of_difference(cls, scores: PairScores, layout: PairLayout, *, finite: bool = False) -> PairTable:
+        """From difference mode: a row a pair already. ``finite``: the head has made sure that all are."""
+        return cls._of(torch.stack([value.double() for value in scores]), layout, finite=finite)
 
     @classmethod
     def of_concat(cls, scores: Scores, layout: PairLayout, orders: Literal["both", "one"]) -> PairTable:
@@ -90,11 +94,14 @@ class PairTable:
         return cls._of((values[:, forward] + sign * values[:, backward]) / 2, layout)
 
     @classmethod
-    def _of(cls, values: Tensor, layout: PairLayout, *, one_order: bool = False) -> PairTable:
-        bad = ~(values[2].isfinite() & values[3].isfinite())
-        values[2].masked_fill_(bad, torch.inf)
-        values[3].masked_fill_(bad, torch.nan)
-        return cls(layout, values, one_order)
+    def _of(cls, values: Tensor, layout: PairLayout, *, one_order: bool = False, finite: bool = False) -> PairTable:
+        table = cls(layout, values, one_order)
+        table.complete = finite or all_finite(values[2:])
+        if not table.complete:
+            bad = ~(values[2].isfinite() & values[3].isfinite())
+            values[2].masked_fill_(bad, torch.inf)
+            values[3].masked_fill_(bad, torch.nan)
+        return table
 
     @classmethod
     def joined(cls, tables: Sequence[PairTable]) -> PairTable:
@@ -107,6 +114,8 @@ class PairTable:
         result = cls(layout, torch.cat([table.values for table in tables], 1), tables[0].one_order)
         result.state = torch.cat([table.state for table in tables])
         result.signal = torch.cat([table.signal for table in tables])
+        result.complete = all(table.complete for table in tables)
+        result.silent = any(table.silent for table in tables)
         start = 0
         for table in tables:
             result.verdicts |= {start + row: verdict for row, verdict in table.verdicts.items()}
@@ -172,6 +181,7 @@ class PairTable:
         """
         if not bool(signal.any()):
             return
+        self.complete, self.silent = False, True
         unread = signal == PairSignal.UNREAD
         self.state[unread] = PairState.HEAD
         self.signal = torch.where(self.state == PairState.IDENTICAL, int(PairSignal.PRESENT), signal)

@@ -23,7 +23,7 @@ from rmcore.engine.pair_table import PairTable
 from rmcore.engine.routing import Candidates, Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
 from rmcore.head.frozen import FrozenHead
-from rmcore.head.posterior import check_finite
+from rmcore.head.posterior import all_finite, check_finite
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
@@ -50,7 +50,9 @@ def check_group_sizes(group_sizes: Sequence[int] | Tensor) -> list[int]:
     sizes = list(given)
     if not sizes:
         reject("group_sizes", "an empty list", "at least one group")
-    for k, size in enumerate(sizes):
+    if set(map(type, sizes)) == {int} and min(sizes) >= 1:
+        return sizes
+    for k, size in enumerate(sizes):  # which is it? A subclass of int is fine
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             reject(f"group_sizes[{k}]", size, "a positive integer")
     return sizes
@@ -161,6 +163,8 @@ class ScoreCall:
     micro_batches: int = 1
     why_no_overlap: str = ""
     unwanted: threading.Event = field(default_factory=threading.Event)
+    _layout: PairLayout | None = None
+    """Of all groups that are left."""
 
     def __post_init__(self) -> None:
         self.started = self.clock.now()
@@ -200,7 +204,7 @@ class ScoreCall:
             reject("hidden", type(hidden).__name__, "a torch.Tensor")
         if hidden.dim() != 2 or hidden.shape[1] != config.hidden_size:
             reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {config.hidden_size})")
-        rows = int(self._row_counts(list(range(len(self.sizes)))).sum())
+        rows = self.layout_of(self.numbers).rows(config.mode, one_order=self.one_order)
         if hidden.shape[0] != rows:
             unit = "response" if config.mode == "difference" else f"{'i < j' if self.one_order else 'ordered'} pair"
             reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {self.sizes[:8]}")
@@ -249,6 +253,8 @@ class ScoreCall:
 
     def without_bad_rows(self, hidden: Tensor, groups: list[int]) -> tuple[Tensor, list[int]]:
         """Hidden rows and their groups (``numbers`` of this call), but for groups with a row that is NaN or Inf."""
+        if all_finite(hidden):
+            return hidden, groups
         finite = torch.isfinite(hidden).all(dim=1).cpu()
         if bool(finite.all()):
             return hidden, groups
@@ -269,9 +275,9 @@ class ScoreCall:
         self, hidden: Tensor, groups: list[int], table: PairTable
     ) -> tuple[Tensor, list[int], PairTable]:
         """The same for groups with finite rows that overflow in the head."""
-        finite = table.uncertainty.isfinite().cpu()
-        if bool(finite.all()):
+        if table.complete:
             return hidden, groups, table
+        finite = table.uncertainty.isfinite().cpu()
         bad = table.layout.group[~finite].unique()
         message = "hidden: got finite rows that overflow the head's dtype, expected results to be finite"
         errors = {groups[k]: NonFiniteError(message) for k in bad.tolist()}
@@ -279,9 +285,16 @@ class ScoreCall:
         keep = ~torch.isin(torch.repeat_interleave(self._row_counts(groups)), bad)
         return hidden[keep.to(hidden.device)], [k for k in groups if k not in errors], table.without(bad)
 
+    def layout_of(self, groups: list[int]) -> PairLayout:
+        """The layout of some of the groups, given in order; of all, as nearly always, it is made once."""
+        if len(groups) < len(self.sizes):
+            return PairLayout([self.sizes[k] for k in groups])
+        if self._layout is None or len(self._layout) != len(self.sizes):
+            self._layout = PairLayout(self.sizes)
+        return self._layout
+
     def _row_counts(self, groups: list[int]) -> Tensor:
-        layout = PairLayout([self.sizes[k] for k in groups])
-        return layout.row_counts(self.head.config.mode, one_order=self.one_order)
+        return self.layout_of(groups).row_counts(self.head.config.mode, one_order=self.one_order)
 
     # -- while it runs -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.engine.micro_batches import MicroBatch, micro_batches
 from rmcore.engine.pair_table import PairState, PairTable
-from rmcore.engine.routing import BudgetedRouter, Candidates, Router
+from rmcore.engine.routing import Candidates, Router, is_budgeted
 from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
 from rmcore.head.posterior import check_finite
 from rmcore.model.signal import PairSignal, fill_unread
@@ -50,11 +50,11 @@ def score_pairs(call: ScoreCall, batch: MicroBatch) -> ScoredPart:
     try:
         if contain:
             hidden, groups = call.without_bad_rows(hidden, groups)
-        elif call.nonfinite == "raise" and len(hidden):
-            check_finite(hidden)
+        layout = call.layout_of(groups)
+        if call.nonfinite == "raise" and not contain and not layout.all_paired:
+            check_finite(hidden)  # the head looks at the pairs, and the row of a group of one is in none
         hidden = hidden.to(call.head.device)
         with call.time("head"):
-            layout = PairLayout([call.sizes[k] for k in groups])
             table = _table(call, hidden, layout, "keep" if contain or call.nonfinite == "route" else "raise")
     except NonFiniteError as error:
         raise _renumbered(error, batch) from None
@@ -83,7 +83,7 @@ def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Liter
     head, backend = call.head, call.backend
     if head.config.mode == "difference":
         pairs = head.score_pairs(hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64)
-        return PairTable.of_difference(pairs, layout)
+        return PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
     return PairTable.of_concat(head.score(hidden, backend=backend, nonfinite=nonfinite), layout, call.orders)
 
 
@@ -102,7 +102,8 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
         table.decide_identical(call.responses[group] for group in part.groups)
     call.find_silent(part)
     if not may_ask:
-        table.state[(table.signal != PairSignal.PRESENT) & (table.state == PairState.HEAD)] = PairState.NOBODY
+        if table.silent:
+            table.state[(table.signal != PairSignal.PRESENT) & (table.state == PairState.HEAD)] = PairState.NOBODY
         return
     rows = table.undecided()
     silent = table.signal[rows] != PairSignal.PRESENT
@@ -111,7 +112,7 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
     logit, variance = logit.masked_fill(silent, 0.0), variance.masked_fill(silent, math.inf)
     candidates = Candidates(logit, variance, uncertainty)
     usable = uncertainty.isfinite() | silent  # always, unless nonfinite="route"
-    if isinstance(router, BudgetedRouter):
+    if is_budgeted(router):
         chosen, part.reservation = router.reserve(candidates)
         _check_choice("router.reserve", chosen, len(candidates))
         part.offer = Offer(candidates, rows, chosen)

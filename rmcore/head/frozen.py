@@ -14,7 +14,7 @@ from torch import Tensor
 from rmcore import ops
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.head.config import HeadConfig
-from rmcore.head.posterior import Posterior, check_finite
+from rmcore.head.posterior import Posterior, all_finite, check_finite
 from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
@@ -126,8 +126,7 @@ class FrozenHead:
             reject("mode", self.config.mode, "a difference-mode head")
         weights = self.weights
         g, v = ops.pair_variance(hidden, group_sizes, weights, backend=backend)
-        finite = (g + v).isfinite()
-        if not bool(finite.all()):
+        if not all_finite(sums := g + v) and not bool((finite := sums.isfinite()).all()):
             if nonfinite == "raise":
                 check_finite(hidden)
                 raise NonFiniteError(
@@ -193,6 +192,8 @@ class FrozenHead:
 
 
 def _check_results(logit: Tensor, variance: Tensor, hidden: Tensor) -> None:
+    if all_finite(logit + variance):
+        return
     bad = ~(logit.isfinite() & variance.isfinite())
     if bool(bad.any()):
         rows = tuple(bad.nonzero()[:, 0].tolist())

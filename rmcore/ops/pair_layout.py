@@ -7,7 +7,7 @@ Groups come one after the other, and the pairs of each in the order (0, 1), (0, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -40,13 +40,21 @@ class PairLayout:
 
     Args:
         sizes: K ≥ 0 of each group.
+
+    Attributes:
+        sizes: the same, (G,).
+        common: K where all groups have the same, as in training they nearly always do: then what depends on sizes alone
+            is arithmetic, not a tensor operation. None where they differ or there are none.
     """
 
     def __init__(self, sizes: Sequence[int] | Tensor) -> None:
         self.sizes = torch.as_tensor(sizes, dtype=torch.int64)
+        counts: list[int] = sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
+        self._count = len(counts)
+        self.common = counts[0] if counts and counts.count(counts[0]) == len(counts) else None
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return self._count
 
     @cached_property
     def pair_counts(self) -> Tensor:
@@ -56,12 +64,19 @@ class PairLayout:
     @cached_property
     def pairs(self) -> int:
         """Q, the number of pairs."""
+        if self.common is not None:
+            return len(self) * (self.common * (self.common - 1) // 2)
         return int(self.pair_counts.sum())
 
     @cached_property
     def responses(self) -> int:
         """ΣK."""
-        return int(self.sizes.sum())
+        return int(self.sizes.sum()) if self.common is None else len(self) * self.common
+
+    @cached_property
+    def all_paired(self) -> bool:
+        """Whether every response is in a pair: no group is of one."""
+        return self.common != 1 if self.common is not None else not bool((self.sizes == 1).any())
 
     @cached_property
     def starts(self) -> Tensor:
@@ -118,6 +133,12 @@ class PairLayout:
             return self.sizes
         return self.pair_counts if one_order else 2 * self.pair_counts
 
+    def rows(self, mode: PairMode, *, one_order: bool = False) -> int:
+        """Hidden rows of all groups together."""
+        if mode == "difference":
+            return self.responses
+        return self.pairs if one_order else 2 * self.pairs
+
     def pair_rows(self, mode: PairMode, *, one_order: bool = False) -> Tensor:
         """(Q, 2) the two hidden rows of each pair: its responses', or those of (i, j) and (j, i); (Q, 1) if one_order.
 
@@ -136,11 +157,10 @@ class PairLayout:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The groups by size."""
-        sizes = self.sizes.unique().tolist()
-        if len(sizes) == 1:
-            return (Block(sizes[0], torch.arange(len(self)), None, None),)
+        if self.common is not None:
+            return (Block(self.common, torch.arange(len(self)), None, None),)
         blocks = []
-        for k in sizes:
+        for k in self.sizes.unique().tolist():
             groups = (self.sizes == k).nonzero()[:, 0]
             pairs = self._pair_starts[groups, None] + torch.arange(k * (k - 1) // 2)
             blocks.append(Block(k, groups, pairs, self.starts[groups, None] + torch.arange(k)))
@@ -164,11 +184,26 @@ def squares(column: Tensor, block: Block, *, sign: int, diagonal: float = 0.0) -
     k, device = block.size, column.device
     upper = column if block.pairs is None else column[block.pairs.to(device)]
     upper = upper.view(len(block.groups), k * (k - 1) // 2)
-    i, j = torch.triu_indices(k, k, 1, device=device)
-    square = column.new_full((len(block.groups), k, k), diagonal)
-    square[:, i, j] = upper
-    square[:, j, i] = upper if sign > 0 else 0.0 - upper  # so that no preference is 0.0 both ways, not -0.0
-    return square
+    lower = upper if sign > 0 else 0.0 - upper  # so that no preference is 0.0 both ways, not -0.0
+    own = upper.new_full((len(block.groups), 1), diagonal)
+    places = (_places if k <= _OFTEN else _places.__wrapped__)(k, device)
+    return torch.cat((upper, lower, own), 1)[:, places].view(len(own), k, k)
+
+
+_OFTEN = 64
+"""Sizes of groups up to which the places are kept: 32 KB at most."""
+
+
+@lru_cache(maxsize=128)
+def _places(k: int, device: torch.device) -> Tensor:
+    """(K²,) for each entry of a square where it stands among what is above the diagonal, below, and on it."""
+    with torch.inference_mode(False):  # kept, so it must serve calls outside inference mode too
+        pairs = k * (k - 1) // 2
+        i, j = torch.triu_indices(k, k, 1)
+        places = torch.full((k, k), 2 * pairs)
+        places[i, j] = torch.arange(pairs)
+        places[j, i] = torch.arange(pairs, 2 * pairs)
+        return places.flatten().to(device)
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ class PairVarianceTask(NamedTuple):
     def check_values(self) -> None:
         """Raise InputError where an index is out of range."""
         sizes, rows = self.group_sizes, self.hidden.shape[0]
-        if bool((sizes < 0).any()) or int(sizes.sum()) != rows:
+        if int(sizes.sum()) != rows or (len(sizes) and int(sizes.min()) < 0):
             shown = sizes.tolist() if len(sizes) <= 8 else f"{sizes[:8].tolist()}..."
             reject("group_sizes", f"{shown} (sum {int(sizes.sum())})", f"non-negative sizes that sum to {rows} rows")
 

@@ -25,6 +25,7 @@ from rmcore.engine.routing.routers import (
     Router,
     ThresholdRouter,
     VerdictRouter,
+    is_budgeted,
     rank_score,
 )
 from rmcore.engine.routing.state import StatefulRouter
@@ -44,5 +45,6 @@ __all__ = [
     "StatefulRouter",
     "ThresholdRouter",
     "VerdictRouter",
+    "is_budgeted",
     "rank_score",
 ]
