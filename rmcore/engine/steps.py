@@ -110,7 +110,7 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
     logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
     # First in line by every score: no margin, and nothing known.
     logit, variance = logit.masked_fill(silent, 0.0), variance.masked_fill(silent, math.inf)
-    candidates = Candidates(logit, variance, uncertainty)
+    candidates = Candidates(logit, variance, uncertainty, {"group": table.layout.group[rows]})
     usable = uncertainty.isfinite() | silent  # always, unless nonfinite="route"
     if is_budgeted(router):
         chosen, part.reservation = router.reserve(candidates)

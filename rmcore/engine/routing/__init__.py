@@ -2,6 +2,8 @@
 
 - ``routers``: the protocol, and routers that look at one batch: threshold, budget, random, always, never.
 - ``adaptive``: a share of a whole run by a threshold that follows the scores, within hard budgets.
+- ``risk``: the least routing under which the error rate among kept pairs is bounded; ``risk_bounds`` has the
+  statistics, ``shift`` the tests that the stream is still the one calibrated on.
 - ``budget``: hard limits on pairs, calls, tokens or money; ``pair_cost`` estimates what a pair will come to.
 - ``pacing``: how large a share of the coming pairs a budget can carry.
 - ``drift``: tells when the stream's scores have moved, and keeps a record of each step.
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 from rmcore.engine.routing.adaptive import AdaptiveRouter
 from rmcore.engine.routing.budget import Budget
+from rmcore.engine.routing.risk import RiskControlledRouter
+from rmcore.engine.routing.risk_bounds import RiskThreshold, risk_threshold, risk_tiers
 from rmcore.engine.routing.routers import (
     AlwaysRoute,
     BudgetedRouter,
@@ -41,10 +45,14 @@ __all__ = [
     "RandomRouter",
     "RankBy",
     "Reservation",
+    "RiskControlledRouter",
+    "RiskThreshold",
     "Router",
     "StatefulRouter",
     "ThresholdRouter",
     "VerdictRouter",
     "is_budgeted",
     "rank_score",
+    "risk_threshold",
+    "risk_tiers",
 ]

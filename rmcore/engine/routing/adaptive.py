@@ -41,7 +41,7 @@ from rmcore.engine.routing.drift import Drift, StepLog, StepRecord
 from rmcore.engine.routing.pacing import Pace
 from rmcore.engine.routing.recent import Floats, ForgettingSample
 from rmcore.engine.routing.routers import Candidates, RankBy, Reservation, rank_score
-from rmcore.engine.routing.state import plain, read_state, write_state
+from rmcore.engine.routing.state import generator_of, plain, read_state, write_state
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["AdaptiveRouter"]
@@ -289,7 +289,7 @@ class AdaptiveRouter:
                     Pace.from_state(item, f"router.paces[{k}]", budget, self.run_pairs)
                     for k, (item, budget) in enumerate(zip(paces, self.budgets, strict=True))
                 ],
-                "_random": _generator(found.random.model_dump()),
+                "_random": generator_of(found.random.model_dump(), "router.random"),
                 "_pairs": found.pairs,
                 "_owed": found.owed,
                 "_threshold": found.threshold,
@@ -356,15 +356,6 @@ class AdaptiveRouter:
 
 def _values(tensor: Tensor) -> Floats:
     return tensor.detach().double().cpu().numpy()
-
-
-def _generator(state: Any) -> np.random.Generator:
-    bits = np.random.PCG64()
-    try:
-        bits.state = state
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"router.random: not the state of a PCG64 generator ({error})") from error
-    return np.random.Generator(bits)
 
 
 def _check_fraction(name: str, value: object) -> None:

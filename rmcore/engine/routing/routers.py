@@ -45,6 +45,7 @@ __all__ = [
     "Router",
     "ThresholdRouter",
     "VerdictRouter",
+    "check_threshold_score",
     "is_budgeted",
     "rank_score",
 ]
@@ -195,9 +196,7 @@ class ThresholdRouter:
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
             reject("threshold", self.threshold, "a number")
-        _check_score(self.by)
-        if self.by == "rank_sum":
-            reject("by", "'rank_sum'", "a score with a scale of its own", "Use BudgetRouter for rank_sum")
+        check_threshold_score(self.by)
 
     def select(self, candidates: Candidates) -> Tensor:
         """Pairs above the threshold."""
@@ -298,6 +297,13 @@ class AlwaysRoute:
 def _check_score(by: str) -> None:
     if by not in _SCORES:
         reject("by", repr(by), f"one of {', '.join(_SCORES)}")
+
+
+def check_threshold_score(by: str) -> None:
+    """Raise InputError unless ``by`` is a score that a threshold can be compared with."""
+    _check_score(by)
+    if by == "rank_sum":
+        reject("by", "'rank_sum'", "a score with a scale of its own", "Use BudgetRouter for rank_sum")
 
 
 def _check_budget(fraction: float | None, count: int | None) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "PaceState",
     "QuantilesState",
     "RandomRouterState",
+    "RiskRouterState",
     "RouterState",
     "SampleState",
     "Window",
@@ -201,3 +202,66 @@ class RouterState(State):
     paces: list[PaceState]
     budgets: list[BudgetState]
     log: LogState
+
+
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Verdict: TypeAlias = Annotated[tuple[Number, Annotated[float, Field(ge=0, le=1)]], Field(strict=False)]
+
+
+class RiskSettings(State):
+    """What a risk-controlled router was made with."""
+
+    alpha: Share
+    delta: Share
+    by: str
+    method: str
+    audit: Share
+    alarm: Share
+
+
+class RiskThresholdState(State):
+    """A :class:`~rmcore.engine.routing.risk_bounds.RiskThreshold`, without what its router says."""
+
+    delta: Share
+    threshold: Extended
+    pairs: Count
+    kept: Count
+    errors: Count
+    bound: Share
+    reason: str
+
+
+class ShiftState(State):
+    """A :class:`~rmcore.engine.routing.shift.ScoreShift`."""
+
+    calibration: Annotated[list[Number], Field(min_length=1)]
+    waiting: list[Number]
+    blocks: Count
+    least_p: Share
+
+
+class ExcessState(State):
+    """A :class:`~rmcore.engine.routing.shift.ErrorExcess`."""
+
+    wealth: Annotated[list[Amount], Field(min_length=5, max_length=5)]
+    pairs: Count
+    errors: Count
+
+
+class RiskRouterState(State):
+    """A :class:`~rmcore.engine.routing.risk.RiskControlledRouter`."""
+
+    format: Literal["rmcore-risk-router"]
+    version: FirstVersion
+    settings: RiskSettings
+    epoch: Count
+    alarms: list[str]
+    seen: Count
+    routed: Count
+    random: RandomState
+    found: RiskThresholdState | None
+    sample: list[Verdict]
+    unanswered: Count
+    attempts: Count
+    shift: ShiftState | None
+    excess: ExcessState

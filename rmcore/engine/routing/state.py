@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from rmcore._base.errors import CheckpointError
 from rmcore._base.files import write_atomic
 from rmcore.engine.routing.routers import Router
 
-__all__ = ["StatefulRouter", "keep_spent", "plain", "read_state", "write_state"]
+__all__ = ["StatefulRouter", "generator_of", "keep_spent", "plain", "read_state", "write_state"]
 
 
 @runtime_checkable
@@ -32,6 +34,16 @@ class StatefulRouter(Router, Protocol):
 def plain(value: float | None) -> float | str | None:
     """A number that may be infinite, as JSON."""
     return value if value is None or math.isfinite(value) else "inf" if value > 0 else "-inf"
+
+
+def generator_of(state: Any, where: str) -> np.random.Generator:
+    """The numpy generator that a state of a PCG64 describes; raises CheckpointError, naming ``where``."""
+    bits = np.random.PCG64()
+    try:
+        bits.state = state
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{where}: not the state of a PCG64 generator ({error})") from error
+    return np.random.Generator(bits)
 
 
 def keep_spent(state: Any, later: Any) -> Any:
