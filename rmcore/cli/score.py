@@ -97,6 +97,14 @@ def _scoring(
             close_engine(engine)
             if judged or not sys.exc_info()[0]:  # what was spent is told however the run ends
                 print_accounts(booked.totals(), notes)
+        if judged["alone"]:
+            notes.print(
+                f"rmcore: {judged['alone']} of {done} groups have one response, which has nothing to be compared with: "
+                "its reward is 0. A prompt's responses belong in one row",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         if failed:
             raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
         if judged["failed"] and not judged["judge"]:
@@ -203,6 +211,7 @@ def _score_chunk(
         summary = scores.summary()
         accounts.add(summary)
         by = summary["decided_by"]
+        judged["alone"] += summary["single_response_groups"]
         judged.update({name: by.get(key, 0) for name, key in (("judge", "judge"), ("failed", "judge_failed"))})
     failed = 0
     try:

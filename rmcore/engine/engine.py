@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 import os
 import threading
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
+from rmcore.engine.options import check_engine_options
 from rmcore.engine.overlap import run_alongside, run_alongside_async
 from rmcore.engine.routing import NeverRoute, Router, ThresholdRouter, is_budgeted
 from rmcore.engine.routing.state import write_state
@@ -89,24 +89,20 @@ class RewardEngine:
     ) -> None:
         if not isinstance(model, (RewardModel, FrozenHead)):
             reject("model", type(model).__name__, "a RewardModel or a FrozenHead")
-        if judge is not None and not isinstance(judge, Judge):
-            reject("judge", type(judge).__name__, "an object with an async judge(pairs) method")
+        check_engine_options(
+            judge,
+            router,
+            epsilon=epsilon,
+            nonfinite=nonfinite,
+            orders=orders,
+            backend=backend,
+            judge_deadline_s=judge_deadline_s,
+            micro_batch_tokens=micro_batch_tokens,
+            learner=learner,
+            clock=clock,
+        )
         if router is None:
             router = NeverRoute() if judge is None else ThresholdRouter(1.4)
-        if judge is None and not isinstance(router, NeverRoute):
-            reject("judge", "None", f"a judge, since {type(router).__name__} may route pairs")
-        if not 0 < epsilon < 0.5:
-            reject("epsilon", epsilon, "a probability strictly between 0 and 0.5")
-        if nonfinite not in ("raise", "route"):
-            reject("nonfinite", repr(nonfinite), "'raise' or 'route'")
-        if nonfinite == "route" and judge is None:
-            reject("nonfinite", "'route'", "'raise', since there is no judge to route to")
-        if orders not in ("both", "one"):
-            reject("orders", repr(orders), "'both' or 'one'")
-        if judge_deadline_s is not None and not (math.isfinite(judge_deadline_s) and judge_deadline_s > 0):
-            reject("judge_deadline_s", judge_deadline_s, "seconds above 0, or None")
-        if micro_batch_tokens is not None and micro_batch_tokens < 1:
-            reject("micro_batch_tokens", micro_batch_tokens, "at least 1, or None")
         self.model = model if isinstance(model, RewardModel) else None
         self.head = model.head if isinstance(model, RewardModel) else model
         self.judge = judge

@@ -7,19 +7,27 @@ from collections.abc import Hashable, Sequence
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt, canonical_prompt, content_key
 
-__all__ = ["GroupingError", "group_size_of_runs", "prompt_key", "split_groups"]
+__all__ = ["GroupingError", "alone", "group_size_of_runs", "prompt_key", "split_groups"]
 
 
 class GroupingError(InputError):
     """The rows of a call are no whole groups; the message names the trainer setting to change."""
 
 
+def alone(setting: str) -> str:
+    """What is said, as a warning, where a trainer is *set* to one response a prompt. That it follows from the rows is
+    no such setting: :func:`group_size_of_runs` refuses it.
+    """
+    return f"{setting} is 1, so there is nothing to compare and every reward is 0; set at least 2"
+
+
 def group_size_of_runs(keys: Sequence[object]) -> int:
-    """K, where all runs of equal neighbours are equally long.
+    """K, where all runs of equal neighbours are equally long; 0 where there are no rows.
 
     Raises:
         GroupingError: the runs differ in length, so rows are missing or a prompt stands beside itself; or a prompt
-            comes back in another run, so the rows are interleaved, or the data has it twice.
+            comes back in another run, so the rows are interleaved, or the data has it twice; or no two rows share a
+            prompt, so that nothing could be compared.
     """
     runs: list[int] = []
     starts: dict[object, int] = {}
@@ -38,6 +46,12 @@ def group_size_of_runs(keys: Sequence[object]) -> int:
         raise GroupingError(
             f"prompts: got runs of {runs[:8]} equal prompts, expected runs of one length K. Pass num_generations, "
             "and a prompt_id column if the data repeats prompts"
+        )
+    if runs and runs[0] == 1:
+        raise GroupingError(
+            f"prompts: got {len(runs)} rows of as many prompts, expected at least two rows a prompt, one after the "
+            "other: a group of one has nothing to be compared with, and its reward is 0. Sort interleaved rows by "
+            "prompt, or pass num_generations, with a prompt_id column if the prompts of one group differ"
         )
     return runs[0] if runs else 0
 

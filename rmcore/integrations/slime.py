@@ -20,6 +20,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.client import GroupClient
+from rmcore.integrations.rows import alone
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.text import OverlongPolicy, TextLimit
 
@@ -27,6 +28,7 @@ __all__ = ["GroupReward", "group_rm"]
 
 log = logging.getLogger(__name__)
 
+_SERVER_LIMITS = "rmcore serve takes --max-length, --overlong"
 _FINISHED = ("completed", "truncated")
 
 
@@ -62,14 +64,11 @@ class GroupReward:
         self.limit: dict[str, Any] = {name: value for name, value in limit.items() if value is not None}
         TextLimit(**self.limit)
         if self.limit and isinstance(source, GroupClient):
-            reject(
-                "max_length, overlong",
-                "given beside a GroupClient",
-                "None: rmcore serve takes --max-length, --overlong",
-            )
+            reject("max_length, overlong", "given beside a GroupClient", f"None: {_SERVER_LIMITS}")
         self.prompt_key = prompt_key
         self._source = source
         self._lock = threading.Lock()
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock."""
@@ -77,6 +76,7 @@ class GroupReward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._warned = False
         self._lock = threading.Lock()
 
     async def __call__(self, args: Any, samples: Sequence[Any], **_: Any) -> list[float]:
@@ -99,6 +99,9 @@ class GroupReward:
         for k, prompt in enumerate(prompts):
             if prompt != prompts[0]:
                 reject(f"samples[{k}]", "another prompt", "that of samples[0]. Pass --group-rm")
+        if len(samples) == 1 and not self._warned:
+            self._warned = True
+            log.warning("%s", alone("--n-samples-per-prompt"))
         finished = [k for k, sample in enumerate(samples) if _status(sample) in _FINISHED]
         advantages: dict[int, float | None] = {}
         # One alone has nothing to be compared with.
@@ -138,6 +141,8 @@ class GroupReward:
                         "the address of rmcore serve",
                         "Or name a saved model by RMCORE_MODEL, to score in slime's own process",
                     )
+                if url and self.limit:
+                    reject("max_length, overlong", "given beside --rm-url", f"None: {_SERVER_LIMITS}")
                 self._source = GroupClient(url) if url else RewardEngine(RewardModel.from_pretrained(str(path)))
             return self._source
 

@@ -23,6 +23,7 @@ from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
+from rmcore.engine.options import check_engine_options
 from rmcore.engine.routing import BudgetedRouter, Router, StatefulRouter
 from rmcore.engine.selection import member_uncertainty
 from rmcore.integrations.reference import (
@@ -32,7 +33,7 @@ from rmcore.integrations.reference import (
     ReferenceSource,
     preference_over_reference,
 )
-from rmcore.integrations.rows import GroupingError, group_size_of_runs, prompt_key, split_groups
+from rmcore.integrations.rows import GroupingError, alone, group_size_of_runs, prompt_key, split_groups
 from rmcore.integrations.trl_config import LOCALITY, ConfigIssue, check_trl_config, config_kind
 from rmcore.judge.base import Judge
 from rmcore.model.text import OverlongPolicy, TextLimit
@@ -96,7 +97,8 @@ class PairwiseReward:
         max_length: most tokens of a text; None is what the model was saved with.
         overlong: what happens to longer ones, likewise (:data:`~rmcore.model.text.OverlongPolicy`). ``no-reward`` gives
             such a completion None and the rest of its group the rewards they would have without it.
-        engine_options: further keyword arguments of :class:`~rmcore.engine.RewardEngine` for a folder.
+        engine_options: further keyword arguments of :class:`~rmcore.engine.RewardEngine` for a folder; checked now,
+            like ``judge`` and ``router``, not when the model is loaded.
 
     Attributes:
         last: the :class:`~rmcore.engine.groups.GroupScores` of the last call on this rank, for logs and tests.
@@ -150,7 +152,12 @@ class PairwiseReward:
         self._path = None if isinstance(model, RewardEngine) else os.fspath(model)
         self._settings = {"judge": judge, "router": router, **engine_options}
         self._engine = model if isinstance(model, RewardEngine) else None
-        self._checked = self._warned = False
+        if self._path is not None:
+            try:
+                check_engine_options(**self._settings)
+            except TypeError as error:
+                raise InputError(f"engine_options: {error}; expected arguments of RewardEngine") from None
+        self._checked = self._warned = self._warned_alone = False
         self._calls = 0  # in training
         self._lock = threading.Lock()
 
@@ -325,6 +332,9 @@ class PairwiseReward:
 
     def _group_size(self, keys: list[Any], trainer: Any) -> int:
         if self.num_generations is not None and not _evaluating(trainer):
+            if self.num_generations == 1 and not self._warned_alone:
+                self._warned_alone = True
+                log.warning("%s", alone("num_generations"))
             return self.num_generations
         if trainer is not None and hasattr(trainer, "num_generations"):
             return int(trainer.num_generations_eval if _evaluating(trainer) else trainer.num_generations)

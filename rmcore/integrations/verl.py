@@ -31,6 +31,7 @@ from torch import Tensor
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt
 from rmcore.integrations.client import GroupClient, MemberPart, ServerError
+from rmcore.integrations.rows import alone
 
 __all__ = ["ADVANTAGE_ESTIMATOR", "PairwiseRewardManager", "passthrough_advantages", "register"]
 
@@ -258,7 +259,7 @@ def _inexact(config: Any) -> list[str]:
     if divides or estimator not in (ADVANTAGE_ESTIMATOR, "rloo", "rloo_vectorized", "grpo"):
         found.append(f"algorithm.adv_estimator={estimator} makes something else of a score; set {ADVANTAGE_ESTIMATOR}")
     if _at(config, "actor_rollout_ref.rollout.n", 1) < 2:
-        found.append("actor_rollout_ref.rollout.n is 1, so there is nothing to compare; set at least 2")
+        found.append(alone("actor_rollout_ref.rollout.n"))
     return found
 
 

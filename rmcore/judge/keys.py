@@ -13,7 +13,11 @@ __all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 
 KEY_VERSION = 1
 """Part of every key. It changes if, and only if, plain texts and plain ``{role, content}`` messages would get another
-key. What else a message may hold (tool calls, names, reasoning) had no place in a key before it had one here."""
+key. What else a message may hold (tool calls, names, reasoning) had no place in a key before it had one here.
+
+So a store of an earlier release serves on: a message with a ``name`` was filed under the key of the same message
+without it, the judge was shown the message without it, and of that question the stored verdict is the answer still. The
+message with its name is a new question, with a key that nothing stored has, and is asked."""
 
 CALL_KEY_VERSION = 1
 """As :data:`KEY_VERSION`, for :func:`call_key`."""

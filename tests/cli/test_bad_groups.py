@@ -91,3 +91,15 @@ def test_the_others_are_routed_and_judged_as_if_it_were_not_there(model, one_gro
             decided = [(record["routed"], record["decisions"]) for record in records]
             results.append((decided, server.requests - before))
     assert all(result == results[0] for result in results)
+
+
+def test_groups_of_one_are_counted_aloud(model, tmp_path):
+    groups, out = tmp_path / "groups.jsonl", tmp_path / "out.jsonl"
+    rows = [["good"], ["good", "bad"], ["odd"]]
+    groups.write_text("".join(json.dumps({"prompt": "p", "responses": r}) + "\n" for r in rows))
+    result = call("score", model, groups, "-o", out)
+    assert result.exit_code == 0
+    assert "2 of 3 groups have one response" in result.stderr
+    assert [json.loads(line)["rewards"] for line in out.read_text().splitlines()][::2] == [[0.0], [0.0]]
+    groups.write_text(json.dumps({"prompt": "p", "responses": rows[1]}) + "\n")
+    assert "one response" not in call("score", model, groups, "-o", out, "--overwrite").stderr

@@ -10,11 +10,21 @@ from rmcore._base.errors import InputError
 from rmcore.integrations.rows import GroupingError, group_size_of_runs, split_groups
 
 
-@given(st.integers(1, 5), st.integers(1, 6))
+@given(st.integers(1, 5), st.integers(2, 6))
 def test_runs_give_the_group_size(groups, size):
     keys = [g for g in range(groups) for _ in range(size)]
     assert group_size_of_runs(keys) == size
     assert split_groups(keys, size) == [range(g * size, (g + 1) * size) for g in range(groups)]
+
+
+@given(st.integers(1, 6))
+def test_groups_of_one_do_not_follow_from_rows(rows):
+    with pytest.raises(GroupingError, match=rf"{rows} rows of as many prompts.*num_generations.*prompt_id"):
+        group_size_of_runs(list(range(rows)))
+
+
+def test_no_rows_are_no_groups():
+    assert group_size_of_runs([]) == 0
 
 
 def test_uneven_runs_are_refused():

@@ -151,10 +151,21 @@ def test_one_alone_has_no_advantage(finished, engine, caplog):
     assert "4 of 4 samples" in caplog.text
 
 
-def test_one_sample_by_design_has_an_advantage_of_zero(engine):
+def test_one_sample_by_design_has_an_advantage_of_zero(engine, caplog):
     samples = group()[:1]
-    assert run(GroupReward(engine), samples) == [0.0]
+    reward = GroupReward(engine)
+    assert run(reward, samples) == [0.0]
     assert not samples[0].remove_sample
+    run(reward, samples)
+    assert [r.message for r in caplog.records] == [
+        "--n-samples-per-prompt is 1, so there is nothing to compare and every reward is 0; set at least 2"
+    ]
+
+
+def test_limits_that_a_server_would_not_see_are_refused(monkeypatch):
+    monkeypatch.setenv("RMCORE_SERVE_URL", "http://127.0.0.1:8400")
+    with pytest.raises(InputError, match=r"max_length, overlong: got given beside --rm-url.*rmcore serve takes"):
+        run(GroupReward(max_length=64), group(), rm_url=None)
 
 
 def test_a_server_that_fails_raises_and_is_no_reward(group_client):

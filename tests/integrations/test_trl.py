@@ -17,6 +17,7 @@ from rmcore.engine.routing import BudgetRouter
 from rmcore.integrations.rows import GroupingError
 from rmcore.integrations.trl import PairwiseReward, check_trl_config
 from rmcore.judge.base import Verdict
+from rmcore.model.reward_model import RewardModel
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'rmcore[trl]')")
 datasets = pytest.importorskip("datasets")
@@ -134,6 +135,21 @@ def test_interleaved_rows_are_refused_not_scored_as_groups_of_one(reward_model):
     reward = PairwiseReward(RewardEngine(reward_model))
     with pytest.raises(GroupingError, match="the prompt of row 0 again in row 2"):
         asyncio.run(reward(["p", "r", "p", "r"], list("abcd")))
+
+
+def test_rows_of_all_distinct_prompts_are_refused_unless_that_is_what_was_asked_for(reward_model, caplog):
+    reward = PairwiseReward(RewardEngine(reward_model))
+    with pytest.raises(GroupingError, match=r"2 rows of as many prompts.*num_generations"):
+        call(reward, ["p", "r"], ["a", "b"])
+    with pytest.raises(GroupingError, match="2 rows of as many prompts"):
+        call(reward, ["p", "p"], ["a", "b"], prompt_id=[0, 1])
+    assert not caplog.records
+    asked = PairwiseReward(RewardEngine(reward_model), num_generations=1)
+    for _ in range(2):
+        assert call(asked, ["p", "r"], ["a", "b"]) == [0.0, 0.0]
+    assert [r.message for r in caplog.records] == [
+        "num_generations is 1, so there is nothing to compare and every reward is 0; set at least 2"
+    ]
 
 
 def test_groups_that_straddle_ranks_are_refused_by_name(policy_path, tokenizer_of, reward_model, tmp_path):
@@ -287,3 +303,25 @@ def test_the_wrong_mode_is_refused(reward_model, tmp_path):
 def test_bad_arguments_are_named(reward_model, arguments, message):
     with pytest.raises(InputError, match=message):
         PairwiseReward(**{"model": RewardEngine(reward_model), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"judge": object()}, "judge: got object"),
+        ({"router": BudgetRouter(0.5)}, "judge: got None, expected a judge, since BudgetRouter may route"),
+        ({"router": 3}, "router: got int"),
+        ({"epsilon": 0.5}, "epsilon: got 0.5"),
+        ({"nonfinite": "route"}, "nonfinite: got 'route'"),
+        ({"orders": "two"}, "orders: got 'two'"),
+        ({"backend": "gpu"}, "backend: got 'gpu'"),
+        ({"judge_deadline_s": 0}, "judge_deadline_s: got 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens: got 0"),
+        ({"learner": "journal"}, "learner: got str"),
+        ({"epsilom": 0.1}, "engine_options: .*epsilom"),
+    ],
+)
+def test_engine_options_are_checked_before_a_model_loads(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match=message):
+        PairwiseReward(tmp_path, **arguments)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +30,19 @@ def test_text_and_one_message_are_different_prompts():
 def test_a_conversation_has_the_same_key_in_every_release():
     key = "7c77458b184c6fe9371a82c03cc9080614674d8ee52c24646edb2fe302c13878"
     assert pair_key([{"role": "user", "content": "p"}, {"role": "assistant", "content": ""}], "a", "b") == key
+
+
+plain_messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text(max_size=5)}),
+    min_size=1,
+    max_size=3,
+)
+
+
+@given(st.text(max_size=5) | plain_messages, st.text(max_size=5), st.text(max_size=5))
+def test_plain_texts_and_messages_keep_the_keys_of_the_first_release(prompt, first, second):
+    text = json.dumps(["rmcore.pair", 1, prompt, first, second], sort_keys=True, separators=(",", ":"))
+    assert pair_key(prompt, first, second) == hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def test_messages_count_by_what_they_say():

@@ -1,0 +1,61 @@
+"""What an engine may be made with, checked on its own: before a model loads, where the engine comes after it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from rmcore._base.clock import Clock
+from rmcore._base.errors import reject
+from rmcore.engine.learning import VerdictLearner
+from rmcore.engine.routing import NeverRoute, Router
+from rmcore.judge.base import Judge
+from rmcore.ops.dispatch import Backend, explain
+
+__all__ = ["check_engine_options"]
+
+
+def check_engine_options(
+    judge: Judge | None = None,
+    router: Router | None = None,
+    *,
+    epsilon: float = 0.12,
+    nonfinite: Literal["raise", "route"] = "raise",
+    orders: Literal["both", "one"] = "both",
+    backend: Backend = "auto",
+    judge_deadline_s: float | None = None,
+    micro_batch_tokens: int | None = None,
+    learner: VerdictLearner | None = None,
+    clock: Clock | None = None,
+) -> None:
+    """Raise InputError for arguments that a :class:`~rmcore.engine.RewardEngine` would refuse, whatever its model.
+
+    The arguments are the engine's, without the model.
+
+    Raises:
+        InputError: one of them does not fit, by itself or beside another.
+        TypeError: a keyword that the engine does not have.
+    """
+    if judge is not None and not isinstance(judge, Judge):
+        reject("judge", type(judge).__name__, "an object with an async judge(pairs) method")
+    if router is not None and not callable(getattr(router, "select", None)):
+        reject("router", type(router).__name__, "an object with a select(candidates) method")
+    if judge is None and router is not None and not isinstance(router, NeverRoute):
+        reject("judge", "None", f"a judge, since {type(router).__name__} may route pairs")
+    if not 0 < epsilon < 0.5:
+        reject("epsilon", epsilon, "a probability strictly between 0 and 0.5")
+    if nonfinite not in ("raise", "route"):
+        reject("nonfinite", repr(nonfinite), "'raise' or 'route'")
+    if nonfinite == "route" and judge is None:
+        reject("nonfinite", "'route'", "'raise', since there is no judge to route to")
+    if orders not in ("both", "one"):
+        reject("orders", repr(orders), "'both' or 'one'")
+    explain("score", backend=backend)
+    if judge_deadline_s is not None and not (math.isfinite(judge_deadline_s) and judge_deadline_s > 0):
+        reject("judge_deadline_s", judge_deadline_s, "seconds above 0, or None")
+    if micro_batch_tokens is not None and micro_batch_tokens < 1:
+        reject("micro_batch_tokens", micro_batch_tokens, "at least 1, or None")
+    if learner is not None and not isinstance(learner, VerdictLearner):
+        reject("learner", type(learner).__name__, "a VerdictLearner, or None")
+    if clock is not None and not callable(getattr(clock, "now", None)):
+        reject("clock", type(clock).__name__, "an object with now, wall and sleep")
