@@ -20,7 +20,7 @@ from rmcore.judge.base import RULE, JudgeUsage, Verdict
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.signal import PairSignal
 
-__all__ = ["GroupScore", "GroupScores", "PairDecision"]
+__all__ = ["GroupScore", "GroupScores", "PairDecision", "table_of"]
 
 
 DecidedBy: TypeAlias = Literal["judge", "judge_failed", "identical", "nobody"]
@@ -301,8 +301,12 @@ def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
     return tuple(groups[number] for number in range(len(groups)))
 
 
+def table_of(groups: Sequence[GroupScore]) -> PairTable:
+    """The table that groups are views of, or one made of groups that came without: some of a batch's, say."""
+    return groups.table if isinstance(groups, GroupScores) else _table_of(groups)
+
+
 def _table_of(groups: Sequence[GroupScore]) -> PairTable:
-    """The table of groups that came without one: somebody else's engine, or some of a batch's groups."""
     one_order = any(group.one_order for group in groups)
     if one_order and not all(group.one_order or group.size == 1 for group in groups):
         reject("groups", "some with one_order and some without", "groups scored alike")

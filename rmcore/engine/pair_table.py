@@ -207,11 +207,17 @@ class PairTable:
 
     # -- by group ----------------------------------------------------------------------------------------------------
 
-    def per_response(self, of_squares: Callable[[Tensor], Tensor]) -> Tensor:
-        """(ΣK,) on the CPU: what a function of p̃'s squares, (n, K, K) → (n, K), says of each response."""
+    def per_response(self, of_squares: Callable[[Tensor], Tensor], column: Tensor | None = None) -> Tensor:
+        """(ΣK,) on the CPU: what a function of squares, (n, K, K) → (n, K), says of each response.
+
+        Args:
+            of_squares: the function.
+            column: (Q,) whose squares, the same above the diagonal and below; p̃, which is antisymmetric, if None.
+        """
         result = torch.empty(self.layout.responses, dtype=torch.float64)
+        column, sign = (self.preference, -1) if column is None else (column, 1)
         for block in self.layout.blocks:
-            values = of_squares(squares(self.preference, block, sign=-1)).cpu()
+            values = of_squares(squares(column, block, sign=sign)).cpu()
             if block.responses is None:
                 return values.flatten()
             result[block.responses] = values

@@ -12,8 +12,10 @@ not the head's guess any more and counts with u = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,7 +23,10 @@ from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Response, response_text
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.advantage import rloo_advantages
+from rmcore.engine.groups import GroupScore, table_of
+from rmcore.engine.pair_table import PairState, PairTable
+from rmcore.ops.pair_layout import PairLayout
 
 __all__ = [
     "BestOf",
@@ -31,6 +36,7 @@ __all__ = [
     "check_filter",
     "check_selection",
     "filter_groups",
+    "member_uncertainties",
     "member_uncertainty",
 ]
 
@@ -80,17 +86,34 @@ def member_uncertainty(group: GroupScore) -> Tensor:
     Pairs of which nobody knows anything are left out, as of all means; a response that has no others gets Inf. K = 1
     gives 1: there is nothing to compare, so nothing to be unsure of.
     """
-    k = group.size
+    return member_uncertainties([group])
+
+
+def member_uncertainties(groups: Sequence[GroupScore]) -> Tensor:
+    """(ΣK,) :func:`member_uncertainty` of all groups, one after the other, float64 on the CPU."""
+    return _uncertainties(table_of(groups), _mean_uncertainty)
+
+
+def _uncertainties(table: PairTable, of_squares: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of the squares of u, in which decided pairs have 1 and those nobody knows anything of NaN."""
+    state, u = table.state.to(table.uncertainty.device), table.uncertainty
+    u = u.masked_fill((state == PairState.JUDGE) | (state == PairState.IDENTICAL), 1.0)
+    return table.per_response(of_squares, u.masked_fill(state == PairState.NOBODY, torch.nan))
+
+
+def _mean_uncertainty(u: Tensor) -> Tensor:
+    """(n, K, K), NaN where a pair does not count → (n, K)."""
+    k = u.shape[-1]
     if k == 1:
-        return torch.ones(1, dtype=torch.float64)
-    u, counted = group.uncertainty.clone(), ~torch.eye(k, dtype=torch.bool)
-    for decision in group.decisions:
-        if decision.by in ("judge", "identical"):
-            u[decision.i, decision.j] = u[decision.j, decision.i] = 1.0
-        if decision.by == "nobody":
-            counted[decision.i, decision.j] = counted[decision.j, decision.i] = False
-    known = counted.sum(1)
-    return (u.masked_fill(~counted, 0.0).sum(1) / known).masked_fill(known == 0, math.inf)
+        return torch.ones_like(u[..., 0])
+    counted = ~(u.isnan() | torch.eye(k, dtype=torch.bool, device=u.device))
+    known = counted.sum(-1)
+    return (u.masked_fill(~counted, 0.0).sum(-1) / known).masked_fill(known == 0, math.inf)
+
+
+def _mean_of_group(u: Tensor) -> Tensor:
+    """The mean of :func:`_mean_uncertainty` over a group's responses, for each of them."""
+    return _mean_uncertainty(u).mean(-1, keepdim=True).expand(-1, u.shape[-1])
 
 
 def check_selection(penalty: float, ties: str) -> None:
@@ -133,22 +156,38 @@ def best_of(
     check_selection(penalty, ties)
     if responses is None and ties != "first":
         reject("responses", "None", f"texts, since ties={ties!r} compares them")
-    if responses is not None and [len(texts) for texts in responses] != [group.size for group in groups]:
-        reject("responses", f"groups of {[len(t) for t in responses][:8]}", f"{[g.size for g in groups][:8]} as scored")
-    result = []
-    for k, group in enumerate(groups):
-        texts: list[Response] = [""] * group.size if responses is None else list(responses[k])
-        # No penalty, no uncertainty: 0 · ∞ would be no number.
-        bound = group.advantages - (penalty * member_uncertainty(group) if penalty else 0.0)
-        usable = ~(bound.isnan() | bound.isneginf())
-        if not bool(usable.any()):
-            raise NonFiniteError(f"groups[{k}]: got no response with a preference, expected at least one", (k,))
-        top = bound[usable].max()
-        winners = [i for i in range(group.size) if bool(usable[i]) and bool(bound[i] == top)]
-        if ties != "first":
-            winners.sort(key=lambda i, texts=texts: len(response_text(texts[i])) * (1 if ties == "shortest" else -1))  # type: ignore[misc]
-        result.append(BestOf(winners[0], texts[winners[0]], float(top), bound, len(winners)))
-    return result
+    table = table_of(groups)
+    sizes = table.layout.sizes.tolist()
+    if responses is not None and [len(texts) for texts in responses] != sizes:
+        reject("responses", f"groups of {[len(t) for t in responses][:8]}", f"{sizes[:8]} as scored")
+    bound = table.per_response(partial(rloo_advantages, complete=table.complete))
+    if penalty:  # without one, no uncertainty: 0 · ∞ would be no number
+        bound = bound - penalty * _uncertainties(table, _mean_uncertainty)
+    usable = ~(bound.isnan() | bound.isneginf())
+    top, owner = _extreme(bound.masked_fill(~usable, -math.inf), table.layout, "amax"), table.layout.owner
+    if bool((lost := top.isneginf()).any()):
+        k = int(lost.nonzero()[0])
+        raise NonFiniteError(f"groups[{k}]: got no response with a preference, expected at least one", (k,))
+    best = usable & (bound == top[owner])
+    tied = torch.zeros_like(table.layout.sizes).index_add_(0, owner, best.long())
+    if ties != "first" and responses is not None:
+        lengths = torch.tensor([len(response_text(text)) for texts in responses for text in texts])
+        lengths = lengths if ties == "shortest" else -lengths
+        best &= lengths == _extreme(lengths.masked_fill(~best, _LAST), table.layout, "amin")[owner]
+    winners = _extreme(table.layout.place.masked_fill(~best, _LAST), table.layout, "amin").tolist()
+    texts = ["" for _ in winners] if responses is None else [of[i] for of, i in zip(responses, winners, strict=True)]
+    found = zip(winners, texts, top.tolist(), bound.split(sizes), tied.tolist(), strict=True)
+    return [BestOf(*one) for one in found]
+
+
+_LAST = torch.iinfo(torch.int64).max
+"""In a minimum, of what is not asked for."""
+
+
+def _extreme(values: Tensor, layout: PairLayout, reduce: Literal["amax", "amin"]) -> Tensor:
+    """(G,) the largest or smallest of the values (ΣK,) of each group."""
+    start = values.new_empty(len(layout))
+    return start.scatter_reduce_(0, layout.owner, values, reduce, include_self=False)
 
 
 def filter_groups(
@@ -171,12 +210,12 @@ def filter_groups(
             ``min_responses``.
     """
     check_filter(max_uncertainty, by, min_responses)
-    kept: list[tuple[int, ...]] = []
-    for group in groups:
-        u = member_uncertainty(group)
-        sure = u <= max_uncertainty if by == "response" else (u.mean() <= max_uncertainty).expand(group.size)
-        members = tuple(i for i in range(group.size) if bool(sure[i]))
-        kept.append(members if len(members) >= min_responses else ())
-    stay = tuple(k for k, members in enumerate(kept) if members)
-    total = sum(group.size for group in groups)
-    return Kept(tuple(kept), stay, total - sum(map(len, kept)), len(groups) - len(stay))
+    table = table_of(groups)
+    layout, of_squares = table.layout, _mean_uncertainty if by == "response" else _mean_of_group
+    sure = _uncertainties(table, of_squares) <= max_uncertainty
+    counts = torch.zeros_like(layout.sizes).index_add_(0, layout.owner, sure.long())
+    stay = counts >= min_responses
+    left = iter(layout.place[sure & stay[layout.owner]].tolist())
+    kept = tuple(tuple(islice(left, count)) for count in counts.mul(stay).tolist())
+    survivors = tuple(stay.nonzero()[:, 0].tolist())
+    return Kept(kept, survivors, layout.responses - sum(map(len, kept)), len(layout) - len(survivors))

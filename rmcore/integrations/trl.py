@@ -25,7 +25,7 @@ from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.options import check_engine_options
 from rmcore.engine.routing import BudgetedRouter, Router, StatefulRouter
-from rmcore.engine.selection import member_uncertainty
+from rmcore.engine.selection import member_uncertainties
 from rmcore.integrations.reference import (
     Answers,
     OverReference,
@@ -241,7 +241,7 @@ class PairwiseReward:
             for name, value in (_metrics(scores) | ({} if over is None else over.metrics())).items():
                 log_metric(f"rmcore/{name}", value)
         if log_extra is not None and self.partial_groups == "raise" and scores is not None:
-            log_extra("uncertainty", [float(u) for group in scores for u in member_uncertainty(group)])
+            log_extra("uncertainty", member_uncertainties(scores).tolist())
         return rewards
 
     async def _score(self, groups: list[range], rows: _Rows) -> _Scored:

@@ -84,6 +84,16 @@ class PairLayout:
         return _starts(self.sizes)
 
     @cached_property
+    def owner(self) -> Tensor:
+        """(ΣK,) number of each response's group."""
+        return torch.repeat_interleave(self.sizes)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(ΣK,) each response's number within its group."""
+        return torch.arange(self.responses) - torch.repeat_interleave(self.starts, self.sizes)
+
+    @cached_property
     def first(self) -> Tensor:
         """(Q,) number of each pair's first response, counted over all groups."""
         return torch.repeat_interleave(self._later)
@@ -112,9 +122,7 @@ class PairLayout:
     @cached_property
     def _later(self) -> Tensor:
         """(ΣK,) for each response, how many of its group come after it: the pairs in which it is first."""
-        k = torch.repeat_interleave(self.sizes, self.sizes)
-        position = torch.arange(self.responses) - torch.repeat_interleave(self.starts, self.sizes)
-        return k - 1 - position
+        return torch.repeat_interleave(self.sizes, self.sizes) - 1 - self.place
 
     def row(self, group: int, i: int, j: int) -> int:
         """The number of one pair i < j of a group."""

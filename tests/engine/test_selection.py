@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, PairDecision
-from rmcore.engine.selection import best_of, filter_groups, member_uncertainty
+from rmcore.engine.selection import best_of, filter_groups, member_uncertainties, member_uncertainty
 
 
 def group(preference: list[list[float]], uncertainty: list[list[float]] | None = None, decisions=()) -> GroupScore:
@@ -137,3 +137,84 @@ def test_a_bad_choice_is_refused_before_anything_is_scored(hand_head, table_mode
     model = table_model(hand_head([1.0]), lambda *_: pytest.fail("scored"))
     with pytest.raises(InputError, match="ties"):
         RewardEngine(model).best_of(["a"], [["1", "2"]], ties="random")  # type: ignore[arg-type]
+
+
+# -- all groups at once ----------------------------------------------------------------------------------------------
+
+
+def u_by_hand(scored: GroupScore) -> list[float]:
+    by = {(d.i, d.j): d.by for d in scored.decisions}
+    result = []
+    for i in range(scored.size):
+        found = []
+        for j in range(scored.size):
+            who = by.get((min(i, j), max(i, j)))
+            if i != j and who != "nobody":
+                found.append(1.0 if who in ("judge", "identical") else float(scored.uncertainty[i, j]))
+        result.append(sum(found) / len(found) if found else 1.0 if scored.size == 1 else math.inf)
+    return result
+
+
+@st.composite
+def scored_groups(draw) -> list[GroupScore]:
+    """Groups of mixed sizes with small whole numbers, so that there are ties, and pairs that somebody decided."""
+    groups = []
+    for k in draw(st.lists(st.integers(1, 4), min_size=1, max_size=5)):
+        p, u, decisions = torch.zeros(k, k).double(), torch.ones(k, k).double(), []
+        for i in range(k):
+            for j in range(i + 1, k):
+                p[i, j] = draw(st.integers(-1, 1))
+                u[i, j] = u[j, i] = draw(st.sampled_from([1.0, 1.5, 3.0, math.inf]))
+                by = draw(st.sampled_from(["head", "head", "judge", "identical", "nobody"]))
+                if by == "nobody":
+                    p[i, j], u[i, j], u[j, i] = math.nan, math.inf, math.inf
+                if by != "head":
+                    decisions.append(PairDecision(i, j, by))
+        groups.append(GroupScore(p - p.mT, u, p - p.mT, torch.zeros_like(p), p.isnan(), tuple(decisions)))
+    return groups
+
+
+@given(scored_groups(), st.sampled_from([0.0, 0.5]), st.sampled_from(["first", "shortest", "longest"]), st.data())
+def test_a_batch_chooses_as_its_groups_do_alone(groups, penalty, ties, data):
+    texts = [data.draw(st.lists(st.sampled_from(["a", "bb", "cc"]), min_size=g.size, max_size=g.size)) for g in groups]
+    expected = []
+    for number, (scored, own) in enumerate(zip(groups, texts, strict=True)):
+        bound = [
+            a - (penalty * u if penalty else 0.0)
+            for a, u in zip(scored.advantages.tolist(), u_by_hand(scored), strict=True)
+        ]
+        usable = [i for i, value in enumerate(bound) if not math.isnan(value) and value != -math.inf]
+        if not usable:
+            with pytest.raises(NonFiniteError) as error:
+                best_of(groups, texts, penalty=penalty, ties=ties)
+            assert error.value.rows == (number,)
+            return
+        best = [i for i in usable if bound[i] == max(bound[k] for k in usable)]
+        sign = {"first": 0, "shortest": 1, "longest": -1}[ties]
+        expected.append((min(best, key=lambda i, own=own: (sign * len(own[i]), i)), len(best)))
+    found = best_of(groups, texts, penalty=penalty, ties=ties)
+    assert [(one.index, one.tied) for one in found] == expected
+    assert [one.response for one in found] == [own[i] for own, (i, _) in zip(texts, expected, strict=True)]
+    assert [one.score for one in found] == [float(one.scores[one.index]) for one in found]
+    assert [len(one.scores) for one in found] == [g.size for g in groups]
+
+
+@given(scored_groups(), st.sampled_from([1.0, 1.25, 2.0]), st.integers(1, 3))
+def test_a_batch_keeps_what_its_groups_keep_alone(groups, most, least):
+    u = [u_by_hand(g) for g in groups]
+    assert member_uncertainties(groups).tolist() == [value for own in u for value in own]
+    kept = [tuple(i for i, value in enumerate(own) if value <= most) for own in u]
+    kept = [own if len(own) >= least else () for own in kept]
+    found = filter_groups(groups, most, min_responses=least)
+    assert found.responses == tuple(kept)
+    assert found.groups == tuple(k for k, own in enumerate(kept) if own)
+    assert found.dropped_responses == sum(len(own) for own in u) - sum(map(len, kept))
+    assert found.dropped_groups == len(groups) - len(found.groups)
+    alone = [filter_groups([g], most, by="group", min_responses=least) for g in groups]
+    whole = filter_groups(groups, most, by="group", min_responses=least)
+    assert whole.responses == tuple(one.responses[0] for one in alone)
+
+
+def test_no_groups_are_no_choice():
+    assert best_of([]) == []
+    assert filter_groups([], 2.0).responses == ()
