@@ -6,22 +6,32 @@ The learned head itself lies in its learner's journal; the state says which vers
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from rmcore._base.errors import CheckpointError
 from rmcore.engine.learning.learner import VerdictLearner, beta_digest, head_identity
-from rmcore.engine.routing import StatefulRouter
+from rmcore.engine.routing import Router, StatefulRouter
 from rmcore.engine.routing.state import read_state
+from rmcore.head.frozen import FrozenHead
 
-if TYPE_CHECKING:
-    from rmcore.engine.engine import RewardEngine
-
-__all__ = ["engine_state", "load_engine_file", "load_engine_state"]
+__all__ = ["KeptEngine", "engine_state", "load_engine_file", "load_engine_state"]
 
 _FORMAT, _VERSION = "rmcore-engine", 1
 
 
-def engine_state(engine: RewardEngine) -> dict[str, Any]:
+class KeptEngine(Protocol):
+    """What of a :class:`~rmcore.engine.RewardEngine` its state is about."""
+
+    router: Router
+    head: FrozenHead
+    learner: VerdictLearner | None
+
+    def revert(self, version: int) -> None:
+        """Serve another version of the learner's head."""
+        ...
+
+
+def engine_state(engine: KeptEngine) -> dict[str, Any]:
     """The state as JSON values. What is in flight counts as spent."""
     router, learner = engine.router, engine.learner
     at = None if learner is None else learner.versions[learner.version]
@@ -39,7 +49,7 @@ def engine_state(engine: RewardEngine) -> dict[str, Any]:
     }
 
 
-def load_engine_state(engine: RewardEngine, state: object) -> None:
+def load_engine_state(engine: KeptEngine, state: object) -> None:
     """Make the engine go on from a state of :func:`engine_state`.
 
     Raises:
@@ -81,7 +91,7 @@ def load_engine_state(engine: RewardEngine, state: object) -> None:
         raise
 
 
-def load_engine_file(engine: RewardEngine, path: str | os.PathLike[str]) -> None:
+def load_engine_file(engine: KeptEngine, path: str | os.PathLike[str]) -> None:
     """:func:`load_engine_state` from a JSON file, which messages name."""
     state = read_state(path)
     try:

@@ -15,27 +15,39 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 from transformers.trainer_callback import TrainerCallback
 
 from rmcore._base.errors import CheckpointError
 from rmcore._base.states import FirstVersion, State, checked, refuse
+from rmcore.engine.engine import RewardEngine
 from rmcore.engine.routing import BudgetedRouter, StatefulRouter
 from rmcore.engine.routing.state import keep_spent, read_state, write_state
 from rmcore.head.checkpoint import save_head
 
-if TYPE_CHECKING:
-    from rmcore.integrations.trl import PairwiseReward
-
-__all__ = ["HEAD_FOLDER", "STATE_FILE", "RewardStateCallback"]
+__all__ = ["HEAD_FOLDER", "STATE_FILE", "KeptReward", "RewardStateCallback"]
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "rmcore_state.json"
 HEAD_FOLDER = "rmcore_head"
 _FORMAT, _VERSION = "rmcore-trainer-state", 1
+
+
+class KeptReward(Protocol):
+    """What of a :class:`~rmcore.integrations.trl.PairwiseReward` the callback needs."""
+
+    @property
+    def engine(self) -> RewardEngine:
+        """Its engine, made if need be."""
+        ...
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether there is anything to keep."""
+        ...
 
 
 class TrainerFile(State):
@@ -60,7 +72,7 @@ class RewardStateCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, reward: PairwiseReward, *, restore: bool = True, checkpoint: str | os.PathLike[str] | None = None
+        self, reward: KeptReward, *, restore: bool = True, checkpoint: str | os.PathLike[str] | None = None
     ) -> None:
         self.reward = reward
         self.restore = restore

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from rmcore.integrations.server.service import RewardService
+from rmcore.integrations.server.assembly import GroupAssembly
+from rmcore.integrations.server.batching import BatchScorer
+from rmcore.integrations.server.guard import Guard
+from rmcore.integrations.server.replies import ReplyStore
 
-__all__ = ["ServerMetrics"]
+__all__ = ["CountedService", "ServerMetrics"]
 
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 120)
 _LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 180)
+
+
+class CountedService(Protocol):
+    """The parts of a :class:`~rmcore.integrations.server.service.RewardService` that count."""
+
+    scorer: BatchScorer
+    assembly: GroupAssembly
+    replies: ReplyStore
+    guard: Guard | None
+    draining: bool
 
 
 class ServerMetrics(Collector):
@@ -34,7 +46,7 @@ class ServerMetrics(Collector):
         request_seconds: time to answer, by ``path``.
     """
 
-    def __init__(self, service: RewardService) -> None:
+    def __init__(self, service: CountedService) -> None:
         self._service = service
         self.registry = CollectorRegistry()
 
@@ -81,7 +93,7 @@ def _counters(name: str, help: str, label: str, values: Mapping[str, float]) -> 
     return family
 
 
-def _requests(service: RewardService) -> Iterator[Metric]:
+def _requests(service: CountedService) -> Iterator[Metric]:
     guard = service.guard
     if guard is None:
         return
@@ -93,7 +105,7 @@ def _requests(service: RewardService) -> Iterator[Metric]:
     yield _counter("rmcore_replayed_answers", "Retries answered from memory.", service.replies.replayed)
 
 
-def _batches(service: RewardService) -> Iterator[Metric]:
+def _batches(service: CountedService) -> Iterator[Metric]:
     scorer, stats = service.scorer, service.scorer.stats
     yield _gauge("rmcore_queue_groups", "Groups waiting for a batch.", scorer.queued)
     yield _gauge("rmcore_batches_in_flight", "Batches under way.", scorer.in_flight)
@@ -111,7 +123,7 @@ def _batches(service: RewardService) -> Iterator[Metric]:
     yield _counters("rmcore_pairs", "Pairs by who decided them.", "by", pairs)
 
 
-def _assembly(service: RewardService) -> Iterator[Metric]:
+def _assembly(service: CountedService) -> Iterator[Metric]:
     assembly, stats = service.assembly, service.assembly.stats
     yield _gauge("rmcore_members_waiting", "Members waiting for their groups.", assembly.waiting)
     yield _gauge("rmcore_open_groups", "Groups that are not whole yet.", assembly.open_groups)
@@ -132,7 +144,7 @@ def _assembly(service: RewardService) -> Iterator[Metric]:
     yield _counters("rmcore_assembled_groups", "Groups put together from members.", "outcome", groups)
 
 
-def _judge(service: RewardService) -> Iterator[Metric]:
+def _judge(service: CountedService) -> Iterator[Metric]:
     stats, usage = service.scorer.stats, service.scorer.stats.usage
     yield _counter("rmcore_judge_calls", "Questions put to the judge.", usage.calls)
     yield _counter("rmcore_judge_attempts", "HTTP requests they took.", usage.attempts)

@@ -7,14 +7,11 @@ import logging
 from asyncio import TaskGroup
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from rmcore.judge.base import RULE, JudgeUsage, Pair, Verdict, isolated_verdicts, log_judge_error
+from rmcore.judge.wrappers.tier import Cascade
 
-if TYPE_CHECKING:
-    from rmcore.judge.wrappers.tiers import TieredJudge
-
-__all__ = ["Batch", "TierCounts"]
+__all__ = ["Batch"]
 
 _logger = logging.getLogger(__name__)
 
@@ -24,19 +21,6 @@ _REASONS_COUNTED = 64
 _OVERTIME_S = 1.0
 """How long past a pair's deadline a tier's call may run before it is cancelled. A judge that keeps the deadline itself
 ends in time and reports what it spent; cancelled from here, that usage is lost."""
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """What became of the pairs that one tier was asked about; :meth:`TieredJudge.stats` says what each field is."""
-
-    asked: int = 0
-    accepted: int = 0
-    kept: int = 0
-    late: int = 0
-    unaccepted: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    usage: JudgeUsage = field(default_factory=JudgeUsage)
 
 
 @dataclass(slots=True)
@@ -50,22 +34,22 @@ class _Escalation:
 
 
 class Batch:
-    """One call of :meth:`TieredJudge.judge`: which pairs are queued at which tier, and what has come back.
+    """One call of ``TieredJudge.judge``: which pairs are queued at which tier, and what has come back.
 
     No worker ever waits for work: a call that ends hands its pairs on and starts whatever now has room. So there are as
     many tasks as the tiers' concurrency allows, whatever the number of pairs, and with the last one the batch is over.
     """
 
-    def __init__(self, owner: TieredJudge, pairs: list[Pair]) -> None:
-        self._owner = owner
-        limit = None if owner.deadline_s is None else owner._clock.now() + owner.deadline_s
+    def __init__(self, cascade: Cascade, pairs: list[Pair]) -> None:
+        self._cascade = cascade
+        limit = None if cascade.deadline_s is None else cascade.clock.now() + cascade.deadline_s
         self._cases = [_Escalation(_bounded(pair, limit)) for pair in pairs]
         self._results: list[Verdict | None] = [None] * len(pairs)
-        self._queues: list[deque[int]] = [deque() for _ in owner.tiers]
-        self._running = [0] * len(owner.tiers)
+        self._queues: list[deque[int]] = [deque() for _ in cascade.tiers]
+        self._running = [0] * len(cascade.tiers)
         self._logged: set[int] = set()
         for index, pair in enumerate(pairs):
-            self._queues[owner.start(pair)].append(index)
+            self._queues[cascade.start(pair)].append(index)
 
     async def run(self) -> list[Verdict]:
         """One verdict a pair, in order."""
@@ -76,14 +60,14 @@ class Batch:
         reasons = Counter(verdict.reason for verdict in verdicts if verdict.failed)
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(8))
-            names = " < ".join(tier.name for tier in self._owner.tiers)
+            names = " < ".join(tier.name for tier in self._cascade.tiers)
             missing = reasons.total()
             _logger.warning("tiers %s: no verdict for %d of %d pairs (%s)", names, missing, len(verdicts), counts)
         return verdicts
 
     def _dispatch(self) -> None:
         """Start every call there is room for, weakest tier first. A pair that is late by now ends here."""
-        for level, tier in enumerate(self._owner.tiers):
+        for level, tier in enumerate(self._cascade.tiers):
             queue = self._queues[level]
             while queue and self._running[level] < tier.concurrency:
                 chunk: list[int] = []
@@ -107,9 +91,9 @@ class Batch:
         self._dispatch()
 
     async def _ask(self, level: int, pairs: list[Pair]) -> list[Verdict]:
-        tier = self._owner.tiers[level]
+        tier = self._cascade.tiers[level]
         deadlines = [pair.deadline for pair in pairs if pair.deadline is not None]
-        limit = max(deadlines) - self._owner._clock.now() + _OVERTIME_S if len(deadlines) == len(pairs) else None
+        limit = max(deadlines) - self._cascade.clock.now() + _OVERTIME_S if len(deadlines) == len(pairs) else None
         try:
             async with asyncio.timeout(limit):
                 verdicts, error = await isolated_verdicts(tier.judge, pairs)
@@ -122,21 +106,21 @@ class Batch:
 
     def _late(self, index: int) -> bool:
         deadline = self._cases[index].pair.deadline
-        return deadline is not None and self._owner._clock.now() >= deadline
+        return deadline is not None and self._cascade.clock.now() >= deadline
 
     def _give_up(self, level: int, index: int) -> None:
-        with self._owner._lock:
-            self._owner._counts[level].late += 1
+        with self._cascade.lock:
+            self._cascade.counts[level].late += 1
         self._cases[index].trail.append("deadline")
         self._end(index)
 
     def _settle(self, level: int, index: int, verdict: Verdict) -> None:
         """Book one answer of a tier, and end the pair's way or send it on."""
-        tier, case = self._owner.tiers[level], self._cases[index]
+        tier, case = self._cascade.tiers[level], self._cases[index]
         case.usage.append(verdict.usage)
         refusal = "" if verdict.failed else tier.refusal(verdict)
-        with self._owner._lock:
-            counts = self._owner._counts[level]
+        with self._cascade.lock:
+            counts = self._cascade.counts[level]
             counts.asked += 1
             counts.usage += replace(verdict.usage, latencies_s=())  # a sum for a whole run must not grow with it
             if verdict.failed:
@@ -155,8 +139,8 @@ class Batch:
             self._results[index] = replace(verdict, judge=who, usage=JudgeUsage.total(case.usage))
 
     def _escalate(self, level: int, index: int, why: str) -> None:
-        self._cases[index].trail.append(f"{self._owner.tiers[level].name}:{why}")
-        if level + 1 < len(self._owner.tiers):
+        self._cases[index].trail.append(f"{self._cascade.tiers[level].name}:{why}")
+        if level + 1 < len(self._cascade.tiers):
             self._queues[level + 1].append(index)
         else:
             self._end(index)
@@ -167,11 +151,11 @@ class Batch:
         usage, trail, kept = JudgeUsage.total(case.usage), "; ".join(case.trail), case.unaccepted
         if len(trail) > _TRAIL_LENGTH:
             trail = trail[: _TRAIL_LENGTH - 1] + "…"
-        if kept is None or not self._owner.keep_unaccepted:
+        if kept is None or not self._cascade.keep_unaccepted:
             self._results[index] = Verdict.none(trail, usage)
             return
-        with self._owner._lock:
-            self._owner._counts[[tier.name for tier in self._owner.tiers].index(kept.judge)].kept += 1
+        with self._cascade.lock:
+            self._cascade.counts[[tier.name for tier in self._cascade.tiers].index(kept.judge)].kept += 1
         self._results[index] = replace(kept, reason=f"unaccepted:{trail}", usage=usage)
 
 
