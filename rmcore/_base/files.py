@@ -95,6 +95,12 @@ def same_file(a: StrPath, b: StrPath) -> bool:
         return os.path.realpath(a) == os.path.realpath(b)
 
 
+def is_inside(path: StrPath, folder: StrPath) -> bool:
+    """Whether ``path``, which need not exist, is below ``folder``, by links too."""
+    inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return outer in inner.parents
+
+
 def digest_file(file: Path) -> str:
     """Hex sha256 of a file's contents."""
     with file.open("rb") as stream:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmcore._base.errors import BackendError, CheckpointError, InputError, reject
-from rmcore._base.files import same_file
+from rmcore._base.files import is_inside, same_file
 
 if TYPE_CHECKING:
     from rmcore.model.backbone import Backbone
@@ -82,6 +82,8 @@ def check_model_folder(path: Path, *, overwrite: bool, inputs: Iterable[str] = (
     for given in inputs:
         if same_file(path, given):
             reject("--out", repr(str(path)), f"another place than {given!r}, which is read")
+        if os.path.exists(given) and is_inside(given, path):
+            reject("--out", repr(str(path)), f"another folder than that of {given!r}, which is read")
     if path.exists() and not (path / CONFIG_FILE).is_file() and (not path.is_dir() or any(path.iterdir())):
         reject("--out", repr(str(path)), "a new or empty folder, or with --overwrite one that rmcore wrote")
     if (path / CONFIG_FILE).is_file() and not overwrite:

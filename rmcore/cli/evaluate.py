@@ -47,7 +47,7 @@ def evaluate(
         check_device(device)
         files = [] if out is None else [out / "report.json", out / "report.png"]
         for file in files:
-            check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite)
+            check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False)
         names = parse_columns(columns or [])
         items = list(read_preferences(preferences, names))
         if not items:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from rmcore._base.errors import DataError, reject
-from rmcore._base.files import replace_file, same_file
+from rmcore._base.files import is_inside, replace_file, same_file
 from rmcore.cli.checks import check_parent
 from rmcore.cli.console import notes
 
@@ -61,30 +61,40 @@ class Output:
 
 
 def check_file(
-    out: str, *, inputs: Iterable[str | Path | None] = (), overwrite: bool = False, resume: bool = False
+    out: str,
+    *,
+    inputs: Iterable[str | Path | None] = (),
+    overwrite: bool = False,
+    resume: bool = False,
+    resumable: bool = True,
 ) -> None:
     """Refuse, before any work is done, an output that would destroy something.
+
+    ``resumable`` says whether the command has a --resume to speak of.
 
     Raises:
         InputError: it is one of the ``inputs``; it, or what an interrupted run left of it, exists and neither
             ``overwrite`` nor ``resume`` says what to do; it is a folder, or cannot be made.
     """
+    inputs = list(inputs)
     check_apart("--out", out, inputs)
     if out == "-":
         if resume:
             reject("--resume", "results that go to stdout", "a file: -o NAME")
         return
     path = Path(out)
+    _check_name(path)
     if _streams(path):
         if resume:
             reject("--resume", f"{out!r}, which is no regular file", "a file that results are kept in")
         return
-    if path.is_dir():
+    if path.is_dir() or out.endswith(("/", os.sep)):
         reject("--out", f"{out!r}, a folder", "a file's name")
     check_parent(path, "--out")
     if overwrite and resume:
         reject("--overwrite, --resume", "both", "at most one")
     partial = _partial(path)
+    check_apart("--out", partial, inputs)
     if resume and path.exists() and partial.exists() and not _continues(path, partial):
         reject(
             "--resume",
@@ -95,9 +105,8 @@ def check_file(
     if overwrite or resume:
         return
     if path.exists():
-        reject(
-            "--out", f"{out!r}, which exists", "a new name", "--overwrite replaces it, --resume adds what is missing"
-        )
+        more = ", --resume adds what is missing" if resumable else ""
+        reject("--out", f"{out!r}, which exists", "a new name", f"--overwrite replaces it{more}")
     if partial.exists():
         reject(
             "--out",
@@ -108,10 +117,14 @@ def check_file(
 
 
 def check_apart(option: str, out: str | Path | None, inputs: Iterable[str | Path | None]) -> None:
-    """Refuse a place to write to that is one of the ``inputs``, by links and redirections too."""
+    """Refuse a place to write to that is one of the ``inputs`` or in one, by links and redirections too."""
     for given in inputs:
-        if out is not None and given is not None and _one_file(str(out), str(given)):
+        if out is None or given is None:
+            continue
+        if _one_file(str(out), str(given)):
             reject(option, repr(str(out)), f"another place than {str(given)!r}, which is read")
+        if str(out) != "-" and os.path.isdir(given) and is_inside(out, given):
+            reject(option, repr(str(out)), f"a place outside the folder {str(given)!r}, which is read")
 
 
 @contextmanager
@@ -160,6 +173,16 @@ def use_utf8() -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _check_name(path: Path) -> None:
+    """Raises InputError for a name that no file can have, itself or while it is partial."""
+    try:
+        os.lstat(_partial(path) if path.name else path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL
+        reject("--out", repr(str(path))[:200], f"a file's name: {getattr(error, 'strerror', None) or error}")
 
 
 def _begin(path: Path, partial: BinaryIO, resume: bool) -> tuple[dict[str, Any] | None, int]:

@@ -109,7 +109,9 @@ def train(
             likelihood=likelihood,
             seed=seed,
         )
-        check_model_folder(out, overwrite=overwrite, inputs=[backbone])
+        check_model_folder(
+            out, overwrite=overwrite, inputs=[backbone, preferences, *([] if calibrate is None else [calibrate])]
+        )
         check_device(device)
         names = parse_columns(columns or [])
         items = list(read_preferences(preferences, names))
@@ -205,7 +207,7 @@ def upgrade(
 
         if not (math.isfinite(ridge) and ridge > 0):
             reject("--ridge", ridge, "a positive finite number")
-        check_model_folder(out, overwrite=overwrite, inputs=[model])
+        check_model_folder(out, overwrite=overwrite, inputs=[model, pairs])
         check_device(device)
         items = list(read_preferences(pairs, parse_columns(columns or [])))
         if not items:

@@ -87,7 +87,7 @@ def export(
     A call of the store that cannot be read is named and left out; the exit code is 2 then, and all others are written.
     """
     with reported_errors():
-        check_file(out, inputs=[store], overwrite=overwrite)
+        check_file(out, inputs=[store], overwrite=overwrite, resumable=False)
         if not 0 <= min_preference <= 1:
             raise InputError(f"--min-preference: got {min_preference}, expected a number in [0, 1]")
     with _opened(store) as ledger, opened_output(out) as rows, progress_bar() as bar:

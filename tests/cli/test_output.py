@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,45 @@ def test_files_kept_beside_are_not_the_input_either(option: str, model: Path, tm
     assert result.exit_code == 2
     assert option in result.stderr
     assert source.read_text() == text
+
+
+def test_nothing_is_written_into_a_folder_that_is_read(model: Path, backbone_path: Path, tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in model.iterdir()}
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    for out in (model / "rmcore.json", model / "new.jsonl", link / "head.safetensors", model / ".." / model.name / "x"):
+        result = call("score", model, groups(tmp_path / "g.jsonl", 1), "-o", out, "--overwrite")
+        assert result.exit_code == 2
+        assert "expected a place outside the folder" in " ".join(result.stderr.split())
+    assert {file: file.read_bytes() for file in model.iterdir()} == before
+    whole = tmp_path / "whole"
+    shutil.copytree(model, whole)
+    rows = whole / "prefs.jsonl"
+    rows.write_text("{}\n")
+    result = call("train", rows, "--backbone", backbone_path, "-o", whole, "--overwrite")
+    assert result.exit_code == 2
+    assert "expected another folder than that of" in " ".join(result.stderr.split())
+    assert rows.exists()
+
+
+def test_names_that_no_file_can_have_are_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, "x" * 250, "a\0b", "loop/x", "folder/"):
+        with pytest.raises(InputError, match=r"^--out: got "):
+            check_file(f"{tmp_path}/{name}")
+
+
+def test_what_a_run_leaves_is_no_input_either(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected another place"):
+        check_file(str(tmp_path / "a"), inputs=[tmp_path / "a.partial"])
+
+
+def test_resume_is_named_only_where_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for resumable in (True, False):
+        with pytest.raises(InputError) as caught:
+            check_file(str(tmp_path / "a"), resumable=resumable)
+        assert ("--resume" in str(caught.value)) is resumable
 
 
 def test_redirected_onto_itself(model: Path, tmp_path: Path) -> None:

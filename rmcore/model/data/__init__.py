@@ -32,15 +32,16 @@ keys are ignored. ``columns`` maps other names: ``{"prompt": "question"}`` takes
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rmcore._base.errors import DataError, InputError
+from rmcore._base.errors import DataError, InputError, reject
 from rmcore.model.data import groups, preferences
 from rmcore.model.data.columns import map_columns, parse_columns
 from rmcore.model.data.groups import Group, parse_group
-from rmcore.model.data.lines import Row, opened, read_json
+from rmcore.model.data.lines import TABLE, Row, opened, read_json
 from rmcore.model.data.preferences import parse_preference, parse_preferences, unused_columns
 from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, saved_rows
 from rmcore.model.reward_model import Preference
@@ -62,6 +63,7 @@ log = logging.getLogger(__name__)
 Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 """A path, ``-``, an ``hf://`` name, or rows themselves."""
 
+_URL = re.compile(r"(https?|ftp|s3|gs|az|file)://", re.IGNORECASE)
 _TABLES = {".csv": "comma-separated text", ".tsv": "tab-separated text", ".xlsx": "a spreadsheet"}
 
 
@@ -120,10 +122,11 @@ def _rows(source: Source) -> Iterator[Row]:
     if name != "-" and Path(source).is_dir():
         yield from saved_rows(Path(source))
         return
-    if (what := _TABLES.get(Path(name).suffix.lower())) is not None:
-        raise DataError(
-            f"{name}: {what} is not read. Convert it, with pandas: pandas.read_csv(...).to_json('data.jsonl'"
-            ", orient='records', lines=True)"
-        )
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes[-2:]]  # .csv.gz too
+    if (what := next((_TABLES[suffix] for suffix in suffixes if suffix in _TABLES), None)) is not None:
+        how = TABLE.replace("read_csv", "read_excel") if what == "a spreadsheet" else TABLE
+        raise DataError(f"{name}: {what} is not read. {how}")
+    if (scheme := _URL.match(name)) is not None:
+        reject("data", f"{name!r:.200}, a URL", "a file, - or hf://org/name", f"Download it first ({scheme[1]})")
     with opened(source) as (stream, head):
         yield from parquet_rows(stream, name) if head.startswith(b"PAR1") else read_json(stream, name)

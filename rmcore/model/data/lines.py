@@ -21,10 +21,32 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from rmcore._base.errors import DataError
 
-__all__ = ["Row", "opened", "optional_module", "read_json"]
+__all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 
 _MARK = b"\xef\xbb\xbf"
-_WIDE = (b"\xff\xfe", b"\xfe\xff")  # how UTF-16 text begins, and UTF-32's little-endian form
+_CONVERT = "not UTF-8 but {0} text. Convert it: iconv -f {0} -t UTF-8 {{source}}"
+# What is no JSON, by its first bytes, the longer ones first; of UTF-16 and UTF-32 without a mark a "{" or "[".
+_FOREIGN = {
+    b"\xff\xfe\0\0": _CONVERT.format("UTF-32"),
+    b"\0\0\xfe\xff": _CONVERT.format("UTF-32"),
+    b"\xff\xfe": _CONVERT.format("UTF-16"),
+    b"\xfe\xff": _CONVERT.format("UTF-16"),
+    **{bytes([c, 0, 0, 0]): _CONVERT.format("UTF-32LE") for c in b"{["},
+    **{bytes([0, 0, 0, c]): _CONVERT.format("UTF-32BE") for c in b"{["},
+    **{bytes([c, 0]): _CONVERT.format("UTF-16LE") for c in b"{["},
+    **{bytes([0, c]): _CONVERT.format("UTF-16BE") for c in b"{["},
+    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for. Fetch that: git lfs pull",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet, or a torch file). Unpack it, and give the JSON Lines in it",
+    b"ARROW1": "an Arrow (Feather) file, which is not read: pandas.read_feather(...).to_parquet(...) converts it",
+    b"\x04\x22\x4d\x18": "an lz4 file, which is not read. Unpack it: lz4 -d {source}",
+    b"\x1f\x8b": "a gzip file in a compressed file. Unpack it once: gzip -d",
+    b"\x80\x04\x95": "a pickle, which is never read, since loading one runs code",
+    b"\x80\x05\x95": "a pickle, which is never read, since loading one runs code",
+    b"SQLite format 3": "an SQLite database. Write its rows out as JSON Lines",
+    b"<!DOCTYPE": "an HTML page, perhaps a download page or an error's, not the data itself",
+    b"<!doctype": "an HTML page, perhaps a download page or an error's, not the data itself",
+    b"<html": "an HTML page, perhaps a download page or an error's, not the data itself",
+}
 _FORM = "one JSON object a line, or one array of objects"
 
 
@@ -108,26 +130,26 @@ def read_json(stream: BinaryIO, source: str) -> Iterator[Row]:
 
     Blank lines are skipped but counted.
     """
-    number = 0
+    number, begun = 0, False
     try:
         for number, line in enumerate(stream, 1):
-            if number == 1 and line.startswith(_WIDE):
-                raise DataError(
-                    f"not UTF-8 but UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {source}", source=source, line=1
-                )
+            if not begun and (what := foreign(line)):
+                raise DataError(what.format(source=source), source=source, line=1)
             line = line.removeprefix(_MARK)
             if number == 1 and line.lstrip().startswith(b"["):
                 yield from _read_array(line + stream.read(), source)
                 return
             if not line.strip():
                 continue
+            begun = True
             try:
                 # surrogatepass: half a surrogate pair is taken as it is from "\ud83d", and as bytes.
                 value = json.loads(line.decode("utf-8", "surrogatepass"), object_pairs_hook=_members)
             except UnicodeDecodeError as error:
                 raise DataError(_bad_byte(error), source=source, line=number) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"not JSON ({error}), expected {_FORM}", source=source, line=number) from error
+                said = f"not JSON ({_explain(error, line)}), expected {_FORM}"
+                raise DataError(said, source=source, line=number) from error
             if not isinstance(value, dict):
                 raise DataError(f"got {_article(value)}, expected an object", source=source, line=number)
             yield Row(number, value)
@@ -137,6 +159,39 @@ def read_json(stream: BinaryIO, source: str) -> Iterator[Row]:
             source=source,
             line=number + 1,
         ) from error
+
+
+def foreign(line: bytes) -> str:
+    """What a file is whose first line this is, where that is known to be no JSON; with ``{source}`` for its name."""
+    start = line.removeprefix(_MARK).lstrip(b" \t\r\n")
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic):
+            return what
+    if line[257:262] == b"ustar":
+        return "a tar archive. Unpack it, and give the JSON Lines in it"
+    text = start[:200].rstrip().lower()
+    columns = {cell.strip(b" \"'") for cell in text.replace(b"\t", b",").split(b",")}
+    if (
+        text[:1] not in (b"{", b"[")
+        and len(columns) > 1
+        and columns & {b"prompt", b"chosen", b"responses", b"question"}
+    ):
+        return "a table of comma- or tab-separated text, which is not read. " + TABLE
+    return ""
+
+
+TABLE = "Convert it, with pandas: pandas.read_csv(...).to_json('data.jsonl', orient='records', lines=True)"
+"""What to do with a table that is no Parquet file."""
+
+
+def _explain(error: Exception, line: bytes) -> str:
+    """What JSON's reader says, and what it comes from where one line shows that."""
+    start = line.strip()
+    if start in (b"{", b"[{") or (start.startswith(b"{") and start.endswith((b",", b"[", b"{"))):
+        return f"{error}; an object over several lines: write it in one, as jq -c . does"
+    if b"}{" in start.replace(b" ", b""):
+        return f"{error}; several objects in one line"
+    return str(error)
 
 
 def _read_array(data: bytes, source: str) -> Iterator[Row]:

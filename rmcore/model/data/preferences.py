@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from typing import Any, TypeAlias
 
 from rmcore._base.errors import InputError, reject
@@ -58,28 +61,22 @@ def parse_preferences(value: Mapping[str, Any]) -> list[Preference]:
 
 def unused_columns(value: Mapping[str, Any]) -> list[str]:
     """Columns of a row that say how much better a response is, or more about the prompt, and are not used."""
-    return [name for name in _UNUSED if value.get(name) not in (None, "", [], {})] + (
-        ["label"] if isinstance(value.get("label"), str) else []
-    )
+    read = {*_form_of(value).columns, "label"}
+    found = [
+        name
+        for name, said in value.items()
+        if isinstance(name, str) and name not in read and said not in (None, "", [], {}) and _STRENGTH.search(name)
+    ]
+    found += [name for name in ("tools", "chat_template_kwargs") if value.get(name) not in (None, "", [], {})]
+    return found + (["label"] if isinstance(value.get("label"), str) else [])
 
 
-_UNUSED = (
-    "margin",
-    "score_chosen",
-    "score_rejected",
-    "chosen_score",
-    "rejected_score",
-    "chosen_rating",
-    "rejected_rating",
-    "chosen_reward",
-    "rejected_reward",
-    "reward_chosen",
-    "reward_rejected",
-    "score_A",
-    "score_B",
-    "tools",
-    "chat_template_kwargs",
+_STRENGTH = re.compile(
+    r"(?:^|[_\-. ])(?:margins?|scores?|ratings?|rewards?|weights?|confidence|strength|probability|prob|probs)"
+    r"(?:$|[_\-. ])",
+    re.IGNORECASE,
 )
+"""Names of columns that say how much better a response is, such as margin, score_chosen and chosen-rating."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -94,8 +91,8 @@ def _form_of(value: Mapping[str, Any]) -> Form:
             raise InputError(f"chosen: missing; the row is {what}")
     raise InputError(
         f"chosen: missing; expected keys prompt, chosen, rejected (found {sorted(map(str, value))[:12]}), or the form "
-        f"of {', '.join(form.name for form in FORMS if form is not _TRL)}. Other names can be mapped: --columns "
-        "prompt=question chosen=good"
+        f"of {', '.join(dict.fromkeys(form.name for form in FORMS if form is not _TRL))}. Other names can be mapped: "
+        "--columns prompt=question chosen=good"
     )
 
 
@@ -112,7 +109,15 @@ def _chosen_rejected(value: Mapping[str, Any]) -> Iterator[Pair]:
 
 def _several(prompt: Any, chosen: Any, rejected: Any, probability: float) -> Iterator[Pair]:
     """One pair, or where both are lists of responses (RewardBench 2) every chosen one with every rejected one."""
-    if _is_list_of_responses(chosen) and _is_list_of_responses(rejected):
+    given = {"chosen": chosen, "rejected": rejected}
+    for name, value in given.items():
+        if isinstance(value, (list, tuple)) and not value:
+            reject(name, "an empty list", "a response, or at least one in a list of them")
+    lists = [name for name, value in given.items() if _is_list_of_responses(value)]
+    if len(lists) == 1:
+        other = "rejected" if lists[0] == "chosen" else "chosen"
+        reject(lists[0], f"a list of responses beside one response in {other}", "lists in both, or a response in both")
+    if lists:
         for better, worse in itertools.product(chosen, rejected):
             yield (*split_conversations(prompt, better, worse), probability)
     else:
@@ -120,7 +125,9 @@ def _several(prompt: Any, chosen: Any, rejected: Any, probability: float) -> Ite
 
 
 def _is_list_of_responses(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
+    return (
+        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, (str, list, tuple)) for item in value)
+    )
 
 
 def _openai(value: Mapping[str, Any]) -> Iterator[Pair]:
@@ -139,8 +146,8 @@ def _ranked(value: Mapping[str, Any]) -> Iterator[Pair]:
         if not isinstance(item, Mapping) or "completion" not in item:
             reject(f"completions[{k}]", type(item).__name__, "an object with a rank and a completion")
         rank = item.get("rank")
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            reject(f"completions[{k}].rank", repr(rank)[:40], "an integer")
+        if _number(rank) is None:
+            reject(f"completions[{k}].rank", repr(rank)[:40], "a finite number, the lowest for the best")
     for one, other in itertools.combinations(completions, 2):
         better, worse = (one, other) if one["rank"] <= other["rank"] else (other, one)
         even = one["rank"] == other["rank"]
@@ -211,7 +218,7 @@ def _two(first: str, second: str, prompt: str | None, verdict: str, better: Mapp
     return read
 
 
-_ARENA = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
+_ARENA = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
 _HELPSTEER = {**{-k: 1.0 for k in (3, 2, 1)}, 0: 0.5, **dict.fromkeys((1, 2, 3), 0.0)}
 
 _TRL = Form("TRL", ("prompt", "chosen", "rejected"), _chosen_rejected)
@@ -272,18 +279,45 @@ def _probability(value: Mapping[str, Any]) -> float:
     if label is None:
         return 1.0
     if isinstance(label, str):
-        try:
-            float(label)
-        except ValueError:
-            return 1.0  # a word: who labelled, say; told as unused
-        reject("label", f"{label!r}, a text", "a number in [0.5, 1]")
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label) or label > 1:
-        reject("label", repr(label)[:40], "a number in [0.5, 1]: how probable it is that chosen is better")
-    if label < 0.5:
+        if label.strip().lower() not in _VERDICTS:
+            try:
+                float(label)
+            except ValueError:
+                return 1.0  # a word: who labelled, say; told as unused
+        reject("label", f"{label!r:.40}, a text", "a number in [0.5, 1]")
+    number = _number(label)
+    if number is None or number > 1:
+        reject("label", _short(label), "a number in [0.5, 1]: how probable it is that chosen is better")
+    if number < 0.5:
         reject(
             "label",
-            repr(label)[:40],
+            _short(label),
             "a number in [0.5, 1]",
             "Below it, rejected would be the better one: exchange them, or leave the column out if it says otherwise",
         )
-    return float(label)
+    return number
+
+
+_VERDICTS = frozenset(
+    {"chosen", "rejected", "true", "false", "yes", "no", "win", "won", "loss", "lose", "lost", "tie"}
+    | {"a", "b", "a>b", "b>a", "a=b", "left", "right", "good", "bad"}
+)
+"""Words that say which response is better, and must not be passed over as if they named a person."""
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one of numpy or of a decimal column; None for anything else, True and False too."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _short(value: Any) -> str:
+    try:
+        return repr(value)[:40]
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} too long to show"

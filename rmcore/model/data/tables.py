@@ -39,9 +39,13 @@ def object_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Row]:
     """The rows of a ``datasets.Dataset``, or of any iterable of mappings.
 
     Raises:
-        InputError: it holds several splits.
+        InputError: it holds several splits, or is nothing that rows come from.
         DataError: one of the rows is no mapping.
     """
+    if isinstance(rows, (bytes, bytearray)) or not isinstance(rows, Iterable):
+        reject("data", type(rows).__name__, "a path, hf://org/name, a datasets.Dataset, or an iterable of mappings")
+    if hasattr(rows, "to_dict") and hasattr(rows, "iloc"):
+        reject("data", "a pandas.DataFrame", "rows", "frame.to_dict('records') gives them")
     if isinstance(rows, Mapping):
         reject(source, f"{type(rows).__name__} with {sorted(map(str, rows))[:8]}", "one split of it, or a list of rows")
     for number, value in enumerate(rows, 1):

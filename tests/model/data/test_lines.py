@@ -7,7 +7,9 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore._base.errors import DataError
+from rmcore._base.errors import DataError, InputError
 from rmcore.model.data import read_groups, read_lines, read_preferences
 
 Rows = list[dict[str, Any]]
@@ -76,12 +78,17 @@ def test_a_mark_is_skipped_at_the_start_and_where_files_were_joined(tmp_path: Pa
     assert len(list(read_groups(path))) == 2
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
-def test_wide_text_is_named(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("start", [ROW.decode(), "[" + ROW.decode() + "]"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_text_is_named_so_that_iconv_reads_it(tmp_path: Path, encoding: str, mark: str, start: str) -> None:
     path = tmp_path / "g.jsonl"
-    path.write_bytes(("\ufeff" * (encoding == "utf-16-le") + ROW.decode()).encode(encoding))
-    with pytest.raises(DataError, match=r"UTF-16 text\. Convert it: iconv"):
+    path.write_bytes((mark + start).encode(encoding))
+    with pytest.raises(DataError, match=r"not UTF-8 but UTF-\d\d(LE|BE)? text\. Convert it: iconv") as caught:
         list(read_groups(path))
+    found = re.search(r"iconv -f (\S+) -t UTF-8", str(caught.value))
+    assert found is not None
+    assert path.read_bytes().decode(found[1]).lstrip("\ufeff") == start
 
 
 @pytest.mark.parametrize("half", [b"\\ud83d", "\ud83d".encode("utf-8", "surrogatepass")])
@@ -177,6 +184,58 @@ def test_stdin_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch, pack
     monkeypatch.setattr("sys.stdin", stdin)
     (group,) = read_groups("-")
     assert (group.prompt, group.responses) == ("κ", ("é",))
+
+
+def tar() -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("rows.jsonl"))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"a Git LFS pointer.* git lfs pull"),
+        (b"PK\x03\x04" + bytes(30), "a zip archive"),
+        (tar(), "a tar archive"),
+        (b"ARROW1\0\0" + bytes(9), "an Arrow"),
+        (pickle.dumps([1]), "a pickle, which is never read"),
+        (b"<!DOCTYPE html>", "an HTML page"),
+        (b"\n<html><body>sign in", "an HTML page"),
+        (gzip.compress(gzip.compress(ROW)), "a gzip file in a compressed file"),
+        (b"\x04\x22\x4d\x18" + bytes(9), "an lz4 file"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"prompt,chosen,rejected\na,b,c\n", "a table of comma- or tab-separated text"),
+        (b'\xef\xbb\xbf"prompt"\t"chosen"\n', "a table of comma- or tab-separated text"),
+        (ROW + b"{\n", "an object over several lines: write it in one"),
+        (ROW.strip() + ROW, "several objects in one line"),
+    ],
+)
+def test_what_is_no_json_is_named(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    with pytest.raises(DataError, match=says):
+        list(read_lines(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.TSV", "a.b.csv.zst", "rows.xlsx"])
+def test_tables_are_told_by_their_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"is not read\. Convert it, with pandas: pandas\.read_(csv|excel)"):
+        list(read_lines(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", [None, 5, b"rows.jsonl", "https://h/x.jsonl", "s3://b/x", "FILE:///x"])
+def test_what_is_no_source_is_refused(source: Any) -> None:
+    with pytest.raises(InputError, match=r"^data: got .*, expected "):
+        list(read_lines(source))
+
+
+def test_a_data_frame_is_told_how_to_become_rows() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([{"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.75}])
+    with pytest.raises(InputError, match=r"frame\.to_dict\('records'\) gives them"):
+        list(read_preferences(frame))
+    assert [row.label for row in read_preferences(frame.to_dict("records"))] == [0.75]
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -199,10 +201,45 @@ def test_a_label_is_a_probability_of_at_least_a_half_or_an_error(label: float) -
             parse_preference(row)
 
 
-@pytest.mark.parametrize("label", [True, False, "0.3", "1", "nan", [1], {"p": 1}])
+@pytest.mark.parametrize(
+    "label",
+    [
+        *(True, False, "0.3", "1", "nan", [1], {"p": 1}, "rejected", " Chosen ", "B", "tie", "True", b"1", 10**400),
+        *(-(10**5000), Decimal("NaN"), Decimal("1.5"), Fraction(7, 5), 1j),
+    ],
+    ids=lambda label: type(label).__name__,
+)
 def test_other_labels_are_errors(label: object) -> None:
     with pytest.raises(InputError, match="label: got"):
         parse_preference({**TRL, "label": label})
+
+
+def test_numbers_of_any_kind_are_labels() -> None:
+    import numpy as np
+
+    for label in (Decimal("0.75"), Fraction(3, 4), np.float32(0.75), np.float64(0.75)):
+        assert parse_preference({**TRL, "label": label}).label == 0.75
+    assert parse_preference({**TRL, "label": np.int64(1)}).label == 1.0
+
+
+def test_one_response_beside_a_list_is_no_pair() -> None:
+    for row, said in (
+        ({**TRL, "chosen": ["4"]}, "chosen: got a list of responses beside one response in rejected"),
+        ({**TRL, "rejected": ["5", "6"]}, "rejected: got a list of responses beside one response in chosen"),
+        ({**TRL, "rejected": []}, "rejected: got an empty list"),
+        ({**TRL, "chosen": []}, "chosen: got an empty list"),
+    ):
+        with pytest.raises(InputError, match=said):
+            parse_preferences(row)
+    assert len(parse_preferences({**TRL, "chosen": ("4",), "rejected": ("5", "6")})) == 2
+
+
+def test_ranks_of_any_numbers_order() -> None:
+    row = {"context": ASKED, "completions": [{"rank": r, "completion": [says(str(r))]} for r in (1.5, 0.0)]}
+    assert parse_preference(row).chosen == "0.0"
+    row["completions"][0]["rank"] = float("nan")  # type: ignore[index]
+    with pytest.raises(InputError, match=r"completions\[0\]\.rank"):
+        parse_preference(row)
 
 
 def test_a_label_of_0_is_told_what_it_would_mean() -> None:
@@ -217,17 +254,20 @@ def test_a_label_of_0_is_told_what_it_would_mean() -> None:
         ({"margin": 2.5}, ["margin"]),
         ({"score_chosen": 8, "score_rejected": 0.0}, ["score_chosen", "score_rejected"]),
         ({"label": "crowd"}, ["label"]),
+        ({"chosen-rating": 5.0, "Confidence": 0.9, "sample_weight": 2, "rewards": [1, 0]}, "each"),
+        ({"chosen_avg_rating": 4.5, "strength": "strong", "p.probability": 1}, "each"),
+        ({"problem": "x", "scorer": "y", "weighted": 1, "chosen_model": "m", "id": 3, "subset": "s"}, []),
         ({"tools": [{"type": "function"}]}, ["tools"]),
         ({"margin": None, "tools": [], "source": "x"}, []),
     ],
 )
 def test_columns_that_are_not_used_are_told_once(
-    columns: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+    columns: dict[str, Any], told: list[str] | str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert len(list(read_preferences([{**TRL, **columns}] * 3))) == 3
     assert [record.getMessage().split(" is not used")[0] for record in caplog.records] == [
-        f"list: the column {name}" for name in told
+        f"list: the column {name}" for name in (list(columns) if told == "each" else told)
     ]
 
 
