@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and a plot.")] = None,
     train_data: Annotated[Path | None, typer.Option("--train", help="Training preferences, for one control.")] = None,
     replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Error rate allowed among the pairs left to the head: prints the threshold that holds it."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="With --alpha: how often a calibration may fail to hold it.")] = 0.1,
+    risk_method: Annotated[
+        Literal["fixed-sequence", "conformal"], typer.Option(help="With --alpha: which guarantee.")
+    ] = "fixed-sequence",
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
     device: options.Device = None,
@@ -36,13 +44,17 @@ def evaluate(
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
     kept = Kept()
     with reported_errors(kept):
-        from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
+        from rmcore.engine.routing.risk_bounds import check_risk
+        from rmcore.evaluation.evaluate import encode_pairs, evaluate_pairs, scored_pairs
+        from rmcore.evaluation.risk import evaluate_risk
         from rmcore.evaluation.streams import StreamPair
         from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences
 
         if replicates < 1:
             reject("--replicates", replicates, "at least 1")
+        if alpha is not None:
+            check_risk(alpha, delta, risk_method)
         check_folder(out, "--out")
         check_device(device)
         files = [] if out is None else [out / "report.json", out / "report.png"]
@@ -72,7 +84,11 @@ def evaluate(
                     loaded.mode,
                     progress=encoding_progress(bar),
                 )
-        report = evaluate_head(loaded.head, states, pairs, train=known, replicates=replicates)
+        scored = scored_pairs(loaded.head, states, pairs, train=known)
+        report = evaluate_pairs(scored, replicates=replicates)
+        risk = None
+        if alpha is not None:
+            risk = evaluate_risk(scored, alpha=alpha, delta=delta, method=risk_method)
         silent = int(states.silent.sum())
         if silent:
             notes.print(
@@ -80,9 +96,12 @@ def evaluate(
                 "unread. They count as no preference, and as the most uncertain"
             )
         print_markdown(report.to_markdown())
+        if risk is not None:
+            print_markdown(risk.to_markdown())
         if files:
             from rmcore.evaluation.plots import plot_report
 
-            write_atomic(files[0], json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+            content = report.to_dict() | ({} if risk is None else {"risk": risk.to_dict()})
+            write_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
             plot_report(report, files[1])
             notes.print(f"wrote {files[0]} and {files[1]}")

@@ -42,7 +42,7 @@ from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
 from rmcore.ops.pair_layout import PairLayout
 
-__all__ = ["PairStates", "encode_pairs", "evaluate_head", "evaluate_pairs", "recorded_preference"]
+__all__ = ["PairStates", "encode_pairs", "evaluate_head", "evaluate_pairs", "recorded_preference", "scored_pairs"]
 
 BAND_FRACTIONS = tuple(round(0.05 * step, 2) for step in range(21))
 
@@ -108,6 +108,8 @@ def evaluate_head(
 ) -> EvaluationReport:
     """Evaluate a head on labelled pairs, beside the controls any claim about u must be held against.
 
+    :func:`scored_pairs` and :func:`evaluate_pairs` in one.
+
     Args:
         head: the head, in the mode ``states`` were encoded for.
         states: of ``pairs``.
@@ -119,6 +121,19 @@ def evaluate_head(
         replicates: bootstrap replicates, clustered by prompt.
         seed: of the bootstrap.
     """
+    scored = scored_pairs(head, states, pairs, train=train, judge=judge)
+    return evaluate_pairs(scored, fractions=tuple(fractions), replicates=replicates, seed=seed)
+
+
+def scored_pairs(
+    head: FrozenHead,
+    states: PairStates,
+    pairs: Sequence[StreamPair],
+    *,
+    train: Tensor | None = None,
+    judge: Sequence[float] | None = None,
+) -> ScoredPairs:
+    """What a head says of labelled pairs, with the controls; arguments as of :func:`evaluate_head`."""
     count = len(pairs)
     if head.config.mode == "difference":
         scores = head.score_pairs(states.hidden.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
@@ -134,18 +149,13 @@ def evaluate_head(
     labels = np.array([pair.label for pair in pairs])
     decided = np.where(labels == 0.5, 0.0, np.sign(labels - 0.5))
     clusters = {key: k for k, key in enumerate(dict.fromkeys(str(pair.prompt) for pair in pairs))}
-    return evaluate_pairs(
-        ScoredPairs(
-            logit=g.cpu().numpy(),
-            label=labels,
-            uncertainty=u.cpu().numpy(),
-            cluster=np.array([clusters[str(pair.prompt)] for pair in pairs]),
-            judge=decided if judge is None else np.asarray(judge, dtype=np.float64),
-            controls=_controls(states, train, head.config.mode),
-        ),
-        fractions=tuple(fractions),
-        replicates=replicates,
-        seed=seed,
+    return ScoredPairs(
+        logit=g.cpu().numpy(),
+        label=labels,
+        uncertainty=u.cpu().numpy(),
+        cluster=np.array([clusters[str(pair.prompt)] for pair in pairs]),
+        judge=decided if judge is None else np.asarray(judge, dtype=np.float64),
+        controls=_controls(states, train, head.config.mode),
     )
 
 

@@ -140,6 +140,21 @@ def test_evaluate_prints_a_table_and_writes_report_and_plot(model: Path, held_ou
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_says_what_a_bound_on_the_error_rate_costs(model: Path, held_out: Path, tmp_path: Path) -> None:
+    out = tmp_path / "risk"
+    result = call("evaluate", model, held_out, "-o", out, "--replicates", 5, "--alpha", 0.3, "--delta", 0.2)
+    assert result.exit_code == 0, result.stderr
+    assert "at most 0.3 with probability 0.8" in result.stdout
+    risk = json.loads((out / "report.json").read_text())["risk"]
+    assert set(risk["scores"]) == {"u", "margin"}
+    for row in risk["scores"].values():
+        assert row["resampling"]["times"] == 1000
+        assert (row["threshold"] is None) == (row["kept"] == 0) == bool(row["reason"])
+    refused = call("evaluate", tmp_path / "no model", held_out, "--alpha", 1.5)
+    assert refused.exit_code == 2
+    assert "alpha: got 1.5" in refused.stderr
+
+
 def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, preferences: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -3,18 +3,24 @@
 Pairs are ranked by a score, highest first in line for the judge; those with score ≤ t are *kept*. From pairs whose
 truth is known, :func:`risk_threshold` finds the largest t, so the least routing, that is safe:
 
-- ``fixed-sequence``: with probability ≥ 1 − δ over the calibration pairs the error rate among kept pairs of the same
-  population is ≤ α. Thresholds chosen by the scores alone are tested from the most confident up, each with an exact
-  binomial test, until one fails ("Trust or Escalate", arXiv 2407.18370, after Bauer 1991). Two sequences share δ, one
-  from an eighth of the pairs and one from half of them, so that a few confident errors cannot end it all; where the
-  first arrives at the second's start its share goes on there (the graphical procedure of Bretz et al. 2009).
+- ``fixed-sequence``: with probability ≥ 1 − δ the error rate among kept pairs is ≤ α, both in the population that the
+  calibration pairs were drawn from and among the next ``horizon`` pairs. Thresholds chosen by the scores alone are
+  tested from the most confident up, each with an exact test, until one fails ("Trust or Escalate", arXiv 2407.18370,
+  after Bauer 1991). Two sequences share δ, one from an eighth of the pairs and one from half of them, so that a few
+  confident errors cannot end it all; where the first arrives at the second's start its share goes on there (the
+  graphical procedure of Bretz et al. 2009).
 - ``conformal``: the largest t with (errors + 1) / (kept + 1) ≤ α. The error rate among kept pairs, 0 where none is
   kept, is then ≤ α *in the mean* over calibrations, up to terms of order 1/N: about every second calibration exceeds
   it, and δ plays no part (the linear expectation form of selective conformal prediction, as in SCOPE, arXiv
   2602.13110).
 
-Both hold for pairs drawn alike (exchangeable). Several pairs of one prompt are not: give ``cluster``, and one pair of
-each, drawn with ``seed``, is used.
+The tests: binomial for the population, and hypergeometric for the pairs ahead, whose own error rate scatters round the
+population's (with a short horizon that matters more than the calibration's size). For the population the whole is
+proven; for the pairs ahead each single test is exact, and the sequence is checked by resampling (``rmcore evaluate
+--alpha``).
+
+Both methods hold for pairs drawn alike (exchangeable). Several pairs of one prompt are not: give ``cluster``, and one
+pair of each, drawn with ``seed``, is used.
 """
 
 from __future__ import annotations
@@ -115,6 +121,7 @@ def risk_threshold(
     alpha: float,
     delta: float = 0.1,
     method: RiskMethod = "fixed-sequence",
+    horizon: float | None = None,
     cluster: npt.ArrayLike | None = None,
     seed: int = 0,
 ) -> RiskThreshold:
@@ -127,6 +134,8 @@ def risk_threshold(
         alpha: the error rate that is allowed among kept pairs.
         delta: how often a calibration may fail to hold it.
         method: which guarantee.
+        horizon: how many pairs ahead the rate is to hold among, of all pairs, kept or not; ``math.inf`` for the
+            population alone. Default: as many as there are calibration pairs. Without meaning for ``conformal``.
         cluster: (N,) the prompt of each pair.
         seed: of the draw of one pair a cluster.
 
@@ -137,6 +146,8 @@ def risk_threshold(
         InputError: an argument is not as described; N = 0 is none, it routes everything.
     """
     check_risk(alpha, delta, method)
+    if horizon is not None and not horizon >= 1:
+        reject("horizon", horizon, "a number of pairs from 1, math.inf, or None")
     values, errors = _checked(score, wrong)
     if cluster is not None:
         names = np.asarray(cluster)
@@ -150,10 +161,13 @@ def risk_threshold(
     ends = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)]) + 1
     ends = ends[np.isfinite(values[ends - 1])] if len(values) else ends
     wrong_by = np.concatenate(([0], np.cumsum(errors)))
-    find = _fixed_sequence if method == "fixed-sequence" else _conformal
     from scipy import stats  # here, so that routing needs none: importing it takes a second
 
-    kept = find(ends, wrong_by, len(values), alpha, delta)
+    if method == "conformal":
+        kept = _conformal(ends, wrong_by, alpha)
+    else:
+        ahead = 1.0 if horizon is None else horizon / max(len(values), 1)
+        kept = _fixed_sequence(ends, wrong_by, len(values), alpha, delta, ahead)
     mistakes = int(wrong_by[kept])
     return RiskThreshold(
         alpha,
@@ -228,37 +242,44 @@ def _checked(score: npt.ArrayLike, wrong: npt.ArrayLike) -> tuple[Floats, npt.ND
     return values, errors.astype(bool)
 
 
-def _passes(errors: int, kept: int, alpha: float, level: float) -> bool:
-    """Whether errors of kept pairs reject "the error rate is above α" at a level, by the exact binomial test."""
-    from scipy import stats
-
-    return float(stats.binom.cdf(errors, kept, alpha)) <= level
-
-
 def _fixed_sequence(
-    ends: npt.NDArray[np.intp], wrong_by: npt.NDArray[np.int64], count: int, alpha: float, delta: float
+    ends: npt.NDArray[np.intp], wrong_by: npt.NDArray[np.int64], count: int, alpha: float, delta: float, ahead: float
 ) -> int:
-    level = delta / len(_STARTS)
     tested = _grid(ends, count, least_pairs(alpha, delta))
     if not len(tested):
         return 0
+    level = delta / len(_STARTS)
+    tested = tested[_p_values(np.zeros_like(tested), tested, alpha, ahead) <= level]  # the others could never pass
+    p = _p_values(wrong_by[tested], tested, alpha, ahead)
     second = int(np.searchsorted(tested, _STARTS[1] * count))
-    best, at = 0, 0
-    while at < len(tested):  # at the second start the first sequence, still alive, brings its share of δ along
-        kept = int(tested[at])
-        if _passes(int(wrong_by[kept]), kept, alpha, delta if best and at >= second else level):
-            best, at = kept, at + 1
-        elif at < second:
-            break
-        else:
-            return best
-    if at >= len(tested):
-        return best
-    for kept in map(int, tested[second:]):  # the first sequence ended before it came here
-        if not _passes(int(wrong_by[kept]), kept, alpha, level):
-            break
-        best = kept
-    return best
+    passed = _run(p[:second] <= level)
+    if passed == second > 0:  # it arrives at the second start and brings its share of δ along
+        passed += _run(p[second:] <= delta)
+    elif (beyond := _run(p[second:] <= level)) > 0:
+        passed = second + beyond
+    return int(tested[passed - 1]) if passed else 0
+
+
+def _p_values(
+    errors: npt.NDArray[np.int64], kept: npt.NDArray[np.intp], alpha: float, ahead: float
+) -> npt.NDArray[np.float64]:
+    """Of "the error rate is above α", at each threshold: in the population, and among ``ahead`` times as many pairs."""
+    from scipy import stats
+
+    p = np.asarray(stats.binom.cdf(errors, kept, alpha))
+    if math.isinf(ahead):
+        return p
+    # Kept pairs known and ahead are one exchangeable set. The fewest errors in all that break the bound ahead leave as
+    # few as were seen among the known with this probability; more errors in all, with a smaller one.
+    coming = np.maximum(np.round(kept * ahead), 1).astype(np.int64)
+    total = errors + np.floor(alpha * coming + 1e-9).astype(np.int64) + 1
+    found: npt.NDArray[np.float64] = np.maximum(p, stats.hypergeom.cdf(errors, kept + coming, total, kept))
+    return found
+
+
+def _run(passes: npt.NDArray[np.bool_]) -> int:
+    """How many are true before the first that is not."""
+    return len(passes) if passes.all() else int(passes.argmin())
 
 
 def _grid(ends: npt.NDArray[np.intp], count: int, least: int) -> npt.NDArray[np.intp]:
@@ -271,9 +292,7 @@ def _grid(ends: npt.NDArray[np.intp], count: int, least: int) -> npt.NDArray[np.
     return at[at >= least]
 
 
-def _conformal(
-    ends: npt.NDArray[np.intp], wrong_by: npt.NDArray[np.int64], count: int, alpha: float, delta: float
-) -> int:
+def _conformal(ends: npt.NDArray[np.intp], wrong_by: npt.NDArray[np.int64], alpha: float) -> int:
     safe = ends[(wrong_by[ends] + 1) <= alpha * (ends + 1) * (1 + 1e-12)]
     return int(safe[-1]) if len(safe) else 0
 
@@ -287,6 +306,8 @@ def _why_nothing(
     tested = ends[ends >= least]
     rate = wrong_by[tested] / tested
     k = int(rate.argmin())
+    if wrong_by[known] == 0:
+        return f"{known} calibration pairs, all right, are too few to bound the error rate among as many pairs to come"
     return (
         f"no threshold is safe: the lowest error rate among {least} kept pairs or more is {rate[k]:.3f} "
         f"({int(wrong_by[tested[k]])} of {int(tested[k])})"

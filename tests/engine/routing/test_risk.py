@@ -23,12 +23,25 @@ from rmcore.judge.base import Verdict
 def test_all_right_keeps_all_and_one_pair_fewer_nothing():
     n = least_pairs(0.1, 0.1)
     assert (1 - 0.1) ** n <= 0.05 < (1 - 0.1) ** (n - 1)
-    found = risk_threshold(np.arange(n), np.zeros(n), alpha=0.1)
+    found = risk_threshold(np.arange(n), np.zeros(n), alpha=0.1, horizon=math.inf)
     assert (found.kept, found.threshold, found.errors, found.share_judged) == (n, n - 1, 0, 0.0)
     assert found.bound == pytest.approx(1 - 0.1 ** (1 / n))  # Clopper-Pearson with no error
-    few = risk_threshold(np.arange(n - 1), np.zeros(n - 1), alpha=0.1)
+    few = risk_threshold(np.arange(n - 1), np.zeros(n - 1), alpha=0.1, horizon=math.inf)
     assert few.threshold == -math.inf
     assert f"{n - 1} calibration pairs" in few.reason
+
+
+def test_pairs_to_come_are_bounded_more_carefully_than_their_population():
+    """Against every way in which the errors can lie: of 30 known and 30 to come, all kept."""
+    wrong = np.zeros(30)
+    assert risk_threshold(np.arange(30), wrong, alpha=0.1, horizon=math.inf).kept == 30
+    nearer = risk_threshold(np.arange(30), wrong, alpha=0.1)
+    assert nearer.kept == 0
+    assert "30 calibration pairs, all right, are too few" in nearer.reason
+    # Four errors among 60 break 10% of the 30 to come if all four are among these: C(30,4)/C(60,4) = 0.056 > 0.05.
+    assert risk_threshold(np.arange(30), wrong, alpha=0.1, delta=0.113).kept == 30
+    with pytest.raises(InputError, match="horizon: got 0"):
+        risk_threshold(np.arange(30), wrong, alpha=0.1, horizon=0)
 
 
 @pytest.mark.parametrize("method", ["fixed-sequence", "conformal"])
@@ -97,7 +110,7 @@ def test_the_guarantee_over_resamplings(name):
     for count in (20, 250):
         for _ in range(times):
             drawn = random.integers(0, 500, count)
-            found = risk_threshold(score[drawn], wrong[drawn], alpha=alpha, delta=delta)
+            found = risk_threshold(score[drawn], wrong[drawn], alpha=alpha, delta=delta, horizon=math.inf)
             kept = score <= found.threshold
             exceeded += bool(kept.any() and wrong[kept].mean() > alpha)
             kept_any += bool(kept.any())
