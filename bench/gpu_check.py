@@ -78,6 +78,8 @@ def first_part(device: str, size: int) -> list[Step]:
                 steps.append(Step(f"{what}-{name}", limit_s, command, disqualifies=name))
             else:
                 steps.append(Step(f"{what}-{name}", limit_s, command, needs=name))
+    if device == "cuda":
+        steps.append(Step("eager", 60, _probe("eager", *common)))
     steps.append(Step("versus", 70, _probe("versus", *common, *large)))
     if device == "cuda":
         tests = ("-n", "8", "--timeout", "60", "--maxfail", "25")
@@ -334,7 +336,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def report(path: Path, results: Path | None) -> int:
     """Print the rows as a table; with ``results`` write ``gpu-<card>.json`` there."""
     rows = read_rows(path)
-    shown = ("us", "GBs", "TFLOPs", "eager_host_us", "err_g", "err_v", "err", "bits_repeat", "declined", "failed")
+    shown = (
+        "us",
+        "GBs",
+        "TFLOPs",
+        "eager_host_us",
+        "host_us",
+        "err_g",
+        "err_v",
+        "err",
+        "bits_repeat",
+        "declined",
+        "failed",
+    )
     for row in rows:
         if "case" in row:
             figures = " ".join(

@@ -4,6 +4,7 @@ score            one pass g, v, u, p over B rows, ours and peers, cold
 accumulate       the covariance pass over N rows
 power_iteration  one step of σ(W)
 pair_variance    all pairs of G groups of K
+eager            the host's time before a score's kernels start
 engine           score_hidden(...).rewards beside the kernel it is built on
 share            the head's part of a whole scoring step, hidden states at hand and behind a backbone
 memory           bytes of weights, build time and first call
@@ -25,6 +26,7 @@ from rmcore import ops
 from rmcore.ops import Backend, reference
 from rmcore.ops.weights import FeatureMap
 
+from .eager import eager
 from .encode import encode
 from .engine import engine
 from .harness import Timing, as_dict, relative_error, rotations, synchronize, time_calls
@@ -450,6 +452,7 @@ SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "accumulate": accumulate,
     "power_iteration": power_iteration,
     "pair_variance": pair_variance,
+    "eager": eager,
     "engine": engine,
     "share": share,
     "memory": memory,

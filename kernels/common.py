@@ -5,10 +5,13 @@ between Triton versions) and a test can put a recorder in its place. Nothing her
 assembly, atomics or autotuning: the same source runs in the interpreter, and twice the same input gives the same bits.
 """
 
+import threading
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 IDENTITY = tl.constexpr(0)
 COSINE = tl.constexpr(1)
@@ -26,9 +29,27 @@ _S3 = tl.constexpr(-76.54978229)
 _S4 = tl.constexpr(39.53670607)
 
 
+local = threading.local()
+"""``recorder``: what takes this thread's launches instead of the device, or None."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid``."""
-    kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+    """Run ``kernel`` over ``grid``, or hand it to this thread's recorder (launches.py)."""
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **constants}
+    recorder = getattr(local, "recorder", None)
+    if recorder is not None:
+        recorder.launch(kernel, grid, arguments, options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A workspace: memory whose contents do not matter and that no caller sees after the call."""
+    recorder = getattr(local, "recorder", None)
+    if recorder is not None:
+        made: Tensor = recorder.empty(shape, dtype, device)
+        return made
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def cdiv(a: int, b: int) -> int:

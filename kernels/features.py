@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import COSINE, IDENTITY, TANH, cdiv, cos_turns, grouped, halves, launch, tanh
+from .common import COSINE, IDENTITY, TANH, cdiv, cos_turns, empty, grouped, halves, launch, tanh
 from .heuristics import Device
 
 PAD = 256
@@ -253,10 +253,10 @@ def project(
     tiles_n = cdiv(padded, tile.cols)
     split = heuristics.splits(tile, device, cdiv(rows, tile.rows) * tiles_n, steps)
     cast = x.dtype != weight.dtype
-    out = torch.empty(rows, padded, dtype=dtype or weight.dtype, device=x.device)
+    out = empty(rows, padded, dtype=dtype or weight.dtype, device=x.device)
     parts = tiles_n if split == 1 else cdiv(padded, _JOIN_COLS)
-    logits = None if beta is None else torch.empty(parts, rows, dtype=torch.float32, device=x.device)
-    pieces = out if split == 1 else torch.empty(split, rows, padded, dtype=torch.float32, device=x.device)
+    logits = None if beta is None else empty(parts, rows, dtype=torch.float32, device=x.device)
+    pieces = out if split == 1 else empty(split, rows, padded, dtype=torch.float32, device=x.device)
     flags = {"EPILOGUE": epilogue.value, "HAS_BIAS": bias is not None, "HAS_BETA": beta is not None}
     tail = (out if bias is None else bias, out if beta is None else beta, out, out if logits is None else logits)
     launch(
@@ -281,8 +281,8 @@ def copy(x: Tensor, dtype: torch.dtype, *, scale: float = 1.0, beta: Tensor | No
     rows, size = x.shape
     padded = cdiv(size, PAD) * PAD
     blocks = cdiv(padded, _COPY_COLS)
-    out = torch.empty(rows, padded, dtype=dtype, device=x.device)
-    logits = None if beta is None else torch.empty(blocks, rows, dtype=torch.float32, device=x.device)
+    out = empty(rows, padded, dtype=dtype, device=x.device)
+    logits = None if beta is None else empty(blocks, rows, dtype=torch.float32, device=x.device)
     launch(
         copy_kernel,
         (cdiv(rows, _COPY_ROWS), blocks),
@@ -296,8 +296,8 @@ def copy(x: Tensor, dtype: torch.dtype, *, scale: float = 1.0, beta: Tensor | No
 def layernorm(z: Tensor, size: int, dtype: torch.dtype, *, beta: Tensor | None = None, eps: float = 1e-5) -> Features:
     """Row layer norm of the first ``size`` columns of z (B, k') float32 → (B, k') in ``dtype``."""
     rows, padded = z.shape
-    out = torch.empty(rows, padded, dtype=dtype, device=z.device)
-    logits = None if beta is None else torch.empty(1, rows, dtype=torch.float32, device=z.device)
+    out = empty(rows, padded, dtype=dtype, device=z.device)
+    logits = None if beta is None else empty(1, rows, dtype=torch.float32, device=z.device)
     launch(
         layernorm_kernel,
         (rows,),

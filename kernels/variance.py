@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import AREA, EDGE, cdiv, grouped, launch, power_of_two, triangle_row
+from .common import AREA, EDGE, cdiv, empty, grouped, launch, power_of_two, triangle_row
 from .heuristics import Device
 
 SQUARE = tl.constexpr(0)
@@ -167,8 +167,8 @@ def squares(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
         span = heuristics.span(tile, device, tiles, tiles_m)
         blocks = cdiv(tiles, span)
         slots = span * blocks * (blocks + 1) // 2
-        pieces = torch.empty(slots, rows, TILE_EDGE, dtype=torch.float32, device=c.device)
-        out = torch.empty(tiles, rows, dtype=torch.float32, device=c.device)
+        pieces = empty(slots, rows, TILE_EDGE, dtype=torch.float32, device=c.device)
+        out = empty(tiles, rows, dtype=torch.float32, device=c.device)
         launch(
             piece_kernel, (slots * tiles_m,),
             c, c.stride(0), factor, pieces, rows, tiles, span,
@@ -181,7 +181,7 @@ def squares(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
             BM=_SQUARE_ROWS, BN=TILE_EDGE, warps=4, stages=1,
         )  # fmt: skip
         return out
-    out = torch.empty(cdiv(tiles * TILE_EDGE, tile.cols), rows, dtype=torch.float32, device=c.device)
+    out = empty(cdiv(tiles * TILE_EDGE, tile.cols), rows, dtype=torch.float32, device=c.device)
     _columns(c, factor, out, tiles, tile, device, SQUARE)
     return out
 

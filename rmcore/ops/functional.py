@@ -8,6 +8,8 @@ run; a backend named explicitly runs or raises :class:`~rmcore._base.errors.Back
 In eager code the backend is called directly: the custom-operator boundary costs more than a kernel. Under
 ``torch.compile`` the same functions call the operators registered in :mod:`rmcore.ops.library`.
 
+Calls of ``score`` on a GPU that are like an earlier one skip all of this (:mod:`rmcore.ops.plans`).
+
 Shapes, devices and dtypes are checked here. Finiteness is not: a non-finite hidden row gives non-finite results in
 that row alone, and the callers that own an error policy look at the (B,) results instead of the (B, h) inputs.
 """
@@ -19,10 +21,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rmcore.ops.dispatch import Backend
+from rmcore.ops import plans
+from rmcore.ops.dispatch import Backend, select
 from rmcore.ops.library import OPERATIONS
 from rmcore.ops.reference import Likelihood
-from rmcore.ops.tasks import AccumulateTask, PairVarianceTask, PowerIterationTask, ScoreTask, check_hidden
+from rmcore.ops.tasks import (
+    AccumulateTask,
+    PairVarianceTask,
+    PowerIterationTask,
+    ScoreTask,
+    check_hidden,
+    check_out,
+)
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["Scores", "accumulate", "pair_variance", "power_iteration", "score"]
@@ -57,12 +67,18 @@ def score(hidden: Tensor, weights: HeadWeights, *, backend: Backend = "auto", ou
         InputError: a shape, dtype or device does not fit.
         BackendError: the named backend cannot run here.
     """
+    key = None if torch.compiler.is_compiling() else plans.key_of(hidden, backend)
+    launch = None if key is None else plans.find(weights, key)
+    if launch is None:
+        check_hidden(hidden, weights.map)  # before an output is made for it
     if out is None:
-        check_hidden(hidden, weights.map)  # before an output is made for it; then the rest fits
         out = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        _score.checked(ScoreTask(hidden, weights, out), backend)
     else:
-        _score(ScoreTask(hidden, weights, out), backend)
+        check_out(out, hidden)
+    if launch is None or not launch(hidden, weights, out):
+        _score.checked(ScoreTask(hidden, weights, out), backend)
+        if launch is None and key is not None:
+            plans.keep(weights, key, hidden, select("score", hidden, weights.dtype, backend, weights))
     return Scores(*out.unbind(0))
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Served",
     "Task",
     "check_hidden",
+    "check_out",
 ]
 
 
@@ -79,6 +80,15 @@ def check_hidden(hidden: Tensor, feature_map: FeatureMap, name: str = "hidden") 
         reject(name, f"device {hidden.device}", f"the head's device {feature_map.device}")
 
 
+def check_out(out: Tensor, hidden: Tensor) -> None:
+    """Raise InputError unless ``out`` can hold the scores of ``hidden``."""
+    rows = hidden.shape[0]
+    if out.shape != (4, rows) or out.dtype != torch.float32 or not out.is_contiguous():
+        reject("out", f"{tuple(out.shape)} {out.dtype}", f"contiguous (4, {rows}) float32")
+    if out.device != hidden.device:
+        reject("out", f"device {out.device}", f"the device of hidden, {hidden.device}")
+
+
 def _check_vector(name: str, tensor: Tensor, length: int) -> None:
     if tensor.shape != (length,):
         reject(name, f"shape {tuple(tensor.shape)}", f"({length},)")
@@ -104,13 +114,8 @@ class ScoreTask(NamedTuple):
 
     def check(self) -> None:
         """Raise InputError where a shape, dtype or device does not fit."""
-        hidden, out = self.hidden, self.out
-        check_hidden(hidden, self.weights.map)
-        rows = hidden.shape[0]
-        if out.shape != (4, rows) or out.dtype != torch.float32 or not out.is_contiguous():
-            reject("out", f"{tuple(out.shape)} {out.dtype}", f"contiguous (4, {rows}) float32")
-        if out.device != hidden.device:
-            reject("out", f"device {out.device}", f"the device of hidden, {hidden.device}")
+        check_hidden(self.hidden, self.weights.map)
+        check_out(self.out, self.hidden)
 
     def check_values(self) -> None:
         """Nothing to look at."""

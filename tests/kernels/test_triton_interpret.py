@@ -28,6 +28,7 @@ import triton_checks as checks
 from rmcore import ops
 from rmcore.kernels import common, heuristics
 from rmcore.kernels.heuristics import Tile
+from rmcore.ops import plans
 from rmcore.ops.backends import triton as backend
 from rmcore.ops.tasks import AccumulateTask
 
@@ -192,6 +193,76 @@ def test_a_row_that_overflows_the_serving_dtype_is_not_finite():
     backend.score(hidden, weights, out)
     assert not out[:, 3].isfinite().any()
     assert bool(out[:, :3].isfinite().all())
+
+
+# -- launch plans ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The CPU stands for a GPU whose calls are planned; yields how often the long way was gone."""
+    monkeypatch.setattr(plans, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(plans, "stream_of", lambda _index: 7)
+    monkeypatch.setattr(backend, "_arenas", {})
+    taken: list[int] = []
+    long_way = backend.score
+    monkeypatch.setattr(backend, "score", lambda *task: (taken.append(1), long_way(*task))[1])
+    return taken
+
+
+def _same(rows: torch.Tensor, weights, taken: list[int], more: int) -> None:
+    want = torch.empty(4, len(rows))
+    backend.score(rows, weights, want)
+    before = len(taken)
+    got = torch.full((4, len(rows)), math.nan)
+    ops.score(rows, weights, backend="triton", out=got)
+    assert torch.equal(got, want)
+    assert len(taken) - before == more
+
+
+PLANNED = {
+    "plain": ({}, lambda wide: wide[:5, :64].half()),
+    "cut in pieces": ({"input_scale": 0.5}, lambda wide: wide[:, :64].half()),
+    "strided": ({}, lambda wide: wide.half()[::20, 1:65]),
+    "another dtype": ({}, lambda wide: wide[:35, :64]),
+    "layers": ({"layer": 72, "activation": "tanh", "layernorm": True}, lambda wide: wide[:3, :64].half()),
+    "no projection": ({"features": "linear", "projection": False}, lambda wide: wide[:3, :64].half()),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_planned_call_gives_the_same_bits_without_going_the_long_way(name, planned):
+    head, rows = PLANNED[name]
+    weights = checks.make_head(64, 140, torch.float16, **head)
+    _same(rows(torch.randn(70, 73)), weights, planned, 1)  # the first call of a shape makes the plan
+    _same(rows(torch.randn(70, 73)), weights, planned, 0)
+
+
+def test_what_a_plan_does_not_fit_goes_the_long_way(planned, monkeypatch):
+    weights, rows = checks.make_head(64, 140, torch.float16), torch.randn(6, 64).half()
+    _same(rows, weights, planned, 1)
+    place = torch.empty(4 * 6 + 1)
+    ops.score(rows, weights, backend="triton", out=place[1:].view(4, 6))  # not at a multiple of 16 bytes
+    assert len(planned) == 3
+    _same(rows.double(), weights, planned, 1)  # converted by torch, not by a kernel
+    _same(rows.double(), weights, planned, 1)
+    monkeypatch.setattr(plans, "stream_of", lambda _index: 8)  # its own workspaces
+    _same(rows, weights, planned, 0)
+    monkeypatch.setattr(plans, "stream_of", lambda _index: None)  # a graph is being captured
+    _same(rows, weights, planned, 1)
+    assert len(weights.cache["plans"]) == 2
+
+
+def test_plans_share_their_memory_and_large_calls_have_none(planned, monkeypatch):
+    weights = checks.make_head(64, 140, torch.float16)
+    monkeypatch.setattr(plans, "_LIMIT", 3)
+    for count in (1, 2, 3, 4, 5):
+        _same(torch.randn(count, 64).half(), weights, planned, 1)
+        assert len(weights.cache["plans"]) <= 3
+    assert len(backend._arenas) == 1
+    monkeypatch.setattr(backend, "PLAN_WORKSPACE", 1 << 10)
+    for _ in range(2):
+        _same(torch.randn(9, 64).half(), weights, planned, 1)
 
 
 # -- accumulate ------------------------------------------------------------------------------------------------------

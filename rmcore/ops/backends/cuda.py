@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import BackendError
+from rmcore.ops import plans
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
-__all__ = ["MAX_ROWS", "accumulate", "declines", "pair_variance", "power_iteration", "score", "unavailable"]
+__all__ = ["MAX_ROWS", "accumulate", "declines", "pair_variance", "plan", "power_iteration", "score", "unavailable"]
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +104,15 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, getattr(_native(), "BarrierTimeout", ())):
-            log.error("backend cuda: %s", error)
-            _hung.append(str(error))
-        raise BackendError(f"backend: cuda: {error}") from error
+        _fail(error)
+
+
+def _fail(error: RuntimeError | ValueError) -> NoReturn:
+    """Raise the native module's error as BackendError; after a barrier that did not open, also serve no more."""
+    if isinstance(error, getattr(_native(), "BarrierTimeout", ())):
+        log.error("backend cuda: %s", error)
+        _hung.append(str(error))
+    raise BackendError(f"backend: cuda: {error}") from error
 
 
 def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
@@ -116,7 +122,7 @@ def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.empty(size, dtype=torch.uint8, device=device)
-    key = (device.index, stream)
+    key = (device.index or 0, stream)
     found = _workspaces.get(key)
     if found is None or found.numel() < size:
         found = _workspaces[key] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -189,6 +195,11 @@ def _prepare(weights: HeadWeights) -> _Prepared:
     return kept
 
 
+def _bucket(rows: int) -> int:
+    """What a batch is padded to."""
+    return 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
 def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
     rows = hidden.shape[0]
@@ -204,7 +215,7 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
         hidden = hidden.contiguous()
     native, prepared, device = _native(), _prepare(weights), hidden.device
     assert native is not None
-    bucket = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+    bucket = _bucket(rows)
     plan = prepared.plans.get(bucket)
     if plan is None:
         plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, device.index)
@@ -224,6 +235,35 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
         device.index,
         stream,
     )
+
+
+def plan(hidden: Tensor, weights: HeadWeights) -> plans.Launch | None:
+    """The launch of such a call without what its shape has already answered; None where it would not be the same."""
+    native, rows, index = _native(), hidden.shape[0], hidden.device.index or 0
+    if hidden.dtype not in _NAMES or not rows or hidden.stride(1) != 1:
+        return None  # such rows are copied first
+    assert native is not None
+    prepared, name = _prepare(weights), _NAMES[hidden.dtype]
+    layout = prepared.plans[_bucket(rows)]
+    run, head, bytes_needed = native.score, prepared.head, layout.workspace_bytes
+    stride = hidden.stride(0) if rows > 1 else 0
+
+    def launch(hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
+        stream = plans.stream_of(index)
+        if stream is None or _hung:
+            return False
+        memory = _workspaces.get((index, stream))
+        if memory is None or memory.numel() < bytes_needed:
+            return False
+        address, size = memory.data_ptr(), memory.numel()
+        source, target = hidden.data_ptr(), out.data_ptr()
+        try:
+            run(head, layout, source, name, stride, rows, target, address, size, index, stream)
+        except (RuntimeError, ValueError) as error:
+            _fail(error)
+        return True
+
+    return launch
 
 
 def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

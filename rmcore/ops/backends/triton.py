@@ -12,12 +12,13 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rmcore.ops import plans
 from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
@@ -25,7 +26,7 @@ from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
 if TYPE_CHECKING:
     from rmcore.kernels.heuristics import Device
 
-__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
+__all__ = ["accumulate", "pair_variance", "plan", "power_iteration", "score", "unavailable"]
 
 WORKSPACE = 256 << 20
 """Bytes of features held at a time. 32,768 rows at D = 4096 in 16 bits: thousands of tiles, so chunks cost nothing."""
@@ -35,6 +36,10 @@ PAIR_WORKSPACE = 2 << 30
 """Bytes of float32 features up to which ``accumulate`` computes every row once, however many pairs share it."""
 _MIN_CAPABILITY = (8, 0)
 _MAX_RUNS = 4
+
+PLAN_WORKSPACE = 64 << 20
+"""Bytes of workspaces up to which a call's launches are kept: beyond it kernels take longer than launching them."""
+_arenas: dict[tuple[torch.device, int], Tensor] = {}
 
 
 # -- what can run ----------------------------------------------------------------------------------------------------
@@ -89,24 +94,82 @@ def _chunk(budget: int, columns: int, element: int) -> int:
 
 def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
+    chunk = _chunk(WORKSPACE, weights.num_features, weights.dtype.itemsize)
+    with _on(hidden):
+        for start in range(0, hidden.shape[0], chunk):
+            _score_rows(hidden[start : start + chunk], weights, out[:, start : start + chunk])
+
+
+def _score_rows(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     from rmcore.kernels import features, variance
 
     device = _device(hidden.device)
-    d = weights.num_features
-    chunk = _chunk(WORKSPACE, d, weights.dtype.itemsize)
-    with _on(hidden):
-        for start in range(0, hidden.shape[0], chunk):
-            rows = hidden[start : start + chunk]
-            c, logits = features.features(rows, weights.map, device, beta=weights.beta)
-            assert logits is not None
-            variance.score(
-                logits,
-                variance.squares(c, weights.factor, d, device),
-                out[:, start : start + chunk],
-                beta0=weights.beta0,
-                factor_scale=weights.factor_scale,
-                amplitude=weights.amplitude,
-            )
+    c, logits = features.features(hidden, weights.map, device, beta=weights.beta)
+    assert logits is not None
+    variance.score(
+        logits,
+        variance.squares(c, weights.factor, weights.num_features, device),
+        out,
+        beta0=weights.beta0,
+        factor_scale=weights.factor_scale,
+        amplitude=weights.amplitude,
+    )
+
+
+class _Plan:
+    """The launches of one shape of call, by stream: the arena they work in, and the steps."""
+
+    def __init__(self, index: int, hooked: Callable[[], bool]) -> None:
+        self.index, self.hooked = index, hooked
+        self.streams: dict[int, tuple[Tensor, list[Any]]] = {}
+
+    def __call__(self, hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
+        """See :data:`rmcore.ops.plans.Launch`."""
+        stream = plans.stream_of(self.index)
+        # The kernels were compiled for an ``out`` at a multiple of 16 bytes, where torch puts all it makes.
+        if stream is None or self.hooked() or out.data_ptr() % 16:
+            return False
+        found = self.streams.get(stream)
+        if found is None and not self.record(stream, hidden, weights, out):
+            return False
+        for step in self.streams[stream][1]:
+            step(stream, hidden, out)
+        return True
+
+    def record(self, stream: int, hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
+        """Keep what ``_score_rows`` would launch on this stream; False where its workspaces are too large for that."""
+        from rmcore.kernels import launches
+
+        with launches.recording(None) as counted:
+            _score_rows(hidden, weights, out)
+        if counted.used > PLAN_WORKSPACE:
+            return False
+        arena = _arenas.get((hidden.device, stream))
+        if arena is None or arena.numel() < counted.used:  # plans made with the smaller one keep it
+            size = 1 << max(20, (counted.used - 1).bit_length())
+            arena = _arenas[hidden.device, stream] = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+        with launches.recording(arena) as recorder:
+            _score_rows(hidden, weights, out)
+        kept = (*weights.tensors().values(), *weights.map.tensors().values(), *weights.map.cache.values())
+        fixed = {t.data_ptr() for t in kept if isinstance(t, Tensor)}
+        steps = launches.steps(recorder.calls, hidden, out, fixed, arena)
+        if steps is None:
+            return False
+        self.streams[stream] = arena, steps
+        return True
+
+
+def plan(hidden: Tensor, weights: HeadWeights) -> plans.Launch | None:
+    """The launches of such a call, to be made without Triton's and our own bookkeeping; None where that cannot be."""
+    from rmcore.kernels import launches
+
+    rows, index = hidden.shape[0], hidden.device.index or 0
+    stream = plans.stream_of(index)
+    if stream is None or not rows or 4 * rows * weights.num_features > PLAN_WORKSPACE:
+        return None
+    made = _Plan(index, launches.hooked)
+    out = torch.empty(4, rows, dtype=torch.float32, device=hidden.device)
+    return made if made.record(stream, hidden, weights, out) else None
 
 
 # -- accumulate ------------------------------------------------------------------------------------------------------

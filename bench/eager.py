@@ -1,0 +1,165 @@
+"""eager: the host's microseconds before a score's kernels start, on the long way and on the planned one.
+
+With a GPU the calls are real: batches of them, timed to the last one's return, not to the kernels' end. Without one,
+and beside the real figures, the same Python runs on CPU tensors against launchers that return at once, so that what is
+measured is the Python alone: Triton's own with kernels compiled for a GPU that is not there, the ``cuda`` backend's
+with a native module that ignores its arguments. Least of many short rounds: other work on the machine only adds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from rmcore import ops
+from rmcore.ops import Backend, HeadWeights, plans
+
+from .harness import synchronize
+from .peers import make_problem, ours
+from .setup import Row, Setup
+
+__all__ = ["eager", "host_us", "measure"]
+
+ROUNDS, CALLS = 40, 25
+GOALS_US = {"cuda": 10.0, "triton": 20.0}
+ROWS = {"cuda": (1, 16, 64), "triton": (1, 64, 256)}
+
+
+def host_us(
+    call: Callable[[], object], device: torch.device, *, rounds: int | None = None, calls: int = CALLS
+) -> float:
+    """Microseconds of ``call`` on the host: the least mean of ``calls`` calls, far fewer than a queue holds."""
+    call()
+    best = float("inf")
+    for _ in range(rounds or ROUNDS):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, time.perf_counter() - began)
+    synchronize(device)
+    return 1e6 * best / calls
+
+
+def eager(setup: Setup) -> Iterator[Row]:
+    """Both backends at small batches."""
+    for name in ("cuda", "triton"):
+        for row in measure(name, setup.device, min(setup.sizes[0][1], 1024), setup.note):
+            yield {
+                "suite": "eager",
+                "variant": f"rmcore {name}, {row['way']}",
+                "median_s": 1e-6 * row["host_us"],
+                **row,
+            }
+
+
+def measure(name: Backend, device: torch.device, size: int, note: Callable[[str], None]) -> Iterator[Row]:
+    """Rows of a backend: ``way`` is long or planned, ``driver`` real or none (launchers that return at once).
+
+    The Python does not depend on ``size``; copying the head to the CPU does.
+    """
+    weights = ours(make_problem(size, size, device, torch.float16))
+    for rows in ROWS[name]:
+        hidden = torch.randn(rows, size, device=device).half()
+        if device.type == "cuda" and ops.explain("score", device, backend=name).backend == name:
+            yield from _both(name, "real", hidden, weights)
+        with _stubbed(name) as why:
+            if why is None:
+                yield from _both(name, "none", hidden.cpu(), weights.to("cpu"))
+            else:
+                note(f"eager {name}: {why}")
+
+
+def _both(name: Backend, driver: str, hidden: Tensor, weights: HeadWeights) -> Iterator[Row]:
+    call = functools.partial(ops.score, hidden, weights, backend=name)
+    with mock.patch.object(plans, "key_of", return_value=None):
+        long_us = host_us(call, hidden.device)
+    planned_us = host_us(call, hidden.device)
+    launch = plans.find(weights, plans.key_of(hidden, name) or ())
+    if launch is None or not launch(hidden, weights, torch.empty(4, len(hidden), device=hidden.device)):
+        raise RuntimeError(f"eager: the {name} backend made no plan, so both figures are of the long way")
+    common = {"dtype": "float16", "driver": driver, "rows": len(hidden), "goal_us": GOALS_US[name]}
+    yield {**common, "way": "long", "host_us": long_us}
+    yield {**common, "way": "planned", "host_us": planned_us}
+
+
+# -- launchers that return at once -------------------------------------------------------------------------------------
+
+
+def _replace(of: Any, name: str, by: object) -> Any:
+    # Plain functions, not mocks: those take microseconds themselves.
+    return mock.patch.object(of, name, by, create=True)
+
+
+@contextmanager
+def _stubbed(name: str) -> Iterator[str | None]:
+    """The backend takes CPU tensors and launches nothing; yields why it cannot be made to."""
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(_replace(plans, "_DEVICES", {"cpu"}))
+        enter(_replace(plans, "_raw_stream", lambda _index: 0))
+        enter(_replace(plans, "_current_device", lambda: 0))
+        enter(_replace(plans, "_capturing", lambda: False))
+        yield _stub_triton(enter) if name == "triton" else _stub_cuda(enter)
+
+
+def _stub_cuda(enter: Callable[[Any], Any]) -> str | None:
+    from rmcore.ops.backends import cuda
+
+    native = SimpleNamespace(
+        Head=lambda **fields: fields,
+        ScorePlan=lambda *_: SimpleNamespace(workspace_bytes=1 << 16),
+        score=lambda *_: None,
+    )
+    enter(_replace(cuda, "_native", lambda: native))
+    enter(_replace(cuda, "unavailable", lambda *_: None))
+    enter(_replace(cuda, "_workspaces", {}))
+    enter(_replace(torch.cuda, "is_current_stream_capturing", lambda: False))
+    enter(_replace(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=0)))
+    return None
+
+
+class _Driver:
+    """As much of a Triton driver as binding and compiling ask for: a Hopper that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def _stub_triton(enter: Callable[[Any], Any]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set"
+    import triton
+    from triton.compiler import CompiledKernel
+
+    from rmcore.kernels.heuristics import Device
+    from rmcore.ops.backends import triton as backend
+
+    enter(_replace(triton.runtime.driver, "_active", _Driver()))
+    enter(_replace(CompiledKernel, "_init_handles", lambda _self: None))
+    enter(_replace(CompiledKernel, "run", lambda *_: None))
+    enter(_replace(CompiledKernel, "function", 0))
+    enter(_replace(backend, "_device", lambda _device: Device("sm90", 132)))
+    enter(_replace(backend, "_arenas", {}))
+    enter(_replace(backend, "unavailable", lambda *_: None))
+    return None
