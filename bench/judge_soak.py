@@ -1,7 +1,8 @@
 """Endurance of the judge: 20,000 pairs at 2,000 requests in flight against an endpoint that fails one time in five.
 
 The pairs go through :class:`rmcore.RewardEngine` to a loopback endpoint in another process, over
-real sockets. A fifth of the requests meets a fault of one of 23 kinds, and three storms refuse everything for a while.
+real sockets. A fifth of the requests meets a fault, all kinds of :data:`rmcore.judge.testing.FAULTS` equally often, and
+three storms refuse everything for a while.
 Then it is checked that every pair has exactly one verdict or one reason, that verdicts are right, that totals add up
 on both sides of the wire, that memory stayed within its bound and that the run ended by itself. Writes
 ``judge_soak.json``; exits 1 if a check fails.
@@ -138,6 +139,7 @@ def run(soak: Soak) -> dict[str, Any]:
         high = _high_water_mib()
         peak = high if high > high_before else sampled
         client = judge.client.state
+        again = sum(count for name, count in judge.counts.items() if name.startswith(("refused:", "text_instead")))
         ended = not thread.is_alive()
         if ended:
             judge.close()
@@ -151,6 +153,7 @@ def run(soak: Soak) -> dict[str, Any]:
         "memory_mib": {"before": before, "peak": peak, "growth": peak - before, "bound": MEMORY_BOUND_MIB},
         "server": stats,
         "client": asdict(client),
+        "put_again": again,
     }
     if found:
         figures |= _outcome(found[0], responses)
@@ -181,7 +184,10 @@ def _checks(figures: dict[str, Any], soak: Soak) -> dict[str, bool]:
         "attempts agree: result, client": usage["attempts"] == client["attempts"],
         # A request may end on its way: its time was up, or the endpoint was closing the connection it was sent on.
         "attempts agree: client, endpoint": 0 <= unseen <= 2 + client["attempts"] // 100,
-        "calls agree: result, client": usage["calls"] + pairs["not_sent"] == client["calls"] == soak.pairs,
+        # A question that is put again, without what was refused, is another call of the client and none of the judge.
+        "calls agree: result, client": usage["calls"] + pairs["not_sent"]
+        == client["calls"] - figures["put_again"]
+        == soak.pairs,
         "answers add up to requests": sum(answers.values()) == server["requests"],
         "a fifth of the requests met a fault": faulty >= soak.faults * 0.95 * server["requests"],
         "every kind of fault occurred": set(answers) >= {*FAULTS, *STORM_FAULTS},

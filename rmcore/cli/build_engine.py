@@ -187,6 +187,7 @@ def _judge(judging: Judging) -> Judge | None:
         orders=judging.judge_orders,
         prompt=None if template is None else JudgePrompt.from_file(template),
         max_tokens=judging.judge_max_tokens or None,
+        context_tokens=judging.judge_context,
         store=_store(judging),
         prices=_prices(judging),
         soft=judging.judge_soft,

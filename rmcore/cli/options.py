@@ -68,6 +68,13 @@ JudgeTemplate = Annotated[Path | None, typer.Option(help="Text file with the que
 JudgeMaxTokens = Annotated[
     int, typer.Option(help="Longest answer in tokens, reasoning included; 0 leaves it to the endpoint.", min=0)
 ]
+JudgeContext = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that the judge's model takes, question and answer together: longer pairs are cut in the middle. "
+        "Default: what the server says."
+    ),
+]
 JudgeTimeout = Annotated[float, typer.Option(help="Seconds for one request and its whole reply.")]
 JudgeConcurrency = Annotated[int, typer.Option(help="Requests in flight at most; it begins low and grows.")]
 JudgeRetries = Annotated[int, typer.Option(help="How often a request that failed is tried again.", min=0)]
@@ -107,6 +114,7 @@ class Judging:
     judge_soft: JudgeSoft = False
     judge_template: JudgeTemplate = None
     judge_max_tokens: JudgeMaxTokens = 2048
+    judge_context: JudgeContext = None
     judge_timeout: JudgeTimeout = 60.0
     judge_concurrency: JudgeConcurrency = 16
     judge_retries: JudgeRetries = 4

@@ -52,20 +52,27 @@ def show(
 ) -> None:
     """Show the latest calls as a table, or everything about one call or pair.
 
+    A call that cannot be read is named and left out; the exit code is 2 then.
+
     Example: `rmcore verdicts show verdicts.db --reason refusal`, then `rmcore verdicts show verdicts.db 3f9c2a`
     """
+    damage = _Damage()
     with _opened(store) as ledger:
-        calls = ledger.calls(key=key, model=model, reason=reason, limit=limit)
+        calls = ledger.calls(key=key, model=model, reason=reason, limit=limit, unreadable=damage)
         if key is None:
-            _print_table(ledger, calls)
+            _print_table(ledger, calls, damage)
+            damage.report()
             return
         if not calls:
+            damage.report()
             raise InputError(f"key: got {key!r:.80}, expected the beginning of a key in {store}")
         many = {call.pair for call in calls}
         if len(many) > 1:
             raise InputError(f"key: got {key!r:.80}, which begins keys of {len(many)} pairs, expected more digits")
         for call in reversed(calls):
-            _print_call(ledger, call)
+            with damage.noted():
+                _print_call(ledger, call)
+    damage.report()
 
 
 @app.command()
@@ -93,14 +100,8 @@ def export(
     with _opened(store) as ledger, opened_output(out) as rows, progress_bar() as bar:
         task = bar.add_task("pairs", total=None, visible=out != "-")
         left_out: Counter[str] = Counter()
-        unreadable = 0
-
-        def tell(error: StoreError) -> None:
-            nonlocal unreadable
-            unreadable += 1
-            print_error(error)
-
-        for pair in ledger.pairs(model=model, canaries=canaries, unreadable=tell):
+        damage = _Damage()
+        for pair in ledger.pairs(model=model, canaries=canaries, unreadable=damage):
             why = _why_not(pair, flips, ties, one_order, min_preference)
             if why:
                 left_out[why] += 1
@@ -110,11 +111,10 @@ def export(
             rows.count += 1
             bar.update(task, completed=rows.count)
         notes = "".join(f", {count} {why}" for why, count in sorted(left_out.items()))
-        notes += f", {unreadable} unreadable" if unreadable else ""
-        if rows.count or left_out or not unreadable:
+        notes += f", {damage.rows} unreadable" if damage.rows else ""
+        if rows.count or left_out or not damage.rows:
             typer.echo(f"{rows.count} rows{notes and '; left out' + notes[1:]}", err=True)
-    if unreadable:
-        raise typer.Exit(2)
+    damage.report()
 
 
 @app.command()
@@ -123,18 +123,50 @@ def stats(
     prices: Prices = None,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
-    """Count calls, verdicts, failures, flips, tokens and costs, in all and day by day."""
+    """Count calls, verdicts, failures, flips, tokens and costs, in all and day by day.
+
+    A call that cannot be read is named and not counted; the exit code is 2 then.
+    """
+    damage = _Damage()
     with _opened(store) as ledger:
         from rmcore.judge.store.prices import PriceTable
 
-        told = ledger.stats(None if prices is None else PriceTable.from_file(prices))
+        told = ledger.stats(None if prices is None else PriceTable.from_file(prices), unreadable=damage)
+        told["unreadable"] = damage.rows
         if as_json:
             typer.echo(json.dumps(told, indent=2, allow_nan=False))
         else:
             _print_stats(told)
+    damage.report()
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+class _Damage:
+    """Rows of a store that cannot be read: each is named at once, and the command ends with exit code 2."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, error: StoreError) -> None:
+        self.rows += 1
+        print_error(error)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """For work on one row."""
+        from rmcore.judge.store.database import StoreError
+
+        try:
+            yield
+        except StoreError as error:
+            self(error)
+
+    def report(self) -> None:
+        """To be called at the end."""
+        if self.rows:
+            raise typer.Exit(2)
 
 
 def printable(text: object, *, lines: bool = False) -> str:
@@ -162,7 +194,7 @@ def _why_not(pair: JudgedPair, flips: bool, ties: bool, one_order: bool, least: 
     return "too weak" if abs(preference) < least else ""
 
 
-def _print_table(ledger: VerdictLedger, calls: list[LoggedCall]) -> None:
+def _print_table(ledger: VerdictLedger, calls: list[LoggedCall], damage: _Damage) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, right in (("key", 0), ("at (UTC)", 0), ("model", 0), ("shown", 0), ("verdict", 0), ("tokens", 1)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
@@ -172,7 +204,9 @@ def _print_table(ledger: VerdictLedger, calls: list[LoggedCall]) -> None:
     # A reader behind a pipe gets everything; a terminal what fits.
     cut = sys.stdout.isatty()
     for call in calls:
-        prompt = ledger.texts(call)["prompt"]
+        prompt = ""
+        with damage.noted():
+            prompt = ledger.texts(call)["prompt"]
         last = prompt if isinstance(prompt, str) else message_text(prompt[-1])
         cells = (
             call.key[:12] if cut else call.key,
@@ -211,6 +245,7 @@ def _print_call(ledger: VerdictLedger, call: LoggedCall) -> None:
         f"({call.cached_tokens} cached), {call.completion_tokens} completion ({call.reasoning_tokens} reasoning), cost "
         + ("unknown" if call.cost is None else f"{call.cost:.6g} {call.currency}".strip()),
         "sanitised": f"{call.sanitised} control sequences in the texts",
+        "cut": "characters not shown: {} of the prompt, {} of the first, {} of the second".format(*call.characters_cut),
         "labels": json.dumps(said["labels"]),
     }
     for name, value in facts.items():
@@ -250,6 +285,8 @@ def _print_stats(told: dict[str, Any]) -> None:
         if latency["p50"] is None
         else f"p50 {latency['p50']:.2f} s, p95 {latency['p95']:.2f} s, retries included",
         "sanitised": f"{told['sanitised']} control sequences",
+        "cut": f"{told['cut']} calls that were too long for the judge",
+        "unreadable": f"{told['unreadable']} calls",
         "file": f"{file['bytes'] / 1e6:.1f} MB, {file['texts']} texts",
     }
     for name, value in rows.items():

@@ -179,7 +179,9 @@ def account_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     usage, overlap = totals["judge_usage"], totals["overlap"]
     if totals["routed"]:
-        lines.append(("verdicts", f"{totals['judge_flips']:,} flips, {totals['judge_ties']:,} ties"))
+        cut = totals.get("judge_cut", 0)
+        notes = f", {cut:,} of texts cut to the judge's context" if cut else ""
+        lines.append(("verdicts", f"{totals['judge_flips']:,} flips, {totals['judge_ties']:,} ties{notes}"))
     if usage["calls"] or usage["cache_hits"]:
         counts = f"{usage['calls']:,}, {usage['retries']:,} retries, {usage['cache_hits']:,} cache hits"
         lines.append(("judge calls", counts))

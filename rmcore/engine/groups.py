@@ -219,7 +219,8 @@ class GroupScores(Sequence[GroupScore]):
 
         Every pair is in exactly one of ``decided_by``'s counts; ``no_signal`` counts those among them for which the
         head had nothing to go by; ``rule_verdicts`` were decided by rule, here or in the judge, without a call.
-        ``judge_ties``, ``judge_flips`` and ``judge_failures`` count pairs, ``judges`` and ``judge_usage`` count
+        ``judge_ties``, ``judge_flips``, ``judge_cut`` (of too long a pair the judge saw the ends of the texts only) and
+        ``judge_failures`` count pairs, ``judges`` and ``judge_usage`` count
         questions: equal pairs are one question. Costs are described
         in :func:`rmcore.engine.usage.usage_summary`.
         """
@@ -250,6 +251,7 @@ class GroupScores(Sequence[GroupScore]):
             "judge_failures": dict(+reasons),
             "judge_ties": sum(v.preference == 0 and not v.flipped for v in verdicts),
             "judge_flips": sum(v.flipped for v in verdicts),
+            "judge_cut": sum(v.cut for v in verdicts),
             "rule_verdicts": count[PairState.IDENTICAL] + sum(v.judge == RULE for v in verdicts),
             "unscorable_responses": int(self.advantages.isnan().sum()),
             "one_order_groups": len(self) if table.one_order else 0,

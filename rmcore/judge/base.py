@@ -129,6 +129,11 @@ class Verdict:
         return "win" if self.preference > 0 else "loss" if self.preference < 0 else "tie"
 
     @property
+    def cut(self) -> bool:
+        """Whether the judge was not shown all of the texts: a note ``cut:<characters>`` says so."""
+        return any(note.startswith("cut:") for note in self.reason.split("; "))
+
+    @property
     def failed(self) -> bool:
         """True where there is no verdict."""
         return self.preference is None

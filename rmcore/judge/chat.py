@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from asyncio import TaskGroup
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
 from rmcore._base.prompt import Prompt, Response
-from rmcore.judge.base import Pair, Verdict
-from rmcore.judge.client.chat_client import ChatClient
+from rmcore.judge.base import JudgeUsage, Pair, Verdict
+from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
 from rmcore.judge.client.completions import CompletionFunction
-from rmcore.judge.client.exchange import FunctionExchange
 from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.client.secrets import without_secret
+from rmcore.judge.context import ContextWindow, Fit, TokenCounter, cut_off_at
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
-from rmcore.judge.question.dialect import Dialect
+from rmcore.judge.question import large
+from rmcore.judge.question.cut import Cut
+from rmcore.judge.question.dialect import Dialect, one_call
 from rmcore.judge.question.prompt import JudgePrompt, Output
 from rmcore.judge.question.rules import rule_verdict
 from rmcore.judge.question.sanitise import breakable
@@ -39,7 +41,6 @@ __all__ = ["ChatJudge"]
 
 _logger = logging.getLogger(__name__)
 _CLOSE_S = 5.0
-_RESERVED = frozenset({"model", "messages", "stream", "n"})
 
 
 class _Call(NamedTuple):
@@ -59,6 +60,9 @@ class ChatJudge:
     reply), and ``bad_pair`` for a pair that is not text. A verdict that is there may carry a note in ``reason``:
     ``rule:<which>``, ``one_order:<why the other failed>``, ``cut:<characters>``, ``hard:<why it is not soft>``. How
     both orders are put together is said in :mod:`rmcore.judge.orders`.
+
+    A pair that is longer than the judge's context is cut by rule (:mod:`rmcore.judge.question.cut`) and asked all the
+    same, or a policy could write its way out of being judged. Where nothing fits, the reason is ``too_long``.
 
     Use it from asynchronous code (``await judge.judge(pairs)``) or synchronous code (:meth:`judge_sync`), on any number
     of event loops. ``async with``, :meth:`aclose` or :meth:`close` closes the connections; otherwise
@@ -86,6 +90,11 @@ class ChatJudge:
         rules: decide blank and identical responses without a call.
         max_response_chars: of longer responses the judge is shown the beginning, and told so. ``None``: what ``prompt``
             says.
+        context_tokens: tokens that the judge's model takes, question and answer together. ``None``: learnt from the
+            server's list of models or from its errors. Give it for a server that cuts long questions by itself without
+            a word (Ollama).
+        tokenizer: the judge's tokenizer (``encode``), or a function from a text to its number of tokens. ``None``: an
+            estimate from the characters, from above.
         deadline_s: seconds for one :meth:`judge` call over all its pairs; what is not answered by then fails with
             ``deadline``. ``None``: no limit. A pair's own ``deadline`` counts where it is earlier.
         temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they
@@ -123,6 +132,8 @@ class ChatJudge:
         top_logprobs: int = 5,
         rules: bool = True,
         max_response_chars: int | None = None,
+        context_tokens: int | None = None,
+        tokenizer: TokenCounter | None = None,
         deadline_s: float | None = 600.0,
         temperature: float | None = None,
         max_tokens: int | None = None,
@@ -133,7 +144,7 @@ class ChatJudge:
         prices: PriceTable | Mapping[str, Any] | str | Path | None = None,
         **unknown: Never,
     ) -> None:
-        _refuse(unknown)
+        refuse(unknown)
         options = ClientOptions() if client is None else client
         if not isinstance(model, str) or not model:
             raise JudgeError(f"model: got {model!r}, expected the name of a model")
@@ -163,9 +174,17 @@ class ChatJudge:
                 raise JudgeError(f"top_logprobs: got {top_logprobs!r}, expected a number from 2 to 20")
             given |= {"logprobs": True, "top_logprobs": top_logprobs}
         self._parameters: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-        self._parameters |= _check_extra(extra_body or {}, self._parameters.keys())
-        self.client = _make_client(base_url, api_key_env, complete, options)
+        self._parameters |= check_extra(extra_body or {}, self._parameters.keys())
+        self.client = make_client(base_url, api_key_env, complete, options)
         self._dialect = Dialect(model, self.prompt, self._parameters, soft, options.random_source)
+        self.context = ContextWindow(
+            self.prompt,
+            max_tokens or max_completion_tokens,
+            getattr(complete, "context_tokens", None) if context_tokens is None else context_tokens,
+            getattr(complete, "tokenizer", None) if tokenizer is None else tokenizer,
+            partial(self.client.exchange.context_tokens, model),
+            model,
+        )
         if judge_id is not None and not (isinstance(judge_id, str) and judge_id):
             raise JudgeError(f"judge_id: got {judge_id!r}, expected a name")
         self.judge_id = judge_id or self.client.exchange.name
@@ -174,7 +193,7 @@ class ChatJudge:
         self.prices = None if prices is None else PriceTable.of(prices)
         self._others: set[str] = set()  # models that answered and were not asked for
         self._own_store = isinstance(store, (str, Path))
-        self.store = _open_store(store)
+        self.store = open_store(store)
 
     def __repr__(self) -> str:
         return (
@@ -196,9 +215,11 @@ class ChatJudge:
         """One verdict a pair, in order, by ``deadline_s`` from now. Cancelling it cancels its requests."""
         pairs = list(pairs)
         deadline = None if self.deadline_s is None else self.client.clock.now() + self.deadline_s
-        ruled = {index: v for index, pair in enumerate(pairs) if self.rules and (v := rule_verdict(pair)) is not None}
+        found = [await large.call(rule_verdict, pair) if self.rules else None for pair in pairs]
+        ruled = {index: verdict for index, verdict in enumerate(found) if verdict is not None}
         self._dialect.add(Counter(verdict.reason for verdict in ruled.values()))
-        asked = {index: self._questions(index, pair) for index, pair in enumerate(pairs) if index not in ruled}
+        asked = {index: await self._questions(index, pair) for index, pair in enumerate(pairs) if index not in ruled}
+        fits = {index: Fit() for index in asked}
         queue = deque(question for questions in asked.values() for question in questions)
         answers: dict[_Call, Reply] = {}
 
@@ -206,7 +227,8 @@ class ChatJudge:
             # Workers, not a task a question: a batch of any size holds `concurrency` rendered prompts at a time.
             while queue:
                 question = queue.popleft()
-                answers[question] = await self._ask(pairs[question.pair], question.exchanged, deadline)
+                pair, fit = pairs[question.pair], fits[question.pair]
+                answers[question] = await self._ask(pair, question.exchanged, deadline, fit)
 
         async with TaskGroup() as group:
             for _ in range(min(len(queue), self.client.options.concurrency)):
@@ -244,52 +266,90 @@ class ChatJudge:
     ) -> None:
         await self.aclose()
 
-    def _questions(self, index: int, pair: Pair) -> list[_Call]:
+    async def _questions(self, index: int, pair: Pair) -> list[_Call]:
         if self.orders == "both":
             return [_Call(index, False), _Call(index, True)]
         try:
-            return [_Call(index, shown_exchanged(pair))]
+            return [_Call(index, await large.call(shown_exchanged, pair))]
         except InputError:
             return [_Call(index, False)]  # it fails where it is asked, with the reason
 
-    async def _ask(self, pair: Pair, exchange: bool, deadline: float | None) -> Reply:
+    async def _ask(self, pair: Pair, exchange: bool, deadline: float | None, fit: Fit) -> Reply:
         """One question, from the texts to the verdict from ``pair.first``'s side. Raises nothing but cancellation."""
         try:
             if pair.deadline is not None:
                 deadline = pair.deadline if deadline is None else min(deadline, pair.deadline)
-            first, second = (pair.second, pair.first) if exchange else (pair.first, pair.second)
             try:
-                reply = await self._answer(pair, first, second, deadline)
+                reply = await self._fitted(pair, exchange, deadline, fit)
             except InputError as error:
                 # Without its store a judge buys nothing: what could not be kept would be bought again.
-                reason = "store" if self.store is not None and isinstance(error, _store_error()) else "bad_pair"
+                reason = "store" if self.store is not None and isinstance(error, store_error()) else "bad_pair"
                 return Reply(Verdict.none(reason), detail=str(error))
             return replace(reply, verdict=exchanged(reply.verdict)) if exchange else reply
         except Exception as error:  # the contract of a judge: a pair's trouble stays with the pair
             return Reply(Verdict.none(f"error_{type(error).__name__}"))
 
-    async def _answer(self, pair: Pair, first: Response, second: Response, deadline: float | None) -> Reply:
+    async def _fitted(self, pair: Pair, exchange: bool, deadline: float | None, fit: Fit) -> Reply:
+        """The answer to the question in a form that the judge has room for, cut and put again where it was too long."""
+        usage = JudgeUsage()
+        await self.context.fit(pair, fit)
+        while True:
+            shown = fit.cut
+            if shown is None:
+                detail = f"the judge's context of {fit.limit} tokens has no room for the question"
+                return Reply(Verdict.none("too_long", usage), detail=detail)
+            reply = await self._answer(pair, exchange, deadline, shown, self.context.answer_tokens(fit))
+            usage = one_call(usage, reply.verdict.usage)
+            reply = replace(reply, verdict=replace(reply.verdict, usage=usage))
+            overflow = reply.overflow or cut_off_at(reply.verdict)
+            if overflow is None:
+                if not reply.verdict.failed:
+                    self.context.answered(fit)
+                return reply
+            if not await self.context.shorten(pair, fit, shown, overflow):
+                reason = reply.verdict.reason
+                if overflow.paid:
+                    reason = "length"
+                elif overflow.stated and reply.verdict.usage.attempts:
+                    reason = "too_long"
+                return replace(reply, verdict=replace(reply.verdict, reason=reason))
+
+    async def _answer(
+        self, pair: Pair, exchange: bool, deadline: float | None, cut: Cut, answer_tokens: int | None
+    ) -> Reply:
         """The answer from the side of the response shown first: from the store if it is there, or else by a call."""
+        first, second = (pair.second, pair.first) if exchange else (pair.first, pair.second)
+        cut = cut.exchanged() if exchange else cut
+        call = partial(self._call, pair.prompt, first, second, deadline, cut, answer_tokens)
         if self.store is None:
-            return await self._call(pair.prompt, first, second, deadline)
+            return await call()
         how = {**self._parameters, "soft": True} if self.soft else self._parameters
         canary = str(pair.id).startswith(CANARY_ID)
-        question = Question.of(
-            self.judge_id, self.model, how, self.prompt.version, pair.prompt, first, second, canary=canary
+        texts = (pair.prompt, first, second)
+        question = await large.call(
+            partial(Question.of, canary=canary, cut=cut), self.judge_id, self.model, how, self.prompt.version, *texts
         )
         left = None if deadline is None else max(0.0, deadline - self.client.clock.now())
-        reply = await self.store.once(
-            question, lambda: self._call(pair.prompt, first, second, deadline), timeout_s=left
-        )
+        reply = await self.store.once(question, call, timeout_s=left)
         if reply is None:
             return Reply(Verdict.none("deadline"))
         return replace(reply, verdict=replace(reply.verdict, judge=answering_model(self.model, reply.model)))
 
-    async def _call(self, prompt: Prompt, first: Response, second: Response, deadline: float | None) -> Reply:
+    async def _call(
+        self,
+        prompt: Prompt,
+        first: Response,
+        second: Response,
+        deadline: float | None,
+        cut: Cut,
+        answer_tokens: int | None,
+    ) -> Reply:
         """One call, and what it cost."""
-        asked = await self._dialect.ask(self.client.complete, prompt, first, second, deadline=deadline)
+        asked = await self._dialect.ask(
+            self.client.complete, prompt, first, second, deadline=deadline, cut=cut, answer_tokens=answer_tokens
+        )
         answered = self._answered(asked.completion.model)
-        verdict, labels = asked.verdict(answered), asked.question.labels
+        verdict, labels = self.context.cut_off(asked.verdict(answered), answer_tokens), asked.question.labels
         return Reply(
             replace(
                 verdict,
@@ -307,6 +367,7 @@ class ChatJudge:
             model=asked.completion.model,
             fingerprint=asked.completion.fingerprint,
             currency="" if self.prices is None else self.prices.currency,
+            overflow=asked.completion.overflow,
         )
 
     def _answered(self, said: str) -> str:
@@ -346,57 +407,3 @@ class ChatJudge:
                 counts,
                 detail,
             )
-
-
-def _make_client(
-    base_url: str | None, api_key_env: str | None, complete: CompletionFunction | None, options: ClientOptions
-) -> ChatClient:
-    if not isinstance(options, ClientOptions):
-        raise JudgeError(f"client: got {type(options).__name__}, expected ClientOptions")
-    if (base_url is None) == (complete is None):
-        raise JudgeError(f"base_url, complete: got {'neither' if complete is None else 'both'}, expected one of them")
-    if complete is not None:
-        return ChatClient(FunctionExchange(complete), options)
-    assert base_url is not None
-    return ChatClient.over_http(base_url, api_key_env, options)
-
-
-def _refuse(unknown: Mapping[str, object]) -> None:
-    """TypeError for keyword arguments that there are not, or not any more."""
-    moved = [name for name in unknown if name in {option.name for option in fields(ClientOptions)}]
-    if moved:
-        names = ", ".join(f"{name}=..." for name in moved)
-        raise TypeError(f"ChatJudge: {', '.join(moved)} moved into the client's options: client=ClientOptions({names})")
-    if unknown:
-        raise TypeError(f"ChatJudge: got unexpected keyword arguments {', '.join(unknown)}")
-
-
-def _open_store(store: VerdictStore | str | Path | None) -> VerdictStore | None:
-    """The store, opened if it is a path. Without one, sqlite is not even imported."""
-    if store is None:
-        return None
-    from rmcore.judge.store.store import VerdictStore
-
-    if isinstance(store, (str, Path)):
-        return VerdictStore(store)
-    if not isinstance(store, VerdictStore):
-        raise JudgeError(f"store: got {type(store).__name__}, expected a VerdictStore, a path or None")
-    return store
-
-
-def _store_error() -> type[Exception]:
-    from rmcore.judge.store.store import StoreError
-
-    return StoreError
-
-
-def _check_extra(extra: Mapping[str, object], taken: Collection[str]) -> dict[str, object]:
-    """``extra`` as plain JSON values, if it leaves alone the fields that the judge sets itself."""
-    clash = sorted((_RESERVED | set(taken)) & set(extra))
-    if clash:
-        raise JudgeError(f"extra_body: got {', '.join(clash)}, expected fields that the judge does not set itself")
-    try:
-        plain: dict[str, object] = json.loads(json.dumps(dict(extra), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise JudgeError(f"extra_body: got values that are no JSON ({type(error).__name__})") from None
-    return plain

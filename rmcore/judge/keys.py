@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
+from rmcore.judge.question.large import ascii_json
 
 __all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 
@@ -35,10 +36,17 @@ def pair_key(prompt: Prompt, first: Response, second: Response) -> str:
     """
     texts = [canonical_prompt(prompt), canonical_response(first, "first"), canonical_response(second, "second")]
     content = ["rmcore.pair", KEY_VERSION, *texts]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+    return hashlib.sha256(ascii_json(content, sort_keys=True, compact=True).encode("ascii")).hexdigest()
 
 
-def call_key(judge: str, model: str, parameters: Mapping[str, object], template: str, shown: str) -> str:
+def call_key(
+    judge: str,
+    model: str,
+    parameters: Mapping[str, object],
+    template: str,
+    shown: str,
+    cut: Sequence[int] = (),
+) -> str:
     """The sha256 (64 hex digits) of one **call**: everything that decides what a judge is asked, and nothing else.
 
     Two calls with equal keys are the same question to the same judge, so one answer serves both.
@@ -49,11 +57,14 @@ def call_key(judge: str, model: str, parameters: Mapping[str, object], template:
         parameters: what else the request and the reading of its reply depend on, JSON values, in any order.
         template: the version of the question's template.
         shown: :func:`pair_key` of the texts in the order shown.
+        cut: characters of the prompt, the first and the second response that are left out, if any are.
 
     Raises:
         InputError: ``parameters`` holds something that is no JSON value.
     """
     content = ["rmcore.call", CALL_KEY_VERSION, judge, model, dict(parameters), template, shown]
+    if any(cut):  # so that the keys of whole texts stay what they were
+        content.append(list(cut))
     try:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -51,6 +51,7 @@ def test_options_reach_the_client_and_the_request():
     assert options.max_reply_bytes == 99
     assert judge._parameters == {"max_tokens": 7}
     assert _judge(judging(judge_max_tokens=0))._parameters == {}
+    assert _judge(judging(judge_context=4096)).context.limit == 4096
     assert _judge(judging())._parameters == {"max_tokens": 2048}
 
 

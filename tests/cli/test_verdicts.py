@@ -377,3 +377,38 @@ def test_one_unreadable_row_does_not_stop_the_export(tmp_path, damage, gone):
     assert "call 1" in result.stderr
     assert "v.db" in result.stderr.replace("\n", "")
     assert f"{gone} unreadable" in result.stderr
+    result = call("show", path)
+    assert result.exit_code == 2
+    assert all(f"p{k}" in result.stdout for k in range(1, 4))
+    assert result.stderr.count("call 1") == 1
+    assert "v.db" in result.stderr.replace("\n", "")
+    result = call("stats", path, "--json")
+    told = json.loads(result.stdout)
+    # What is wrong with texts is found where they are read, and stats reads none.
+    assert (told["calls"] + told["unreadable"], result.exit_code) == (4, 2 if told["unreadable"] else 0)
+    assert told["unreadable"] == any(column in damage for column in ("preference", "reason", "shown"))
+    assert result.stderr.count("call 1") == told["unreadable"]
+
+
+def test_the_limit_is_of_the_calls_that_can_be_read(tmp_path):
+    path = tmp_path / "v.db"
+    with VerdictStore(path) as store:
+        for k in range(4):
+            log(store, f"p{k}", "a", "b", 1.0)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE calls SET seconds = 'x' WHERE id = 4")
+        database.commit()
+    result = call("show", path, "--limit", "2")
+    assert result.exit_code == 2
+    assert [f"p{k}" in result.stdout for k in range(4)] == [False, True, True, False]
+
+
+def test_one_call_that_cannot_be_read_is_named(path):
+    with VerdictLedger(path) as ledger:
+        key = ledger.calls()[0].key
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE calls SET critique = '{' WHERE key = ?", (key,))
+        database.commit()
+    result = call("show", path, key)
+    assert result.exit_code == 2
+    assert "call " in result.stderr

@@ -34,6 +34,7 @@ from rmcore.judge.client.exchange import OVERLOAD, Attempt, Exchange, HttpExchan
 from rmcore.judge.client.latency import LatencyEstimate
 from rmcore.judge.client.limits import LimitsState, RateLimits
 from rmcore.judge.client.options import ClientOptions
+from rmcore.judge.client.overflow import Overflow
 from rmcore.judge.client.reply import Completion, read_completion
 from rmcore.judge.client.tokens import believable
 
@@ -170,7 +171,10 @@ class ChatClient:
         seconds = self.clock.now() - started
         usage = JudgeUsage(calls=1, attempts=attempts, seconds=seconds, latencies_s=(seconds,))
         if last.body is None:
-            return Completion(None, last.reason, last.detail, usage if attempts else JudgeUsage())
+            overflow = last.overflow
+            if last.reason == "over_token_limit":  # as of a model whose context is no larger than that
+                overflow = Overflow(self._limits.tokens_per_minute, tokens)
+            return Completion(None, last.reason, last.detail, usage if attempts else JudgeUsage(), overflow=overflow)
         completion = read_completion(last.body, usage, key)
         completion = replace(completion, usage=believable(completion.usage, payload, len(body), len(last.body)))
         self._settle(last, completion.usage)

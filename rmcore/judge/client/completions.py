@@ -31,7 +31,8 @@ class CompletionFunction(Protocol):
     """``async (messages, **parameters) → completion``: what can stand in for an endpoint.
 
     If it has an attribute ``special_tokens``, a judge breaks these in the texts it shows; one that is called ``name``
-    stands for it in a store, and ``api_key`` is kept out of logs and stores.
+    stands for it in a store, and ``api_key`` is kept out of logs and stores. ``context_tokens`` is how many tokens its
+    model takes, and ``tokenizer`` counts them, so that longer texts are cut.
     """
 
     def __call__(self, messages: list[dict[str, str]], /, **parameters: Any) -> Any:
@@ -137,11 +138,20 @@ class _Transformers:
 
     def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int) -> None:
         self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, max_new_tokens
+        self.tokenizer = tokenizer
         self._lock = threading.Lock()  # generation is not meant to run twice at once on one model
         self.name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
     def __repr__(self) -> str:
         return f"transformers_completions({self.name!r})"
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Positions that the model has, or as many tokens as the tokenizer was made for, if these are fewer."""
+        config = getattr(self._model, "config", None)
+        known = (getattr(config, "max_position_embeddings", None), getattr(self._tokenizer, "model_max_length", None))
+        # Tokenizers without a limit say 1e30.
+        return min((n for n in known if isinstance(n, int) and 0 < n < 1 << 40), default=None)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

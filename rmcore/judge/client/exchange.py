@@ -7,6 +7,7 @@ or ``OSError`` (no connection, or a broken one).
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
@@ -26,7 +27,8 @@ from rmcore.judge.client.completions import CompletionError, CompletionFunction,
 from rmcore.judge.client.concurrency import Signal
 from rmcore.judge.client.limits import Reservation
 from rmcore.judge.client.options import ClientOptions
-from rmcore.judge.client.reply import embedded_status, error_code, error_detail, scrub
+from rmcore.judge.client.overflow import Overflow, model_context, read_overflow
+from rmcore.judge.client.reply import embedded_status, error_code, error_detail, error_words, scrub
 
 if TYPE_CHECKING:
     import httpx
@@ -37,6 +39,7 @@ OVERLOAD = frozenset({429, 503, 529})
 """Statuses that say "too many", as against "broken"."""
 
 _MAX_ERROR_BODY = 65_536
+_MODELS_S = 5.0
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -52,6 +55,7 @@ class Attempt:
     status: int = 0
     sent: bool = True
     reservation: Reservation | None = None
+    overflow: Overflow | None = None
 
     @property
     def signal(self) -> Signal:
@@ -69,6 +73,8 @@ class Attempt:
             return False
         if not self.status:
             return None
+        if self.overflow is not None:
+            return True  # or whoever writes long responses could take the endpoint from everybody else
         return self.status < 500 and self.status != 401
 
 
@@ -95,6 +101,10 @@ class Exchange(Protocol):
 
     def session(self) -> AbstractContextManager[Send]:
         """The means to send one request; what takes time here is not the endpoint's."""
+        ...
+
+    async def context_tokens(self, model: str) -> int | None:
+        """Tokens of the context of ``model``, if it can be learnt; raises nothing but cancellation."""
         ...
 
     async def aclose(self) -> None:
@@ -179,6 +189,25 @@ class HttpExchange:
         """One connection of the running loop."""
         with self.connections.here().client() as client:
             yield partial(self._post, client)
+
+    async def context_tokens(self, model: str) -> int | None:
+        """What the endpoint's ``/models`` says of the context of ``model``, if it answers within five seconds."""
+        key, reason = self.secret()
+        if reason or self.address.key_header != "authorization":  # Azure lists models, not deployments
+            return None
+        headers = {"accept": "application/json", "accept-encoding": "identity"} | self.address.authorization(key)
+        content = bytearray()
+        try:
+            async with asyncio.timeout(min(self.timeout_s, _MODELS_S)):
+                with self.connections.here().client() as client:
+                    async with client.stream("GET", f"{self.base_url}/models", headers=headers) as response:
+                        async for chunk in response.aiter_bytes():
+                            content += chunk
+                            if len(content) > self.max_reply_bytes:
+                                return None
+            return model_context(json.loads(content), model) if response.status_code == 200 else None
+        except Exception:  # a server without such a list is not wrong
+            return None
 
     async def aclose(self) -> None:
         """Close the connections of every loop that still runs; it reconnects when used again."""
@@ -271,6 +300,11 @@ class FunctionExchange:
         """The function."""
         yield self._call
 
+    async def context_tokens(self, model: str) -> int | None:
+        """What the function says of itself (``context_tokens``)."""
+        known = getattr(self.complete, "context_tokens", None)
+        return known if isinstance(known, int) and not isinstance(known, bool) and known > 0 else None
+
     async def aclose(self) -> None:
         """Close the function if it can be closed (``aclose``)."""
         close = getattr(self.complete, "aclose", None)
@@ -296,11 +330,13 @@ def _finished(content: bytes, key: str, headers: Mapping[str, str]) -> Attempt:
     return Attempt(body=content, headers=headers, status=200)
 
 
-def _failure(status: int, content: bytes, detail: str, headers: Mapping[str, str]) -> Attempt:
-    """An error status as an attempt."""
+def _failure(status: int, content: bytes, detail: str, headers: Mapping[str, str], words: str | None = None) -> Attempt:
+    """An error status as an attempt; ``words`` are the error's own if ``content`` does not hold them."""
     code = error_code(content)
     reason = code if code == "insufficient_quota" else f"http_{status}"
-    return Attempt(None, reason, detail, should_retry(status, code), headers, status)
+    overflow = read_overflow(status, code, error_words(content) if words is None else words)
+    retry = should_retry(status, code) and overflow is None
+    return Attempt(None, reason, detail, retry, headers, status, overflow=overflow)
 
 
 def _raised(error: Exception, key: str) -> Attempt:
@@ -315,7 +351,7 @@ def _raised(error: Exception, key: str) -> Attempt:
         headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
         words = {name: getattr(error, name, None) for name in ("code", "type")}
         content = json.dumps({"error": {name: word for name, word in words.items() if isinstance(word, str)}}).encode()
-        return _failure(status, content, scrub(str(error), key), headers)
+        return _failure(status, content, scrub(str(error), key), headers, str(error)[:_MAX_ERROR_BODY])
     chain: BaseException | None = error
     while chain is not None:
         kinds = {kind.__name__ for kind in type(chain).__mro__}

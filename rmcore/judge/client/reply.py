@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.client.causes import not_a_completion
+from rmcore.judge.client.overflow import Overflow, read_overflow
 from rmcore.judge.client.secrets import without_secret
 
-__all__ = ["Completion", "embedded_status", "error_code", "error_detail", "read_completion", "scrub"]
+__all__ = ["Completion", "embedded_status", "error_code", "error_detail", "error_words", "read_completion", "scrub"]
 
 _MAX_DETAIL = 300
 _MAX_NAME = 200
+_MAX_WORDS = 4_096
 _FINGERPRINT = "system_fingerprint"
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
 
@@ -30,6 +32,7 @@ class Completion:
     ``over_token_limit`` (larger than ``tokens_per_minute`` altogether). A call that was tried and then stopped by one
     of these keeps the reason of its last attempt. ``detail`` is the endpoint's own message, cleaned and cut, for a log
     line. ``model`` and ``fingerprint`` are what the reply says of who answered (``model``, ``system_fingerprint``).
+    ``overflow`` is there if the request was too long for the model.
     """
 
     choice: Mapping[str, object] | None
@@ -38,6 +41,7 @@ class Completion:
     usage: JudgeUsage = field(default_factory=JudgeUsage)
     model: str = ""
     fingerprint: str = ""
+    overflow: Overflow | None = None
 
 
 def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
@@ -53,11 +57,11 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, Mapping):
-        return Completion(None, "no_choices", error_detail(body, key), usage)
+        return Completion(None, "no_choices", error_detail(body, key), usage, overflow=_overflow(body))
     if reply.get("error") or choice.get("error"):  # the text beside an error is not an answer, finished as it may look
-        return Completion(None, "error_in_reply", error_detail(body, key), usage)
-    said = {name: _name(reply.get(word), key) for name, word in (("model", "model"), ("fingerprint", _FINGERPRINT))}
-    return Completion(choice, usage=usage, **said)
+        return Completion(None, "error_in_reply", error_detail(body, key), usage, overflow=_overflow(body))
+    model, fingerprint = (_name(reply.get(word), key) for word in ("model", _FINGERPRINT))
+    return Completion(choice, usage=usage, model=model, fingerprint=fingerprint)
 
 
 def embedded_status(body: bytes) -> int | None:
@@ -100,6 +104,19 @@ def error_detail(body: bytes, key: str) -> str:
     text = message if isinstance(message, str) else body.decode("utf-8", "replace")
     clean = scrub(text, key)
     return clean if len(clean) <= _MAX_DETAIL else clean[: _MAX_DETAIL - 1] + "…"
+
+
+def error_words(body: bytes) -> str:
+    """All that an error's own fields say, numbers included; of a body without an error object, its beginning."""
+    error = _error(body)
+    if isinstance(error, Mapping):
+        own = [(name, value) for name, value in error.items() if isinstance(value, (str, int, float))]
+        return "; ".join(f"{name} {value}" if not isinstance(value, str) else value for name, value in own)[:_MAX_WORDS]
+    return error[:_MAX_WORDS] if isinstance(error, str) else body[:_MAX_WORDS].decode("utf-8", "replace")
+
+
+def _overflow(body: bytes) -> Overflow | None:
+    return read_overflow(200, error_code(body), error_words(body))
 
 
 def scrub(text: str, key: str) -> str:

@@ -20,11 +20,12 @@ from typing import Protocol
 from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
+from rmcore.judge.question.cut import NO_CUT, Cut
 from rmcore.judge.question.prompt import JudgePrompt, Output, RandomSource, RenderedPrompt
 from rmcore.judge.question.soft import Soft, soft_preference
 from rmcore.judge.question.verdict import Parsed, parse_verdict
 
-__all__ = ["Answered", "Complete", "Dialect"]
+__all__ = ["Answered", "Complete", "Dialect", "one_call"]
 
 _logger = logging.getLogger(__name__)
 _LOCK = threading.Lock()  # of every dialect's counts and terms: held for an assignment, never over a call
@@ -86,7 +87,7 @@ class Answered:
     def verdict(self, judge: str = "") -> Verdict:
         """The verdict from the side of the response **shown first**.
 
-        ``reason`` of a verdict that is there notes what is special about it: ``cut:N`` (N characters of the responses
+        ``reason`` of a verdict that is there notes what is special about it: ``cut:N`` (N characters of the texts
         were not shown), ``hard:<why>`` (a soft verdict was asked for and could not be had), ``weak:mass`` (it counts
         for less, since the judge was about to write something else).
         """
@@ -94,7 +95,8 @@ class Answered:
         if parsed is None or parsed.outcome is None:
             reason = self.completion.reason if parsed is None else parsed.reason
             return replace(Verdict.none(reason, usage, parsed.critique if parsed else ""), judge=judge)
-        notes = [f"cut:{sum(self.question.cut)}"] if any(self.question.cut) else []
+        gone = sum(self.question.cut) + self.question.cut_prompt
+        notes = [f"cut:{gone}"] if gone else []
         if self.soft is not None and self.soft.preference is None:
             notes.append(f"hard:{self.soft.reason}")
         elif self.soft is not None and self.soft.reason:
@@ -134,6 +136,15 @@ class _Terms:
                 parameters.setdefault(_LIMITS[name], value)
         return _Terms(output, parameters, system, self.given_up | {name})
 
+    def limited(self, tokens: int | None) -> dict[str, object]:
+        """The parameters, with no limit on tokens above ``tokens``."""
+        parameters = dict(self.parameters)
+        for name in _LIMITS:
+            given = parameters.get(name)
+            if tokens is not None and isinstance(given, int) and given > tokens:
+                parameters[name] = tokens
+        return parameters
+
     def messages(self, question: RenderedPrompt) -> list[dict[str, str]]:
         """The question's messages in the roles that the endpoint takes."""
         if self.system or len(question.messages) < 2:
@@ -155,7 +166,7 @@ class Dialect:
 
     Attributes:
         dropped: what the endpoint turned out not to take, with its own words for it.
-        counts: ``sanitised`` (control sequences broken up), ``cut`` (questions with a response cut), ``text_instead``
+        counts: ``sanitised`` (control sequences broken up), ``cut`` (questions with a text cut), ``text_instead``
             (questions put again as plain text), ``refused:<field>`` (requests refused for it), ``soft`` (soft
             verdicts), ``hard:<why>`` (verdicts that could not be soft).
     """
@@ -177,9 +188,26 @@ class Dialect:
         self._json_works = False
 
     async def ask(
-        self, complete: Complete, prompt: Prompt, first: Response, second: Response, *, deadline: float | None = None
+        self,
+        complete: Complete,
+        prompt: Prompt,
+        first: Response,
+        second: Response,
+        *,
+        deadline: float | None = None,
+        cut: Cut = NO_CUT,
+        answer_tokens: int | None = None,
     ) -> Answered:
         """Which is better, ``first`` being shown first? Put again, within ``deadline``, while a refusal can be met.
+
+        Args:
+            complete: puts a request to the endpoint.
+            prompt: what the responses answer.
+            first: the response shown first.
+            second: the other one.
+            deadline: on the scale of the client's clock.
+            cut: what is not shown of the texts.
+            answer_tokens: a limit on the answer's tokens that holds where the one among the parameters is larger.
 
         Raises:
             InputError: the texts are refused by :meth:`JudgePrompt.render`.
@@ -187,12 +215,13 @@ class Dialect:
         terms, usage = self._terms, JudgeUsage()
         given_up: dict[str, str] = {}
         while True:
-            question = self._templates[terms.output].render(prompt, first, second, self.random_source)
-            payload: dict[str, object] = {"model": self.model, "messages": terms.messages(question), **terms.parameters}
+            question = self._templates[terms.output].render(prompt, first, second, self.random_source, cut)
+            parameters = terms.limited(answer_tokens)
+            payload: dict[str, object] = {"model": self.model, "messages": terms.messages(question), **parameters}
             if terms.output == "json_schema":
                 payload["response_format"] = question.response_format()
             reply = await complete(payload, deadline=deadline)
-            usage = _one_call(usage, reply.usage)
+            usage = one_call(usage, reply.usage)
             parsed = None if reply.choice is None else parse_verdict(reply.choice, question.labels)
             name = _refused(terms, reply, parsed)
             if name is None:
@@ -207,7 +236,7 @@ class Dialect:
             soft = soft_preference(reply.choice, question.labels, parsed.outcome)
             self._count("soft" if soft.preference is not None else f"hard:{soft.reason}")
         self._count("sanitised", question.sanitised)
-        self._count("cut", int(any(question.cut)))
+        self._count("cut", int(any(question.cut) or question.cut_prompt > 0))
         return Answered(question, replace(reply, usage=usage), parsed, soft)
 
     def _learn(self, given_up: Mapping[str, str], parsed: Parsed, terms: _Terms) -> None:
@@ -249,6 +278,8 @@ def _refused(terms: _Terms, reply: Completion, parsed: Parsed | None) -> str | N
     if parsed is not None:
         empty = terms.output == "json_schema" and parsed.reason == "no_content"
         return "response_format" if empty else None
+    if reply.overflow is not None and reply.overflow.stated:
+        return None  # the length is the trouble, whatever else its words name
     # Servers that trip over the template itself say so with 500.
     if terms.system and reply.reason in _REFUSING | {"http_500"} and _NO_SYSTEM.search(reply.detail):
         return _SYSTEM
@@ -262,7 +293,7 @@ def _refused(terms: _Terms, reply: Completion, parsed: Parsed | None) -> str | N
     return None
 
 
-def _one_call(before: JudgeUsage, last: JudgeUsage) -> JudgeUsage:
+def one_call(before: JudgeUsage, last: JudgeUsage) -> JudgeUsage:
     """Usage of one question over several requests: one call, however often it was put."""
     total = before + last
     if total.calls <= 1:

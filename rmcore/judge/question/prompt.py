@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, response_text
+from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
 from rmcore.judge.question.contract import CONTRACTS, LABEL_STYLE, Output, RandomSource, draw, find_contract
+from rmcore.judge.question.cut import NO_CUT, Cut, ends
 from rmcore.judge.question.sanitise import ESCAPE, RULES, restore, sanitise
-from rmcore.judge.question.turns import assemble, segments
+from rmcore.judge.question.turns import as_text, assemble, segments
 from rmcore.judge.question.verdict import Labels
 
 __all__ = [
@@ -88,6 +89,7 @@ class RenderedPrompt:
         sanitised: how many control sequences were broken in the untrusted texts.
         output: the form of answer it asks for.
         cut: characters cut from the response shown first and from the one shown second.
+        cut_prompt: characters cut from the prompt.
     """
 
     messages: list[dict[str, str]]
@@ -96,6 +98,7 @@ class RenderedPrompt:
     sanitised: int
     output: Output = "text"
     cut: tuple[int, int] = (0, 0)
+    cut_prompt: int = 0
 
     def response_format(self) -> dict[str, object]:
         """The request's ``response_format`` for ``json_schema``: critique and verdict, the latter a label of this call.
@@ -216,31 +219,45 @@ class JudgePrompt:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def render(
-        self, prompt: Prompt, first: Response, second: Response, random_source: RandomSource | None = None
+        self,
+        prompt: Prompt,
+        first: Response,
+        second: Response,
+        random_source: RandomSource | None = None,
+        cut: Cut = NO_CUT,
     ) -> RenderedPrompt:
         """The question "which is better", ``first`` shown first, with a token and labels of its own.
 
         The token and the labels are drawn until they occur neither in the texts nor in the template, so no text can
         hold a marker of this call; marker look-alikes and control tokens in the texts are sanitised and counted.
 
+        Of a text that ``cut`` shortens, the beginning and the end are shown (of several messages: as one text), with a
+        marker line between them that says how much is missing.
+
         Raises:
             InputError: a text is neither text nor messages as :mod:`rmcore._base.prompt` has them.
             JudgeError: ``random_source`` keeps drawing words that are taken.
         """
-        turns = segments("prompt", canonical_prompt(prompt))
-        shown_first, cut_first = self._shown("first", first)
-        shown_second, cut_second = self._shown("second", second)
+        turns = _shortened("prompt", canonical_prompt(prompt), cut.prompt)
+        shown_first, cut_first = self._shown("first", first, cut.first)
+        shown_second, cut_second = self._shown("second", second, cut.second)
         taken = [part for turn in (*turns, *shown_first, *shown_second) for part in turn] + [self.system, self.user]
+        gone = {"prompt": cut.prompt, "first": cut.first, "second": cut.second}
         token, labels = draw(taken, random_source)
         count = 0
 
-        def segment(name: str, text: str) -> str:
+        def segment(name: str, *shown: str) -> str:
             nonlocal count
-            safe, broken = sanitise(text, self.special_tokens)
-            count += broken
-            return f"<<<{token}:{name}>>>\n{safe}\n<<<{token}:end>>>"
+            safe = []
+            for text in shown:
+                harmless, broken = sanitise(text, self.special_tokens)
+                safe.append(harmless)
+                count += broken
+            # Where characters are missing stands a marker of this call, which no text can hold.
+            body = f"\n<<<{token}:cut {gone.get(name, 0)} characters>>>\n".join(safe)
+            return f"<<<{token}:{name}>>>\n{body}\n<<<{token}:end>>>"
 
-        def joined(parts: list[tuple[str, str]], cut: int = 0) -> str:
+        def joined(parts: list[tuple[str, ...]], cut: int = 0) -> str:
             # The note stands outside of the markers, where no response can write one.
             return "\n".join(segment(*part) for part in parts) + (f"\n[cut: {cut} characters]" if cut else "")
 
@@ -248,7 +265,7 @@ class JudgePrompt:
         contract = string.Template(CONTRACTS[self.output])
         trusted["contract"] = contract.substitute(token=token, win=labels.win, loss=labels.loss, tie=labels.tie)
         texts = {
-            "prompt": joined(turns),
+            "prompt": joined(turns, cut.prompt),
             "first": joined(shown_first, cut_first),
             "second": joined(shown_second, cut_second),
         }
@@ -256,14 +273,21 @@ class JudgePrompt:
         messages = [{"role": "system", "content": string.Template(self.system).substitute(trusted)}]
         messages.append({"role": "user", "content": string.Template(self.user).substitute(trusted | texts)})
         shown = messages if self.system.strip() else messages[1:]
-        return RenderedPrompt(shown, labels, token, count, self.output, (cut_first, cut_second))
+        return RenderedPrompt(shown, labels, token, count, self.output, (cut_first, cut_second), cut.prompt)
 
-    def _shown(self, name: str, response: Response) -> tuple[list[tuple[str, str]], int]:
-        """The segments of a response, and how many characters of it they leave out."""
+    def capped(self, name: str, response: Response) -> tuple[Canonical, int]:
+        """A response as ``max_response_chars`` leaves it, and how many characters of it are missing."""
         canonical = canonical_response(response, name)
-        text = response_text(canonical)
-        gone = 0 if self.max_response_chars is None else max(len(text) - self.max_response_chars, 0)
-        return segments(name, text[: len(text) - gone] if gone else canonical), gone
+        if self.max_response_chars is None:
+            return canonical, 0
+        text = as_text(canonical)
+        gone = max(len(text) - self.max_response_chars, 0)
+        return (text[: len(text) - gone] if gone else canonical), gone
+
+    def _shown(self, name: str, response: Response, cut: int) -> tuple[list[tuple[str, ...]], int]:
+        """The segments of a response, and how many characters of it they leave out."""
+        capped, gone = self.capped(name, response)
+        return _shortened(name, capped, cut), gone + cut
 
     @staticmethod
     def parse(messages: Sequence[Mapping[str, object]]) -> ParsedPrompt:
@@ -281,13 +305,19 @@ class JudgePrompt:
         found = re.findall(
             rf"<<<{token}:([\w. -]+)>>>\n(.*?)\n<<<{token}:end>>>(?:\n\[cut: (\d+) characters\])?", whole, re.DOTALL
         )
-        texts = assemble((name, restore(text)) for name, text, _ in found)
+        middle = re.compile(rf"\n<<<{token}:cut \d+ characters>>>\n")
+        texts = assemble((name, "".join(map(restore, middle.split(text)))) for name, text, _ in found)
         if texts.keys() != {"prompt", "first", "second"}:
             reject("messages", f"the texts {sorted(texts)}", "prompt, first and second")
         labels = Labels(contract["win"], contract["loss"], contract["tie"])
         cut = {name: int(gone or 0) for name, _, gone in found}
         lost = (cut.get("first", 0), cut.get("second", 0))
         return ParsedPrompt(texts["prompt"], texts["first"], texts["second"], labels, output, lost)
+
+
+def _shortened(name: str, value: Canonical, cut: int) -> list[tuple[str, ...]]:
+    """The segments of a text: a name and what is shown, or its beginning and its end where ``cut`` characters go."""
+    return [(name, *ends(as_text(value), cut))] if cut else list(segments(name, value))
 
 
 def _fields(template: str, name: str) -> list[str]:

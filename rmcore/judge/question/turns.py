@@ -12,9 +12,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from rmcore._base.errors import reject
-from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response, json_object
+from rmcore._base.prompt import (
+    Canonical,
+    canonical_prompt,
+    canonical_response,
+    conversation_text,
+    json_object,
+    message_text,
+)
 
-__all__ = ["assemble", "segments"]
+__all__ = ["as_text", "assemble", "segments"]
 
 _MESSAGE = "message "
 _CALL = "call"
@@ -32,6 +39,13 @@ def segments(name: str, value: Canonical) -> list[tuple[str, str]]:
         found += [(owner + field, message[field]) for field in _TEXTS if field in message]
         found += [(owner + _CALL, _call_text(call)) for call in message.get("tool_calls", ())]
     return found
+
+
+def as_text(value: Canonical) -> str:
+    """A prompt or a response in canonical form as one text."""
+    if isinstance(value, str):
+        return value
+    return message_text(value[0]) if len(value) == 1 else conversation_text(value)
 
 
 def assemble(found: Iterable[tuple[str, str]]) -> dict[str, Canonical]:

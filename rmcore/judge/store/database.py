@@ -66,6 +66,7 @@ _MIGRATIONS: Final = (
     ALTER TABLE calls ADD COLUMN answered TEXT NOT NULL DEFAULT '';
     ALTER TABLE calls ADD COLUMN fingerprint TEXT NOT NULL DEFAULT ''
     """,
+    "ALTER TABLE calls ADD COLUMN cut TEXT NOT NULL DEFAULT '[0, 0, 0]'",
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 """The version this release writes, in the file's ``user_version``."""
@@ -253,6 +254,7 @@ def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, 
         "version": version,
         "answered": reply.model,
         "fingerprint": reply.fingerprint,
+        "cut": json.dumps(list(question.cut)),
     }
     names = ", ".join(row)
     database.execute(f"INSERT INTO calls ({names}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))  # noqa: S608

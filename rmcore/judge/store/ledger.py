@@ -5,14 +5,15 @@ The file is opened read-only, and another process may be writing to it meanwhile
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, Prompt, canonical_prompt, canonical_response
@@ -23,15 +24,20 @@ from rmcore.judge.store.database import StoreError, load_text, open_database
 from rmcore.judge.store.prices import PriceTable, answering_model, price_call
 from rmcore.judge.store.records import Shown
 
-__all__ = ["JudgedPair", "LoggedCall", "VerdictLedger"]
+__all__ = ["JudgedPair", "LoggedCall", "Unreadable", "VerdictLedger"]
 
 _CALLS = """
     SELECT calls.id, calls.judge, key, pair, shown, judges.judge, model, template, preference, reason, replied, canary,
         attempts, prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens, seconds, cost, currency,
-        neutralised, reply_cut, at, version, {answered}
+        neutralised, reply_cut, at, version, {later}
     FROM calls JOIN judges ON judges.id = calls.judge"""
 _KINDS: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None))}
+_CUT = re.compile(r"\[(?:\d{1,12}, ){2}\d{1,12}\]")
 _TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_tokens")
+
+
+Unreadable: TypeAlias = Callable[[StoreError], None]
+"""What is told of a row that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,8 @@ class LoggedCall:
     """One row of the log. ``preference`` is from the side of the response shown first, ``None`` without a verdict.
 
     ``asked`` is equal for calls of the same judge, model, parameters and template. ``model`` is the one asked for,
-    ``answered`` and ``fingerprint`` are what the reply says of who answered (empty where it does not say).
+    ``answered`` and ``fingerprint`` are what the reply says of who answered (empty where it does not say). ``cut`` is
+    the JSON list of how many characters of prompt, first and second were not shown, as too long for the judge.
     """
 
     id: int
@@ -68,6 +75,13 @@ class LoggedCall:
     version: str
     answered: str
     fingerprint: str
+    cut: str
+
+    @property
+    def characters_cut(self) -> tuple[int, int, int]:
+        """Characters of prompt, first and second that were not shown."""
+        prompt, first, second = json.loads(self.cut)
+        return prompt, first, second
 
     @property
     def answering(self) -> str:
@@ -98,6 +112,7 @@ class JudgedPair:
         verdict: from ``a``'s side.
         orders: in how many orders there is a verdict.
         critiques: what was written, by order shown.
+        cut: characters of prompt, a and b that were not shown, as too long for the judge.
     """
 
     pair: str
@@ -109,12 +124,14 @@ class JudgedPair:
     verdict: Verdict
     orders: int
     critiques: Mapping[Shown, str]
+    cut: tuple[int, int, int] = (0, 0, 0)
 
     def to_row(self) -> dict[str, Any]:
         """A preference as TRL reads it (plain or conversational, as the prompt is), and what is known of it besides.
 
         ``preference`` is its strength, from 0 (the orders contradict each other, or a tie; ``chosen`` then means
-        nothing) to 1. A critique names the response that it was shown first: ``chosen`` or ``rejected``.
+        nothing) to 1. ``cut`` is there if the judge was not shown all of the texts. A critique names the response that
+        it was shown first: ``chosen`` or ``rejected``.
 
         Raises:
             InputError: the pair has no verdict.
@@ -126,6 +143,9 @@ class JudgedPair:
         first: dict[Shown, str] = {"ab": "chosen", "ba": "rejected"}
         if preference < 0:
             first = {"ab": "rejected", "ba": "chosen"}
+        prompt, *gone = self.cut
+        names = ("chosen", "rejected") if preference >= 0 else ("rejected", "chosen")
+        cut = {"cut": {"prompt": prompt, **dict(zip(names, gone, strict=True))}} if any(self.cut) else {}
         return {
             "prompt": self.prompt,
             "chosen": _as_answer(self.prompt, chosen),
@@ -138,7 +158,7 @@ class JudgedPair:
             "model": self.model,
             "judge": self.judge,
             "pair": self.pair,
-        }
+        } | cut
 
 
 class VerdictLedger:
@@ -154,8 +174,9 @@ class VerdictLedger:
         self._database = open_database(self.path, read_only=True)
         self._database.text_factory = _text
         (version,) = next(self._rows("PRAGMA user_version"))
-        # Files of the first version do not say who answered.
-        self._select = _CALLS.format(answered="answered, fingerprint" if version > 1 else "'', ''")
+        # Files of the first version do not say who answered, those of the second not what was cut.
+        later = ("answered" if version > 1 else "''", "fingerprint" if version > 1 else "''")
+        self._select = _CALLS.format(later=", ".join((*later, "cut" if version > 2 else "'[0, 0, 0]'")))
 
     def __enter__(self) -> VerdictLedger:
         return self
@@ -170,6 +191,7 @@ class VerdictLedger:
         model: str | None = None,
         reason: str | None = None,
         limit: int | None = None,
+        unreadable: Unreadable | None = None,
     ) -> list[LoggedCall]:
         """Calls, the latest first.
 
@@ -178,6 +200,7 @@ class VerdictLedger:
             model: of this model only.
             reason: with this reason, or with one that begins with it and a colon.
             limit: that many at most.
+            unreadable: as in :meth:`pairs`.
 
         Raises:
             InputError: ``key`` is no beginning of a key, or ``limit`` is not positive.
@@ -197,8 +220,9 @@ class VerdictLedger:
         if reason is not None:
             where.append("(reason = ? OR substr(reason, 1, length(?) + 1) = ? || ':')")
             values += [reason] * 3
-        query = f"{self._select} WHERE {' AND '.join(where)} ORDER BY calls.id DESC LIMIT ?"
-        return list(self._calls(query, *values, -1 if limit is None else limit))
+        query = f"{self._select} WHERE {' AND '.join(where)} ORDER BY calls.id DESC"
+        calls = self._calls(query, *values, unreadable=unreadable)  # the limit is of those that can be read
+        return list(islice(calls, limit))
 
     def texts(self, call: LoggedCall) -> dict[str, Any]:
         """Everything said in one call: ``prompt``, ``first``, ``second``, ``critique``, ``reply``, ``labels``, and the
@@ -231,7 +255,7 @@ class VerdictLedger:
         model: str | None = None,
         canaries: bool = False,
         texts: bool = True,
-        unreadable: Callable[[StoreError], None] | None = None,
+        unreadable: Unreadable | None = None,
     ) -> Iterator[JudgedPair]:
         """What each judge said of each pair, pair by pair, in memory for one pair.
 
@@ -256,11 +280,12 @@ class VerdictLedger:
                 continue
             yield pair
 
-    def stats(self, prices: PriceTable | None = None) -> dict[str, Any]:
+    def stats(self, prices: PriceTable | None = None, *, unreadable: Unreadable | None = None) -> dict[str, Any]:
         """Counts over the whole log, as JSON values.
 
         Args:
             prices: what tokens cost now; without it, costs are those of the time of each call.
+            unreadable: as in :meth:`pairs`; called once for each row.
         """
         counts: dict[str, Counter[str]] = {name: Counter() for name in ("models", "outcomes", "reasons", "shown_first")}
         total = _Sums()
@@ -268,11 +293,13 @@ class VerdictLedger:
         latencies: list[float] = []
         keys: set[str] = set()
         first = last = None
-        for call in self._calls(f"{self._select} ORDER BY calls.id"):
+        cut = 0
+        for call in self._calls(f"{self._select} ORDER BY calls.id", unreadable=unreadable):
             keys.add(call.key)
             first, last = first or call.at, call.at
             counts["models"][call.answering] += 1
             counts["outcomes"][call.outcome] += 1
+            cut += any(call.characters_cut)
             if call.preference is None:
                 counts["reasons"][call.reason] += 1
             elif not call.canary:
@@ -281,7 +308,8 @@ class VerdictLedger:
             for sums in (total, days[call.at[:10]]):
                 sums.add(call, prices)
         pairs: Counter[str] = Counter()
-        for pair in self.pairs(texts=False):
+        # Rows that cannot be read have been told of.
+        for pair in self.pairs(texts=False, unreadable=None if unreadable is None else _told):
             pairs["judged"] += 1
             pairs[_kind(pair.verdict)] += 1
             pairs["both_orders"] += pair.orders == 2
@@ -289,6 +317,7 @@ class VerdictLedger:
         return {
             **total.to_json(),
             "questions": len(keys),
+            "cut": cut,
             **{name: dict(counter.most_common()) for name, counter in counts.items()},
             "pairs": {name: pairs[name] for name in ("judged", "both_orders", "decided", "flips", "ties", "failed")},
             "latency_s": dict(zip(("p50", "p95"), quantiles(latencies, (0.5, 0.95)), strict=True))
@@ -300,9 +329,7 @@ class VerdictLedger:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _calls(
-        self, query: str, *values: object, unreadable: Callable[[StoreError], None] | None = None
-    ) -> Iterator[LoggedCall]:
+    def _calls(self, query: str, *values: object, unreadable: Unreadable | None = None) -> Iterator[LoggedCall]:
         """Rows as calls; sqlite lets a column hold anything, so a file that others wrote is not believed."""
         for row in self._rows(query, *values):
             try:
@@ -319,6 +346,8 @@ class VerdictLedger:
             value = getattr(call, part.name)
             if not isinstance(value, _KINDS.get(str(part.type), str)):
                 raise StoreError(f"{self.path}: call {call.id!r:.20}: {part.name} is no {part.type}")
+        if not _CUT.fullmatch(call.cut):
+            raise StoreError(f"{self.path}: call {call.id}: cut is none that this library writes")
         if call.shown not in ("ab", "ba") or not -1 <= (call.preference or 0.0) <= 1:
             raise StoreError(f"{self.path}: call {call.id}: shown or preference is none that this library writes")
         return call
@@ -358,13 +387,30 @@ class VerdictLedger:
             verdict=verdicts[0] if len(verdicts) == 1 else combine_orders(*verdicts),
             orders=sum(not verdict.failed for verdict in verdicts),
             critiques={shown: text["critique"] for shown, text in said.items() if text["critique"]},
+            cut=_most_cut(by_order),
         )
 
 
 def _standing(calls: Sequence[LoggedCall]) -> LoggedCall:
-    """What answers a question that was put several times: the first verdict, or else the latest reply or failure."""
-    verdicts = [call for call in calls if call.preference is not None]
+    """What answers a question that was put several times: the first verdict, or else the latest reply or failure.
+
+    Of verdicts that were shown more or less of the texts, one that was shown the most.
+    """
+    verdicts = sorted((call for call in calls if call.preference is not None), key=lambda c: sum(c.characters_cut))
     return verdicts[0] if verdicts else ([call for call in calls if call.replied] or calls)[-1]
+
+
+def _most_cut(by_order: Mapping[Shown, LoggedCall]) -> tuple[int, int, int]:
+    """Characters of prompt, a and b that were not shown, in the order in which more of them were missing."""
+    found = [(0, 0, 0)]
+    for shown, call in by_order.items():
+        prompt, first, second = call.characters_cut
+        found.append((prompt, first, second) if shown == "ab" else (prompt, second, first))
+    return max(found, key=sum)
+
+
+def _told(error: StoreError) -> None:
+    """Nothing more to say."""
 
 
 def _as_answer(prompt: Prompt, answer: Canonical) -> Canonical:

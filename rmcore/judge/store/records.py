@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
 from rmcore.judge.base import JudgeUsage, Verdict
+from rmcore.judge.client.overflow import Overflow
 from rmcore.judge.keys import call_key, pair_key
+from rmcore.judge.question.cut import NO_CUT, Cut
 
 __all__ = ["MAX_REPLY", "Question", "Reply", "Shown", "reply_text", "without_secrets"]
 
@@ -34,6 +36,7 @@ class Question:
         judge, model, parameters, template: who is asked and how, as in ``call_key``.
         prompt: in canonical form.
         first, second: the responses in the order shown, in canonical form.
+        cut: characters of prompt, first and second that were not shown since they were too long for the judge.
         canary: the pair was made up to test the judge (:mod:`rmcore.judge.wrappers.canary`): no data, and not in the
         key.
     """
@@ -49,6 +52,7 @@ class Question:
     first: Canonical
     second: Canonical
     canary: bool = False
+    cut: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
     def of(
@@ -62,6 +66,7 @@ class Question:
         second: Response,
         *,
         canary: bool = False,
+        cut: Cut = NO_CUT,
     ) -> Question:
         """The question whether ``first``, shown first, is better than ``second``.
 
@@ -74,7 +79,7 @@ class Question:
         here, other = pair_key(prompt, first, second), pair_key(prompt, second, first)
         public = without_secrets(parameters)
         return cls(
-            key=call_key(judge, model, public, template, here),
+            key=call_key(judge, model, public, template, here, cut.to_list()),
             pair=min(here, other),
             shown="ab" if here <= other else "ba",
             judge=judge,
@@ -85,6 +90,7 @@ class Question:
             first=canonical_response(first),
             second=canonical_response(second),
             canary=canary,
+            cut=(cut.prompt, cut.first, cut.second),
         )
 
 
@@ -102,6 +108,7 @@ class Reply:
         detail: the endpoint's own words for a failure; for logs, not kept.
         currency: what ``verdict.usage.cost`` is counted in.
         model, fingerprint: who answered, as the reply says (``model``, ``system_fingerprint``); empty if it does not.
+        overflow: the question was too long for the judge; not kept.
     """
 
     verdict: Verdict
@@ -113,6 +120,7 @@ class Reply:
     currency: str = ""
     model: str = ""
     fingerprint: str = ""
+    overflow: Overflow | None = None
 
     @property
     def shareable(self) -> bool:

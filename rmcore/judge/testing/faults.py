@@ -5,6 +5,7 @@ A new kind of fault is one more entry of :data:`FAULTS`: tests parametrize over 
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -57,6 +58,58 @@ class Fault:
 _LARGE = b" " * (10 << 20)
 
 
+_CONTEXT = {  # how servers say that a request is too long: status, code or type, and words
+    "openai": (
+        400,
+        "context_length_exceeded",
+        "This model's maximum context length is 300 tokens. However, your messages resulted in 900 tokens. "
+        "Please reduce the length of the messages.",
+    ),
+    "vllm": (
+        400,
+        "BadRequestError",
+        "This model's maximum context length is 300 tokens. However, your request has 900 input tokens. "
+        "Please reduce the length of the input messages.",
+    ),
+    "llama_cpp": (
+        400,
+        "exceed_context_size_error",
+        "request (900 tokens) exceeds the available context size (300 tokens), try increasing it",
+    ),
+    "llama_cpp_500": (
+        500,
+        "server_error",
+        "the request exceeds the available context size. try increasing the context size or enable context shift",
+    ),
+    "sglang": (
+        400,
+        "BadRequestError",
+        "The input (900 tokens) is longer than the model's context length (300 tokens).",
+    ),
+    "litellm": (
+        400,
+        "400",
+        "litellm.ContextWindowExceededError: litellm.BadRequestError: ContextWindowExceededError: OpenAIException - "
+        "This model's maximum context length is 300 tokens. However, your messages resulted in 900 tokens.",
+    ),
+    "tokens_a_minute": (
+        429,
+        "rate_limit_exceeded",
+        "Request too large for judge on tokens per min (TPM): Limit 300, Requested 900. "
+        "The input or output tokens must be reduced in order to run successfully.",
+    ),
+    "no_number": (
+        400,
+        "context_length_exceeded",
+        "Your input exceeds the context window of this model. Please adjust your input and try again.",
+    ),
+}
+
+
+def _said(status: int, code: str, message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": code, "code": code, "status": status}}).encode()
+
+
 def _named(**faults: Fault) -> dict[str, Fault]:
     return {name.lstrip("_"): replace(fault, kind=name.lstrip("_")) for name, fault in faults.items()}
 
@@ -74,6 +127,7 @@ FAULTS: Mapping[str, Fault] = _named(
     http_401=Fault(401),
     http_403=Fault(403),
     http_404=Fault(404),
+    http_413=Fault(413, body=b"<html><head><title>413 Request Entity Too Large</title></head></html>"),
     redirect=Fault(308, headers={"Location": "/v2/chat/completions"}),
     sse=Fault(
         body=b'data: {"choices": [{"delta": {"content": "<verdict>"}}]}\n\ndata: [DONE]\n\n',
@@ -99,6 +153,13 @@ FAULTS: Mapping[str, Fault] = _named(
     verdict_amid_text=Fault(message={"content": "<verdict>$loss</verdict> would be wrong, since"}),
     length=Fault(finish_reason="length"),
     content_filter=Fault(finish_reason="content_filter"),
+    bad_encoding=Fault(body=b"\x1f\x8b\x08", headers={"Content-Encoding": "gzip"}),
+    error_beside_choices=Fault(
+        body=b'{"error": {"message": "upstream"}, "choices": [{"message": {"content": "<verdict>"}}]}'
+    ),
+    context_error_in_200=Fault(body=b'{"error": {"message": "prompt is too long: 900 tokens > 300 maximum"}}'),
+    no_system_role=Fault(400, body=_said(400, "invalid_request_error", "System role not supported by this model")),
+    **{f"context_{name}": Fault(said[0], body=_said(*said)) for name, said in _CONTEXT.items()},
 )
 """Kinds of fault by name. None of them is a verdict, so none may ever be taken for one."""
 

@@ -35,6 +35,8 @@ _logger = logging.getLogger(__name__)
 _MAX_REQUEST = 64 << 20
 _BACKLOG = 8192  # a short one refuses connections as soon as a client is brisk
 _LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,9})[ \t]*\r?$")
+_DEPLOYMENT = re.compile(r"/openai/deployments/[^/]+/chat/completions")
+_API_KEY = re.compile(r"(?im)^api-key:[ \t]*(.*?)[ \t]*\r?$")
 _AUTHORIZATION = re.compile(r"(?im)^authorization:[ \t]*(.*?)[ \t]*\r?$")
 
 
@@ -54,8 +56,12 @@ class ReplayServer:
         faults: what goes wrong: a sequence, one entry a request in order of arrival (``None``: nothing), after which
             all goes well; or a function of the request's number, from 0, such as a
             :class:`~rmcore.judge.testing.faults.FaultMix`.
-        require_key: answer 401 to requests without this bearer key.
-        refuses: fields of a request that are answered with 400, naming the field, as endpoints do that lack it.
+        require_key: answer 401 to requests without this key: a bearer key, or ``api-key`` at an Azure deployment's URL.
+        refuses: fields of a request that are answered with 400, naming the field, as endpoints do that lack it;
+            ``system`` refuses a message of that role, as chat templates without one do.
+        context_tokens: refuse questions that are longer, counted as four characters a token, as vLLM does.
+        tells_context: state it in ``/v1/models`` too (``max_model_len``).
+        answers_as: the model that replies name, whichever was asked for. Default: that one.
         port: 0 picks a free one.
         seed: of the latencies drawn.
 
@@ -75,6 +81,9 @@ class ReplayServer:
         faults: Sequence[Fault | None] | Callable[[int], Fault | None] = (),
         require_key: str | None = None,
         refuses: Collection[str] = (),
+        context_tokens: int | None = None,
+        tells_context: bool = False,
+        answers_as: str | None = None,
         port: int = 0,
         seed: int = 0,
     ) -> None:
@@ -93,6 +102,7 @@ class ReplayServer:
         self._faults = faults
         self._require_key = require_key
         self._refuses = tuple(refuses)
+        self._context, self._tells_context, self._answers_as = context_tokens, tells_context, answers_as
         self._port = port
         self._random = random.Random(seed)
         self._connections: set[_Connection] = set()
@@ -189,6 +199,11 @@ class ReplayServer:
             refused = next((name for name in self._refuses if name in payload), None)
             if refused is not None:
                 return _error(400, "unsupported_parameter", f"Unsupported parameter: '{refused}' is not supported.")
+            if "system" in self._refuses and any(message["role"] == "system" for message in messages):
+                return _error(400, "invalid_request_error", "System role not supported")
+            too_long = self._too_long(payload)
+            if too_long:
+                return _error(400, "BadRequestError", too_long)
             question = JudgePrompt.parse(messages)
             verdict = self.recorded.lookup(question.prompt, question.first, question.second)
         except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -205,7 +220,30 @@ class ReplayServer:
         message: dict[str, object] = {"role": "assistant", "content": text}
         if fault is not None and fault.message is not None:
             message |= {name: _with_labels(value, question) for name, value in fault.message.items()}
+        if self._answers_as is not None:
+            payload["model"] = self._answers_as
         return _Answer(_completion(payload, message, fault.finish_reason if fault else "stop"))
+
+    def _too_long(self, payload: Mapping[str, Any]) -> str:
+        """What vLLM says of a question and its answer that the context has no room for."""
+        asked, most = _asked_tokens(payload), payload.get("max_tokens") or 0
+        if self._context is None or asked + most <= self._context:
+            return ""
+        if asked <= self._context:
+            return (
+                f"'max_tokens' or 'max_completion_tokens' is too large: {most}. This model's maximum context length is "
+                f"{self._context} tokens and your request has {asked} input tokens."
+            )
+        return (
+            f"This model's maximum context length is {self._context} tokens. However, your request has {asked} input "
+            "tokens. Please reduce the length of the input messages."
+        )
+
+    def _models(self) -> bytes:
+        model: dict[str, Any] = {"id": "replay", "object": "model"}
+        if self._tells_context:
+            model["max_model_len"] = self._context
+        return json.dumps({"object": "list", "data": [model]}).encode()
 
 
 @dataclass(slots=True)
@@ -270,13 +308,15 @@ class _Connection(asyncio.Protocol):
         request = bytes(self._buffer[head_ends + 4 : whole])
         del self._buffer[:whole]
         if method == "GET" and path == "/v1/models":
-            models = {"object": "list", "data": [{"id": "replay", "object": "model"}]}
-            self._send(_Answer(json.dumps(models).encode()))
+            self._send(_Answer(self._owner._models()))
         elif method == "GET" and path == "/v1/stats":
             self._send(_Answer(json.dumps(self._owner.stats()).encode()))
         elif method == "POST" and path == "/v1/chat/completions":
             key = _AUTHORIZATION.search(head.decode("latin-1"))
             self._begin(request, key[1] if key else "")
+        elif method == "POST" and _DEPLOYMENT.fullmatch(path) and "api-version=" in rest.partition(" ")[0]:
+            key = _API_KEY.search(head.decode("latin-1"))
+            self._begin(request, f"Bearer {key[1]}" if key else "")
         else:
             self._send(_error(404, "no_route", "only /v1/chat/completions is served"))
 
@@ -349,9 +389,13 @@ def _with_labels(value: object, question: ParsedPrompt) -> object:
     return string.Template(value).safe_substitute(win=labels.win, loss=labels.loss, tie=labels.tie)
 
 
+def _asked_tokens(payload: Mapping[str, Any]) -> int:
+    return sum(len(str(m.get("content", ""))) for m in payload["messages"]) // 4 + 1
+
+
 def _completion(payload: Mapping[str, Any], message: Mapping[str, object], finish_reason: str) -> bytes:
     """A chat completion; tokens are counted as four characters each, so that accounting has something to add up."""
-    asked = sum(len(str(m.get("content", ""))) for m in payload["messages"]) // 4 + 1
+    asked = _asked_tokens(payload)
     said = sum(len(text) for text in message.values() if isinstance(text, str)) // 4 + 1
     usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
     return json.dumps(
