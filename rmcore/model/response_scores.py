@@ -12,6 +12,7 @@ from rmcore._base.prompt import Response, content_key
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText
 from rmcore.ops import reference
+from rmcore.ops.pair_layout import PairLayout, PairMode, squares
 
 __all__ = ["ResponseScores", "pair_squares"]
 
@@ -90,42 +91,39 @@ def pair_squares(
         mode: ``difference`` (a text a response) or ``concat`` (a text a pair, as in ``logit``).
         ordered: both orders were scored, and are averaged.
     """
-    g, v = logit.double().cpu(), variance.double().cpu()
-    sizes = torch.tensor([len(group) for group in responses])
-    counts = sizes * (sizes - 1) // (1 if ordered else 2)
-    starts = counts.cumsum(0) - counts
-    result: dict[int, ResponseScores] = {}
+    layout = PairLayout([len(group) for group in responses])
+    kind: PairMode = "concat" if mode == "concat" else "difference"
+    rows = layout.pair_rows(kind, one_order=kind == "concat" and not ordered)
+    g, v = logit.double().cpu()[None], variance.double().cpu()[None]
+    if ordered:
+        g, v = g[0, rows.T], v[0, rows.T]  # (2, Q): of (i, j) and of (j, i)
+    same = _equal_texts(responses, layout)
+    g, v = g.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
+    u = reference.uncertainty(v, amplitude)
+    p = reference.preference(g, u)
+    g, p = ((x[0] - x[1]) / 2 if ordered else x[0] for x in (g, p))
+    v, u = (x.mean(0) for x in (v, u))
     inputs = [text for group in encoded for text in group]
-    row_starts = starts if mode == "concat" else sizes.cumsum(0) - sizes
-    for k in sizes.unique().tolist():
-        groups = (sizes == k).nonzero()[:, 0]
-        i, j = (~torch.eye(k, dtype=torch.bool)).nonzero().T if ordered else torch.triu_indices(k, k, 1)
-        rows = starts[groups, None] + torch.arange(len(i))
-        squares = torch.zeros(2, len(groups), k, k, dtype=torch.float64)
-        squares[:, :, i, j] = torch.stack((g[rows], v[rows]))
-        if not ordered:
-            squares[:, :, j, i] = torch.stack((-g[rows], v[rows]))
-        same = _equal_texts([responses[group] for group in groups.tolist()], k)
-        squares.masked_fill_(same, 0.0)
-        u = reference.uncertainty(squares[1], amplitude)
-        p, u = reference.concat_preference(reference.preference(squares[0], u), u)
-        g_mean, v_mean = (squares[0] - squares[0].mT) / 2, (squares[1] + squares[1].mT) / 2
-        pair_rows = rows[..., None] if mode == "concat" else row_starts[groups, None, None] + torch.stack((i, j), 1)
-        signal = torch.zeros(len(groups), k, k, dtype=torch.uint8)
-        signal[:, i, j] = pair_signals(inputs, pair_rows.flatten(0, 1), mode).view(len(groups), -1)
-        signal = torch.maximum(signal, signal.mT)
-        unread = signal == PairSignal.UNREAD
-        silent = unread | ((signal == PairSignal.EQUAL_INPUTS) & ~same)
-        p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
-        g_mean, v_mean = g_mean.masked_fill(unread, torch.nan), v_mean.masked_fill(unread, torch.nan)
-        for n, group in enumerate(groups.tolist()):
-            result[group] = ResponseScores(p[n], u[n], g_mean[n], v_mean[n])
+    signal = pair_signals(inputs, rows, mode)
+    unread = signal == PairSignal.UNREAD
+    silent = unread | ((signal == PairSignal.EQUAL_INPUTS) & ~same)
+    p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
+    g, v = g.masked_fill(unread, torch.nan), v.masked_fill(unread, torch.nan)
+    result: dict[int, ResponseScores] = {}
+    for block in layout.blocks:
+        columns = [
+            squares(p, block, sign=-1),
+            squares(u, block, sign=1, diagonal=1.0),
+            squares(g, block, sign=-1),
+            squares(v, block, sign=1),
+        ]
+        for group, *of_group in zip(block.groups.tolist(), *columns, strict=True):
+            result[group] = ResponseScores(*of_group)
     return [result[group] for group in range(len(responses))]
 
 
-def _equal_texts(groups: Sequence[Sequence[Response]], k: int) -> Tensor:
+def _equal_texts(groups: Sequence[Sequence[Response]], layout: PairLayout) -> Tensor:
+    """(Q,) bool: the pair's responses are equal."""
     known: dict[Hashable, int] = {}
-    ids = torch.tensor([known.setdefault(content_key(text), len(known)) for group in groups for text in group]).view(
-        -1, k
-    )
-    return ids[:, :, None] == ids[:, None, :]
+    ids = torch.tensor([known.setdefault(content_key(text), len(known)) for group in groups for text in group])
+    return ids[layout.first] == ids[layout.second]
