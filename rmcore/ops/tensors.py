@@ -22,7 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = [
     "Accumulated",
+    "FeatureSettings",
     "accumulate_tensors",
     "pair_variance_tensors",
     "prepare",
@@ -52,6 +53,19 @@ class Accumulated(NamedTuple):
     precision: Tensor
     gradient: Tensor
     log_likelihood: Tensor
+
+
+class FeatureSettings(TypedDict, total=False):
+    """What features are besides their projection and phase: keyword arguments of every function here, as
+    :func:`prepare_features` documents them.
+    """
+
+    layer_weight: Tensor | None
+    layer_bias: Tensor | None
+    activation: Activation
+    layernorm: bool
+    features: Literal["rff", "linear"]
+    feature_scale: float | None
 
 
 # -- the prepared form -----------------------------------------------------------------------------------------------
@@ -138,12 +152,7 @@ def prepare(
     *,
     beta0: float = 0.0,
     amplitude: float | None = None,
-    layer_weight: Tensor | None = None,
-    layer_bias: Tensor | None = None,
-    activation: Activation = "none",
-    layernorm: bool = False,
-    features: Literal["rff", "linear"] = "rff",
-    feature_scale: float | None = None,
+    **settings: Unpack[FeatureSettings],
 ) -> HeadWeights:
     """A head from plain tensors, packed once, as ``rmcore.ops.score`` and ``rmcore.ops.pair_variance`` take it.
 
@@ -154,27 +163,13 @@ def prepare(
         factor: (D, D), U for φ: v = ‖Uφ‖². Only its lower triangle is read; rounded to the projection's dtype.
         beta0: β₀.
         amplitude: a of u = √(1 + a v); None is π/8.
-        layer_weight: (m, h).
-        layer_bias: (m,).
-        activation: ``none`` or ``tanh``.
-        layernorm: after it.
-        features: ``rff`` or ``linear``.
-        feature_scale: None is √(2/D), or 1 for linear features.
+        settings: :class:`FeatureSettings`.
 
     Raises:
         InputError: a shape, dtype or device does not fit.
         FactorizationError: the factor does not fit the serving dtype's range.
     """
-    feature_map = prepare_features(
-        projection,
-        phase,
-        layer_weight=layer_weight,
-        layer_bias=layer_bias,
-        activation=activation,
-        layernorm=layernorm,
-        features=features,
-        feature_scale=feature_scale,
-    )
+    feature_map = prepare_features(projection, phase, **settings)
     size = feature_map.num_features
     _check("beta", beta, (size,), projection)
     _check("factor", factor, (size, size), projection)
@@ -193,24 +188,34 @@ class _Kept:
 
     tensors: tuple[weakref.ref[Tensor] | None, ...]
     versions: tuple[int, ...]
-    settings: tuple[object, ...]
+    settings: Mapping[str, object]
     prepared: FeatureMap | HeadWeights
 
 
 _kept: dict[tuple[int, ...], _Kept] = {}
 
 
-def _once(
-    make: Callable[..., _Prepared], tensors: Mapping[str, Tensor | None], settings: Mapping[str, object]
-) -> _Prepared:
+_LAYER = ("layer_weight", "layer_bias")
+_DEFAULTS: dict[str, object] = {**(prepare_features.__kwdefaults__ or {}), **(prepare.__kwdefaults__ or {})}
+
+
+def _once(make: Callable[..., _Prepared], tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> _Prepared:
+    """What ``make`` prepares of these arguments; TypeError for a setting that there is not."""
     if torch.compiler.is_compiling():
         reject("hidden", "plain tensors under torch.compile", "a head made by ops.prepare before compiling")
-    given = tuple(tensors.values())
+    layer: Any = settings.get("layer_weight"), settings.get("layer_bias")
+    given = (*tensors.values(), *layer)
     if not all(isinstance(t, Tensor) and not t.is_inference() for t in given if t is not None):
         return make(**tensors, **settings)
     key = tuple(map(id, given))
     versions = tuple(0 if t is None else t._version for t in given)
-    found, wanted = _kept.get(key), tuple(settings.values())
+    # A default that is given is no other setting than one left out.
+    wanted = {
+        name: value
+        for name, value in settings.items()
+        if name not in _LAYER and (name not in _DEFAULTS or value != _DEFAULTS[name])
+    }
+    found = _kept.get(key)
     if found is not None and found.versions == versions and found.settings == wanted:
         alive = all(ref is None or ref() is t for ref, t in zip(found.tensors, given, strict=True))
         if alive:
@@ -225,26 +230,6 @@ def _once(
     return prepared
 
 
-def _head(
-    projection: Tensor,
-    phase: Tensor,
-    beta: Tensor,
-    factor: Tensor,
-    layer_weight: Tensor | None,
-    layer_bias: Tensor | None,
-    settings: Mapping[str, object],
-) -> HeadWeights:
-    tensors = {
-        "projection": projection,
-        "phase": phase,
-        "beta": beta,
-        "factor": factor,
-        "layer_weight": layer_weight,
-        "layer_bias": layer_bias,
-    }
-    return _once(prepare, tensors, settings)
-
-
 # -- the kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -257,14 +242,9 @@ def score_tensors(
     *,
     beta0: float = 0.0,
     amplitude: float | None = None,
-    layer_weight: Tensor | None = None,
-    layer_bias: Tensor | None = None,
-    activation: Activation = "none",
-    layernorm: bool = False,
-    features: Literal["rff", "linear"] = "rff",
-    feature_scale: float | None = None,
     backend: Backend = "auto",
     out: Tensor | None = None,
+    **settings: Unpack[FeatureSettings],
 ) -> Scores:
     """Logit g = βᵀφ + β₀, variance v = ‖Uφ‖², uncertainty u = √(1 + a v), preference p = g/u of rows.
 
@@ -279,15 +259,8 @@ def score_tensors(
         FactorizationError: the factor does not fit the serving dtype's range.
         BackendError: the named backend cannot run here.
     """
-    settings = {
-        "beta0": beta0,
-        "amplitude": amplitude,
-        "activation": activation,
-        "layernorm": layernorm,
-        "features": features,
-        "feature_scale": feature_scale,
-    }
-    weights = _head(projection, phase, beta, factor, layer_weight, layer_bias, settings)
+    tensors = {"projection": projection, "phase": phase, "beta": beta, "factor": factor}
+    weights = _once(prepare, tensors, {"beta0": beta0, "amplitude": amplitude, **settings})
     return functional.score(hidden, weights, backend=backend, out=out)
 
 
@@ -299,13 +272,8 @@ def pair_variance_tensors(
     beta: Tensor,
     factor: Tensor,
     *,
-    layer_weight: Tensor | None = None,
-    layer_bias: Tensor | None = None,
-    activation: Activation = "none",
-    layernorm: bool = False,
-    features: Literal["rff", "linear"] = "rff",
-    feature_scale: float | None = None,
     backend: Backend = "auto",
+    **settings: Unpack[FeatureSettings],
 ) -> tuple[Tensor, Tensor]:
     """Difference mode: g_ij = βᵀ(φ_i − φ_j) and v_ij = ‖U(φ_i − φ_j)‖² of all pairs i < j of every group.
 
@@ -320,15 +288,8 @@ def pair_variance_tensors(
         FactorizationError: the factor does not fit the serving dtype's range.
         BackendError: the named backend cannot run here.
     """
-    settings = {
-        "beta0": 0.0,
-        "amplitude": None,
-        "activation": activation,
-        "layernorm": layernorm,
-        "features": features,
-        "feature_scale": feature_scale,
-    }
-    weights = _head(projection, phase, beta, factor, layer_weight, layer_bias, settings)
+    tensors = {"projection": projection, "phase": phase, "beta": beta, "factor": factor}
+    weights = _once(prepare, tensors, settings)
     return functional.pair_variance(hidden, group_sizes, weights, backend=backend)
 
 
@@ -345,13 +306,8 @@ def accumulate_tensors(
     sample_weight: Tensor | None = None,
     beta0: float = 0.0,
     likelihood: Likelihood = "logistic",
-    layer_weight: Tensor | None = None,
-    layer_bias: Tensor | None = None,
-    activation: Activation = "none",
-    layernorm: bool = False,
-    features: Literal["rff", "linear"] = "rff",
-    feature_scale: float | None = None,
     backend: Backend = "auto",
+    **settings: Unpack[FeatureSettings],
 ) -> Accumulated:
     """One pass over data: P + ΦᵀWΦ, gradient + Φᵀ(y − p), Σ log-likelihood.
 
@@ -366,14 +322,7 @@ def accumulate_tensors(
         InputError: a shape, dtype or device does not fit, or a pair index is out of range.
         BackendError: the named backend cannot run here.
     """
-    tensors = {"projection": projection, "phase": phase, "layer_weight": layer_weight, "layer_bias": layer_bias}
-    settings: dict[str, object] = {
-        "activation": activation,
-        "layernorm": layernorm,
-        "features": features,
-        "feature_scale": feature_scale,
-    }
-    feature_map = _once(prepare_features, tensors, settings)
+    feature_map = _once(prepare_features, {"projection": projection, "phase": phase}, settings)
     d, device = feature_map.num_features, projection.device
     precision = torch.zeros(d, d, dtype=torch.float64, device=device) if precision is None else precision
     gradient = torch.zeros(d, dtype=torch.float64, device=device) if gradient is None else gradient

@@ -185,3 +185,31 @@ def test_what_does_not_fit_is_named(name, change):
              "factor": head.factor}  # fmt: skip
     with pytest.raises(InputError, match=f"^{name}: got .*, expected "):
         ops.score_tensors(**(given | change))
+
+
+def test_the_settings_are_those_of_the_features():
+    from typing import get_type_hints
+
+    hints, defaults = get_type_hints(ops.prepare_features), ops.prepare_features.__kwdefaults__
+    assert get_type_hints(tensors.FeatureSettings) == {name: hints[name] for name in defaults}
+
+
+@pytest.mark.parametrize("value", [None, 1.0])
+def test_a_setting_that_there_is_not_is_a_type_error(value):
+    head, x = Head(torch.float32), draw(3, H)
+    ops.score_tensors(x, *head.arguments)  # packed before: it must be found all the same
+    for call in (
+        lambda: ops.score_tensors(x, *head.arguments, feature_scal=value),
+        lambda: ops.pair_variance_tensors(x, torch.tensor([3]), *head.arguments, feature_scal=value),
+        lambda: ops.prepare(*head.arguments, feature_scal=value),
+        lambda: ops.accumulate_tensors(x, torch.ones(3), *head.arguments[:3], feature_scal=value),
+    ):
+        with pytest.raises(TypeError, match="feature_scal"):
+            call()
+
+
+def test_a_default_that_is_given_packs_nothing_anew(monkeypatch):
+    head, x = Head(torch.float32), draw(3, H)
+    ops.score_tensors(x, *head.arguments)
+    monkeypatch.setattr(tensors.HeadWeights, "build", lambda *_: pytest.fail("packed again"))
+    ops.score_tensors(x, *head.arguments, activation="none", beta0=0.0, layernorm=False)
