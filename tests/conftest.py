@@ -13,7 +13,7 @@ from torch import Tensor
 from rmcore.head import FrozenHead, SNGPHead
 from rmcore.head.fit import fit
 
-pytest_plugins = ("support.models", "support.folders", "support.hub")
+pytest_plugins = ("support.models", "support.folders", "support.hub", "support.warm")
 
 settings.register_profile("rmcore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.load_profile("rmcore")
@@ -26,6 +26,12 @@ class Data(NamedTuple):
     labels: Tensor
     pairs: Tensor
     logit: Tensor
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test first, so that no run ends with all its workers but one idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

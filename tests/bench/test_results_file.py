@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.warm import WarmProcess, WarmPython
 
 from rmcore.bench.results_file import ResultsFile, read_results
 
@@ -38,13 +37,12 @@ raise SystemExit(command.main())
 """
 
 
-def start(out: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, "--out", str(out), *options]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def start(python: WarmPython, out: Path, *options: str) -> WarmProcess:
+    modules = ("torch", "rmcore.bench.__main__", "rmcore.bench.harness", "rmcore.bench.setup")
+    return python.start(SCRIPT, "--out", out, *options, modules=modules, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
 
-def until_two_rows(process: subprocess.Popen[str]) -> list[str]:
+def until_two_rows(process: WarmProcess) -> list[str]:
     assert process.stdout is not None
     lines = []
     while len([line for line in lines if line.startswith("slow ")]) < 2:
@@ -55,11 +53,11 @@ def until_two_rows(process: subprocess.Popen[str]) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_its_rows_says_where_and_leaves_the_last_full_results(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, warm_python: WarmPython
 ) -> None:
     out = tmp_path / "cpu"
     out.with_suffix(".json").write_text("of an earlier run")
-    process = start(out)
+    process = start(warm_python, out)
     printed = until_two_rows(process)
     assert "slow 8×8 B=1 rmcore x : 1.000 (50%) [ms]\n" in printed
     process.send_signal(number)
@@ -73,8 +71,8 @@ def test_an_interrupted_run_keeps_its_rows_says_where_and_leaves_the_last_full_r
     assert out.with_suffix(".json").read_text() == "of an earlier run"
 
 
-def test_a_killed_run_has_lost_nothing_it_printed(tmp_path: Path) -> None:
-    process = start(tmp_path / "cpu")
+def test_a_killed_run_has_lost_nothing_it_printed(tmp_path: Path, warm_python: WarmPython) -> None:
+    process = start(warm_python, tmp_path / "cpu")
     until_two_rows(process)
     process.kill()
     process.communicate(timeout=60)
@@ -83,8 +81,8 @@ def test_a_killed_run_has_lost_nothing_it_printed(tmp_path: Path) -> None:
     assert end == "killed"
 
 
-def test_a_full_run_writes_json_and_csv_of_the_same_rows(tmp_path: Path) -> None:
-    process = start(tmp_path / "cpu", "--quick")
+def test_a_full_run_writes_json_and_csv_of_the_same_rows(tmp_path: Path, warm_python: WarmPython) -> None:
+    process = start(warm_python, tmp_path / "cpu", "--quick")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     document = json.loads((tmp_path / "cpu.json").read_text())

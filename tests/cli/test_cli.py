@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from support.warm import MODEL, WarmPython
 from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
@@ -276,14 +275,22 @@ def test_help_teaches_every_command() -> None:
         assert call(command, "--help").exit_code == 0
 
 
-def test_the_installed_command_survives_a_reader_that_goes_away(model: Path) -> None:
-    lines = (json.dumps(group()) + "\n") * 50
-    command = f"{sys.executable} -m rmcore.cli score '{model}' - --batch 1 | head -n 1"
-    done = subprocess.run(
-        ["bash", "-c", command], input=lines, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert json.loads(done.stdout)["advantages"]
-    assert "Traceback" not in done.stderr
+def test_a_reader_that_goes_away_is_survived(model: Path, tmp_path: Path, warm_python: WarmPython) -> None:
+    source = tmp_path / "lines"
+    source.write_text((json.dumps(group()) + "\n") * 5000)  # more than a pipe holds
+    with source.open() as lines:
+        process = warm_python.start(
+            "", "score", model, "-", "--batch", 1, module="rmcore.cli", modules=MODEL, stdin=lines
+        )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    first = process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert first, errors
+    assert json.loads(first)["advantages"]
+    process.wait(60)
+    assert "Traceback" not in errors
 
 
 def test_a_budget_in_money_needs_a_price_for_the_judge(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder like the full data, 24 pairs a source; the better response is the longer one, beyond 64 tokens."""
+    """A folder like the full data, 16 pairs a source; the better response is the longer one, beyond 64 tokens."""
     folder = tmp_path / "data"
     folder.mkdir()
     for source, splits in (("autoj", ("train", "id_test")), ("llmbar", ("test",)), ("xstest", ("test",))):
@@ -27,11 +27,11 @@ def data(tmp_path: Path) -> Path:
                 "source": source,
                 "split": split,
                 "prompt": f"How does the {source} {split} number {k} work?",
-                "chosen": f"It works by turning {k} wheels. " + "Each wheel turns another one. " * (30 + k % 5),
+                "chosen": f"It works by turning {k} wheels. " + "Each wheel turns another one. " * (12 + k % 5),
                 "rejected": f"Nobody knows, {k}.",
             }
             for split in splits
-            for k in range(24)
+            for k in range(16)
         ]
         with gzip.open(folder / f"{source}.jsonl.gz", "wt") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.warm import MODEL, WarmPython
 from typer.testing import CliRunner, Result
 
 from rmcore._base.errors import InputError
@@ -136,12 +137,15 @@ def test_resume_is_named_only_where_there_is_one(tmp_path: Path) -> None:
         assert ("--resume" in str(caught.value)) is resumable
 
 
-def test_redirected_onto_itself(model: Path, tmp_path: Path) -> None:
+def test_redirected_onto_itself(model: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     source = groups(tmp_path / "g.jsonl", 1)
-    script = f"'{sys.executable}' -m rmcore.cli score '{model}' - < '{source}' >> '{source}'"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    with source.open() as read, source.open("a") as written:
+        done = warm_python.start(
+            "", "score", model, "-", module="rmcore.cli", modules=MODEL, stdin=read, stdout=written
+        )
+    _, errors = done.communicate()
     assert done.returncode == 2
-    assert "which is read" in done.stderr
+    assert "which is read" in errors
     assert ids(source) == [0]
 
 
@@ -330,6 +334,19 @@ def test_half_a_surrogate_pair_kills_no_command(command: list[str], model: Path,
         assert records[1]["responses"] == ["good \ud83d", "bad"]
 
 
+# The command, with a model whose hidden states are made up: what a real one imports takes seconds a process.
+FILTER = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from support.models import TableModel, _hand_head
+from rmcore.cli import main
+from rmcore.model import RewardModel
+
+RewardModel.from_pretrained = lambda *_, **__: TableModel(_hand_head([1.0]), lambda _, text: [float(len(text))])
+main()
+"""
+
+
 @pytest.mark.parametrize("locale", ["C", "POSIX", "latin-1"])
 def test_bytes_are_utf8_in_every_locale(model: Path, locale: str) -> None:
     stdin = (
@@ -339,7 +356,7 @@ def test_bytes_are_utf8_in_every_locale(model: Path, locale: str) -> None:
     if locale == "latin-1":
         environment["PYTHONIOENCODING"] = "latin-1:strict"
     done = subprocess.run(
-        [sys.executable, "-m", "rmcore.cli", "filter", str(model), "-", "--max-u", "9"],
+        [sys.executable, "-c", FILTER, "filter", str(model), "-", "--max-u", "999"],
         input=stdin,
         capture_output=True,
         timeout=120,
@@ -374,13 +391,11 @@ def test_columns_take_all_that_follow(model: Path, tmp_path: Path) -> None:
         assert said in result.stderr
 
 
-def test_margins_are_told_once_where_a_command_reads_them(model: Path, backbone_path: Path, tmp_path: Path) -> None:
+def test_margins_are_told_once_where_a_command_reads_them(model: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     prefs = tmp_path / "p.jsonl"
     row = {"prompt": "red tree", "chosen": "good", "rejected": "bad", "margin": 2.5}
     prefs.write_text(json_line(row) * 3)
-    done = subprocess.run(
-        [sys.executable, "-m", "rmcore.cli", "evaluate", str(model), str(prefs), "--replicates", "5"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("the column margin is not used") == 1
+    done = warm_python.start("", "evaluate", model, prefs, "--replicates", 5, module="rmcore.cli", modules=MODEL)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors
+    assert errors.count("the column margin is not used") == 1

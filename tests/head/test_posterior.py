@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import re
-import subprocess
-import sys
 import textwrap
 import weakref
 
@@ -130,7 +128,7 @@ def test_only_like_posteriors_merge(other, name):
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
 )
-def test_ranks_reduce_to_one_pass(tmp_path):
+def test_ranks_reduce_to_one_pass(tmp_path, warm_python):
     script = textwrap.dedent(
         """
         import sys, torch, torch.distributed as dist
@@ -158,7 +156,7 @@ def test_ranks_reduce_to_one_pass(tmp_path):
         """
     )
     ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        warm_python.start(script, rank, tmp_path, modules=["torch", "rmcore.head.sngp", "rmcore.head.posterior"])
         for rank in (0, 1)
     ]
     for process in ranks:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.folders import preference_rows
-from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from rmcore._base.errors import CheckpointError, InputError
@@ -47,6 +46,8 @@ def change_do_lower_case(folder: Path) -> None:
 
 
 def another_of_the_same_width(folder: Path) -> None:
+    from transformers import BertConfig, BertModel
+
     torch.manual_seed(7)
     BertModel(BertConfig.from_pretrained(folder)).save_pretrained(folder)
 

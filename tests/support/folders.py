@@ -1,14 +1,20 @@
-"""A tiny encoder on disk and preferences that it can learn, for the command line and the data readers."""
+"""A tiny encoder on disk and preferences that it can learn, for the command line and the data readers.
+
+transformers is imported by the fixtures: every process of a run reads this file, and few make a model.
+"""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import BertConfig, PreTrainedTokenizerFast
 
 PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
 BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
@@ -16,6 +22,8 @@ NEUTRAL = ["red", "blue", "green", "tree", "house", "river"]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -31,6 +39,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _config() -> BertConfig:
+    from transformers import BertConfig
+
     return BertConfig(
         vocab_size=32,
         hidden_size=32,
@@ -44,6 +54,8 @@ def _config() -> BertConfig:
 
 @pytest.fixture(scope="session")
 def backbone_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertModel
+
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     BertModel(_config()).save_pretrained(folder)
@@ -53,6 +65,8 @@ def backbone_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertForSequenceClassification
+
     folder = tmp_path_factory.mktemp("reward model")
     torch.manual_seed(1)
     BertForSequenceClassification(_config()).save_pretrained(folder)

@@ -12,11 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub.constants
-import huggingface_hub.hf_api
-import huggingface_hub.utils._http
 import pytest
-import transformers.utils.hub
 
 Files = dict[str, bytes]
 
@@ -183,6 +179,11 @@ def _entry(name: str, data: bytes) -> dict[str, object]:
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """A hub that this process's huggingface_hub asks, with an empty cache and no token."""
+    import huggingface_hub.constants
+    import huggingface_hub.hf_api
+    import huggingface_hub.utils._http
+    import transformers.utils.hub
+
     hub = FakeHub()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

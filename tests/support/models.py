@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
@@ -50,6 +49,8 @@ DROPS_SYSTEM = (
 
 
 def _wrap(tokenizer: Tokenizer, **kwargs: Any) -> Any:
+    import transformers  # seconds, which a process that runs no model need not pay
+
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
 
 
@@ -143,11 +144,12 @@ def tokenizer_for() -> Callable[[str], Any]:
 
 
 def _model(kind: str, tokenizer: Any, **overrides: Any) -> Any:
+    import transformers as t
+
     common = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     common |= {"intermediate_size": 48, "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 256}
     common |= {"attn_implementation": "sdpa"}
     decoder = {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, **common}
-    t = transformers
     torch.manual_seed(0)
     if kind == "bert":
         return t.BertModel(t.BertConfig(**common | overrides)).eval()

@@ -9,12 +9,12 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 
 import httpx
 import pytest
+from support.warm import MODEL
 from typer.testing import CliRunner
 
 from rmcore.cli import app as cli
@@ -24,15 +24,17 @@ WORDS = ["good", "clear", "right", "bad", "vague", "wrong", "red", "blue", "gree
 
 
 @pytest.fixture
-def server(reward_model_path, tmp_path):
+def server(reward_model_path, tmp_path, warm_python):
     """``rmcore serve`` with the arguments given; (process, URL). Killed at the end if it still runs."""
     running = []
 
     def start(*arguments, **environment):
-        command = [sys.executable, "-m", "rmcore.cli", "-v", "serve", str(reward_model_path), "--port", "0", *arguments]
+        command = ["-v", "serve", reward_model_path, "--port", "0", *arguments]
         log = (tmp_path / f"server {len(running)}.log").open("w+")
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-        process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL, env=env)
+        process = warm_python.start(
+            "", *command, module="rmcore.cli", modules=MODEL, stderr=log, stdout=subprocess.DEVNULL, env=env
+        )
         running.append((process, log))
         deadline = time.monotonic() + 120
         while not (found := re.search(r"serving (\S+)", _read(log))):

@@ -1,18 +1,15 @@
 """Runs that are killed, and runs side by side: nothing is bought twice, and the result is that of one quiet run.
 
-The children are real processes that score 500 pairs; the endpoint is a replay server in this process, over HTTP. It
-writes down every question, so "not bought twice" is counted where money would be taken.
+The children are processes of their own that score 500 pairs; the endpoint is a replay server in this process, over
+HTTP. It writes down every question, so "not bought twice" is counted where money would be taken.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.warm import WarmProcess, WarmPython
 
 from rmcore.judge import Outcome, Pair, RecordedJudge, ReplayServer, Verdict, pair_key
 
@@ -28,6 +26,7 @@ PAIRS = GROUPS * K * (K - 1) // 2
 QUESTIONS = 2 * PAIRS
 CONCURRENCY = 8
 
+MODULES = ("torch", "rmcore.engine.engine", "rmcore.engine.routing", "rmcore.head.fit", "rmcore.judge")
 CHILD = """
 import sys
 import torch
@@ -102,23 +101,20 @@ class Quiet(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(verdicts, tmp_path_factory) -> Quiet:
+def uninterrupted(verdicts, tmp_path_factory, warm_python) -> Quiet:
     folder, asked = tmp_path_factory.mktemp("quiet"), Asked(verdicts)
     with ReplayServer(asked, latency_s=0.004) as server:
-        children = [start(server, folder / "verdicts.db", folder / f"out {k}") for k in range(2)]
+        children = [start(warm_python, server, folder / "verdicts.db", folder / f"out {k}") for k in range(2)]
         told = [finish(child) for child in children]
     results = [(folder / f"out {k}").read_bytes() for k in range(2)]
     return Quiet(asked.log, kept(folder / "verdicts.db"), told, results)
 
 
-def start(server: ReplayServer, store: Path | str, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, server.base_url, str(store), str(out), *map(str, (GROUPS, K, CONCURRENCY))]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+def start(python: WarmPython, server: ReplayServer, store: Path | str, out: Path) -> WarmProcess:
+    return python.start(CHILD, server.base_url, store, out, GROUPS, K, CONCURRENCY, modules=MODULES)
 
 
-def finish(child: subprocess.Popen[str]) -> tuple[int, int, int]:
+def finish(child: WarmProcess) -> tuple[int, int, int]:
     """Calls, cache hits and pairs that the judge decided, as the child tells them."""
     out, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
@@ -147,7 +143,7 @@ def kept(store: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_run_goes_on_and_buys_nothing_twice(asked, tmp_path, uninterrupted):
+def test_a_killed_run_goes_on_and_buys_nothing_twice(asked, tmp_path, uninterrupted, warm_python):
     source = random.Random(20)
     store = tmp_path / "verdicts.db"
     lost: list[str] = []
@@ -156,7 +152,7 @@ def test_a_killed_run_goes_on_and_buys_nothing_twice(asked, tmp_path, uninterrup
     with ReplayServer(asked, latency_s=0.004) as server:
         for moment in moments:
             known, logged = set(kept(store)), len(asked.log)
-            child = start(server, store, tmp_path / "never")
+            child = start(warm_python, server, store, tmp_path / "never")
             while len(known) + server.requests - logged < moment:
                 assert child.poll() is None, child.stderr.read()
                 time.sleep(0.001)
@@ -175,13 +171,13 @@ def test_a_killed_run_goes_on_and_buys_nothing_twice(asked, tmp_path, uninterrup
             lost += missing
         known, logged = set(kept(store)), len(asked.log)
         assert len(known) >= moments[-1] - CONCURRENCY
-        calls, hits, decided = finish(start(server, store, tmp_path / "resumed"))
+        calls, hits, decided = finish(start(warm_python, server, store, tmp_path / "resumed"))
         assert (calls, hits) == (QUESTIONS - len(known), len(known))
         assert not known & set(asked.log[logged:])
         # Every question was paid for once, and once more for each time that a kill met it on its way.
         assert Counter(asked.log) == Counter(dict.fromkeys(kept(store), 1)) + Counter(lost)
         assert len(kept(store)) == QUESTIONS
-        assert finish(start(server, store, tmp_path / "replayed")) == (0, QUESTIONS, decided)
+        assert finish(start(warm_python, server, store, tmp_path / "replayed")) == (0, QUESTIONS, decided)
         assert len(asked.log) == QUESTIONS + len(lost)
     expected = uninterrupted.results[0]
     assert len(expected) == GROUPS * K * 8
