@@ -201,8 +201,8 @@ def _all_right(rows: Path, start: int) -> bool:
         file.seek(start)
         found = [json.loads(line) for line in file]
     cases = [row for row in found if "err_g" in row]
-    # 16-bit products of a thousand terms are right to a few thousandths; a wrong kernel is wrong by far more.
-    right = all(c["finite"] and c["bits_repeat"] and c["err_g"] < 0.02 and c["err_v"] < 0.05 for c in cases)
+    within = all(c["err_g"] < LIMITS["err_g"] and c["err_v"] < LIMITS["err_v"] for c in cases)
+    right = within and all(c["finite"] and c["bits_repeat"] for c in cases)
     return bool(cases) and right and not any("failed" in row for row in found)
 
 
@@ -333,8 +333,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def report(path: Path, results: Path | None) -> int:
-    """Print the rows as a table; with ``results`` write ``gpu-<card>.json`` there."""
+def report(path: Path, results: Path | None, table: Path | None = None) -> int:
+    """Print the rows as a table; with ``results`` write ``gpu-<card>.json`` there and update ``table``."""
     rows = read_rows(path)
     shown = (
         "us",
@@ -370,7 +370,49 @@ def report(path: Path, results: Path | None) -> int:
     target = results / f"gpu-{card}.json"
     target.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     print(target)
+    update_proven(table or ROOT / "rmcore" / "ops" / "proven.json", environment, rows)
     return 0
+
+
+OPS = ("score", "accumulate", "pair_variance", "power_iteration")
+LIMITS = {"err_g": 0.02, "err_v": 0.05, "err": 0.01, "err_diagonal": 0.02}
+"""16-bit products of a thousand terms are right to a few thousandths; a wrong kernel is wrong by far more."""
+
+
+def findings(environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row of ``rmcore/ops/proven.json`` for every operation of a backend that has at least one case with bits."""
+    found = []
+    for backend in ("cuda", "triton"):
+        for op in OPS:
+            cases = [r for r in rows if str(r.get("case", "")).split()[:2] == [op, backend] and "declined" not in r]
+            if not any("bits_repeat" in case for case in cases):
+                continue
+            right = all(
+                "failed" not in case
+                and case.get("finite", True)
+                and all(case.get(name, 0.0) < limit for name, limit in LIMITS.items())
+                for case in cases
+            )
+            found.append({
+                "card": environment["name"], "backend": backend, "op": op,
+                "triton": environment["versions"].get("triton", "") if backend == "triton" else "",
+                "commit": environment["commit"], "sources": environment.get(f"sources_{backend}", ""),
+                "right": right, "bits_equal": all(case.get("bits_repeat", True) for case in cases),
+            })  # fmt: skip
+    return found
+
+
+def update_proven(table: Path, environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Put what a run found into the shipped table, in place of what an earlier one found of the same."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["card"], row["backend"], row["op"], row["triton"]
+
+    known = {key(row): row for row in json.loads(table.read_text(encoding="utf-8"))} if table.exists() else {}
+    known |= {key(row): row for row in findings(environment, rows)}
+    ordered = [known[name] for name in sorted(known)]
+    table.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    print(f"{table}: {len(ordered)} rows")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from rmcore import ops
 from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
 from rmcore.bench.suites import head_bytes, head_flop
+from rmcore.ops import self_check
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 PEERS = ("torch eager, dense fp32", "torch eager, folded bf16", "torch.compile, folded bf16")
@@ -89,6 +90,16 @@ class Probe:
                 yield backend
 
 
+def _repeats(probe: Probe, call: Callable[[], tuple[Tensor, ...]]) -> bool:
+    """Whether every call gives the bits of the first; one that moves is a race."""
+    first = [part.clone() for part in call()]
+    same = torch.ones((), dtype=torch.bool, device=probe.device)
+    for _ in range(probe.repeats):
+        for part, before in zip(call(), first, strict=True):
+            same &= (part == before).all()
+    return bool(same)
+
+
 def _timed(t: harness.Timing) -> dict[str, Any]:
     return {"us": 1e6 * t.median, "p10_us": 1e6 * t.low, "p90_us": 1e6 * t.high, "method": t.method}
 
@@ -98,7 +109,8 @@ def _timed(t: harness.Timing) -> dict[str, Any]:
 
 def environment(probe: Probe) -> None:
     """Card, versions, date, commit."""
-    probe.attempt("environment", lambda: harness.environment(probe.device))
+    digests = {f"sources_{name}": self_check.sources(name) for name in ("cuda", "triton")}
+    probe.attempt("environment", lambda: harness.environment(probe.device) | digests)
 
 
 def limits(probe: Probe) -> None:
@@ -218,6 +230,14 @@ def _accumulate(probe: Probe, problem: peers.Problem, backend: Any) -> dict[str,
     parts = ((feature_map(part.float()) * feature_map.feature_scale).double() for part in hidden.split(4096))
     want = torch.stack([part.square().sum(0) for part in parts]).sum(0) / 4  # p = 1/2 at β = 0: w = 1/4
     facts = {"rows": count, "err_diagonal": harness.relative_error(precision.diagonal(), want)}
+    few, some = hidden[:4096], labels[:4096]
+
+    def bits() -> tuple[Tensor, ...]:
+        p, slope = torch.zeros(n, n, device=device), torch.zeros(n, device=device)
+        total = ops.accumulate(few, some, feature_map, beta, precision=p, gradient=slope, backend=backend)
+        return p.tril_(), slope, total
+
+    facts["bits_repeat"] = _repeats(probe, bits)
     timing = harness.time_calls([add], device, budget_s=probe.budget_s, min_samples=3)
     return facts | _timed(timing) | {"TFLOPs": 3.0 * count * n * n / timing.median / 1e12}
 
@@ -230,6 +250,7 @@ def _power(probe: Probe, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
     sigma, _ = ops.power_iteration(matrix, vector, 1, backend=backend)
     unit = vector.double() / vector.double().norm()
     facts = {"err": harness.relative_error(sigma, (matrix.double() @ unit).norm()), "copies": count}
+    facts["bits_repeat"] = _repeats(probe, partial(ops.power_iteration, matrix, vector, 2, backend=backend))
     calls = [partial(ops.power_iteration, copy, vector, 1, backend=backend) for copy in copies]  # cold
     timing = harness.time_calls(calls, device, budget_s=probe.budget_s)
     # Of twenty steps all but the first find what fits in the L2 there, as they do in use.
@@ -246,6 +267,7 @@ def _pairs(probe: Probe, weights: Any, backend: Any, k: int) -> dict[str, Any]:
     want_g, want_v = ops.pair_variance(hidden.double(), sizes, weights, backend="torch")
     facts = {"err_g": harness.relative_error(logit, want_g), "err_v": harness.relative_error(variance, want_v)}
     call = partial(ops.pair_variance, hidden, sizes, weights, backend=backend)
+    facts["bits_repeat"] = _repeats(probe, call)
     return facts | _timed(harness.time_calls([call], probe.device, budget_s=probe.budget_s))
 
 

@@ -1,10 +1,10 @@
 """Kernels that have not been shown to be right on a card prove themselves there before they serve.
 
-On a card that no shipped results stand for, the first call of a GPU backend's operation runs it on small problems
-against plain torch, in a process of its own with a time limit: a kernel that is wrong, whose bits move, that raises,
-crashes or hangs is refused, aloud, and ``auto`` goes on to the next backend. The outcome is kept on disk by card,
-driver, versions and kernel sources, so a machine pays once. ``rmcore.ops.explain`` tells; ``RMCORE_SELF_CHECK=0`` turns
-it off.
+On a card that no shipped results stand for (:mod:`rmcore.ops.proven`), the first call of a GPU backend's operation runs
+it on small problems against plain torch, in a process of its own with a time limit: a kernel that is wrong, whose bits
+move, that raises, crashes or hangs is refused, aloud, and ``auto`` goes on to the next backend. The outcome is kept on
+disk by card, driver, versions and kernel sources, so a machine pays once. ``rmcore.ops.explain`` tells;
+``RMCORE_SELF_CHECK=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ from torch import Tensor
 from rmcore._base.cache import cache_folder
 from rmcore._base.files import write_atomic
 from rmcore._base.version import __version__
+from rmcore.ops.proven import finding
 
-__all__ = ["TIME_LIMIT_S", "check", "refusal"]
+__all__ = ["TIME_LIMIT_S", "check", "refusal", "sources"]
 
 log = logging.getLogger(__name__)
-
-PROVEN: frozenset[tuple[str, str]] = frozenset()
-"""(card, backend) whose ``bench/results/gpu-<card>.json`` is committed and passed. None has been measured yet."""
 
 TIME_LIMIT_S = 180.0
 """For one operation's check: the process's start and Triton's compilation, which take most of it, included."""
@@ -66,8 +64,14 @@ def refusal(backend: str, op: str, device: torch.device) -> str | None:
 
 def _looked_up(backend: str, op: str, index: int) -> str | None:
     card = torch.cuda.get_device_name(index)
-    if (card, backend) in PROVEN:
-        return None
+    found = finding(card, backend, op, _triton_version() or "")
+    if found is not None:
+        objection = found.objection()
+        if objection is not None:
+            log.warning("%s of the %s backend does not serve: %s", op, backend, objection)
+            return f"{objection} (RMCORE_SELF_CHECK=0 serves it all the same)"
+        if found.sources == sources(backend):
+            return None
     return _outcome(_file(backend, op, _machine(index)), backend, op, index, card)
 
 
@@ -123,24 +127,30 @@ def _machine(index: int) -> str:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "rmcore": __version__,
-        "kernels": _sources(),
+        "kernels": [sources("triton"), sources("cuda")],
+        "triton": _triton_version(),
     }
-    with suppress(ImportError):
-        versions["triton"] = importlib.import_module("triton").__version__
     return json.dumps(versions, sort_keys=True)
 
 
-def _sources() -> str:
-    """A digest of the Triton kernels' text and of the compiled module."""
-    digest = hashlib.sha256()
-    paths: list[Path] = []
-    for name in ("rmcore.kernels.common", "rmcore._cuda"):
-        with suppress(ImportError):
-            found = importlib.import_module(name).__file__
-            paths += [] if found is None else [Path(found)]
-    for path in paths:
-        for part in sorted(path.parent.glob("*.py")) if path.suffix == ".py" else [path]:
-            digest.update(part.read_bytes())
+@functools.cache
+def _triton_version() -> str | None:
+    with suppress(ImportError):
+        return str(importlib.import_module("triton").__version__)
+    return None
+
+
+@functools.cache
+def sources(backend: str) -> str:
+    """A digest of a GPU backend's kernels: the text of Triton's, the compiled module of ``cuda``; empty without any."""
+    digest, names = hashlib.sha256(), {"triton": "rmcore.kernels.common", "cuda": "rmcore._cuda"}
+    try:
+        found = importlib.import_module(names[backend]).__file__
+    except ImportError:
+        return ""
+    path = Path(str(found))
+    for part in sorted(path.parent.glob("*.py")) if path.suffix == ".py" else [path]:
+        digest.update(part.read_bytes())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from support import fresh_python
 
 from rmcore.bench import gpu_check
 from rmcore.bench.gpu_check import Run, Step
+from rmcore.ops import proven
 
 PROBE = [
     "score",
@@ -183,8 +184,9 @@ def test_a_report_names_the_card_and_needs_to_know_it(tmp_path: Path, capsys):
     path.write_text(json.dumps(case) + "\n" + '{"step": "sc')
     assert gpu_check.report(path, tmp_path) == 1
     card = {"step": "environment", "case": "environment", "size": 0, "dtype": "", "name": "NVIDIA H100 80GB HBM3"}
+    card |= {"versions": {"triton": "3.6.0"}, "commit": "abc", "sources_triton": "T", "sources_cuda": "C"}
     path.write_text(json.dumps(card) + "\n" + json.dumps(case) + "\n" + '{"step": "sc')
-    assert gpu_check.report(path, tmp_path) == 0
+    assert gpu_check.report(path, tmp_path, tmp_path / "proven.json") == 0
     document = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
     assert document["rows"] == [card, case]
     assert "us=19.5" in capsys.readouterr().out
@@ -204,3 +206,39 @@ def test_glibc_versions_are_read_from_a_library(tmp_path: Path):
     library = tmp_path / "x.so"
     library.write_bytes(b"\x7fELF...GLIBC_2.17\0GLIBC_2.34\0GLIBC_2.2.5\0GLIBC_PRIVATE\0GLIBC_2.4\0")
     assert gpu_check.newest_glibc(library) == (2, 34)
+
+
+def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
+    card = {"name": "NVIDIA H200", "versions": {"triton": "3.6.0"}, "commit": "abc", "sources_triton": "T"}
+    good = {"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True}
+    cases = [
+        {"case": "score cuda", **good},
+        {"case": "score triton", **good},
+        {"case": "score triton", **good, "bits_repeat": False},
+        {"case": "accumulate triton", "err_diagonal": 0.5, "bits_repeat": True},
+        {"case": "pair_variance triton", **good},
+        {"case": "pair_variance triton", "failed": "CUDA error"},
+        {"case": "power_iteration triton torch.float16", "err": 1e-5, "bits_repeat": True},
+        {"case": "power_iteration cuda", "declined": "not part of this build"},
+    ]
+    table = tmp_path / "proven.json"
+    gpu_check.update_proven(table, card, cases)
+    found = {(row["op"], row["backend"]): (row["right"], row["bits_equal"]) for row in json.loads(table.read_text())}
+    assert found == {
+        ("score", "cuda"): (True, True),
+        ("score", "triton"): (True, False),
+        ("accumulate", "triton"): (False, True),
+        ("pair_variance", "triton"): (False, True),
+        ("power_iteration", "triton"): (True, True),
+    }
+    rows_found = [proven.Finding(**row) for row in json.loads(table.read_text())]
+    assert {row.triton for row in rows_found if row.backend == "triton"} == {"3.6.0"}
+    # A later run with the same Triton replaces its rows, one with another stands beside them.
+    gpu_check.update_proven(table, card | {"commit": "def"}, cases[1:2])
+    gpu_check.update_proven(table, card | {"versions": {"triton": "3.9.0"}}, cases[1:2])
+    later = [row for row in json.loads(table.read_text()) if row["op"] == "score" and row["backend"] == "triton"]
+    assert [(row["triton"], row["commit"], row["bits_equal"]) for row in later] == [
+        ("3.6.0", "def", True),
+        ("3.9.0", "abc", True),
+    ]
+    assert len(json.loads(table.read_text())) == 6

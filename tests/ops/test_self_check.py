@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rmcore._base.errors import BackendError
-from rmcore.ops import OPS, dispatch, self_check
+from rmcore.ops import OPS, dispatch, proven, self_check
 from rmcore.ops.backends import cpu as cpu_backend
 from rmcore.ops.backends import torch as torch_backend
 from rmcore.ops.tasks import AccumulateTask, guarded_pairs
@@ -136,12 +136,69 @@ def test_a_failure_is_told_in_every_process_and_names_the_way_out(machine, outco
     assert self_check.refusal("triton", "score", GPU) is None
 
 
-def test_neither_torch_nor_a_cpu_nor_a_proven_card_is_checked(machine, outcome, monkeypatch):
+CARD = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Puts one row into the table of what was measured on cards."""
+    monkeypatch.setattr(self_check, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(self_check, "sources", lambda backend: f"sources of {backend}")
+
+    def put(**row: Any) -> None:
+        sources = {"sources": f"sources of {row['backend']}", "commit": "abc", "right": True, "bits_equal": True}
+        found = proven.Finding(**({"card": CARD, "op": "score", "triton": "3.6.0"} | sources | row))
+        monkeypatch.setattr(proven, "findings", lambda: {found.key: found})
+        monkeypatch.setattr(self_check, "_known", {})
+
+    return put
+
+
+def test_neither_torch_nor_a_cpu_nor_a_proven_card_is_checked(machine, outcome, measured):
     assert self_check.refusal("torch", "score", GPU) is None
     assert self_check.refusal("cpu", "score", CPU) is None
-    monkeypatch.setattr(self_check, "PROVEN", frozenset({("NVIDIA H100 80GB HBM3", "triton")}))
+    measured(backend="triton")
     assert self_check.refusal("triton", "score", GPU) is None
+    measured(backend="cuda", triton="")
+    assert self_check.refusal("cuda", "score", GPU) is None
     assert outcome.runs == []
+
+
+@pytest.mark.parametrize(
+    "other", [{"card": "NVIDIA H200"}, {"op": "accumulate"}, {"triton": "3.9.0"}, {"sources": "older ones"}]
+)
+def test_a_row_proves_only_what_it_is_about(machine, outcome, measured, other):
+    measured(backend="triton", **other)
+    assert self_check.refusal("triton", "score", GPU) is None
+    assert len(outcome.runs) == 1
+
+
+@pytest.mark.parametrize("sources", ["sources of triton", "older ones"])
+def test_kernels_whose_bits_moved_on_this_card_with_this_triton_do_not_serve(
+    machine, outcome, measured, monkeypatch, caplog, sources
+):
+    measured(backend="triton", bits_equal=False, sources=sources)
+    module = SimpleNamespace(unavailable=lambda op, device, dtype: None)
+    monkeypatch.setattr(dispatch, "_module", lambda name: module)
+    with caplog.at_level(logging.WARNING):
+        found = dispatch.explain("score", GPU, backend="triton")
+    assert found.backend == "none"
+    told = f"its bits moved from call to call on {CARD} with Triton 3.6.0 when it was measured there (commit abc)"
+    assert found.reasons["triton"].startswith(told)
+    assert told in caplog.text
+    assert outcome.runs == []
+    assert dispatch.explain("accumulate", GPU, backend="triton").backend == "triton"  # that one's did not
+    monkeypatch.setattr(self_check, "_triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(self_check, "_known", {})
+    assert dispatch.explain("score", GPU, backend="triton").backend == "triton"
+    measured(backend="triton", triton="3.9.0", right=False)
+    assert "its results were wrong" in dispatch.explain("score", GPU, backend="triton").reasons["triton"]
+    monkeypatch.setenv("RMCORE_SELF_CHECK", "0")
+    assert dispatch.explain("score", GPU, backend="triton").backend == "triton"
+
+
+def test_the_shipped_table_reads():
+    assert all(len(row.key) == 4 for row in proven.findings().values())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"ok": true}', "\x00"])
