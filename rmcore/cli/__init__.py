@@ -1,4 +1,4 @@
-"""The command line: ``rmcore train | upgrade | score | evaluate | demo``. JSON Lines in, JSON Lines out.
+"""The command line: ``rmcore train | upgrade | families | score | evaluate | demo``. JSON Lines in, JSON Lines out.
 
 Exit codes: 0 done; 1 something failed (a model that cannot be loaded, say); 2 bad input or usage. A bad line names its
 number and what is wrong, and everything before it is scored and written first.
@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from rmcore._base.version import __version__
-from rmcore.cli import accounts, best_of, demo, evaluate, score, serve, train, verdicts
+from rmcore.cli import accounts, best_of, demo, evaluate, families, score, serve, train, verdicts
 from rmcore.cli.commands import add_commands, installed_commands
 from rmcore.cli.options import ManyColumns
 from rmcore.cli.output import use_utf8
@@ -42,6 +42,7 @@ app.command("best-of", cls=ManyColumns)(best_of.best_of_command)
 app.command("filter", cls=ManyColumns)(best_of.filter_command)
 app.command("train", cls=ManyColumns)(train.train)
 app.command("upgrade", cls=ManyColumns)(train.upgrade)
+app.command("families")(families.families)
 app.command("score", cls=ManyColumns)(score.score)
 app.command("accounts")(accounts.show_accounts)
 app.command("evaluate", cls=ManyColumns)(evaluate.evaluate)

@@ -180,11 +180,12 @@ def train(
 
 
 def upgrade(
-    model: Annotated[str, typer.Argument(help="A reward model: AutoModelForSequenceClassification with one label.")],
+    model: Annotated[str, typer.Argument(help="A published reward model, of any family of `rmcore families`.")],
     pairs: Annotated[
         str, typer.Argument(help="Preferences like those it will score: a file, - or hf://org/name:split.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
+    family: Annotated[str | None, typer.Option(help="Its family; default: what its files say.")] = None,
     ridge: Annotated[float, typer.Option(help="Prior precision of its last layer.")] = 1.0,
     dtype: Dtype = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
@@ -201,7 +202,7 @@ def upgrade(
     """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
     kept = Kept()
     with reported_errors(kept):
-        from rmcore.model.backbone import BackboneConfig
+        from rmcore.model.backbone import Backbone
         from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel
 
@@ -212,16 +213,16 @@ def upgrade(
         items = list(read_preferences(pairs, parse_columns(columns or [])))
         if not items:
             reject("pairs", "no lines", "at least one")
-        config = BackboneConfig(
-            name=model,
-            kind="classifier",
-            pooling="classifier",
+        spine = Backbone.from_reward_model(
+            model,
+            family=family,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
             max_length=max_length,
             overlong=overlong,
             chat=chat,
-            append_eos=False,
         )
-        spine = _load_backbone(config, device, attn_implementation, trust_remote_code)
         kept.use(spine, cache=not no_cache)
         with progress_bar() as bar:
             upgraded = RewardModel.upgrade(

@@ -4,7 +4,7 @@ Three ways, all ending at a :class:`~rmcore.head.FrozenHead` whose posterior bel
 
 - :func:`fit`: features as they are; β by Newton/IRLS with the same ``accumulate`` pass that builds P (about 6 passes);
 - :func:`rmcore.model.training.train_layer` / ``finetune`` first: W (and the backbone) by AdamW, then :func:`fit`;
-- :func:`upgrade`: β is an existing reward model's scalar head and stays; only P is fitted, in difference mode.
+- :func:`upgrade`: β is an existing reward model's scalar head and stays; only P is fitted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rmcore.head.posterior import Posterior, check_finite
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
-from rmcore.ops.weights import FeatureMap
+from rmcore.ops.weights import FeatureMap, HeadWeights
 
-__all__ = ["Belief", "FitReport", "check_data", "fit", "fit_amplitude", "newton", "upgrade"]
+__all__ = ["Belief", "FitReport", "check_data", "fit", "fit_amplitude", "newton", "upgrade", "without_posterior"]
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def newton(
 
 def upgrade(
     hidden: Tensor,
-    pairs: Tensor,
+    pairs: Tensor | None,
     beta: Tensor,
     beta0: float = 0.0,
     *,
@@ -219,33 +219,50 @@ def upgrade(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> FrozenHead:
-    """Posterior only: keep an existing scalar reward head as β, fit P around it in difference mode (design 2.6).
+    """Posterior only: keep an existing scalar reward head as β, fit P around it (design 2.6).
 
     Args:
-        hidden: (R, h) the inputs of the reward model's last linear layer, one row a response.
-        pairs: (N, 2) int64, preferred row first.
+        hidden: (R, h) the inputs of the reward model's last linear layer, one row a response, or in concat mode, for a
+            model that scores pairs, one a pair.
+        pairs: (N, 2) int64, preferred row first; None in concat mode.
         beta: (h,) that layer's weight: scores are unchanged by construction.
         beta0: its bias.
         labels: (N,) in [0, 1]; default 1, the first of each pair is preferred.
-        config: linear, difference mode, h wide; default ridge 1.
+        config: linear, h wide; default difference mode and ridge 1.
         dtype: serving dtype.
         backend: of the accumulate pass.
 
     Raises as :func:`fit`.
     """
-    config = config or HeadConfig(hidden.shape[1], mode="difference", features="linear")
-    if (config.mode, config.features, config.layer_size) != ("difference", "linear", None):
-        reject("config", (config.mode, config.features, config.layer_size), "difference mode, linear, no layer")
+    config = config or HeadConfig(hidden.shape[1], mode="concat" if pairs is None else "difference", features="linear")
+    wanted = "concat" if pairs is None else "difference"
+    if (config.mode, config.features, config.layer_size) != (wanted, "linear", None):
+        reject("config", (config.mode, config.features, config.layer_size), f"{wanted} mode, linear, no layer")
     if labels is None:
-        labels = torch.ones(len(pairs), dtype=torch.float32, device=hidden.device)
+        labels = torch.ones(len(hidden if pairs is None else pairs), dtype=torch.float32, device=hidden.device)
     check_data(config, hidden, labels, pairs)
     if beta.shape != (config.hidden_size,):
         reject("beta", f"shape {tuple(beta.shape)}", f"({config.hidden_size},)")
     head = SNGPHead(config).to(hidden.device)
     feature_map = head.freeze_features(dtype, calibration=hidden)
     posterior = Posterior(config.num_features, ridge=config.ridge, likelihood=config.likelihood, device=hidden.device)
-    posterior.accumulate(hidden, labels, feature_map, beta.double(), pairs=pairs, beta0=0.0, backend=backend)
+    offset = 0.0 if config.mode == "difference" else beta0  # a pair's difference has none
+    posterior.accumulate(hidden, labels, feature_map, beta.double(), pairs=pairs, beta0=offset, backend=backend)
     return FrozenHead(config, feature_map, beta, beta0, posterior)
+
+
+def without_posterior(beta: Tensor, beta0: float, config: HeadConfig) -> FrozenHead:
+    """A reward model's scalar head in float32, unchanged, with the prior's variance ‖φ‖²/s and nothing fitted.
+
+    Args:
+        beta: (h,) the last linear layer's weight.
+        beta0: its bias.
+        config: linear, h wide. An amplitude of 0 makes u = 1 everywhere, which claims nothing.
+    """
+    feature_map = SNGPHead(config).to(beta.device).freeze_features(torch.float32)
+    factor = torch.eye(config.num_features, dtype=torch.float64, device=beta.device) / math.sqrt(config.ridge)
+    weights = HeadWeights.build(feature_map, beta.double(), beta0, factor, config.resolved_amplitude)
+    return FrozenHead(config, feature_map, beta, beta0, None, weights)
 
 
 @torch.no_grad()

@@ -27,9 +27,11 @@ from rmcore.model.encoding.architecture import block, final_linear, pair_separat
 from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
+from rmcore.model.families.load import Loaded, config_for, load_family
+from rmcore.model.families.tensors import EMBEDDED_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.hub import folder_of
-from rmcore.model.loading import choose_attention, configured, load, tree_kinds
+from rmcore.model.loading import Options, choose_attention, configured, load, tree_kinds
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
@@ -125,6 +127,7 @@ class Backbone:
             ``sdpa`` always pack, with that attention or an error, ``padded`` gives every text a row of its own.
         tree_kinds: the attentions that ``packing="auto"`` may choose from; None for all.
         files: sha256 of each file the model and its tokenizer come from, where that is a folder.
+        published: what else was loaded of a published reward model, with ``kind="reward"``.
 
     Attributes:
         state_cache: where encoded states are kept and looked up; None, the default, keeps none.
@@ -141,9 +144,12 @@ class Backbone:
         packing: Packing = "auto",
         tree_kinds: tuple[Kind, ...] | None = None,
         files: Mapping[str, str] | None = None,
+        published: Loaded | None = None,
     ) -> None:
         if tokens_per_batch < 1:
             reject("tokens_per_batch", tokens_per_batch, "at least 1")
+        if (published is None) != (config.kind != "reward"):
+            reject("published", published, "what load_family gives, exactly with kind='reward'")
         if config.date is None and reads_clock(tokenizer):
             config = replace(config, date=datetime.date.today().isoformat())
         self.model = model
@@ -156,13 +162,14 @@ class Backbone:
         self.state_cache: StateCache | None = None
         self.positions = position_limit(model)
         _check_positions(config.max_length, self.positions)
+        self._published = published
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
         self.encoder = TextEncoder(
             tokenizer,
             template=PairTemplate(config.single_template, config.pair_template),
             chat=config.chat,
             append_eos=append_eos,
-            max_length=config.max_length or self.positions,
+            max_length=config.max_length or self._content_positions(),
             overlong=config.overlong,
             date=config.date,
             positions=self.positions,
@@ -229,18 +236,20 @@ class Backbone:
         config = configured(config, kwargs)
         device = checked_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        options = {
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-        }
+        options = Options(cache_dir, local_files_only, trust_remote_code)
         folder = folder_of(config.name, config.revision)
         recorded = expected_files or {}
         code = trust_remote_code or any(name.endswith(".py") for name in recorded)
         files = {} if folder is None else folder_digests(folder, code=code)
         if folder is not None and recorded:
             check_files(folder, recorded, files)
-        config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
+        published: Loaded | None = None
+        if config.kind == "reward":
+            published = load_family(config, device, dtype, attn_implementation, options)
+            config, model, tokenizer = published.config, published.model, published.tokenizer
+            attention = published.attention
+        else:
+            config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
         return cls(
             model.to(device).eval(),
             tokenizer,
@@ -250,6 +259,59 @@ class Backbone:
             packing=packing,
             tree_kinds=tree_kinds(attn_implementation),
             files=files,
+            published=published,
+        )
+
+    @classmethod
+    def from_reward_model(
+        cls,
+        name: str,
+        *,
+        family: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str = "auto",
+        tokens_per_batch: int = 8192,
+        packing: Packing = "auto",
+        **kwargs: Any,
+    ) -> Backbone:
+        """Load a published reward model, of whatever family it is (:mod:`rmcore.model.families`).
+
+        Args:
+            name: a hub name or a folder.
+            family: its family's name; None finds it by configuration and tensors.
+            cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
+            local_files_only: take what is in the cache, and do not ask the hub.
+            trust_remote_code: run the Python files of a model that is of no family. They can do whatever you can.
+            device: as the next four, see :meth:`from_pretrained`.
+            dtype: of the body.
+            attn_implementation: transformers' option of that name, or ``auto``.
+            tokens_per_batch: tokens of one forward pass.
+            packing: how shared beginnings are encoded.
+            **kwargs: further fields of :class:`BackboneConfig`. ``revision`` is one.
+
+        Raises:
+            CheckpointError: as :meth:`from_pretrained`; or the model is of no family, has tensors missing or left
+                over, or a configuration key that may change scores and that its family does not know. Each is named.
+            InputError: a family there is not.
+        """
+        options = Options(cache_dir, local_files_only, trust_remote_code)
+        config = configured(name, kwargs)
+        if family is not None:
+            config = replace(config, kind="classifier", pooling="classifier", family=family)
+        return cls.from_pretrained(
+            config_for(config, options),
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            tokens_per_batch=tokens_per_batch,
+            packing=packing,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
         )
 
     @property
@@ -260,9 +322,12 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         """Width of the pooled states, the length feature included."""
-        width = (
-            self._final_linear.in_features if self._final_linear is not None else text_config(self.model).hidden_size
-        )
+        if self._published is not None:
+            width = self._published.head.width
+        elif self._final_linear is not None:
+            width = self._final_linear.in_features
+        else:
+            width = text_config(self.model).hidden_size
         return int(width) + (self.config.length_feature != 0)
 
     @property
@@ -282,7 +347,15 @@ class Backbone:
         import transformers
 
         config = self.config
-        state = (config.kind, config.pooling, config.layer, self._separator, self.packing, *self.attention)
+        state = (
+            config.kind,
+            config.family,
+            config.pooling,
+            config.layer,
+            self._separator,
+            self.packing,
+            *self.attention,
+        )
         arithmetic = (str(self.model.dtype), self.device.type, torch.__version__, transformers.__version__)
         text = json.dumps([1, source, state, arithmetic], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -313,14 +386,39 @@ class Backbone:
         """
         return self._sharing.explain()
 
+    def save(self, folder: Path) -> None:
+        """Write weights and tokenizer into a new folder, from which the same configuration loads them again."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self._published is not None:
+            from safetensors.torch import save_file
+
+            head = {name: tensor.contiguous() for name, tensor in self._published.head_tensors().items()}
+            save_file(head, folder / EMBEDDED_HEAD)
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = {**self._published.head_keys, **config}  # transformers leaves some out: temperature, say
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
     def scalar_head(self) -> tuple[Tensor, float]:
-        """(weight (h,), bias) of a reward model's last linear layer, for :func:`rmcore.head.fit.upgrade`."""
+        """(weight (h,), bias) of a reward model's last linear layer, for :func:`rmcore.head.fit.upgrade`.
+
+        ``weight · row + bias`` is the score, for rows as :meth:`hidden` gives them.
+        """
+        if self._published is not None:
+            return self._published.head.linear_weights()
         if self._final_linear is None:
-            reject("kind", self.config.kind, "'classifier'")
-        if self._final_linear.out_features != 1:
-            reject("model", f"{self._final_linear.out_features} labels", "a reward model with one")
+            reject("kind", self.config.kind, "'classifier' or 'reward'")
+        labels = 2 if self.config.family == "trl-two-labels" else 1
+        if self._final_linear.out_features != labels:
+            reject("model", f"{self._final_linear.out_features} labels", f"a reward model with {labels}")
+        weight = self._final_linear.weight.detach().double().mean(0).float()
         bias = self._final_linear.bias
-        return self._final_linear.weight[0].detach().float(), 0.0 if bias is None else float(bias[0].detach())
+        return weight, 0.0 if bias is None else float(bias.detach().double().mean())
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether it is a reward model that scores a pair of responses, not a response: a row a pair (concat mode)."""
+        return self._published is not None and self._published.pooler.family.pairwise
 
     def hidden(
         self,
@@ -338,7 +436,7 @@ class Backbone:
         """
         distinct: dict[tuple[int, ...], int] = {}
         read = [k for k, text in enumerate(texts) if not text.unread]
-        rows = [distinct.setdefault(texts[k].ids, len(distinct)) for k in read]
+        rows = [distinct.setdefault(self.input_ids(texts[k]), len(distinct)) for k in read]
         ids = list(distinct)
         if () in distinct:
             reject(f"texts[{read[rows.index(distinct[()])]}]", "no tokens at all", "at least one token")
@@ -400,6 +498,21 @@ class Backbone:
             stats.padded_tokens += tokens
             yield [padded[k] for k in batch], states
 
+    def input_ids(self, text: EncodedText) -> tuple[int, ...]:
+        """The token ids of a text as the model gets them: with what its family ends every text with.
+
+        Raises InputError for a text without a token that the family pools at.
+        """
+        if self._published is None:
+            return text.ids
+        ids = self._published.pooler.complete(text.ids)
+        self._published.pooler.check(ids)
+        return ids
+
+    def _content_positions(self) -> int | None:
+        extra = 0 if self._published is None else self._published.pooler.extra
+        return None if self.positions is None else self.positions - extra
+
     def add_length_feature(self, pooled: Tensor, texts: Sequence[EncodedText]) -> Tensor:
         """Append the configured length feature to pooled rows (N, h')."""
         if self.config.length_feature == 0:
@@ -410,7 +523,13 @@ class Backbone:
 
     def pooled_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature."""
-        states = self._states(self._inputs(input_ids, attention_mask)).float()
+        states = self._states(self._inputs(input_ids, attention_mask))
+        if self._published is not None:
+            lengths = attention_mask.sum(1).tolist()
+            texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+            index = torch.tensor([self._published.pooler.positions(text) for text in texts], device=states.device)
+            return self._published.head.rows(states[torch.arange(len(states), device=states.device)[:, None], index])
+        states = states.float()
         if states.dim() == 2:  # a classifier that pools by itself
             return states
         if self.config.pooling == "mean":
@@ -447,6 +566,13 @@ class Backbone:
                 own = states[start:stop].sum(0, dtype=torch.float32)
                 sums.append(own if parent < 0 else sums[parent] + own)
             return torch.stack([sums[leaf] / len(text) for leaf, text in zip(pack.leaves, texts, strict=True)])
+        if self._published is not None:
+            positions = self._published.pooler.positions
+            places = [
+                [pack.index(leaf, position) for position in positions(text)]
+                for leaf, text in zip(pack.leaves, texts, strict=True)
+            ]
+            return self._published.head.rows(states[torch.tensor(places, device=states.device)])
         where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
         return states[torch.tensor(where, device=states.device)].float()
 

@@ -12,7 +12,9 @@ from rmcore.model.text import OverlongPolicy, PairTemplate
 
 __all__ = ["BackboneConfig", "Pooling"]
 
-Pooling: TypeAlias = Literal["last", "mean", "first", "classifier"]
+Pooling: TypeAlias = Literal["last", "mean", "first", "classifier", "reward"]
+
+_OWN_POOLING = ("classifier", "reward")  # kinds that say themselves where their states are
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,11 @@ class BackboneConfig:
         name: hub name or folder; empty when embedded in the model's own folder.
         revision: branch, tag or commit on the hub, None for the default branch and for folders. A loaded backbone
             has the commit here.
-        kind: ``base`` loads AutoModel, ``classifier`` AutoModelForSequenceClassification (an upgraded reward model).
-        pooling: ``last`` token, ``mean`` of the tokens, ``first`` token ([CLS]), or ``classifier``: the input of the
-            reward model's own last linear layer.
+        kind: ``base`` loads AutoModel, ``classifier`` AutoModelForSequenceClassification (an upgraded reward model),
+            ``reward`` a published reward model of one of the families (:mod:`rmcore.model.families`).
+        pooling: ``last`` token, ``mean`` of the tokens, ``first`` token ([CLS]), or the kind's name, ``classifier`` or
+            ``reward``: the input of the reward model's own last linear layer.
+        family: which family it is, exactly with kind ``reward``; of a classifier, how its outputs make a score.
         layer: pool the output of this layer (1 = first block) instead of the last hidden state; later layers are
             skipped.
         length_feature: appends one feature, length_feature · (log1p(content tokens) − 5), where not 0.
@@ -41,8 +45,9 @@ class BackboneConfig:
 
     name: str = ""
     revision: str | None = None
-    kind: Literal["base", "classifier"] = "base"
+    kind: Literal["base", "classifier", "reward"] = "base"
     pooling: Pooling = "last"
+    family: str | None = None
     layer: int | None = None
     length_feature: float = 0.0
     max_length: int | None = None
@@ -54,13 +59,15 @@ class BackboneConfig:
     date: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("base", "classifier"):
-            reject("kind", repr(self.kind), "'base' or 'classifier'")
-        if self.pooling not in ("last", "mean", "first", "classifier"):
-            reject("pooling", repr(self.pooling), "last, mean, first or classifier")
-        if (self.pooling == "classifier") != (self.kind == "classifier"):
-            reject("pooling", self.pooling, f"'classifier' exactly with kind='classifier' (kind is {self.kind!r})")
-        if self.layer is not None and (self.layer < 1 or self.kind == "classifier"):
+        if self.kind not in ("base", "classifier", "reward"):
+            reject("kind", repr(self.kind), "'base', 'classifier' or 'reward'")
+        if self.pooling not in ("last", "mean", "first", "classifier", "reward"):
+            reject("pooling", repr(self.pooling), "last, mean, first, classifier or reward")
+        if (self.kind in _OWN_POOLING or self.pooling in _OWN_POOLING) and self.pooling != self.kind:
+            reject("pooling", self.pooling, f"the kind's name with kind='classifier' or 'reward' (it is {self.kind!r})")
+        if (self.kind == "reward" and self.family is None) or (self.kind == "base" and self.family is not None):
+            reject("family", self.family, f"one with kind='reward', none with kind='base' (it is {self.kind!r})")
+        if self.layer is not None and (self.layer < 1 or self.kind != "base"):
             reject("layer", self.layer, "a layer from 1 of a base model, or None")
         if not math.isfinite(self.length_feature):
             reject("length_feature", self.length_feature, "a finite number")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rmcore.head.frozen import FrozenHead
     from rmcore.model.backbone_config import BackboneConfig
 
-__all__ = ["Upload", "commit_of", "download", "folder_of", "hub_failure", "model_card", "upload"]
+__all__ = ["Upload", "commit_of", "download", "file_of", "folder_of", "hub_failure", "model_card", "upload"]
 
 MODEL_FILES = ("rmcore.json", "head.safetensors")
 BACKBONE_FILES = tuple(f"backbone/{end}" for end in ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"))
@@ -119,6 +119,31 @@ def commit_of(name: str, revision: str | None, *, cache_dir: str | Path | None, 
     return Path(file).parent.name  # the cache's layout: snapshots/<commit>/<file>
 
 
+def file_of(
+    name: str, file: str, *, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> Path | None:
+    """A file of a repository, downloaded if need be; None where the repository has no such file.
+
+    Raises CheckpointError, naming repository and revision.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(name, file, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        )
+    except Exception as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):  # also what the cache says of a file that is not there
+            if local_files_only or constants.HF_HUB_OFFLINE:
+                return None
+        elif isinstance(error, errors.EntryNotFoundError):
+            return None
+        told = hub_failure(error, name, revision)
+        if told is None:
+            raise
+        raise told from error
+
+
 def download(
     repo_id: str,
     *,
@@ -140,7 +165,7 @@ def download(
                 revision=revision,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=[*MODEL_FILES, *BACKBONE_FILES],
+                allow_patterns=[*MODEL_FILES, *BACKBONE_FILES, "config.json"],
                 library_name="rmcore",
                 library_version=__version__,
             )
@@ -150,7 +175,7 @@ def download(
         if told is None:
             raise
         raise told from error
-    if not (folder / MODEL_FILES[0]).is_file():
+    if not any((folder / name).is_file() for name in (MODEL_FILES[0], "config.json")):
         raise CheckpointError(
             f"name: got {repo_id!r} (revision {revision or 'main'!r}), a repository without {MODEL_FILES[0]}, expected "
             "a model that rmcore wrote. Another library's reward model becomes one with `rmcore upgrade`"

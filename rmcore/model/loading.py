@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +19,25 @@ from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.encoding.tree_attention import Kind
 from rmcore.model.hub import commit_of, folder_of, hub_failure
 
-__all__ = ["choose_attention", "configured", "load", "tree_kinds"]
+__all__ = [
+    "UNREAD_TENSORS",
+    "Options",
+    "by_weight",
+    "choose_attention",
+    "configured",
+    "load",
+    "located",
+    "read_model",
+    "read_tokenizer",
+    "tree_kinds",
+]
+
+UNREAD_TENSORS = (
+    *("*rotary_emb.inv_freq", "*position_ids", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias"),
+    "lm_head.weight",
+)
+"""Patterns of tensors that may be left over in a classifier's files: buffers of old versions, and the language model's
+head, which its score does not go through."""
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -49,44 +72,85 @@ def configured(config: BackboneConfig | str, fields_given: dict[str, Any]) -> Ba
     return BackboneConfig.from_dict({"name": config, **fields_given})
 
 
-def load(
-    config: BackboneConfig, device: torch.device, dtype: torch.dtype, attn_implementation: str, options: dict[str, Any]
-) -> tuple[BackboneConfig, Any, Any, tuple[str, str]]:
-    """Load what a configuration names, with transformers.
+@dataclass(frozen=True)
+class Options:
+    """How files are fetched, and whether code that comes with a model may run.
+
+    Attributes:
+        cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
+        local_files_only: take what is in the cache, and do not ask the hub.
+        trust_remote_code: run the Python files that come with a model. False never asks: such a model is an error.
+    """
+
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What huggingface_hub's functions take."""
+        return {"cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
+
+    def of(self, config: BackboneConfig) -> dict[str, Any]:
+        """What transformers' loaders take for a configuration."""
+        return {**self.hub, "trust_remote_code": self.trust_remote_code, "revision": config.revision}
+
+
+def located(config: BackboneConfig, options: Options) -> BackboneConfig:
+    """The configuration with its folder's absolute path, or with the hub's commit as revision. Raises CheckpointError.
+
+    The commit comes first, so that tokenizer and weights cannot be of two.
+    """
+    folder = folder_of(config.name, config.revision)
+    if folder is not None:
+        return replace(config, name=str(folder))
+    with _told(config):
+        return replace(config, revision=commit_of(config.name, config.revision, **options.hub))
+
+
+def read_tokenizer(config: BackboneConfig, options: Options) -> Any:
+    """The tokenizer of a located configuration. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    with _told(config):
+        return AutoTokenizer.from_pretrained(config.name, **options.of(config))
+
+
+def read_model(
+    loader: str,
+    source: BackboneConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    options: Options,
+    **more: Any,
+) -> tuple[Any, dict[str, Any], tuple[str, str]]:
+    """(model, what transformers says of missing and left-over tensors, attention in use and why).
 
     Args:
-        config: its name and revision say what.
+        loader: transformers' class, ``AutoModel`` say.
+        source: a located configuration.
         device: chooses the attention where that is ``auto``; the model is not moved.
         dtype: of the model.
         attn_implementation: as transformers calls it, or ``auto``.
-        options: cache_dir, local_files_only and trust_remote_code, for each of transformers' loaders.
-
-    Returns:
-        (config with the folder's absolute path or the hub's commit, model, tokenizer, attention in use and why).
+        options: how files are fetched.
+        **more: further arguments of ``from_pretrained``; ``name`` in place of the configuration's.
 
     Raises CheckpointError.
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
-    folder = folder_of(config.name, config.revision)
-    if folder is not None:
-        config = replace(config, name=str(folder))
     auto = attn_implementation == "auto"
     attention = choose_attention(device, dtype) if auto else (attn_implementation, "asked for")
-    loader = AutoModelForSequenceClassification if config.kind == "classifier" else AutoModel
-    try:
-        if folder is None:  # the commit first, so that tokenizer and weights cannot be of two
-            config = replace(config, revision=commit_of(config.name, config.revision, **_hub_options(options)))
-        options = {**options, "revision": config.revision}
-        tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
-        read = functools.partial(
-            loader.from_pretrained,
-            config.name,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            **options,
-        )
+    arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    read = functools.partial(
+        getattr(transformers, loader).from_pretrained,
+        more.pop("name", source.name),
+        **arguments,
+        **options.of(source),
+        **more,
+    )
+    with _told(source):
         try:
             model, info = read(attn_implementation=attention[0])
         except ValueError as error:
@@ -94,21 +158,58 @@ def load(
                 raise
             attention = ("eager", f"this model does not support {attention[0]}")
             model, info = read(attn_implementation="eager")
-    except Exception as error:  # a hub, a damaged file, a config from elsewhere: the loader raises many kinds
-        told = None if folder is not None else hub_failure(error, config.name, config.revision)
-        raise told or CheckpointError(
-            f"backbone: got {config.name!r}, which transformers cannot load: {_reason(error)}"
-        ) from error
-    if config.kind == "classifier" and info["missing_keys"]:
-        raise CheckpointError(
-            f"backbone: got {config.name!r} without {', '.join(sorted(info['missing_keys'])[:4])}, expected a "
-            "trained reward model"
-        )
+    return model, info, attention
+
+
+def load(
+    config: BackboneConfig, device: torch.device, dtype: torch.dtype, attn_implementation: str, options: Options
+) -> tuple[BackboneConfig, Any, Any, tuple[str, str]]:
+    """Load what a configuration names, with transformers: a base model, or a classifier with its own head.
+
+    Arguments as of :func:`read_model`.
+
+    Returns:
+        (config with the folder's absolute path or the hub's commit, model, tokenizer, attention in use and why).
+
+    Raises CheckpointError.
+    """
+    config = located(config, options)
+    tokenizer = read_tokenizer(config, options)
+    loader = "AutoModelForSequenceClassification" if config.kind == "classifier" else "AutoModel"
+    model, info, attention = read_model(loader, config, device, dtype, attn_implementation, options)
+    if config.kind == "classifier":
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"backbone: got {config.name!r} without {', '.join(by_weight(info['missing_keys'])[:4])}, expected a "
+                "trained reward model"
+            )
+        left = [name for name in info["unexpected_keys"] if not any(fnmatch(name, p) for p in UNREAD_TENSORS)]
+        if left:
+            raise CheckpointError(
+                f"backbone: got {config.name!r} with tensors that {type(model).__name__} has no use for: "
+                f"{', '.join(sorted(left)[:6])}. Something of this model would not be computed"
+            )
     return config, model, tokenizer, attention
 
 
-def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("cache_dir", "local_files_only")}
+def by_weight(names: Iterable[str]) -> list[str]:
+    """Names of tensors, those of no numbered layer first: they tell most."""
+    return sorted(names, key=lambda name: (re.search(r"\.\d+\.", name) is not None, name))
+
+
+@contextmanager
+def _told(config: BackboneConfig) -> Iterator[None]:
+    """Whatever a loader raises, which is of many kinds (a hub, a damaged file, a config), as a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        on_hub = folder_of(config.name, config.revision) is None
+        told = hub_failure(error, config.name, config.revision) if on_hub else None
+        raise told or CheckpointError(
+            f"backbone: got {config.name!r}, which transformers cannot load: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -29,12 +29,15 @@ class ResponseScores:
         uncertainty: u ≥ 1, symmetric; 1 is as sure as the training data allows. Inf where there is no preference.
         logit: g, antisymmetric, before division by u.
         variance: v, symmetric.
+        scores: (K,) what the head gives each response alone, as a published reward model's own code does; NaN for one
+            left unread, None for models of pairs (concat mode).
     """
 
     preference: Tensor
     uncertainty: Tensor
     logit: Tensor
     variance: Tensor
+    scores: Tensor | None = None
 
     @property
     def rewards(self) -> Tensor:
@@ -79,6 +82,7 @@ def pair_squares(
     mode: str,
     *,
     ordered: bool,
+    scores: Tensor | None = None,
 ) -> list[ResponseScores]:
     """One result a group from the head's flat pairs, all groups of equal K at once.
 
@@ -90,6 +94,7 @@ def pair_squares(
         encoded: the groups' texts as the backbone had them.
         mode: ``difference`` (a text a response) or ``concat`` (a text a pair, as in ``logit``).
         ordered: both orders were scored, and are averaged.
+        scores: (R,) of the groups' responses, difference mode.
     """
     layout = PairLayout([len(group) for group in responses])
     kind: PairMode = "concat" if mode == "concat" else "difference"
@@ -109,6 +114,7 @@ def pair_squares(
     silent = unread | ((signal == PairSignal.EQUAL_INPUTS) & ~same)
     p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
     g, v = g.masked_fill(unread, torch.nan), v.masked_fill(unread, torch.nan)
+    own = _by_group(scores, encoded)
     result: dict[int, ResponseScores] = {}
     for block in layout.blocks:
         columns = [
@@ -118,8 +124,15 @@ def pair_squares(
             squares(v, block, sign=1),
         ]
         for group, *of_group in zip(block.groups.tolist(), *columns, strict=True):
-            result[group] = ResponseScores(*of_group)
+            result[group] = ResponseScores(*of_group, own[group])
     return [result[group] for group in range(len(responses))]
+
+
+def _by_group(scores: Tensor | None, encoded: Sequence[Sequence[EncodedText]]) -> list[Tensor | None]:
+    if scores is None:
+        return [None] * len(encoded)
+    unread = torch.tensor([text.unread for group in encoded for text in group], dtype=torch.bool)
+    return list(scores.masked_fill(unread, torch.nan).split([len(group) for group in encoded]))
 
 
 def _equal_texts(groups: Sequence[Sequence[Response]], layout: PairLayout) -> Tensor:

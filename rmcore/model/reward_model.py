@@ -17,8 +17,8 @@ from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder
 from rmcore._base.prompt import Prompt, Response, canonical_groups, check_prompt, check_response
 from rmcore.head import checkpoint
-from rmcore.head.config import HeadConfig
-from rmcore.head.fit import FitReport, fit, upgrade
+from rmcore.head.config import HeadConfig, PairMode
+from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
@@ -113,16 +113,28 @@ class RewardModel:
     ) -> RewardModel:
         """Make an existing scalar reward model uncertainty-aware: its head is kept as β, only P is fitted.
 
-        ``backbone`` must have ``kind="classifier"`` and one label.
+        ``backbone`` is a published reward model (:meth:`Backbone.from_reward_model`). One that scores pairs is fitted
+        in concat mode, each pair in both orders, all others in difference mode.
         """
         if not preferences:
             reject("preferences", "an empty list", "at least one pair")
         beta, beta0 = backbone.scalar_head()
-        hidden, labels, pairs = encode_preferences(backbone, preferences, "difference", progress=progress)
-        assert pairs is not None
-        config = HeadConfig(backbone.hidden_size, mode="difference", features="linear", ridge=ridge)
+        mode: PairMode = "concat" if backbone.pairwise else "difference"
+        hidden, labels, pairs = encode_preferences(backbone, preferences, mode, progress=progress)
+        config = HeadConfig(backbone.hidden_size, mode=mode, features="linear", ridge=ridge)
         head = upgrade(hidden, pairs, beta.to(hidden.device), beta0, labels=labels, config=config, dtype=dtype)
         return cls(backbone, head)
+
+    @classmethod
+    def as_published(cls, backbone: Backbone) -> RewardModel:
+        """A published reward model as it is, with its own scores and no uncertainties: u is 1 everywhere.
+
+        v is the prior's, which no data has seen. :meth:`upgrade` fits a posterior.
+        """
+        beta, beta0 = backbone.scalar_head()
+        mode: PairMode = "concat" if backbone.pairwise else "difference"
+        config = HeadConfig(backbone.hidden_size, mode=mode, features="linear", amplitude=0.0)
+        return cls(backbone, without_posterior(beta, beta0, config))
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -211,6 +223,7 @@ class RewardModel:
             pairs = self.head.score_pairs(hidden, torch.tensor(sizes), backend=backend)
         else:
             pairs = self.head.score(hidden, backend=backend)
+        scores = self._own_scores(hidden) if self.mode == "difference" else None
         return pair_squares(
             pairs.logit,
             pairs.variance,
@@ -219,7 +232,14 @@ class RewardModel:
             encoded,
             self.mode,
             ordered=self.mode == "concat" and orders == "both",
+            scores=scores,
         )
+
+    def _own_scores(self, hidden: Tensor) -> Tensor:
+        """(R,) float64: β·φ + β₀ of each row. Without random features φ is the row, and nothing is rounded."""
+        if self.head.config.features == "linear" and self.head.config.layer_size is None:
+            return (hidden.double() @ self.head.beta + self.head.beta0).cpu()
+        return self.head.score(hidden).logit.double().cpu()
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 
@@ -324,8 +344,7 @@ class RewardModel:
         head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
         files = self.backbone.files
         if embed:
-            self.backbone.model.save_pretrained(folder / "backbone")
-            self.backbone.tokenizer.save_pretrained(folder / "backbone")
+            self.backbone.save(folder / "backbone")
             files = folder_digests(folder / "backbone")
             if config.revision is None:  # a path of this machine is nobody else's business
                 config = replace(config, name="")
@@ -392,11 +411,15 @@ class RewardModel:
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
         trust_remote_code: bool = False,
+        family: str | None = None,
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
         backbone: Backbone | None = None,
     ) -> RewardModel:
-        """Load a model written by :meth:`save_pretrained` or pushed by :meth:`push_to_hub`.
+        """Load a model of :meth:`save_pretrained` or :meth:`push_to_hub`, or a published reward model.
+
+        A published one (:mod:`rmcore.model.families`) scores as its authors' code does, and has no uncertainties
+        (:meth:`as_published`); :meth:`upgrade` gives it some.
 
         Args:
             name: a folder, or the model's name on the hub. What is a folder here is never looked for on the hub.
@@ -409,6 +432,7 @@ class RewardModel:
             tokens_per_batch: tokens of one forward pass.
             packing: how texts that begin alike are encoded.
             trust_remote_code: run Python files that come with the backbone.
+            family: of a published reward model; None finds it by configuration and tensors.
             max_length: most tokens of a text, instead of what the model was saved with.
             overlong: what happens to longer texts, likewise (:data:`~rmcore.model.text.OverlongPolicy`).
             backbone: use this one instead of loading the one recorded (it must be as wide).
@@ -430,6 +454,25 @@ class RewardModel:
         folder = hub.folder_of(name, revision, expected=f"a folder with {checkpoint.CONFIG_FILE}") or hub.download(
             os.fspath(name), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        if backbone is None and not (folder / checkpoint.CONFIG_FILE).is_file() and (folder / "config.json").is_file():
+            own = Backbone.from_reward_model(
+                os.fspath(name),
+                revision=revision,
+                family=family,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+                device=device,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                tokens_per_batch=tokens_per_batch,
+                packing=packing,
+                **limits,
+            )
+            log.info("%s: u is 1 everywhere until `rmcore upgrade` fits a posterior", name)
+            return cls.as_published(own)
+        if family is not None:
+            reject("family", repr(family), "None for a model that rmcore wrote: its folder says")
         values = checkpoint.read_config(folder)
         if values.get("kind") != "model":
             raise CheckpointError(f"path: got {str(name)!r}, which holds a {values.get('kind')}, expected a model")

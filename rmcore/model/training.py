@@ -297,7 +297,7 @@ def _head_loss(head: SNGPHead, hidden: Tensor, labels: Tensor, pairs: Tensor | N
 def _states(backbone: Backbone, texts: Sequence[EncodedText], autocast: torch.dtype | None) -> Tensor:
     """Pooled states (N, h) float32 with their graph, the length feature included."""
     device = backbone.device
-    ids = [torch.tensor(text.ids, dtype=torch.long) for text in texts]
+    ids = [torch.tensor(backbone.input_ids(text), dtype=torch.long) for text in texts]
     padding = getattr(backbone.tokenizer, "pad_token_id", None) or 0
     input_ids = pad_sequence(ids, batch_first=True, padding_value=padding).to(device)
     mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).to(device)

@@ -26,7 +26,9 @@ BACKBONE = typing.get_type_hints(BackboneConfig)
 REUSE_WORDS = typing.get_args(Reuse)[0]  # besides sets of reasons, which are --ask-again
 CHOICES = {
     ("train", "mode"): typing.get_args(PairMode),
-    ("train", "pooling"): tuple(word for word in typing.get_args(Pooling) if word != "classifier"),  # that is upgrade's
+    ("train", "pooling"): tuple(
+        word for word in typing.get_args(Pooling) if word not in ("classifier", "reward")
+    ),  # upgrade's
     ("train", "likelihood"): typing.get_args(Likelihood),
     **{
         (name, "overlong"): typing.get_args(OverlongPolicy)

@@ -138,11 +138,20 @@ def test_no_name_for_the_hub(fake_hub: FakeHub, name: str) -> None:
     assert fake_hub.requests == []
 
 
-def test_a_repository_of_another_library(fake_hub: FakeHub, classifier_path: Path) -> None:
-    fake_hub.add("they/rm", classifier_path)
-    with pytest.raises(CheckpointError, match=r"'they/rm'.*without rmcore\.json.*rmcore upgrade"):
-        load("they/rm")
+def test_a_repository_without_a_model(fake_hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a data set")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    fake_hub.add("they/data", tmp_path)
+    with pytest.raises(CheckpointError, match=r"'they/data'.*without rmcore\.json.*rmcore upgrade"):
+        load("they/data")
     assert not any(path.endswith("model.safetensors") for _, path in fake_hub.requests)
+
+
+def test_a_reward_model_of_another_library(fake_hub: FakeHub, classifier_path: Path) -> None:
+    commit = fake_hub.add("they/rm", classifier_path)
+    here, there = load(str(classifier_path)), load("they/rm")
+    assert torch.equal(there.score(PROMPTS, RESPONSES)[0].scores, here.score(PROMPTS, RESPONSES)[0].scores)
+    assert there.backbone.config.revision == commit
 
 
 # -- folders and names -----------------------------------------------------------------------------------------------
