@@ -123,8 +123,8 @@ def pair_squares(
             squares(g, block, sign=-1),
             squares(v, block, sign=1),
         ]
-        for group, *of_group in zip(block.groups.tolist(), *columns, strict=True):
-            result[group] = ResponseScores(*of_group, own[group])
+        for group, p_of, u_of, g_of, v_of in zip(block.groups.tolist(), *columns, strict=True):
+            result[group] = ResponseScores(p_of, u_of, g_of, v_of, own[group])
     return [result[group] for group in range(len(responses))]
 
 
