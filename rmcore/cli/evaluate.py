@@ -41,14 +41,19 @@ def evaluate(
     max_length: options.MaxLength = None,
     overlong: options.Overlong = None,
 ) -> None:
-    """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls."""
+    """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls.
+
+    Where rows have a column subset or section, or lists of responses (RewardBench 2), accuracy is also told by subset
+    and by row.
+    """
     kept = Kept()
     with reported_errors(kept):
         from rmcore.engine.routing.risk_bounds import check_risk
         from rmcore.evaluation.evaluate import encode_pairs, evaluate_pairs, scored_pairs
         from rmcore.evaluation.risk import evaluate_risk
         from rmcore.evaluation.streams import StreamPair
-        from rmcore.model.data import parse_columns, read_preferences
+        from rmcore.evaluation.subsets import accuracy_by_subset, subsets_to_markdown
+        from rmcore.model.data import parse_columns, read_preference_rows, read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences
 
         if replicates < 1:
@@ -61,7 +66,8 @@ def evaluate(
         for file in files:
             check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False)
         names = parse_columns(columns or [])
-        items = list(read_preferences(preferences, names))
+        rows = list(read_preference_rows(preferences, names))
+        items = [(pair, row) for row in rows for pair in row.pairs]
         if not items:
             reject("preferences", "no lines", "at least one")
         loaded = RewardModel.from_pretrained(
@@ -73,7 +79,15 @@ def evaluate(
             overlong=overlong,
         )
         kept.use(loaded.backbone, cache=not no_cache)
-        pairs = [StreamPair(p.prompt, p.chosen, p.rejected, p.label, "") for p in items]
+        soft = sum(0.5 < pair.label < 1 for pair, _ in items)
+        if soft:
+            notes.print(
+                f"{soft} of {len(items)} labels are between 0.5 and 1: the chosen response counts as the better"
+            )
+        pairs = [
+            StreamPair(p.prompt, p.chosen, p.rejected, 0.5 if p.label == 0.5 else 1.0, row.subset or "")
+            for p, row in items
+        ]
         with progress_bar() as bar:
             states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=encoding_progress(bar))
             known = None
@@ -98,10 +112,16 @@ def evaluate(
         print_markdown(report.to_markdown())
         if risk is not None:
             print_markdown(risk.to_markdown())
+        parts = accuracy_by_subset(
+            scored.logit, scored.label, [row.number for _, row in items], [row.subset for _, row in items]
+        )
+        if len(parts) > 2 or len(items) > len(rows) or any(row.subset for row in rows):
+            print_markdown(subsets_to_markdown(parts))
         if files:
             from rmcore.evaluation.plots import plot_report
 
-            content = report.to_dict() | ({} if risk is None else {"risk": risk.to_dict()})
+            content = report.to_dict() | {"subsets": [part.to_dict() for part in parts]}
+            content |= {} if risk is None else {"risk": risk.to_dict()}
             write_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
             plot_report(report, files[1])
             notes.print(f"wrote {files[0]} and {files[1]}")

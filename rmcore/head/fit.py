@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rmcore._base.errors import reject
 from rmcore.head.config import HeadConfig
+from rmcore.head.degenerate import warn_if_degenerate
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior, check_finite
 from rmcore.head.sngp import SNGPHead
@@ -100,6 +101,7 @@ def fit(
         FactorizationError: P is not positive definite; the message says what to change.
     """
     check_data(head.config, hidden, labels, pairs, sample_weight)
+    warn_if_degenerate(hidden, labels, pairs)
     if not math.isfinite(float(head.length_scale)) and head.config.features == "rff":
         head.set_length_scale(hidden)
     feature_map = head.freeze_features(dtype, calibration=hidden)
@@ -241,6 +243,7 @@ def upgrade(
     if labels is None:
         labels = torch.ones(len(hidden if pairs is None else pairs), dtype=torch.float32, device=hidden.device)
     check_data(config, hidden, labels, pairs)
+    warn_if_degenerate(hidden, labels, pairs)
     if beta.shape != (config.hidden_size,):
         reject("beta", f"shape {tuple(beta.shape)}", f"({config.hidden_size},)")
     head = SNGPHead(config).to(hidden.device)

@@ -196,6 +196,49 @@ def test_evaluate_keeps_an_older_report(model: Path, tmp_path: Path) -> None:
 # -- interrupted and gone on with ------------------------------------------------------------------------------------
 
 
+def test_evaluate_tells_accuracy_by_subset_and_by_row(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "red tree", "chosen": ["good red"], "rejected": ["bad red", "rude blue"], "subset": "Focus"},
+        {"prompt": "blue tree", "chosen": ["bad red"], "rejected": ["good red", "rude red"], "subset": "Math|x"},
+        {"prompt": "green", "chosen": ["kind red", "good red"], "rejected": ["bad red"], "subset": "Focus"},
+    ]
+    (tmp_path / "rb2.jsonl").write_text("".join(json_line(row) for row in rows))
+    result = call("evaluate", model, tmp_path / "rb2.jsonl", "-o", tmp_path / "out", "--replicates", 5)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["subsets"]
+    assert [(part["name"], part["n_pairs"], part["n_rows"], part["row_accuracy"]) for part in found] == [
+        ("Focus", 4, 2, 1.0),
+        ("Math|x", 2, 1, 0.0),
+        ("all", 6, 3, pytest.approx(2 / 3)),
+    ]
+    assert "all of a row right" in result.stdout
+    plain = groups(tmp_path / "plain.jsonl", 0)
+    plain.write_text(json_line({"prompt": "red", "chosen": "good red", "rejected": "bad red"}) * 3)
+    result = call("evaluate", model, plain, "--replicates", 5)
+    assert result.exit_code == 0, result.stderr
+    assert "subset" not in result.stdout
+    plain.write_text(json_line({"prompt": "red", "chosen": "good red", "rejected": "bad red", "label": 0.75}) * 3)
+    result = call("evaluate", model, plain, "--replicates", 5)
+    assert result.exit_code == 0, result.stderr
+    assert "3 of 3 labels are between 0.5 and 1" in " ".join(result.stderr.split())
+
+
+def test_degenerate_training_says_so(backbone_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"prompt": "red", "chosen": "good red", "rejected": "bad red"}
+    for rows, said in (
+        ([row], "degenerate fit: a single training pair"),
+        ([row] * 4, "degenerate fit: the 4 training pairs are one pair 4 times over"),
+        ([{**row, "label": 0.5}, {**row, "prompt": "blue", "label": 0.5}], "degenerate fit: all 2 labels are 0.5"),
+    ):
+        (tmp_path / "p.jsonl").write_text("".join(json_line(r) for r in rows))
+        result = call(
+            "train", tmp_path / "p.jsonl", "--backbone", backbone_path, "--features", 16, "--pooling", "mean", "-o",
+            tmp_path / "m", "--overwrite",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        assert said in caplog.text
+
+
 def test_a_bad_line_leaves_the_results_before_it_and_resume_goes_on(model: Path, tmp_path: Path) -> None:
     source, out, partial = tmp_path / "g.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     good = groups(source, 5).read_bytes().splitlines(keepends=True)

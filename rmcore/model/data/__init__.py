@@ -34,6 +34,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,6 +49,7 @@ from rmcore.model.reward_model import Preference
 
 __all__ = [
     "Group",
+    "PreferenceRow",
     "Source",
     "parse_columns",
     "parse_group",
@@ -55,6 +57,7 @@ __all__ = [
     "parse_preferences",
     "read_groups",
     "read_lines",
+    "read_preference_rows",
     "read_preferences",
 ]
 
@@ -67,20 +70,48 @@ _URL = re.compile(r"(https?|ftp|s3|gs|az|file)://", re.IGNORECASE)
 _TABLES = {".csv": "comma-separated text", ".tsv": "tab-separated text", ".xlsx": "a spreadsheet"}
 
 
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """The pairs of one row, several where it holds lists of responses; the ``subset`` it names itself one of."""
+
+    pairs: tuple[Preference, ...]
+    subset: str | None
+    number: int
+
+
 def read_preferences(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Preference]:
     """Yield preferences; raises DataError at the first bad row, naming it. Says once what columns are not used."""
+    for row in read_preference_rows(source, columns):
+        yield from row.pairs
+
+
+def read_preference_rows(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[PreferenceRow]:
+    """The same by rows, each with what its column ``subset`` or ``section`` holds; raises as read_preferences."""
     told: set[str] = set()
     name = _name(source)
     for row in _rows(source):
         try:
             value = map_columns(row.value, columns or {}, preferences.COLUMNS)
-            yield from parse_preferences(value)
+            pairs = tuple(parse_preferences(value))
+            subset = _subset(value)
         except InputError as error:
             raise DataError(str(error), source=name, line=row.number, unit=row.unit) from error
         for column in unused_columns(value):
             if column not in told:
                 told.add(column)
                 log.warning("%s: the column %s is not used: %s", name, column, _WHY_UNUSED.get(column, _NO_MARGINS))
+        yield PreferenceRow(pairs, subset, row.number)
+
+
+def _subset(value: Mapping[str, Any]) -> str | None:
+    for column in preferences.SUBSETS:
+        said = value.get(column)
+        if said is None or said == "":
+            continue
+        if isinstance(said, bool) or not isinstance(said, (str, int)):
+            reject(column, f"{type(said).__name__}", "a text or an integer")
+        return str(said)
+    return None
 
 
 def read_groups(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Group]:

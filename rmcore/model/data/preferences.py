@@ -20,7 +20,7 @@ from rmcore._base.prompt import canonical_prompt, canonical_response
 from rmcore.model.data.conversations import split_conversations, with_roles
 from rmcore.model.reward_model import Preference
 
-__all__ = ["COLUMNS", "FORMS", "parse_preference", "parse_preferences", "unused_columns"]
+__all__ = ["COLUMNS", "FORMS", "SUBSETS", "parse_preference", "parse_preferences", "unused_columns"]
 
 Pair: TypeAlias = tuple[Any, Any, Any, float]
 
@@ -267,8 +267,11 @@ _NO_PAIRS = {
     ("messages",): "one conversation (supervised fine-tuning), without a rejected answer",
 }
 
+SUBSETS = ("subset", "section")
+"""Columns that say which part of its data a row is of, for reports by part."""
+
 COLUMNS = frozenset(
-    {"label", "system", "history", "id", "responses", *(name for form in FORMS for name in form.columns)}
+    {*SUBSETS, "label", "system", "history", "id", "responses", *(name for form in FORMS for name in form.columns)}
 )
 """Every name that a column can be mapped to."""
 
