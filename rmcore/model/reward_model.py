@@ -535,7 +535,7 @@ def preference_texts(
                 f"preferences[{k}]",
                 type(item).__name__,
                 "a Preference",
-                "rmcore.data.read_preferences makes them of rows: of dicts, of a datasets.Dataset, of files",
+                "rmcore.model.data.read_preferences makes them of rows: of dicts, of a datasets.Dataset, of files",
             )
         check_prompt(item.prompt, f"preferences[{k}].prompt")
         check_response(item.chosen, f"preferences[{k}].chosen")
