@@ -193,7 +193,7 @@ class ChatJudge:
         self.prices = None if prices is None else PriceTable.of(prices)
         self._others: set[str] = set()  # models that answered and were not asked for
         self._own_store = isinstance(store, (str, Path))
-        self.store = open_store(store)
+        self.store = open_store(store, deadline_s)
 
     def __repr__(self) -> str:
         return (

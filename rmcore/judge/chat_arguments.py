@@ -46,14 +46,14 @@ def refuse(unknown: Mapping[str, object]) -> None:
         raise TypeError(f"ChatJudge: got unexpected keyword arguments {', '.join(unknown)}")
 
 
-def open_store(store: VerdictStore | str | Path | None) -> VerdictStore | None:
+def open_store(store: VerdictStore | str | Path | None, deadline_s: float | None) -> VerdictStore | None:
     """The store, opened if it is a path. Without one, sqlite is not even imported."""
     if store is None:
         return None
     from rmcore.judge.store.store import VerdictStore
 
     if isinstance(store, (str, Path)):
-        return VerdictStore(store)
+        return VerdictStore(store) if deadline_s is None else VerdictStore(store, open_s=min(deadline_s, 30.0))
     if not isinstance(store, VerdictStore):
         raise JudgeError(f"store: got {type(store).__name__}, expected a VerdictStore, a path or None")
     return store

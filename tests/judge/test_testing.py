@@ -259,3 +259,25 @@ def test_recorded_flips_of_a_strong_judge():
     judge = RecordedJudge.from_rows(rows)
     verdicts = [judge.verdict(Pair(r["prompt"], r["first"], r["second"])) for r in rows[::2]]
     assert (len(verdicts), sum(verdict.flipped for verdict in verdicts)) == (419, 30)
+
+
+def test_the_documentation_states_the_number_of_kinds():
+    root = Path(__file__).parents[2]
+    text = " ".join((root / "docs/judge.md").read_text(encoding="utf-8").split())
+    run = json.loads((root / "bench/results/judge_soak.json").read_text(encoding="utf-8"))
+    assert f"knows {len(FAULTS)} kinds of fault" in text
+    assert f"(bench/results/judge_soak.json) had {run['soak']['evenly_spread_faults']} kinds" in text
+
+
+def test_a_judge_of_many_servers_ways(recorded, ask, make_judge, secret):
+    """An Azure deployment with its key header, no system role, and another model than was asked for."""
+    with ReplayServer(recorded, require_key=secret, refuses=["system"], answers_as="other-model") as server:
+        azure = server.base_url.removesuffix("/v1") + "/openai/deployments/judge?api-version=2024-10-21"
+        for url, sent in ((azure, "api-key"), (server.base_url, "authorization")):
+            judge = make_judge(url, api_key_env="RMCORE_TEST_KEY", orders="one")
+            verdict = ask(judge)
+            assert judge.client.exchange.address.key_header == sent
+            assert (verdict.preference, verdict.judge) == (1, "other-model")
+            assert "system_role" in judge.dropped
+        wrong = make_judge(azure, api_key_env=None, orders="one")
+        assert ask(wrong).reason == "http_401"

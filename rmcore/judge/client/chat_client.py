@@ -14,7 +14,6 @@ begun unless the median of the latest attempts fits in before the deadline (late
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import random
@@ -37,6 +36,7 @@ from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.client.overflow import Overflow
 from rmcore.judge.client.reply import Completion, read_completion
 from rmcore.judge.client.tokens import believable
+from rmcore.judge.question import large
 
 __all__ = ["ChatClient", "ClientState"]
 
@@ -147,7 +147,8 @@ class ChatClient:
         if reason:
             return Completion(None, reason, f"environment variable {getattr(self.exchange, 'api_key_env', None)}")
         self._check_process()
-        body = json.dumps(payload).encode("ascii")  # ASCII: a lone surrogate is escaped instead of failing here
+        # ASCII: a lone surrogate is escaped instead of failing here.
+        body = (await large.call(large.ascii_json, payload)).encode("ascii")
         tokens = self._tokens(payload, body) if tokens_estimate is None else tokens_estimate
         started, attempts = self.clock.now(), 0
         last: Attempt | None = None

@@ -29,6 +29,7 @@ from rmcore.judge.client.limits import Reservation
 from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.client.overflow import Overflow, model_context, read_overflow
 from rmcore.judge.client.reply import embedded_status, error_code, error_detail, error_words, scrub
+from rmcore.judge.client.resolve import Resolver
 
 if TYPE_CHECKING:
     import httpx
@@ -144,7 +145,7 @@ class HttpExchange:
         self.start_afresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "connections"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("connections", "resolver")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -173,6 +174,7 @@ class HttpExchange:
         # trust_env: a proxy cannot reach this machine's own servers
         trust_env = not self.address.loopback
         self.connections = Connections(timeout_s=self.timeout_s, trust_env=trust_env, transport=self.transport)
+        self.resolver = Resolver(self.address.url, through_proxy=trust_env, within_s=self.timeout_s)
 
     def secret(self) -> tuple[str, str]:
         """The key as the environment has it now, and a reason if there is none that can be sent."""
@@ -199,6 +201,8 @@ class HttpExchange:
         content = bytearray()
         try:
             async with asyncio.timeout(min(self.timeout_s, _MODELS_S)):
+                if self.transport is None:
+                    await self.resolver.check()
                 with self.connections.here().client() as client:
                     async with client.stream("GET", f"{self.base_url}/models", headers=headers) as response:
                         async for chunk in response.aiter_bytes():
@@ -216,6 +220,8 @@ class HttpExchange:
     async def _post(self, client: httpx.AsyncClient, payload: Mapping[str, object], body: bytes, key: str) -> Attempt:
         import httpx
 
+        if self.transport is None:
+            await self.resolver.check()
         try:
             return await self._exchange(client, body, key)
         except httpx.TimeoutException:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
 from rmcore._base.errors import JudgeError
+from rmcore.judge.question.large import PIECE, pieces
 from rmcore.judge.question.sanitise import ESCAPE
 from rmcore.judge.question.verdict import Labels
 
@@ -94,7 +95,7 @@ def draw(texts: Sequence[str], source: RandomSource | None) -> tuple[str, Labels
     stay long even there, since a one-letter label occurs in every text and could be written by a response.
     """
     source = source or _SYSTEM_RANDOM
-    taken = "\n".join(texts).casefold()
+    taken = "\n".join(piece.casefold() for text in texts for piece in (pieces(text) if len(text) > PIECE else [text]))
     initials = ""
 
     def fresh(population: str, size: int) -> str:

@@ -11,6 +11,8 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rmcore.judge.question.large import PIECE, pieces
+
 __all__ = ["NO_CUT", "Cut", "cut_to_fit", "ends", "estimate_tokens"]
 
 _LEAST = 64
@@ -58,6 +60,8 @@ def estimate_tokens(text: str) -> int:
 
     A token for three ASCII letters or spaces, for each other ASCII character, and for two bytes of any other.
     """
+    if len(text) > PIECE:
+        return sum(map(estimate_tokens, pieces(text)))
     raw = text.encode("utf-8", "surrogatepass")
     words = len(raw) - len(raw.translate(None, _WORDS))
     others = len(raw.translate(None, _ASCII))

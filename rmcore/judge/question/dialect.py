@@ -20,6 +20,7 @@ from typing import Protocol
 from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
+from rmcore.judge.question import large
 from rmcore.judge.question.cut import NO_CUT, Cut
 from rmcore.judge.question.prompt import JudgePrompt, Output, RandomSource, RenderedPrompt
 from rmcore.judge.question.soft import Soft, soft_preference
@@ -215,7 +216,8 @@ class Dialect:
         terms, usage = self._terms, JudgeUsage()
         given_up: dict[str, str] = {}
         while True:
-            question = self._templates[terms.output].render(prompt, first, second, self.random_source, cut)
+            template = self._templates[terms.output]
+            question = await large.call(template.render, prompt, first, second, self.random_source, cut)
             parameters = terms.limited(answer_tokens)
             payload: dict[str, object] = {"model": self.model, "messages": terms.messages(question), **parameters}
             if terms.output == "json_schema":

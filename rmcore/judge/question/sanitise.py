@@ -30,6 +30,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
+from rmcore.judge.question.large import pieces
+
 __all__ = ["ESCAPE", "RULES", "blank", "breakable", "restore", "sanitise"]
 
 RULES = "sanitise 2"
@@ -212,17 +214,18 @@ def sanitise(text: str, tokens: tuple[str, ...] = ()) -> tuple[str, int]:
         tokens: control sequences besides those that have a known shape, such as the special tokens of the judge's
             tokenizer. Each has two characters or more, none of them :data:`ESCAPE`.
     """
-    text = text.replace(ESCAPE, ESCAPE * 2)
-    folded = text.translate(_FOLDED)
+    if ESCAPE in text:
+        text = "".join(piece.replace(ESCAPE, ESCAPE * 2) for piece in pieces(text))
+    folded = "".join(piece.translate(_FOLDED) for piece in pieces(text))
     found = set(_positions(_DANGEROUS, folded))
     own = _own(tokens)
     if own is not None:
         found.update(_positions(own, folded))
-    pieces, done = [], 0
+    parts, done = [], 0
     for position in sorted(found):
-        pieces += [text[done : position + 1], ESCAPE]
+        parts += [text[done : position + 1], ESCAPE]
         done = position + 1
-    return "".join(pieces) + text[done:], len(found)
+    return "".join(parts) + text[done:], len(found)
 
 
 def _positions(pattern: re.Pattern[str], text: str) -> Iterator[int]:

@@ -79,8 +79,8 @@ class StoreError(InputError):
 def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
     """Open a store, made with mode 0600 and brought to this release's version unless ``read_only``.
 
-    The connection is in autocommit mode and may be handed to one other thread. Whatever it does waits up to ``busy_s``
-    for locks of others, and then fails with "database is locked".
+    The connection is in autocommit mode and may be handed to one other thread. Opening it waits up to ``busy_s`` for
+    locks of others, and so does each statement later; then it fails with "database is locked".
 
     Raises:
         StoreError: the file is damaged, foreign, of a later version, or (``read_only``) missing or empty;
@@ -100,20 +100,29 @@ def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = 
 
 
 def _open(path: Path, read_only: bool, busy_s: float) -> sqlite3.Connection:
+    until = time.monotonic() + busy_s
     database = _connect(path, "ro" if read_only else "rw", busy_s)
     try:
+        _wait_until(database, until)
         version = _check_owner(database, path)
         if read_only:
             if not version:
                 raise StoreError(f"{path}: got an empty file, expected a verdict store")
             return database
-        _begin_wal(database, path, busy_s)
+        _begin_wal(database, path, until)
         if version < SCHEMA_VERSION:
+            _wait_until(database, until)
             _migrate(database, path)
+        database.execute(f"PRAGMA busy_timeout = {int(busy_s * 1000)}")
     except BaseException:
         database.close()
         raise
     return database
+
+
+def _wait_until(database: sqlite3.Connection, until: float) -> None:
+    """Statements wait for locks until then."""
+    database.execute(f"PRAGMA busy_timeout = {max(1, int((until - time.monotonic()) * 1000))}")
 
 
 def _create_file(path: Path) -> None:
@@ -159,11 +168,11 @@ def _check_owner(database: sqlite3.Connection, path: Path) -> int:
     return int(version)
 
 
-def _begin_wal(database: sqlite3.Connection, path: Path, busy_s: float) -> None:
+def _begin_wal(database: sqlite3.Connection, path: Path, until: float) -> None:
     """Switch to the write-ahead log, which lets readers and a writer work at once."""
-    until = time.monotonic() + busy_s
     while True:
         try:
+            _wait_until(database, until)
             # Asking for it again is free. sqlite does not wait for others here by itself.
             (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
             break

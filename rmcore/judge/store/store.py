@@ -49,6 +49,7 @@ class VerdictStore:
             included, for they were paid for and will mostly come again; ``"verdicts"``: replies without a verdict are
             asked anew; a set of reasons, such as ``{"length", "unparsable"}``: of those only the ones with these.
             Failures on the way to the judge are logged and never reused.
+        open_s: longest wait for others who keep the file locked while it is being opened.
         lease_s: seconds after which a claim of a process that gives no sign of life ends.
         clock: the wall clock, for timestamps and leases; it must agree with that of other processes.
 
@@ -60,7 +61,13 @@ class VerdictStore:
     _writer: Writer | None
 
     def __init__(
-        self, path: str | Path, *, reuse: Reuse = "replies", lease_s: float = 30.0, clock: Clock | None = None
+        self,
+        path: str | Path,
+        *,
+        reuse: Reuse = "replies",
+        lease_s: float = 30.0,
+        open_s: float = 30.0,
+        clock: Clock | None = None,
     ) -> None:
         if not isinstance(path, (str, Path)) or not str(path):
             reject("path", type(path).__name__ if path != "" else "an empty one", "the path of a file")
@@ -70,11 +77,15 @@ class VerdictStore:
             reject("reuse", repr(reuse)[:80], "'replies', 'verdicts' or a set of reasons")
         if not lease_s > 0:
             reject("lease_s", lease_s, "seconds above 0")
+        if not open_s > 0:
+            reject("open_s", open_s, "seconds above 0")
         self.path = Path(path).absolute()
         self.reuse: Reuse = reuse
         self.lease_s = lease_s
         self.clock: Clock = clock or SystemClock()
-        open_database(self.path).close()  # what is wrong with the file is told here, not at the first call
+        open_database(
+            self.path, busy_s=open_s
+        ).close()  # what is wrong with the file is told here, not at the first call
         self._start_anew()
 
     def __repr__(self) -> str:

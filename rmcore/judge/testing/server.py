@@ -105,6 +105,7 @@ class ReplayServer:
         self._context, self._tells_context, self._answers_as = context_tokens, tells_context, answers_as
         self._port = port
         self._random = random.Random(seed)
+        self._serving = threading.Event()
         self._connections: set[_Connection] = set()
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -132,6 +133,7 @@ class ReplayServer:
                 target=self._serve, args=(self._loop, self._socket), name="rmcore-replay", daemon=True
             )
             self._thread.start()
+            self._serving.wait()  # or a stop that comes at once would find no loop to stop
         return self
 
     def stop(self) -> None:
@@ -152,7 +154,9 @@ class ReplayServer:
     def _serve(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
         asyncio.set_event_loop(loop)
         server = loop.run_until_complete(loop.create_server(lambda: _Connection(self, loop), sock=listening))
+        loop.call_soon(self._serving.set)
         loop.run_forever()
+        self._serving.clear()
         server.close()
         for connection in list(self._connections):
             connection.transport.abort()

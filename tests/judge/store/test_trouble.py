@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from rmcore.judge import ChatJudge, JudgeUsage, Pair, Verdict, VerdictStore
+from rmcore.judge import ChatJudge, JudgeUsage, Pair, Verdict, VerdictStore, chat
 from rmcore.judge.store import writer
 from rmcore.judge.store.database import StoreError
 from rmcore.judge.store.records import Question, Reply
@@ -164,3 +164,30 @@ def test_a_file_that_took_its_place_is_left_alone_and_the_verdicts_kept_beside_i
     assert stored(kept) == 5
     assert stored(path) == 2
     assert kept.name in caplog.text
+
+
+def test_opening_a_locked_file_takes_no_longer_than_it_may(tmp_path):
+    path = tmp_path / "new.db"
+    with locked(path):
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="locked"):
+            VerdictStore(path, open_s=0.3)
+        with pytest.raises(StoreError, match="locked"):
+            ChatJudge("http://127.0.0.1:9/v1", "m", None, store=path, deadline_s=0.3)
+        assert time.monotonic() - began < 10.0
+    with pytest.raises(ValueError, match="open_s"):
+        VerdictStore(path, open_s=0)
+
+
+def test_closing_connections_that_do_not_close_is_given_up(make_judge, caplog, monkeypatch):
+    monkeypatch.setattr(chat, "_CLOSE_S", 0.1)
+    judge = make_judge()
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(judge.client.exchange, "aclose", never)
+    began = time.monotonic()
+    asyncio.run(judge.aclose())
+    assert time.monotonic() - began < 5.0
+    assert "did not close within 0.1 s" in caplog.text
