@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Never
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
 from rmcore._base.prompt import Prompt, Response
+from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
 from rmcore.judge.client.completions import CompletionFunction
@@ -22,7 +23,6 @@ from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.client.secrets import without_secret
 from rmcore.judge.context import ContextWindow, Fit, TokenCounter, cut_off_at
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
-from rmcore.judge.question import large
 from rmcore.judge.question.cut import Cut
 from rmcore.judge.question.dialect import Dialect, one_call
 from rmcore.judge.question.prompt import JudgePrompt, Output

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from rmcore._base.clock import Clock
 from rmcore._base.retry import retry_after_s, retry_delay_s
+from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.client.breaker import BreakerState, CircuitBreaker
 from rmcore.judge.client.causes import ConnectionFailedError
@@ -36,7 +37,6 @@ from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.client.overflow import Overflow
 from rmcore.judge.client.reply import Completion, read_completion
 from rmcore.judge.client.tokens import believable
-from rmcore.judge.question import large
 
 __all__ = ["ChatClient", "ClientState"]
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rmcore._base.prompt import Prompt, Response
+from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
-from rmcore.judge.question import large
 from rmcore.judge.question.cut import NO_CUT, Cut
 from rmcore.judge.question.prompt import JudgePrompt, Output, RandomSource, RenderedPrompt
 from rmcore.judge.question.soft import Soft, soft_preference

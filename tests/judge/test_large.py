@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore.judge import ChatJudge, Pair, keys
-from rmcore.judge.question import contract, large, rules, sanitise
-from rmcore.judge.question.large import LARGE, ascii_json, is_large
+from rmcore.judge import ChatJudge, Pair, keys, large
+from rmcore.judge.large import LARGE, ascii_json, is_large
+from rmcore.judge.question import contract, rules, sanitise
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
