@@ -223,6 +223,22 @@ def test_evaluate_tells_accuracy_by_subset_and_by_row(model: Path, tmp_path: Pat
     assert "3 of 3 labels are between 0.5 and 1" in " ".join(result.stderr.split())
 
 
+def test_evaluate_with_an_overlong_response(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "red", "chosen": f"good{more}", "rejected": "bad"} for more in (" good" * 50, "")]
+    (tmp_path / "p.jsonl").write_text("".join(json_line(row) for row in rows))
+    arguments = ("evaluate", model, tmp_path / "p.jsonl", "--replicates", 5, "--max-length", 20)
+    refused = call(*arguments)
+    assert refused.exit_code == 2
+    assert "pairs[0]" in refused.stderr
+    unread = call(*arguments, "--overlong", "no-reward")
+    assert unread.exit_code == 0, unread.stderr
+    assert "1 of 2 pairs carry no signal" in " ".join(unread.stderr.split())
+    assert "75.0%" in unread.stdout, "no preference counts half"
+    cut = call(*arguments, "--overlong", "truncate-right")
+    assert cut.exit_code == 0, cut.stderr
+    assert "no signal" not in cut.stderr
+
+
 def test_degenerate_training_says_so(backbone_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"prompt": "red", "chosen": "good red", "rejected": "bad red"}
     for rows, said in (
