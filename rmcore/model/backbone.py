@@ -23,7 +23,16 @@ from torch import Tensor
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.devices import checked_device
-from rmcore.model.encoding.architecture import block, final_linear, pair_separator, position_limit, text_config
+from rmcore.model.encoding.agreement import require_same_tokens
+from rmcore.model.encoding.architecture import (
+    block,
+    embedding_rows,
+    final_linear,
+    pair_separator,
+    position_limit,
+    takes_two_texts,
+    text_config,
+)
 from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
@@ -168,6 +177,8 @@ class Backbone:
             tokenizer,
             template=PairTemplate(config.single_template, config.pair_template),
             chat=config.chat,
+            two_texts=takes_two_texts(model, tokenizer),
+            split_special_tokens=config.split_special_tokens,
             append_eos=append_eos,
             max_length=config.max_length or self._content_positions(),
             overlong=config.overlong,
@@ -175,6 +186,10 @@ class Backbone:
             positions=self.positions,
         )
         self._separator = pair_separator(model, tokenizer)
+        if self._separator is not None and not config.split_special_tokens:
+            reject("split_special_tokens", False, "True with token types, which a separator in a text would shift")
+        require_same_tokens(self.encoder)
+        self._rows = embedding_rows(model)
         self._final_linear = final_linear(model) if config.kind == "classifier" else None
         if config.layer is not None:
             block(model, config.layer)
@@ -440,6 +455,7 @@ class Backbone:
         ids = list(distinct)
         if () in distinct:
             reject(f"texts[{read[rows.index(distinct[()])]}]", "no tokens at all", "at least one token")
+        self._check_ids(ids)
         call = EncodingStats(
             texts=len(texts),
             encoded=len(ids),
@@ -478,6 +494,15 @@ class Backbone:
             every[torch.tensor(read, dtype=torch.long, device=self.device)] = states
             states = every
         return self.add_length_feature(states, texts)
+
+    def _check_ids(self, texts: Sequence[tuple[int, ...]]) -> None:
+        most = max(map(max, texts), default=0)
+        if self._rows is not None and most >= self._rows:
+            name = self.tokenizer.convert_ids_to_tokens(most)
+            raise CheckpointError(
+                f"backbone: got token {most} ({name!r}) from the tokenizer, expected one of the model's {self._rows}. "
+                "They are not of one model"
+            )
 
     def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
         """(indices of texts, their pooled states) of one forward pass after another."""
@@ -585,6 +610,8 @@ class Backbone:
     def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         longest = max(map(len, ids))
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        if self._rows is not None and padding >= self._rows:
+            padding = 0  # padding is masked, so that any id will do that the model knows
         input_ids = torch.full((len(ids), longest), padding, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
         for row, text in enumerate(ids):

@@ -35,10 +35,11 @@ class BackboneConfig:
         length_feature: appends one feature, length_feature · (log1p(content tokens) − 5), where not 0.
         max_length: most tokens of a text; None takes the model's position limit.
         overlong: policy for longer texts.
-        chat: see :class:`rmcore.model.text.TextEncoder`.
+        chat, split_special_tokens: see :class:`rmcore.model.text.TextEncoder`.
         append_eos: end plain texts with eos; None does so for ``last`` pooling.
-        single_template, pair_template: see :class:`rmcore.model.text.PairTemplate`. A model of BERT's kind has a form
-            of its own for two texts, ``{prompt}[SEP]{first}`` with its separator: what follows it gets token type 1.
+        single_template, pair_template: see :class:`rmcore.model.text.PairTemplate`. With the default a response to a
+            model of BERT's kind is ``tokenizer(prompt, response)``, token types included. In a template of one's own
+            what follows the first separator gets token type 1.
         date: YYYY-MM-DD, what a chat template that asks for the day is told; None takes the day the backbone is first
             loaded, which the loaded backbone has here.
     """
@@ -53,6 +54,7 @@ class BackboneConfig:
     max_length: int | None = None
     overlong: OverlongPolicy = "error"
     chat: Literal["auto", "always", "never"] = "auto"
+    split_special_tokens: bool = True
     append_eos: bool | None = None
     single_template: str = PairTemplate.single
     pair_template: str = PairTemplate.pair

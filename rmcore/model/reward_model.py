@@ -23,6 +23,7 @@ from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
+from rmcore.model.encoding.agreement import require_same_tokens
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
@@ -114,10 +115,14 @@ class RewardModel:
         """Make an existing scalar reward model uncertainty-aware: its head is kept as β, only P is fitted.
 
         ``backbone`` is a published reward model (:meth:`Backbone.from_reward_model`). One that scores pairs is fitted
-        in concat mode, each pair in both orders, all others in difference mode.
+        in concat mode, each pair in both orders, all others in difference mode. Raises CheckpointError, naming the
+        first token that differs, where the first preferences do not become the tokens that the tokenizer's own call
+        makes of them.
         """
         if not preferences:
             reject("preferences", "an empty list", "at least one pair")
+        if not backbone.pairwise:
+            require_same_tokens(backbone.encoder, ((p.prompt, p.chosen) for p in preferences[:16]))
         beta, beta0 = backbone.scalar_head()
         mode: PairMode = "concat" if backbone.pairwise else "difference"
         hidden, labels, pairs = encode_preferences(backbone, preferences, mode, progress=progress)
@@ -481,6 +486,8 @@ class RewardModel:
             return cls(backbone, head)
         try:
             config = BackboneConfig.from_dict(values["backbone"])
+            if "split_special_tokens" not in values["backbone"]:
+                log.warning("%s was saved by an earlier rmcore, which fed other tokens: fit it again", name)
             if values.get("embedded"):
                 config = replace(config, name=str(folder / "backbone"), revision=None)
             config = replace(config, **limits)

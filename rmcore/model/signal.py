@@ -39,7 +39,7 @@ def pair_signal(texts: Sequence[EncodedText], mode: str) -> PairSignal:
     if any(text.unread for text in texts):
         return PairSignal.UNREAD
     concat = mode == "concat"
-    equal = any(text.equal_responses for text in texts) if concat else texts[0].segments == texts[1].segments
+    equal = any(text.equal_responses for text in texts) if concat else texts[0].ids == texts[1].ids
     return PairSignal.EQUAL_INPUTS if equal else PairSignal.PRESENT
 
 
@@ -50,7 +50,7 @@ def pair_signals(texts: Sequence[EncodedText], pair_rows: Tensor, mode: str) -> 
         equal = torch.tensor([text.equal_responses for text in texts], dtype=torch.bool)[pair_rows].any(1)
     else:
         known: dict[object, int] = {}
-        ids = torch.tensor([known.setdefault(text.segments, len(known)) for text in texts], dtype=torch.int64)
+        ids = torch.tensor([known.setdefault(text.ids, len(known)) for text in texts], dtype=torch.int64)
         equal = ids[pair_rows[:, 0]] == ids[pair_rows[:, 1]]
     signals = torch.where(equal, int(PairSignal.EQUAL_INPUTS), int(PairSignal.PRESENT))
     return signals.masked_fill_(unread[pair_rows].any(1), int(PairSignal.UNREAD)).to(torch.uint8)

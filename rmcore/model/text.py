@@ -1,8 +1,13 @@
-"""From prompts and responses to token ids, segment by segment.
+"""From prompts and responses to token ids, those that a model's authors feed it.
 
-A text is a list of named segments (``prompt``, ``first``, ``second``). Each is tokenised on its own, so a response's
-tokens never depend on its neighbours and encodings can be shared between pairs. Template text may hold special tokens;
-prompts and responses are hostile input and never produce one: ``<|im_end|>`` in a response becomes ordinary characters.
+- One response with a chat template: the ids of ``apply_chat_template(tokenize=True)`` of the whole conversation
+  (:mod:`rmcore.model.encoding.whole`).
+- One response and a model of BERT's kind: the ids of ``tokenizer(prompt, response)``.
+- Anything else is rmcore's own form: a list of named segments (``prompt``, ``first``, ``second``), each tokenised on
+  its own, so that a response's tokens do not depend on its neighbours.
+
+Template text may hold special tokens. Prompts and responses are hostile input and never produce one, unless they are
+asked to: ``<|im_end|>`` in a response becomes ordinary characters.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ import logging
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import (
@@ -24,32 +30,16 @@ from rmcore._base.prompt import (
     conversation_text,
     response_text,
 )
-from rmcore.model.chat import render_conversation
+from rmcore.model.chat import Known, render_conversation, render_pieces
+from rmcore.model.encoding.limits import OverlongPolicy, Run, TextLimit, shorten
+from rmcore.model.encoding.whole import WholeText
 from rmcore.model.template_date import parse_date, pinned_template
 
 __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "TextLimit"]
 
-OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest", "no-reward"]
-"""``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
-alone are too long. ``truncate-right``: drop from the end, the longest response first, down to a quarter of the limit
-for all responses of the text together, then the prompt's end. ``truncate-longest``: drop from the end of whichever is
-longest, prompt or response, until all fits. ``no-reward``: leave such a text unread; its pairs have no preference, and
-the other responses of its group are as they would be without it.
-
-No policy cuts a response to nothing: a text of which no token of a response would be left is refused."""
-
 log = logging.getLogger(__name__)
 
-_POLICIES = get_args(OverlongPolicy)
-
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
-
-
-_Run: TypeAlias = tuple[str, bool, tuple[int, ...]]
-"""Segment name, whether a policy may cut it, token ids."""
-
-_LEAST_SHARE = 4
-"""Under ``truncate-right`` the responses keep at least a quarter of the limit while there is prompt to cut."""
 
 
 class Segment(NamedTuple):
@@ -57,20 +47,6 @@ class Segment(NamedTuple):
 
     name: str
     ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TextLimit:
-    """How many tokens a text may have, specials included (None: any number), and what happens to longer ones."""
-
-    max_length: int | None = None
-    overlong: OverlongPolicy = "error"
-
-    def __post_init__(self) -> None:
-        if self.overlong not in _POLICIES:
-            reject("overlong", repr(self.overlong), f"one of {', '.join(_POLICIES)}")
-        if self.max_length is not None and self.max_length < 1:
-            reject("max_length", self.max_length, "a positive number of tokens or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +72,7 @@ class EncodedText:
     @property
     def ids(self) -> tuple[int, ...]:
         """All token ids in order."""
-        return tuple(i for segment in self.segments for i in segment.ids)
+        return tuple(chain.from_iterable(segment.ids for segment in self.segments))
 
     def __len__(self) -> int:
         return sum(len(segment.ids) for segment in self.segments)
@@ -126,8 +102,13 @@ class TextEncoder:
     Args:
         tokenizer: a Hugging Face fast tokenizer.
         template: the text around the segments.
-        chat: ``auto`` uses the tokenizer's chat template for message lists and leaves plain prompts plain; ``always``
-            makes a plain prompt one user message; ``never`` writes messages as "Role: content" paragraphs.
+        chat: ``auto`` uses the tokenizer's chat template if it has one, and a plain prompt is one user message then,
+            unless a template of one's own says how plain texts look; ``always`` does so in any case, ``never`` writes
+            messages as "Role: content" paragraphs.
+        two_texts: one response without a chat template is ``tokenizer(prompt, response)``, the tokenizer's own form for
+            two texts; a template of one's own comes before it.
+        split_special_tokens: special tokens that prompts and responses spell are ordinary text, which is safe against
+            texts that forge turns. Off: they are special tokens, as ``apply_chat_template`` makes them.
         append_eos: end plain texts with the tokenizer's eos token, for last-token pooling.
         max_length: most tokens a text may have, specials included; None for no limit.
         overlong: what happens to longer ones.
@@ -141,6 +122,8 @@ class TextEncoder:
         *,
         template: PairTemplate | None = None,
         chat: Literal["auto", "always", "never"] = "auto",
+        two_texts: bool = False,
+        split_special_tokens: bool = True,
         append_eos: bool = False,
         max_length: int | None = None,
         overlong: OverlongPolicy = "error",
@@ -155,15 +138,22 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.template = template or PairTemplate()
         self.chat = chat
+        self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
+        self.split_special_tokens = split_special_tokens
         self.append_eos = append_eos
         self.date = None if date is None else parse_date(date)
         self.positions = positions
         # Whether special tokens count is a state of the tokenizer, set before each call: one caller at a time.
         self._lock = threading.Lock()
         self._noticed: set[str] = set()
+        self._known: Known = {}
         self._literal = functools.lru_cache(maxsize=256)(self._tokenize_literal)
         self._content = functools.lru_cache(maxsize=16384)(self._tokenize_content)
-        self._prefix, self._suffix = self._special_tokens()
+        self._around = dict(zip(("prefix", "suffix"), self._special_tokens(), strict=True))
+        two = self._two_text_tokens() if two_texts and self.template.single == PairTemplate.single else None
+        self.two_texts = two is not None
+        self._around |= dict(zip(("start", "between", "end"), two or (), strict=False))
+        self._whole = WholeText(tokenizer, self._lock, split_special_tokens=split_special_tokens, content=self._content)
 
     @property
     def max_length(self) -> int | None:
@@ -191,18 +181,53 @@ class TextEncoder:
         texts = {"first": response_text(first, "first")}
         if second is not None:
             texts["second"] = response_text(second, "second")
-        uses_chat = self.chat == "always" or (
-            self.chat == "auto" and not isinstance(asked, str) and bool(getattr(self.tokenizer, "chat_template", None))
-        )
-        if not uses_chat:
-            return self._assemble(self._plain_pieces(asked, template), texts, limit)
+        if not self._uses_chat(asked, second is not None):
+            if second is None and self.two_texts:
+                return self._assemble(self._from_pieces(_two_text_pieces(asked, texts["first"]), texts), texts, limit)
+            return self._assemble(self._from_pieces(self._plain_pieces(asked, template), texts), texts, limit)
         turn = template.split("{prompt}", 1)[1].lstrip("\n")
-        if not isinstance(answer, str) and turn == "{first}":
-            try:
-                return self._assemble(self._turns_pieces(asked, answer), texts, limit)
-            except _TurnsError:
-                self._notice("the roles of a response")
-        return self._assemble(self._chat_pieces(asked, turn), texts, limit)
+        if turn == "{first}":
+            return self._assemble(self._conversation(asked, answer, texts), texts, limit)
+        return self._assemble(self._from_pieces(self._chat_pieces(asked, turn), texts), texts, limit)
+
+    def template_ids(self, prompt: Prompt, response: Response) -> list[int]:
+        """What ``apply_chat_template(tokenize=True)``, or ``tokenizer(prompt, response)``, makes of one response.
+
+        Asked of the tokenizer in one call, to hold :meth:`encode` against. Raises as the tokenizer does, and InputError
+        where neither form is in use.
+        """
+        asked, answer = canonical_prompt(prompt), canonical_response(response)
+        if not self.follows_tokenizer(prompt):
+            reject("backbone", "a text form of rmcore's own", "a chat template, or a tokenizer's form for two texts")
+        if self._uses_chat(asked, False):
+            turn = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            with self._lock:
+                found = self.tokenizer.apply_chat_template(
+                    [*_as_messages(asked), *turn], tokenize=True, chat_template=self._pinned()
+                )
+        else:
+            with self._lock:
+                found = self.tokenizer(
+                    _one_text(asked), response_text(answer), split_special_tokens=False, verbose=False
+                )
+        return list(found if isinstance(found, list) else found["input_ids"])
+
+    def follows_tokenizer(self, prompt: Prompt) -> bool:
+        """Whether one response to ``prompt`` is encoded as the tokenizer's own call would (:meth:`template_ids`)."""
+        if self._uses_chat(canonical_prompt(prompt), False):
+            return self.template.single.split("{prompt}", 1)[1].lstrip("\n") == "{first}"
+        return self.two_texts
+
+    def spells_special(self, text: str) -> bool:
+        """Whether ``text`` spells a special token, which is kept ordinary text."""
+        pattern = self._whole.spells_special
+        return pattern is not None and pattern.search(text) is not None
+
+    def _uses_chat(self, prompt: Canonical, pair: bool) -> bool:
+        if self.chat != "auto" or not self.has_chat_template:
+            return self.chat == "always"
+        own = self.template.pair != PairTemplate.pair if pair else self.template.single != PairTemplate.single
+        return not (isinstance(prompt, str) and own)
 
     # A piece is (segment name, kind, text): kind "literal" is template text, "content" is hostile text and "field"
     # names a response.
@@ -215,7 +240,7 @@ class TextEncoder:
         messages = _as_messages(prompt)
         pieces: list[tuple[str, str, str]] = []
         name = "prompt"
-        for part in render_conversation(self._render, [*messages, {"role": "assistant", "content": ""}], self._notice):
+        for part in render_pieces(self._render, [*messages, {"role": "assistant", "content": ""}], self._notice):
             if part.message == len(messages):
                 pieces += _template_pieces(turn, None)
                 name = ""
@@ -223,99 +248,75 @@ class TextEncoder:
                 pieces.append((name, "content" if part.kind == "text" else "literal", part.text))
         return pieces
 
-    def _turns_pieces(self, prompt: Canonical, answer: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-        """A conversation that goes on with the messages of a response; raises _TurnsError where it cannot."""
+    def _conversation(self, prompt: Canonical, answer: Canonical, texts: dict[str, str]) -> list[Run]:
+        """A conversation that goes on with a response."""
         messages = _as_messages(prompt)
-        try:
-            parts = render_conversation(self._render, [*messages, *answer], self._notice)
-        except InputError as error:
-            raise _TurnsError from error
-        pieces: list[tuple[str, str, str]] = []
-        name = "prompt"
-        for part in parts:
-            name = "first" if part.message >= len(messages) else name
-            pieces.append((name, "content" if part.kind == "text" else "literal", part.text))
-        return pieces
+        one: list[dict[str, Any]] = [{"role": "assistant", "content": texts["first"]}]
+        turns = [one] if isinstance(answer, str) else [answer, one]
+        for turn in turns:
+            whole = [_clean(message) for message in (*messages, *turn)]
+            try:
+                special = self._whole.spells_special
+                rendering = render_conversation(
+                    self._render,
+                    whole,
+                    self._notice,
+                    answer=len(messages),
+                    special=special,
+                    known=self._known,
+                )
+            except InputError:
+                if turn is turns[-1]:
+                    raise
+                self._notice("the roles of a response: shown as text within the messages instead")
+                continue
+            return self._whole.runs(rendering, len(messages))
+        raise AssertionError
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        pinned = None if self.date is None else pinned_template(self.tokenizer.get_chat_template(), self.date)
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=pinned))
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self._pinned()))
 
-    def _notice(self, field: str) -> None:
-        if field not in self._noticed:
-            self._noticed.add(field)
-            log.warning("the tokenizer's chat template leaves out %s: shown as text within the messages instead", field)
+    def _pinned(self) -> str | None:
+        return None if self.date is None else pinned_template(self.tokenizer.get_chat_template(), self.date)
 
-    def _assemble(self, pieces: list[tuple[str, str, str]], texts: dict[str, str], limit: TextLimit) -> EncodedText:
+    def _notice(self, what: str) -> None:
+        if what not in self._noticed:
+            self._noticed.add(what)
+            log.warning("the tokenizer's chat template leaves out %s", what)
+
+    def _from_pieces(self, pieces: list[tuple[str, str, str]], texts: dict[str, str]) -> list[Run]:
         # Ids a policy may cut (content) are kept apart from those it may not (template, special tokens).
-        runs: list[_Run] = []
+        runs: list[Run] = []
         current = "prompt"
         for name, kind, text in pieces:
             current = name or current
             if kind == "ids":
-                ids = self._prefix if text == "prefix" else self._suffix
+                ids = self._around[text]
             elif kind == "literal":
                 ids = self._literal(text)
             else:
                 ids = self._content(texts[text] if kind == "field" else text)
             if ids:
-                runs.append((current, kind in ("content", "field"), ids))
+                runs.append(Run(current, kind in ("content", "field"), ids))
+        return runs
+
+    def _assemble(self, runs: list[Run], texts: dict[str, str], limit: TextLimit) -> EncodedText:
         content = sum(len(ids) for _, cuttable, ids in runs if cuttable)
         excess = 0 if limit.max_length is None else sum(len(ids) for *_, ids in runs) - limit.max_length
         if excess > 0 and limit.overlong == "no-reward":
             return EncodedText((), content, unread=True, limit=limit)
-        whole = [_content_of(runs, name) for name in texts]
+        whole = [_content_of(runs, name) for name in texts] if len(texts) == 2 else []
         if excess > 0:
-            runs = self._shorten(runs, excess, limit)
+            runs = shorten(runs, limit, self.positions)
         segments: list[Segment] = []
         for name in ("prompt", "first", "second"):
-            ids = tuple(i for run, _, part in runs if run == name for i in part)
+            ids = tuple(chain.from_iterable(part for run, _, part in runs if run == name))
             if ids:
                 segments.append(Segment(name, ids))
         equal = len(whole) == 2 and _nothing_between(whole, [_content_of(runs, name) for name in texts])
         return EncodedText(
             tuple(segments), content, max(excess, 0), equal_responses=equal, limit=limit if excess > 0 else None
         )
-
-    def _shorten(self, runs: list[_Run], excess: int, limit: TextLimit) -> list[_Run]:
-        total = sum(len(ids) for *_, ids in runs)
-        assert limit.max_length is not None
-        if limit.overlong == "error":
-            reject("prompt and response", f"{total} tokens", f"at most {limit.max_length}", self._remedy(limit))
-        sizes = [len(ids) if cuttable else 0 for _, cuttable, ids in runs]
-        left = [0] * len(runs)
-        right = [0] * len(runs)
-        prompts = [k for k, run in enumerate(runs) if run[0] == "prompt" and run[1]]
-        # A unit is what is shortened as one: a response, or all messages of the prompt.
-        own = {name: [k for k, run in enumerate(runs) if run[0] == name and run[1]] for name in ("first", "second")}
-        units = [unit for unit in own.values() if unit]
-        if limit.overlong == "truncate-prompt-left":
-            for k in prompts:
-                left[k] = min(sizes[k], excess)
-                excess -= left[k]
-        elif limit.overlong == "truncate-longest":
-            excess -= _level([prompts, *units], sizes, right, excess, [0, *[1] * len(units)])
-        else:
-            least = max(1, limit.max_length // (_LEAST_SHARE * max(len(units), 1)))
-            excess -= _level(units, sizes, right, excess, [least] * len(units))
-            excess -= _level([prompts], sizes, right, excess, [0])
-            excess -= _level(units, sizes, right, excess, [1] * len(units))
-        if excess > 0:
-            reject(
-                "prompt and response",
-                f"{total} tokens, of which {excess} too many remain after the policy {limit.overlong!r}, which never "
-                "cuts a response to nothing",
-                f"at most {limit.max_length}",
-            )
-        return [(name, cut, ids[left[k] : len(ids) - right[k]]) for k, (name, cut, ids) in enumerate(runs)]
-
-    def _remedy(self, limit: TextLimit) -> str:
-        policies = f"an overlong policy: {', '.join(name for name in _POLICIES if name != 'error')}"
-        if self.positions is None:
-            return f"Pass a larger max_length, or {policies}"
-        if limit.max_length is not None and limit.max_length < self.positions:
-            return f"Pass a larger max_length (the model has {self.positions} positions), or {policies}"
-        return f"The model has no more positions. Pass {policies}"
 
     def _tokenize_literal(self, text: str) -> tuple[int, ...]:
         if not text:
@@ -327,10 +328,9 @@ class TextEncoder:
     def _tokenize_content(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
-        # JSON may carry half a surrogate pair, which no tokenizer takes: it becomes U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        split = self.split_special_tokens
         with self._lock:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            encoded = self.tokenizer(_clean(text), add_special_tokens=False, split_special_tokens=split, verbose=False)
         return tuple(encoded["input_ids"])
 
     def _special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -344,9 +344,19 @@ class TextEncoder:
             suffix = (*suffix, eos)
         return prefix, suffix
 
+    def _two_text_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+        """What the tokenizer puts before, between and behind two texts; None where it has no form for two."""
+        one, other = self._tokenize_literal("a"), self._tokenize_literal("b")
+        full = tuple(self.tokenizer("a", "b")["input_ids"])
+        for start in range(len(full)):
+            for border in range(start + len(one) + 1, len(full)):
+                if full[start : start + len(one)] == one and full[border : border + len(other)] == other:
+                    return full[:start], full[start + len(one) : border], full[border + len(other) :]
+        return None
 
-def _content_of(runs: list[_Run], name: str) -> tuple[int, ...]:
-    return tuple(i for run, own, ids in runs if own and run == name for i in ids)
+
+def _content_of(runs: list[Run], name: str) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(ids for run, own, ids in runs if own and run == name))
 
 
 def _nothing_between(whole: list[tuple[int, ...]], left: list[tuple[int, ...]]) -> bool:
@@ -355,30 +365,6 @@ def _nothing_between(whole: list[tuple[int, ...]], left: list[tuple[int, ...]]) 
         shorter = min(map(len, left))
         return left[0][:shorter] == left[1][:shorter]
     return left[0] == left[1]
-
-
-def _level(units: list[list[int]], sizes: list[int], right: list[int], excess: int, least: list[int]) -> int:
-    """Cut up to ``excess`` tokens from the ends of ``units`` into ``right``, the longest unit first; how many it was.
-
-    The longest is brought down to the next longest (or as far as needed) before another is touched, so none pays for
-    another; and no unit below its ``least``.
-    """
-    left = [sum(sizes[k] - right[k] for k in unit) for unit in units]
-    cut = 0
-    while cut < excess:
-        spare = [n for n in range(len(units)) if left[n] > least[n]]
-        if not spare:
-            break
-        longest = max(spare, key=lambda n: left[n])
-        others = max((left[n] for n in spare if n != longest), default=0)
-        drop = min(max(1, left[longest] - others), excess - cut, left[longest] - least[longest])
-        left[longest] -= drop
-        cut += drop
-        for k in reversed(units[longest]):
-            taken = min(drop, sizes[k] - right[k])
-            right[k] += taken
-            drop -= taken
-    return cut
 
 
 def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, str]]:
@@ -394,9 +380,30 @@ def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, 
     return pieces
 
 
+def _two_text_pieces(prompt: Canonical, response: str) -> list[tuple[str, str, str]]:
+    if not response:  # transformers makes one text of it
+        return [("prompt", "ids", "prefix"), ("", "content", _one_text(prompt)), ("", "ids", "suffix")]
+    pieces = [("prompt", "ids", "start"), ("", "content", _one_text(prompt)), ("", "ids", "between")]
+    return [*pieces, ("first", "field", "first"), ("", "ids", "end")]
+
+
+def _one_text(prompt: Canonical) -> str:
+    """A prompt for a model that takes a question and an answer."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0].keys() == {"role", "content"}:
+        return str(prompt[0]["content"])
+    return conversation_text(prompt) + "\n\nAssistant:"
+
+
+def _clean(value: Any) -> Any:
+    """The same with U+FFFD for each half of a surrogate pair, which JSON may carry and no tokenizer takes."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_clean(name): _clean(part) for name, part in value.items()}
+    return [_clean(part) for part in value] if isinstance(value, list) else value
+
+
 def _as_messages(prompt: Canonical) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-class _TurnsError(Exception):
-    """A chat template does not render a response's messages as turns of their own."""

@@ -112,7 +112,7 @@ def test_hostile_text_stays_ordinary_with_threads(tokenizer_for):
 
 
 def test_what_the_tokenizer_puts_around_a_text(tokenizer_for):
-    bert, llama, chatml = (tokenizer_for(n) for n in ("bert", "llama", "chatml"))
+    bert, llama, chatml = (tokenizer_for(n) for n in ("bert", "llama", "no-template"))
     assert TextEncoder(bert).encode("the fox", "good").ids[0] == bert.cls_token_id
     assert TextEncoder(bert).encode("the fox", "good").ids[-1] == bert.sep_token_id
     assert TextEncoder(llama).encode("the fox", "good").ids[0] == llama.bos_token_id
@@ -124,7 +124,7 @@ def test_what_the_tokenizer_puts_around_a_text(tokenizer_for):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_append_eos_once(tokenizer_for, family):
     tokenizer = tokenizer_for(family)
-    plain, ended = (TextEncoder(tokenizer, append_eos=e).encode("the fox", "good") for e in (False, True))
+    plain, ended = (TextEncoder(tokenizer, append_eos=e, chat="never").encode("the fox", "good") for e in (False, True))
     if family in ("bert", "roberta"):  # no eos at all; ends with it anyway
         assert ended == plain
     else:
@@ -166,10 +166,12 @@ def test_messages_without_a_chat_template_become_paragraphs(tokenizer_for):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_prompt_and_empty_response(tokenizer_for, family):
-    encoder = TextEncoder(tokenizer_for(family))
-    empty = encoder.encode("", "")
-    assert len(empty) > 0  # the template's own line break, or special tokens
-    assert empty.content_tokens == 0
+    for chat in ("auto", "never"):
+        encoder = TextEncoder(tokenizer_for(family), chat=chat)
+        empty = encoder.encode("", "")
+        assert len(empty) > 0  # the template's own line break, or special tokens
+        assert empty.content_tokens == 0
+        assert encoder.encode("", "good").content_tokens > 0
     assert encoder.encode("", "good").content_tokens == encoder.encode("", "good", "").content_tokens > 0
 
 
@@ -224,11 +226,18 @@ def test_a_default_system_prompt_is_part_of_the_prompt(tokenizer_for):
     assert tokenizer.decode(segments["first"]) == "yes<|im_end|>\n"
 
 
-def test_template_logic_does_not_see_the_response(tokenizer_for):
-    """Qwen's template cuts an answer at its last </think>; a policy must not be able to hide text that way."""
+def test_a_template_may_cut_a_response_and_that_is_told(tokenizer_for, caplog):
+    """Qwen's template keeps what follows the last </think>, and the model's authors score that; a pair shows both."""
     tokenizer = tokenizer_for("qwen")
-    ours = TextEncoder(tokenizer).encode(CONVERSATIONS[0], "secret </think> answer")
-    assert "secret </think> answer<|im_end|>" in tokenizer.decode(ours.ids)
+    encoder = TextEncoder(tokenizer)
+    cut = encoder.encode(CONVERSATIONS[0], "secret </think> answer")
+    assert list(cut.ids) == encoder.template_ids(CONVERSATIONS[0], "secret </think> answer")
+    assert cut.ids == encoder.encode(CONVERSATIONS[0], " answer").ids
+    assert [record.getMessage() for record in caplog.records] == [
+        "the tokenizer's chat template leaves out a part of a response, or changes it"
+    ]
+    pair = encoder.encode(CONVERSATIONS[0], "secret </think> answer", "b")
+    assert "secret </think> answer\n" in tokenizer.decode(pair.ids)
 
 
 def test_pair_of_a_conversation_is_one_assistant_turn(tokenizer_for):
@@ -242,7 +251,12 @@ def test_chat_policies(tokenizer_for):
     plain, chat = "hi", [{"role": "user", "content": "hi"}]
     auto, always, never = (TextEncoder(tokenizer, chat=c) for c in ("auto", "always", "never"))
     assert auto.encode(chat, "yes") == always.encode(plain, "yes") == always.encode(chat, "yes")
-    assert auto.encode(plain, "yes") == never.encode(plain, "yes")
+    assert auto.encode(plain, "yes") == always.encode(plain, "yes")
+    assert auto.encode(plain, "yes", "no") == always.encode(plain, "yes", "no")
+    own = PairTemplate(single="Q: {prompt} A: {first}")
+    written = TextEncoder(tokenizer, template=own).encode(plain, "yes")
+    assert written == TextEncoder(tokenizer, template=own, chat="never").encode(plain, "yes")
+    assert not set(written.ids) & special_ids(tokenizer)
     assert not set(never.encode(chat, "yes").ids) & special_ids(tokenizer)
 
 

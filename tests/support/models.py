@@ -234,7 +234,7 @@ class TableText(tuple[str, ...]):
     unread = False
 
     @property
-    def segments(self) -> tuple[str, ...]:
+    def ids(self) -> tuple[str, ...]:
         return tuple(map(str, self))
 
     @property

@@ -10,7 +10,17 @@ import torch
 
 from rmcore._base.errors import reject
 
-__all__ = ["block", "final_linear", "longest_exact", "pair_separator", "position_limit", "text_config", "unfit"]
+__all__ = [
+    "block",
+    "embedding_rows",
+    "final_linear",
+    "longest_exact",
+    "pair_separator",
+    "position_limit",
+    "takes_two_texts",
+    "text_config",
+    "unfit",
+]
 
 
 def text_config(model: Any) -> Any:
@@ -75,7 +85,26 @@ def pair_separator(model: Any, tokenizer: Any) -> int | None:
     if types < 2 or "token_type_ids" not in inspect.signature(model.forward).parameters:
         return None
     separator: int | None = getattr(tokenizer, "sep_token_id", None)
+    two = tokenizer("a", "b", return_token_type_ids=True)
+    if two["input_ids"].count(separator) > 1 and not any(two["token_type_ids"]):
+        return None  # this one gives two texts one type
     return separator
+
+
+def takes_two_texts(model: Any, tokenizer: Any) -> bool:
+    """Whether a model is an encoder whose tokenizer puts a separator between two texts."""
+    separator = getattr(tokenizer, "sep_token_id", None)
+    causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
+    if separator is None or causal or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    two: list[int] = tokenizer("a", "b")["input_ids"]
+    return two.count(separator) > tokenizer("a")["input_ids"].count(separator)
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids a model has states for; None if it does not say."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return None if rows is None else int(rows)
 
 
 def position_limit(model: Any) -> int | None:

@@ -1,0 +1,188 @@
+"""A rendered conversation as one text through the tokenizer, and which tokens are whose.
+
+The ids are those of ``apply_chat_template(tokenize=True)``: the whole text is tokenised, no pieces of it, since a
+tokenizer may merge over their borders or put a space before each. Whose a token is follows from the characters it came
+from. One difference is wanted: where a prompt or a response spells a special token, that stays ordinary text unless
+``split_special_tokens`` is off; then ids are the template's to the last.
+
+What stands before a special token of the template is tokenised apart from what stands behind, and kept: the prompt of a
+group is tokenised once.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmcore.model.chat import Place, Rendering
+from rmcore.model.encoding.limits import Run
+
+__all__ = ["WholeText"]
+
+
+class _Tokens(NamedTuple):
+    """Token ids (T,) and the characters (T,) where each begins and ends."""
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class WholeText:
+    """Tokenises rendered conversations for one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. Without offsets (a slow one) the prompt ends where tokens first differ from
+            those of another response.
+        lock: held while the tokenizer works.
+        split_special_tokens: whether texts that spell special tokens stay ordinary text.
+        content: token ids of a text as ordinary text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        lock: threading.Lock,
+        *,
+        split_special_tokens: bool,
+        content: Callable[[str], tuple[int, ...]],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
+        self._lock = lock
+        self._content = content
+        self._before = functools.lru_cache(maxsize=128)(self._tokenize)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {number: token.content for number, token in added.items() if token.special and token.content}
+        self._special = np.array(sorted(special) if split_special_tokens else [], dtype=np.int64)
+        every = {token.content for token in added.values()}
+        # A text may be cut before a token that is always found where it stands: it takes in no space before it, is not
+        # one for whole words only, and no other reaches into it.
+        safe = [
+            token.content
+            for token in added.values()
+            if token.special and not (token.lstrip or token.normalized or token.single_word) and token.content
+        ]
+        safe = [name for name in safe if not any(_reaches_into(other, name) for other in every)]
+        self._border = _any_of(safe)
+        self.spells_special = _any_of(list(special.values())) if split_special_tokens else None
+
+    def runs(self, rendering: Rendering, answer: int) -> list[Run]:
+        """The tokens of a rendered conversation.
+
+        Args:
+            rendering: of it.
+            answer: number of the message that the response begins with; what stands before its text is the prompt's.
+        """
+        places = rendering.places
+        begin = next((k for k, place in enumerate(places) if place.message >= answer), len(places))
+        tokens = self._cut_and_tokenize(rendering.text, places, begin)
+        if len(self._special):
+            tokens = self._as_text(tokens, rendering)
+        return _runs(tokens, rendering, begin)
+
+    def _cut_and_tokenize(self, text: str, places: tuple[Place, ...], begin: int) -> _Tokens:
+        last = places[begin - 1].stop if begin else 0
+        cut = 0
+        if self._border is not None and begin < len(places):
+            for border in self._border.finditer(text, last, places[begin].start):
+                cut = border.start()
+        if not cut:
+            return self._tokenize(text)
+        before, behind = self._before(text[:cut]), self._tokenize(text[cut:])
+        return _Tokens(
+            np.concatenate([before.ids, behind.ids]),
+            np.concatenate([before.starts, behind.starts + cut]),
+            np.concatenate([before.ends, behind.ends + cut]),
+        )
+
+    def _tokenize(self, text: str) -> _Tokens:
+        with self._lock:
+            encoded = self.tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+        ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return _Tokens(ids, offsets[:, 0], offsets[:, 1])
+
+    def _as_text(self, tokens: _Tokens, rendering: Rendering) -> _Tokens:
+        """The same with special tokens that texts have spelt as ordinary tokens."""
+        text = rendering.text
+        theirs = [*rendering.spelt, *((place.start, place.stop) for place in rendering.places)]
+        found = np.flatnonzero(np.isin(tokens.ids, self._special)).tolist()
+        spelt: list[tuple[int, int, int]] = []
+        for k in found:
+            # A special token may take in spaces around it, which may be a text's.
+            start, stop = int(tokens.starts[k]), int(tokens.ends[k])
+            own = text[start:stop].strip()
+            first = text.index(own, start, stop) if own else start
+            if any(begin < first + len(own) and end > first for begin, end in theirs):
+                spelt.append((k, start, stop))
+        if not spelt:
+            return tokens
+        parts: list[_Tokens] = []
+        done = 0
+        for k, start, stop in spelt:
+            ids = np.asarray(self._content(text[start:stop]), dtype=np.int64)
+            parts.append(_Tokens(*(column[done:k] for column in tokens)))
+            parts.append(_Tokens(ids, np.full(len(ids), start), np.full(len(ids), stop)))
+            done = k + 1
+        parts.append(_Tokens(*(column[done:] for column in tokens)))
+        return _Tokens(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _runs(tokens: _Tokens, rendering: Rendering, begin: int) -> list[Run]:
+    """Tokens by whose they are; ``begin`` is the number of the response's first place.
+
+    A token is a text's, so that it may be cut, if all of its characters are but spaces. The response begins with the
+    first token that has a character of it.
+    """
+    text, places = rendering.text, rendering.places
+    ids = tuple(tokens.ids.tolist())
+    starts = np.maximum.accumulate(tokens.starts)
+    ends = np.minimum.accumulate(tokens.ends[::-1])[::-1]
+    border = int(np.searchsorted(ends, places[begin].start, side="right")) if begin < len(places) else len(ids)
+    runs: list[Run] = []
+    done = 0
+
+    def add(stop: int, cuttable: bool) -> None:
+        nonlocal done
+        for low, high, name in ((done, min(stop, border), "prompt"), (max(done, border), stop, "first")):
+            if low < high:
+                runs.append(Run(name, cuttable, ids[low:high]))
+        done = max(done, stop)
+
+    for k, place in enumerate(places):
+        low = int(np.searchsorted(ends, place.start, side="right"))
+        high = int(np.searchsorted(starts, place.stop, side="left"))
+        if low < high and text[starts[low] : place.start].strip():
+            low += 1
+        if low < high and text[place.stop : ends[high - 1]].strip():
+            high -= 1
+        low = max(low, done, border if k >= begin else 0)
+        if low < high:
+            add(low, False)
+            add(high, True)
+    add(len(ids), False)
+    return runs
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+
+
+def _reaches_into(other: str, name: str) -> bool:
+    """Whether ``other`` may end within ``name``, or begin before it and go on behind."""
+    overlaps = any(other.endswith(name[:k]) for k in range(1, min(len(name), len(other))))
+    return overlaps or (other != name and name in other)
