@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.models import own_inputs
 
 import rmcore.model.backbone
 from rmcore._base.errors import CheckpointError, InputError
@@ -37,7 +38,7 @@ def raw(*ids: int) -> EncodedText:
 
 def alone(backbone: Backbone, text: EncodedText, **kwargs):
     with torch.no_grad():
-        return backbone.model(input_ids=torch.tensor([text.ids]), **kwargs)
+        return backbone.model(**own_inputs(backbone, text), **kwargs)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

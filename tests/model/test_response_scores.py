@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.models import own_inputs
 
 from rmcore import RewardEngine, RewardModel
 from rmcore._base.errors import InputError
@@ -62,7 +63,7 @@ def test_rewards_rank(make_backbone, preferences):
     encode = model.backbone.encoder.encode
     with torch.no_grad():
         own = [
-            float(model.backbone.model(input_ids=torch.tensor([encode("what is it?", t).ids])).logits) for t in texts
+            float(model.backbone.model(**own_inputs(model.backbone, encode("what is it?", t))).logits) for t in texts
         ]
     assert group.ranking.tolist() == sorted(range(4), key=lambda k: -own[k])
     assert float(group.rewards.sum()) == pytest.approx(0, abs=1e-9)

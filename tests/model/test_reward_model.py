@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import own_inputs
 
 from rmcore import RewardEngine, RewardModel
 from rmcore._base.errors import CheckpointError, InputError
@@ -180,7 +181,7 @@ def test_packed_groups_have_the_states_of_padded_rows(make_backbone, preferences
     ]
     rows = {}
     for packing in ("padded", "sdpa"):
-        backbone = make_backbone("qwen2", pooling="mean", packing=packing, **limit)
+        backbone = make_backbone("qwen2", pooling="mean", packing=packing, chat="never", **limit)
         head = RewardModel.fit(backbone, preferences[:2], mode=mode, num_features=8)[0].head
         model, backbone.stats = RewardModel(backbone, head), EncodingStats()
         rows[packing] = model.hidden_states(prompts, responses, orders=orders)
@@ -341,7 +342,7 @@ def test_upgrade_keeps_every_score(make_backbone, preferences, kind):
     with torch.no_grad():
         own = torch.stack(
             [
-                backbone.model(input_ids=torch.tensor([backbone.encoder.encode("what is it?", t).ids])).logits[0, 0]
+                backbone.model(**own_inputs(backbone, backbone.encoder.encode("what is it?", t))).logits[0, 0]
                 for t in texts
             ]
         ).double()

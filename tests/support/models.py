@@ -210,6 +210,16 @@ def make_backbone(tokenizer_for) -> Callable[..., Backbone]:
     return make
 
 
+def own_inputs(backbone: Backbone, text: Any) -> dict[str, Tensor]:
+    """A text as transformers' model takes it, alone: ids and, of BERT's two texts, the types the tokenizer gives."""
+    ids = torch.tensor([text.ids])
+    if backbone.model.config.model_type != "bert":
+        return {"input_ids": ids}
+    behind = (ids == backbone.tokenizer.sep_token_id).long().cumsum(1).roll(1, 1)
+    behind[:, 0] = 0
+    return {"input_ids": ids, "token_type_ids": behind.clamp(max=1)}
+
+
 # -- a head to do by hand --------------------------------------------------------------------------------------------
 
 
