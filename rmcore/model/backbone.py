@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.devices import checked_device
-from rmcore.model.encoding.agreement import require_same_tokens
 from rmcore.model.encoding.architecture import (
     block,
     embedding_rows,

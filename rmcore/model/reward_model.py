@@ -22,8 +22,8 @@ from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
+from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
-from rmcore.model.encoding.agreement import require_same_tokens
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares

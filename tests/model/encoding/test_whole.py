@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.chat_templates import CHAT_MODELS
 
 from rmcore._base.errors import CheckpointError
-from rmcore.model.encoding.agreement import SAMPLES, require_same_tokens, token_difference
+from rmcore.model.agreement import SAMPLES, require_same_tokens, token_difference
 from rmcore.model.text import TextEncoder
 
 DATE = "2026-01-02"
