@@ -103,6 +103,7 @@ def second_part(device: str, size: int) -> list[Step]:
     return [
         Step("ncu", 70, (*NCU, "-k", kernels, "-c", "24", *smoke)),
         Step("tune", 100, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
+        Step("forms", 60, _probe("forms", *common, "--size", str(size))),
         Step("size-8192", 50, _probe("score", "--size", "8192", "--rows", "1", "16", "64", "256", "4096")),
         Step("size-1024", 30, _probe("score", "--size", "1024", "--rows", "1", "16", "64", "256", "4096")),
         Step("bfloat16", 40, _probe("score", "--dtype", "bfloat16", "--rows", "1", "64", "1024")),

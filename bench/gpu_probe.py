@@ -283,8 +283,26 @@ def eager(probe: Probe) -> None:
         probe.attempt(f"eager {backend}", measure)
 
 
+def forms(probe: Probe) -> None:
+    """Triton's two ways to do one thing, side by side on the same inputs: ``heuristics.FORMS`` takes the faster."""
+    from rmcore.kernels import heuristics
+
+    problem = probe.problem()
+    for launch in ("plain", "overlapped"):
+        weights = peers.ours(problem).clone()  # what was planned for a head was planned for one form
+        with heuristics.forms(launch=launch):
+            for rows in probe.rows or (1, 64, 128, 256, 1024):
+                case = partial(_score_once, probe, problem, [weights], probe.hidden(rows), "triton", True)
+                probe.attempt(f"form launch {launch}, score", case, rows=rows)
+    for pairs in ("by pairs", "by groups"):
+        with heuristics.forms(pairs=pairs):
+            for k in (2, 4, 8, 16):
+                case = partial(_pairs, probe, peers.ours(problem), "triton", k)
+                probe.attempt(f"form pairs {pairs}", case, groups=64, k=k)
+
+
 STEPS: dict[str, Callable[[Probe], None]] = {
-    step.__name__: step for step in (environment, limits, smoke, score, versus, other, eager)
+    step.__name__: step for step in (environment, limits, smoke, score, versus, other, eager, forms)
 }
 
 

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import heuristics
 
 IDENTITY = tl.constexpr(0)
 COSINE = tl.constexpr(1)
@@ -36,6 +39,10 @@ local = threading.local()
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
     """Run ``kernel`` over ``grid``, or hand it to this thread's recorder (launches.py)."""
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **constants}
+    if "PDL" in kernel.arg_names:
+        options["PDL"] = heuristics.FORMS["launch"] == "overlapped"
+        if options["PDL"]:
+            options["launch_pdl"] = True
     recorder = getattr(local, "recorder", None)
     if recorder is not None:
         recorder.launch(kernel, grid, arguments, options)
@@ -50,6 +57,18 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         made: Tensor = recorder.empty(shape, dtype, device)
         return made
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+@triton.jit
+def after_the_last(PDL: tl.constexpr):
+    """Nothing of this kernel runs before the one launched before it is done, and the next one may get ready.
+
+    What is gained is the launch: the next kernel's programs are placed while this one's last are still at work. It is
+    safe because every kernel waits here, before it reads or writes anything.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import COSINE, IDENTITY, TANH, cdiv, cos_turns, empty, grouped, halves, launch, tanh
+from .common import COSINE, IDENTITY, TANH, after_the_last, cdiv, cos_turns, empty, grouped, halves, launch, tanh
 from .heuristics import Device
 
 PAD = 256
@@ -132,13 +132,14 @@ def project_kernel(
     x, x_stride, weight, bias, beta, out, logits, pieces, rows, inner, outer, padded, stop_every, scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CAST: tl.constexpr, SPLIT: tl.constexpr,
-    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
+    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One BM×BN tile of x weightᵀ over ``stop_every`` steps of BK, finished or stored as a piece. BK divides ``inner``.
 
     CAST multiplies x by ``scale`` before rounding it to the weight's dtype; without it x already has that dtype, and
     scaling the float32 sum by a power of two is the same and more exact.
     """
+    after_the_last(PDL)
     m, n = grouped(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(padded, BN), GROUP)
     rm = m * BM + tl.arange(0, BM)
     rn = n * BN + tl.arange(0, BN)
@@ -169,9 +170,11 @@ def project_kernel(
 @triton.jit(do_not_specialize=["rows", "count"])
 def join_kernel(
     pieces, bias, beta, out, logits, rows, outer, padded, count, scale,
-    BM: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add the ``count`` pieces of a tile in order and finish it."""
+    after_the_last(PDL)
     m, n = tl.program_id(0), tl.program_id(1)
     rm = m * BM + tl.arange(0, BM)
     rn = n * BN + tl.arange(0, BN)
@@ -188,9 +191,10 @@ def join_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def copy_kernel(
     x, row_stride, col_stride, beta, out, logits, rows, size, padded, scale,
-    BM: tl.constexpr, BN: tl.constexpr, HAS_BETA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_BETA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """s x in rows of ``padded`` columns: linear features without a layer, and strided or foreign rows made plain."""
+    after_the_last(PDL)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     place = x + rm[:, None].to(tl.int64) * row_stride + rn[None, :].to(tl.int64) * col_stride
@@ -203,8 +207,11 @@ def copy_kernel(
 
 
 @triton.jit
-def layernorm_kernel(z, beta, out, logits, size, padded, eps, BN: tl.constexpr, HAS_BETA: tl.constexpr):
+def layernorm_kernel(
+    z, beta, out, logits, size, padded, eps, BN: tl.constexpr, HAS_BETA: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """(z − mean) / √(var + eps) of one row, without affine part; reads z thrice, from the cache after the first."""
+    after_the_last(PDL)
     row = tl.program_id(0)
     source = z + row.to(tl.int64) * padded
     target = out + row.to(tl.int64) * padded

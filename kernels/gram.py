@@ -10,9 +10,10 @@ bytes N D of c written and read once more by ``weigh``, P read and written once 
 ====  ====================================================================================================
 
 Both operands of the product are the same rounded Φ̂, so the sum stays positive semi-definite whatever was lost in
-rounding. Lower tiles only; few of them are cut along the rows too. Tiles go to P through a float32 workspace of half
-its entries: adding to a float64 P straight from the accumulators does not fit the registers. Differences are formed in
-float32 and rounded once, together with √w.
+rounding. Lower tiles only; few of them are cut along the rows too, and so may be those beyond the last whole wave of
+programs (272 tiles on 132 multiprocessors: 264 whole, 8 in 16 pieces each). Tiles go to P through a float32 workspace
+of half its entries: adding to a float64 P straight from the accumulators does not fit the registers. Differences are
+formed in float32 and rounded once, together with √w.
 """
 
 from typing import NamedTuple
@@ -102,20 +103,27 @@ def _tile_origin(task, SHARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     return (a * SHARE + local % SHARE) * BM, (local // SHARE) * BN
 
 
-@triton.jit(do_not_specialize=["rows", "stop_every"])
+@triton.jit(do_not_specialize=["rows", "whole", "cut", "stop_every"])
 def gram_kernel(
-    phi, pieces, rows, padded, stop_every,
+    phi, pieces, rows, padded, whole, cut, stop_every,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One lower BM×BN tile of Φ̂ᵀΦ̂ over ``stop_every`` steps of BK rows → pieces[split, task] (BM, BN)."""
-    task, piece = tl.program_id(0), tl.program_id(1)
+    """One lower BM×BN tile of Φ̂ᵀΦ̂ → pieces[program] (BM, BN).
+
+    The first ``whole`` tiles have a program each, the others ``cut``, each for ``stop_every`` steps of BK rows.
+    """
+    program = tl.program_id(0)
+    steps = tl.cdiv(rows, BK)
+    late = tl.maximum(program - whole, 0)
+    task = tl.minimum(program, whole) + late // cut
+    start = (late % cut) * stop_every
+    stop = tl.where(program < whole, steps, tl.minimum(start + stop_every, steps))
     row, column = _tile_origin(task, SHARE, BM, BN)
     rk = tl.arange(0, BK)
     left = phi + rk[:, None].to(tl.int64) * padded + (row + tl.arange(0, BM))[None, :]
     right = phi + rk[:, None].to(tl.int64) * padded + (column + tl.arange(0, BN))[None, :]
-    start = piece * stop_every
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(start, tl.minimum(start + stop_every, tl.cdiv(rows, BK))):
+    for step in range(start, stop):
         offset = tl.cast(step, tl.int64) * (padded * BK)
         if EVEN:
             x = tl.load(left + offset)
@@ -124,23 +132,25 @@ def gram_kernel(
             x = tl.load(left + offset, mask=rk[:, None] < rows - step * BK, other=0.0)
             y = tl.load(right + offset, mask=rk[:, None] < rows - step * BK, other=0.0)
         acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
-    base = pieces + (piece.to(tl.int64) * tl.num_programs(0) + task) * (BM * BN)
+    base = pieces + program.to(tl.int64) * (BM * BN)
     tl.store(base + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["whole", "cut"])
 def add_kernel(
-    pieces, precision, size, row_stride, count, scale,
+    pieces, precision, size, row_stride, whole, cut, scale,
     BM: tl.constexpr, BN: tl.constexpr, SHARE: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """STRIP rows of a tile: its pieces added in order, P += scale · sum on and below the diagonal."""
-    row, column = _tile_origin(tl.program_id(0), SHARE, BM, BN)
+    task = tl.program_id(0)
+    row, column = _tile_origin(task, SHARE, BM, BN)
     rs = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
     rn = tl.arange(0, BN)
-    local = tl.program_id(0).to(tl.int64) * (BM * BN) + rs[:, None] * BN + rn[None, :]
+    local = rs[:, None] * BN + rn[None, :]
+    first = tl.minimum(task, whole) + tl.maximum(task - whole, 0) * cut
     acc = tl.zeros((STRIP, BN), dtype=tl.float32)
-    for piece in range(count):
-        acc += tl.load(pieces + local + tl.cast(piece, tl.int64) * tl.num_programs(0) * (BM * BN))
+    for piece in range(tl.where(task < whole, 1, cut)):
+        acc += tl.load(pieces + (first + piece).to(tl.int64) * (BM * BN) + local)
     place = precision + (row + rs)[:, None].to(tl.int64) * row_stride + (column + rn)[None, :]
     mask = (row + rs < size)[:, None] & ((column + rn)[None, :] <= (row + rs)[:, None])
     tl.store(place, tl.load(place, mask=mask, other=0.0) + (acc * scale).to(precision.dtype.element_ty), mask=mask)
@@ -186,16 +196,17 @@ def gram(phi: Tensor, precision: Tensor, device: Device, *, scale: float) -> Non
     share, blocks = tile.cols // tile.rows, cdiv(size, tile.cols)
     tiles = share * blocks * (blocks + 1) // 2
     steps = cdiv(rows, tile.depth)
-    split = heuristics.splits(tile, device, tiles, steps)
-    pieces = torch.empty(split, tiles, tile.rows, tile.cols, dtype=torch.float32, device=phi.device)
+    whole, cut = heuristics.cuts(tile, device, tiles, steps)
+    programs = whole + (tiles - whole) * cut
+    pieces = torch.empty(programs, tile.rows, tile.cols, dtype=torch.float32, device=phi.device)
     shape = {"BM": tile.rows, "BN": tile.cols, "SHARE": share}
     launch(
-        gram_kernel, (tiles, split),
-        phi, pieces, rows, padded, cdiv(steps, split),
+        gram_kernel, (programs,),
+        phi, pieces, rows, padded, whole, cut, cdiv(steps, cut),
         BK=tile.depth, EVEN=rows % tile.depth == 0, **shape, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     launch(
         add_kernel, (tiles, tile.rows // _ADD_ROWS),
-        pieces, precision, size, precision.stride(0), split, scale,
+        pieces, precision, size, precision.stride(0), whole, cut, scale,
         STRIP=_ADD_ROWS, **shape, warps=4, stages=1,
     )  # fmt: skip

@@ -13,11 +13,28 @@ No row has been measured on a GPU yet. Each follows from the figures below and c
 A measured row replaces one here together with the run that justifies it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["STAGED_ROWS", "WEIGH", "Device", "Tile", "device", "gram", "power", "product", "project", "span", "splits"]
+__all__ = [
+    "FORMS",
+    "STAGED_ROWS",
+    "WEIGH",
+    "Device",
+    "Tile",
+    "cuts",
+    "device",
+    "forms",
+    "gram",
+    "power",
+    "product",
+    "project",
+    "span",
+    "splits",
+]
 
 
 class Tile(NamedTuple):
@@ -31,6 +48,7 @@ class Tile(NamedTuple):
         stages: of its load pipeline.
         group: row tiles in a strip of programs that share operands in the L2.
         fill: 0 leaves the reduction whole; otherwise it is cut into pieces until this many programs a multiprocessor.
+        tail: tiles beyond the last whole wave are cut along the reduction, so that they take a part of a wave.
         paired: where all tasks fit on the device at once, a program takes a long and a short row of the triangle.
     """
 
@@ -42,6 +60,7 @@ class Tile(NamedTuple):
     group: int = 8
     fill: float = 0.0
     paired: bool = False
+    tail: bool = False
 
 
 class Device(NamedTuple):
@@ -55,6 +74,16 @@ _Table = dict[tuple[str, int], tuple[tuple[float, Tile], ...]]
 _ANY = float("inf")
 _MIN_STEPS = 4
 """A piece of a cut reduction has at least this many steps, or its pipeline never fills."""
+
+FORMS = {"launch": "plain", "pairs": "by pairs"}
+"""Where there are two ways to do the same and no GPU has said which is faster; the first of each is the older one.
+
+launch
+    ``plain``, or ``overlapped``: programmatic dependent launch (Hopper and later), see ``common.after_the_last``.
+pairs
+    ``by pairs``: 16 pairs a program, whose rows come from the L2 several times; or ``by groups``: all pairs of a group
+    in one program, which reads each row of y once.
+"""
 
 STAGED_ROWS = 33
 """From this many rows on, hidden states in a foreign dtype are converted once, by a kernel of their own, rather than by
@@ -144,6 +173,17 @@ for _table in (_PROJECT, _PRODUCT, _GRAM):
         _table["sm100", _size] = tuple((limit, _ON_BLACKWELL.get(tile, tile)) for limit, tile in _table["sm90", _size])
 
 
+@contextmanager
+def forms(**chosen: str) -> Iterator[None]:
+    """Other :data:`FORMS` for a while, to hold them side by side. For the whole process."""
+    before = {name: FORMS[name] for name in chosen}
+    FORMS.update(chosen)
+    try:
+        yield
+    finally:
+        FORMS.update(before)
+
+
 def device(of: torch.device) -> Device:
     """The table's name for a torch device. Unknown GPUs, and those with little shared memory, are ``portable``."""
     if of.type != "cuda":
@@ -180,6 +220,19 @@ def power(on: Device, width: int, rows: int) -> tuple[int, int]:
 def splits(tile: Tile, on: Device, tiles: int, steps: int) -> int:
     """Into how many pieces to cut a reduction of ``steps`` steps that ``tiles`` output tiles share."""
     return max(1, min(int(tile.fill * on.multiprocessors) // tiles, steps // _MIN_STEPS))
+
+
+def cuts(tile: Tile, on: Device, tiles: int, steps: int) -> tuple[int, int]:
+    """How many of ``tiles`` equally long tiles stay whole, and into how many pieces each of the others is cut.
+
+    A whole tile has a multiprocessor to itself, so ``tiles`` of them take ⌈tiles / multiprocessors⌉ waves.
+    """
+    if not tile.tail:
+        pieces = splits(tile, on, tiles, steps)
+        return (tiles, 1) if pieces == 1 else (0, pieces)
+    rest = tiles % on.multiprocessors
+    pieces = 1 if rest == 0 else min(on.multiprocessors // rest, steps // _MIN_STEPS)
+    return (tiles, 1) if pieces <= 1 else (tiles - rest, pieces)
 
 
 def span(tile: Tile, on: Device, tiles: int, row_tiles: int) -> int:

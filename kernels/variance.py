@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import AREA, EDGE, cdiv, empty, grouped, launch, power_of_two, triangle_row
+from .common import AREA, EDGE, after_the_last, cdiv, empty, grouped, launch, power_of_two, triangle_row
 from .heuristics import Device
 
 SQUARE = tl.constexpr(0)
@@ -33,6 +33,8 @@ TILE_EDGE = 128
 _SQUARE_ROWS = 16
 _STORED_ROWS = 1024
 """Where y is stored, tiles stay those of at most this many rows: the widest ones would spill registers."""
+_UNCUT_ROWS = 512
+"""From this many rows on no table cuts the reduction."""
 _SCORE_ROWS, _SCORE_PARTS = 32, 64
 
 
@@ -81,9 +83,10 @@ def _column_task(
 def column_kernel(
     c, c_stride, factor, out, rows, tiles, total,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr,
-    MODE: tl.constexpr, PAIRED: tl.constexpr,
+    MODE: tl.constexpr, PAIRED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Row sums of squares per tile of columns (SQUARE: out (columns, rows)), or y itself (STORE: out (rows, 128 n))."""
+    after_the_last(PDL)
     task = tl.program_id(0)
     if PAIRED:  # the middle one of an odd count is done twice, with the same result
         for half in range(2):
@@ -96,12 +99,13 @@ def column_kernel(
 @triton.jit(do_not_specialize=["rows", "tiles", "span"])
 def piece_kernel(
     c, c_stride, factor, out, rows, tiles, span,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """At most ``span`` tiles of one row of tiles: out[slot] (rows, 128).
 
     Rows a·span … a·span + span − 1 have a + 1 pieces each; slots count them block row by block row, pieces outermost.
     """
+    after_the_last(PDL)
     tiles_m = tl.cdiv(rows, BM)
     slot = tl.program_id(0) // tiles_m
     a = triangle_row(slot // span)
@@ -118,8 +122,11 @@ def piece_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
-def square_kernel(pieces, out, rows, span, BM: tl.constexpr, BN: tl.constexpr):
+def square_kernel(
+    pieces, out, rows, span, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Add the pieces of a tile in order, square, sum over its columns: out (tiles, rows)."""
+    after_the_last(PDL)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     i = tl.program_id(1)
     a = i // span
@@ -135,9 +142,10 @@ def square_kernel(pieces, out, rows, span, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "logit_parts", "square_parts", "out_stride"])
 def score_kernel(
     logits, squares, out, out_stride, rows, logit_parts, square_parts, beta0, factor_scale, amplitude,
-    BM: tl.constexpr, BP: tl.constexpr,
+    BM: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add the parts in order; g, v, u, p into the rows of out (4, B)."""
+    after_the_last(PDL)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rp = tl.arange(0, BP)
     place = rp[:, None].to(tl.int64) * rows + rm[None, :]
@@ -190,6 +198,8 @@ def product(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
     """y = factor c: (B ≥ 1, D') → (B, 128 n) float32."""
     rows, tiles = c.shape[0], cdiv(size, TILE_EDGE)
     tile = heuristics.product(device, c.element_size(), min(rows, _STORED_ROWS))
+    if tile.fill > 0 and tile.rows > 64:  # made to be cut: whole, its matrix instructions are serialised by Triton 3.6
+        tile = heuristics.product(device, c.element_size(), _UNCUT_ROWS)
     out = torch.empty(rows, tiles * TILE_EDGE, dtype=torch.float32, device=c.device)
     _columns(c, factor, out, tiles, tile, device, STORE)
     return out

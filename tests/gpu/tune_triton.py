@@ -59,6 +59,9 @@ def candidates(kernel: str, rows: int, arch: int) -> list[Any]:
             found += [tile, *(tile._replace(fill=fill) for fill in (1.0, 2.0) if rows <= 512)]
         if kernel == "gram":
             found.append(tile)
+    if kernel == "gram":  # first, so that no limit leaves them out: the last wave cut, beside the same tile whole
+        wide = Tile(128, 256, 64, 8, 4)
+        found = [wide, wide._replace(tail=True), *found]
     return found
 
 

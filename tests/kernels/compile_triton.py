@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -46,6 +47,7 @@ class Build(NamedTuple):
     spills: int
     unit: str
     serialized: bool
+    waits: bool  # for the kernel before it, which a program must before anything else if it may start early
 
 
 # -- the workload: calls that between them reach every row of every table ---------------------------------------------
@@ -62,6 +64,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         found = {limit for table in tables for limit, _ in table[KIND[arch], dtype.itemsize]}
         return sorted(int(limit) if limit < 1e9 else 8192 for limit in found)
 
+    yield from _other_forms(arch)
     square = {dtype: _weights(4096, 4096, dtype) for dtype in (half, torch.bfloat16, single)}
     normed = _weights(4096, 4096, half, layer=4096, activation="tanh", layernorm=True)
     if quick:
@@ -81,7 +84,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         for d in (4096, 8192):
             for precision in (torch.float32, torch.float64):
                 yield functools.partial(_accumulate, _weights(d, d, dtype), precision, dtype)
-        yield functools.partial(_pair_variance, weights, dtype, (8, 128, 512))
+        yield functools.partial(_pair_variance, weights, dtype, (8, 16, 32, 128, 512))
         for h in (1024, 4096, 5120, 16384):
             yield functools.partial(_power, h, dtype)
     for dtype, foreign in ((half, torch.bfloat16), (single, half)):
@@ -102,6 +105,32 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, weighted=True)
         yield functools.partial(_score, _weights(4096, 4096, dtype, projection=False), 64, dtype)
         yield functools.partial(_score, _weights(4096, 4096, dtype, features="linear"), 64, dtype)
+
+
+def _other_forms(arch: int) -> Iterator[Callable[[], None]]:
+    """What the tables do not choose but may come to: it must be as sound as what they do."""
+    from rmcore.kernels import heuristics
+
+    half = torch.float16
+    weights = _weights(4096, 4096, half)
+
+    def chosen(call: Callable[[], None], **forms: str) -> None:
+        with heuristics.forms(**forms):
+            call()
+
+    for k in (2, 4, 8, 16):
+        yield functools.partial(chosen, functools.partial(_pair_variance, weights, half, (64,), k), pairs="by groups")
+    if arch >= 90:
+        for rows in (1, 64, 256, 1024):
+            yield functools.partial(chosen, functools.partial(_score, weights, rows, half), launch="overlapped")
+        tile = heuristics.Tile(128, 256, 64, 8, 4, tail=True)
+
+        def gram() -> None:
+            with mock.patch.object(heuristics, "gram", return_value=tile):
+                _accumulate(weights, torch.float32, half)
+
+        if arch == 90:
+            yield gram
 
 
 def _weights(
@@ -152,12 +181,12 @@ def _accumulate(
         ))  # fmt: skip
 
 
-def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...], k: int = 8) -> None:
     from rmcore.ops.backends import triton as backend
 
     for groups in counts:
-        hidden = torch.empty(groups * 8, weights.hidden_size, dtype=dtype, device="meta")
-        backend.pair_variance(hidden, torch.full((groups,), 8), weights)
+        hidden = torch.empty(groups * k, weights.hidden_size, dtype=dtype, device="meta")
+        backend.pair_variance(hidden, torch.full((groups,), k), weights)
 
 
 def _power(h: int, dtype: torch.dtype, rows: int = 4096) -> None:
@@ -254,8 +283,9 @@ def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
     # ptxas says so where Hopper's matrix instructions cannot run beside others, which costs a large part of the speed.
     serialized = "wgmma.mma_async instructions are serialized" in log
     return Build(
-        arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills, unit, serialized
-    )
+        arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills, unit, serialized,
+        "griddepcontrol.wait" in ptx,
+    )  # fmt: skip
 
 
 def faults(build: Build) -> list[str]:
@@ -267,6 +297,8 @@ def faults(build: Build) -> list[str]:
         found.append(f"{build.shared} bytes of shared memory of {SHARED_LIMIT[build.arch]}")
     if build.serialized:
         found.append("serialized wgmma")
+    if build.waits != ("PDL=True" in build.constants):
+        found.append("starts early and does not wait" if not build.waits else "waits for nothing")
     return found
 
 

@@ -38,9 +38,9 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
     builds = json.loads((tmp_path / "builds").read_text())
     assert {build["arch"] for build in builds} == ARCHS
     kernels = {
-        "add_kernel", "centre_kernel", "column_kernel", "copy_kernel", "fold_kernel", "gram_kernel", "join_kernel",
-        "last_kernel", "layernorm_kernel", "pair_kernel", "piece_kernel", "project_kernel", "score_kernel",
-        "square_kernel", "step_kernel", "weigh_kernel",
+        "add_kernel", "centre_kernel", "column_kernel", "copy_kernel", "fold_kernel", "gram_kernel", "group_kernel",
+        "join_kernel", "last_kernel", "layernorm_kernel", "pair_kernel", "piece_kernel", "project_kernel",
+        "score_kernel", "square_kernel", "step_kernel", "weigh_kernel",
     }  # fmt: skip
     assert {build["kernel"] for build in builds} == kernels
 

@@ -26,7 +26,7 @@ import triton.language as tl
 import triton_checks as checks
 
 from rmcore import ops
-from rmcore.kernels import common, heuristics
+from rmcore.kernels import common, heuristics, pair_variance
 from rmcore.kernels.heuristics import Tile
 from rmcore.ops import plans
 from rmcore.ops.backends import triton as backend
@@ -293,7 +293,13 @@ def test_accumulate_with_weights_and_gaussian_likelihood(paired):
 
 
 @pytest.mark.parametrize(
-    "tile", [Tile(64, 64, 64, 4, 1, fill=8.0), Tile(64, 256, 32, 4, 1), Tile(128, 256, 64, 4, 1, fill=2.0)]
+    "tile",
+    [
+        Tile(64, 64, 64, 4, 1, fill=8.0),
+        Tile(64, 256, 32, 4, 1),
+        Tile(128, 256, 64, 4, 1, fill=2.0),
+        Tile(128, 128, 32, 4, 1, tail=True),  # six tiles on four multiprocessors: four whole, two cut
+    ],
 )
 def test_accumulate_by_every_shape_of_gram_tile(tile, tiles, monkeypatch):
     tiles(gram=tile)
@@ -367,6 +373,23 @@ def test_equal_rows_give_exactly_zero():
         assert not g[same].any()
         assert not v[same].any()
         assert bool((v[~same] > 0).all())
+
+
+@pytest.mark.parametrize(("k", "count"), [(2, 5), (5, 3), (8, 2), (16, 1)])
+def test_pair_variance_by_groups(k, count, monkeypatch):
+    taken = []
+    whole = pair_variance.groups
+    monkeypatch.setattr(pair_variance, "groups", lambda *call: (taken.append(call[2]), whole(*call)))
+    weights = checks.make_head(64, 140, torch.float16)
+    hidden = torch.randn(k * count, 64).half()
+    hidden[1] = hidden[0]
+    with heuristics.forms(pairs="by groups"):
+        g, v = checks.check_pair_variance(hidden, [k] * count, weights)
+        assert taken == [k]
+        checks.check_pair_variance(torch.randn(5, 64).half(), [2, 3], weights)  # of two sizes: by pairs
+        assert taken == [k]
+    assert g[0] == v[0] == 0
+    assert heuristics.FORMS["pairs"] == "by pairs"
 
 
 # -- power_iteration -------------------------------------------------------------------------------------------------

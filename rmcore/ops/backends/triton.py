@@ -244,7 +244,7 @@ def _feature_chunks(
 
 def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
-    from rmcore.kernels import features, pair_variance, variance
+    from rmcore.kernels import features, heuristics, pair_variance, variance
 
     device = _device(hidden.device)
     d = weights.num_features
@@ -264,7 +264,10 @@ def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> 
                 centred, logits = pair_variance.centre(c, first, weights.beta, weights.dtype)
                 y = variance.product(centred, weights.factor, d, device)
                 out = slice(pair, pair + taken)
-                pair_variance.pairs(y, logits, left, right, g[out], v[out], weights.factor_scale)
+                if heuristics.FORMS["pairs"] == "by groups" and pair_variance.by_groups(groups):
+                    pair_variance.groups(y, logits, groups[0], g[out], v[out], weights.factor_scale)
+                else:
+                    pair_variance.pairs(y, logits, left, right, g[out], v[out], weights.factor_scale)
             row, pair = row + rows, pair + taken
     return g, v
 
