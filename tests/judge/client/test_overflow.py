@@ -38,6 +38,14 @@ FORMS = [
     (400, "", "Input length (5000 tokens) exceeds the maximum allowed length (4090 tokens).", 4090, 5000),
     (500, "server_error", "the request exceeds the available context size. try increasing it", None, None),
     (400, "exceed_context_size_error", "request (5000 tokens) exceeds the available context size (4096)", 4096, 5000),
+    # As llama.cpp's server answered on 2026-11-28.
+    (
+        400,
+        "exceed_context_size_error",
+        "request (16031 tokens) exceeds the available context size (2048 tokens), try increasing it; n_ctx 2048",
+        2048,
+        16031,
+    ),
     (400, "exceed_context_size_error", "too long; n_prompt_tokens 5000; n_ctx 4096", 4096, 5000),
     (400, "", "prompt is too long: 208310 tokens > 200000 maximum", 200000, 208310),
     (400, "", "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000", 200000, None),
