@@ -37,6 +37,8 @@ from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
 from rmcore.model.families.load import Loaded, config_for, load_family
+from rmcore.model.families.pairs import PairTextEncoder
+from rmcore.model.families.remote_code import check_own_scores
 from rmcore.model.families.tensors import EMBEDDED_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.hub import folder_of
@@ -173,7 +175,7 @@ class Backbone:
         _check_positions(config.max_length, self.positions)
         self._published = published
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
-        self.encoder = TextEncoder(
+        self.encoder = (PairTextEncoder if self.pairwise else TextEncoder)(
             tokenizer,
             template=PairTemplate(config.single_template, config.pair_template),
             chat=config.chat,
@@ -185,6 +187,8 @@ class Backbone:
             date=config.date,
             positions=self.positions,
         )
+        if isinstance(self.encoder, PairTextEncoder) and published is not None:
+            self.encoder.form = published.pooler.family.pair_form
         self._separator = pair_separator(model, tokenizer)
         if self._separator is not None and not config.split_special_tokens:
             reject("split_special_tokens", False, "True with token types, which a separator in a text would shift")
@@ -317,7 +321,7 @@ class Backbone:
         config = configured(name, kwargs)
         if family is not None:
             config = replace(config, kind="classifier", pooling="classifier", family=family)
-        return cls.from_pretrained(
+        found = cls.from_pretrained(
             config_for(config, options),
             device=device,
             dtype=dtype,
@@ -328,6 +332,9 @@ class Backbone:
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
+        if found.config.family == "remote-code":
+            check_own_scores(found)
+        return found
 
     @property
     def device(self) -> torch.device:

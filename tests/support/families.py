@@ -19,7 +19,7 @@ from support.models import TOKENIZERS, _byte_level, _wrap
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["LAYOUTS", "Layout", "Tiny"]
+__all__ = ["HIDDEN", "LAYOUTS", "Layout", "Tiny", "llama3_tokenizer", "small_body"]
 
 HIDDEN = 16
 LLAMA3 = (
@@ -145,7 +145,7 @@ class Layout:
     def make(self) -> Tiny:
         """The parts, always the same."""
         tokenizer = self.tokenizer()
-        body = _body(self.body, tokenizer)
+        body = small_body(self.body, tokenizer)
         tensors = {self.prefix + key: value.clone() for key, value in body.state_dict().items()}
         config = {**body.config.to_dict(), "architectures": [self.architecture], **self.config}
         tiny = Tiny(tensors | self.head, config, tokenizer, body)
@@ -169,7 +169,7 @@ class Layout:
         return float(self.score(tiny.everything, states, ids, tiny.tokenizer))
 
 
-def _body(kind: str, tokenizer: Any) -> Any:
+def small_body(kind: str, tokenizer: Any) -> Any:
     t = transformers
     common = {"vocab_size": len(tokenizer), "hidden_size": HIDDEN, "num_hidden_layers": 2, "intermediate_size": 24}
     common |= {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id}

@@ -17,6 +17,7 @@ from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.families.detect import check_config, detect, leftover
 from rmcore.model.families.head import RewardHead
 from rmcore.model.families.internlm2 import as_llama
+from rmcore.model.families.pairs import pair_template
 from rmcore.model.families.pooling import Pooler
 from rmcore.model.families.registry import family_of
 from rmcore.model.families.spec import Family
@@ -71,6 +72,8 @@ def config_for(config: BackboneConfig, options: Options) -> BackboneConfig:
         check_config(values, _body_config(family, values, options), family)
     kind: Any = "classifier" if family.head is None else "reward"
     changes: dict[str, Any] = {"kind": kind, "pooling": kind, "family": family.name, "append_eos": False}
+    if family.pairwise:
+        changes["chat"] = "always"
     return replace(config, **changes)
 
 
@@ -88,9 +91,12 @@ def load_family(
     checkpoint.further(files, family)
     body = _body_config(family, values, options)
     check_config(values, body, family)
+    values = {"hidden_size": body.hidden_size, **values}
     tokenizer = read_tokenizer(config, options)
 
-    if family.chat_template and not getattr(tokenizer, "chat_template", None):
+    if family.pairwise:
+        tokenizer.chat_template = pair_template(family, tokenizer)
+    elif family.chat_template and not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = family.chat_template
 
     def token_id(text: str) -> int:

@@ -35,6 +35,15 @@ _BEAVER = (
     "{{ 'ASSISTANT:' + m['content'] + eos_token }}{% else %}{{ 'USER: ' + m['content'] + ' ' }}{% endif %}{% endfor %}"
 )
 
+_PAIRRM = (
+    "{% for m in messages %}{{ (sep_token if loop.index0 else '') + cls_token }}"
+    "{{ ['<|source|>', '<|candidate1|>', '<|candidate2|>'][loop.index0] + m['content'] }}{% endfor %}{{ sep_token }}"
+)
+_RLHFLOW_PAIR = (
+    "{% for m in messages %}{{ ['[CONTEXT] ', ' [RESPONSE A] ', ' [RESPONSE B] '][loop.index0] + m['content'] }}"
+    "{% endfor %}{{ ' \\n' }}"
+)
+
 CLASSIFIER = Family(
     name="classifier",
     models=("Skywork/Skywork-Reward-V2-Qwen3-8B", "sfairXC/FsfairX-LLaMA3-RM-v0.1", "OpenAssistant/reward-model-*"),
@@ -318,6 +327,8 @@ FAMILIES: tuple[Family, ...] = (
         tensors=("head_layer.1.weight", "head_layer.4.weight"),
         body="pretrained_model.",
         known=("cand_prefix_id", "drop_out"),
+        chat_template=_PAIRRM,
+        pair_form="pairrm",
         pairwise=True,
     ),
     Family(
@@ -328,7 +339,9 @@ FAMILIES: tuple[Family, ...] = (
         ),
         shown="logit of `A` less that of `B`",
         repositories=("*pair-preference-model*",),
+        chat_template=_RLHFLOW_PAIR,
         user_turn=True,
+        pair_form="turns",
         pairwise=True,
     ),
     TWO_LABELS,

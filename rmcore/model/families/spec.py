@@ -229,11 +229,12 @@ class Family:
         body_from: configuration key with the folder or hub name that has the body's configuration.
         convert: a layout of the body's tensors that has to be rewritten.
         append: what every text ends with.
-        chat_template: of a tokenizer that has none, or, of a pairwise family, of every one. A pair is a conversation
-            then whose last two messages are the two responses.
+        chat_template: of a tokenizer that has none, or, of a pairwise family, of every one. A pair is three messages
+            then: what was said so far, and the two responses.
         user_turn: the chat template is the content of a single user turn of the tokenizer's own one, without a further
             start of sequence.
         pairwise: scores a pair, not a response.
+        pair_form: how a conversation becomes those three texts (:mod:`rmcore.model.families.pairs`).
     """
 
     name: str
@@ -257,6 +258,7 @@ class Family:
     chat_template: str = ""
     user_turn: bool = False
     pairwise: bool = False
+    pair_form: Literal["", "pairrm", "turns"] = ""
 
     @property
     def read_keys(self) -> set[str]:
