@@ -144,14 +144,22 @@ CONFIGURATION = """from transformers import LlamaConfig
 class XConfig(LlamaConfig):
     model_type = "my_reward"
 """
-MODELING = """from transformers import LlamaForSequenceClassification
+MODELING = """import torch
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 from .configuration_x import XConfig
-class XRM(LlamaForSequenceClassification):
+class XRM(LlamaPreTrainedModel):
     config_class = XConfig
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * SCALE
-        return output
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        last = attention_mask.sum(1) - 1 if attention_mask is not None else -1
+        logits = self.score(states) * SCALE
+        return SequenceClassifierOutput(logits=logits[torch.arange(len(logits)), last])
 """
 
 

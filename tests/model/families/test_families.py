@@ -21,9 +21,6 @@ RESPONSES = [
 ]
 
 
-AWAITING_TEXT = {"ultrarm", "eurus", "beaver", "beaver-cost"}
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("published")
@@ -52,7 +49,7 @@ def check_scores(layout, model):
         assert torch.equal(scores.uncertainty, torch.ones_like(scores.uncertainty))
 
 
-@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - AWAITING_TEXT))
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_scores_are_the_published_ones(published, name):
     model = published(name)
     assert model.backbone.config.family == name
