@@ -7,6 +7,7 @@ it measured in OUT.jsonl, a row a line.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,13 +22,16 @@ from rich.table import Table
 from rmcore.evaluation.streams import find_data
 
 from .encode import encode_table
-from .harness import as_dict, environment, measure_limits
+from .harness import ISA_VARIABLES, as_dict, environment, measure_limits
 from .plots import draw
 from .results_file import ResultsFile
 from .setup import Row, Setup
 from .suites import SUITES
 
 __all__ = ["main"]
+
+HELD_TO = {"avx2": dict(zip(ISA_VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"), strict=True))}
+"""``--isa``: the environment that holds us and all peers to it."""
 
 CPU_BATCHES = (1, 4, 16, 64, 256, 1024)
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
@@ -104,8 +108,11 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _rates(limits: dict[str, Any]) -> str:
-    rates = ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in limits["matrix"].items())
-    return f"limits measured: {limits['bandwidth'] / 1e9:.0f} GB/s ({limits['bandwidth_kind']}), {rates}"
+    rates = ", ".join(
+        f"{kind} {rate / 1e12:.2f} {'TOP' if kind == 'int8' else 'TFLOP'}/s" for kind, rate in limits["matrix"].items()
+    )
+    kind = limits.get("matrix_kind", "a large product")
+    return f"limits measured: {limits['bandwidth'] / 1e9:.0f} GB/s ({limits['bandwidth_kind']}), {rates} ({kind})"
 
 
 def _line(row: Row) -> str:
@@ -147,6 +154,8 @@ def tables(rows: list[Row], document: dict[str, Any]) -> list[Table]:
 def _cell(row: Row) -> str:
     if "failed" in row:
         return "failed"
+    if "left_out" in row:
+        return f"left out ({row['left_out']})"
     if row["suite"] == "memory":
         return f"{row['build_s']:.2f} / {row['first_call_s']:.3f} / {row['bytes'] / 1e6:.0f}"
     if row["suite"] == "engine":
@@ -172,6 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="encode: how often the variants take turns")
     parser.add_argument("--data", type=Path, help="encode: preference data for lengths; default RMCORE_DATA, if set")
     parser.add_argument("--device")
+    parser.add_argument(
+        "--isa",
+        choices=sorted(HELD_TO),
+        help="CPU: hold us and every peer to this instruction set, whatever more the machine has",
+    )
     parser.add_argument("--budget", type=float, help="seconds a variant")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peers out")
     parser.add_argument(
@@ -179,6 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args(argv)
+    if arguments.isa and any(os.environ.get(name) != value for name, value in HELD_TO[arguments.isa].items()):
+        # Each library reads its variable once, some on import: a fresh process is the only way.
+        options = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "rmcore.bench", *options]
+        os.execve(sys.executable, command, os.environ | HELD_TO[arguments.isa])  # noqa: S606 (this interpreter)
     setup = setup_for(arguments)
     suites = arguments.suite or [name for name in SUITES if name != "encode"]
     name = "encode" if suites == ["encode"] and setup.device.type == "cpu" else setup.device.type

@@ -25,11 +25,13 @@ from torch import Tensor
 from rmcore._base.quantile import quantiles
 
 __all__ = [
+    "ISA_VARIABLES",
     "Call",
     "Limits",
     "Timing",
     "cache_bytes",
     "environment",
+    "left_out",
     "measure_limits",
     "rotations",
     "synchronize",
@@ -37,6 +39,12 @@ __all__ = [
 ]
 
 Call = Callable[[], object]
+
+ISA_VARIABLES = ("RMCORE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that hold us, torch, oneDNN and MKL to an instruction set, read when each is first used."""
+
+SLOWEST_CALL_S = 3.0
+"""A variant whose one call takes longer is not timed: it would take minutes, mostly in emulation."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do, measured just now: bytes/s, and FLOP/s of a large matrix product by dtype."""
+    """What this machine can do, measured just now: bytes/s, and operations/s of multiply-adds by dtype."""
 
     bandwidth: float
     bandwidth_kind: str
     matrix: dict[str, float] = field(default_factory=dict)
+    matrix_kind: str = "a large product"
 
     def floor(self, nbytes: float, flop: float, dtype: str) -> float:
         """The least seconds for moving ``nbytes`` and computing ``flop`` in ``dtype``."""
@@ -100,7 +109,20 @@ def time_calls(calls: Sequence[Call], device: torch.device, *, budget_s: float =
     )
 
 
+def left_out(call: Call, device: torch.device) -> str | None:
+    """Calls once; why there is no sense in timing it, or None."""
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    return f"one call took {seconds:.1f} s" if seconds > SLOWEST_CALL_S else None
+
+
 def _time_cpu(calls: Sequence[Call], budget_s: float, min_samples: int) -> Timing:
+    return _timing(_samples_cpu(calls, budget_s, min_samples), 1, "perf_counter, rotating copies")
+
+
+def _samples_cpu(calls: Sequence[Call], budget_s: float, min_samples: int) -> list[float]:
     samples: list[float] = []
     end = time.perf_counter() + budget_s
     while len(samples) < min_samples or (time.perf_counter() < end and len(samples) < 2000):
@@ -110,7 +132,7 @@ def _time_cpu(calls: Sequence[Call], budget_s: float, min_samples: int) -> Timin
         samples.append(time.perf_counter() - started)
         if len(samples) >= 3 and time.perf_counter() > end + 4 * budget_s:
             break
-    return _timing(samples, 1, "perf_counter, rotating copies")
+    return samples
 
 
 def _time_cuda(calls: Sequence[Call], device: torch.device, budget_s: float, min_samples: int) -> Timing:
@@ -154,48 +176,50 @@ def _timing(samples: list[float], calls: int, method: str) -> Timing:
 
 
 def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:
-    """Bandwidth (GPU: device-to-device copy, read + write; CPU: read by all threads) and matrix rate by dtype."""
-    size = 1 << (28 if quick or device.type == "cpu" else 30)
-    if device.type == "cuda":
-        source = torch.randn(size // 4, device=device)
-        target = torch.empty_like(source)
-        seconds = time_calls([lambda: target.copy_(source)], device, budget_s=0.3).low
-        bandwidth, kind = 2 * size / seconds, "copy, read + write"
-    else:
-        bandwidth, kind = (
-            max(_read_rates(size)),
-            "read by all threads, best of a bare read loop, torch's sum and its matrix-vector product",
-        )
-    matrix = {}
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    for name, dtype in kinds.items():
-        n = 8192 if device.type == "cuda" else (1024 if quick else 2048)
-        if device.type == "cpu" and dtype == torch.float16:
-            continue  # torch's CPU half product is not a limit of the machine
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = time_calls([lambda a=a, b=b: a @ b], device, budget_s=0.3, min_samples=5).low  # type: ignore[misc]
-        matrix[name] = 2 * n**3 / seconds
+    """Bandwidth (GPU: device-to-device copy, read + write; CPU: read by all threads) and multiply-add rate by dtype.
+
+    On a CPU both come from loops of our own (``csrc/cpu/read_rate.cpp``, ``multiply_all.cpp``), for the instruction set
+    the kernels run with: what torch gets may be an emulation, thousands of times slower than the machine.
+    """
     if device.type == "cpu":
-        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
-        seconds = min(
-            time_calls([lambda y=y: torch._int_mm(a, y)], device, budget_s=0.3, min_samples=5).low  # type: ignore[misc]
-            for y in (b, b.mT)
-        )
-        matrix["int8"] = 2 * n**3 / seconds
-    return Limits(bandwidth, kind, matrix)
+        return _cpu_limits(quick)
+    size = 1 << (28 if quick else 30)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = time_calls([lambda: target.copy_(source)], device, budget_s=0.3).low
+    matrix, n = {}, 8192
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.items():
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        taken = time_calls([lambda a=a, b=b: a @ b], device, budget_s=0.3, min_samples=5).low  # type: ignore[misc]
+        matrix[name] = 2 * n**3 / taken
+    return Limits(2 * size / seconds, "copy, read + write", matrix, f"torch's product of {n} × {n} matrices")
 
 
-def _read_rates(size: int) -> list[float]:
-    data = torch.randn(size // 4)
-    matrix, vector = data.view(-1, 4096), torch.randn(4096)
-    calls: list[Call] = [data.sum, lambda: matrix @ vector]
+def _cpu_limits(quick: bool) -> Limits:
+    size, threads = 1 << 28, torch.get_num_threads()
     try:
         from rmcore import _cpu
-    except ImportError:
-        pass
-    else:
-        calls.append(lambda: _cpu.read_all(data.data_ptr(), size, torch.get_num_threads()))
-    return [size / _time_cpu([call], 0.5, 5).low for call in calls]
+    except ImportError:  # no kernels of ours either: torch's float32 is what can be asked for
+        data, n = torch.randn(size // 4), 1024 if quick else 2048
+        a = torch.randn(n, n)
+        read, product = _least_s(data.sum), _least_s(lambda: a @ a)
+        return Limits(size / read, "torch's sum", {"float32": 2 * n**3 / product}, "torch's float32 product")
+    page = 2 << 20
+    raw = torch.zeros(size + page, dtype=torch.uint8)
+    start = raw.data_ptr() + -raw.data_ptr() % page
+    _cpu.advise_huge(start, size)
+    raw.fill_(1)
+    read = _least_s(lambda: _cpu.read_all(start, size, threads))
+    matrix = {}
+    for name in ("float32", "bfloat16", "float16", "int8"):
+        operations = _cpu.multiply_all(name, 1000, threads)  # the same at every call
+        matrix[name] = operations / _least_s(lambda name=name: _cpu.multiply_all(name, 1000, threads))  # type: ignore[misc]
+    told = f"multiply-adds on registers, {_cpu.isa()}"
+    return Limits(size / read, "read by all threads, huge pages wished for", matrix, told)
+
+
+def _least_s(call: Call) -> float:
+    return min(_samples_cpu([call], 0.5, 5))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -222,7 +246,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         told |= {"name": properties.name, "sms": properties.multi_processor_count, "cuda": torch.version.cuda}
     else:
         told |= {"name": _cpu_name(), "cores": os.cpu_count(), "isa": torch.backends.cpu.get_cpu_capability()}
+        told |= {"kernels_isa": _kernels_isa(), "load": os.getloadavg()[0]}
+        told |= {"held_to": {name: os.environ[name] for name in ISA_VARIABLES if name in os.environ}}
     return told
+
+
+def _kernels_isa() -> str:
+    try:
+        from rmcore import _cpu
+    except ImportError:
+        return "none"
+    return str(_cpu.isa())
 
 
 def _commit() -> str:

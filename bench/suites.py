@@ -29,7 +29,7 @@ from rmcore.ops.weights import FeatureMap
 from .eager import eager
 from .encode import encode
 from .engine import engine
-from .harness import Timing, as_dict, relative_error, rotations, synchronize, time_calls
+from .harness import Timing, as_dict, left_out, relative_error, rotations, synchronize, time_calls
 from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
 from .setup import Row, Setup
 
@@ -97,11 +97,16 @@ def _score_ours(setup: Setup, problem: Problem, dtype: torch.dtype) -> Iterator[
     h, d = problem.hidden_size, problem.num_features
     weights = ours(problem)
     copies = [weights, *(weights.clone() for _ in range(rotations(weights.nbytes(), setup.device) - 1))]
+    slow: dict[Backend, str] = {}
     for b in setup.batches:
         x = _hidden(b, h, setup.device, dtype)
         g, v = truth(problem, x[:64])
         for backend in _backends("score", setup, dtype, b, weights):
             setup.note(f"score {h}×{d} B={b} rmcore {backend} {_name(dtype)}")
+            if why := slow.get(backend) or left_out(partial(ops.score, x, weights, backend=backend), setup.device):
+                slow[backend] = f"B={b}: {why}" if backend not in slow else why
+                yield _absent(f"rmcore {backend}", dtype, slow[backend], h, d, b)
+                continue
             result = ops.score(x, weights, backend=backend)
             out = torch.empty(4, b, device=setup.device)
             calls = [partial(ops.score, x, w, backend=backend, out=out) for w in copies]
@@ -132,30 +137,38 @@ def _score_peers(setup: Setup, problem: Problem) -> Iterator[Row]:
         weights = peer.weights(problem)
         count = rotations(sum(t.numel() * t.element_size() for t in weights), setup.device)
         copies = [weights, *(tuple(t.clone() for t in weights) for _ in range(count - 1))]
+        why: str | None = None
         for b in setup.batches:
             if b <= peer.max_rows and (not peer.compiled or b in COMPILED_BATCHES):
                 setup.note(f"score {h}×{d} B={b} {peer.name}")
-                yield from _score_peer(setup, problem, peer, copies, b)
+                row = (
+                    _absent(peer.name, peer.dtype, why, h, d, b)
+                    if why
+                    else _score_peer(setup, problem, peer, copies, b)
+                )
+                why = row.get("left_out")
+                yield row
         del weights, copies
         _free(setup.device)
 
 
-def _score_peer(
-    setup: Setup, problem: Problem, peer: Peer, copies: Sequence[tuple[Tensor, ...]], b: int
-) -> Iterator[Row]:
+def _score_peer(setup: Setup, problem: Problem, peer: Peer, copies: Sequence[tuple[Tensor, ...]], b: int) -> Row:
     h, d = problem.hidden_size, problem.num_features
     x = _hidden(b, h, setup.device, setup.dtypes[0])
     run = torch.compile(peer.run, dynamic=False) if peer.compiled else peer.run
     try:
+        if peer.compiled:
+            run(x, *copies[0])
+        if why := left_out(partial(run, x, *copies[0]), setup.device):
+            return _absent(peer.name, peer.dtype, f"B={b}: {why}", h, d, b)
         got = run(x, *copies[0])
         calls = [partial(run, x, *w) for w in copies]
         timing = time_calls(calls, setup.device, budget_s=setup.budget_s)
     except Exception as error:  # a peer that cannot run is reported, never silently missing
-        yield {"suite": "score", "variant": peer.name, "h": h, "d": d, "rows": b, "failed": str(error)[:200]}
-        return
+        return {"suite": "score", "variant": peer.name, "h": h, "d": d, "rows": b, "failed": str(error)[:200]}
     floor = setup.limits.floor(peer.nbytes(b, h, d), peer.flop(b, h, d), _name(peer.dtype))
     g, v = peer_truth(peer, x[:64], copies[0])
-    yield _row(
+    return _row(
         "score",
         peer.name,
         peer.dtype,
@@ -168,6 +181,19 @@ def _score_peer(
         bytes=peer.nbytes(b, h, d),
         **_errors(got[0][:64], got[1][:64], g, v, peer.dtype),
     )
+
+
+def _absent(variant: str, dtype: torch.dtype, why: str, h: int, d: int, rows: int, suite: str = "score") -> Row:
+    """A variant that is too slow here to be timed: said, never silently missing."""
+    return {
+        "suite": suite,
+        "variant": variant,
+        "dtype": _name(dtype),
+        "h": h,
+        "d": d,
+        "rows": rows,
+        "left_out": why,
+    }
 
 
 def _errors(g: Tensor, v: Tensor, true_g: Tensor, true_v: Tensor, dtype: torch.dtype) -> Row:
@@ -333,6 +359,9 @@ def share(setup: Setup) -> Iterator[Row]:
             kept = peer.weights(problem)
             heads.append((peer.name, partial(peer.run, x, *kept)))
     for name, call in heads:
+        if why := left_out(call, setup.device):
+            yield _absent(name, dtype, why, h, d, pairs, "share")
+            continue
         timing = time_calls([call], setup.device, budget_s=setup.budget_s / 2)
         part = timing.median / (timing.median + backbone.median)
         yield {

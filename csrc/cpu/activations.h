@@ -60,14 +60,15 @@ inline void store_act(Act* out, int64_t low, Vec x) {
 
 // int8 activations: whole numbers −127 … 127, each row with a factor of its own.
 constexpr float kWhole = 127.0f;
-inline void store_whole(float* out, Vec x) { store(out, x); }
-#if defined(__AVX512VNNI__)
-inline void store_whole(uint8_t* out, Vec x) { store_bytes(out, x); }
-inline Vec load_whole(const uint8_t* p) { return load_bytes(p); }
-#endif
-inline Vec load_whole(const float* p) { return load(p); }
 template <class Act>
 constexpr Act kNothing = Same<Act, uint8_t>::value ? Act(128) : Act(0);  // 0 as store_whole writes it
+// Where store_whole puts a column of a row.
+template <class Act>
+inline int place_whole(int column) {
+  if (Same<Act, uint8_t>::value) return column;
+  constexpr int kOrder[4] = {0, 2, 1, 3};
+  return column / 4 * 4 + kOrder[column % 4];
+}
 
 constexpr float kLowTerm = 1.0f / (2.0f * kWhole);  // a low term's factor over its row's: rounding leaves half a step
 
@@ -92,8 +93,9 @@ float quantize_row(int64_t columns, Act* out, int64_t low, Values&& values, Outl
     if (low != 0) store_whole(out + low + i, nearest(mul(sub(x, whole), splat(1.0f / kLowTerm))));
   }
   for (int k = 0; outliers != nullptr && k < outliers->count; ++k) {
-    out[outliers->columns[k]] = kNothing<Act>;
-    if (low != 0) out[low + outliers->columns[k]] = kNothing<Act>;
+    const int place = place_whole<Act>(outliers->columns[k]);
+    out[place] = kNothing<Act>;
+    if (low != 0) out[low + place] = kNothing<Act>;
   }
   return extent.edge / kWhole + sum(spoilt);
 }

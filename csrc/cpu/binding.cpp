@@ -270,4 +270,14 @@ PYBIND11_MODULE(_cpu, m) {
         return read_all(pointer<const void>(data), bytes, threads);
       },
       py::arg("data"), py::arg("bytes"), py::arg("threads"));
+  m.def(
+      "multiply_all",
+      [](const std::string& dtype, int64_t rounds, int threads) {
+        const Dtype type = weight_dtype(dtype);
+        require(rounds > 0 && threads > 0, "multiply_all: expected at least one round and one thread");
+        py::gil_scoped_release release;
+        return kernels().multiply_all(type, rounds, threads);
+      },
+      py::arg("dtype"), py::arg("rounds"), py::arg("threads"),
+      "Multiply-adds on registers alone, as products with such weights take them; returns how many operations.");
 }

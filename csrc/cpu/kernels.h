@@ -77,7 +77,7 @@ struct AccumulateTask {
 };
 
 // Every kernel writes through its pointers and keeps its temporaries in `workspace`; with a null workspace it touches
-// nothing. All return the bytes of workspace these arguments need.
+// nothing. All return the bytes of workspace these arguments need; multiply_all has none, and returns operations.
 #define RMCORE_DECLARE_KERNELS                                                                                        \
   void pack_panels(const void* matrix, Dtype dtype, int64_t rows, int64_t cols, void* panels, int threads);           \
   void pack_factor(const void* tiles, Dtype dtype, int64_t size, void* panels, int threads);                          \
@@ -87,7 +87,8 @@ struct AccumulateTask {
   size_t pair_variance(const Head& head, const Rows& rows, const int64_t* group_sizes, int64_t groups, float* logits, \
                        float* variances, int threads, void* workspace);                                               \
   size_t power_iteration(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride,             \
-                         int iterations, float* vector, float* sigma, int threads, void* workspace);
+                         int iterations, float* vector, float* sigma, int threads, void* workspace);                  \
+  size_t multiply_all(Dtype dtype, int64_t rounds, int threads);
 
 namespace scalar {
 RMCORE_DECLARE_KERNELS
@@ -114,6 +115,7 @@ struct Kernels {
   decltype(&scalar::accumulate) accumulate;
   decltype(&scalar::pair_variance) pair_variance;
   decltype(&scalar::power_iteration) power_iteration;
+  decltype(&scalar::multiply_all) multiply_all;
 };
 
 // Those of active_isa().

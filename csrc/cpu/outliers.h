@@ -1,6 +1,7 @@
 // Outliers of int8 rows: the few columns so far beyond the rest of their row that whole numbers would leave the rest
 // nothing. They are taken out of the row before it is rounded, and join the product in float32 (Dettmers et al. 2022,
-// arXiv:2208.07339, who choose columns of a batch; here each row has its own, so that rows do not depend on each other):
+// arXiv:2208.07339, who choose columns of a batch; here each row has its own, so that rows do not depend on each
+// other):
 //
 //   x projectionᵀ = x' projectionᵀ + Σ_k x_k projection[:, k]      x' = x without its outliers k
 //

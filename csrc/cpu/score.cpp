@@ -15,9 +15,9 @@
 // rounded. Sums over panels are taken in a fixed order at the end, so results depend neither on the number of threads
 // nor on which rows share a call. A non-finite row spoils its own results only.
 //
-// int8 weights: rows and c as whole numbers with a factor a row (gemm.h), the outliers of a row apart (outliers.h), rows
-// in two terms where 2 h ≤ D, the diagonal of U apart in float32. β meets c before it is rounded. Half the bytes and,
-// with VNNI, half the time.
+// int8 weights: rows and c as whole numbers with a factor a row (gemm.h), the outliers of a row apart (outliers.h),
+// rows in two terms where 2 h ≤ D, the diagonal of U apart in float32. β meets c before it is rounded. Half the bytes
+// and half the time, with VNNI or without.
 //
 // Operands: bf16 weights with AVX-512 bf16 dot products take rows and c rounded to bf16 (float32 and fp16 rows in two
 // bf16 terms where 2 h ≤ D); every other combination multiplies in float32 with rows and c unrounded. Largest relative

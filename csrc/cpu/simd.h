@@ -45,7 +45,7 @@ inline float f16_to_float(uint16_t x) {
 
 using Vec = __m512;
 constexpr int kWidth = 16;
-constexpr int kColumnVecs = 4;  // vectors across a block of the matrix product
+constexpr int kRegisters = 32;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
@@ -71,26 +71,26 @@ inline Vec load_bf16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-// Interleaved pairs (a0 b0 a1 b1 ...) → a, b.
-inline void load_bf16_pairs(const uint16_t* p, Vec& a, Vec& b) {
+// Element kPart of interleaved pairs (a0 b0 a1 b1 ...).
+template <int kPart>
+inline Vec load_bf16_of_pairs(const uint16_t* p) {
   const __m512i pairs = _mm512_loadu_si512(p);
-  a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  if (kPart == 0) return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-// Interleaved quads (a0 b0 c0 d0 a1 ...) → a, b, c, d.
-inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
-  const __m512i quads = _mm512_loadu_si512(p);
-  a = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 24), 24));
-  b = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 16), 24));
-  c = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 8), 24));
-  d = _mm512_cvtepi32_ps(_mm512_srai_epi32(quads, 24));
-}
+
+// Not __m512i, whose sums gcc 12 writes back to the stack at every step of a product.
+typedef int Ints __attribute__((vector_size(64)));
+inline Ints splat_int(int x) { return (Ints)_mm512_set1_epi32(x); }
+inline Ints load_ints(const void* p) { return (Ints)_mm512_loadu_si512(p); }
+inline void store_ints(void* p, Ints a) { _mm512_storeu_si512(p, (__m512i)a); }
+inline Vec to_float(Ints a) { return _mm512_cvtepi32_ps((__m512i)a); }
 
 #elif defined(__AVX2__)
 
 using Vec = __m256;
 constexpr int kWidth = 8;
-constexpr int kColumnVecs = 2;
+constexpr int kRegisters = 16;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec splat(float x) { return _mm256_set1_ps(x); }
@@ -113,25 +113,25 @@ inline Vec load_bf16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-inline void load_bf16_pairs(const uint16_t* p, Vec& a, Vec& b) {
+template <int kPart>
+inline Vec load_bf16_of_pairs(const uint16_t* p) {
   const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  a = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-  b = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  if (kPart == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
-  const __m256i quads = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  a = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24), 24));
-  b = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 16), 24));
-  c = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 8), 24));
-  d = _mm256_cvtepi32_ps(_mm256_srai_epi32(quads, 24));
-}
+
+typedef int Ints __attribute__((vector_size(32)));
+inline Ints splat_int(int x) { return (Ints)_mm256_set1_epi32(x); }
+inline Ints load_ints(const void* p) { return (Ints)_mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_ints(void* p, Ints a) { _mm256_storeu_si256(static_cast<__m256i*>(p), (__m256i)a); }
+inline Vec to_float(Ints a) { return _mm256_cvtepi32_ps((__m256i)a); }
 
 #else  // any machine: four lanes of the compiler's own vectors
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef uint32_t VecBits __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
-constexpr int kColumnVecs = 2;
+constexpr int kRegisters = 16;
 
 inline Vec zero() { return Vec{}; }
 inline Vec splat(float x) { return Vec{x, x, x, x}; }
@@ -167,19 +167,21 @@ inline Vec load_f16(const uint16_t* p) {
 inline Vec load_bf16(const uint16_t* p) {
   return Vec{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
 }
-inline void load_bf16_pairs(const uint16_t* p, Vec& a, Vec& b) {
-  a = Vec{bf16_to_float(p[0]), bf16_to_float(p[2]), bf16_to_float(p[4]), bf16_to_float(p[6])};
-  b = Vec{bf16_to_float(p[1]), bf16_to_float(p[3]), bf16_to_float(p[5]), bf16_to_float(p[7])};
+template <int kPart>
+inline Vec load_bf16_of_pairs(const uint16_t* p) {
+  p += kPart;
+  return Vec{bf16_to_float(p[0]), bf16_to_float(p[2]), bf16_to_float(p[4]), bf16_to_float(p[6])};
 }
-inline Vec every_fourth(const int8_t* p) {
-  return Vec{static_cast<float>(p[0]), static_cast<float>(p[4]), static_cast<float>(p[8]), static_cast<float>(p[12])};
+
+typedef int Ints __attribute__((vector_size(16)));
+inline Ints splat_int(int x) { return Ints{x, x, x, x}; }
+inline Ints load_ints(const void* p) {
+  Ints a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
 }
-inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
-  a = every_fourth(p);
-  b = every_fourth(p + 1);
-  c = every_fourth(p + 2);
-  d = every_fourth(p + 3);
-}
+inline void store_ints(void* p, Ints a) { std::memcpy(p, &a, sizeof a); }
+inline Vec to_float(Ints a) { return __builtin_convertvector(a, Vec); }
 
 #endif
 
@@ -187,7 +189,7 @@ inline void load_i8_quads(const int8_t* p, Vec& a, Vec& b, Vec& c, Vec& d) {
 inline void store_bf16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
 }
-// (a, b) → interleaved pairs, the inverse of load_bf16_pairs.
+// (a, b) → interleaved pairs.
 inline void store_bf16_pairs(uint16_t* p, Vec a, Vec b) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
@@ -195,17 +197,17 @@ inline void store_bf16_pairs(uint16_t* p, Vec a, Vec b) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
-// Whole numbers −127 … 127 → bytes, 128 too high.
-inline void store_bytes(uint8_t* p, Vec a) {
-  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(128));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
-}
-inline Vec load_bytes(const uint8_t* p) {
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(bytes, _mm512_set1_epi32(128)));
-}
+// The compiler has `a` in a register here, and what it has loaded from memory it loads again.
+template <class T>
+inline void hold(T& a) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(a)::"memory");
+#elif defined(__SSE2__)
+  asm volatile("" : "+x"(a)::"memory");
+#else
+  (void)a;
 #endif
+}
 
 // The largest lane.
 inline float largest(Vec a) {

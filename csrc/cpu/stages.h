@@ -29,12 +29,12 @@ struct FeatureBuffers {
   Act* activated;      // (rows, m)
   int64_t hidden_low;  // from a row to its low term, or 0
   int64_t hidden_stride, layer_stride, activated_stride;
-  float* hidden_factor;                 // (rows), int8 only
-  float* hidden_low_factor;             // (rows), of their low terms
-  Outliers* outliers;                   // (rows), int8 only
-  Workspace::PerThread<float> acc;      // (rows of a task, 64)
-  Workspace::PerThread<float> scratch;  // (kConvertDepth, 64)
-  Workspace::PerThread<float> low_acc;  // (rows of a task, 64), int8 in two terms only
+  float* hidden_factor;                                   // (rows), int8 only
+  float* hidden_low_factor;                               // (rows), of their low terms
+  Outliers* outliers;                                     // (rows), int8 only
+  Workspace::PerThread<float> acc;                        // (rows of a task, 64)
+  Workspace::PerThread<typename Wide<W>::Store> scratch;  // (kConvertDepth, 64)
+  Workspace::PerThread<float> low_acc;                    // (rows of a task, 64), int8 in two terms only
 };
 
 template <class W>
@@ -58,7 +58,7 @@ FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, boo
     b.activated = workspace.take<Act>(rows * b.activated_stride);
   }
   b.acc = workspace.take_each<float>(threads, task_rows * kPanel);
-  b.scratch = workspace.take_each<float>(threads, kConvertDepth * kPanel);
+  b.scratch = workspace.take_each<typename Wide<W>::Store>(threads, kConvertDepth * kPanel);
   return b;
 }
 
@@ -132,7 +132,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
   using Act = typename W::Act;
   const int64_t groups = ceil_div(count, task_rows);
   float* acc = b.acc[team.rank()];
-  float* scratch = b.scratch[team.rank()];
+  auto* scratch = b.scratch[team.rank()];
 
   if (map.projection == nullptr && map.layer == nullptr) {  // c = s x: nothing to multiply
     const int64_t panels = panels_of(map.hidden);

@@ -1,7 +1,7 @@
 """int8 heads on the cpu backend: against float64, and against the same whole numbers multiplied by torch.
 
 The rule of test_cpu_score: at most twice the error that torch makes with operands rounded to the same whole numbers,
-plus a bound from the number of additions. Sums of whole numbers are exact with VNNI and rounded as float32 elsewhere.
+plus a bound from the number of additions. Sums of whole numbers are exact on every instruction set.
 """
 
 from __future__ import annotations
@@ -138,6 +138,9 @@ def test_instruction_sets_multiply_the_same_whole_numbers(h, d):
     for other in results[1:]:
         torch.testing.assert_close(other[0], results[0][0], rtol=0, atol=1e-5 * float(weights.beta.norm()))
         torch.testing.assert_close(other[1], results[0][1], rtol=2e-3 / math.sqrt(d) + 1e-5, atol=0)
+    for other in results[2:]:  # from AVX2 on, all multiply and add alike: only the last sums differ in their order
+        torch.testing.assert_close(other[0], results[1][0], rtol=0, atol=1e-6 * float(weights.beta.norm()))
+        torch.testing.assert_close(other[1], results[1][1], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
@@ -194,6 +197,84 @@ def test_rows_of_any_size(isa):
     got = run(hidden, weights)
     assert bool(got.isfinite().all())
     check(got[:, [0, 1, 3]], hidden[[0, 1, 3]], weights)
+
+
+# -- whole numbers, bit for bit --------------------------------------------------------------------------------------
+
+ROWS = (1, 2, 3, 5, 6, 7, 11, 12, 13, 16, 17, 64, 65, 255, 256)
+"""One register block and several, on both sides of where weights are widened first."""
+
+
+def whole_numbers(shape, extreme, seed):
+    """int8 of all values, −128 too; or −128, −127 and 127 alone, which make the largest sums there are."""
+    generator = torch.Generator().manual_seed(seed)
+    if extreme:
+        return torch.tensor([-128, -127, 127])[torch.randint(0, 3, shape, generator=generator)].to(torch.int8)
+    return torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+
+
+def whole_head(projection, scale, row, *, feature=0):
+    """β reads one feature. U is one row of whole numbers, its last, with nothing on its diagonal: v has one term."""
+    d, h = projection.shape
+    whole = torch.zeros(d, d, dtype=torch.int8)
+    whole[d - 1, : d - 1] = row[: d - 1]
+    beta = torch.zeros(d)
+    beta[feature] = 1.0
+    scales = torch.full((d,), scale)
+    feature_map = FeatureMap(
+        "rff", projection, torch.zeros(d), None, None, "none", False, h, d, torch.int8, projection_scale=scales,
+        feature_scale=1.0,
+    )  # fmt: skip
+    factor = reference.pack_lower(whole, 128)
+    return HeadWeights(feature_map, beta, 0.0, factor, 1.0, 0.4, torch.full((d,), 2.0**-9), torch.zeros(d))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_the_factor_s_whole_numbers_are_exact_bit_for_bit(isa, extreme):
+    _cpu.set_isa(isa)
+    for d in (2, 63, 64, 65, 129, 257, 1027):
+        # t = q p / 1024 exactly, so that c's whole numbers are known: rows are (127, q), which makes their factor 1.
+        p = whole_numbers((d,), False, d).long()
+        q = torch.randint(-127, 128, (256,), generator=torch.Generator().manual_seed(d))
+        if extreme:  # c = ±1
+            p, q = torch.where(p < 0, 64, 0), torch.full((256,), 8)
+            q[1::2] = 16
+        c = 127 * torch.cos(2 * math.pi * (q[:, None] * p).double() / 1024)
+        assert float(((c - c.floor()) - 0.5).abs().min()) > 1e-4  # on no edge
+        row = whole_numbers((d,), extreme, d + 1)
+        weights = whole_head(torch.stack([torch.zeros(d), p], 1).to(torch.int8), 2.0**-10, row)
+        hidden = torch.stack([torch.full((256,), 127.0), q.float()], 1)
+        sums = (c.round().long()[:, :-1] * row.long()[:-1]).sum(1)
+        y = sums.float() * 2.0**-9 * torch.tensor(1 / 127)
+        for rows in ROWS:
+            assert torch.equal(run(hidden[:rows], weights)[1], (y * y)[:rows]), (d, rows)
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("h", [2, 3, 63, 65, 255, 257, 1000, 4100])
+def test_the_projection_s_whole_numbers_are_exact_bit_for_bit(extreme, h):
+    d = 67 if h < 1000 else 3  # d ≥ 2 h takes a second term, which is 0 here
+    projection = whole_numbers((d, h), extreme, h)
+    hidden = whole_numbers((256, h), extreme, h + 1).clamp(min=-127).float()
+    hidden[:, 0] = 127.0
+    if extreme:  # the largest sums of either sign
+        hidden[0] = torch.where(projection[d - 1] < 0, -127.0, 127.0)
+        hidden[1] = -hidden[0]
+    sums = hidden.long() @ projection.long().T
+    results = {}
+    for feature in (0, d - 1):
+        weights = whole_head(projection, 2.0**-10, torch.zeros(d), feature=feature)
+        for isa in AVAILABLE:
+            _cpu.set_isa(isa)
+            full = run(hidden, weights)[0]
+            # A sum that is off by one turns c by 2π/1024; beyond 2²⁴ sums are rounded once, to float32.
+            expected = torch.cos(2 * math.pi * sums[:, feature].float().double() / 1024)
+            assert float((full.double() - expected).abs().max()) < 1e-6, isa
+            assert all(torch.equal(run(hidden[:rows], weights)[0], full[:rows]) for rows in ROWS), isa
+            results[isa] = full
+        fused = [results[isa] for isa in AVAILABLE[1:]]
+        assert all(torch.equal(other, fused[0]) for other in fused[1:])
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)

@@ -8,8 +8,8 @@ What to know as a caller:
 - bf16 heads on a CPU with AVX-512 bf16 dot products multiply hidden rows and c rounded to bf16; float32 and fp16 rows
   are taken in two bf16 terms where 2 h ≤ D, which costs little there. On every other CPU, and for fp16 and fp32 heads
   everywhere, rows and c stay float32. So fp16 is the accurate 16-bit head here and bf16 the fast one.
-- int8 heads round hidden rows and c to whole numbers too, with a factor a row, on every CPU: sums are exact integers
-  where there are 8-bit dot products (AVX-512 VNNI), and float32 sums of the same whole numbers elsewhere.
+- int8 heads round hidden rows and c to whole numbers too, with a factor a row, on every CPU. Their sums are exact
+  integers, by 8-bit dot products (AVX-512 VNNI) or 16-bit ones: every CPU finds the same.
 - float64 rows are computed in float32; for float64 arithmetic use the ``torch`` backend.
 - The first call with a head packs its weights into column panels kept in ``cache``: the head then exists twice in
   memory, canonical and packed.

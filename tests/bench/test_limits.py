@@ -1,0 +1,92 @@
+"""The machine's limits are measured by loops of our own; what runs in emulation is left out, aloud."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from rmcore.bench import __main__ as command
+from rmcore.bench import harness, suites
+from rmcore.bench.harness import Limits
+from rmcore.bench.setup import Setup
+
+_cpu = pytest.importorskip("rmcore._cpu")
+
+
+def test_rates_are_those_of_the_instruction_set_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_least_s", lambda call: (call(), 1e-3)[1])
+    kinds = ("float32", "bfloat16", "float16", "int8")
+    try:
+        for isa, times_float32 in (("scalar", 2.0), ("avx2", 2.0), ("avx512_bf16", 4.0)):
+            if isa not in ("scalar", _cpu.best_isa()) and not (isa == "avx2" and "avx" in _cpu.best_isa()):
+                continue
+            _cpu.set_isa(isa)
+            limits = harness.measure_limits(torch.device("cpu"), quick=True)
+            assert limits.matrix_kind == f"multiply-adds on registers, {isa}"
+            # Operations of one call: as many sums, each of as many numbers as one multiplication takes.
+            rates = {kind: limits.matrix[kind] / limits.matrix["float32"] for kind in kinds}
+            bf16 = 2.0 if isa == "avx512_bf16" else 1.0
+            assert rates == {"float32": 1.0, "bfloat16": bf16, "float16": 1.0, "int8": times_float32}
+            assert limits.floor(1.0, 1e12, "float16") == 1e12 / limits.matrix["float16"]
+    finally:
+        _cpu.set_isa("auto")
+
+
+def test_bad_arguments_of_the_loop_raise() -> None:
+    with pytest.raises(ValueError, match="dtype"):
+        _cpu.multiply_all("float64", 1, 1)
+    with pytest.raises(ValueError, match="round"):
+        _cpu.multiply_all("int8", 0, 1)
+
+
+def test_what_takes_seconds_a_call_is_left_out_and_not_tried_at_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SLOWEST_CALL_S", 0.0)
+    asked: list[str] = []
+    device, limits = torch.device("cpu"), Limits(1e9, "none", {"float32": 1e9})
+    setup = Setup(device, limits, ((64, 64),), (1, 4, 16), (torch.bfloat16,), 0.01, compiled=False)
+    monkeypatch.setattr(suites, "left_out", lambda call, device: (asked.append("x"), harness.left_out(call, device))[1])
+    rows = list(suites.score(setup))
+    variants = {row["variant"] for row in rows}
+    assert {"rmcore cpu", "rmcore torch", "torch eager, folded bf16", "torch eager, folded int8"} <= variants
+    assert len(rows) == 3 * len(variants)
+    assert len(asked) == len(variants)
+    for row in rows:
+        assert row["left_out"].startswith("B=1: one call took ")
+        line = command._line(row)
+        assert f"B={row['rows']} {row['variant']}" in line
+        assert "left out (B=1: one call took " in line
+    assert "left out" in str(command.tables(rows, {"limits": harness.as_dict(limits)})[0].columns[1]._cells)
+
+
+def test_isa_starts_anew_with_every_library_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+        started.extend((path, arguments, environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(SystemExit):
+        command.main(["--isa", "avx2", "--suite", "score"])
+    path, arguments, environment = started
+    assert (path, arguments) == (
+        sys.executable,
+        [sys.executable, "-m", "rmcore.bench", "--isa", "avx2", "--suite", "score"],
+    )
+    held = {name: environment[name] for name in harness.ISA_VARIABLES}
+    assert held == {
+        "RMCORE_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+    for name, value in held.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command, "setup_for", lambda _: (_ for _ in ()).throw(KeyError("set up")))
+    with pytest.raises(KeyError, match="set up"):  # held already: goes on
+        command.main(["--isa", "avx2"])
+    assert harness.environment(torch.device("cpu"))["held_to"] == held
