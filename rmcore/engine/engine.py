@@ -105,6 +105,12 @@ class RewardEngine:
             router = NeverRoute() if judge is None else ThresholdRouter(1.4)
         self.model = model if isinstance(model, RewardModel) else None
         self.head = model.head if isinstance(model, RewardModel) else model
+        if judge is not None and getattr(router, "by", None) == "u" and self.head.config.resolved_amplitude == 0:
+            log.warning(
+                "the head's amplitude is 0, so u is 1 for every pair and %s, which goes by it, cannot tell them apart: "
+                "give a published reward model uncertainties with `rmcore upgrade`",
+                type(router).__name__,
+            )
         self.judge = judge
         self.router = router
         self.epsilon = epsilon

@@ -25,6 +25,7 @@ __all__ = ["check_files", "folder_digests"]
 _DECIDING = (
     *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt", "*.model"),
+    "*_layer.pt",  # the heads of a family of reward models, tensors alone
     *("bpe.codes", "*.tiktoken", "tekken.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
 )
 _LARGE = 32 * 2**20

@@ -285,6 +285,16 @@ def test_questions_carry_the_texts_and_a_name(hand_head, table_model, scripted_j
 # -- routers in the engine -------------------------------------------------------------------------------------------
 
 
+def test_a_head_without_uncertainties_is_told_of_where_a_router_goes_by_them(hand_head, scripted_judge, caplog):
+    judge, sure = scripted_judge(lambda pair: Verdict(1.0)), hand_head([1.0], amplitude=0.0)
+    RewardEngine(sure)
+    RewardEngine(sure, judge, ThresholdRouter(1.0, by="margin"))
+    RewardEngine(hand_head([1.0]), judge)
+    assert not caplog.records
+    RewardEngine(sure, judge)
+    assert "amplitude is 0" in caplog.text
+
+
 def test_default_routers(hand_head, scripted_judge):
     assert isinstance(RewardEngine(hand_head([1.0])).router, NeverRoute)
     router = RewardEngine(hand_head([1.0]), scripted_judge(lambda _: Verdict.of("tie"))).router

@@ -19,7 +19,7 @@ from rmcore.model.families.head import RewardHead
 from rmcore.model.families.internlm2 import as_llama
 from rmcore.model.families.pairs import pair_template
 from rmcore.model.families.pooling import Pooler
-from rmcore.model.families.registry import family_of
+from rmcore.model.families.registry import FAMILIES, family_of
 from rmcore.model.families.spec import Family
 from rmcore.model.families.tensors import Checkpoint, TensorFiles
 from rmcore.model.hub import folder_of
@@ -60,8 +60,8 @@ def config_for(config: BackboneConfig, options: Options) -> BackboneConfig:
     family = family_of(config.family) if config.family is not None else None
     if family is None:
         values, files = checkpoint.config(), checkpoint.tensors()
-        for known in ("openrlhf", "llama-factory", "ldl"):  # those with files of their own
-            checkpoint.further(files, family_of(known))
+        for known in FAMILIES:
+            checkpoint.further(files, known)
         family = detect(config.name, values, files)
         if family is None:
             if options.trust_remote_code and values.get("auto_map"):

@@ -18,7 +18,6 @@ from rmcore._base.errors import CheckpointError, InputError
 from rmcore.cli import app
 from rmcore.model.families.registry import FAMILIES, family_of
 from rmcore.model.families.table import markdown
-from rmcore.model.text import EncodedText, Segment
 
 CHAT = [[{"role": "user", "content": "what is it?"}]]
 
@@ -91,12 +90,6 @@ def test_family_says_what_the_files_do_not(tmp_path):
     assert found.scores.tolist() == pytest.approx([layout.reference(tiny, "what is it?", "a dog")], abs=1e-5)
     with pytest.raises(InputError, match=r"family.*'nvidia'.*nvidia-lm"):
         RewardModel.from_pretrained(folder, device="cpu", family="nvidia")
-
-
-def test_a_prompt_outside_the_chat_template_is_refused_where_the_gate_reads_it(tmp_path):
-    model = RewardModel.from_pretrained(spoilt("armorm", tmp_path), device="cpu")
-    with pytest.raises(InputError, match="assistant's last turn"):
-        model.backbone.hidden([EncodedText((Segment("prompt", (7, 8, 9)),), 3)])
 
 
 def test_only_safetensors_are_read(tmp_path):
