@@ -55,6 +55,10 @@ struct Work {
   int triangular;  // row block b stops at its diagonal
   int split;       // 0: whole blocks, longest first in snake order; 1: equal shares of all steps, partial sums
   int workers;     // thread blocks that take part
+  // Divided on the host, since a division costs the device a dozen instructions, of 64 bits several dozen:
+  int quotient;      // steps of all blocks / workers
+  int remainder;     // and what is left: so many workers take one step more
+  int strips_shift;  // strips_per_block = 1 << strips_shift
 };
 
 struct Segment {
@@ -71,26 +75,29 @@ RMCORE_HD int block_steps(const Work& w, int block) {
 }
 
 // Steps of all blocks before `block`.
-RMCORE_HD int64_t steps_before(const Work& w, int block) {
-  if (!w.triangular) return static_cast<int64_t>(block) * w.steps;
+RMCORE_HD int steps_before(const Work& w, int block) {
+  if (!w.triangular) return block * w.steps;
   if (w.strips_per_block == 1) {
-    const int64_t q = block / 2;
+    const int q = block / 2;
     return q * (q + 1) + (block % 2) * (q + 1);
   }
-  const int64_t half = w.strips_per_block / 2;
-  if (block == w.blocks && w.blocks > 0) return half * (block - 1) * block / 2 + block_steps(w, block - 1);
-  return half * block * (static_cast<int64_t>(block) + 1) / 2;
+  const int half = w.strips_per_block / 2;
+  if (block == w.blocks && w.blocks > 0) return half * ((block - 1) * block / 2) + block_steps(w, block - 1);
+  return half * (block * (block + 1) / 2);
 }
 
-RMCORE_HD int64_t total_steps(const Work& w) { return steps_before(w, w.blocks); }
+RMCORE_HD int total_steps(const Work& w) { return steps_before(w, w.blocks); }
 
-// Share of worker i in split mode: [share_begin(i), share_begin(i + 1)) of all steps.
-RMCORE_HD int64_t share_begin(const Work& w, int worker) { return total_steps(w) * worker / w.workers; }
-RMCORE_HD int worker_of(const Work& w, int64_t step) {
-  return static_cast<int>(((step + 1) * w.workers - 1) / total_steps(w));
+// Share of worker i in split mode: [share_begin(i), share_begin(i + 1)) of all steps, no two differing by more than 1.
+RMCORE_HD int share_begin(const Work& w, int worker) {
+  return worker * w.quotient + (worker < w.remainder ? worker : w.remainder);
+}
+RMCORE_HD int worker_of(const Work& w, int step) {
+  const int longer = w.remainder * (w.quotient + 1);
+  return step < longer ? step / (w.quotient + 1) : w.remainder + (step - longer) / w.quotient;
 }
 
-RMCORE_HD int block_of(const Work& w, int64_t step) {
+RMCORE_HD int block_of(const Work& w, int step) {
   int low = 0, high = w.blocks - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -114,16 +121,16 @@ RMCORE_HD bool segment_of(const Work& w, int worker, int index, Segment& out) {
     out.end = block_steps(w, out.block);
     return true;
   }
-  const int64_t begin = share_begin(w, worker), end = share_begin(w, worker + 1);
+  const int begin = share_begin(w, worker), end = share_begin(w, worker + 1);
   if (begin >= end) return false;
   const int block = block_of(w, begin) + index;
   if (block >= w.blocks) return false;
-  const int64_t start = steps_before(w, block);
+  const int start = steps_before(w, block);
   if (start >= end) return false;
-  const int64_t stop = start + block_steps(w, block);
+  const int stop = start + block_steps(w, block);
   out.block = block;
-  out.begin = static_cast<int>((begin > start ? begin : start) - start);
-  out.end = static_cast<int>((end < stop ? end : stop) - start);
+  out.begin = (begin > start ? begin : start) - start;
+  out.end = (end < stop ? end : stop) - start;
   return true;
 }
 
@@ -251,14 +258,17 @@ inline Work plan_stage(int rows, int columns, bool triangular, int strips_per_bl
   Work w{};
   w.strips = 2 * divide_up(rows, 2 * kStripRows);
   w.strips_per_block = strips_per_block;
+  w.strips_shift = strips_per_block / 2;  // of 1, 2 and 4: 0, 1 and 2
   w.blocks = divide_up(w.strips, strips_per_block);
   w.steps = divide_up(columns, kStepColumns);
   w.triangular = triangular ? 1 : 0;
   w.workers = grid < w.blocks ? grid : w.blocks;
-  const int64_t total = total_steps(w);
-  const int64_t share = (total + grid - 1) / grid;
+  const int total = total_steps(w);
+  const int share = (total + grid - 1) / grid;
   w.split = force >= 0 ? force : longest_share(w) > share + kBarrierSteps ? 1 : 0;
-  if (w.split) w.workers = total < grid ? static_cast<int>(total) : grid;
+  if (w.split) w.workers = total < grid ? total : grid;
+  w.quotient = total / w.workers;
+  w.remainder = total % w.workers;
   return w;
 }
 
@@ -274,7 +284,8 @@ inline int ring_slots(int tiles, int64_t shared_bytes) {
 // chunk c of thread t starts at column (c · 256 + t) · (16 / element size).
 
 RMCORE_HD int share_of_rows(int rows, int worker, int workers) {
-  return static_cast<int>(static_cast<int64_t>(rows) * worker / workers);
+  const int quotient = rows / workers, remainder = rows % workers;
+  return worker * quotient + (worker < remainder ? worker : remainder);
 }
 RMCORE_HD int chunk_column(int chunk, int thread, int chunk_values) {
   return (chunk * kThreads + thread) * chunk_values;

@@ -254,7 +254,7 @@ __device__ __forceinline__ void finish_split(const ScoreParams& p, int stage, co
   const StageParams& s = p.stage[stage];
   const int row_in_strip = owned_row(threadIdx.x);
   for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x) {
-    const int block = strip / w.strips_per_block, r = strip % w.strips_per_block;
+    const int block = strip >> w.strips_shift, r = strip & (w.strips_per_block - 1);
     const int first = first_contributor(w, block), last = last_contributor(w, block);
     const int row = strip * kStripRows + row_in_strip;
     const float bias = s.bias != nullptr && row < s.valid ? __ldg(s.bias + row) : 0.0f;

@@ -9,6 +9,7 @@ namespace rmcore::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kMaxSize = 1 << 19;
 
 // Takes `bytes` from a workspace that is being laid out.
 int64_t take(int64_t& used, int64_t bytes) {
@@ -27,6 +28,12 @@ bool readable_in_place(const Head& head, const void* hidden, Scalar dtype, int64
 ScorePlan plan_score(const Head& head, int rows, int multiprocessors, int64_t shared_bytes, int force_split) {
   if (rows < 1 || rows > kMaxRows) {
     throw std::invalid_argument("rows: got " + std::to_string(rows) + ", expected 1 to " + std::to_string(kMaxRows));
+  }
+  // Steps are counted in 32 bits: a 16th of the rows times a 32nd of the columns.
+  const int64_t longest = std::max({head.hidden_size, head.num_features, head.layer_size});
+  if (longest > kMaxSize) {
+    throw std::invalid_argument("head: got sizes of up to " + std::to_string(longest) + ", expected at most " +
+                                std::to_string(kMaxSize));
   }
   if (head.dtype == Scalar::kFloat32) throw std::invalid_argument("dtype: got float32, expected float16 or bfloat16");
   ScorePlan plan{};

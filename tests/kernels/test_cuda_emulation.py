@@ -205,6 +205,22 @@ def test_results_repeat(library):
     assert torch.equal(emulate(library, hidden, weights, split=1), emulate(library, hidden, weights, split=1))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (1 << 19, 1 << 19), (1000, 33), (17, 5)])
+@pytest.mark.parametrize("triangular", [0, 1])
+def test_equal_shares_differ_by_one_step_and_leave_none_out(library, rows, columns, triangular):
+    columns = rows if triangular else columns
+    for strips in (1, 2, 4):
+        steps = (ctypes.c_int64 * 132)()
+        library.emulate_shares(rows, columns, triangular, strips, 132, ctypes.c_int(1), steps)
+        taken = [n for n in steps if n]
+        last = 2 * math.ceil(rows / 32) - 1  # of the strips, two to a step of the columns left of the diagonal
+        blocks = range(0, last + 1, strips)
+        full = math.ceil(columns / 32)
+        want = sum(min(b + strips - 1, last) // 2 + 1 for b in blocks) if triangular else len(blocks) * full
+        assert sum(taken) == want
+        assert max(taken) - min(taken) <= 1
+
+
 @pytest.mark.parametrize("grid", [78, 108, 132, 148])
 @pytest.mark.parametrize("size", [1024, 2048, 4096, 8192])
 @pytest.mark.parametrize(("triangular", "strips"), [(0, 2), (0, 4), (1, 1), (1, 4)])
@@ -242,6 +258,8 @@ def test_too_many_rows_and_too_little_memory_are_told(library):
     assert "expected 1 to 64" in library.emulate_message().decode()
     assert library.emulate_plan(0, 64, 64, 0, 0, 64, 132, ctypes.c_int64(48 << 10), plan) == 1
     assert "shared memory" in library.emulate_message().decode()
+    assert library.emulate_plan(0, 1 << 20, 64, 0, 0, 1, 132, ctypes.c_int64(1 << 18), plan) == 1
+    assert "expected at most 524288" in library.emulate_message().decode()
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
