@@ -82,6 +82,10 @@ def run(setup: Setup, suites: list[str], out: Path, console: Console) -> tuple[R
     }
     results = ResultsFile(out, header)
     console.print(_rates(header["limits"]), highlight=False)
+    machine = header["environment"]
+    if machine.get("load", 0.0) > 1.5 * machine.get("threads", 1):
+        load = f"load {machine['load']:.1f} on {machine['threads']} threads"
+        console.print(f"[red]others are at work here ({load}): neither limits nor timings are the machine's[/]")
     try:
         with _sigterm_interrupts(), results:
             for name in suites:
