@@ -117,7 +117,9 @@ def run(soak: Soak) -> dict[str, Any]:
             "soak",
             None,
             orders="one",
-            client=ClientOptions(concurrency=soak.in_flight, timeout_s=soak.timeout_s),
+            client=ClientOptions(
+                concurrency=soak.in_flight, first_concurrency=soak.in_flight, timeout_s=soak.timeout_s
+            ),
             deadline_s=soak.deadline_s,
         )
         engine = RewardEngine(_head(), judge, AlwaysRoute())

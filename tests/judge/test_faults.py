@@ -190,18 +190,18 @@ def test_whatever_a_transport_raises(ask, mock_judge, error, reason, attempts):
 
 
 def test_the_deadline_ends_a_batch(ask, make_judge, recorded):
-    # On the machine's clock: 40 calls of 0.2 s, two at a time, cannot be done in 0.5 s.
+    # On the machine's clock: 40 calls of 0.2 s, two at a time, take 4 s, and there is 1 s.
     with ReplayServer(recorded, latency_s=0.2) as server:
         started = time.monotonic()
         verdicts = ask(
-            make_judge(server.base_url, clock=SystemClock(), deadline_s=0.5, concurrency=2, orders="one"), *[PAIR] * 40
+            make_judge(server.base_url, clock=SystemClock(), deadline_s=1.0, concurrency=2, orders="one"), *[PAIR] * 40
         )
         took = time.monotonic() - started
     reasons = [v.reason for v in verdicts]
-    assert took < 1.5
-    assert 1 <= reasons.count("") <= 6
+    assert took < 3
+    assert 1 <= reasons.count("") <= 10
     assert reasons.count("") + reasons.count("deadline") == 40
-    assert server.requests <= 8
+    assert server.requests <= 12
 
 
 def test_the_deadline_also_ends_a_wait_for_a_place(mock_judge):

@@ -42,9 +42,6 @@ __all__ = ["ChatClient", "ClientState"]
 
 _logger = logging.getLogger(__name__)
 
-_FIRST_CONCURRENCY = 4
-"""A small server of one's own has a slot or two; to a large one, a few more round trips are nothing."""
-
 _Request: TypeAlias = tuple[Mapping[str, object], bytes, str]
 """Payload, the same as JSON, key."""
 
@@ -103,7 +100,7 @@ class ChatClient:
         """Everything that belongs to one process: locks, connections, and what was learnt about the endpoint."""
         options = self.options
         self._process = os.getpid()
-        self._slots = AdaptiveConcurrency(options.concurrency, start=_FIRST_CONCURRENCY)
+        self._slots = AdaptiveConcurrency(options.concurrency, start=options.first_concurrency)
         self._breaker = CircuitBreaker(options.breaker, options.clock)
         self._limits = RateLimits(options.requests_per_minute, options.tokens_per_minute, clock=options.clock)
         self._latency = LatencyEstimate()

@@ -26,6 +26,9 @@ class ClientOptions:
         concurrency: requests in flight at most, over all event loops and concurrent calls. How many there really are
             is found out by trying (:mod:`rmcore.judge.client.concurrency`). A call that waits to try again does not
             take up a slot. 1 for a model in this process, which answers one at a time anyway.
+        first_concurrency: requests in flight at first. The default suits a server of unknown size: a small one of one's
+            own has a slot or two, and to a large one a few more round trips are nothing. Give more where the capacity
+            is known.
         timeout_s: seconds for one attempt, connection and whole reply together.
         retry: see :class:`~rmcore._base.retry.RetryPolicy`.
         requests_per_minute, tokens_per_minute: limits of our own, ``None`` for none; attempts count, failed ones too.
@@ -45,6 +48,7 @@ class ClientOptions:
     """
 
     concurrency: int = 16
+    first_concurrency: int = 4
     timeout_s: float = 60.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     requests_per_minute: int | None = None
@@ -57,7 +61,8 @@ class ClientOptions:
     random_source: random.Random | None = None
 
     def __post_init__(self) -> None:
-        for name, unit in (("concurrency", "requests"), ("timeout_s", "seconds"), ("max_reply_bytes", "bytes")):
+        units = {"concurrency": "requests", "first_concurrency": "requests", "timeout_s": "seconds"}
+        for name, unit in (units | {"max_reply_bytes": "bytes"}).items():
             value = getattr(self, name)
             whole = name == "timeout_s" or isinstance(value, int)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not whole or not value > 0:

@@ -89,6 +89,17 @@ def test_two_thousand_requests_in_flight_without_a_thread_each(play):
     play(work, concurrency=2000)
 
 
+def test_a_server_of_known_capacity_is_used_at_once(play):
+    async def work(clock, endpoint, client):
+        await asyncio.gather(*(client.complete({"k": k}) for k in range(90)))
+        assert endpoint.most == 30  # 4 at first would have taken 4 + 8 + 16 calls in three seconds to come there
+        assert clock.now() == 3
+
+    play(work, concurrency=30, first_concurrency=1000)
+    with pytest.raises(JudgeError, match="first_concurrency: got 0, expected a positive number of requests"):
+        ClientOptions(first_concurrency=0)
+
+
 def test_a_call_that_waits_to_try_again_leaves_its_place_to_others(play):
     async def work(clock, endpoint, client):
         done = await asyncio.gather(*(client.complete({}) for _ in range(2)))
