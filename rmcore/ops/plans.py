@@ -29,6 +29,16 @@ _LIMIT = 256
 _DEVICES = {"cuda"}
 
 
+class _Plans(dict[tuple[object, ...], Launch]):
+    """A head's plans. They hold addresses of its tensors, so a copy of the head starts with none."""
+
+    def __deepcopy__(self, _memo: object) -> _Plans:
+        return _Plans()
+
+    def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
+        return _Plans, ()
+
+
 def _public_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
@@ -72,7 +82,7 @@ def keep(weights: HeadWeights, key: tuple[object, ...], hidden: Tensor, module: 
     if stream_of(hidden.device.index or 0) is None:
         return
     launch: Launch = (module.plan(hidden, weights) if hasattr(module, "plan") else None) or _never
-    plans: Any = weights.cache.setdefault(_CACHE, {})
+    plans: Any = weights.cache.setdefault(_CACHE, _Plans())
     if len(plans) >= _LIMIT:
         plans.clear()
     plans[key] = launch

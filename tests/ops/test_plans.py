@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,6 +140,16 @@ def test_a_launch_that_gave_up_ends_planned_calls_too(native, monkeypatch):
     scores = ops.score(hidden, weights)  # torch
     assert bool(torch.stack(scores).isfinite().all())
     assert len(native.launches) == count
+
+
+def test_a_copy_of_a_head_starts_without_plans(native):
+    weights = head()
+    ops.score(rows(5), weights)
+    assert len(weights.cache[plans._CACHE]) == 1
+    kept = {plans._CACHE: weights.cache[plans._CACHE]}  # the native head beside it cannot be copied at all
+    assert copy.deepcopy(kept) == {plans._CACHE: {}}
+    assert pickle.loads(pickle.dumps(kept)) == {plans._CACHE: {}}
+    assert plans._CACHE not in weights.clone().cache
 
 
 def test_calls_on_a_cpu_have_no_plans():

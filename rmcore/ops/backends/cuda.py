@@ -232,7 +232,7 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
         out.data_ptr(),
         workspace.data_ptr(),
         workspace.numel(),
-        device.index,
+        device.index or 0,
         stream,
     )
 
