@@ -42,7 +42,7 @@ from rmcore.model.families.remote_code import check_own_scores
 from rmcore.model.families.tensors import EMBEDDED_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.hub import folder_of
-from rmcore.model.loading import Options, choose_attention, configured, load, tree_kinds
+from rmcore.model.loading import REMOTE_CODE, Options, choose_attention, configured, load, tree_kinds
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
@@ -194,7 +194,8 @@ class Backbone:
             reject("split_special_tokens", False, "True with token types, which a separator in a text would shift")
         require_same_tokens(self.encoder)
         self._rows = embedding_rows(model)
-        self._final_linear = final_linear(model) if config.kind == "classifier" else None
+        outputs = 1 if config.family == REMOTE_CODE else None
+        self._final_linear = final_linear(model, outputs) if config.kind == "classifier" else None
         if config.layer is not None:
             block(model, config.layer)
         self._lock = threading.RLock()
@@ -332,7 +333,7 @@ class Backbone:
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
-        if found.config.family == "remote-code":
+        if found.config.family == REMOTE_CODE:
             check_own_scores(found)
         return found
 

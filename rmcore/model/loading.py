@@ -20,6 +20,7 @@ from rmcore.model.encoding.tree_attention import Kind
 from rmcore.model.hub import commit_of, folder_of, hub_failure
 
 __all__ = [
+    "REMOTE_CODE",
     "UNREAD_TENSORS",
     "Options",
     "by_weight",
@@ -31,6 +32,11 @@ __all__ = [
     "read_tokenizer",
     "tree_kinds",
 ]
+
+REMOTE_CODE = "remote-code"
+"""What stands for a family in the configuration of a model whose own code is run."""
+
+_CLASSIFIER = "AutoModelForSequenceClassification"
 
 UNREAD_TENSORS = (
     *("*rotary_emb.inv_freq", "*position_ids", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias"),
@@ -175,7 +181,9 @@ def load(
     """
     config = located(config, options)
     tokenizer = read_tokenizer(config, options)
-    loader = "AutoModelForSequenceClassification" if config.kind == "classifier" else "AutoModel"
+    loader = _CLASSIFIER if config.kind == "classifier" else "AutoModel"
+    if config.family == REMOTE_CODE:
+        loader = _own_loader(config, options)
     model, info, attention = read_model(loader, config, device, dtype, attn_implementation, options)
     if config.kind == "classifier":
         if info["missing_keys"]:
@@ -190,6 +198,15 @@ def load(
                 f"{', '.join(sorted(left)[:6])}. Something of this model would not be computed"
             )
     return config, model, tokenizer, attention
+
+
+def _own_loader(config: BackboneConfig, options: Options) -> str:
+    """Under which of transformers' classes a model registers its own; that of classifiers where there is choice."""
+    from transformers import AutoConfig
+
+    with _told(config):
+        own = getattr(AutoConfig.from_pretrained(config.name, **options.of(config)), "auto_map", None) or {}
+    return "AutoModel" if "AutoModel" in own and "AutoModelForSequenceClassification" not in own else _CLASSIFIER
 
 
 def by_weight(names: Iterable[str]) -> list[str]:

@@ -129,9 +129,9 @@ def block(model: Any, layer: int) -> torch.nn.Module:
     return blocks[layer - 1]
 
 
-def final_linear(model: Any) -> torch.nn.Linear:
-    """A classifier's last linear layer: the one whose outputs are its labels."""
-    labels = model.config.num_labels
+def final_linear(model: Any, outputs: int | None = None) -> torch.nn.Linear:
+    """A classifier's last linear layer: the one whose outputs are its labels, or as many as ``outputs``."""
+    labels = outputs or model.config.num_labels
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == labels]
     if not linears:
         reject("model", type(model).__name__, "a classifier that ends in a linear layer with num_labels outputs")

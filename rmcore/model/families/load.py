@@ -23,7 +23,7 @@ from rmcore.model.families.registry import FAMILIES, family_of
 from rmcore.model.families.spec import Family
 from rmcore.model.families.tensors import Checkpoint, TensorFiles
 from rmcore.model.hub import folder_of
-from rmcore.model.loading import Options, by_weight, located, read_model, read_tokenizer
+from rmcore.model.loading import REMOTE_CODE, Options, by_weight, located, read_model, read_tokenizer
 
 __all__ = ["Loaded", "config_for", "load_family"]
 
@@ -65,7 +65,7 @@ def config_for(config: BackboneConfig, options: Options) -> BackboneConfig:
         family = detect(config.name, values, files)
         if family is None:
             if options.trust_remote_code and values.get("auto_map"):
-                return replace(config, kind="classifier", pooling="classifier", family="remote-code", append_eos=False)
+                return replace(config, kind="classifier", pooling="classifier", family=REMOTE_CODE, append_eos=False)
             raise _unknown(config.name, values, files)
     if family.head is None:  # the others are checked where they are loaded
         values = checkpoint.config()

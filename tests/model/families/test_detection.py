@@ -146,7 +146,7 @@ class XRM(LlamaPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = LlamaModel(config)
-        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
@@ -156,12 +156,14 @@ class XRM(LlamaPreTrainedModel):
 """
 
 
-def with_code(folder: Path, scale: float) -> Path:
+def with_code(folder: Path, scale: float, loader: str = "AutoModelForSequenceClassification") -> Path:
     tiny = LAYOUTS["classifier"].make()
     tiny.config |= {"model_type": "my_reward", "architectures": ["XRM"]}
+    if loader == "AutoModel":  # which knows nothing of labels
+        del tiny.config["id2label"], tiny.config["label2id"]
     tiny.config["auto_map"] = {
         "AutoConfig": "configuration_x.XConfig",
-        "AutoModelForSequenceClassification": "modeling_x.XRM",
+        loader: "modeling_x.XRM",
     }
     tiny.write(folder)
     (folder / "configuration_x.py").write_text(CONFIGURATION)
@@ -192,6 +194,10 @@ def test_code_runs_when_trusted_only_and_nobody_is_asked(tmp_path, modules):
         RewardModel.from_pretrained(tmp_path / "saved", device="cpu")
     again = RewardModel.from_pretrained(tmp_path / "saved", device="cpu", trust_remote_code=True)
     assert again.score(CHAT, [["a dog"]])[0].scores.tolist() == pytest.approx([expected], abs=1e-5)
+    other = RewardModel.from_pretrained(
+        with_code(tmp_path / "auto", 1.0, "AutoModel"), device="cpu", trust_remote_code=True
+    )
+    assert other.score(CHAT, [["a dog"]])[0].scores.tolist() == pytest.approx([expected], abs=1e-5)
     scaled = with_code(tmp_path / "scaled", 3.0)  # its score is not its last layer's output
     with pytest.raises(CheckpointError, match="own code says"):
         RewardModel.from_pretrained(scaled, device="cpu", trust_remote_code=True)
