@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from support.families import LAYOUTS
 from support.folders import preference_rows
 from support.hub import FakeHub, read_folder
 
@@ -152,6 +153,15 @@ def test_a_reward_model_of_another_library(fake_hub: FakeHub, classifier_path: P
     here, there = load(str(classifier_path)), load("they/rm")
     assert torch.equal(there.score(PROMPTS, RESPONSES)[0].scores, here.score(PROMPTS, RESPONSES)[0].scores)
     assert there.backbone.config.revision == commit
+
+
+def test_a_published_reward_model_with_a_file_of_its_own(fake_hub: FakeHub, tmp_path: Path) -> None:
+    fake_hub.add("they/llama-factory", LAYOUTS["llama-factory"].make().write(tmp_path / "rm"))
+    here, there = load(str(tmp_path / "rm")), load("they/llama-factory")
+    assert there.backbone.config.family == "llama-factory"
+    assert torch.equal(there.score(PROMPTS, RESPONSES)[0].scores, here.score(PROMPTS, RESPONSES)[0].scores)
+    asked = {path.rpartition("/")[2] for _, path in fake_hub.requests}
+    assert not any(name.endswith((".py", ".bin")) for name in asked)
 
 
 # -- folders and names -----------------------------------------------------------------------------------------------
