@@ -459,21 +459,19 @@ class RewardModel:
         folder = hub.folder_of(name, revision, expected=f"a folder with {checkpoint.CONFIG_FILE}") or hub.download(
             os.fspath(name), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        loading: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "tokens_per_batch": tokens_per_batch,
+            "packing": packing,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
         if backbone is None and not (folder / checkpoint.CONFIG_FILE).is_file() and (folder / "config.json").is_file():
-            own = Backbone.from_reward_model(
-                os.fspath(name),
-                revision=revision,
-                family=family,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
-                device=device,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                tokens_per_batch=tokens_per_batch,
-                packing=packing,
-                **limits,
-            )
+            given = {"revision": revision, "family": family, **limits}
+            own = Backbone.from_reward_model(os.fspath(name), **given, **loading)
             log.info("%s: u is 1 everywhere until `rmcore upgrade` fits a posterior", name)
             return cls.as_published(own)
         if family is not None:
@@ -491,18 +489,7 @@ class RewardModel:
             if values.get("embedded"):
                 config = replace(config, name=str(folder / "backbone"), revision=None)
             config = replace(config, **limits)
-            loaded = Backbone.from_pretrained(
-                config,
-                device=device,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                tokens_per_batch=tokens_per_batch,
-                packing=packing,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
-                expected_files=values.get("backbone_files"),
-            )
+            loaded = Backbone.from_pretrained(config, expected_files=values.get("backbone_files"), **loading)
             if config.date is None and loaded.config.date is not None:
                 log.warning(
                     "%s: its chat template asks what day it is, and the folder, of an older rmcore, does not say: "
