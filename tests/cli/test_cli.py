@@ -326,3 +326,26 @@ def test_a_store_keeps_verdicts_between_runs(model: Path, tmp_path: Path) -> Non
             outputs.append(json.loads(result.stdout)["advantages"])
         assert server.requests == 6, "three pairs in both orders, bought once"
     assert outputs[0] == outputs[1]
+
+
+def test_select_chooses_the_pairs_worth_a_label(model: Path, tmp_path: Path) -> None:
+    pool, out = tmp_path / "pool.jsonl", tmp_path / "chosen.jsonl"
+    rows = [{"prompt": f"question {k}", "responses": ["good clear", "bad rude", f"odd vague {k}"]} for k in range(4)]
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = call("select", model, pool, "--by", "bald", "--count", 5, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    chosen = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(chosen) == 5
+    assert "chose 5 of 12 pairs of 4 prompts by bald" in result.stderr
+    for row in chosen:
+        texts = rows[row["group"]]["responses"]
+        assert row["responses"] == [texts[row["i"]], texts[row["j"]]]
+        assert 0 <= row["worth"] <= 1
+    assert [row["worth"] for row in chosen] == sorted((row["worth"] for row in chosen), reverse=True)
+    assert call("select", model, pool, "--count", 5, "-o", out).exit_code == 2  # it is there already
+    assert call("score", model, out).exit_code == 0  # what was chosen is input again
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text(json.dumps({"prompt": "p", "responses": ["one"]}) + "\n")
+    refused = call("select", model, alone, "--count", 1)
+    assert refused.exit_code == 2
+    assert "none with two responses" in refused.stderr

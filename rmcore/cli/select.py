@@ -1,0 +1,98 @@
+"""``rmcore select``: which pairs are worth a label."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Annotated, Literal
+
+import typer
+
+from rmcore._base.errors import reject
+from rmcore.cli import options
+from rmcore.cli.checks import Kept, check_device
+from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.cli.output import check_file, opened_output
+
+__all__ = ["select"]
+
+
+def select(
+    model: options.Model,
+    groups: Annotated[
+        str, typer.Argument(help="Prompts with two responses or more: a file, - or hf://org/name:split.")
+    ],
+    count: Annotated[int, typer.Option(help="How many pairs to choose.", min=1)],
+    by: Annotated[
+        Literal["bald", "d_optimality", "margin", "coreset", "delta_ucb", "thompson", "random"],
+        typer.Option(help="What makes a pair worth a label; delta_ucb and thompson choose one a prompt."),
+    ] = "bald",
+    beta: Annotated[float, typer.Option(help="Of delta_ucb: how many standard deviations count.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of random, thompson, and coreset's first pair.")] = 0,
+    out: Annotated[str, typer.Option("--out", "-o", help="File for the pairs, one JSON line each; - is stdout.")] = "-",
+    columns: options.Columns = None,
+    overwrite: options.Overwrite = False,
+    device: options.Device = None,
+    attn_implementation: options.AttnImplementation = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    no_cache: options.NoCache = False,
+    max_length: options.MaxLength = None,
+    overlong: options.Overlong = None,
+) -> None:
+    """Choose the pairs that a label would teach the head most about, best first: for people, or for a judge.
+
+    All pairs of responses of a prompt are candidates. A line holds the prompt, the two responses, where they come from
+    (the input's group, i and j), what the pair was worth when it was chosen, and the head's logit.
+
+    Example: `rmcore select my-rm pool.jsonl --by bald --count 500 -o to-label.jsonl`
+    """
+    kept = Kept()
+    with reported_errors(kept):
+        import torch
+
+        from rmcore.engine.acquisition import pair_pool, select_pairs
+        from rmcore.model.data import parse_columns, read_groups
+        from rmcore.model.reward_model import RewardModel
+
+        check_device(device)
+        check_file(out, inputs=[groups], overwrite=overwrite)
+        items = list(read_groups(groups, parse_columns(columns or [])))
+        if not any(len(group.responses) > 1 for group in items):
+            reject("groups", f"{len(items)} prompts, none with two responses", "at least one pair")
+        loaded = RewardModel.from_pretrained(
+            model,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            max_length=max_length,
+            overlong=overlong,
+        )
+        if loaded.mode != "difference":
+            reject(
+                "model", f"a head in {loaded.mode} mode", "one in difference mode, whose posterior is over responses"
+            )
+        kept.use(loaded.backbone, cache=not no_cache)
+        encoded = loaded.encode_groups([g.prompt for g in items], [g.responses for g in items])
+        with progress_bar() as bar:
+            hidden = loaded.hidden_rows(encoded, progress=encoding_progress(bar))
+            pool = pair_pool(loaded.head, hidden, torch.tensor([len(g.responses) for g in items]))
+            task = bar.add_task("choosing", total=min(count, len(pool)))
+            rows, worth = select_pairs(
+                pool, count, by, beta=beta, seed=seed, progress=lambda done, _of: bar.update(task, completed=done)
+            )
+            bar.update(task, completed=len(rows))
+        with opened_output(out) as output:
+            for row, value in zip(rows.tolist(), worth.tolist(), strict=True):
+                group, i, j = items[int(pool.group[row])], int(pool.i[row]), int(pool.j[row])
+                output.write(
+                    {
+                        "prompt": group.prompt,
+                        "responses": [group.responses[i], group.responses[j]],
+                        "group": int(pool.group[row]),
+                        "i": i,
+                        "j": j,
+                        "worth": value if value != float("inf") else None,
+                        "logit": float(pool.logit[row]),
+                    }
+                )
+        pairs = sum(1 for group in items for _ in combinations(group.responses, 2))
+        notes.print(f"chose {len(rows)} of {pairs} pairs of {len(items)} prompts by {by}")
