@@ -6,7 +6,6 @@
 // checked besides the numbers: that a slot of the ring holds the step which is read from it, and how often each 16-byte
 // chunk of the weights is fetched.
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -383,25 +382,31 @@ void emulate(Head head, const float* hidden, int64_t stride, int rows, int in_pl
   }
 }
 
-// The barrier of barrier.h between threads of the host, each standing for a thread block.
+// The barrier of barrier.h between threads of the host, each standing for a thread block. Its clock goes on only while
+// every block that has not ended waits: how the host schedules its threads is no reason to give up.
 struct HostBarrier {
   std::atomic<unsigned>*counter, *board;
   std::atomic<uint64_t>* word;
-  std::atomic<int>* looks;  // at the clock
-  uint64_t nanoseconds;
+  std::atomic<int>*waiting, *alive, *looks;  // blocks that wait, that have not ended; looks at the clock
+  std::atomic<uint64_t>* time;
+  uint64_t patience;
 
   void note(int block, int phase) const { board[block].store(phase, std::memory_order_relaxed); }
   unsigned noted(int block) const { return board[block].load(std::memory_order_relaxed); }
-  unsigned add(unsigned n) const { return counter->fetch_add(n, std::memory_order_release); }
+  unsigned add(unsigned n) const {
+    const unsigned before = counter->fetch_add(n, std::memory_order_release);
+    ++*waiting;  // after it: where all wait, all have come that ever will
+    return before;
+  }
   unsigned load() const {
     std::this_thread::yield();
     return counter->load(std::memory_order_acquire);
   }
   uint64_t now() const {
-    looks->fetch_add(1);
-    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+    ++*looks;
+    return *waiting == *alive ? ++*time : time->load();
   }
-  uint64_t limit() const { return nanoseconds; }
+  uint64_t limit() const { return patience; }
   void report(uint64_t r) const { word->store(r); }
 };
 
@@ -435,23 +440,30 @@ int emulate_score(int dtype, int h, int d, int m, const float* projection, int64
 // `blocks` thread blocks meet `phases` times over a board that holds anything; block `missing` (-1: none) ends before
 // phase `from`. Fills came[blocks] with the barriers each passed, word with the report, total with what the counter
 // holds and the sum of what the others had written before each barrier that a block passed. Returns looks at the clock.
-int emulate_barrier(int blocks, int phases, int missing, int from, int64_t limit_ns, int* came, uint64_t* word,
+int emulate_barrier(int blocks, int phases, int missing, int from, int64_t patience, int* came, uint64_t* word,
                     int64_t* total) {
   std::atomic<unsigned> counter{0};
   std::vector<std::atomic<unsigned>> board(blocks), written(blocks);
   std::atomic<uint64_t> report{0};
-  std::atomic<int> looks{0};
+  std::atomic<int> looks{0}, waiting{0}, alive{blocks};
+  std::atomic<uint64_t> time{1};
   std::atomic<int64_t> seen{0};
   for (int i = 0; i < blocks; ++i) board[i] = 0xffffffffu, written[i] = 0;
-  const HostBarrier ops{&counter, board.data(), &report, &looks, static_cast<uint64_t>(limit_ns)};
+  const HostBarrier ops{&counter, board.data(), &report, &waiting,
+                        &alive,   &looks,       &time,   static_cast<uint64_t>(patience)};
   std::vector<std::thread> threads;
   for (int block = 0; block < blocks; ++block) {
     threads.emplace_back([&, block] {
       came[block] = 0;
       for (int phase = 1; phase <= phases; ++phase) {
-        if (block == missing && phase == from) return;
+        if (block == missing && phase == from) {
+          --alive;
+          return;
+        }
         written[block].store(phase, std::memory_order_relaxed);
+        // One that gave up is still counted as waiting: those it leaves behind go on by the same clock.
         if (!meet(ops, KernelName::kScore, block, blocks, phase)) return;
+        --waiting;
         ++came[block];
         for (int other = 0; other < blocks; ++other) {
           seen += written[other].load(std::memory_order_relaxed) >= static_cast<unsigned>(phase);
