@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from rmcore._base.version import __version__
-from rmcore.cli import accounts, best_of, demo, evaluate, families, score, select, serve, train, verdicts
+from rmcore.cli import accounts, best_of, check, demo, evaluate, families, score, select, serve, train, verdicts
 from rmcore.cli.commands import add_commands, installed_commands
 from rmcore.cli.options import ManyColumns
 from rmcore.cli.output import use_utf8
@@ -46,6 +46,7 @@ app.command("families")(families.families)
 app.command("score", cls=ManyColumns)(score.score)
 app.command("select", cls=ManyColumns)(select.select)
 app.command("accounts")(accounts.show_accounts)
+app.command("check", cls=ManyColumns)(check.check)
 app.command("evaluate", cls=ManyColumns)(evaluate.evaluate)
 app.command("demo")(demo.demo)
 add_commands(app, installed_commands())  # `rmcore bench`, and what other packages bring

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from rmcore.engine.micro_batches import MicroBatch, micro_batches
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import Candidates, Router, is_budgeted
 from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
+from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.posterior import check_finite
 from rmcore.model.signal import PairSignal, fill_unread
 from rmcore.ops.pair_layout import PairLayout
@@ -81,10 +83,13 @@ def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> Tensor:
 
 def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Literal["raise", "keep"]) -> PairTable:
     head, backend = call.head, call.backend
+    apart = call.model is not None and call.model.deterministic == "batch"
     if head.config.mode == "difference":
-        pairs = head.score_pairs(hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64)
+        score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
+        pairs = score_pairs(hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64)
         return PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
-    return PairTable.of_concat(head.score(hidden, backend=backend, nonfinite=nonfinite), layout, call.orders)
+    score = partial(rows_apart, head) if apart else head.score
+    return PairTable.of_concat(score(hidden, backend=backend, nonfinite=nonfinite), layout, call.orders)
 
 
 def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,9 +48,20 @@ from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
 from rmcore.ops.dispatch import Explanation
 
-__all__ = ["Backbone", "BackboneConfig", "EncodingStats", "Pooling", "choose_attention", "length_batches"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Deterministic",
+    "EncodingStats",
+    "Pooling",
+    "choose_attention",
+    "length_batches",
+]
 
 log = logging.getLogger(__name__)
+
+Deterministic: TypeAlias = Literal["batch"]
+"""What bits do not depend on: ``batch``, the other texts of a call."""
 
 
 @dataclass
@@ -139,6 +150,8 @@ class Backbone:
         tree_kinds: the attentions that ``packing="auto"`` may choose from; None for all.
         files: sha256 of each file the model and its tokenizer come from, where that is a folder.
         published: what else was loaded of a published reward model, with ``kind="reward"``.
+        deterministic: with ``batch`` a text's state has the same bits whatever it is batched with: each text has a
+            forward pass of its own, unpadded, and shares no prefix. None: batches, where bits may differ by rounding.
 
     Attributes:
         state_cache: where encoded states are kept and looked up; None, the default, keeps none.
@@ -156,7 +169,10 @@ class Backbone:
         tree_kinds: tuple[Kind, ...] | None = None,
         files: Mapping[str, str] | None = None,
         published: Loaded | None = None,
+        deterministic: Deterministic | None = None,
     ) -> None:
+        if deterministic not in (None, "batch"):
+            reject("deterministic", repr(deterministic), "'batch' or None")
         if tokens_per_batch < 1:
             reject("tokens_per_batch", tokens_per_batch, "at least 1")
         if (published is None) != (config.kind != "reward"):
@@ -173,7 +189,8 @@ class Backbone:
         self.state_cache: StateCache | None = None
         self.positions = position_limit(model)
         _check_positions(config.max_length, self.positions)
-        self._published = published
+        self.published = published
+        self.deterministic = deterministic
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
         self.encoder = (PairTextEncoder if self.pairwise else TextEncoder)(
             tokenizer,
@@ -193,11 +210,12 @@ class Backbone:
         if self._separator is not None and not config.split_special_tokens:
             reject("split_special_tokens", False, "True with token types, which a separator in a text would shift")
         require_same_tokens(self.encoder)
-        self._rows = embedding_rows(model)
+        self.rows = embedding_rows(model)
         outputs = 1 if config.family == REMOTE_CODE else None
         self._final_linear = final_linear(model, outputs) if config.kind == "classifier" else None
         if config.layer is not None:
             block(model, config.layer)
+        self._tree_kinds = tree_kinds
         self._lock = threading.RLock()
         self._loaded = self._weights_version()
         self._sharing = PrefixSharing(
@@ -220,6 +238,7 @@ class Backbone:
         attn_implementation: str = "auto",
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
+        deterministic: Deterministic | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
@@ -240,6 +259,7 @@ class Backbone:
                 form for trees, ``packing="auto"`` gives every text a row of its own.
             tokens_per_batch: tokens of one forward pass.
             packing: see :class:`Backbone`.
+            deterministic: see :class:`Backbone`.
             cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
             local_files_only: take what is in the cache, and do not ask the hub.
             trust_remote_code: run the Python files that come with a model. They can do whatever you can.
@@ -280,6 +300,7 @@ class Backbone:
             tree_kinds=tree_kinds(attn_implementation),
             files=files,
             published=published,
+            deterministic=deterministic,
         )
 
     @classmethod
@@ -296,6 +317,7 @@ class Backbone:
         attn_implementation: str = "auto",
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
+        deterministic: Deterministic | None = None,
         **kwargs: Any,
     ) -> Backbone:
         """Load a published reward model, of whatever family it is (:mod:`rmcore.model.families`).
@@ -311,6 +333,7 @@ class Backbone:
             attn_implementation: transformers' option of that name, or ``auto``.
             tokens_per_batch: tokens of one forward pass.
             packing: how shared beginnings are encoded.
+            deterministic: ``batch`` for the same bits whatever a text is batched with.
             **kwargs: further fields of :class:`BackboneConfig`. ``revision`` is one.
 
         Raises:
@@ -329,6 +352,7 @@ class Backbone:
             attn_implementation=attn_implementation,
             tokens_per_batch=tokens_per_batch,
             packing=packing,
+            deterministic=deterministic,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
@@ -336,6 +360,20 @@ class Backbone:
         if found.config.family == REMOTE_CODE:
             check_own_scores(found)
         return found
+
+    def with_packing(self, packing: Packing) -> Backbone:
+        """The same model with shared beginnings encoded another way, and counts of its own."""
+        return Backbone(
+            self.model,
+            self.tokenizer,
+            self.config,
+            tokens_per_batch=self.tokens_per_batch,
+            attention=self.attention,
+            packing=packing,
+            tree_kinds=self._tree_kinds,
+            files=self.files,
+            published=self.published,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -345,8 +383,8 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         """Width of the pooled states, the length feature included."""
-        if self._published is not None:
-            width = self._published.head.width
+        if self.published is not None:
+            width = self.published.head.width
         elif self._final_linear is not None:
             width = self._final_linear.in_features
         else:
@@ -377,6 +415,7 @@ class Backbone:
             config.layer,
             self._separator,
             self.packing,
+            self.deterministic,
             *self.attention,
         )
         arithmetic = (str(self.model.dtype), self.device.type, torch.__version__, transformers.__version__)
@@ -413,13 +452,13 @@ class Backbone:
         """Write weights and tokenizer into a new folder, from which the same configuration loads them again."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        if self._published is not None:
+        if self.published is not None:
             from safetensors.torch import save_file
 
-            head = {name: tensor.contiguous() for name, tensor in self._published.head_tensors().items()}
+            head = {name: tensor.contiguous() for name, tensor in self.published.head_tensors().items()}
             save_file(head, folder / EMBEDDED_HEAD)
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            config = {**self._published.head_keys, **config}  # transformers leaves some out: temperature, say
+            config = {**self.published.head_keys, **config}  # transformers leaves some out: temperature, say
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def scalar_head(self) -> tuple[Tensor, float]:
@@ -427,8 +466,8 @@ class Backbone:
 
         ``weight · row + bias`` is the score, for rows as :meth:`hidden` gives them.
         """
-        if self._published is not None:
-            return self._published.head.linear_weights()
+        if self.published is not None:
+            return self.published.head.linear_weights()
         if self._final_linear is None:
             reject("kind", self.config.kind, "'classifier' or 'reward'")
         labels = 2 if self.config.family == "trl-two-labels" else 1
@@ -441,7 +480,7 @@ class Backbone:
     @property
     def pairwise(self) -> bool:
         """Whether it is a reward model that scores a pair of responses, not a response: a row a pair (concat mode)."""
-        return self._published is not None and self._published.pooler.family.pairwise
+        return self.published is not None and self.published.pooler.family.pairwise
 
     def hidden(
         self,
@@ -505,15 +544,21 @@ class Backbone:
 
     def _check_ids(self, texts: Sequence[tuple[int, ...]]) -> None:
         most = max(map(max, texts), default=0)
-        if self._rows is not None and most >= self._rows:
+        if self.rows is not None and most >= self.rows:
             name = self.tokenizer.convert_ids_to_tokens(most)
             raise CheckpointError(
-                f"backbone: got token {most} ({name!r}) from the tokenizer, expected one of the model's {self._rows}. "
+                f"backbone: got token {most} ({name!r}) from the tokenizer, expected one of the model's {self.rows}. "
                 "They are not of one model"
             )
 
     def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
         """(indices of texts, their pooled states) of one forward pass after another."""
+        if self.deterministic == "batch":
+            for k, text in enumerate(ids):
+                states, tokens = self._forward([text])
+                stats.padded_tokens += tokens
+                yield [k], states
+            return
         kind, packs, padded = self._sharing.split(ids, self.tokens_per_batch)
         while packs and kind is not None:
             texts = [ids[text] for text in packs[0].texts]
@@ -536,14 +581,14 @@ class Backbone:
 
         Raises InputError for a text without a token that the family pools at.
         """
-        if self._published is None:
+        if self.published is None:
             return text.ids
-        ids = self._published.pooler.complete(text.ids)
-        self._published.pooler.check(ids)
+        ids = self.published.pooler.complete(text.ids)
+        self.published.pooler.check(ids)
         return ids
 
     def _content_positions(self) -> int | None:
-        extra = 0 if self._published is None else self._published.pooler.extra
+        extra = 0 if self.published is None else self.published.pooler.extra
         return None if self.positions is None else self.positions - extra
 
     def add_length_feature(self, pooled: Tensor, texts: Sequence[EncodedText]) -> Tensor:
@@ -556,12 +601,12 @@ class Backbone:
 
     def pooled_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature."""
-        states = self._states(self._inputs(input_ids, attention_mask))
-        if self._published is not None:
+        states = self._states(self.model_inputs(input_ids, attention_mask))
+        if self.published is not None:
             lengths = attention_mask.sum(1).tolist()
             texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
-            index = torch.tensor([self._published.pooler.positions(text) for text in texts], device=states.device)
-            return self._published.head.rows(states[torch.arange(len(states), device=states.device)[:, None], index])
+            index = torch.tensor([self.published.pooler.positions(text) for text in texts], device=states.device)
+            return self.published.head.rows(states[torch.arange(len(states), device=states.device)[:, None], index])
         states = states.float()
         if states.dim() == 2:  # a classifier that pools by itself
             return states
@@ -599,13 +644,13 @@ class Backbone:
                 own = states[start:stop].sum(0, dtype=torch.float32)
                 sums.append(own if parent < 0 else sums[parent] + own)
             return torch.stack([sums[leaf] / len(text) for leaf, text in zip(pack.leaves, texts, strict=True)])
-        if self._published is not None:
-            positions = self._published.pooler.positions
+        if self.published is not None:
+            positions = self.published.pooler.positions
             places = [
                 [pack.index(leaf, position) for position in positions(text)]
                 for leaf, text in zip(pack.leaves, texts, strict=True)
             ]
-            return self._published.head.rows(states[torch.tensor(places, device=states.device)])
+            return self.published.head.rows(states[torch.tensor(places, device=states.device)])
         where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
         return states[torch.tensor(where, device=states.device)].float()
 
@@ -618,7 +663,7 @@ class Backbone:
     def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         longest = max(map(len, ids))
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
-        if self._rows is not None and padding >= self._rows:
+        if self.rows is not None and padding >= self.rows:
             padding = 0  # padding is masked, so that any id will do that the model knows
         input_ids = torch.full((len(ids), longest), padding, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -637,7 +682,8 @@ class Backbone:
             states: Tensor = self.model(**inputs).last_hidden_state
             return states
 
-    def _inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    def model_inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """What the model's forward takes for a batch (B, T) and its mask."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if getattr(text_config(self.model), "use_cache", None) is not None:
             inputs["use_cache"] = False

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -17,13 +18,14 @@ from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder
 from rmcore._base.prompt import Prompt, Response, canonical_groups, check_prompt, check_response
 from rmcore.head import checkpoint
+from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.config import HeadConfig, PairMode
 from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
-from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats
+from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
@@ -68,6 +70,11 @@ class RewardModel:
     def mode(self) -> str:
         """``difference`` or ``concat``."""
         return self.head.config.mode
+
+    @property
+    def deterministic(self) -> Deterministic | None:
+        """``batch`` where bits do not depend on the other groups of a call (:class:`Backbone`)."""
+        return self.backbone.deterministic
 
     # -- fitting -----------------------------------------------------------------------------------------------------
 
@@ -224,11 +231,15 @@ class RewardModel:
         encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
         hidden = fill_unread(self.hidden_rows(encoded, progress=progress), encoded)
         pairs: PairScores | Scores
+        apart = self.deterministic == "batch"
         if self.mode == "difference":
-            pairs = self.head.score_pairs(hidden, torch.tensor(sizes), backend=backend)
+            counts = torch.tensor(sizes)
+            score_pairs = partial(pairs_apart, self.head) if apart else self.head.score_pairs
+            pairs = score_pairs(hidden, counts, backend=backend)
         else:
-            pairs = self.head.score(hidden, backend=backend)
-        scores = self._own_scores(hidden) if self.mode == "difference" else None
+            score = partial(rows_apart, self.head) if apart else self.head.score
+            pairs = score(hidden, backend=backend)
+        scores = self.row_scores(hidden) if self.mode == "difference" else None
         return pair_squares(
             pairs.logit,
             pairs.variance,
@@ -240,8 +251,10 @@ class RewardModel:
             scores=scores,
         )
 
-    def _own_scores(self, hidden: Tensor) -> Tensor:
+    def row_scores(self, hidden: Tensor) -> Tensor:
         """(R,) float64: β·φ + β₀ of each row. Without random features φ is the row, and nothing is rounded."""
+        if self.deterministic == "batch" and len(hidden) > 1:
+            return torch.cat([self.row_scores(row[None]) for row in hidden])
         if self.head.config.features == "linear" and self.head.config.layer_size is None:
             return (hidden.double() @ self.head.beta + self.head.beta0).cpu()
         return self.head.score(hidden).logit.double().cpu()
@@ -415,6 +428,7 @@ class RewardModel:
         attn_implementation: str = "auto",
         tokens_per_batch: int = 8192,
         packing: Packing = "auto",
+        deterministic: Deterministic | None = None,
         trust_remote_code: bool = False,
         family: str | None = None,
         max_length: int | None = None,
@@ -436,6 +450,7 @@ class RewardModel:
             attn_implementation: transformers' option of that name, or ``auto``.
             tokens_per_batch: tokens of one forward pass.
             packing: how texts that begin alike are encoded.
+            deterministic: ``batch`` for the same bits whatever a group is scored with; it costs batching and sharing.
             trust_remote_code: run Python files that come with the backbone.
             family: of a published reward model; None finds it by configuration and tensors.
             max_length: most tokens of a text, instead of what the model was saved with.
@@ -465,6 +480,7 @@ class RewardModel:
             "attn_implementation": attn_implementation,
             "tokens_per_batch": tokens_per_batch,
             "packing": packing,
+            "deterministic": deterministic,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,

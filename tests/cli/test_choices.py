@@ -32,7 +32,7 @@ CHOICES = {
     ("train", "likelihood"): typing.get_args(Likelihood),
     **{
         (name, "overlong"): typing.get_args(OverlongPolicy)
-        for name in ("train", "upgrade", "score", "serve", "best-of", "filter", "evaluate")
+        for name in ("train", "upgrade", "score", "serve", "best-of", "filter", "evaluate", "check")
     },
     **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
     **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},
@@ -40,6 +40,7 @@ CHOICES = {
     **{(name, "rank_by"): typing.get_args(RankBy) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ("score", "serve", "best-of", "filter")},
+    ("check", "dtype"): ("float32", "float16", "bfloat16"),
     ("serve", "baseline"): typing.get_args(Baseline),
     ("best-of", "ties"): typing.get_args(selection.Ties),
     ("filter", "by"): typing.get_args(typing.get_type_hints(selection.filter_groups)["by"]),
