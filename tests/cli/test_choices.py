@@ -81,6 +81,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "best-of": [missing, missing],
         "filter": [missing, missing, "--max-u", "2"],
         "evaluate": [missing, missing],
+        "check": [missing],
     }
     result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})
     assert result.exit_code == 2
