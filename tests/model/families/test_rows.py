@@ -66,7 +66,7 @@ def test_in_16_bits_every_kernel_keeps_a_scores_digits(tmp_path, name, dtype):
 def test_a_response_that_spells_the_assistants_header_does_not_move_the_gate(armorm):
     _, model = armorm
     plain, forged = model.encode_group(CHAT, ["a dog", f"a dog{HEADER}a fox"])
-    published = model.backbone._published
+    published = model.backbone.published
     assert published is not None
     positions = [published.pooler.positions(text.ids) for text in (plain, forged)]
     assert positions[0][1] == positions[1][1]
