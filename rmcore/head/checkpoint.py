@@ -1,7 +1,8 @@
 """Heads and models on disk: a folder of safetensors and JSON, written atomically, checked when read. No pickle.
 
 ``rmcore.json`` says what the folder is (format version, configurations, scalars, the tensor file's sha256);
-``head.safetensors`` holds the serving weights bit for bit and, unless left out, the posterior's Σ w φφᵀ;
+``head.safetensors`` holds the serving weights bit for bit and, unless left out, the posterior's Σ w φφᵀ; in difference
+mode both again for the row posterior, their names beginning with ``row_`` (heads saved before there was one lack them);
 ``backbone/`` holds an embedded backbone.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from rmcore._base.version import __version__
 from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior
+from rmcore.head.rows import RowPosterior
 from rmcore.ops import reference
 from rmcore.ops.reference import TILE
 from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
@@ -31,6 +35,8 @@ __all__ = [
     "FORMAT_VERSION",
     "load_head",
     "read_config",
+    "row_posterior",
+    "row_tensors",
     "save_head",
     "write_head",
 ]
@@ -40,6 +46,7 @@ TENSOR_FILE = "head.safetensors"
 FORMAT = "rmcore"
 FORMAT_VERSION = 1
 
+_ROW = "row_"
 _DTYPES = {str(d).removeprefix("torch."): d for d in SERVING_DTYPES}
 
 
@@ -96,6 +103,11 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
     posterior = head.posterior if include_posterior else None
     if posterior is not None:
         tensors["gram"] = reference.pack_lower(posterior.gram, TILE)
+    rows = None
+    if head.rows is not None:
+        tensors |= row_tensors(head.rows, include_posterior=include_posterior)
+        count = head.rows.count if include_posterior else None
+        rows = {"prior": head.rows.prior, "factor_scale": head.rows.weights.factor_scale, "count": count}
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
     return {
         "config": head.config.to_dict(),
@@ -105,6 +117,7 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
         "feature_scale": feature_map.feature_scale,
         "factor_scale": weights.factor_scale,
         "posterior": None if posterior is None else {"count": posterior.count},
+        **({} if rows is None else {"rows": rows}),
         "sha256": digest_file(folder / TENSOR_FILE),
     }
 
@@ -159,6 +172,12 @@ def _assemble(
             wanted["hidden_shift"] = wanted["hidden_scale"] = ((h,), torch.float32)
     if values["posterior"] is not None:
         wanted["gram"] = (lower, torch.float64)
+    rows = values.get("rows")
+    if rows is not None:
+        factor = ("factor", "factor_row_scale", "factor_diagonal")
+        wanted |= {_ROW + name: wanted[name] for name in factor if name in wanted}
+        if rows["count"] is not None:
+            wanted[_ROW + "gram"] = (lower, torch.float64)
     if set(tensors) != set(wanted):
         raise CheckpointError(f"{file}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
     for name, (shape, kind) in wanted.items():
@@ -202,7 +221,47 @@ def _assemble(
             ridge=config.ridge,
             likelihood=config.likelihood,
         )
-    return FrozenHead(config, feature_map, tensors["beta"], weights.beta0, posterior, weights)
+    known = None if rows is None else _read_rows(config, weights, rows, tensors)
+    return FrozenHead(config, feature_map, tensors["beta"], weights.beta0, posterior, weights, known)
+
+
+def row_tensors(rows: RowPosterior, *, include_posterior: bool = True) -> dict[str, Tensor]:
+    """A row posterior's tensors by their names on disk."""
+    stored = rows.weights.stored_tensors()
+    del stored["serving_beta"]  # zeros
+    if rows.posterior is not None and include_posterior:
+        stored["gram"] = reference.pack_lower(rows.posterior.gram, TILE)
+    return {_ROW + name: tensor for name, tensor in stored.items()}
+
+
+def _read_rows(
+    config: HeadConfig, weights: HeadWeights, values: dict[str, Any], tensors: dict[str, Tensor]
+) -> RowPosterior:
+    if config.row_ridge is None:
+        reject("rows", "a row posterior", "none, since row_ridge is None")
+    prior, scale = (_scalar(values, name, positive=True) for name in ("prior", "factor_scale"))
+    count = None if values["count"] is None else int(values["count"])
+    return row_posterior(weights, tensors, config.row_ridge, prior=prior, factor_scale=scale, count=count)
+
+
+def row_posterior(
+    weights: HeadWeights,
+    tensors: Mapping[str, Tensor],
+    ridge: float,
+    *,
+    prior: float,
+    factor_scale: float,
+    count: int | None,
+) -> RowPosterior:
+    """The inverse of :func:`row_tensors`, for the head that serves with ``weights``."""
+    stored = {name.removeprefix(_ROW): tensor for name, tensor in tensors.items() if name.startswith(_ROW)}
+    stored["serving_beta"] = torch.zeros_like(weights.beta)
+    serving = replace(weights.with_stored(stored, factor_scale), beta0=0.0, amplitude=0.0)
+    posterior = None
+    if count is not None:
+        gram = reference.unpack_lower(stored["gram"], weights.num_features)
+        posterior = Posterior.from_gram(gram, count, ridge=ridge * prior, likelihood="gaussian")
+    return RowPosterior(weights.map, prior, posterior, serving)
 
 
 def _scalar(values: dict[str, Any], name: str, *, positive: bool = False) -> float:

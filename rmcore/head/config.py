@@ -35,6 +35,8 @@ class HeadConfig:
         likelihood: of the posterior, ``logistic`` or ``gaussian``.
         amplitude: a of u = √(1 + a v); None takes π/8, the mean-field value (κ² is already in v).
         seed: of Ω, b and the layer's initial weights.
+        row_ridge: s of the row posterior (:mod:`rmcore.head.rows`), in units of its prior; None for a head without one.
+            Difference mode only: None in concat mode, whose v measures distance by itself.
     """
 
     hidden_size: int
@@ -53,6 +55,7 @@ class HeadConfig:
     likelihood: Likelihood = "logistic"
     amplitude: float | None = None
     seed: int = 0
+    row_ridge: float | None = 1e-2
 
     def __post_init__(self) -> None:
         choices = {
@@ -66,11 +69,13 @@ class HeadConfig:
                 reject(name, repr(getattr(self, name)), f"one of {', '.join(allowed)}")
         if self.features == "linear":
             object.__setattr__(self, "num_features", self.layer_size or self.hidden_size)
+        if self.mode == "concat":
+            object.__setattr__(self, "row_ridge", None)
         for name in ("hidden_size", "num_features", "layer_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, float) or value < 1):
                 reject(name, value, "a positive integer")
-        for name in ("norm_bound", "kernel_scale", "length_scale", "length_scale_factor", "ridge"):
+        for name in ("norm_bound", "kernel_scale", "length_scale", "length_scale_factor", "ridge", "row_ridge"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 reject(name, value, "a positive finite number")
@@ -85,13 +90,16 @@ class HeadConfig:
         return reference.mean_field_amplitude() if self.amplitude is None else self.amplitude
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; ``row_ridge`` only where there is one, so that older heads keep their identity."""
+        values = asdict(self)
+        if self.row_ridge is None:
+            del values["row_ridge"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadConfig:
-        """From :meth:`to_dict`; an unknown key is rejected by name."""
+        """From :meth:`to_dict`; an unknown key is rejected by name. Without ``row_ridge`` there is no row posterior."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             reject("head config", f"unknown keys {sorted(unknown)}", "keys of HeadConfig")
-        return cls(**values)
+        return cls(**{"row_ridge": None, **values})

@@ -23,6 +23,7 @@ from rmcore.head.config import HeadConfig
 from rmcore.head.degenerate import warn_if_degenerate
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior, check_finite
+from rmcore.head.rows import RowPosterior, counted_rows
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
@@ -78,7 +79,7 @@ def fit(
     backend: Backend = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> tuple[FrozenHead, FitReport]:
-    """Freeze the head's features and fit β and the posterior on them.
+    """Freeze the head's features and fit β and the posterior on them, in difference mode the row posterior too.
 
     Args:
         head: its W is used as it is; its length-scale is set by the median rule if still unset; its β is the start.
@@ -122,7 +123,8 @@ def fit(
     )
     with torch.no_grad():
         head.beta.copy_(beta)
-    return FrozenHead(_resolved(head), feature_map, beta, beta0, posterior), report
+    rows = _row_posterior(head.config, feature_map, hidden, pairs, sample_weight, backend)
+    return FrozenHead(_resolved(head), feature_map, beta, beta0, posterior, rows=rows), report
 
 
 @torch.no_grad()
@@ -251,7 +253,8 @@ def upgrade(
     posterior = Posterior(config.num_features, ridge=config.ridge, likelihood=config.likelihood, device=hidden.device)
     offset = 0.0 if config.mode == "difference" else beta0  # a pair's difference has none
     posterior.accumulate(hidden, labels, feature_map, beta.double(), pairs=pairs, beta0=offset, backend=backend)
-    return FrozenHead(config, feature_map, beta, beta0, posterior)
+    rows = _row_posterior(config, feature_map, hidden, pairs, None, backend)
+    return FrozenHead(config, feature_map, beta, beta0, posterior, rows=rows)
 
 
 def without_posterior(beta: Tensor, beta0: float, config: HeadConfig) -> FrozenHead:
@@ -315,7 +318,20 @@ def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Ten
         )
     config = replace(head.config, amplitude=amplitude)
     weights = replace(head.weights, amplitude=amplitude)
-    return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights)
+    return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights, rows=head.rows)
+
+
+def _row_posterior(
+    config: HeadConfig,
+    feature_map: FeatureMap,
+    hidden: Tensor,
+    pairs: Tensor | None,
+    sample_weight: Tensor | None,
+    backend: Backend,
+) -> RowPosterior | None:
+    if pairs is None or config.row_ridge is None:
+        return None
+    return RowPosterior.fit(feature_map, counted_rows(hidden, pairs, sample_weight), config.row_ridge, backend=backend)
 
 
 def _resolved(head: SNGPHead) -> HeadConfig:

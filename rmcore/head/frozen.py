@@ -15,21 +15,34 @@ from rmcore import ops
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.head.config import HeadConfig
 from rmcore.head.posterior import Posterior, all_finite, check_finite
+from rmcore.head.rows import RowPosterior, counted_rows
 from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
+from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["FrozenHead", "PairScores"]
 
 
-class PairScores(NamedTuple):
-    """Difference mode: every pair i < j of every group, flat, in the order of ``ops.pair_variance``; each (Q,)."""
-
+class _PairColumns(NamedTuple):
     logit: Tensor
     variance: Tensor
     uncertainty: Tensor
     preference: Tensor
+
+
+class PairScores(_PairColumns):
+    """Difference mode: every pair i < j of every group, flat, in the order of ``ops.pair_variance``; each (Q,).
+
+    Attributes:
+        novelty: (Q,) a pair's distance from the training data in (0, 1], the mean of its two rows'; None unless asked
+            for. Not among the four columns that a ``PairScores`` is a tuple of.
+        row_novelty: (R,) that of each row.
+    """
+
+    novelty: Tensor | None = None
+    row_novelty: Tensor | None = None
 
 
 class FrozenHead:
@@ -45,6 +58,7 @@ class FrozenHead:
         beta0: logit offset.
         posterior: the posterior fitted with exactly this ``feature_map``, or None for a head that will not learn.
         weights: the serving weights, where already built (loading); otherwise from the posterior.
+        rows: the row posterior of the same features, or None: then the head knows no :meth:`novelty`.
     """
 
     def __init__(
@@ -55,6 +69,7 @@ class FrozenHead:
         beta0: float = 0.0,
         posterior: Posterior | None = None,
         weights: HeadWeights | None = None,
+        rows: RowPosterior | None = None,
     ) -> None:
         if posterior is None and weights is None:
             reject("posterior, weights", "neither", "one of them")
@@ -63,6 +78,7 @@ class FrozenHead:
         self.beta = beta.detach().double()
         self.beta0 = float(beta0)
         self.posterior = posterior
+        self.rows = rows
         self._weights = weights
         self._served_count = posterior.count if posterior is not None and weights is not None else -1
 
@@ -77,6 +93,12 @@ class FrozenHead:
             )
             self._served_count = self.posterior.count
         return self._weights
+
+    def build_weights(self) -> None:
+        """Build what serves, where that has not been done yet: the first score need not wait for it."""
+        _ = self.weights
+        if self.rows is not None:
+            _ = self.rows.weights
 
     @property
     def device(self) -> torch.device:
@@ -112,13 +134,16 @@ class FrozenHead:
         backend: Backend = "auto",
         nonfinite: Literal["raise", "keep"] = "raise",
         dtype: torch.dtype = torch.float32,
+        novelty: bool = False,
     ) -> PairScores:
         """Difference mode: all pairs of each group from one row a response. See :func:`rmcore.ops.pair_variance`.
 
         ``dtype`` is that of the result. The kernel's g and v are float32; u and p are made of them in ``dtype``, since
-        v may be so small that 1 + a v has few digits left in float32, and routers rank by u.
+        v may be so small that 1 + a v has few digits left in float32, and routers rank by u. ``novelty`` asks for that
+        of :meth:`novelty` too, a second pass over the rows.
 
         Raises:
+            InputError: ``novelty`` of a head that has no row posterior.
             NonFiniteError: a row is NaN or Inf, or overflows the serving dtype, unless ``nonfinite="keep"``, which
                 returns NaN for the pairs of that row; all other pairs are as if the row were not there.
         """
@@ -135,7 +160,28 @@ class FrozenHead:
             self._isolate_bad_rows(hidden, group_sizes, g, v, finite, backend)
         g, v = g.to(dtype), v.to(dtype)
         u = reference.uncertainty(v, weights.amplitude)
-        return PairScores(g, v, u, reference.preference(g, u))
+        p = reference.preference(g, u)
+        scores = PairScores(g, v, u, p)
+        if novelty:
+            layout = PairLayout(group_sizes)
+            scores.row_novelty = self.novelty(hidden, backend=backend).to(dtype)
+            scores.novelty = reference.pair_novelty(scores.row_novelty, layout.first, layout.second)
+        return scores
+
+    @torch.no_grad()
+    def novelty(self, hidden: Tensor, *, backend: Backend = "auto") -> Tensor:
+        """N (R,) float32 in (0, 1] of rows (R, h): how far each is from the training rows (:mod:`rmcore.head.rows`).
+
+        A row that is not finite, or overflows the serving dtype, gets NaN.
+
+        Raises InputError in concat mode, whose v measures that distance by itself, and where the head has no row
+        posterior: saved by an older version, or fitted with ``row_ridge=None``.
+        """
+        if self.config.mode != "difference":
+            reject("novelty", "a concat-mode head", "one in difference mode", "In concat mode v measures distance")
+        if self.rows is None:
+            reject("novelty", "a head without row posterior", "one fitted with row_ridge", "Fit the head again")
+        return self.rows.novelty(hidden, backend=backend)
 
     def _isolate_bad_rows(
         self, hidden: Tensor, group_sizes: Tensor, g: Tensor, v: Tensor, finite: Tensor, backend: Backend
@@ -162,21 +208,39 @@ class FrozenHead:
     def update(
         self, hidden: Tensor, labels: Tensor, *, pairs: Tensor | None = None, sample_weight: Tensor | None = None
     ) -> None:
-        """Add data to the posterior at the present β; the factor is rebuilt before it next serves.
+        """Add data to the posterior at the present β, and their rows to the row posterior where there is one.
+
+        The factors are rebuilt before they next serve.
 
         Raises InputError where the head was saved without its posterior.
         """
         if self.posterior is None:
             reject("posterior", "none", "a head fitted here or saved with include_posterior=True")
+        rows = self.rows_with(hidden, pairs, sample_weight)
         self.posterior.accumulate(
             hidden, labels, self.feature_map, self.beta, pairs=pairs, sample_weight=sample_weight, beta0=self.beta0
         )
+        self.rows = rows
+
+    def rows_with(
+        self,
+        hidden: Tensor,
+        pairs: Tensor | None,
+        sample_weight: Tensor | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> RowPosterior | None:
+        """The row posterior after new pairs; None where there is none."""
+        if self.rows is None or pairs is None:
+            return self.rows
+        return self.rows.with_rows(counted_rows(hidden, pairs, sample_weight), backend=backend)
 
     def to(self, device: torch.device | str) -> FrozenHead:
         """The same head on another device."""
+        feature_map = self.feature_map.to(device)
         return FrozenHead(
             self.config,
-            self.feature_map.to(device),
+            feature_map,
             self.beta.to(device),
             self.beta0,
             None
@@ -187,7 +251,8 @@ class FrozenHead:
                 ridge=self.posterior.ridge,
                 likelihood=self.posterior.likelihood,
             ),
-            self.weights.to(device),
+            self.weights.to(device, feature_map),
+            None if self.rows is None else self.rows.to(device, feature_map),
         )
 
 

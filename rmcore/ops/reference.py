@@ -40,7 +40,9 @@ __all__ = [
     "mean_field_amplitude",
     "median_length_scale",
     "normalized_layer",
+    "novelty",
     "pack_lower",
+    "pair_novelty",
     "pair_variance",
     "phase_features",
     "power_iteration",
@@ -289,6 +291,25 @@ def pair_variance(phi: Tensor, beta: Tensor, factor: Tensor) -> tuple[Tensor, Te
     """
     delta = phi[..., :, None, :] - phi[..., None, :, :]
     return logit(delta, beta), variance(delta, factor)
+
+
+def novelty(phi: Tensor, rows: Tensor, *, ridge: float, prior: float | None = 1.0) -> Tensor:
+    """N = s φᵀP_r⁻¹φ · k₀ / k(x, x), P_r = s·k₀·I + Σ φφᵀ over the training ``rows`` (N, D): the row posterior.
+
+    The share of the prior variance of a *row's* score that the training rows leave: 1 far from all of them, near 0 on
+    one. ``phi`` (..., D) → (...). ``prior`` is k₀: κ² for random features, and k(x, x) with it; None for linear
+    features, which have k(x, x) = ‖φ‖² and k₀ its mean over the training rows.
+    """
+    linear = prior is None
+    scale = rows.square().sum(-1).mean() if prior is None else prior
+    eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    factor = triangular_factor(ridge * scale * eye + rows.mT @ rows) * (ridge * scale) ** 0.5
+    return variance(phi, factor) / (phi.square().sum(-1) if linear else scale)
+
+
+def pair_novelty(n: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The mean of the two rows' novelty: ``n`` (R,), rows of the pairs (Q,) each → (Q,)."""
+    return (n[first.to(n.device)] + n[second.to(n.device)]) / 2
 
 
 def concat_preference(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

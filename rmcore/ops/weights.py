@@ -312,9 +312,9 @@ class HeadWeights:
             factor = dequantize_rows(factor, self.factor_row_scale) + torch.diag(self.factor_diagonal)
         return factor * math.sqrt(self.factor_scale)
 
-    def to(self, device: torch.device | str) -> HeadWeights:
-        """The same weights on another device."""
-        return self._with(self.map.to(device), lambda tensor: tensor.to(device))
+    def to(self, device: torch.device | str, feature_map: FeatureMap | None = None) -> HeadWeights:
+        """The same weights on another device; ``feature_map`` is their map, where it is there already."""
+        return self._with(feature_map or self.map.to(device), lambda tensor: tensor.to(device))
 
     def clone(self) -> HeadWeights:
         """The same weights in memory of their own."""

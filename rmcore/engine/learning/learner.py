@@ -23,6 +23,7 @@ from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning.journal import Journal, Version
 from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
 from rmcore.engine.learning.online import LearningConfig, UpdateReport, fold, posterior_of, with_data
+from rmcore.head.checkpoint import row_posterior, row_tensors
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior
 from rmcore.ops import reference
@@ -189,19 +190,27 @@ class VerdictLearner:
             beta = tensors.pop("beta").to(head.device)
             data = JudgedPairs.of(tensors).to(head.device)
             posterior, _ = with_data(head, beta, data, self.backend)
-            head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior)
+            rows = head.rows_with(data.hidden, data.pairs, data.weights, backend=self.backend)
+            head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior, rows=rows)
         if _state_digest(head) != versions[number].state:
             raise CheckpointError(
                 f"journal: version {number}, replayed from version {way[-1]}, has other bits than when it was learned: "
                 f"another machine, backend or build. Version {way[-1]} has a snapshot and can be had exactly"
             )
-        _ = head.weights
+        head.build_weights()
         return head
 
 
 def _snapshot(head: FrozenHead) -> dict[str, Tensor]:
-    weights = head.weights
+    weights, rows = head.weights, head.rows
+    of_rows: dict[str, Tensor] = {}
+    if rows is not None:
+        of_rows = row_tensors(rows) | {
+            "row_factor_scale": torch.tensor(rows.weights.factor_scale, dtype=torch.float64),
+            "row_count": torch.tensor(rows.count or 0),
+        }
     return {
+        **of_rows,
         "beta": head.beta,
         "gram": reference.pack_lower(posterior_of(head).gram, TILE),
         **weights.stored_tensors(),
@@ -216,7 +225,17 @@ def _from_snapshot(base: FrozenHead, tensors: Mapping[str, Tensor], count: int) 
         reference.unpack_lower(on["gram"], known.num_features), count, ridge=known.ridge, likelihood=known.likelihood
     )
     weights = base.weights.with_stored(on, float(tensors["factor_scale"]))
-    return FrozenHead(base.config, base.feature_map, on["beta"], base.beta0, posterior, weights)
+    rows = None
+    if base.rows is not None and base.config.row_ridge is not None:
+        rows = row_posterior(
+            weights,
+            on,
+            base.config.row_ridge,
+            prior=base.rows.prior,
+            factor_scale=float(tensors["row_factor_scale"]),
+            count=int(tensors["row_count"]),
+        )
+    return FrozenHead(base.config, base.feature_map, on["beta"], base.beta0, posterior, weights, rows)
 
 
 def head_identity(head: FrozenHead) -> dict[str, Any]:
@@ -237,7 +256,10 @@ def beta_digest(head: FrozenHead) -> str:
 
 def _state_digest(head: FrozenHead) -> str:
     posterior = posterior_of(head)
-    return _digest({"beta": head.beta, "gram": reference.pack_lower(posterior.gram, TILE)}, posterior.count)
+    tensors = {"beta": head.beta, "gram": reference.pack_lower(posterior.gram, TILE)}
+    if head.rows is not None and head.rows.posterior is not None:  # left out without, as in older journals
+        tensors["row_gram"] = reference.pack_lower(head.rows.posterior.gram, TILE)
+    return _digest(tensors, posterior.count)
 
 
 def _digest(tensors: Mapping[str, Tensor], *values: object) -> str:

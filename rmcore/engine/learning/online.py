@@ -151,8 +151,9 @@ def fold(
         log.warning("verdicts wanted to move β by %.3g posterior deviations; %.3g are allowed", shift, limit)
         beta, shift = head.beta + (limit / shift) * move, limit
         posterior, likelihood = with_data(head, beta, data, backend)
-    new = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior)
-    _ = new.weights  # the factor is built here, not in somebody's first score
+    rows = head.rows_with(data.hidden, data.pairs, data.weights, backend=backend)
+    new = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior, rows=rows)
+    new.build_weights()  # here, not in somebody's first score
     report = UpdateReport(
         version=-1,
         pairs=len(data),

@@ -44,8 +44,11 @@ def rows(count, size=3):
 
 def bits(head):
     """Everything a head serves and learns with, as bytes."""
-    tensors = (head.beta, head.posterior.gram.tril(), *head.weights.tensors().values())
-    return [t.view(torch.uint8).numpy().tobytes() for t in tensors], head.posterior.count, head.weights.factor_scale
+    tensors = [head.beta, head.posterior.gram.tril(), *head.weights.tensors().values()]
+    if head.rows is not None:
+        tensors += [head.rows.posterior.gram.tril(), *head.rows.weights.tensors().values()]
+    counts = head.posterior.count, None if head.rows is None else head.rows.count
+    return [t.view(torch.uint8).numpy().tobytes() for t in tensors], counts, head.weights.factor_scale
 
 
 # -- which pairs, as what --------------------------------------------------------------------------------------------
@@ -370,6 +373,29 @@ def replace_beta(head):
     from rmcore.head import FrozenHead
 
     return FrozenHead(head.config, head.feature_map, head.beta + 1, head.beta0, head.posterior)
+
+
+def test_rows_of_verdicts_are_rows_seen(data, head, tmp_path):
+    with VerdictLearner(head, tmp_path, snapshot_every=2) as learner:
+        far = batch(data, 0)
+        far = replace(far, hidden=far.hidden + 9)
+        before = learner.head.novelty(far.hidden[far.pairs[0]])
+        learner.learn(far)
+        first = learner.head
+        assert bool((first.novelty(far.hidden[far.pairs[0]]) < before / 2).all())
+        assert first.rows.count == head.rows.count + len(far.pairs.unique())
+        learner.learn(far)
+        assert bits(learner.revert(1)) == bits(first)  # replayed
+        assert torch.equal(learner.revert(0).novelty(data.hidden), head.novelty(data.hidden))
+
+
+def test_a_head_without_row_posterior_has_the_identity_it_always_had(data, fit_head, tmp_path):
+    old = fit_head(data, dtype=torch.float16, row_ridge=None)
+    with VerdictLearner(old, tmp_path, snapshot_every=2) as learner:
+        states = learnt(learner, data, 3)
+        assert learner.head.rows is None
+        assert bits(learner.revert(2)) == states[2]
+    assert "row" not in (tmp_path / "journal.jsonl").read_text().replace("rows", "")
 
 
 def test_a_replay_with_other_arithmetic_is_noticed(data, fit_head, tmp_path):
