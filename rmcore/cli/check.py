@@ -30,6 +30,10 @@ def check(
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="Arithmetic of the model; default: bfloat16 on a GPU, else float32."),
     ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a server with the same model, whose states are held against it too.")
+    ] = None,
+    server_kind: Annotated[Literal["vllm", "sglang"], typer.Option(help="Which server that is.")] = "vllm",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the report, as Markdown.")] = None,
     columns: options.Columns = None,
     device: options.Device = None,
@@ -44,7 +48,7 @@ def check(
     with reported_errors():
         import torch
 
-        from rmcore.model.check import check_model
+        from rmcore.model.check import check_model, served
         from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel
 
@@ -63,9 +67,10 @@ def check(
             max_length=max_length,
             overlong=overlong,
         )
+        remote = None if server is None else served(loaded.backbone, server, server_kind)
         if items is not None and len(items) > most:
             notes.print(f"the first {most} of {len(items)} preferences (--most)")
-        report = check_model(loaded, items and items[:most], tolerance=tolerance)
+        report = check_model(loaded, items and items[:most], tolerance=tolerance, remote=remote)
         print_markdown(report.to_markdown())
         if out is not None:
             write_atomic(out, report.to_markdown() + "\n")

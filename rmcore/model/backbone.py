@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore._base.retry import RetryPolicy
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.devices import checked_device
@@ -43,10 +44,14 @@ from rmcore.model.families.tensors import EMBEDDED_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.hub import folder_of
 from rmcore.model.loading import REMOTE_CODE, Options, choose_attention, configured, load, tree_kinds
+from rmcore.model.remote import RemoteModel, ServerKind
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
 from rmcore.ops.dispatch import Explanation
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = [
     "Backbone",
@@ -59,6 +64,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_REMOTE_TEXTS = 256
+"""Texts between two reports of progress where states come from a server."""
 
 Deterministic: TypeAlias = Literal["batch"]
 """What bits do not depend on: ``batch``, the other texts of a call."""
@@ -361,6 +369,65 @@ class Backbone:
             check_own_scores(found)
         return found
 
+    @classmethod
+    def from_server(
+        cls,
+        url: str,
+        *,
+        tokenizer: Any,
+        server: ServerKind = "vllm",
+        model: str | None = None,
+        api_key_env: str | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 120.0,
+        retry: RetryPolicy | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        config: BackboneConfig | None = None,
+        **kwargs: Any,
+    ) -> Backbone:
+        """A backbone whose states come from a vLLM or SGLang server (:mod:`rmcore.model.remote`).
+
+        Tokens are made here and sent as ids; the server computes the body, and shares prefixes as it does for all its
+        requests; pooling, head and everything behind them are here. With ``last`` pooling one state a text crosses the
+        network, with ``mean`` and ``first`` those of all its tokens. Use the result as the ``backbone`` of
+        :meth:`RewardModel.from_pretrained <rmcore.model.reward_model.RewardModel.from_pretrained>`.
+
+        Args:
+            url: of the server, without a path.
+            tokenizer: of the served model, or its hub name or folder.
+            server: which one it is.
+            model: its name there; None takes the first that is served.
+            api_key_env: environment variable with the server's key, if it wants one.
+            concurrency: requests in flight at most, each of up to 8 texts.
+            timeout_s: of one request and its whole reply.
+            retry: when a request is tried again; None is that of judges.
+            transport: instead of the network.
+            config: what a text's hidden state is, of kind ``base``.
+            **kwargs: fields of :class:`BackboneConfig` where there is no ``config``.
+
+        Raises:
+            BackendError: the server does not answer, or with states that are not the model's own (normalised, say).
+            InputError: a configuration that a server cannot serve: a kind besides ``base``, or a layer.
+        """
+        config = config or BackboneConfig(**kwargs)
+        if config.kind != "base" or config.layer is not None:
+            reject("config", f"kind {config.kind!r}, layer {config.layer}", "kind 'base' without a layer")
+        if isinstance(tokenizer, (str, Path)):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        remote = RemoteModel(
+            url,
+            model=model,
+            server=server,
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            retry=retry,
+            transport=transport,
+        )
+        return cls(remote.eval(), tokenizer, config, attention=("server", url), packing="padded")
+
     def with_packing(self, packing: Packing) -> Backbone:
         """The same model with shared beginnings encoded another way, and counts of its own."""
         return Backbone(
@@ -553,6 +620,12 @@ class Backbone:
 
     def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
         """(indices of texts, their pooled states) of one forward pass after another."""
+        if isinstance(self.model, RemoteModel) and self.config.pooling == "last":
+            for start in range(0, len(ids), _REMOTE_TEXTS):
+                part = ids[start : start + _REMOTE_TEXTS]
+                stats.padded_tokens += sum(map(len, part))
+                yield range(start, start + len(part)), torch.stack(self.model.states(part, every=False))
+            return
         if self.deterministic == "batch":
             for k, text in enumerate(ids):
                 states, tokens = self._forward([text])

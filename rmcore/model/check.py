@@ -9,7 +9,8 @@ says how far rounding alone goes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ from torch import Tensor
 from rmcore._base.errors import RmcoreError, reject
 from rmcore._base.prompt import Prompt, Response
 from rmcore.model.agreement import SAMPLES, TokenDifference, comparable, token_difference
-from rmcore.model.backbone import Backbone
+from rmcore.model.backbone import Backbone, Pooling
 from rmcore.model.encoding.architecture import text_config
+from rmcore.model.remote import ServerKind
 from rmcore.model.reward_model import Preference, RewardModel
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, Segment
 
-__all__ = ["CheckReport", "ParityRow", "check_model", "sample_preferences"]
+__all__ = ["CheckReport", "ParityRow", "check_model", "sample_preferences", "served"]
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Allowed difference of scores that are about 1; of larger ones as much more. Rounding alone, through some layers."""
@@ -153,6 +155,17 @@ def check_model(
         *([] if remote is None else [_held("rmcore, states from the server", model, remote, texts, reference)]),
     ]
     return report
+
+
+def served(backbone: Backbone, url: str, server: ServerKind = "vllm", **kwargs: Any) -> Backbone:
+    """``backbone`` with states from a server that has the same model; raises as :meth:`Backbone.from_server`.
+
+    Of a classifier the server gives the state of the last token, which is what enters the head of a decoder.
+    """
+    own = backbone.config
+    pooling: Pooling = own.pooling if own.kind == "base" else "last"
+    config = replace(own, name="", revision=None, kind="base", family=None, pooling=pooling)
+    return Backbone.from_server(url, tokenizer=backbone.tokenizer, server=server, config=config, **kwargs)
 
 
 def _ways(model: RewardModel, texts: list[EncodedText], reference: Tensor) -> list[ParityRow]:

@@ -17,6 +17,7 @@ from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.orders import Orders
 from rmcore.judge.store.database import Reuse
 from rmcore.model.backbone_config import BackboneConfig, Pooling
+from rmcore.model.remote import ServerKind
 from rmcore.model.text import OverlongPolicy
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.reference import Likelihood
@@ -41,6 +42,7 @@ CHOICES = {
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ("score", "serve", "best-of", "filter")},
     ("check", "dtype"): ("float32", "float16", "bfloat16"),
+    ("check", "server_kind"): typing.get_args(ServerKind),
     ("serve", "baseline"): typing.get_args(Baseline),
     ("best-of", "ties"): typing.get_args(selection.Ties),
     ("filter", "by"): typing.get_args(typing.get_type_hints(selection.filter_groups)["by"]),
