@@ -19,7 +19,8 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and plots.")] = Path("rmcore-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the features and the mixed streams.")] = 0,
     full: Annotated[
-        bool, typer.Option("--full", help="Read the data folder's texts whole: minutes, not one, on two cores.")
+        bool,
+        typer.Option("--full", help="Read all of the data folder's pairs, and whole: minutes, not one, on two cores."),
     ] = False,
 ) -> None:
     """Train, evaluate, route to a judge over loopback HTTP and print advantages, on real text, in a minute on a CPU."""

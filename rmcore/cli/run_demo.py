@@ -41,19 +41,26 @@ DEMO_HEAD: dict[str, Any] = {
     "ridge": 1.0,
 }
 BUDGETS = (0.10, 0.25, 0.45)
+OVER_HTTP = "u (uncertainty)"
+WHO_IS_ASKED = f"calls over HTTP, by {OVER_HTTP}; the other routers ask the same recorded judge in process"
 QUICK_TOKENS = 64
-"""Most tokens of a text of the data folder, unless the demo is full: a quarter of the tokens and of the time."""
+"""Most tokens of a text of the data folder, unless the demo is full: a quarter of the tokens."""
+QUICK_SHARE = 0.7
+"""Of the data folder's pairs, unless the demo is full."""
 
 
 @dataclass(frozen=True)
 class RoutedRun:
-    """One router's run over a stream through the HTTP judge, with ``budget`` of the pairs judged."""
+    """One router's run over a stream, with ``budget`` of the pairs judged.
+
+    ``calls`` are those over HTTP: None where the recorded judge was asked in process.
+    """
 
     name: str
     budget: float
     accuracy: float
     scores: GroupScores
-    calls: int
+    calls: int | None
 
 
 def demo_backbone(max_length: int | None = None) -> Backbone:
@@ -85,13 +92,16 @@ def run_demo(
         out: folder for the report, made if missing.
         console: where to print.
         seed: of the features and of the mixed streams.
-        full: read the texts of a data folder whole, not cut to ``QUICK_TOKENS`` tokens. The examples are short, and
-            always read whole.
+        full: read all pairs of a data folder, and whole, not ``QUICK_SHARE`` of them, cut to ``QUICK_TOKENS`` tokens.
+            The examples are few and short, and always read whole.
     """
     started = time.perf_counter()
     folder = find_data(data)
     corpus = load_corpus(folder)
-    max_length = None if full or folder is None else QUICK_TOKENS
+    quick = folder is not None and not full
+    if quick:
+        corpus = corpus.share(QUICK_SHARE, seed)
+    max_length = QUICK_TOKENS if quick else None
     reading = _reading(max_length)
     console.print(f"[bold]rmcore demo[/] on {corpus.name}: {len(corpus.train)} training pairs, {reading}")
     backbone = demo_backbone(max_length)
@@ -134,7 +144,10 @@ def _reading(max_length: int | None) -> str:
     """What of the texts is read, for the first line and the report."""
     if max_length is None:
         return "texts read whole"
-    return f"texts cut to {max_length} tokens (rmcore demo --full reads them whole and takes four times as long)"
+    return (
+        f"{QUICK_SHARE:.0%} of the pairs, texts cut to {max_length} tokens (rmcore demo --full reads all of them, "
+        "whole, and takes about five times as long)"
+    )
 
 
 def _spans(streams: Sequence[Stream]) -> Iterator[tuple[int, int]]:
@@ -163,22 +176,25 @@ def _routed_runs(model: RewardModel, stream: Stream, hidden: torch.Tensor, seed:
     prompts = [pair.prompt for pair in stream.pairs]
     responses = [(pair.first, pair.second) for pair in stream.pairs]
     runs = []
-    with ReplayServer(RecordedJudge.from_rows(_recorded_rows(stream.pairs))) as server:
-        judge = ChatJudge(server.base_url, "recorded", api_key_env=None)
+    recorded = RecordedJudge.from_rows(_recorded_rows(stream.pairs))
+    with ReplayServer(recorded) as server:
+        over_http = ChatJudge(server.base_url, "recorded", api_key_env=None)
         for budget in BUDGETS:
             routers: dict[str, Router] = {
-                "u (uncertainty)": BudgetRouter(budget, by="u"),
+                OVER_HTTP: BudgetRouter(budget, by="u"),
                 "margin": BudgetRouter(budget, by="margin"),
                 "rank sum of both": BudgetRouter(budget, by="rank_sum"),
                 "random": RandomRouter(budget, seed=seed),
             }
             for name, router in routers.items():
                 before = server.requests
-                engine = RewardEngine(model, judge, router)
+                http = name == OVER_HTTP  # the others ask for as many verdicts, which would be as many seconds
+                engine = RewardEngine(model, over_http if http else recorded, router)
                 scores = engine.score_hidden(hidden, [2] * len(prompts), prompts=prompts, responses=responses)
                 accuracy = _share_right(scores, stream.pairs)
-                runs.append(RoutedRun(name, budget, accuracy, scores, server.requests - before))
-    shown = next(run for run in runs if run.budget == 0.25)
+                calls = server.requests - before if http else None
+                runs.append(RoutedRun(name, budget, accuracy, scores, calls))
+    shown = next(run for run in runs if run.budget == 0.25 and run.name == OVER_HTTP)
     summary = shown.scores.summary()
     known = sum(pair.verdicts is not None for pair in stream.pairs)
     line = (
@@ -228,8 +244,26 @@ def _stream_table(stream: Stream, report: EvaluationReport, corpus: Corpus) -> T
         base, *steps = corpus.published[stream.name]
         table.add_section()
         table.add_row(f"u, as published (base {base:.0f}%)", *[f"{step:+.1f}" for step in steps], "")
-    table.caption = "points over random routing with a judge that is always right; 95% intervals clustered by prompt"
+    table.caption = (
+        "points over random routing with a judge that is always right; 95% intervals clustered by prompt\n"
+        + _gain_line(report)
+    )
     return table
+
+
+def _gain_line(report: EvaluationReport) -> str:
+    """What the intervals of u say, in words: a gain is claimed only where the whole interval is above 0."""
+    uplift = report.score("u").uplift
+    above = [f"{step.fraction:.0%}" for step in uplift if step.low > 0]
+    below = [f"{step.fraction:.0%}" for step in uplift if step.high < 0]
+    gains = (
+        f"u gains over random routing at {', '.join(above)} judged" if above else "u shows no gain over random routing"
+    )
+    if below:
+        gains += f", and loses at {', '.join(below)}"
+    if not above and not below:
+        return f"{gains}: every interval holds 0"
+    return gains if len(above) + len(below) == len(uplift) else f"{gains}; the other intervals hold 0"
 
 
 def _shown(report: EvaluationReport) -> list[str]:
@@ -237,13 +271,14 @@ def _shown(report: EvaluationReport) -> list[str]:
 
 
 def _runs_table(stream: Stream, report: EvaluationReport, runs: Sequence[RoutedRun]) -> Table:
-    table = Table(title=f"{stream.title}, judged over HTTP: accuracy (head alone {100 * report.accuracy.point:.1f}%)")
+    table = Table(title=f"{stream.title}, judged: accuracy (head alone {100 * report.accuracy.point:.1f}%)")
     table.add_column("route by")
     for budget in BUDGETS:
-        calls = next(run.calls for run in runs if run.budget == budget)
+        calls = next(run.calls for run in runs if run.budget == budget and run.name == OVER_HTTP)
         table.add_column(f"{budget:.0%} judged ({calls} calls)", justify="right")
     for name in dict.fromkeys(run.name for run in runs):
         table.add_row(name, *[f"{100 * run.accuracy:.1f}%" for run in runs if run.name == name])
+    table.caption = WHO_IS_ASKED
     return table
 
 
@@ -312,13 +347,22 @@ def _write_report(
         "",
     ]
     for (stream, report), (title, picture) in zip(reports, pictures, strict=True):
-        lines += [f"## {title}", "", report.to_markdown(), "", f"![{stream.title}]({picture})", ""]
+        lines += [
+            f"## {title}",
+            "",
+            report.to_markdown(),
+            "",
+            f"{_gain_line(report)}.",
+            "",
+            f"![{stream.title}]({picture})",
+            "",
+        ]
     budgets = " | ".join(f"{budget:.0%} judged" for budget in BUDGETS)
-    lines += [f"## “{mixed.title}”, judged over HTTP: accuracy", "", f"| route by | {budgets} |", "|---|---|---|---|"]
+    lines += [f"## “{mixed.title}”, judged: accuracy", "", f"| route by | {budgets} |", "|---|---|---|---|"]
     for name in dict.fromkeys(run.name for run in runs):
         cells = " | ".join(f"{100 * run.accuracy:.1f}%" for run in runs if run.name == name)
         lines.append(f"| {name} | {cells} |")
-    lines += ["", judge_line, ""]
+    lines += ["", f"{WHO_IS_ASKED[0].upper()}{WHO_IS_ASKED[1:]}. {judge_line}.", ""]
     lines += [f"## One group's RLOO advantages: {group.id}", "", f"> {group.prompt}", ""]
     lines += ["| response | human rank | advantage |", "|---|---|---|"]
     for i, text in enumerate(group.responses):

@@ -7,11 +7,12 @@ unlike the training data. The data folder is described in its own README; the ex
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from rmcore.model.data import read_lines
 from rmcore.model.reward_model import Preference
 
 __all__ = ["Corpus", "ExampleGroup", "Stream", "StreamPair", "find_data", "load_corpus"]
+
+T = TypeVar("T")
 
 JUDGE = "gpt-4"
 """Whose recorded verdicts stand for the judge where the data has them."""
@@ -86,6 +89,17 @@ class Corpus:
     published: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Stream → (base accuracy, uplift by u at 10 / 25 / 45%), in percent and points, as the data's README gives them
     for a plain fp64 implementation."""
+
+    def share(self, fraction: float, seed: int) -> Corpus:
+        """The same corpus with this share of the training pairs and of each part, drawn at random."""
+        rng = np.random.default_rng(seed)
+
+        def drawn(pairs: Sequence[T]) -> tuple[T, ...]:
+            kept = rng.permutation(len(pairs))[: math.ceil(fraction * len(pairs))]
+            return tuple(pairs[k] for k in sorted(kept.tolist()))
+
+        parts = {name: drawn(part) for name, part in self.parts.items()}
+        return replace(self, train=drawn(self.train), parts=parts)
 
     def streams(self, seed: int) -> list[Stream]:
         """The streams for a seed: mixed parts are subsampled to equal size and shuffled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,16 @@ def test_mixed_streams_are_half_and_half_and_seeded() -> None:
     assert counts[True] == counts[False] == 168
     assert stream.pairs == again.pairs
     assert stream.pairs != other.pairs
+
+
+def test_a_share_is_drawn_of_every_part_and_seeded() -> None:
+    whole = load_corpus(None)
+    some = whole.share(0.5, 3)
+    for all_of, drawn in [(whole.train, some.train), *((whole.parts[name], some.parts[name]) for name in whole.parts)]:
+        assert len(drawn) == math.ceil(len(all_of) / 2)
+        assert [pair for pair in all_of if pair in drawn] == list(drawn), "in their order"
+    assert some.train == whole.share(0.5, 3).train != whole.share(0.5, 4).train
+    assert whole.share(1.0, 0).train == whole.train
 
 
 def test_a_swapped_pair_says_the_same() -> None:

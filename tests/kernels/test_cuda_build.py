@@ -1,10 +1,14 @@
 """The CUDA kernels for every architecture of a release: no spills, registers and shared memory within limits.
 
-For Hopper, host code too; ``make compile-gate`` sets RMCORE_ALL_ARCHS=1 and has the device code of the others compiled.
+``make test`` compiles the device code for Hopper, once: what ptxas said is kept in pytest's cache for as long as the
+compiler, its options and everything in csrc/cuda stay as they are. ``make compile-gate`` sets RMCORE_ALL_ARCHS=1:
+the other architectures, host code too, and nothing from the cache.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,15 +21,31 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 KERNELS = {"score_fp16.cu": 4, "score_bf16.cu": 4, "power_iteration.cu": 6}
 STATIC_SHARED = {"score_fp16.cu": 512, "score_bf16.cu": 512, "power_iteration.cu": 2048}  # as the launchers set aside
 NVCC = shutil.which("nvcc")
-ARCHS = ["80", "90a", "100"] if os.environ.get("RMCORE_ALL_ARCHS") == "1" else ["90a"]
+GATE = os.environ.get("RMCORE_ALL_ARCHS") == "1"
+ARCHS = ["80", "90a", "100"] if GATE else ["90a"]
 
 
-def resources(source: str, architecture: str, folder: Path) -> list[dict[str, int]]:
-    """registers, spill bytes and static shared bytes of each kernel in a file, as ptxas reports them."""
+def compile_command(source: str, architecture: str) -> list[str]:
     assert NVCC is not None
     # The host half is the same for every architecture, and takes a third of the time.
-    output = "-c" if architecture == "90a" else "-cubin"
-    command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", output, str(SOURCES / source)]
+    output = "-c" if GATE and architecture == "90a" else "-cubin"
+    return [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", output, str(SOURCES / source)]
+
+
+def cache_key(command: list[str], sources: Path = SOURCES) -> str:
+    """Of all that decides what the compiler says: itself, what it is told, and every file it may include."""
+    digest = hashlib.sha256()
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    told = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("NVCC_", "CUDA_", "CPATH"))}
+    files = [path for path in sorted(sources.iterdir()) if path.is_file()]
+    named = [part for path in files for part in (path.name.encode(), path.read_bytes())]
+    for part in (version, json.dumps([command, told]).encode(), *named):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
+
+
+def resources(command: list[str], folder: Path) -> list[dict[str, int]]:
+    """registers, spill bytes and static shared bytes of each kernel in a file, as ptxas reports them."""
     run = subprocess.run([*command, "-o", str(folder / "kernel.o")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "warning" not in run.stderr, run.stderr
@@ -46,10 +66,30 @@ def resources(source: str, architecture: str, folder: Path) -> list[dict[str, in
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("architecture", ARCHS)
 @pytest.mark.parametrize("source", KERNELS)
-def test_kernels_fit(source, architecture, tmp_path):
-    found = resources(source, architecture, tmp_path)
+def test_kernels_fit(source, architecture, tmp_path, request):
+    command = compile_command(source, architecture)
+    entry = f"rmcore/ptxas/{source}-{architecture}"
+    key = cache_key(command)
+    kept = None if GATE else request.config.cache.get(entry, None)
+    found = kept["kernels"] if kept and kept["key"] == key else resources(command, tmp_path)
     assert len(found) == KERNELS[source]
     for kernel in found:
         assert kernel["spills"] == 0, kernel
         assert kernel["registers"] * 256 <= 65536, kernel
         assert kernel["shared"] <= STATIC_SHARED[source], kernel
+    request.config.cache.set(entry, {"key": key, "kernels": found})
+
+
+def test_a_cached_result_is_of_the_same_compiler_options_and_files(tmp_path, monkeypatch):
+    for name in ("a.cu", "a.cuh"):
+        (tmp_path / name).write_text("x")
+    compiler = shutil.which("true") or "true"
+    keys = [cache_key([compiler, "-O3"], tmp_path), cache_key([compiler, "-O2"], tmp_path)]
+    (tmp_path / "a.cuh").write_text("y")
+    keys.append(cache_key([compiler, "-O3"], tmp_path))
+    (tmp_path / "a.cuh").rename(tmp_path / "b.cuh")
+    keys.append(cache_key([compiler, "-O3"], tmp_path))
+    keys.append(cache_key([shutil.which("echo") or "echo", "-O3"], tmp_path))
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
+    keys.append(cache_key([compiler, "-O3"], tmp_path))
+    assert len(set(keys)) == len(keys)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import check_prompt
+from rmcore.model.encoding.limits import _level
 from rmcore.model.text import PairTemplate, TextEncoder, TextLimit
 
 FAMILIES = ["bert", "llama", "mistral", "chatml", "qwen", "no-template", "roberta"]
@@ -439,6 +440,26 @@ def test_longest_shortens_what_is_longest(tokenizer_for, prompt, response):
         assert abs(separator - theirs.index(tokenizer.sep_token_id)) <= 1
         assert ours.ids[0] == tokenizer.cls_token_id
         assert ours.ids[-1] == tokenizer.sep_token_id
+
+
+@given(
+    units=st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=4),
+    least=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    excess=st.integers(0, 40),
+)
+def test_units_are_cut_as_if_a_token_at_a_time_from_the_longest(units, least, excess):
+    sizes = [size for unit in units for size in unit]
+    places = iter(range(len(sizes)))
+    own = [[next(places) for _ in unit] for unit in units]
+    right, expected, cut = [0] * len(sizes), [0] * len(sizes), 0
+    done = _level(own, sizes, right, excess, least)
+    left = [sum(unit) for unit in units]
+    while cut < excess and (spare := [n for n in range(len(units)) if left[n] > least[n]]):
+        longest = max(spare, key=lambda n: left[n])
+        left[longest] -= 1
+        cut += 1
+        expected[next(k for k in reversed(own[longest]) if expected[k] < sizes[k])] += 1
+    assert (done, right) == (cut, expected)
 
 
 def test_a_limit_the_template_alone_exceeds(tokenizer_for):

@@ -111,13 +111,17 @@ def _level(units: list[list[int]], sizes: list[int], right: list[int], excess: i
         spare = [n for n in range(len(units)) if left[n] > least[n]]
         if not spare:
             break
-        longest = max(spare, key=lambda n: left[n])
-        others = max((left[n] for n in spare if n != longest), default=0)
-        drop = min(max(1, left[longest] - others), excess - cut, left[longest] - least[longest])
-        left[longest] -= drop
-        cut += drop
-        for k in reversed(units[longest]):
-            taken = min(drop, sizes[k] - right[k])
-            right[k] += taken
-            drop -= taken
+        level = max(left[n] for n in spare)
+        longest = [n for n in spare if left[n] == level]
+        below = max([least[n] for n in longest] + [left[n] for n in spare if left[n] < level])
+        # Equally long units go down together by as many whole rounds as there are; of what is left, the first pays.
+        rounds = min(level - below, (excess - cut) // len(longest))
+        drops = dict.fromkeys(longest, rounds) if rounds else {longest[0]: 1}
+        for n, drop in drops.items():
+            left[n] -= drop
+            cut += drop
+            for k in reversed(units[n]):
+                taken = min(drop, sizes[k] - right[k])
+                right[k] += taken
+                drop -= taken
     return cut
