@@ -102,6 +102,7 @@ def _dense_layers(stack: Stack, reader: _Reader, width: int, token_id: Callable[
             weight_name = stack.tied
         weight = reader.take(weight_name, reader.size(stack.out if last else stack.hidden), width)
         wanted = stack.bias if last else stack.hidden_bias
+        wanted = bool(wanted.of(reader.config)) if isinstance(wanted, Key) else wanted
         bias = None
         if wanted is not False:
             bias = (reader.take if wanted else reader.optional)(f"{name}.bias", weight.shape[0])
@@ -211,7 +212,8 @@ class RewardHead:
         self.dtype = body_dtype if self.spec.dtype == "body" else torch.float32
         self._layers = [layer.to(device, self.dtype) for layer in self._layers]
         self._gate = [layer.to(device, self.dtype) for layer in self._gate]
-        self._last = self._last.to(device, self.dtype)
+        # Of a linear head the last layer is served as β: there is no reason to round what its file holds.
+        self._last = self._last.to(device, torch.float32 if self.spec.linear else self.dtype)
         if self._transform is not None:
             self._transform = self._transform.to(device, self.dtype)
         if self._gate_scale is not None:
@@ -286,9 +288,9 @@ def _normaliser(spec: Head, reader: _Reader) -> tuple[float, float]:
         mean, var = config.get("mean"), config.get("var")
         stored = reader.optional("normalizer.mean", 1), reader.optional("normalizer.var", 1)
         reader.used.add("normalizer.count")
-        shift, variance = _scalar(stored[0], mean, 0.0), _scalar(stored[1], var, 1.0)
         if not config.get("do_normalize"):
             return 0.0, 1.0
+        shift, variance = _scalar("mean", stored[0], mean), _scalar("var", stored[1], var)
         # Safe RLHF: a reward is shifted and scaled, a cost is scaled alone.
         shift, scale = (0.0 if config.get("score_type") == "cost" else shift), math.sqrt(variance) + _BEAVER_EPS
     else:
@@ -298,9 +300,9 @@ def _normaliser(spec: Head, reader: _Reader) -> tuple[float, float]:
     return shift, scale
 
 
-def _scalar(stored: Tensor | None, configured: Any, default: float) -> float:
+def _scalar(name: str, stored: Tensor | None, configured: Any) -> float:
     if stored is not None:
         return float(stored[0])
     if configured is None:
-        return default
+        raise CheckpointError(f"config.json: got do_normalize, but {name!r} neither there nor as 'normalizer.{name}'")
     return float(configured[0] if isinstance(configured, (list, tuple)) else configured)

@@ -271,7 +271,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="beaver-cost",
         models=("PKU-Alignment/beaver-7b-v1.0-cost",),
-        head=Head(Stack("score_head"), normaliser="beaver", sign=-1),
+        head=Head(Stack("score_head", bias=Key("bias", False)), normaliser="beaver", sign=-1),
         shown="linear, minus the cost; normaliser where `do_normalize`",
         keys=("score_type=cost",),
         known=("score_dim", "bias", "do_normalize", "normalizer_type", "momentum", "mean", "var"),
@@ -281,7 +281,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="beaver",
         models=("PKU-Alignment/beaver-7b-v1.0-reward",),
-        head=Head(Stack("score_head"), normaliser="beaver"),
+        head=Head(Stack("score_head", bias=Key("bias", False)), normaliser="beaver"),
         shown="linear; normaliser where `do_normalize`",
         architectures=("*ForScore",),
         keys=("score_type=reward",),
@@ -293,7 +293,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="cloud",
         models=("ankner/Llama3-8B-CLoud-RM",),
-        head=Head(Stack("reward_head.{}", depth=1, hidden=_HIDDEN, activation="tanh", parts=("dense", "out_proj"))),
+        head=Head(
+            Stack("reward_head.{}", depth=1, hidden=_HIDDEN, activation="tanh", parts=("dense", "out_proj"), bias=True)
+        ),
         shown="MLP, tanh, behind a critique",
         architectures=("CLoudRewardModel",),
         tensors=("reward_head.dense.weight", "reward_head.out_proj.weight"),
@@ -313,7 +315,16 @@ FAMILIES: tuple[Family, ...] = (
         name="pairrm",
         models=("llm-blender/PairRM-hf",),
         head=Head(
-            Stack("head_layer.{}", out=Key("n_tasks", 1), depth=1, hidden=_HIDDEN, activation="tanh", start=1, step=3),
+            Stack(
+                "head_layer.{}",
+                out=Key("n_tasks", 1),
+                depth=1,
+                hidden=_HIDDEN,
+                activation="tanh",
+                start=1,
+                step=3,
+                bias=True,
+            ),
             terms=((1, (0, 1)), (-1, (0, 2))),
             weights="mean",
         ),

@@ -120,7 +120,7 @@ class Stack:
         hidden: their outputs.
         parts: what stands in place of ``{}`` for each layer; otherwise multiples of ``step``, after ``start``.
         norm: batch normalisation behind each hidden activation, this many places after its linear layer.
-        bias: whether the last layer has one; None takes it where there is one.
+        bias: whether the last layer has one; the configuration may say, and None takes it where there is one.
         hidden_bias: likewise of the others.
         rows: which outputs are taken, and with what factor, of a language model's head: a number or a token's text.
         tied: name of the tensor that stands in for a missing weight where the configuration ties embeddings.
@@ -136,7 +136,7 @@ class Stack:
     step: int = 2
     parts: tuple[str, ...] = ()
     norm: int | None = None
-    bias: bool | None = None
+    bias: bool | Key | None = None
     hidden_bias: bool | None = True
     rows: tuple[tuple[float, int | str], ...] = ()
     tied: str = ""

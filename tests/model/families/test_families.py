@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support.families import LAYOUTS
+from support.families import LAYOUTS, Tiny
 
-from rmcore import Preference, RewardModel
+from rmcore import Backbone, Preference, RewardModel
 from rmcore._base.errors import CheckpointError
 from rmcore.model.families.registry import FAMILIES
 
@@ -68,6 +69,24 @@ def test_a_planted_fault_is_refused_by_name(tmp_path, name):
     layout.fault(tiny)
     with pytest.raises(CheckpointError, match=layout.told):
         RewardModel.from_pretrained(tiny.write(tmp_path / layout.name), device="cpu")
+
+
+def test_no_tensor_of_any_head_may_be_missing(tmp_path):
+    """Whichever it is, it is named, and the body is not even read."""
+    for name, layout in LAYOUTS.items():
+        tiny = layout.make()
+        inside = [tensor for tensor in tiny.tensors if not tensor.startswith(layout.prefix or "layers.")]
+        inside = [tensor for tensor in inside if tensor in layout.head or tensor == "lm_head.weight"]
+        for tensor in inside:
+            if (
+                tensor.startswith("normalizer.")
+                or tensor.endswith("num_batches_tracked")
+                or name in ("classifier", "trl-two-labels")
+            ):
+                continue  # the configuration has it too; nothing reads it; transformers' own class reads it
+            spoilt = Tiny({k: v for k, v in tiny.tensors.items() if k != tensor}, tiny.config, tiny.tokenizer, None)
+            with pytest.raises(CheckpointError, match=re.escape(f"'{tensor}'")):
+                Backbone.from_reward_model(str(spoilt.write(tmp_path / layout.name)), device="cpu", family=name)
 
 
 def upgraded(layout, model) -> tuple[RewardModel, list[Preference]]:

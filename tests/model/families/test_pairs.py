@@ -154,6 +154,15 @@ def test_the_pair_model_is_the_difference_of_its_two_letters(models, messages):
     check(model.score([messages], [RESPONSES])[0], square(lambda a, b: pairpm_logit(tiny, messages, a, b)))
 
 
+def test_the_difference_of_two_rows_is_not_rounded_to_the_bodys_dtype(tmp_path):
+    tiny = pairpm()
+    folder = tiny.write(tmp_path / "pair-preference-model-x")
+    model = RewardModel.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
+    a, b = (tiny.tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "AB")
+    rows = tiny.tensors["lm_head.weight"]
+    assert torch.equal(model.backbone.scalar_head()[0], rows[a] - rows[b])
+
+
 @pytest.mark.parametrize("name", ["pairrm", "rlhflow-pair"])
 def test_upgraded_the_orders_keep_their_logits(models, name, tmp_path):
     _, plain = models[name]
