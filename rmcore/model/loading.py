@@ -148,7 +148,9 @@ def read_model(
 
     auto = attn_implementation == "auto"
     attention = choose_attention(device, dtype) if auto else (attn_implementation, "asked for")
+    # Tensors of another shape are told of here, by name, which transformers leaves to a report among its warnings.
     arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    arguments["ignore_mismatched_sizes"] = True
     read = functools.partial(
         getattr(transformers, loader).from_pretrained,
         more.pop("name", source.name),
@@ -164,6 +166,11 @@ def read_model(
                 raise
             attention = ("eager", f"this model does not support {attention[0]}")
             model, info = read(attn_implementation="eager")
+    for name, found, wanted in sorted(info.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"backbone: got {source.name!r} with {name} of shape {tuple(found)}, which its configuration wants "
+            f"{tuple(wanted)}"
+        )
     return model, info, attention
 
 

@@ -43,6 +43,14 @@ def test_a_tensor_left_over_in_a_classifier_is_refused(tmp_path):
         RewardModel.from_pretrained(tiny.write(tmp_path / "rm"), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["classifier", "armorm"])
+def test_a_tensor_of_the_body_with_another_shape_is_named(tmp_path, name):
+    tiny = LAYOUTS[name].make()
+    tiny.tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, HIDDEN)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight of shape \(3, 16\).*\(24, 16\)"):
+        RewardModel.from_pretrained(tiny.write(tmp_path / "rm"), device="cpu")
+
+
 def test_a_language_models_head_in_a_classifiers_files_is_no_matter(tmp_path):
     tiny = LAYOUTS["classifier"].make()
     tiny.tensors["lm_head.weight"] = torch.zeros(tiny.config["vocab_size"], HIDDEN)
