@@ -202,7 +202,7 @@ def test_a_setting_that_there_is_not_is_a_type_error(value):
         lambda: ops.score_tensors(x, *head.arguments, feature_scal=value),  # type: ignore[call-arg]
         lambda: ops.pair_variance_tensors(x, torch.tensor([3]), *head.arguments, feature_scal=value),  # type: ignore[call-arg]
         lambda: ops.prepare(*head.arguments, feature_scal=value),  # type: ignore[call-arg]
-        lambda: ops.accumulate_tensors(x, torch.ones(3), *head.arguments[:3], feature_scal=value),
+        lambda: ops.accumulate_tensors(x, torch.ones(3), *head.arguments[:3], feature_scal=value),  # type: ignore[call-arg]
     ):
         with pytest.raises(TypeError, match="feature_scal"):
             call()
