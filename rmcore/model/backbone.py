@@ -299,7 +299,8 @@ class Backbone:
         else:
             config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
         return cls(
-            model.to(device).eval(),
+            # Quantised weights are where their library has put them.
+            (model if getattr(model, "is_quantized", False) else model.to(device)).eval(),
             tokenizer,
             config,
             tokens_per_batch=tokens_per_batch,

@@ -18,6 +18,7 @@ from rmcore._base.errors import CheckpointError, reject
 from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.encoding.tree_attention import Kind
 from rmcore.model.hub import commit_of, folder_of, hub_failure
+from rmcore.model.libraries import require_libraries
 
 __all__ = [
     "REMOTE_CODE",
@@ -109,6 +110,7 @@ def located(config: BackboneConfig, options: Options) -> BackboneConfig:
     """
     folder = folder_of(config.name, config.revision)
     if folder is not None:
+        require_libraries(folder)
         return replace(config, name=str(folder))
     with _told(config):
         return replace(config, revision=commit_of(config.name, config.revision, **options.hub))

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from rmcore.cli import app
 from rmcore.engine import selection
+from rmcore.engine.acquisition import Acquisition
 from rmcore.engine.routing import RankBy
+from rmcore.engine.routing.risk_bounds import RiskMethod
 from rmcore.head.config import PairMode
 from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.orders import Orders
@@ -33,7 +35,7 @@ CHOICES = {
     ("train", "likelihood"): typing.get_args(Likelihood),
     **{
         (name, "overlong"): typing.get_args(OverlongPolicy)
-        for name in ("train", "upgrade", "score", "serve", "best-of", "filter", "evaluate", "check")
+        for name in ("train", "upgrade", "score", "serve", "best-of", "filter", "evaluate", "check", "select")
     },
     **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
     **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},
@@ -41,6 +43,8 @@ CHOICES = {
     **{(name, "rank_by"): typing.get_args(RankBy) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ("score", "serve", "best-of", "filter")},
+    ("evaluate", "risk_method"): typing.get_args(RiskMethod),
+    ("select", "by"): typing.get_args(Acquisition),
     ("check", "dtype"): ("float32", "float16", "bfloat16"),
     ("check", "server_kind"): typing.get_args(ServerKind),
     ("serve", "baseline"): typing.get_args(Baseline),
@@ -84,6 +88,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "filter": [missing, missing, "--max-u", "2"],
         "evaluate": [missing, missing],
         "check": [missing],
+        "select": [missing, missing, "1"],
     }
     result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})
     assert result.exit_code == 2

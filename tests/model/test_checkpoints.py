@@ -1,0 +1,187 @@
+"""What checkpoints and tokenizers of others are like: none of it changes a score, or it is said what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.chat_templates import CHAT_MODELS
+from support.models import TOKENIZERS, _model, own_inputs
+from tokenizers import processors
+
+from rmcore._base.errors import CheckpointError
+from rmcore.model.backbone import Backbone, BackboneConfig
+from rmcore.model.check import check_model
+from rmcore.model.reward_model import Preference, RewardModel
+
+PAIRS = [Preference(f"what is {k}?", f"a good answer {k}", "a bad one, and long " * (k + 1)) for k in range(4)]
+
+
+def saved(folder: Path, tokenizer: Any, kind: str = "llama-classifier", *, size: str = "5GB", **config: Any) -> Any:
+    model = _model(kind, tokenizer, **config)
+    model.save_pretrained(folder, max_shard_size=size)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_padding_token_beyond_the_embedding(tmp_path):
+    """Padding is masked, so that any id will do that the model has."""
+    tokenizer = TOKENIZERS["llama"]()
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == known
+    saved(tmp_path, tokenizer, vocab_size=known, pad_token_id=None)
+    backbone = Backbone.from_reward_model(str(tmp_path), device="cpu", packing="padded")
+    report = check_model(RewardModel.upgrade(backbone, PAIRS), PAIRS)
+    assert report.passed, report.to_markdown()
+    assert "beyond the embedding" in report.facts["padding token"]
+
+
+def test_a_text_with_a_token_beyond_the_embedding_is_named(tmp_path):
+    tokenizer = TOKENIZERS["chatml"]()
+    known = len(tokenizer)
+    tokenizer.add_tokens(["zebra"])
+    saved(tmp_path, tokenizer, vocab_size=known)
+    backbone = Backbone.from_reward_model(str(tmp_path), device="cpu")
+    backbone.hidden([backbone.encoder.encode("a", "horse")])
+    with pytest.raises(CheckpointError, match=rf"token {known} \('zebra'\).*one of the model's {known}"):
+        backbone.hidden([backbone.encoder.encode("a", "zebra")])
+
+
+def test_eos_as_padding_inside_a_text(tmp_path):
+    tokenizer = CHAT_MODELS["chatml"]()
+    tokenizer.pad_token = tokenizer.eos_token  # ends every turn
+    saved(tmp_path, tokenizer)
+    report = check_model(RewardModel.from_pretrained(tmp_path, device="cpu"), PAIRS)
+    assert report.passed, report.to_markdown()
+    assert "the eos token" in report.facts["padding token"]
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "mistral"])
+def test_one_bos(family):
+    """These tokenizers put a bos before every text, and these templates write one."""
+    tokenizer = CHAT_MODELS[family]()
+    model = _model("llama-classifier", tokenizer, pad_token_id=None)
+    config = BackboneConfig(kind="classifier", pooling="classifier", append_eos=False)
+    backbone = Backbone(model, tokenizer, config)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    assert backbone.encoder.encode("what?", "good").ids.count(tokenizer.bos_token_id) == 1
+    assert check_model(RewardModel.upgrade(backbone, PAIRS), PAIRS).facts["template"].startswith("1 bos")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_side_of_padding_and_truncation_do_not_matter(tmp_path, side):
+    tokenizer = TOKENIZERS["llama"]()
+    tokenizer.padding_side = tokenizer.truncation_side = side
+    tokenizer.model_max_length = 8  # transformers only warns of longer texts
+    saved(tmp_path, tokenizer)
+    report = check_model(RewardModel.from_pretrained(tmp_path, device="cpu"), PAIRS)
+    assert report.passed, report.to_markdown()
+
+
+def test_sliding_windows(tmp_path):
+    """Texts within the window are shared, longer ones have rows of their own; both score as the model's own code."""
+    tokenizer = TOKENIZERS["chatml"]()
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    config.update({"intermediate_size": 48, "sliding_window": 64, "num_labels": 1, "max_position_embeddings": 512})
+    config.update({"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None})
+    transformers.MistralForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pairs = [Preference("what is it? " * n, "good", "a bad answer") for n in (1, 2, 12)]
+    report = check_model(RewardModel.from_pretrained(tmp_path, device="cpu"), pairs)
+    assert report.passed, report.to_markdown()
+    assert any(row.note.startswith("sdpa") for row in report.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sharded_checkpoints_of_16_bits(tmp_path, dtype):
+    """Read in float32 unless told; in 16 bits the scores are those of the model's own code within their rounding."""
+    tokenizer = TOKENIZERS["llama"]()
+    model = _model("llama-classifier", tokenizer).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    wide = RewardModel.from_pretrained(tmp_path, device="cpu")
+    assert wide.backbone.model.dtype == torch.float32
+    text = wide.backbone.encoder.encode("what?", "good")
+    own = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = float(own(**own_inputs(wide.backbone, text)).logits)
+    assert float(wide.row_scores(wide.backbone.hidden([text]))) == pytest.approx(theirs, rel=1e-4)
+    narrow = check_model(RewardModel.from_pretrained(tmp_path, device="cpu", dtype=dtype), PAIRS)
+    assert narrow.passed, narrow.to_markdown()
+
+
+def test_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """And is never taken for a repository of that name on the hub."""
+    saved(tmp_path / "m" / "bb", TOKENIZERS["llama"]())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = RewardModel.upgrade(Backbone.from_reward_model("m/bb", device="cpu"), PAIRS)
+    model.save_pretrained("rm")
+    assert json.loads(Path("rm/rmcore.json").read_text(encoding="utf-8"))["backbone"]["name"] == str(tmp_path / "m/bb")
+    ours = model.score("what?", ["a", "b"])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(RewardModel.from_pretrained("../rm", device="cpu").score("what?", ["a", "b"]).logit, ours.logit)
+
+
+def test_a_chat_model_with_plain_prompts_is_asked_by_its_template(tmp_path):
+    tokenizer = CHAT_MODELS["qwen3"]()
+    model = saved(tmp_path, tokenizer)
+    ours = RewardModel.from_pretrained(tmp_path, device="cpu")
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4\n"}]
+    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad():
+        theirs = float(model(input_ids=ids).logits)
+    text = ours.backbone.encoder.encode("2+2?", turns[1]["content"])
+    assert list(text.ids) == ids[0].tolist()
+    assert float(ours.row_scores(ours.backbone.hidden([text]))) == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert-classifier", "roberta-classifier"])
+def test_an_encoder_is_given_two_texts(kind):
+    tokenizer = TOKENIZERS[kind.removesuffix("-classifier")]()
+    if kind.startswith("roberta"):
+        tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    config = BackboneConfig(kind="classifier", pooling="classifier")
+    backbone = Backbone(_model(kind, tokenizer), tokenizer, config)
+    for prompt, response in (("what is 2?", "it is two."), (" a ", ""), ([{"role": "user", "content": "why"}], "so")):
+        plain = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        theirs = tokenizer(plain, response, return_tensors="pt", return_token_type_ids=kind.startswith("bert"))
+        text = backbone.encoder.encode(prompt, response)
+        assert list(text.ids) == theirs["input_ids"][0].tolist()
+        inputs = backbone.model_inputs(torch.tensor([text.ids]), torch.ones(1, len(text), dtype=torch.long))
+        assert all(torch.equal(inputs[name], theirs[name]) for name in theirs)
+    assert "first" in {segment.name for segment in backbone.encoder.encode("a", "b").segments}
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "library"),
+    [
+        ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "x"}, "peft"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes",
+        ),
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptqmodel"),
+        ("config.json", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "gptqmodel"),
+    ],
+)
+def test_a_missing_library_is_named(tmp_path, monkeypatch, file, values, library):
+    saved(tmp_path, TOKENIZERS["llama"]())
+    config = tmp_path / file
+    known = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    config.write_text(json.dumps(known | values), encoding="utf-8")
+    monkeypatch.setattr("rmcore.model.libraries.importlib.util.find_spec", lambda name: None)
+    for load in (Backbone.from_pretrained, Backbone.from_reward_model):
+        with pytest.raises(CheckpointError, match=f"pip install {library}"):
+            load(str(tmp_path), device="cpu")
