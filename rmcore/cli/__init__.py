@@ -20,7 +20,20 @@ from typing import Annotated
 import typer
 
 from rmcore._base.version import __version__
-from rmcore.cli import accounts, best_of, check, demo, evaluate, families, score, select, serve, train, verdicts
+from rmcore.cli import (
+    accounts,
+    benchmark,
+    best_of,
+    check,
+    demo,
+    evaluate,
+    families,
+    score,
+    select,
+    serve,
+    train,
+    verdicts,
+)
 from rmcore.cli.commands import add_commands, installed_commands
 from rmcore.cli.options import ManyColumns
 from rmcore.cli.output import use_utf8
@@ -48,6 +61,7 @@ app.command("select", cls=ManyColumns)(select.select)
 app.command("accounts")(accounts.show_accounts)
 app.command("check", cls=ManyColumns)(check.check)
 app.command("evaluate", cls=ManyColumns)(evaluate.evaluate)
+app.command("benchmark")(benchmark.benchmark)
 app.command("demo")(demo.demo)
 add_commands(app, installed_commands())  # `rmcore bench`, and what other packages bring
 

@@ -36,6 +36,7 @@ __all__ = [
     "accuracy_cost_curve",
     "auroc",
     "average_ranks",
+    "bootstrap_bounds",
     "check_interval",
     "correctness",
     "expected_calibration_error",
@@ -240,7 +241,7 @@ def uplift_over_random(
     low = high = np.full(at.size, np.nan)
     if replicates and groups.max() > 0:
         interval = Interval(groups, replicates, level, seed)
-        low, high = (100.0 * bound for bound in _bootstrap(_uplift_of_resamples(score, gain, at), interval))
+        low, high = (100.0 * bound for bound in bootstrap_bounds(_uplift_of_resamples(score, gain, at), interval))
     return tuple(
         Uplift(float(p), float(lo), float(hi), float(f)) for p, lo, hi, f in zip(point, low, high, at, strict=True)
     )
@@ -309,7 +310,7 @@ def _area(x: Array, y: Array) -> float:
     return float(np.diff(x) @ (y[1:] + y[:-1])) / 2.0
 
 
-def _bootstrap(statistic: Callable[[Array], Array], interval: Interval) -> tuple[Array, Array]:
+def bootstrap_bounds(statistic: Callable[[Array], Array], interval: Interval) -> tuple[Array, Array]:
     """Percentile bounds of a statistic over resamples of prompts.
 
     scipy draws the prompts. A resample only reweights pairs, so ``statistic`` gets how often each pair occurs,
@@ -360,7 +361,7 @@ def mean_with_interval(value: Array, interval: Interval) -> Estimate:
     point = float(value.mean())
     if interval.replicates == 0 or interval.cluster.max() == 0:
         return Estimate(point, float("nan"), float("nan"))
-    low, high = _bootstrap(lambda times: ((times @ value) / times.sum(axis=1))[None], interval)
+    low, high = bootstrap_bounds(lambda times: ((times @ value) / times.sum(axis=1))[None], interval)
     return Estimate(point, float(low[0]), float(high[0]))
 
 

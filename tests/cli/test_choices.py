@@ -35,7 +35,18 @@ CHOICES = {
     ("train", "likelihood"): typing.get_args(Likelihood),
     **{
         (name, "overlong"): typing.get_args(OverlongPolicy)
-        for name in ("train", "upgrade", "score", "serve", "best-of", "filter", "evaluate", "check", "select")
+        for name in (
+            "train",
+            "upgrade",
+            "score",
+            "serve",
+            "best-of",
+            "filter",
+            "evaluate",
+            "benchmark",
+            "check",
+            "select",
+        )
     },
     **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
     **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},
@@ -89,6 +100,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "evaluate": [missing, missing],
         "check": [missing],
         "select": [missing, missing, "1"],
+        "benchmark": [missing, "rmb"],
     }
     result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})
     assert result.exit_code == 2

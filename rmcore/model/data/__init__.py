@@ -50,6 +50,7 @@ from rmcore.model.reward_model import Preference
 __all__ = [
     "Group",
     "PreferenceRow",
+    "Row",
     "Source",
     "parse_columns",
     "parse_group",
@@ -59,6 +60,7 @@ __all__ = [
     "read_lines",
     "read_preference_rows",
     "read_preferences",
+    "read_rows",
 ]
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def read_preference_rows(source: Source, columns: Mapping[str, str] | None = Non
     """The same by rows, each with what its column ``subset`` or ``section`` holds; raises as read_preferences."""
     told: set[str] = set()
     name = _name(source)
-    for row in _rows(source):
+    for row in read_rows(source):
         try:
             value = map_columns(row.value, columns or {}, preferences.COLUMNS)
             pairs = tuple(parse_preferences(value))
@@ -116,7 +118,7 @@ def _subset(value: Mapping[str, Any]) -> str | None:
 
 def read_groups(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Group]:
     """Yield groups; raises DataError at the first bad row, naming it."""
-    for row in _rows(source):
+    for row in read_rows(source):
         try:
             group = parse_group(map_columns(row.value, columns or {}, groups.COLUMNS))
         except InputError as error:
@@ -126,7 +128,7 @@ def read_groups(source: Source, columns: Mapping[str, str] | None = None) -> Ite
 
 def read_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, object) of every row; raises DataError for one that is not a JSON object in UTF-8."""
-    for row in _rows(source):
+    for row in read_rows(source):
         yield row.number, row.value
 
 
@@ -142,7 +144,8 @@ def _name(source: Source) -> str:
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
-def _rows(source: Source) -> Iterator[Row]:
+def read_rows(source: Source) -> Iterator[Row]:
+    """The objects of a source as they stand, each with its number; raises DataError for what is none."""
     if not isinstance(source, (str, Path)):
         yield from object_rows(source, _name(source))
         return

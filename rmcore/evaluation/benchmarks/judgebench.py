@@ -1,0 +1,82 @@
+"""JudgeBench (Tan et al. 2025): pairs of answers of which one is right, in four groups.
+
+Accuracy by group and over all pairs; no preference counts half. The project asks judges in both orders; a model in
+difference mode has one answer for both, one in concat mode is asked in both orders and the two are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmcore._base.errors import reject
+from rmcore.evaluation.benchmarks.item import (
+    Benchmark,
+    Context,
+    CountedPairs,
+    Item,
+    Matrix,
+    Score,
+    group_mean,
+    half_point,
+    one_of,
+    text_of,
+)
+
+__all__ = ["BENCHMARK", "GROUPS", "group_of"]
+
+GROUPS = {
+    "Knowledge": "mmlu-pro",
+    "Reasoning": "livebench-reasoning",
+    "Math": "livebench-math",
+    "Coding": "livecodebench",
+}
+"""Group → what the names of its sources begin with."""
+
+
+def group_of(source: str) -> str:
+    """The group of a source; raises InputError for one that JudgeBench does not have."""
+    found = next((group for group, start in GROUPS.items() if source.startswith(start)), None)
+    if found is None:
+        reject("source", repr(source)[:60], f"one that begins with {', '.join(GROUPS.values())}")
+    return found
+
+
+def _read(row: Mapping[str, Any], context: Context) -> Item:
+    responses = (text_of(row, "response_A"), text_of(row, "response_B"))
+    source = text_of(row, "source")
+    group_of(source)
+    first = one_of(row, "label", ("A>B", "B>A")) == "A>B"
+    own = str(row.get("pair_id", context.number))
+    return Item(own, text_of(row, "question"), responses, (float(first), float(not first)), source)
+
+
+def _credit(pairs: CountedPairs, margin: Matrix) -> Matrix:
+    return half_point(margin)[:, None]
+
+
+def _scores(items: Sequence[Item], credit: Matrix, weight: Matrix, own_scores: Sequence[Matrix] | None) -> list[Score]:
+    group = np.array([group_of(item.subset) for item in items], dtype=object)
+    subset = np.array([item.subset for item in items], dtype=object)
+    found = [Score("overall", "Accuracy", group_mean(credit[:, 0], np.full(len(items), True), weight), len(items))]
+    for level, labels, names in (
+        ("section", group, [name for name in GROUPS if (group == name).any()]),
+        ("subset", subset, sorted(set(subset.tolist()))),
+    ):
+        for name in names:
+            member = labels == name
+            found.append(Score(level, name, group_mean(credit[:, 0], member, weight), int(member.sum())))  # type: ignore[arg-type]
+    return found
+
+
+BENCHMARK = Benchmark(
+    name="judgebench",
+    title="JudgeBench",
+    about="ScalerLab/JudgeBench, arXiv:2410.12784; 620 pairs",
+    data=("hf://ScalerLab/JudgeBench:gpt", "hf://ScalerLab/JudgeBench:claude"),
+    read=_read,
+    credit=_credit,
+    scores=_scores,
+)

@@ -1,0 +1,92 @@
+"""Where a benchmark's rows come from: the hub, a file in any container rmcore reads, or a folder of such files."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rmcore._base.errors import DataError, InputError, reject
+from rmcore.evaluation.benchmarks.item import Benchmark, Context, Item
+from rmcore.model.data import read_rows
+
+__all__ = ["read_items", "sources_of"]
+
+log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/:]+)?(/[^/:]+)?(:.+)?")
+_HUB = "hf://"
+_DATA = (".jsonl", ".ndjson", ".json", ".parquet")
+_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+
+
+def read_items(benchmark: Benchmark, data: str | Path | None = None) -> tuple[Item, ...]:
+    """All items of a benchmark that count, in order.
+
+    Args:
+        benchmark: which.
+        data: a file, a folder, ``org/name`` or ``hf://org/name`` of the hub; None is the benchmark's own data there.
+
+    Raises:
+        InputError: it is nowhere on the hub, or there is nothing in ``data``.
+        DataError: naming source and row: a field is missing or wrong; or the source cannot be read.
+    """
+    items: list[Item] = []
+    ties = 0
+    for source in sources_of(benchmark, data):
+        for row in read_rows(source):
+            try:
+                item = benchmark.read(row.value, Context(source, row.number))
+            except InputError as error:
+                raise DataError(str(error), source=source, line=row.number, unit=row.unit) from error
+            if item is None:
+                ties += 1
+            else:
+                items.append(item)
+    if ties:
+        log.warning("%s: %d ties in the labels are left out", benchmark.title, ties)
+    if not any(item.pairs for item in items):
+        reject("data", f"{len(items)} rows without a pair to compare", f"rows of {benchmark.title}")
+    return tuple(items)
+
+
+def sources_of(benchmark: Benchmark, data: str | Path | None = None) -> list[str]:
+    """The sources that ``data`` stands for, as the readers take them; arguments and errors as of :func:`read_items`."""
+    if data is None:
+        if not benchmark.data:
+            reject("--data", "none", f"a file or folder: {benchmark.title} is not on the hub ({benchmark.about})")
+        return list(benchmark.data)
+    path, name = Path(data), str(data)
+    if name.startswith(_HUB) or name == "-":
+        return [name]
+    if path.is_dir():
+        if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            return [name]
+        return [str(file) for file in _files(benchmark, path)]
+    if not path.exists() and _HUB_ID.fullmatch(name) and not name.lower().endswith(_DATA):
+        return [_HUB + name]
+    return [name]
+
+
+def _files(benchmark: Benchmark, folder: Path) -> Sequence[Path]:
+    found = sorted(file for file in _walk(folder) if file.name.lower().endswith(_suffixes()))
+    if not found:
+        reject("data", f"{str(folder)!r}, without data files", f"files that end in {', '.join(_DATA)}, packed or not")
+    repeated = [file for file in found if file.name.split(".")[0] in benchmark.whole]
+    if repeated and len(repeated) < len(found):
+        for file in repeated:
+            log.warning("%s is left out: the files beside it hold the same rows", file)
+        return [file for file in found if file not in repeated]
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder; what is hidden is not data."""
+    for file in folder.rglob("*"):
+        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts):
+            yield file
+
+
+def _suffixes() -> tuple[str, ...]:
+    return tuple(data + packed for data in _DATA for packed in _PACKED)

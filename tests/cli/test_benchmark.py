@@ -1,0 +1,94 @@
+"""``rmcore benchmark`` on a tiny model, end to end, in process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.benchmarks import ROWS, rewardbench2, written
+from typer.testing import CliRunner, Result
+
+from rmcore.cli import app
+
+runner = CliRunner()
+
+
+def call(*arguments: object) -> Result:
+    return runner.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, backbone_path: Path) -> dict[str, Path]:
+    """A model in each mode."""
+    from support.folders import preference_rows
+
+    folder = tmp_path_factory.mktemp("benchmark")
+    preferences = folder / "prefs.jsonl"
+    preferences.write_text("\n".join(json.dumps(row) for row in preference_rows(60)) + "\n")
+    found = {}
+    for mode in ("difference", "concat"):
+        found[mode] = folder / mode
+        options = ("--backbone", backbone_path, "--pooling", "mean", "--features", 64, "--mode", mode)
+        result = call("train", preferences, *options, "-o", found[mode])
+        assert result.exit_code == 0, result.stderr
+    return found
+
+
+def test_every_benchmark_in_both_modes(models: dict[str, Path], tmp_path: Path) -> None:
+    for name, rows in ROWS.items():
+        data = written(tmp_path, rows(), "jsonl", name)
+        for mode, model in models.items():
+            out = tmp_path / f"{name} {mode}"
+            result = call("benchmark", model, name, "--data", data, "-o", out, "--replicates", 20)
+            assert result.exit_code == 0, result.stderr
+            report = json.loads((out / "report.json").read_text())
+            assert (report["benchmark"], report["mode"], report["sources"]) == (name, mode, [str(data)])
+            assert report["lines"][0]["level"] == "overall"
+            assert (out / "report.md").read_text().strip() == result.stdout.strip()
+            if mode == "difference":
+                assert report["lines"][0]["score"] > 0.8, f"praise beats blame in {name}"
+
+
+def test_the_list_names_all(tmp_path: Path) -> None:
+    result = call("benchmark", "--list")
+    assert result.exit_code == 0
+    assert all(f"| {name} |" in result.stdout for name in ROWS)
+
+
+def test_what_is_wrong_is_told_before_the_model_loads(tmp_path: Path) -> None:
+    rows = rewardbench2()
+    del rows[1]["chosen"]
+    data = written(tmp_path, rows, "jsonl")
+    for arguments, told in (
+        (("no model", "rewardbench2", "--data", data), "data.jsonl:2: chosen: missing"),
+        (("no model", "mtbench"), "expected one of rewardbench"),
+        (("no model",), "expected rmcore benchmark MODEL NAME"),
+        (("no model", "rmb"), "--data: got none"),
+        (("no model", "rmb", "--replicates", -1), "--replicates: got -1"),
+    ):
+        result = call("benchmark", *arguments)
+        assert result.exit_code == 2
+        assert told in result.stderr
+
+
+def test_a_report_is_not_overwritten_unasked(models: dict[str, Path], tmp_path: Path) -> None:
+    data = written(tmp_path, rewardbench2(), "jsonl")
+    (tmp_path / "report.json").write_text("dear")
+    arguments = ("benchmark", models["difference"], "rewardbench2", "--data", data, "-o", tmp_path, "--replicates", 0)
+    assert call(*arguments).exit_code == 2
+    assert (tmp_path / "report.json").read_text() == "dear"
+    assert call(*arguments, "--overwrite").exit_code == 0
+
+
+def test_a_response_that_cannot_be_read_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = rewardbench2()
+    rows[0]["rejected"][1] = "bad " * 100
+    arguments = ("benchmark", models["difference"], "rewardbench2", "--data", written(tmp_path, rows, "jsonl"))
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "item 12 (Precise IF)" in result.stderr
+    result = call(*arguments, "--overlong", "no-reward")
+    assert result.exit_code == 2
+    assert "item 12: got a response too long to be read" in result.stderr
+    assert call(*arguments, "--overlong", "truncate-right").exit_code == 0
