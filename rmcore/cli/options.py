@@ -57,7 +57,8 @@ RouterState = Annotated[
     Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
 ]
 RankBy = Annotated[
-    Literal["u", "margin", "error_probability", "rank_sum"], typer.Option(help="What makes a pair worth a judge call.")
+    Literal["u", "margin", "error_probability", "novelty", "rank_sum"],
+    typer.Option(help="What makes a pair worth a judge call."),
 ]
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]

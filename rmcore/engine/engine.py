@@ -67,6 +67,8 @@ class RewardEngine:
             least four full forward passes of the backbone. Smaller starts the judge earlier; larger pads less and
             shares more. It decides what is computed together, so it may show in the last bits of a result; the judge's
             timing never does.
+        novelty: ask the head how far each response is from its training data (``GroupScores.novelty``, the routers'
+            column ``novelty``): a second pass over the rows. None: where a judge may be asked and the head can tell.
         learner: lets the head learn from verdicts by :meth:`update`; without one it never changes. The engine takes
             over the learner's head, and results keep their hidden rows.
         clock: of deadlines and of the seconds reported; a seam for tests.
@@ -84,6 +86,7 @@ class RewardEngine:
         backend: Backend = "auto",
         judge_deadline_s: float | None = None,
         micro_batch_tokens: int | None = None,
+        novelty: bool | None = None,
         learner: VerdictLearner | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -98,6 +101,7 @@ class RewardEngine:
             backend=backend,
             judge_deadline_s=judge_deadline_s,
             micro_batch_tokens=micro_batch_tokens,
+            novelty=novelty,
             learner=learner,
             clock=clock,
         )
@@ -119,6 +123,9 @@ class RewardEngine:
         self.backend: Backend = backend
         self.judge_deadline_s = judge_deadline_s
         self.micro_batch_tokens = micro_batch_tokens
+        self.novelty = novelty
+        if novelty or (judge is not None and getattr(router, "by", None) == "novelty"):
+            self.head.check_novelty()
         self.clock: Clock = clock or SystemClock()
         self.learner = learner
         self._publishing = threading.Lock()
@@ -359,6 +366,7 @@ class RewardEngine:
             nonfinite=self.nonfinite,
             backend=self.backend,
             on_error=on_error,
+            novelty=self._may_ask and self.head.rows is not None if self.novelty is None else self.novelty,
         )
         call.kept = None if self.learner is None else []
         if self.judge_deadline_s is not None:

@@ -61,6 +61,8 @@ class GroupScore:
         routed: True where the pair was to be decided by the judge.
         decisions: the pairs not left to the head, each once, i < j.
         one_order: True where concat mode scored only i < j, so that position bias is not averaged out.
+        response_novelty: (K,) how far each response is from the training data, in (0, 1] (:mod:`rmcore.head.rows`);
+            NaN where it has no finite row, or was left unread. None where the head was not asked, or knows of none.
     """
 
     preference: Tensor
@@ -70,6 +72,13 @@ class GroupScore:
     routed: Tensor
     decisions: tuple[PairDecision, ...] = ()
     one_order: bool = False
+    response_novelty: Tensor | None = None
+
+    @property
+    def novelty(self) -> Tensor | None:
+        """(K, K) symmetric: the mean of two responses' ``response_novelty``; None without it."""
+        n = self.response_novelty
+        return None if n is None else (n[:, None] + n[None, :]) / 2
 
     @property
     def size(self) -> int:
@@ -103,7 +112,9 @@ class GroupScore:
 
     def to_record(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
+        novelty = {} if self.response_novelty is None else {"novelty": _plain(self.response_novelty)}
         return {
+            **novelty,
             "advantages": _plain(self.advantages),
             "rewards": _plain(self.rewards),
             "preference": _plain(self.preference),
@@ -203,6 +214,15 @@ class GroupScores(Sequence[GroupScore]):
         """All groups' rewards (ΣK,) under the named baseline (``group_rewards``)."""
         return self.table.per_response(partial(group_rewards, baseline=baseline, complete=self.table.complete))
 
+    @property
+    def novelty(self) -> Tensor | None:
+        """(ΣK,) float64 on the CPU, every response's ``response_novelty``; None where the head was not asked for it.
+
+        By pair it is a group's ``novelty``, or the table's.
+        """
+        n = self.table.row_novelty
+        return None if n is None else n.cpu()
+
     def outcomes(self) -> list[GroupScore | Exception]:
         """Every group of the call in its place: its score, or the error for which it has none."""
         scored = iter(self.groups)
@@ -297,9 +317,14 @@ def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
         reason = _BUDGET if state is PairState.UNAFFORDABLE else "" if verdict is None else verdict.reason
         silent = _NO_SIGNAL.get(PairSignal(signal), "")
         decisions.setdefault(group, []).append(PairDecision(i, j, _BY[state], reason, verdict, silent))
+    sizes = layout.sizes.tolist()
+    novelty = [None] * len(sizes) if table.row_novelty is None else table.row_novelty.cpu().split(sizes)
     groups: dict[int, GroupScore] = {}
     for number, squares in table.squares():
-        groups[number] = GroupScore(**squares, decisions=tuple(decisions.get(number, ())), one_order=table.one_order)
+        known = tuple(decisions.get(number, ()))
+        groups[number] = GroupScore(
+            **squares, decisions=known, one_order=table.one_order, response_novelty=novelty[number]
+        )
     return tuple(groups[number] for number in range(len(groups)))
 
 
@@ -318,6 +343,8 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
     names = ("logit", "variance", "uncertainty", "preference")
     values = [layout.flat([getattr(group, name) for group in groups]) for name in names]
     table = PairTable(layout, torch.stack(values).double(), one_order)
+    novelty = [group.response_novelty for group in groups if group.response_novelty is not None]
+    table.row_novelty = torch.cat(novelty) if len(novelty) == len(groups) else None
     for number, group in enumerate(groups):
         for decision in group.decisions:
             _note(table, layout.row(number, decision.i, decision.j), decision)

@@ -25,6 +25,7 @@ def check_engine_options(
     backend: Backend = "auto",
     judge_deadline_s: float | None = None,
     micro_batch_tokens: int | None = None,
+    novelty: bool | None = None,
     learner: VerdictLearner | None = None,
     clock: Clock | None = None,
 ) -> None:
@@ -55,6 +56,10 @@ def check_engine_options(
         reject("judge_deadline_s", judge_deadline_s, "seconds above 0, or None")
     if micro_batch_tokens is not None and micro_batch_tokens < 1:
         reject("micro_batch_tokens", micro_batch_tokens, "at least 1, or None")
+    if novelty not in (None, True, False):
+        reject("novelty", repr(novelty), "True, False or None")
+    if novelty is False and getattr(router, "by", None) == "novelty":
+        reject("novelty", "False", "True or None, since the router goes by it")
     if learner is not None and not isinstance(learner, VerdictLearner):
         reject("learner", type(learner).__name__, "a VerdictLearner, or None")
     if clock is not None and not callable(getattr(clock, "now", None)):

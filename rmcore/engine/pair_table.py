@@ -61,6 +61,8 @@ class PairTable:
         verdicts: of the pairs that were put to a judge, by row; those without an outcome too.
         complete: known on the host: every pair has a finite u and p̃. False: one may have none.
         silent: known on the host: ``signal`` has something else than ``PRESENT``.
+        row_novelty: (ΣK,) float64 on the head's device, each response's distance from the training data
+            (:mod:`rmcore.head.rows`), NaN where it has none; None where the head was not asked, or knows of none.
     """
 
     layout: PairLayout
@@ -72,6 +74,7 @@ class PairTable:
         self.signal = torch.full((self.layout.pairs,), PairSignal.PRESENT, dtype=torch.uint8)
         self.verdicts: dict[int, Verdict] = {}
         self.complete = self.silent = False
+        self.row_novelty: Tensor | None = None
 
     def __len__(self) -> int:
         return self.layout.pairs
@@ -81,7 +84,9 @@ class PairTable:
     @classmethod
     def of_difference(cls, scores: PairScores, layout: PairLayout, *, finite: bool = False) -> PairTable:
         """From difference mode: a row a pair already. ``finite``: the head has made sure that all are."""
-        return cls._of(torch.stack([value.double() for value in scores]), layout, finite=finite)
+        table = cls._of(torch.stack([value.double() for value in scores]), layout, finite=finite)
+        table.row_novelty = None if scores.row_novelty is None else scores.row_novelty.double()
+        return table
 
     @classmethod
     def of_concat(cls, scores: Scores, layout: PairLayout, orders: Literal["both", "one"]) -> PairTable:
@@ -116,6 +121,8 @@ class PairTable:
         result.signal = torch.cat([table.signal for table in tables])
         result.complete = all(table.complete for table in tables)
         result.silent = any(table.silent for table in tables)
+        known = [table.row_novelty for table in tables if table.row_novelty is not None]
+        result.row_novelty = torch.cat(known) if len(known) == len(tables) else None
         start = 0
         for table in tables:
             result.verdicts |= {start + row: verdict for row, verdict in table.verdicts.items()}
@@ -128,7 +135,11 @@ class PairTable:
         keep[groups] = False
         pairs = torch.repeat_interleave(keep, self.layout.pair_counts)
         sizes = self.layout.sizes[keep]
-        return PairTable(PairLayout(sizes), self.values[:, pairs.to(self.values.device)], self.one_order)
+        table = PairTable(PairLayout(sizes), self.values[:, pairs.to(self.values.device)], self.one_order)
+        if self.row_novelty is not None:
+            rows = torch.repeat_interleave(keep, self.layout.sizes)
+            table.row_novelty = self.row_novelty[rows.to(self.row_novelty.device)]
+        return table
 
     # -- columns -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +162,13 @@ class PairTable:
     def preference(self) -> Tensor:
         """(Q,) p̃ of i against j."""
         return self.values[3]
+
+    @property
+    def novelty(self) -> Tensor | None:
+        """(Q,) the mean of a pair's two ``row_novelty``, on the head's device; None without it."""
+        if self.row_novelty is None:
+            return None
+        return reference.pair_novelty(self.row_novelty, self.layout.first, self.layout.second)
 
     @property
     def routed(self) -> Tensor:

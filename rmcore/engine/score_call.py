@@ -143,6 +143,8 @@ class ScoreCall:
     nonfinite: Literal["raise", "route"] = "raise"
     backend: Backend = "auto"
     on_error: OnError = "raise"
+    novelty: bool = False
+    """Whether the head is asked how far each response is from its training data."""
     prompts: Sequence[Prompt] | None = None
     responses: Sequence[Sequence[Response]] | None = None
     progress: Progress | None = None
@@ -336,6 +338,9 @@ class ScoreCall:
         if self.encoded:
             texts = [text for k in part.groups for text in self.encoded[k]]
             signal = pair_signals(texts, table.layout.pair_rows(mode, one_order=self.one_order), mode)
+            if table.row_novelty is not None and any(unread := [text.unread for text in texts]):
+                mask = torch.tensor(unread, device=table.row_novelty.device)
+                table.row_novelty = table.row_novelty.masked_fill(mask, torch.nan)
         elif self.responses is not None and mode == "difference":
             # Hidden rows from elsewhere: v = ‖U(φ_i − φ_j)‖² is 0 where they are equal.
             signal = (table.variance == 0).cpu().to(torch.uint8) * int(PairSignal.EQUAL_INPUTS)

@@ -86,7 +86,9 @@ def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Liter
     apart = call.model is not None and call.model.deterministic == "batch"
     if head.config.mode == "difference":
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
-        pairs = score_pairs(hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64)
+        pairs = score_pairs(
+            hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
+        )
         return PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
     score = partial(rows_apart, head) if apart else head.score
     return PairTable.of_concat(score(hidden, backend=backend, nonfinite=nonfinite), layout, call.orders)
@@ -112,10 +114,15 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
         return
     rows = table.undecided()
     silent = table.signal[rows] != PairSignal.PRESENT
-    logit, variance, uncertainty, preference = table.values.cpu()[:, rows]
+    novelty = table.novelty
+    values = table.values if novelty is None else torch.cat([table.values, novelty[None]])  # one transfer
+    logit, variance, uncertainty, preference, *more = values.cpu()[:, rows]
     # First in line by every score: no margin, and nothing known.
     logit, variance = logit.masked_fill(silent, 0.0), variance.masked_fill(silent, math.inf)
-    candidates = Candidates(logit, variance, uncertainty, {"group": table.layout.group[rows]})
+    columns = {"group": table.layout.group[rows]}
+    if more:
+        columns["novelty"] = more[0].masked_fill(uncertainty.isinf(), math.inf)
+    candidates = Candidates(logit, variance, uncertainty, columns)
     usable = uncertainty.isfinite() | silent  # always, unless nonfinite="route"
     if is_budgeted(router):
         chosen, part.reservation = router.reserve(candidates)

@@ -23,9 +23,19 @@ def pairs_apart(head: FrozenHead, hidden: Tensor, group_sizes: Tensor, **kwargs:
     """As :meth:`FrozenHead.score_pairs`, group by group."""
     stops = group_sizes.cumsum(0).tolist()
     bounds = list(zip([0, *stops[:-1]], stops, strict=True))
-    return PairScores(
-        *_each(bounds, lambda a, b: head.score_pairs(hidden[a:b], torch.tensor([b - a]).to(group_sizes), **kwargs))
+    parts: list[PairScores] = []
+
+    def score(start: int, stop: int) -> PairScores:
+        parts.append(head.score_pairs(hidden[start:stop], torch.tensor([stop - start]).to(group_sizes), **kwargs))
+        return parts[-1]
+
+    scores = PairScores(*_each(bounds, score))
+    known = [(part.novelty, part.row_novelty) for part in parts]
+    scores.novelty, scores.row_novelty = (
+        torch.cat([column for column in columns if column is not None]) if columns[0] is not None else None
+        for columns in zip(*known, strict=True)
     )
+    return scores
 
 
 def rows_apart(head: FrozenHead, hidden: Tensor, **kwargs: Any) -> Scores:

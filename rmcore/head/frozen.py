@@ -177,11 +177,15 @@ class FrozenHead:
         Raises InputError in concat mode, whose v measures that distance by itself, and where the head has no row
         posterior: saved by an older version, or fitted with ``row_ridge=None``.
         """
+        return self.check_novelty().novelty(hidden, backend=backend)
+
+    def check_novelty(self) -> RowPosterior:
+        """The row posterior; raises InputError as :meth:`novelty` where there is none."""
         if self.config.mode != "difference":
             reject("novelty", "a concat-mode head", "one in difference mode", "In concat mode v measures distance")
         if self.rows is None:
             reject("novelty", "a head without row posterior", "one fitted with row_ridge", "Fit the head again")
-        return self.rows.novelty(hidden, backend=backend)
+        return self.rows
 
     def _isolate_bad_rows(
         self, hidden: Tensor, group_sizes: Tensor, g: Tensor, v: Tensor, finite: Tensor, backend: Backend

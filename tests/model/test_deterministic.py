@@ -41,6 +41,10 @@ def test_a_group_scores_the_same_whatever_is_scored_with_it(make_backbone, prefe
     for score in (
         lambda p, g: [(s.logit, s.variance) for s in model.score(p, g, backend=backend)],
         lambda p, g: [(s.logit, s.variance) for s in RewardEngine(model, backend=backend).score(p, g)],
+        lambda p, g: [
+            (s.logit, s.variance if s.novelty is None else s.novelty)
+            for s in RewardEngine(model, backend=backend, novelty=mode == "difference").score(p, g)
+        ],
     ):
         together = score(PROMPTS, GROUPS)
         for k in (0, 1, 2):

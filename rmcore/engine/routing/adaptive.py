@@ -40,7 +40,7 @@ from rmcore.engine.routing.budget import Budget
 from rmcore.engine.routing.drift import Drift, StepLog, StepRecord
 from rmcore.engine.routing.pacing import Pace
 from rmcore.engine.routing.recent import Floats, ForgettingSample
-from rmcore.engine.routing.routers import Candidates, RankBy, Reservation, rank_score
+from rmcore.engine.routing.routers import Candidates, RankBy, Reservation, check_threshold_score, rank_score
 from rmcore.engine.routing.state import generator_of, plain, read_state, write_state
 from rmcore.judge.base import JudgeUsage
 
@@ -76,7 +76,7 @@ class AdaptiveRouter:
         target_fraction: of pairs to route. Without it, it follows from the budgets: what is left over what is to come.
         budget: hard limits, none ever exceeded (:mod:`rmcore.engine.routing.budget` says exactly what that means). With
             a ``target_fraction`` they slow the router down before they run out, where it can be foreseen.
-        by: the score: ``u``, ``margin`` or ``error_probability``.
+        by: the score: any but ``rank_sum``, which has no scale outside one batch.
         warmup: pairs to see before the quantile is trusted.
         half_life: pairs after which a score counts half in the quantile. Shorter follows faster and is noisier.
         first_fraction: what to route while only budgets are given and the first step (or minute) is not over, so that
@@ -120,8 +120,7 @@ class AdaptiveRouter:
         if target_fraction is not None:
             _check_fraction("target_fraction", target_fraction)
         _check_fraction("first_fraction", first_fraction)
-        if by not in ("u", "margin", "error_probability"):
-            reject("by", repr(by), "u, margin or error_probability", "rank_sum has no scale outside one batch")
+        check_threshold_score(by)
         for name, value, low in (("warmup", warmup, 0), ("history", history, 1), ("seed", seed, 0)):
             _check_count(name, value, low)
         if run_pairs is not None:

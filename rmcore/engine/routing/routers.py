@@ -4,13 +4,14 @@ A router says with ``whole_batch`` whether it needs all candidate pairs of a sco
 micro-batch by micro-batch, so that judge calls start while the backbone still runs. Routers that keep to a budget
 (:class:`BudgetedRouter`) reserve before the judge is called and are told afterwards what it cost.
 
-A router ranks by one of four scores, highest first:
+A router ranks by one of five scores, highest first:
 
 - ``u``: the epistemic uncertainty (default, as in the paper). Finds what is *unlike the training data*, where the head
   is confidently wrong.
 - ``margin``: −|p|, the closest calls. Better than u *in* distribution, harmful off it: a confidently wrong head has
   large margins exactly where it errs.
 - ``error_probability``: −|g| / √v, how likely the sign of g is wrong under the posterior.
+- ``novelty``: how far the two responses are from the training rows (:mod:`rmcore.head.rows`); difference mode only.
 - ``rank_sum``: the ranks by u and by margin added; never the best, never bad. Take it when you do not know whether the
   stream is in distribution.
 
@@ -50,7 +51,7 @@ __all__ = [
     "rank_score",
 ]
 
-RankBy: TypeAlias = Literal["u", "margin", "error_probability", "rank_sum"]
+RankBy: TypeAlias = Literal["u", "margin", "error_probability", "novelty", "rank_sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Candidates:
         logit: g.
         variance: v.
         uncertainty: u = √(1 + a v).
-        columns: what else is known of the pairs, by name.
+        columns: what else is known of the pairs, by name: ``group``, and ``novelty`` where the head knows it, Inf where
+            u is.
 
     Pairs whose inputs tell nothing (different responses, one input) have g = 0 and v = u = Inf: first in line by every
     score.
@@ -156,7 +158,7 @@ def is_budgeted(router: object) -> TypeGuard[BudgetedRouter]:
     return all(getattr(router, verb, None) is not None for verb in ("reserve", "settle", "begin_step", "select"))
 
 
-_SCORES = ("u", "margin", "error_probability", "rank_sum")
+_SCORES = ("u", "margin", "error_probability", "novelty", "rank_sum")
 
 
 def _ranks(score: Tensor) -> Tensor:
@@ -178,6 +180,13 @@ def rank_score(candidates: Candidates, by: RankBy) -> Tensor:
         # v = 0 means the posterior is certain of the sign: last in line, unless g = 0 too and there is no sign.
         ratio = g.abs() / v.sqrt()
         return -torch.where(v > 0, ratio, torch.where(g == 0, 0.0, math.inf))
+    if by == "novelty":
+        n = candidates.columns.get("novelty")
+        if n is None:
+            reject(
+                "by", "'novelty' of pairs without that column", "pairs of a difference-mode head with a row posterior"
+            )
+        return n.double()
     return _ranks(u) + _ranks(-(g / u).abs())
 
 

@@ -20,6 +20,7 @@ from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.learning import LearningConfig, VerdictLearner
 from rmcore.engine.learning.journal import Journal
 from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
+from rmcore.engine.learning.learner import head_identity
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head.checkpoint import load_head, save_head
 from rmcore.judge import RecordedJudge
@@ -395,7 +396,7 @@ def test_a_head_without_row_posterior_has_the_identity_it_always_had(data, fit_h
         states = learnt(learner, data, 3)
         assert learner.head.rows is None
         assert bits(learner.revert(2)) == states[2]
-    assert "row" not in (tmp_path / "journal.jsonl").read_text().replace("rows", "")
+        assert "row_ridge" not in head_identity(learner.head)["config"]
 
 
 def test_a_replay_with_other_arithmetic_is_noticed(data, fit_head, tmp_path):
