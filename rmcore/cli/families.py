@@ -28,11 +28,13 @@ def families(
         console = results_console(160)
         if not console.is_terminal:  # a line a family, for a pipe or a file
             for row in known.rows():
-                typer.echo("\t".join(row[column].strip("`") for column in ("family", "states", "head", "examples")))
+                typer.echo(
+                    "\t".join(row[column].replace("`", "") for column in ("family", "states", "head", "examples"))
+                )
             return
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("family", "pooled", "head", "examples"):
             shown.add_column(column, no_wrap=column == "family")
         for row in known.rows():
-            shown.add_row(row["family"].strip("`"), row["states"], row["head"], row["examples"])
+            shown.add_row(*(row[column].replace("`", "") for column in ("family", "states", "head", "examples")))
         console.print(shown, markup=False, highlight=False)
