@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,13 +43,13 @@ def make_reward(reward_model, judge, limit=12, **more) -> PairwiseReward:
     return PairwiseReward(RewardEngine(reward_model, judge, router), **more)
 
 
-@pytest.fixture
-def trainer_of(policy_path, tokenizer_of, tmp_path):
-    """A trainer of the reward whose checkpoints lie in tmp_path / "run"."""
+@pytest.fixture(scope="module")
+def trainer_in(policy_path, tokenizer_of):
+    """``trainer_in(folder, reward, steps)``: a trainer of the reward whose checkpoints lie in the folder."""
 
-    def make(reward: Any, steps: int, *, callbacks: Any = None, out: str = "run", **more: Any) -> Any:
+    def make(folder: Path, reward: Any, steps: int, *, callbacks: Any = None, **more: Any) -> Any:
         args = trl.RLOOConfig(
-            output_dir=str(tmp_path / out), per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
+            output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
             max_steps=steps, save_steps=1, logging_steps=1, report_to=[], use_cpu=True, seed=3, beta=0.0,
             disable_tqdm=True, bf16=False, **more,
         )  # fmt: skip
@@ -59,6 +60,31 @@ def trainer_of(policy_path, tokenizer_of, tmp_path):
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture
+def trainer_of(trainer_in, tmp_path):
+    """A trainer of the reward whose checkpoints lie in tmp_path / "run"."""
+    return lambda *args, out="run", **more: trainer_in(tmp_path / out, *args, **more)
+
+
+@pytest.fixture(scope="module")
+def three_steps(trainer_in, reward_model, tmp_path_factory):
+    """The folder of a run of three steps, in which the budget was spent."""
+    folder = tmp_path_factory.mktemp("three steps")
+    judge = CountingJudge()
+    trainer_in(folder, make_reward(reward_model, judge), 3).train()
+    assert judge.calls == 12
+    return folder
+
+
+@pytest.fixture
+def after_three_steps(three_steps, tmp_path) -> CountingJudge:
+    """The judge of a run of three steps whose checkpoints lie in tmp_path / "run"."""
+    shutil.copytree(three_steps, tmp_path / "run")
+    judge = CountingJudge()
+    judge.calls = 12
+    return judge
 
 
 @pytest.mark.parametrize("attached", ["by itself", "by hand"])
@@ -77,9 +103,8 @@ def test_a_hard_budget_holds_over_a_resumed_run(attached, reward_model, trainer_
     assert reward.engine.router.history[-1].step == 6, "the router's own record goes on too"
 
 
-def test_without_its_state_a_resumed_run_would_ask_again(reward_model, trainer_of):
-    judge = CountingJudge()
-    trainer_of(make_reward(reward_model, judge), 3).train()
+def test_without_its_state_a_resumed_run_would_ask_again(reward_model, trainer_of, after_three_steps):
+    judge = after_three_steps
     reward = make_reward(reward_model, judge)
     trainer_of(reward, 6, callbacks=[reward.callback(restore=False)]).train(resume_from_checkpoint=True)
     assert judge.calls == 24
@@ -110,10 +135,8 @@ def test_a_run_that_resumes_routes_as_if_it_had_never_stopped(reward_model, trai
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
-def test_what_was_spent_after_the_checkpoint_is_spent(reward_model, trainer_of, tmp_path):
-    judge = CountingJudge()
-    trainer_of(make_reward(reward_model, judge), 3).train()
-    assert judge.calls == 12
+def test_what_was_spent_after_the_checkpoint_is_spent(reward_model, trainer_of, after_three_steps, tmp_path):
+    judge = after_three_steps
     for step in (2, 3):
         shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")  # as after a crash: the last one is older
     early = json.loads((tmp_path / "run" / "checkpoint-1" / "rmcore_state.json").read_text())
@@ -122,18 +145,16 @@ def test_what_was_spent_after_the_checkpoint_is_spent(reward_model, trainer_of, 
     assert judge.calls == 12
 
 
-def test_a_new_run_in_an_old_folder_has_its_own_budget(reward_model, trainer_of):
-    judge = CountingJudge()
-    trainer_of(make_reward(reward_model, judge), 3).train()
+def test_a_new_run_in_an_old_folder_has_its_own_budget(reward_model, trainer_of, after_three_steps):
+    judge = after_three_steps
     trainer_of(make_reward(reward_model, judge), 1).train()
     reward = make_reward(reward_model, judge)
     trainer_of(reward, 3).train(resume_from_checkpoint=True)  # from the newer run's step 1, or the older one's step 3
     assert judge.calls <= 24
 
 
-def test_an_evaluation_before_resuming_is_not_the_runs_beginning(reward_model, trainer_of):
-    judge = CountingJudge()
-    trainer_of(make_reward(reward_model, judge), 3).train()
+def test_an_evaluation_before_resuming_is_not_the_runs_beginning(reward_model, trainer_of, after_three_steps):
+    judge = after_three_steps
     reward = make_reward(reward_model, judge)
     trainer = trainer_of(reward, 5, num_generations_eval=1)
     trainer.eval_dataset = trainer.train_dataset.select(range(4))
@@ -196,9 +217,8 @@ def test_another_router_is_refused_and_named(reward_model, trainer_of):
         trainer_of(other, 2).train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_elsewhere_is_found_by_its_name(reward_model, trainer_of, tmp_path):
-    judge = CountingJudge()
-    trainer_of(make_reward(reward_model, judge), 3).train()
+def test_a_checkpoint_elsewhere_is_found_by_its_name(reward_model, trainer_of, after_three_steps, tmp_path):
+    judge = after_three_steps
     moved = tmp_path / "kept" / "best"
     shutil.copytree(tmp_path / "run" / "checkpoint-3", moved)
     with pytest.raises(CheckpointError, match=r"none of .*checkpoint-3.*reward\.callback\(checkpoint="):
