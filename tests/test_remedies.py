@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -32,7 +33,12 @@ ARGUMENTS = {
 }
 
 
-def messages() -> Iterator[tuple[Path, int, str]]:
+@functools.cache
+def messages() -> tuple[tuple[Path, int, str], ...]:
+    return tuple(_messages())
+
+
+def _messages() -> Iterator[tuple[Path, int, str]]:
     """Every text in the package but docstrings, those of an f-string or of neighbours put together."""
     for room in ROOMS:
         for file in sorted((ROOT / room).rglob("*.py")):
@@ -47,9 +53,6 @@ def messages() -> Iterator[tuple[Path, int, str]]:
             for node in ast.walk(tree):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in ignored | inner:
                     yield file, node.lineno, node.value
-
-
-MESSAGES = list(messages())
 
 
 def options(command: Any) -> dict[str, set[str]]:
@@ -70,7 +73,7 @@ OPTIONS = options(typer.main.get_command(app))
 def test_options_that_messages_name_exist() -> None:
     known = set().union(*OPTIONS.values()) | OTHERS
     checked, wrong = 0, []
-    for file, line, text in MESSAGES:
+    for file, line, text in messages():
         if "testing" in file.parts:  # has a command line of its own
             continue
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text):
@@ -94,7 +97,7 @@ COMMANDS = {
 
 def test_a_command_names_its_own_options() -> None:
     wrong = []
-    for file, line, text in MESSAGES:
+    for file, line, text in messages():
         if file.parent != ROOT / "cli" or (names := COMMANDS.get(file.name)) is None or "rmcore " in text:
             continue
         known = OTHERS.union(*(OPTIONS[name] for name in names))
@@ -108,7 +111,7 @@ def test_a_command_names_its_own_options() -> None:
 
 def test_names_that_messages_give_can_be_imported() -> None:
     wrong, checked = [], 0
-    for file, line, text in MESSAGES:
+    for file, line, text in messages():
         if file.name == "moved.py" or text in NO_IMPORTS:
             continue
         for name in re.findall(r"(?<![\w./-])rmcore(?:\.[A-Za-z_]\w*)+", text):
@@ -160,7 +163,7 @@ def test_arguments_that_messages_advise_exist() -> None:
         r"\b(?:[Pp]ass|[Gg]ive|[Ss]et|[Ll]oad it with|runs with)\s+(?:a |an |the |larger )*(?:\w+\.)*"
         r"([a-z]+_[a-z0-9_]+|[a-z_]+(?==))"
     )
-    for file, line, text in MESSAGES:
+    for file, line, text in messages():
         for name in advice.findall(text):
             checked += 1
             if name not in known:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.warm import WarmPython
 
 import rmcore
 
@@ -74,7 +74,7 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"scipy", "pydan
 """
 
 
-def test_libraries_of_one_task_load_with_that_task():
+def test_libraries_of_one_task_load_with_that_task(torch_python: WarmPython):
     """A router without a saved state needs no pydantic, and a command line that only lists its options no scipy."""
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"
+    out, errors = torch_python.start(LIGHT).communicate()
+    assert out.strip() == "[]", errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -119,7 +118,7 @@ def test_a_callers_matplotlib_settings_are_left_alone(report):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_matplotlib_loads_on_first_use_and_pyplot_never():
+def test_matplotlib_loads_on_first_use_and_pyplot_never(torch_python):
     pytest.importorskip("matplotlib")
     code = """
 import sys, numpy as np
@@ -129,7 +128,9 @@ pairs = report.ScoredPairs(logit=[1.0, -1.0], label=[1, 1], uncertainty=[1, 2], 
 plots.plot_report(evaluate.evaluate_pairs(pairs, replicates=5))
 assert "matplotlib.pyplot" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = torch_python.start(code)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors
 
 
 @pytest.mark.parametrize("plot", PLOTS)

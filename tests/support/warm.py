@@ -1,8 +1,8 @@
 """Processes of their own without seconds of imports each: forked from one that has imported torch already.
 
-For tests of what happens between processes: kills, signals, pipes, locks, files. A test of how Python starts (its
-locale, what is imported when) needs a fresh interpreter, as does one of what rmcore reads from the environment while
-it is imported.
+For tests of what happens between processes: kills, signals, pipes, locks, files; and, with ``torch_python``, of what
+is imported beyond torch. A test of how Python starts (its locale) needs a fresh interpreter, as does one of what rmcore
+reads from the environment while it is imported.
 """
 
 from __future__ import annotations
@@ -155,6 +155,14 @@ class WarmPython:
             self._server.stdin.close()
             self._server.wait(60)  # with the processes it started
         self._folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def torch_python() -> Iterator[WarmPython]:
+    """For tests of what rmcore imports: its processes have imported torch and nothing else."""
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")
