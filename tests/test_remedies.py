@@ -19,10 +19,11 @@ from rmcore.cli import app
 ROOT = Path(rmcore.__file__).parent
 ROOMS = ("_base", "ops", "head", "model", "judge", "engine", "evaluation", "integrations", "cli")
 
-# Options of the trainers that rmcore is plugged into, and of git, iconv, pip and the like.
+# Options of the trainers and servers that rmcore is plugged into, and of git, iconv, pip and the like.
 OTHERS = {
     *("--algo", "--reward", "--group-rm", "--custom-rm-path", "--rm-url", "--n-samples-per-prompt"),
     *("--apply-chat-template", "--custom-config-path", "--disable-rewards-normalization"),
+    *("--pooler-config", "--enable-return-hidden-states", "--disable-radix-cache"),
 }
 # Keys of the judge's store and names of what one process keeps.
 NO_IMPORTS = {"rmcore.pair", "rmcore.call", "rmcore.lost", "rmcore.commands"}

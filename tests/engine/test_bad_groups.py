@@ -85,19 +85,31 @@ def same(one, two) -> None:
     assert one.judge_usage.calls == two.judge_usage.calls
 
 
+@pytest.fixture(scope="module")
+def clean_runs():
+    """(router, mode) → the engine, the judge and the scores of three steps without a bad group; made once."""
+    return {}
+
+
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("mode", ["difference", "concat"])
-def test_its_neighbours_are_scored_routed_and_judged_as_if_it_were_not_there(make_engine, kind, router, mode):
+def test_its_neighbours_are_scored_routed_and_judged_as_if_it_were_not_there(
+    make_engine, clean_runs, kind, router, mode
+):
     if mode == "concat" and kind == "alone and not finite":
         pytest.skip("no pair, no hidden row")
     *bad, error, says = BAD[kind]
-    engine, judge = make_engine(ROUTERS[router](), mode=mode)
+    if (router, mode) not in clean_runs:
+        engine, judge = make_engine(ROUTERS[router](), mode=mode)
+        clean_runs[router, mode] = engine, judge, [engine.score(*batch()) for _ in range(3)]
+    engine, judge, steps = clean_runs[router, mode]
     other, other_judge = make_engine(ROUTERS[router](), mode=mode)
     # What is found after the backbone had its place in the cut into micro-batches: a budget meets other pairs first.
     moved = issubclass(error, NonFiniteError) and router == "budget a step, by micro-batches"
-    for at in (0, 7, GROUPS):  # three steps of one router, the bad group first, in the middle, last
-        clean, spoilt = engine.score(*batch()), other.score(*batch(bad, at), on_error="return")
+    # Three steps of one router, the bad group first, in the middle, last.
+    for at, clean in zip((0, 7, GROUPS), steps, strict=True):
+        spoilt = other.score(*batch(bad, at), on_error="return")
         assert list(spoilt.errors) == [at]
         assert type(spoilt.errors[at]) is error
         if mode == "difference":
