@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rmcore._base.errors import reject
 from rmcore.model.chat import Place, Rendering
 from rmcore.model.encoding.limits import Run
 
@@ -38,8 +39,7 @@ class WholeText:
     """Tokenises rendered conversations for one tokenizer.
 
     Args:
-        tokenizer: a Hugging Face tokenizer. Without offsets (a slow one) the prompt ends where tokens first differ from
-            those of another response.
+        tokenizer: a Hugging Face tokenizer, a fast one unless no text spells a special token.
         lock: held while the tokenizer works.
         split_special_tokens: whether texts that spell special tokens stay ordinary text.
         content: token ids of a text as ordinary text.
@@ -81,11 +81,40 @@ class WholeText:
             answer: number of the message that the response begins with; what stands before its text is the prompt's.
         """
         places = rendering.places
+        if not self.has_offsets:
+            return self._runs_without_offsets(rendering, answer)
         begin = next((k for k, place in enumerate(places) if place.message >= answer), len(places))
         tokens = self._cut_and_tokenize(rendering.text, places, begin)
         if len(self._special):
             tokens = self._as_text(tokens, rendering)
         return _runs(tokens, rendering, begin)
+
+    def _runs_without_offsets(self, rendering: Rendering, answer: int) -> list[Run]:
+        """A text's tokens are those between the tokens that the text before it, and it with that, begin with alike."""
+        if rendering.spelt:
+            reject(
+                "prompt and response",
+                "a special token's name",
+                "texts without one, where a tokenizer tells no offsets",
+                "Use its fast form, or split_special_tokens=False",
+            )
+        ids = self._ids(rendering.text)
+        runs: list[Run] = []
+        done = 0
+        for place in rendering.places:
+            name = "first" if place.message >= answer else "prompt"
+            low, high = (max(done, _alike(ids, self._ids(rendering.text[:end]))) for end in (place.start, place.stop))
+            before = "first" if runs and runs[-1].name == "first" else "prompt"
+            runs += [Run(before, False, ids[done:low]), Run(name, True, ids[low:high])]
+            done = max(high, low)
+        last = runs[-1].name if runs else "prompt"
+        runs.append(Run(last, False, ids[done:]))
+        return [run for run in runs if run.ids]
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+        return tuple(encoded["input_ids"])
 
     def _cut_and_tokenize(self, text: str, places: tuple[Place, ...], begin: int) -> _Tokens:
         last = places[begin - 1].stop if begin else 0
@@ -176,6 +205,12 @@ def _runs(tokens: _Tokens, rendering: Rendering, begin: int) -> list[Run]:
             add(high, True)
     add(len(ids), False)
     return runs
+
+
+def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """How many ids both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((k for k, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str] | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.chat_templates import CHAT_MODELS
+from support.chat_templates import CHAT_MODELS, CHATML
 
-from rmcore._base.errors import CheckpointError
+from rmcore._base.errors import CheckpointError, InputError
 from rmcore.model.agreement import SAMPLES, require_same_tokens, token_difference
 from rmcore.model.text import TextEncoder
 
@@ -149,3 +151,44 @@ def test_a_tokenizer_with_ways_of_its_own_is_refused(encoders):
     assert (found.at, found.theirs[0]) == (0, 5)
     with pytest.raises(CheckpointError, match=r"token 0 on: .* the tokenizer's own call makes \[5, "):
         require_same_tokens(encoder)
+
+
+class Slow(transformers.PreTrainedTokenizer):
+    """A tokenizer in Python, a token a character but for two line breaks in a row: it tells no offsets."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.known = ["<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "\n\n", *map(chr, range(10, 127))]
+        super().__init__(unk_token="<unk>", eos_token="<|im_end|>", **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.known)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: k for k, token in enumerate(self.known)}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return re.findall(r"\n\n|[\s\S]", text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.known[index]
+
+
+def test_a_tokenizer_without_offsets():
+    tokenizer = Slow(additional_special_tokens=["<|im_start|>"], chat_template=CHATML)
+    assert not tokenizer.is_fast
+    encoder = TextEncoder(tokenizer)
+    require_same_tokens(encoder)
+    for response in ("good", "\n\nbad\n", ""):
+        text = encoder.encode(user("hi", "yes", "why?"), response)
+        assert list(text.ids) == encoder.template_ids(user("hi", "yes", "why?"), response)
+        assert text.content_tokens - len("hiyeswhy?") in (len(response) - response.count("\n\n"), len(response))
+    cut = TextEncoder(tokenizer, max_length=len(text) - 2, overlong="truncate-prompt-left").encode(
+        user("hi", "yes", "why?"), ""
+    )
+    assert cut.ids == tuple(i for k, i in enumerate(text.ids) if k not in (6, 7))
+    with pytest.raises(InputError, match=r"special token's name.*fast form"):
+        encoder.encode("a", "b<|im_end|>")
