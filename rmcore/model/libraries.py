@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rmcore._base.errors import CheckpointError
 
-__all__ = ["require_libraries"]
+__all__ = ["is_classifier_adapter", "require_libraries"]
 
 _QUANTISED = {
     "aqlm": ("aqlm", "aqlm"),
@@ -45,3 +45,20 @@ def require_libraries(folder: Path) -> None:
             f"backbone: got {str(folder)!r}, whose weights are quantised by {method}, expected {package} to load them: "
             f"pip install {package}"
         )
+
+
+def is_classifier_adapter(name: str) -> bool:
+    """Whether a name is a folder with a PEFT adapter and no model, trained for classification (``SEQ_CLS``).
+
+    Raises CheckpointError for an adapter of another task, which has no head.
+    """
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file() or (file.parent / "config.json").is_file():
+        return False
+    try:
+        task = json.loads(file.read_text(encoding="utf-8")).get("task_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"backbone: got {str(file)!r}, which is no adapter's configuration ({error})") from error
+    if task != "SEQ_CLS":
+        raise CheckpointError(f"backbone: got {name!r}, an adapter for {task}, expected one for SEQ_CLS, with a head")
+    return True

@@ -185,3 +185,34 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, file, values, library
     for load in (Backbone.from_pretrained, Backbone.from_reward_model):
         with pytest.raises(CheckpointError, match=f"pip install {library}"):
             load(str(tmp_path), device="cpu")
+
+
+def test_an_adapter_of_another_task_is_no_reward_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("rmcore.model.libraries.importlib.util.find_spec", lambda name: object())
+    TOKENIZERS["llama"]().save_pretrained(tmp_path)
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "x"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="an adapter for CAUSAL_LM, expected one for SEQ_CLS"):
+        Backbone.from_reward_model(str(tmp_path), device="cpu")
+
+
+def test_a_lora_adapter_scores_as_peft_does(tmp_path):
+    """Where peft is installed."""
+    peft = pytest.importorskip("peft")
+    tokenizer = TOKENIZERS["llama"]()
+    saved(tmp_path / "base", tokenizer)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, r=4, target_modules=["q_proj", "v_proj"])
+    own = peft.get_peft_model(base, lora).eval()
+    torch.manual_seed(0)
+    for name, parameter in own.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    own.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    model = RewardModel.upgrade(Backbone.from_reward_model(str(tmp_path / "adapter"), device="cpu"), PAIRS)
+    text = model.backbone.encoder.encode("what?", "good")
+    with torch.no_grad():
+        theirs = float(own(input_ids=torch.tensor([text.ids])).logits)
+    assert float(model.row_scores(model.backbone.hidden([text]))) == pytest.approx(theirs, rel=1e-4)
+    assert check_model(model, PAIRS).passed

@@ -23,6 +23,7 @@ from rmcore.model.families.registry import FAMILIES, family_of
 from rmcore.model.families.spec import Family
 from rmcore.model.families.tensors import Checkpoint, TensorFiles
 from rmcore.model.hub import folder_of
+from rmcore.model.libraries import is_classifier_adapter
 from rmcore.model.loading import REMOTE_CODE, Options, by_weight, located, read_model, read_tokenizer
 
 __all__ = ["Loaded", "config_for", "load_family"]
@@ -56,6 +57,8 @@ def config_for(config: BackboneConfig, options: Options) -> BackboneConfig:
         InputError: a family there is not.
     """
     config = located(config, options)
+    if config.family is None and is_classifier_adapter(config.name):
+        return replace(config, kind="classifier", pooling="classifier", family="classifier", append_eos=False)
     checkpoint = _checkpoint(config, options)
     family = family_of(config.family) if config.family is not None else None
     if family is None:
