@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,15 @@ from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import notes, print_markdown, progress_bar, reported_errors
 from rmcore.cli.output import check_file
 
+if TYPE_CHECKING:
+    from rmcore.evaluation.benchmarks.item import Benchmark
+    from rmcore.evaluation.benchmarks.routing_table import RoutingTable
+    from rmcore.evaluation.benchmarks.scoring import Answers
+    from rmcore.judge.recorded import RecordedJudge
+
 __all__ = ["benchmark"]
+
+_FORMS = ("md", "tex", "csv", "json", "png")
 
 
 def benchmark(
@@ -29,6 +37,20 @@ def benchmark(
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and report.md.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Routing table: shares of pairs put to a judge, as in 0.02,0.1,0.25,0.45.")
+    ] = None,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(help="Routing table: pairs whose score exceeds each of these are judged, as in 1.2,1.5."),
+    ] = None,
+    rank_by: Annotated[
+        Literal["u", "margin", "rank_sum"], typer.Option(help="Routing table: what makes a pair worth a judge call.")
+    ] = "u",
+    verdicts: Annotated[
+        Path | None,
+        typer.Option(help="Routing table: recorded verdicts (JSONL); without them the label judges, an upper bound."),
+    ] = None,
     replicates: Annotated[
         int, typer.Option(help="Bootstrap replicates, clustered by prompt; 0 for no intervals.")
     ] = 1000,
@@ -43,7 +65,8 @@ def benchmark(
     """Score a model on RewardBench, RewardBench 2, RM-Bench, JudgeBench, PPE or RMB, by their own rules.
 
     Rows come from the hub, or from files in JSON Lines, JSON or Parquet, compressed or not. Scores have intervals that
-    resample prompts.
+    resample prompts. With --budgets, --thresholds or --verdicts also a routing table: what accuracy how many judge
+    calls buy, beside random routing with as many; with -o as routing.md, .tex, .csv, .json and .png.
     """
     kept = Kept()
     with reported_errors(kept):
@@ -57,6 +80,7 @@ def benchmark(
             reject("model, name", "not both", f"rmcore benchmark MODEL NAME, with NAME one of {', '.join(BENCHMARKS)}")
         from rmcore.evaluation.benchmarks.reading import read_items, sources_of
         from rmcore.evaluation.benchmarks.scoring import benchmark_report, score_items
+        from rmcore.judge.recorded import RecordedJudge
         from rmcore.model.reward_model import RewardModel
 
         asked = find_benchmark(name)
@@ -64,9 +88,13 @@ def benchmark(
             reject("--replicates", replicates, "at least 0")
         check_folder(out, "--out")
         check_device(device)
+        routed = budgets is not None or thresholds is not None or verdicts is not None
+        wanted = {"budgets": _numbers("--budgets", budgets), "thresholds": _numbers("--thresholds", thresholds)}
+        recorded = None if verdicts is None else RecordedJudge.from_file(verdicts)
         files = [] if out is None else [out / "report.json", out / "report.md"]
-        for file in files:
-            check_file(str(file), inputs=[data], overwrite=overwrite, resumable=False)
+        tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
+        for file in files + tables:
+            check_file(str(file), inputs=[data, verdicts], overwrite=overwrite, resumable=False)
         items = read_items(asked, data)
         loaded = RewardModel.from_pretrained(
             model,
@@ -89,7 +117,67 @@ def benchmark(
             replicates=replicates,
         )
         print_markdown(report.to_markdown())
+        if routed:
+            table = _route(asked, answers, recorded, verdicts, by=rank_by, replicates=replicates, **wanted)
+            print_markdown(table.to_markdown())
+            _write_table(table, tables)
         if files:
             write_atomic(files[0], json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
             write_atomic(files[1], report.to_markdown())
-            notes.print(f"wrote {files[0]} and {files[1]}")
+            notes.print(f"wrote {', '.join(map(str, files + tables))}")
+
+
+def _numbers(option: str, given: str | None) -> tuple[float, ...] | None:
+    if given is None:
+        return None
+    try:
+        found = tuple(float(part) for part in given.split(","))
+    except ValueError:
+        reject(option, repr(given)[:60], "numbers with commas between them, as in 0.02,0.1")
+    return found
+
+
+def _route(
+    asked: Benchmark,
+    answers: Answers,
+    recorded: RecordedJudge | None,
+    path: Path | None,
+    *,
+    budgets: tuple[float, ...] | None,
+    thresholds: tuple[float, ...] | None,
+    **more: Any,
+) -> RoutingTable:
+    from rmcore.evaluation.benchmarks.routing import (
+        BUDGETS,
+        LABEL,
+        label_verdicts,
+        recorded_verdicts,
+        routing_table,
+    )
+
+    said = label_verdicts(answers.pairs) if recorded is None else recorded_verdicts(answers.pairs, recorded)
+    return routing_table(
+        asked,
+        answers,
+        said,
+        judge=LABEL if path is None else f"recorded verdicts of {path.name}",
+        budgets=budgets if budgets is not None else () if thresholds is not None else BUDGETS,
+        thresholds=thresholds or (),
+        **more,
+    )
+
+
+def _write_table(table: RoutingTable, files: list[Path]) -> None:
+    if not files:
+        return
+    from rmcore.evaluation.benchmarks.plot import plot_routing_table
+
+    texts = (
+        table.to_markdown(),
+        table.to_latex(),
+        table.to_csv(),
+        json.dumps(table.to_dict(), indent=2, allow_nan=False) + "\n",
+    )
+    for file, text in zip(files[:-1], texts, strict=True):
+        write_atomic(file, text)
+    plot_routing_table(table, files[-1])

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlotsUnavailableError",
+    "new_figure",
+    "percent_axis",
     "plot_accounts",
     "plot_accuracy_cost",
     "plot_reliability",
     "plot_report",
     "plot_risk_coverage",
     "plot_routing",
+    "plot_style",
     "plot_uplift",
     "save_figure",
 ]
@@ -89,8 +92,8 @@ def plot_uplift(
 
 def plot_reliability(report: EvaluationReport, path: str | Path | None = None) -> Figure:
     """Accuracy against confidence with Wilson bounds and the number of pairs in each bin."""
-    with _style():
-        figure = _figure((4.8, 4.2))
+    with plot_style():
+        figure = new_figure((4.8, 4.2))
         _draw_reliability(figure.subplots(), report)
     return save_figure(figure, path) if path is not None else figure
 
@@ -107,8 +110,8 @@ def plot_report(
 ) -> Figure:
     """All four in one figure, with one legend for the scores."""
     chosen = _chosen(report, scores)
-    with _style():
-        figure = _figure((10.6, 8.2))
+    with plot_style():
+        figure = new_figure((10.6, 8.2))
         axes = figure.subplots(2, 2)
         _draw_accuracy_cost(axes[0, 0], report, chosen)
         _draw_uplift(axes[0, 1], report, chosen)
@@ -135,8 +138,8 @@ def plot_routing(history: Sequence[StepRecord], path: str | Path | None = None) 
         lambda ax: _draw_routed(ax, history),
         *(partial(_draw_spend, history=history, budget=name) for name in spenders),
     ]
-    with _style():
-        figure = _figure((7.4, 2.5 * len(panels) + 0.4))
+    with plot_style():
+        figure = new_figure((7.4, 2.5 * len(panels) + 0.4))
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for draw, ax in zip(panels, axes, strict=True):
             draw(ax)
@@ -158,8 +161,8 @@ def plot_accounts(accounts: Accounts, path: str | Path | None = None) -> Figure:
     if not accounts.steps:
         reject("accounts", "no steps", "at least one")
     panels = (_draw_judged, _draw_cost, _draw_mean_u, _draw_judge_time)
-    with _style():
-        figure = _figure((7.4, 9.2))
+    with plot_style():
+        figure = new_figure((7.4, 9.2))
         axes = figure.subplots(len(panels), 1, sharex=True)
         for draw, ax in zip(panels, axes, strict=True):
             draw(ax, accounts)
@@ -200,7 +203,7 @@ def _draw_accuracy_cost(ax: Axes, report: EvaluationReport, chosen: list[ScoreRe
     before, after = 100 * report.accuracy.point, 100 * float(chosen[0].curve.at([step.fraction])[0])
     fact = f"{100 * step.fraction:g}% judged by {_label(chosen[0].name)}: accuracy {before:.1f} → {after:.1f}%"
     ax.set_title(fact, loc="left")
-    _percent_axis(ax, "pairs judged, %")
+    percent_axis(ax, "pairs judged, %")
     low, high = ax.get_ylim()
     ax.set_ylim(low, min(high, 101.0))
     ax.set_ylabel("accuracy of head + judge, %")
@@ -220,7 +223,7 @@ def _draw_uplift(ax: Axes, report: EvaluationReport, chosen: list[ScoreReport]) 
     ax.set_title(fact, loc="left")
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -1.0), max(high, 1.0))  # differences far below a point stay visibly small
-    _percent_axis(ax, "pairs judged, %")
+    percent_axis(ax, "pairs judged, %")
     ax.set_ylabel("points over random routing")
 
 
@@ -260,7 +263,7 @@ def _draw_risk_coverage(ax: Axes, report: EvaluationReport, chosen: list[ScoreRe
     ax.axhline(everything, label="random routing", **BASELINE)
     name = _label(chosen[0].name)
     ax.set_title(f"Half with lowest {name}: {half:.1f}% errors; all: {everything:.1f}%", loc="left")
-    _percent_axis(ax, "pairs the head answers, % (lowest score first)")
+    percent_axis(ax, "pairs the head answers, % (lowest score first)")
     low, high = ax.get_ylim()
     ax.set_ylim(max(0.0, low), max(high, 5.0))
     ax.set_ylabel("error rate among them, %")
@@ -369,19 +372,21 @@ def _draw_judge_time(ax: Axes, accounts: Accounts) -> None:
 def _single(
     report: EvaluationReport, path: str | Path | None, draw: Callable[..., None], chosen: list[ScoreReport]
 ) -> Figure:
-    with _style():
-        figure = _figure((5.4, 4.5))
+    with plot_style():
+        figure = new_figure((5.4, 4.5))
         ax = figure.subplots()
         draw(ax, report, chosen)
         _legend(figure, ax)
     return save_figure(figure, path) if path is not None else figure
 
 
-def _style() -> Any:
+def plot_style() -> Any:
+    """The look of all figures, as a context."""
     return _matplotlib().rc_context(STYLE)
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of a size in inches that needs no display."""
     _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -455,6 +460,7 @@ def _marker(history: Sequence[object]) -> str | None:
     return "o" if len(history) == 1 else None  # a line through one point is invisible
 
 
-def _percent_axis(ax: Axes, label: str) -> None:
+def percent_axis(ax: Axes, label: str) -> None:
+    """Make x run from 0 to 100 under a label."""
     ax.set_xlim(0, 100)
     ax.set_xlabel(label)

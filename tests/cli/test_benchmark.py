@@ -92,3 +92,28 @@ def test_a_response_that_cannot_be_read_is_named(models: dict[str, Path], tmp_pa
     assert result.exit_code == 2
     assert "item 12: got a response too long to be read" in result.stderr
     assert call(*arguments, "--overlong", "truncate-right").exit_code == 0
+
+
+def test_a_routing_table_with_the_label_and_with_recorded_verdicts(models: dict[str, Path], tmp_path: Path) -> None:
+    data = written(tmp_path, ROWS["judgebench"](), "jsonl")
+    verdicts = tmp_path / "verdicts.jsonl"
+    good, bad = "good clear right", "bad vague wrong"
+    verdicts.write_text(json.dumps({"prompt": "red", "first": good, "second": bad, "verdict": "loss"}) + "\n")
+    common = ("benchmark", models["difference"], "judgebench", "--data", data, "--replicates", 0)
+    result = call(*common, "--budgets", "0.5", "--thresholds", "1.0", "-o", tmp_path / "label")
+    assert result.exit_code == 0, result.stderr
+    assert "an upper bound" in result.stdout
+    assert {p.name for p in (tmp_path / "label").iterdir()} == {
+        "report.json",
+        "report.md",
+        *(f"routing.{kind}" for kind in ("md", "tex", "csv", "json", "png")),
+    }
+    result = call(*common, "--verdicts", verdicts, "-o", tmp_path / "recorded")
+    assert result.exit_code == 0, result.stderr
+    table = json.loads((tmp_path / "recorded" / "routing.json").read_text())
+    assert [row["name"] for row in table["rows"]] == ["no judge", "2%", "10%", "25%", "45%", "every pair"]
+    assert table["rows"][-1]["scores"][0]["routed"] == 0.0, "the recorded judge is wrong on both"
+    assert "verdicts.jsonl" in table["judge"]
+    refused = call("benchmark", "no model", "judgebench", "--data", data, "--budgets", "a,b")
+    assert refused.exit_code == 2
+    assert "--budgets: got 'a,b'" in refused.stderr

@@ -14,6 +14,7 @@ from rmcore.engine import selection
 from rmcore.engine.acquisition import Acquisition
 from rmcore.engine.routing import RankBy
 from rmcore.engine.routing.risk_bounds import RiskMethod
+from rmcore.evaluation.benchmarks.routing import RouteBy
 from rmcore.head.config import PairMode
 from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.orders import Orders
@@ -58,6 +59,7 @@ CHOICES = {
     ("select", "by"): typing.get_args(Acquisition),
     ("check", "dtype"): ("float32", "float16", "bfloat16"),
     ("check", "server_kind"): typing.get_args(ServerKind),
+    ("benchmark", "rank_by"): typing.get_args(RouteBy),
     ("serve", "baseline"): typing.get_args(Baseline),
     ("best-of", "ties"): typing.get_args(selection.Ties),
     ("filter", "by"): typing.get_args(typing.get_type_hints(selection.filter_groups)["by"]),

@@ -1,0 +1,176 @@
+"""A routing table and its forms: Markdown, LaTeX, CSV, JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rmcore.evaluation.benchmarks.item import Level
+from rmcore.evaluation.benchmarks.report import number, percent
+
+__all__ = ["RoutedScore", "RoutingRow", "RoutingTable"]
+
+
+@dataclass(frozen=True)
+class RoutedScore:
+    """A score of the benchmark under a routing.
+
+    Attributes:
+        level: ``overall`` or ``section``.
+        name: which score.
+        routed: with the judge on the pairs routed.
+        random: with the judge on as many pairs drawn at random.
+        low: lower bound of routed − random; NaN where no interval can be had.
+        high: upper bound.
+    """
+
+    level: Level
+    name: str
+    routed: float
+    random: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        """routed − random."""
+        return self.routed - self.random
+
+
+@dataclass(frozen=True)
+class RoutingRow:
+    """One threshold or budget.
+
+    Attributes:
+        name: as it was asked for.
+        threshold: the lowest score among the pairs routed; Inf where none is.
+        calls: pairs put to the judge.
+        share: of all pairs.
+        failed: of the calls, those without a verdict.
+        scores: overall ones first.
+    """
+
+    name: str
+    threshold: float
+    calls: int
+    share: float
+    failed: int
+    scores: tuple[RoutedScore, ...]
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """Accuracy against judge calls on a benchmark; the first row is without a judge, the last has every pair judged."""
+
+    benchmark: str
+    title: str
+    judge: str
+    by: str
+    pairs: int
+    rows: tuple[RoutingRow, ...]
+    level: float
+    replicates: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; NaN and Inf are None."""
+        content = asdict(self)
+        for row in content["rows"]:
+            row["threshold"] = number(row["threshold"])
+            row["scores"] = [
+                {key: number(value) if isinstance(value, float) else value for key, value in score.items()}
+                | {"difference": number(score["routed"] - score["random"])}
+                for score in row["scores"]
+            ]
+        return content
+
+    def to_csv(self) -> str:
+        """A line for each row and score, shares in [0, 1]; an empty field where there is no number."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        names = "routing threshold calls share failed score routed random difference difference_low difference_high"
+        writer.writerow(names.split())
+        for row in self.rows:
+            for score in row.scores:
+                numbers = (score.routed, score.random, score.difference, score.low, score.high)
+                writer.writerow(
+                    [row.name, _field(row.threshold), row.calls, repr(row.share), row.failed, score.name]
+                    + [_field(value) for value in numbers]
+                )
+        return stream.getvalue()
+
+    def to_markdown(self) -> str:
+        """A line for routing and one for random routing at each budget, then the differences with their intervals."""
+        names = [score.name for score in self.rows[0].scores]
+        head = (
+            f"## {self.title}: accuracy against judge calls\n\nThe judge is {self.judge}. Pairs are routed by "
+            f"{self.by}, highest first; {self.pairs} pairs.\n\n"
+        )
+        lines = [_line(["routing", "calls", "share, %", *names]), "|---|" + "---:|" * (len(names) + 2)]
+        differences = [_line([f"{self.by} − random, points", *names]), "|---|" + "---:|" * len(names)]
+        for row in self.rows:
+            place = [str(row.calls), percent(row.share)]
+            routed = [percent(score.routed) for score in row.scores]
+            if row.calls in (0, self.pairs):
+                lines.append(_line([row.name, *place, *routed]))
+                continue
+            random = [percent(score.random) for score in row.scores]
+            lines += [_line([f"{row.name}, by {self.by}", *place, *routed]), _line(["random", *place, *random])]
+            differences.append(_line([row.name, *(_difference(score) for score in row.scores)]))
+        notes = (
+            f"\nIntervals: {100 * self.level:g}%, percentile bootstrap over prompts, {self.replicates} replicates, "
+            f"seed {self.seed}.{self._failures()}\n"
+        )
+        return head + "\n".join(lines) + "\n\n" + "\n".join(differences) + "\n" + notes
+
+    def to_latex(self) -> str:
+        """A ``tabular`` for booktabs: a line for routing and one for random routing at each budget."""
+        names = [score.name for score in self.rows[0].scores]
+        lines = [
+            rf"% {_tex(self.title)}; judge: {_tex(self.judge)}",
+            rf"\begin{{tabular}}{{lrr{'r' * len(names)}}}",
+            r"\toprule",
+            " & ".join(["Routing", "Calls", r"Share (\%)", *map(_tex, names)]) + r" \\",
+            r"\midrule",
+        ]
+        for row in self.rows:
+            place = f"{row.calls} & {percent(row.share)}"
+            routed = " & ".join(percent(score.routed) for score in row.scores)
+            if row.calls in (0, self.pairs):
+                lines.append(rf"{_tex(row.name)} & {place} & {routed} \\")
+                continue
+            random = " & ".join(percent(score.random) for score in row.scores)
+            lines += [
+                rf"{_tex(f'{row.name}, by {self.by}')} & {place} & {routed} \\",
+                rf"random & {place} & {random} \\",
+            ]
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+    def _failures(self) -> str:
+        failed = self.rows[-1].failed
+        return f" The judge gives no verdict on {failed} pairs: the model's answer stands there." if failed else ""
+
+
+def _difference(score: RoutedScore) -> str:
+    point = f"{100 * score.difference:+.1f}"
+    if math.isnan(score.difference):
+        return "-"
+    return point if math.isnan(score.low) else f"{point} [{100 * score.low:+.1f}, {100 * score.high:+.1f}]"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _field(value: float) -> str:
+    return repr(value) if math.isfinite(value) else ""
+
+
+_TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", ">": r"$>$", "<": r"$<$", "−": "$-$"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)
