@@ -136,16 +136,19 @@ def scored_pairs(
     """What a head says of labelled pairs, with the controls; arguments as of :func:`evaluate_head`."""
     count = len(pairs)
     if head.config.mode == "difference":
-        scores = head.score_pairs(states.hidden.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
+        sizes = torch.full((count,), 2, dtype=torch.int64)
+        scores = head.score_pairs(states.hidden.flatten(0, 1), sizes, novelty=head.rows is not None)
         g, u = scores.logit.double(), scores.uncertainty.double()
+        novelty = None if scores.novelty is None else scores.novelty.double()
     else:
         rows = head.score(states.hidden.flatten(0, 1))
         table = PairTable.of_concat(rows, PairLayout([2] * count), "both")
         u = table.uncertainty
-        g = table.preference * u
+        g, novelty = table.preference * u, None
     if bool(states.silent.any()):  # no preference, and as uncertain as the most uncertain: the engine routes them first
         silent = states.silent.to(u.device)
-        g, u = g.masked_fill(silent, 0.0), torch.where(silent, u[~silent].max() if bool((~silent).any()) else u, u)
+        g, u = g.masked_fill(silent, 0.0), _as_the_most(u, silent)
+        novelty = None if novelty is None else _as_the_most(novelty, silent)
     labels = np.array([pair.label for pair in pairs])
     decided = np.where(labels == 0.5, 0.0, np.sign(labels - 0.5))
     clusters = {key: k for k, key in enumerate(dict.fromkeys(str(pair.prompt) for pair in pairs))}
@@ -156,7 +159,13 @@ def scored_pairs(
         cluster=np.array([clusters[str(pair.prompt)] for pair in pairs]),
         judge=decided if judge is None else np.asarray(judge, dtype=np.float64),
         controls=_controls(states, train, head.config.mode),
+        novelty=None if novelty is None else novelty.cpu().numpy(),
     )
+
+
+def _as_the_most(score: Tensor, silent: Tensor) -> Tensor:
+    """``score`` with the largest of the other pairs' at those of which nothing is known."""
+    return torch.where(silent, score[~silent].max(), score) if bool((~silent).any()) else score
 
 
 def evaluate_pairs(
@@ -168,7 +177,7 @@ def evaluate_pairs(
     bins: int = 10,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Judge the head, then every score as a router: u, margin -|g|, their rank sum, the controls, and random.
+    """Judge the head, then every score as a router: u, margin -|g|, their rank sum, novelty, the controls, and random.
 
     AUROC is of the head's errors; pairs it gives no preference on (g = 0) are neither and are left out of that one.
     """
@@ -181,6 +190,8 @@ def evaluate_pairs(
     cluster = np.unique(pairs.cluster[keep], return_inverse=True)[1]
     u, margin = pairs.uncertainty[keep], -np.abs(logit)
     scores: dict[str, Array] = {"u": u, "margin": margin, "rank_sum": rank_sum(u, margin)}
+    if pairs.novelty is not None:
+        scores["novelty"] = pairs.novelty[keep]
     scores |= {name: score[keep] for name, score in pairs.controls.items()} | {"random": np.zeros(label.size)}
     interval = Interval(cluster, replicates, level, seed)
     asked = tuple(as_vector("fractions", fractions, low=0, high=1).tolist())

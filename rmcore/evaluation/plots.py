@@ -423,7 +423,13 @@ def _looks(chosen: list[ScoreReport]) -> list[tuple[ScoreReport, dict[str, Any]]
 
 
 def _label(name: str) -> str:
-    return {"margin": "margin −|g|", "rank_sum": "rank sum of both", "u": "uncertainty u"}.get(name, name)
+    known = {
+        "margin": "margin −|g|",
+        "novelty": "novelty n",
+        "rank_sum": "rank sum of u and margin",
+        "u": "uncertainty u",
+    }
+    return known.get(name, name)
 
 
 def _shade(ax: Axes, report: EvaluationReport, entry: ScoreReport, line: Any) -> None:

@@ -33,7 +33,7 @@ __all__ = [
 Array: TypeAlias = npt.NDArray[np.float64]
 """A one-dimensional float64 array."""
 
-BUILT_IN_SCORES = ("u", "margin", "rank_sum", "random")
+BUILT_IN_SCORES = ("u", "margin", "novelty", "rank_sum", "random")
 """Scores every evaluation computes itself; a control may not take one of these names."""
 
 
@@ -85,6 +85,7 @@ class ScoredPairs:
             where there is no verdict. None stands for an oracle that always agrees with the label.
         controls: further scores to hold u against, name → array, highest routed first (nearest-training distance,
             ‖e₁ − e₂‖, |length difference|, ...).
+        novelty: distance from the training data (:mod:`rmcore.head.rows`), where the head knows it.
         served_logit: log p/(1-p), computed here: g/u itself where no probability is given, so it never saturates.
     """
 
@@ -95,6 +96,7 @@ class ScoredPairs:
     probability: npt.NDArray[Any] | None = None
     judge: npt.NDArray[Any] | None = None
     controls: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    novelty: npt.NDArray[Any] | None = None
     served_logit: Array = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class ScoredPairs:
         self._keep("served_logit", served)
         if self.judge is not None:
             self._keep("judge", as_vector("judge", self.judge, length=n, low=-1, high=1, missing=True))
+        if self.novelty is not None:
+            self._keep("novelty", as_vector("novelty", self.novelty, length=n, low=0))
         controls = {}
         for name, score in self.controls.items():
             if name in BUILT_IN_SCORES:

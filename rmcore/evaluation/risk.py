@@ -120,6 +120,8 @@ def evaluate_risk(
     wrong = correctness(logit, pairs.label[keep]) != 1
     cluster = np.unique(pairs.cluster[keep], return_inverse=True)[1]
     scores = {"u": pairs.uncertainty[keep], "margin": -np.abs(pairs.served_logit[keep])}
+    if pairs.novelty is not None:
+        scores["novelty"] = pairs.novelty[keep]
     settings: dict[str, Any] = {"alpha": alpha, "delta": delta, "method": method}
     found = {
         name: risk_threshold(score, wrong, cluster=cluster, seed=seed, **settings) for name, score in scores.items()

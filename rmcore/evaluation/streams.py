@@ -21,7 +21,7 @@ from rmcore._base.prompt import Prompt, Response
 from rmcore.model.data import read_lines
 from rmcore.model.reward_model import Preference
 
-__all__ = ["Corpus", "ExampleGroup", "Stream", "StreamPair", "find_data", "load_corpus"]
+__all__ = ["Corpus", "ExampleGroup", "Stream", "StreamPair", "find_data", "load_corpus", "load_test_pairs"]
 
 T = TypeVar("T")
 
@@ -129,6 +129,11 @@ def find_data(given: str | os.PathLike[str] | None = None) -> Path | None:
 def load_corpus(data: Path | None) -> Corpus:
     """The corpus of a data folder, or this project's examples where ``data`` is None."""
     return _load_folder(data) if data is not None else _load_examples(_examples_file())
+
+
+def load_test_pairs(folder: Path, name: str) -> tuple[StreamPair, ...]:
+    """All pairs of one file of a data folder, ``pandalm`` say, to test on."""
+    return _oriented([row for _, row in read_lines(folder / f"{name}.jsonl.gz")])
 
 
 def _load_folder(folder: Path) -> Corpus:
