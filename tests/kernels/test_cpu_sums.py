@@ -7,6 +7,7 @@ number of additions.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -101,7 +102,9 @@ def accumulated_truth(c, weights, labels, beta, pairs, sample_weight, likelihood
     return gram.tril(), slope, total
 
 
-def check_accumulate(weights, n, *, paired, weighted, likelihood, double):
+def check_accumulate(make, n, *, paired, weighted, likelihood, double):
+    """On every instruction set, against one truth; ``make()`` gives each a head that it packs itself."""
+    weights = make()
     d = weights.num_features
     generator = torch.Generator().manual_seed(3)
     hidden, beta = draw(n, weights.hidden_size), draw(d, seed=2)
@@ -109,39 +112,37 @@ def check_accumulate(weights, n, *, paired, weighted, likelihood, double):
     beta = beta / (weights.map.feature_scale * math.sqrt(d))
     pairs = torch.randint(0, n, (n + 5, 2), generator=generator) if paired else None
     sample_weight = torch.rand(len(labels), generator=generator) if weighted else None
-    got = accumulate(
-        weights, hidden, labels, beta, pairs=pairs, sample_weight=sample_weight, likelihood=likelihood, double=double
-    )
     rest = (weights, labels, beta, pairs, sample_weight, likelihood)
     expected = accumulated_truth(weights.map(hidden.double()), *rest)
     same = accumulated_truth(rounded_features(weights, hidden), *rest, rounding=weights.dtype)
     scale, additions = weights.map.feature_scale, n + weights.hidden_size
-    close(got[0], expected[0], same[0], additions, "precision", scale**2)
-    close(got[1], expected[1], same[1], additions, "gradient", scale)
     # A lone number: torch's error in it may be small by luck, so its errors of the single terms are counted instead.
     error = (rounded_features(weights, hidden).double() - weights.map(hidden.double())) @ (beta * scale).double()
     allowed = 4 * math.sqrt(len(labels)) * float(error.norm()) / math.sqrt(n) + 1e-6 * len(labels)
-    assert abs(float(got[2] - expected[2])) <= allowed
+    for isa in AVAILABLE:
+        _cpu.set_isa(isa)
+        got = accumulate(
+            make(), hidden, labels, beta, pairs=pairs, sample_weight=sample_weight, likelihood=likelihood, double=double
+        )
+        close(got[0], expected[0], same[0], additions, f"{isa}: precision", scale**2)
+        close(got[1], expected[1], same[1], additions, f"{isa}: gradient", scale)
+        assert abs(float(got[2] - expected[2])) <= allowed, isa
 
 
-@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "h", "d"), [(1, 33, 1), (129, 385, 129), (65, 1, 200), (2100, 64, 70)])
 @pytest.mark.parametrize("paired", [False, True])
-def test_accumulate_agrees_with_float64(isa, dtype, n, h, d, paired):
-    _cpu.set_isa(isa)
-    weights = make_head(h, d, dtype)
-    check_accumulate(weights, n, paired=paired, weighted=False, likelihood="logistic", double=True)
-    check_accumulate(weights, n, paired=paired, weighted=True, likelihood="gaussian", double=False)
+def test_accumulate_agrees_with_float64(dtype, n, h, d, paired):
+    make = partial(make_head, h, d, dtype)
+    check_accumulate(make, n, paired=paired, weighted=False, likelihood="logistic", double=True)
+    check_accumulate(make, n, paired=paired, weighted=True, likelihood="gaussian", double=False)
 
 
-@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("kind", [{"layer": 50}, {"features": "linear"}, {"features": "linear", "layer": 50}])
-def test_accumulate_with_every_kind_of_features(isa, kind):
-    _cpu.set_isa(isa)
+def test_accumulate_with_every_kind_of_features(kind):
     for paired in (False, True):
         check_accumulate(
-            make_head(100, 70, torch.bfloat16, **kind), 90,
+            partial(make_head, 100, 70, torch.bfloat16, **kind), 90,
             paired=paired, weighted=True, likelihood="logistic", double=True,
         )  # fmt: skip
 
@@ -202,14 +203,11 @@ def test_accumulate_into_strided_outputs():
 # -- pair_variance ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("h", "d"), [(33, 65), (385, 200), (1, 1)])
-def test_pair_variance_agrees_with_float64(isa, dtype, h, d):
-    _cpu.set_isa(isa)
+def test_pair_variance_agrees_with_float64(dtype, h, d):
     weights, sizes = make_head(h, d, dtype), torch.tensor([3, 0, 1, 16, 2, 4, 270, 7, 1])
     hidden = draw(int(sizes.sum()), h)
-    g, v = cpu.pair_variance(hidden, sizes, weights)
     expected_g, expected_v = plain.pair_variance(hidden.double(), sizes, weights)
     same_g, same_v = [], []
     factor = reference.unpack_lower(weights.factor, d).float() * math.sqrt(weights.factor_scale)
@@ -219,8 +217,11 @@ def test_pair_variance_agrees_with_float64(isa, dtype, h, d):
         y = delta.to(dtype).float() @ factor.T
         same_g.append((delta @ weights.beta)[i] - (delta @ weights.beta)[j])
         same_v.append((y[i] - y[j]).square().sum(-1))
-    close(g, expected_g.double(), torch.cat(same_g), h + d, "logit")
-    close(v, expected_v.double(), torch.cat(same_v), h + d, "variance")
+    for isa in AVAILABLE:
+        _cpu.set_isa(isa)
+        g, v = cpu.pair_variance(hidden, sizes, make_head(h, d, dtype))
+        close(g, expected_g.double(), torch.cat(same_g), h + d, f"{isa}: logit")
+        close(v, expected_v.double(), torch.cat(same_v), h + d, f"{isa}: variance")
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
@@ -267,19 +268,20 @@ def test_no_pairs_is_an_empty_answer():
 # -- power_iteration -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 70), (70, 1), (129, 385), (333, 257), (65, 5000)])
-def test_power_iteration_agrees_with_float64(isa, dtype, m, n):
-    _cpu.set_isa(isa)
+def test_power_iteration_agrees_with_float64(dtype, m, n):
     weight, vector = draw(m, n).to(dtype), draw(n, seed=1) * 7
+    norm = float(torch.linalg.matrix_norm(weight.double(), 2))
     for iterations in (1, 4):
-        sigma, v = cpu.power_iteration(weight, vector, iterations)
         expected_sigma, expected_v = reference.power_iteration(weight.double(), vector.double(), iterations)
         bound = 8 * iterations * math.sqrt(m + n) * 2.0**-24
-        assert float((sigma - expected_sigma).abs()) <= bound * float(expected_sigma)
-        assert float((v - expected_v).abs().max()) <= bound
-        assert float(sigma) <= float(torch.linalg.matrix_norm(weight.double(), 2)) * (1 + 1e-6)
+        for isa in AVAILABLE:
+            _cpu.set_isa(isa)
+            sigma, v = cpu.power_iteration(weight, vector, iterations)
+            assert float((sigma - expected_sigma).abs()) <= bound * float(expected_sigma), isa
+            assert float((v - expected_v).abs().max()) <= bound, isa
+            assert float(sigma) <= norm * (1 + 1e-6), isa
 
 
 def test_power_iteration_of_strided_and_zero_matrices_on_any_number_of_threads():
