@@ -27,7 +27,7 @@ from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
 from rmcore.engine.options import check_engine_options
 from rmcore.engine.overlap import run_alongside, run_alongside_async
-from rmcore.engine.routing import NeverRoute, Router, ThresholdRouter, is_budgeted
+from rmcore.engine.routing import LearnedRouter, NeverRoute, Router, is_budgeted
 from rmcore.engine.routing.state import write_state
 from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group_sizes
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
@@ -44,6 +44,9 @@ __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
 
 log = logging.getLogger(__name__)
 
+DEFAULT_FRACTION = 0.25
+"""Of the pairs that go to a judge where nobody says how many."""
+
 
 class RewardEngine:
     """Scores groups of responses.
@@ -52,8 +55,9 @@ class RewardEngine:
         model: a :class:`RewardModel`, or a :class:`FrozenHead` for callers that only use :meth:`score_hidden`.
         judge: decides routed pairs; needed unless the router never routes. Several of its ``judge`` calls may be under
             way at once, one a micro-batch.
-        router: which pairs to route. Default: u > 1.4 with a judge, never without one. 1.4 is a starting value, not a
-            recommendation: heads differ in scale, so choose from ``rmcore evaluate`` or use a BudgetRouter. A router
+        router: which pairs to route. Default: with a judge ``LearnedRouter(0.25, prior=model.error_prior)``, a quarter
+            of the pairs, those on which the head is most likely wrong as the verdicts so far have taught; never without
+            a judge. The paper's rule is ``ThresholdRouter(1.4)``, u > 1.4, with a threshold of your choice. A router
             that must see the whole batch (``whole_batch``) is asked, and so the judge, when all is scored; the
             ``overlap`` of the summary says so.
         epsilon: ε of the judge's logit J = ±σ⁻¹(1−ε).
@@ -106,7 +110,8 @@ class RewardEngine:
             clock=clock,
         )
         if router is None:
-            router = NeverRoute() if judge is None else ThresholdRouter(1.4)
+            prior = model.error_prior if isinstance(model, RewardModel) else None
+            router = NeverRoute() if judge is None else LearnedRouter(DEFAULT_FRACTION, prior=prior)
         self.model = model if isinstance(model, RewardModel) else None
         self.head = model.head if isinstance(model, RewardModel) else model
         if judge is not None and getattr(router, "by", None) == "u" and self.head.config.resolved_amplitude == 0:
@@ -408,7 +413,7 @@ class RewardEngine:
         batches = plan(call, overlap=self._may_overlap, tokens=self.micro_batch_tokens)
         call.micro_batches, call.why_no_overlap = len(batches), self._why_no_overlap(len(batches))
         for batch in batches:
-            part = score_pairs(call, batch)
+            part = score_pairs(call, batch, getattr(self.router, "sketch", None) if self._may_ask else None)
             part.first = sum(len(earlier.groups) for earlier in call.parts)
             call.parts.append(part)
             if not call.why_no_overlap:

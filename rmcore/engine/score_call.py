@@ -101,6 +101,7 @@ class ScoredPart:
     Attributes:
         groups: for each group of the table, which of the call's it is.
         table: the pairs.
+        distance: (Q,) how far each pair's rows are from the training rows, where the router asked for that.
         first: number of its first group among all that were scored; names of questions count from it.
         reservation: what a budgeted router set aside.
         offer: what the router chose from.
@@ -110,6 +111,7 @@ class ScoredPart:
 
     groups: list[int]
     table: PairTable
+    distance: Tensor | None = None
     first: int = 0
     reservation: Reservation | None = None
     offer: Offer | None = None
@@ -119,7 +121,12 @@ class ScoredPart:
     @classmethod
     def joined(cls, parts: Sequence[ScoredPart]) -> ScoredPart:
         """Parts that have not been routed yet as one."""
-        return cls([k for part in parts for k in part.groups], PairTable.joined([part.table for part in parts]))
+        distances = [part.distance for part in parts if part.distance is not None]
+        return cls(
+            [k for part in parts for k in part.groups],
+            PairTable.joined([part.table for part in parts]),
+            torch.cat(distances) if distances else None,
+        )
 
     @property
     def usage(self) -> JudgeUsage | None:

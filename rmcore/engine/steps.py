@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.prompt import canonical_response, text_length
 from rmcore.engine.micro_batches import MicroBatch, micro_batches
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import Candidates, Router, is_budgeted
 from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
 from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.posterior import check_finite
+from rmcore.model.error_prior import row_distance
 from rmcore.model.signal import PairSignal, fill_unread
 from rmcore.ops.pair_layout import PairLayout
 
@@ -45,8 +47,8 @@ def plan(call: ScoreCall, *, overlap: bool, tokens: int | None) -> list[MicroBat
     return micro_batches(call.sizes, call.encoded, limit)
 
 
-def score_pairs(call: ScoreCall, batch: MicroBatch) -> ScoredPart:
-    """A micro-batch's pairs as the head sees them."""
+def score_pairs(call: ScoreCall, batch: MicroBatch, sketch: Tensor | None = None) -> ScoredPart:
+    """A micro-batch's pairs as the head sees them, with their distance from ``sketch`` where a router wants that."""
     hidden, groups = _hidden_rows(call, batch), list(range(batch.first, batch.stop))
     contain = call.on_error == "return" and call.nonfinite == "raise"
     try:
@@ -64,7 +66,27 @@ def score_pairs(call: ScoreCall, batch: MicroBatch) -> ScoredPart:
         hidden, groups, table = call.without_overflows(hidden, groups, table)
     if call.kept is not None:
         call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
-    return ScoredPart(groups, table)
+    return ScoredPart(groups, table, None if sketch is None else _distance(call, hidden, table, sketch))
+
+
+def _distance(call: ScoreCall, hidden: Tensor, table: PairTable, sketch: Tensor) -> Tensor:
+    """(Q,) float64 on the CPU: the mean of a pair's hidden rows' distances from the nearest of the sketch."""
+    with call.time("head"):
+        rows = row_distance(hidden, sketch).double().cpu()
+        return rows[table.layout.pair_rows(call.head.config.mode, one_order=call.one_order)].mean(1)
+
+
+def _columns(call: ScoreCall, part: ScoredPart, rows: Tensor) -> dict[str, Tensor]:
+    """What else is known of some pairs of a part: their group, the length of their responses, their distance."""
+    layout = part.table.layout
+    columns = {"group": layout.group[rows]}
+    if call.responses is not None:
+        lengths = [text_length(canonical_response(response)) for k in part.groups for response in call.responses[k]]
+        size = torch.tensor(lengths, dtype=torch.float64).log1p()
+        columns["log_length_ratio"] = size[layout.first[rows]] - size[layout.second[rows]]
+    if part.distance is not None:
+        columns["distance"] = part.distance[rows]
+    return columns
 
 
 def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> Tensor:
@@ -119,7 +141,7 @@ def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -
     logit, variance, uncertainty, preference, *more = values.cpu()[:, rows]
     # First in line by every score: no margin, and nothing known.
     logit, variance = logit.masked_fill(silent, 0.0), variance.masked_fill(silent, math.inf)
-    columns = {"group": table.layout.group[rows]}
+    columns = _columns(call, part, rows)
     if more:
         columns["novelty"] = more[0].masked_fill(uncertainty.isinf(), math.inf)
     candidates = Candidates(logit, variance, uncertainty, columns)

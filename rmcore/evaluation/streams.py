@@ -26,7 +26,9 @@ __all__ = ["Corpus", "ExampleGroup", "Stream", "StreamPair", "find_data", "load_
 T = TypeVar("T")
 
 JUDGE = "gpt-4"
-"""Whose recorded verdicts stand for the judge where the data has them."""
+"""Whose recorded verdicts stand for the judge where the data has them, asked in both orders."""
+ONE_ORDER_JUDGE = "gpt-3.5-turbo"
+"""Whose recorded verdicts stand for it where there are only these, asked in one order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,9 @@ def _recorded(judges: dict[str, int | None]) -> tuple[str | None, str | None] | 
     names = {key.lower(): value for key, value in judges.items()}
     orders = [names.get(f"{JUDGE}/vanilla/{order}", "missing") for order in ("ab", "ba")]
     if "missing" in orders:
-        return None
+        if ONE_ORDER_JUDGE not in names:
+            return None
+        orders = [names[ONE_ORDER_JUDGE]] * 2
     words = [{1: "win", 0: "loss"}.get(v) if isinstance(v, int) else None for v in orders]
     return words[0], words[1]
 

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder
-from rmcore._base.prompt import Prompt, Response, canonical_groups, check_prompt, check_response
+from rmcore._base.prompt import (
+    Prompt,
+    Response,
+    canonical_groups,
+    canonical_response,
+    check_prompt,
+    check_response,
+    text_length,
+)
 from rmcore.head import checkpoint
 from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.config import HeadConfig, PairMode
@@ -27,6 +35,7 @@ from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
+from rmcore.model.error_prior import ErrorPrior, fit_error_prior, read_error_prior, write_error_prior
 from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.signal import fill_unread, training_signal
@@ -34,7 +43,15 @@ from rmcore.model.text import EncodedText, OverlongPolicy, TextLimit
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
 
-__all__ = ["Preference", "Progress", "RewardModel", "encode_pair", "encode_preferences", "preference_texts"]
+__all__ = [
+    "Preference",
+    "Progress",
+    "RewardModel",
+    "encode_pair",
+    "encode_preferences",
+    "error_prior_of",
+    "preference_texts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +75,17 @@ class RewardModel:
     Args:
         backbone: makes hidden states.
         head: a frozen head as wide as them.
+        error_prior: what is known of the head's errors, for routers that learn (:mod:`rmcore.model.error_prior`).
     """
 
-    def __init__(self, backbone: Backbone, head: FrozenHead) -> None:
+    error_prior: ErrorPrior | None = None
+
+    def __init__(self, backbone: Backbone, head: FrozenHead, error_prior: ErrorPrior | None = None) -> None:
         if head.config.hidden_size != backbone.hidden_size:
             reject("head.hidden_size", head.config.hidden_size, f"the backbone's {backbone.hidden_size}")
         self.backbone = backbone
         self.head = head if head.device == backbone.device else head.to(backbone.device)
+        self.error_prior = error_prior
 
     @property
     def mode(self) -> str:
@@ -86,6 +107,7 @@ class RewardModel:
         config: HeadConfig | None = None,
         *,
         dtype: torch.dtype | None = None,
+        error_prior: bool = False,
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> tuple[RewardModel, FitReport]:
@@ -96,6 +118,8 @@ class RewardModel:
             preferences: at least one pair. In concat mode each is used in both orders.
             config: the head; None takes defaults.
             dtype: serving dtype of the head.
+            error_prior: find out where the head errs on pairs it was not fitted on, for routers that learn: five more
+                fits, on at most 2,000 of the pairs.
             progress: progress callback.
             **kwargs: fields of the head's configuration to override.
 
@@ -107,7 +131,10 @@ class RewardModel:
         hidden, labels, pairs = encode_preferences(backbone, preferences, config.mode, progress=progress)
         note = None if progress is None else (lambda _line: progress("fitting", 0, 0))
         head, report = fit(SNGPHead(config).to(hidden.device), hidden, labels, pairs=pairs, dtype=dtype, progress=note)
-        return cls(backbone, head), report
+        model = cls(backbone, head)
+        if error_prior:
+            model.error_prior = error_prior_of(head.config, preferences, hidden, labels, pairs)
+        return model, report
 
     @classmethod
     def upgrade(
@@ -369,6 +396,8 @@ class RewardModel:
         values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": embed}
         if files:
             values["backbone_files"] = files
+        if self.error_prior is not None:
+            values["error_prior"] = write_error_prior(self.error_prior, folder)
         checkpoint.write_config(folder, values)
 
     def push_to_hub(
@@ -496,8 +525,10 @@ class RewardModel:
         if values.get("kind") != "model":
             raise CheckpointError(f"path: got {str(name)!r}, which holds a {values.get('kind')}, expected a model")
         head = checkpoint.read_head(folder, values.get("head"), "cpu")
+        known = values.get("error_prior")
+        prior = None if known is None else read_error_prior(folder, known, head.config.hidden_size)
         if backbone is not None:
-            return cls(backbone, head)
+            return cls(backbone, head, prior)
         try:
             config = BackboneConfig.from_dict(values["backbone"])
             if "split_special_tokens" not in values["backbone"]:
@@ -513,7 +544,7 @@ class RewardModel:
                     name,
                     loaded.config.date,
                 )
-            return cls(loaded, head)
+            return cls(loaded, head, prior)
         except (InputError, KeyError, TypeError) as error:
             if limits and isinstance(error, InputError) and str(error).startswith("max_length: "):
                 raise  # the caller's own
@@ -528,6 +559,22 @@ def encode_preferences(
     hidden = backbone.hidden(texts, progress=_tokens(progress))
     pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
     return hidden, labels.to(hidden.device), pairs
+
+
+def error_prior_of(
+    config: HeadConfig, preferences: Sequence[Preference], hidden: Tensor, labels: Tensor, pairs: Tensor | None
+) -> ErrorPrior | None:
+    """The error prior of a head fitted on what :func:`encode_preferences` made of these preferences.
+
+    None, with a warning, where there are too few to leave any out, or some of them were left out as silent, so that
+    rows and texts do not match.
+    """
+    lengths = [[text_length(canonical_response(text)) for text in (item.chosen, item.rejected)] for item in preferences]
+    if len(lengths) != len(labels if pairs is not None else labels[::2]) or len(lengths) < 10:
+        log.warning("no error prior: it needs ten pairs, and all of them with different inputs")
+        return None
+    size = torch.tensor(lengths, dtype=torch.float64).log1p()
+    return fit_error_prior(config, hidden, labels, pairs, size[:, 0] - size[:, 1])
 
 
 def preference_texts(

@@ -14,8 +14,9 @@ from rmcore import BudgetRouter, RewardEngine, RewardModel
 from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine import GroupScores
 from rmcore.engine.advantage import rloo_advantages
-from rmcore.engine.routing import AlwaysRoute, NeverRoute, ThresholdRouter
+from rmcore.engine.routing import AlwaysRoute, LearnedRouter, NeverRoute, ThresholdRouter
 from rmcore.judge.base import Verdict
+from rmcore.model.error_prior import FEATURES, ErrorPrior
 
 A = 3.0  # the amplitude of the hand-made heads
 
@@ -298,7 +299,38 @@ def test_a_head_without_uncertainties_is_told_of_where_a_router_goes_by_them(han
 def test_default_routers(hand_head, scripted_judge):
     assert isinstance(RewardEngine(hand_head([1.0])).router, NeverRoute)
     router = RewardEngine(hand_head([1.0]), scripted_judge(lambda _: Verdict.of("tie"))).router
-    assert router == ThresholdRouter(1.4)
+    assert isinstance(router, LearnedRouter)
+    assert (router.fraction, router.score.prior) == (0.25, None)
+
+
+def test_a_router_that_learns_is_given_lengths_distances_and_verdicts(hand_head, table_model, scripted_judge):
+    identity = torch.eye(len(FEATURES) + 1, dtype=torch.float64)
+    own = len(FEATURES) - 1
+    prior = ErrorPrior(torch.zeros(own).double(), torch.ones(own).double(), identity[0], identity, torch.zeros(1, 2))
+    model = table_model(hand_head([1.0, 0.0]), lambda _prompt, text: [float(x) for x in text.split()[:2]])
+    model.error_prior = prior
+    judge = scripted_judge(lambda _: Verdict.of("loss"))
+    engine = RewardEngine(model, judge)
+    assert isinstance(engine.router, LearnedRouter)
+    assert engine.router.score.prior is prior
+    seen = []
+    real = engine.router.select
+    engine.router.select = lambda candidates: seen.append(candidates) or real(candidates)
+    for micro_batch_tokens in (None, 1):
+        engine.micro_batch_tokens = micro_batch_tokens
+        seen.clear()
+        engine.score(["p", "q"], [["3 4", "0 1", "22 0"], ["6 8", "0 -0.5"]])
+        columns = {
+            name: torch.cat([c.columns[name] for c in seen]).tolist() for name in ("log_length_ratio", "distance")
+        }
+        assert columns["distance"] == [3.0, 13.5, 11.5, 5.25]
+        lengths = [math.log(4 / 4), math.log(4 / 5), math.log(4 / 5), math.log(4 / 7)]
+        assert columns["log_length_ratio"] == pytest.approx(lengths)
+    assert engine.router.explain()["verdicts"] == 2
+    assert engine.router.explain()["absent"] == []
+    again = RewardEngine(model, judge)
+    again.load_state_dict(json.loads(json.dumps(engine.state_dict())))
+    assert again.state_dict() == engine.state_dict()
 
 
 @pytest.mark.parametrize("answer", [torch.ones(2, dtype=torch.bool), torch.ones(1), torch.ones(1, 1).bool(), [True]])

@@ -2,6 +2,7 @@
 
 - ``routers``: the protocol, and routers that look at one batch: threshold, budget, random, always, never.
 - ``adaptive``: a share of a whole run by a threshold that follows the scores, within hard budgets.
+- ``learned``: by P(the head is wrong), learned from the verdicts (``learned_score``); for a stream nobody knows.
 - ``risk``: the least routing under which the error rate among kept pairs is bounded; ``risk_bounds`` has the
   statistics, ``shift`` the tests that the stream is still the one calibrated on.
 - ``budget``: hard limits on pairs, calls, tokens or money; ``pair_cost`` estimates what a pair will come to.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 from rmcore.engine.routing.adaptive import AdaptiveRouter
 from rmcore.engine.routing.budget import Budget
+from rmcore.engine.routing.learned import LearnedRouter
+from rmcore.engine.routing.learned_score import LearnedScore
 from rmcore.engine.routing.risk import RiskControlledRouter
 from rmcore.engine.routing.risk_bounds import RiskThreshold, risk_threshold, risk_tiers
 from rmcore.engine.routing.routers import (
@@ -23,6 +26,7 @@ from rmcore.engine.routing.routers import (
     BudgetRouter,
     Candidates,
     NeverRoute,
+    PairScore,
     RandomRouter,
     RankBy,
     Reservation,
@@ -41,7 +45,10 @@ __all__ = [
     "BudgetRouter",
     "BudgetedRouter",
     "Candidates",
+    "LearnedRouter",
+    "LearnedScore",
     "NeverRoute",
+    "PairScore",
     "RandomRouter",
     "RankBy",
     "Reservation",

@@ -40,7 +40,15 @@ from rmcore.engine.routing.budget import Budget
 from rmcore.engine.routing.drift import Drift, StepLog, StepRecord
 from rmcore.engine.routing.pacing import Pace
 from rmcore.engine.routing.recent import Floats, ForgettingSample
-from rmcore.engine.routing.routers import Candidates, RankBy, Reservation, check_threshold_score, rank_score
+from rmcore.engine.routing.routers import (
+    Candidates,
+    PairScore,
+    RankBy,
+    Reservation,
+    check_threshold_score,
+    rank_score,
+    score_name,
+)
 from rmcore.engine.routing.state import generator_of, plain, read_state, write_state
 from rmcore.judge.base import JudgeUsage
 
@@ -76,7 +84,8 @@ class AdaptiveRouter:
         target_fraction: of pairs to route. Without it, it follows from the budgets: what is left over what is to come.
         budget: hard limits, none ever exceeded (:mod:`rmcore.engine.routing.budget` says exactly what that means). With
             a ``target_fraction`` they slow the router down before they run out, where it can be foreseen.
-        by: the score: any but ``rank_sum``, which has no scale outside one batch.
+        by: the score: any but ``rank_sum``, which has no scale outside one batch. A
+            :class:`~rmcore.engine.routing.learned_score.LearnedScore` then learns from the verdicts.
         warmup: pairs to see before the quantile is trusted.
         half_life: pairs after which a score counts half in the quantile. Shorter follows faster and is noisier.
         first_fraction: what to route while only budgets are given and the first step (or minute) is not over, so that
@@ -109,7 +118,7 @@ class AdaptiveRouter:
         target_fraction: float | None = None,
         budget: Budget | Sequence[Budget] | None = None,
         *,
-        by: RankBy = "u",
+        by: RankBy | PairScore = "u",
         warmup: int = 128,
         half_life: float = 512,
         first_fraction: float = 0.1,
@@ -127,7 +136,7 @@ class AdaptiveRouter:
             _check_count("run_pairs", run_pairs, 1)
         self.target_fraction = target_fraction
         self.budgets = _check_budgets(budget)
-        self.by: RankBy = by
+        self.by: RankBy | PairScore = by
         self.warmup = warmup
         self.first_fraction = first_fraction
         self.run_pairs = run_pairs
@@ -142,7 +151,7 @@ class AdaptiveRouter:
         self._owed = 0.0  # C
         self._threshold: float | None = None
         self._history, self._names = history, [b.name for b in self.budgets]
-        self._log = StepLog(by, history, self._names)
+        self._log = StepLog(score_name(by), history, self._names)
         self._open: dict[int, _Open] = {}
         self._next_id = 1
 
@@ -217,6 +226,16 @@ class AdaptiveRouter:
             for budget, part in zip(self.budgets, known.parts, strict=True):
                 known.spend[budget.name] += budget.settle(part, usage)
 
+    @property
+    def sketch(self) -> Tensor | None:
+        """Training rows, where the score wants distances to them."""
+        return getattr(self.by, "sketch", None)
+
+    def observe(self, candidates: Candidates, routed: Tensor, preference: Tensor) -> None:
+        """Hand the verdicts to a score that learns; see :class:`~rmcore.engine.routing.routers.VerdictRouter`."""
+        if not isinstance(self.by, str):
+            self.by.observe(candidates, routed, preference)
+
     # -- what has happened -------------------------------------------------------------------------------------------
 
     @property
@@ -243,7 +262,7 @@ class AdaptiveRouter:
             return {
                 "format": _FORMAT,
                 "version": _VERSION,
-                "by": self.by,
+                "by": score_name(self.by),
                 "next_id": self._next_id,
                 "pairs": self._pairs,
                 "owed": self._owed,
@@ -253,7 +272,7 @@ class AdaptiveRouter:
                 "paces": [pace.state_dict() for pace in self._paces],
                 "budgets": [budget.state_dict() for budget in self.budgets],
                 "log": self._log.state_dict(),
-            }
+            } | ({} if isinstance(self.by, str) else {"score": self.by.state_dict()})
 
     def load_state_dict(self, state: object) -> None:
         """Continue from a state, bit for bit if the router was made with the same arguments.
@@ -269,8 +288,11 @@ class AdaptiveRouter:
 
         found = checked(RouterState, state, "router")
         budgets, paces = found.budgets, found.paces
-        if found.by != self.by:
-            refuse("router.by", found.by, f"{self.by!r}, as this object was made with")
+        name = score_name(self.by)
+        if found.by != name:
+            refuse("router.by", found.by, f"{name!r}, as this object was made with")
+        if (found.score is None) != isinstance(self.by, str):
+            refuse("router.score", found.score, "the state of a score that learns, where there is one, and only there")
         if not len(budgets) == len(paces) == len(self.budgets):
             kinds = [f"{budget.unit} per {budget.per}" for budget in budgets]
             refuse("router.budgets", kinds, f"the states of {len(self.budgets)} budgets and of their paces")
@@ -278,9 +300,9 @@ class AdaptiveRouter:
             if self._open:
                 reject("state", f"{len(self._open)} reservations in flight", "none: settle them before loading a state")
             names = [f"router.budgets[{k}]" for k in range(len(budgets))]
-            for budget, item, name in zip(self.budgets, budgets, names, strict=True):
-                budget.check_state(item, name)
-            log = StepLog.from_state(found.log, "router.log", self.by, self._history, self._names)
+            for budget, item, where in zip(self.budgets, budgets, names, strict=True):
+                budget.check_state(item, where)
+            log = StepLog.from_state(found.log, "router.log", name, self._history, self._names)
             parsed = {
                 "_sample": ForgettingSample.from_state(found.sample, "router.sample", self._sample.half_life),
                 "_log": log,
@@ -294,8 +316,10 @@ class AdaptiveRouter:
                 "_threshold": found.threshold,
                 "_next_id": found.next_id,
             }
-            for budget, item, name in zip(self.budgets, budgets, names, strict=True):
-                budget.load_state_dict(item, name)
+            if not isinstance(self.by, str):
+                self.by.load_state_dict(found.score)
+            for budget, item, where in zip(self.budgets, budgets, names, strict=True):
+                budget.load_state_dict(item, where)
             self.__dict__.update(parsed)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -33,7 +33,14 @@ from rmcore.engine.routing.risk_bounds import (
     one_per_cluster,
     risk_threshold,
 )
-from rmcore.engine.routing.routers import Candidates, RankBy, check_threshold_score, rank_score
+from rmcore.engine.routing.routers import (
+    Candidates,
+    PairScore,
+    RankBy,
+    check_threshold_score,
+    rank_score,
+    score_name,
+)
 from rmcore.engine.routing.shift import ErrorExcess, ScoreShift
 from rmcore.engine.routing.state import generator_of, plain
 
@@ -68,7 +75,9 @@ class RiskControlledRouter:
         alpha: the error rate that is allowed among the pairs the head decides.
         delta: how often a calibration may fail to hold it. Online, the calibrations of one stretch share it: the first
             has δ/2, the next, at twice the verdicts, δ/4, and so on.
-        by: the score pairs are routed by; any but ``rank_sum``, which has no scale.
+        by: the score pairs are routed by; any but ``rank_sum``, which has no scale. A
+            :class:`~rmcore.engine.routing.learned_score.LearnedScore` is taken as it is and learns no more here: a
+            threshold is for the scores it was calibrated on.
         method: :data:`~rmcore.engine.routing.risk_bounds.RiskMethod`.
         audit: share of all pairs that goes to the judge whatever its score. 0: none, and only a shift of the scores can
             be noticed then.
@@ -89,7 +98,7 @@ class RiskControlledRouter:
         alpha: float,
         delta: float = 0.1,
         *,
-        by: RankBy = "u",
+        by: RankBy | PairScore = "u",
         method: RiskMethod = "fixed-sequence",
         audit: float = 0.05,
         alarm: float = 0.01,
@@ -118,6 +127,11 @@ class RiskControlledRouter:
         self._attempts = 0
         self._shift: ScoreShift | None = None
         self._excess = ErrorExcess(self.alpha, self.alarm / 2)
+
+    @property
+    def sketch(self) -> Tensor | None:
+        """Training rows, where the score wants distances to them."""
+        return getattr(self.by, "sketch", None)
 
     # -- calibration -------------------------------------------------------------------------------------------------
 
@@ -276,7 +290,8 @@ class RiskControlledRouter:
         if not found.kept:
             return f"every pair is routed: {found.reason}"
         share = f"{found.kept} of {found.pairs} calibration pairs are kept"
-        return f"pairs with {self.by} above {found.threshold:.6g} are routed: {share}, and {found.guarantee}"
+        name = score_name(self.by)
+        return f"pairs with {name} above {found.threshold:.6g} are routed: {share}, and {found.guarantee}"
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -353,7 +368,8 @@ class RiskControlledRouter:
             self._excess = ErrorExcess(self.alpha, self.alarm / 2, **found.excess.model_dump())
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("alpha", "delta", "by", "method", "audit", "alarm")}
+        plain = {name: getattr(self, name) for name in ("alpha", "delta", "method", "audit", "alarm")}
+        return {**plain, "by": score_name(self.by)}
 
 
 def _groups(candidates: Candidates) -> npt.NDArray[np.int64] | None:

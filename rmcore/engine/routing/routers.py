@@ -12,10 +12,10 @@ A router ranks by one of five scores, highest first:
   large margins exactly where it errs.
 - ``error_probability``: −|g| / √v, how likely the sign of g is wrong under the posterior.
 - ``novelty``: how far the two responses are from the training rows (:mod:`rmcore.head.rows`); difference mode only.
-- ``rank_sum``: the ranks by u and by margin added; never the best, never bad. Take it when you do not know whether the
-  stream is in distribution.
+- ``rank_sum``: the ranks by u and by margin added; never the best, seldom bad.
 
-No score wins everywhere: measure with ``rmcore evaluate`` on pairs like yours.
+or by an object that scores pairs, :class:`~rmcore.engine.routing.learned_score.LearnedScore`: P(the head is wrong),
+learned from the verdicts. None of the others wins everywhere; that one finds out which does on the stream at hand.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ __all__ = [
     "BudgetedRouter",
     "Candidates",
     "NeverRoute",
+    "PairScore",
     "RandomRouter",
     "RankBy",
     "Reservation",
@@ -49,9 +50,33 @@ __all__ = [
     "check_threshold_score",
     "is_budgeted",
     "rank_score",
+    "score_name",
 ]
 
 RankBy: TypeAlias = Literal["u", "margin", "error_probability", "novelty", "rank_sum"]
+
+
+@runtime_checkable
+class PairScore(Protocol):
+    """A score of pairs that is an object: one that learns from verdicts, say."""
+
+    name: str
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """(Q,) float64, highest first."""
+        ...
+
+    def observe(self, candidates: Candidates, routed: Tensor, preference: Tensor) -> None:
+        """As :meth:`VerdictRouter.observe`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next score depends on, JSON values."""
+        ...
+
+    def load_state_dict(self, state: object) -> None:
+        """Go on from a state; raise CheckpointError where it does not fit, and change nothing then."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +193,15 @@ def _ranks(score: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[inverse]
 
 
-def rank_score(candidates: Candidates, by: RankBy) -> Tensor:
+def score_name(by: RankBy | PairScore) -> str:
+    """What to call a score."""
+    return by if isinstance(by, str) else by.name
+
+
+def rank_score(candidates: Candidates, by: RankBy | PairScore) -> Tensor:
     """(Q,) float64 score by which pairs are routed, highest first. See the module's text for the choice."""
+    if not isinstance(by, str) and callable(by):
+        return by(candidates)
     _check_score(by)
     u, g, v = (t.double() for t in (candidates.uncertainty, candidates.logit, candidates.variance))
     if by == "u":
@@ -303,13 +335,15 @@ class AlwaysRoute:
         return torch.ones(len(candidates), dtype=torch.bool)
 
 
-def _check_score(by: str) -> None:
-    if by not in _SCORES:
+def _check_score(by: object) -> None:
+    if not isinstance(by, str) or by not in _SCORES:
         reject("by", repr(by), f"one of {', '.join(_SCORES)}")
 
 
-def check_threshold_score(by: str) -> None:
+def check_threshold_score(by: RankBy | PairScore) -> None:
     """Raise InputError unless ``by`` is a score that a threshold can be compared with."""
+    if not isinstance(by, str) and isinstance(by, PairScore):
+        return
     _check_score(by)
     if by == "rank_sum":
         reject("by", "'rank_sum'", "a score with a scale of its own", "Use BudgetRouter for rank_sum")

@@ -16,6 +16,8 @@ from rmcore._base.states import FirstVersion, State
 
 __all__ = [
     "BudgetState",
+    "LearnedRouterState",
+    "LearnedScoreState",
     "LogState",
     "PaceState",
     "QuantilesState",
@@ -187,12 +189,39 @@ class RandomRouterState(State):
     generator: str
 
 
+class LearnedScoreState(State):
+    """A :class:`~rmcore.engine.routing.learned_score.LearnedScore`; precisions as packed lower triangles."""
+
+    format: Literal["rmcore-learned-score"]
+    version: FirstVersion
+    columns: list[str]
+    beliefs: list[Annotated[tuple[str, Number], Field(strict=False)]]
+    begin: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+    mean: list[list[Number]]
+    precision: list[list[Number]]
+    log_weight: list[Number]
+    moments: list[list[Number]]
+    verdicts: Count
+    overturned: Count
+    weight: Amount
+
+
+class LearnedRouterState(State):
+    """A :class:`~rmcore.engine.routing.learned.LearnedRouter`."""
+
+    format: Literal["rmcore-learned-router"]
+    version: FirstVersion
+    owed: Annotated[float, Field(ge=0, lt=1)]
+    score: LearnedScoreState
+
+
 class RouterState(State):
     """An :class:`~rmcore.engine.routing.adaptive.AdaptiveRouter`."""
 
     format: Literal["rmcore-adaptive-router"]
     version: FirstVersion
     by: str
+    score: LearnedScoreState | None = None
     next_id: Id
     pairs: Count
     owed: Number
