@@ -290,9 +290,10 @@ def test_a_head_without_uncertainties_is_told_of_where_a_router_goes_by_them(han
     judge, sure = scripted_judge(lambda pair: Verdict(1.0)), hand_head([1.0], amplitude=0.0)
     RewardEngine(sure)
     RewardEngine(sure, judge, ThresholdRouter(1.0, by="margin"))
-    RewardEngine(hand_head([1.0]), judge)
+    RewardEngine(sure, judge)  # which learns, and has margins and lengths to learn from
+    RewardEngine(hand_head([1.0]), judge, ThresholdRouter(1.4))
     assert not caplog.records
-    RewardEngine(sure, judge)
+    RewardEngine(sure, judge, ThresholdRouter(1.4))
     assert "amplitude is 0" in caplog.text
 
 
