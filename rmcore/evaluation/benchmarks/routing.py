@@ -135,12 +135,14 @@ class _Draw:
 def _scores(
     draw: _Draw, routed: npt.NDArray[np.bool_], replicates: int, level: float, seed: int
 ) -> tuple[RoutedScore, ...]:
-    """The overall and section scores of one row, routed and random."""
+    """The overall and section scores of one row, routed and random; subsets too where there is but one section."""
     pairs = draw.answers.pairs
     ours, random = draw.credit(routed), draw.random_credit(int(routed.sum()))
 
     def of(credit: Matrix, weight: Matrix) -> list[Score]:
-        return [s for s in draw.benchmark.scores(pairs.items, credit, weight, None) if s.level != "subset"]
+        found = draw.benchmark.scores(pairs.items, credit, weight, None)
+        single = sum(score.level == "section" for score in found) <= 1
+        return [score for score in found if single or score.level != "subset"]
 
     def differences(weight: Matrix) -> Matrix:
         both = zip(of(ours, weight), of(random, weight), strict=True)

@@ -19,7 +19,7 @@ class RoutedScore:
     """A score of the benchmark under a routing.
 
     Attributes:
-        level: ``overall`` or ``section``.
+        level: ``overall`` or ``section``; ``subset`` where the benchmark's rows are of one section only.
         name: which score.
         routed: with the judge on the pairs routed.
         random: with the judge on as many pairs drawn at random.

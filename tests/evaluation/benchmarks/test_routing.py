@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def test_uncertain_errors_are_corrected_first() -> None:
     assert tenth.low < tenth.difference < tenth.high
     assert tenth.low > 0
     assert [score.name for score in table.rows[0].scores] == ["Accuracy", "Knowledge", "Coding"], "no subsets"
+
+
+def test_subsets_stand_beside_a_single_section() -> None:
+    said = answers()
+    items = tuple(replace(item, subset=f"mmlu-pro-{k % 2}") for k, item in enumerate(said.pairs.items))
+    one = Answers(CountedPairs(items), said.margin, said.uncertainty, said.scores)
+    table = routing_table(JUDGEBENCH, one, label_verdicts(one.pairs), budgets=(), replicates=0)
+    assert [score.name for score in table.rows[0].scores] == ["Accuracy", "Knowledge", "mmlu-pro-0", "mmlu-pro-1"]
 
 
 def test_a_threshold_routes_what_exceeds_it() -> None:
