@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,10 +18,8 @@ from rmcore.cli.console import notes, print_markdown, progress_bar, reported_err
 from rmcore.cli.output import check_file
 
 if TYPE_CHECKING:
-    from rmcore.evaluation.benchmarks.item import Benchmark
+    from rmcore.evaluation.benchmarks.item import Item, Matrix
     from rmcore.evaluation.benchmarks.routing_table import RoutingTable
-    from rmcore.evaluation.benchmarks.scoring import Answers
-    from rmcore.judge.recorded import RecordedJudge
 
 __all__ = ["benchmark"]
 
@@ -78,9 +78,11 @@ def benchmark(
             return
         if model is None or name is None:
             reject("model, name", "not both", f"rmcore benchmark MODEL NAME, with NAME one of {', '.join(BENCHMARKS)}")
+        from rmcore.evaluation.benchmarks.diagnostics import diagnose
         from rmcore.evaluation.benchmarks.reading import read_items, sources_of
+        from rmcore.evaluation.benchmarks.report import number
+        from rmcore.evaluation.benchmarks.routing import BUDGETS, LABEL, check_cuts, routing_table
         from rmcore.evaluation.benchmarks.scoring import benchmark_report, score_items
-        from rmcore.judge.recorded import RecordedJudge
         from rmcore.model.reward_model import RewardModel
 
         asked = find_benchmark(name)
@@ -89,13 +91,16 @@ def benchmark(
         check_folder(out, "--out")
         check_device(device)
         routed = budgets is not None or thresholds is not None or verdicts is not None
-        wanted = {"budgets": _numbers("--budgets", budgets), "thresholds": _numbers("--thresholds", thresholds)}
-        recorded = None if verdicts is None else RecordedJudge.from_file(verdicts)
+        shares, cuts = _numbers("--budgets", budgets), _numbers("--thresholds", thresholds)
+        if not shares and not cuts:
+            shares = BUDGETS
+        check_cuts(shares, cuts)
         files = [] if out is None else [out / "report.json", out / "report.md"]
         tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
         for file in files + tables:
             check_file(str(file), inputs=[data, verdicts], overwrite=overwrite, resumable=False)
         items = read_items(asked, data)
+        said = None if not routed else _verdicts(items, verdicts)
         loaded = RewardModel.from_pretrained(
             model,
             device=device,
@@ -116,55 +121,54 @@ def benchmark(
             sources=sources_of(asked, data),
             replicates=replicates,
         )
-        print_markdown(report.to_markdown())
-        if routed:
-            table = _route(asked, answers, recorded, verdicts, by=rank_by, replicates=replicates, **wanted)
+        checked = diagnose(answers)
+        text = report.to_markdown() + "\n" + checked.to_markdown()
+        print_markdown(text)
+        if said is not None:
+            judge = LABEL if verdicts is None else f"recorded verdicts of {verdicts.name}"
+            table = routing_table(
+                asked,
+                answers,
+                said,
+                judge=judge,
+                by=rank_by,
+                budgets=shares,
+                thresholds=cuts,
+                replicates=replicates,
+            )
             print_markdown(table.to_markdown())
             _write_table(table, tables)
         if files:
-            write_atomic(files[0], json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
-            write_atomic(files[1], report.to_markdown())
+            content = report.to_dict() | {"diagnostics": {k: number(v) for k, v in asdict(checked).items()}}
+            write_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+            write_atomic(files[1], text)
             notes.print(f"wrote {', '.join(map(str, files + tables))}")
 
 
-def _numbers(option: str, given: str | None) -> tuple[float, ...] | None:
-    if given is None:
-        return None
+def _numbers(option: str, given: str | None) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in given.split(","))
+        found = tuple(float(part) for part in given.split(",")) if given is not None else ()
     except ValueError:
         reject(option, repr(given)[:60], "numbers with commas between them, as in 0.02,0.1")
     return found
 
 
-def _route(
-    asked: Benchmark,
-    answers: Answers,
-    recorded: RecordedJudge | None,
-    path: Path | None,
-    *,
-    budgets: tuple[float, ...] | None,
-    thresholds: tuple[float, ...] | None,
-    **more: Any,
-) -> RoutingTable:
-    from rmcore.evaluation.benchmarks.routing import (
-        BUDGETS,
-        LABEL,
-        label_verdicts,
-        recorded_verdicts,
-        routing_table,
-    )
+def _verdicts(items: Sequence[Item], path: Path | None) -> Matrix:
+    """What the judge says of each pair: the file, or the label where there is none."""
+    from rmcore.evaluation.benchmarks.item import CountedPairs
+    from rmcore.evaluation.benchmarks.routing import label_verdicts, recorded_verdicts
+    from rmcore.judge.recorded import RecordedJudge
 
-    said = label_verdicts(answers.pairs) if recorded is None else recorded_verdicts(answers.pairs, recorded)
-    return routing_table(
-        asked,
-        answers,
-        said,
-        judge=LABEL if path is None else f"recorded verdicts of {path.name}",
-        budgets=budgets if budgets is not None else () if thresholds is not None else BUDGETS,
-        thresholds=thresholds or (),
-        **more,
-    )
+    pairs = CountedPairs(tuple(items))
+    if path is None:
+        return label_verdicts(pairs)
+    said = recorded_verdicts(pairs, RecordedJudge.from_file(path))
+    missing = int((said != said).sum())  # NaN
+    if missing == len(said):
+        reject("--verdicts", f"{str(path)!r}, with no verdict on any pair", "verdicts on these prompts and responses")
+    if missing:
+        notes.print(f"{path.name} has no verdict on {missing} of {len(said)} pairs: the model's answer stands there")
+    return said
 
 
 def _write_table(table: RoutingTable, files: list[Path]) -> None:

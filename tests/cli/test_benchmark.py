@@ -45,6 +45,7 @@ def test_every_benchmark_in_both_modes(models: dict[str, Path], tmp_path: Path) 
             report = json.loads((out / "report.json").read_text())
             assert (report["benchmark"], report["mode"], report["sources"]) == (name, mode, [str(data)])
             assert report["lines"][0]["level"] == "overall"
+            assert 0 <= report["diagnostics"]["brier"] <= 1
             assert (out / "report.md").read_text().strip() == result.stdout.strip()
             if mode == "difference":
                 assert report["lines"][0]["score"] > 0.8, f"praise beats blame in {name}"
@@ -117,3 +118,8 @@ def test_a_routing_table_with_the_label_and_with_recorded_verdicts(models: dict[
     refused = call("benchmark", "no model", "judgebench", "--data", data, "--budgets", "a,b")
     assert refused.exit_code == 2
     assert "--budgets: got 'a,b'" in refused.stderr
+    verdicts.write_text(json.dumps({"prompt": "other", "first": good, "second": bad, "verdict": "loss"}) + "\n")
+    for option, told in (("--budgets=1.5", "budgets: got 1.5"), (f"--verdicts={verdicts}", "no verdict on any pair")):
+        refused = call("benchmark", "no model", "judgebench", "--data", data, option)
+        assert refused.exit_code == 2
+        assert told in refused.stderr, "before the model is loaded"

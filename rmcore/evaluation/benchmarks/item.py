@@ -26,6 +26,7 @@ __all__ = [
     "CountedPairs",
     "Item",
     "Level",
+    "Matrix",
     "Score",
     "group_mean",
     "half_point",

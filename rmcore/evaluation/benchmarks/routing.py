@@ -22,12 +22,22 @@ from rmcore.evaluation.statistics import average_ranks
 from rmcore.judge.base import Pair
 from rmcore.judge.recorded import RecordedJudge
 
-__all__ = ["BUDGETS", "LABEL", "RouteBy", "label_verdicts", "recorded_verdicts", "routing_table"]
+__all__ = ["BUDGETS", "LABEL", "RouteBy", "check_cuts", "label_verdicts", "recorded_verdicts", "routing_table"]
 
 RouteBy: TypeAlias = Literal["u", "margin", "rank_sum"]
 BUDGETS = (0.02, 0.10, 0.25, 0.45)
 LABEL = "the label (an upper bound: a judge that is always right)"
 DRAWS = 200  # of random routing: its mean is then known to a few hundredths of a point
+
+
+def check_cuts(budgets: Sequence[float], thresholds: Sequence[float]) -> None:
+    """Raise InputError for a budget that is no share, or a threshold that is no number."""
+    for budget in budgets:
+        if not 0 <= budget <= 1:
+            reject("budgets", budget, "shares of the pairs, in [0, 1]")
+    for threshold in thresholds:
+        if not np.isfinite(threshold):
+            reject("thresholds", threshold, "finite numbers")
 
 
 def label_verdicts(pairs: CountedPairs) -> Matrix:
@@ -76,13 +86,14 @@ def routing_table(
     Raises:
         InputError: a budget or threshold that is none, or verdicts of another length.
     """
+    check_cuts(budgets, thresholds)
     count = len(answers.pairs)
     if len(verdicts) != count:
         reject("verdicts", f"{len(verdicts)}", f"{count}, one a pair")
     score = _route_score(answers, by)
     order = np.lexsort((np.random.default_rng(seed).permutation(count), -score))
-    cuts = [(f"{100 * _share(budget):g}%", round(budget * count)) for budget in budgets]
-    cuts += [(f"{by} > {_finite(threshold):g}", int((score > threshold).sum())) for threshold in thresholds]
+    cuts = [(f"{100 * budget:g}%", round(budget * count)) for budget in budgets]
+    cuts += [(f"{by} > {threshold:g}", int((score > threshold).sum())) for threshold in thresholds]
     draw = _Draw(benchmark, answers, verdicts, seed)
     rows = []
     for name, calls in [("no judge", 0), *cuts, ("every pair", count)]:
@@ -172,15 +183,3 @@ def _route_score(answers: Answers, by: RouteBy) -> Matrix:
     finite = np.isfinite(answers.uncertainty)
     top = answers.uncertainty[finite].max(initial=1.0) + 1.0  # what the inputs tell nothing of comes first
     return average_ranks(np.where(finite, answers.uncertainty, top)) + average_ranks(closeness)
-
-
-def _share(value: float) -> float:
-    if not 0 <= value <= 1:
-        reject("budgets", value, "shares of the pairs, in [0, 1]")
-    return value
-
-
-def _finite(value: float) -> float:
-    if not np.isfinite(value):
-        reject("thresholds", value, "finite numbers")
-    return value
