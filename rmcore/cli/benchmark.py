@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,8 @@ from rmcore.cli.output import check_file
 if TYPE_CHECKING:
     from rmcore.evaluation.benchmarks.item import Item, Matrix
     from rmcore.evaluation.benchmarks.routing_table import RoutingTable
+    from rmcore.evaluation.benchmarks.scoring import Answers
+    from rmcore.model.reward_model import RewardModel
 
 __all__ = ["benchmark"]
 
@@ -27,10 +29,12 @@ _FORMS = ("md", "tex", "csv", "json", "png")
 
 
 def benchmark(
-    model: Annotated[
-        str | None, typer.Argument(help="A folder written by rmcore train or upgrade, or a hub name.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Models (folders written by rmcore train or upgrade, or hub names), then a name that --list has."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Argument(help="Which benchmark; --list lists them.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="A file, a folder or a hub name with its rows; default: where its authors keep them."),
@@ -65,8 +69,10 @@ def benchmark(
     """Score a model on RewardBench, RewardBench 2, RM-Bench, JudgeBench, PPE or RMB, by their own rules.
 
     Rows come from the hub, or from files in JSON Lines, JSON or Parquet, compressed or not. Scores have intervals that
-    resample prompts. With --budgets, --thresholds or --verdicts also a routing table: what accuracy how many judge
-    calls buy, beside random routing with as many; with -o as routing.md, .tex, .csv, .json and .png.
+    resample prompts. Several models are compared with the first one, with paired intervals.
+
+    With --budgets, --thresholds or --verdicts also a routing table: what accuracy how many judge calls buy, beside
+    random routing with as many; with -o as routing.md, .tex, .csv, .json and .png.
     """
     kept = Kept()
     with reported_errors(kept):
@@ -76,13 +82,17 @@ def benchmark(
             rows = [f"| {known.name} | {known.title} | {known.about} |" for known in BENCHMARKS.values()]
             print_markdown("\n".join(["| name | benchmark | from |", "|---|---|---|", *rows]) + "\n")
             return
-        if model is None or name is None:
-            reject("model, name", "not both", f"rmcore benchmark MODEL NAME, with NAME one of {', '.join(BENCHMARKS)}")
+        if names is None or len(names) < 2:
+            reject("MODEL... NAME", names or "nothing", f"models, then one of {', '.join(BENCHMARKS)}")
+        *models, name = names
+        if len(set(models)) < len(models):
+            reject("MODEL", f"{models}", "each model once")
+        from rmcore.evaluation.benchmarks.comparison import compare
         from rmcore.evaluation.benchmarks.diagnostics import diagnose
         from rmcore.evaluation.benchmarks.reading import read_items, sources_of
         from rmcore.evaluation.benchmarks.report import number
         from rmcore.evaluation.benchmarks.routing import BUDGETS, LABEL, check_cuts, routing_table
-        from rmcore.evaluation.benchmarks.scoring import benchmark_report, score_items
+        from rmcore.evaluation.benchmarks.scoring import benchmark_report
         from rmcore.model.reward_model import RewardModel
 
         asked = find_benchmark(name)
@@ -95,40 +105,52 @@ def benchmark(
         if not shares and not cuts:
             shares = BUDGETS
         check_cuts(shares, cuts)
+        if routed and len(models) > 1:
+            reject("--budgets, --thresholds, --verdicts", f"{len(models)} models", "one, for a routing table")
         files = [] if out is None else [out / "report.json", out / "report.md"]
         tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
         for file in files + tables:
             check_file(str(file), inputs=[data, verdicts], overwrite=overwrite, resumable=False)
         items = read_items(asked, data)
         said = None if not routed else _verdicts(items, verdicts)
-        loaded = RewardModel.from_pretrained(
-            model,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            max_length=max_length,
-            overlong=overlong,
-        )
-        kept.use(loaded.backbone, cache=not no_cache)
-        with progress_bar() as bar:
-            task = bar.add_task(asked.title, total=len(items))
-            answers = score_items(loaded, items, progress=lambda done, _all: bar.update(task, completed=done))
-        report = benchmark_report(
-            asked,
-            answers,
-            model=model,
-            mode=loaded.mode,
-            sources=sources_of(asked, data),
-            replicates=replicates,
-        )
-        checked = diagnose(answers)
-        text = report.to_markdown() + "\n" + checked.to_markdown()
-        print_markdown(text)
+        answers: dict[str, Answers] = {}
+        reports: dict[str, dict[str, Any]] = {}
+        texts: list[str] = []
+        for model in models:
+            loaded = RewardModel.from_pretrained(
+                model,
+                device=device,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                max_length=max_length,
+                overlong=overlong,
+            )
+            kept.use(loaded.backbone, cache=not no_cache)
+            answers[model] = _answers(loaded, items, asked.title if len(models) == 1 else f"{asked.title}, {model}")
+            report = benchmark_report(
+                asked,
+                answers[model],
+                model=model,
+                mode=loaded.mode,
+                sources=sources_of(asked, data),
+                replicates=replicates,
+            )
+            checked = diagnose(answers[model])
+            texts.append(report.to_markdown() + "\n" + checked.to_markdown())
+            print_markdown(texts[-1])
+            diagnostics = {key: number(value) for key, value in asdict(checked).items()}
+            reports[model] = report.to_dict() | {"diagnostics": diagnostics}
+        content = reports[models[0]]
+        if len(models) > 1:
+            comparison = compare(asked, answers, replicates=replicates)
+            texts.insert(0, comparison.to_markdown())
+            print_markdown(texts[0])
+            content = comparison.to_dict() | {"reports": list(reports.values())}
         if said is not None:
             judge = LABEL if verdicts is None else f"recorded verdicts of {verdicts.name}"
             table = routing_table(
                 asked,
-                answers,
+                answers[models[0]],
                 said,
                 judge=judge,
                 by=rank_by,
@@ -139,10 +161,18 @@ def benchmark(
             print_markdown(table.to_markdown())
             _write_table(table, tables)
         if files:
-            content = report.to_dict() | {"diagnostics": {k: number(v) for k, v in asdict(checked).items()}}
             write_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
-            write_atomic(files[1], text)
+            write_atomic(files[1], "\n".join(texts))
             notes.print(f"wrote {', '.join(map(str, files + tables))}")
+
+
+def _answers(model: RewardModel, items: Sequence[Item], title: str) -> Answers:
+    """A model's answers, with a bar of the items done and left."""
+    from rmcore.evaluation.benchmarks.scoring import score_items
+
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=len(items))
+        return score_items(model, items, progress=lambda done, _all: bar.update(task, completed=done))
 
 
 def _numbers(option: str, given: str | None) -> tuple[float, ...]:

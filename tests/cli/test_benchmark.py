@@ -64,7 +64,7 @@ def test_what_is_wrong_is_told_before_the_model_loads(tmp_path: Path) -> None:
     for arguments, told in (
         (("no model", "rewardbench2", "--data", data), "data.jsonl:2: chosen: missing"),
         (("no model", "mtbench"), "expected one of rewardbench"),
-        (("no model",), "expected rmcore benchmark MODEL NAME"),
+        (("no model",), "expected models, then one of rewardbench"),
         (("no model", "rmb"), "--data: got none"),
         (("no model", "rmb", "--replicates", -1), "--replicates: got -1"),
     ):
@@ -123,3 +123,21 @@ def test_a_routing_table_with_the_label_and_with_recorded_verdicts(models: dict[
         refused = call("benchmark", "no model", "judgebench", "--data", data, option)
         assert refused.exit_code == 2
         assert told in refused.stderr, "before the model is loaded"
+
+
+def test_several_models_in_one_table(models: dict[str, Path], tmp_path: Path) -> None:
+    data = written(tmp_path, ROWS["judgebench"](), "jsonl")
+    arguments = ("benchmark", *models.values(), "judgebench", "--data", data, "--replicates", 20)
+    result = call(*arguments, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["models"] == [str(model) for model in models.values()]
+    assert [report["mode"] for report in content["reports"]] == list(models)
+    overall = content["lines"][0]["scores"]
+    assert overall == [report["lines"][0]["score"] for report in content["reports"]]
+    assert "− " in (tmp_path / "out" / "report.md").read_text().splitlines()[2]
+    for more, told in ((("--budgets", 0.1), "one, for a routing table"), ((), "each model once")):
+        twice = models["concat"] if more else models["difference"]
+        refused = call("benchmark", models["difference"], twice, "judgebench", "--data", data, *more)
+        assert refused.exit_code == 2
+        assert told in refused.stderr
