@@ -15,7 +15,7 @@ ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeou
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live compile-gate coverage docs lint format quality soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live compile-gate coverage docs lint format quality routing soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -27,6 +27,7 @@ help:
 	@echo "make lint     ruff, ruff format, mypy, the import rule, clang-format"
 	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
 	@echo "make soak-serve  200 clients of the group server for a minute -> bench/results/serve_soak.json"
+	@echo "make routing  every router on every public stream, 12 seeds (needs RMCORE_DATA) -> bench/results/routing.*"
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
 $(VENV)/.torch:
@@ -99,6 +100,9 @@ format: $(VENV)/.dev
 
 quality: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.quality
+
+routing: $(VENV)/.demo
+	$(BIN)/python -m rmcore.bench.routing
 
 soak: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.judge_soak

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device
@@ -15,10 +15,11 @@ from rmcore.cli.options import Judging
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
-    from rmcore.engine.routing import AdaptiveRouter, Router
+    from rmcore.engine.routing import AdaptiveRouter, PairScore, RankBy, Router
     from rmcore.judge import VerdictStore
     from rmcore.judge.base import Judge
     from rmcore.judge.store.prices import PriceTable
+    from rmcore.model.error_prior import ErrorPrior
     from rmcore.model.text import OverlongPolicy
     from rmcore.ops.dispatch import Backend
 
@@ -49,15 +50,22 @@ def make_engine(
     _check_together(judging, judge, router)
     check_device(device)
     check_backend(model, backend, device)
+    loaded = RewardModel.from_pretrained(
+        model,
+        device=device,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        max_length=max_length,
+        overlong=overlong,
+    )
+    if loaded.error_prior is not None and _rank_by(judging) == "learned":
+        adaptive = _adaptive_router(judging, loaded.error_prior)
+        router = _router(judging, adaptive, loaded.error_prior)
+    learned = adaptive is not None and _rank_by(judging) == "learned"
+    if learned and adaptive is not None and judging.router_state is not None and judging.router_state.exists():
+        adaptive.load(judging.router_state)
     engine = RewardEngine(
-        RewardModel.from_pretrained(
-            model,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            max_length=max_length,
-            overlong=overlong,
-        ),
+        loaded,
         judge,
         router,
         backend=backend,
@@ -104,8 +112,21 @@ def close_engine(engine: RewardEngine) -> None:
         run_sync(close_judge(engine.judge))
 
 
-def _adaptive_router(judging: Judging) -> AdaptiveRouter | None:
-    """The router of --judge-fraction, or None where that is not given."""
+def _rank_by(judging: Judging) -> str:
+    """The score to route by: learned, but for a threshold, which is on the scale of u as in the paper."""
+    return judging.rank_by or ("u" if judging.threshold is not None else "learned")
+
+
+def _score(judging: Judging, prior: ErrorPrior | None) -> RankBy | PairScore:
+    """The same as routers take it."""
+    from rmcore.engine.routing import LearnedScore
+
+    by = _rank_by(judging)
+    return LearnedScore(prior) if by == "learned" else cast("RankBy", by)
+
+
+def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> AdaptiveRouter | None:
+    """The router of --judge-fraction, its state not loaded yet, or None where that is not given."""
     calls, tokens, cost, state = judging.max_calls, judging.max_tokens, judging.max_cost, judging.router_state
     if judging.judge_fraction is None:
         if (calls, tokens, cost, state) != (None, None, None, None):
@@ -116,15 +137,18 @@ def _adaptive_router(judging: Judging) -> AdaptiveRouter | None:
             )
         return None
     from rmcore.engine.routing import AdaptiveRouter, Budget
+    from rmcore.engine.routing.state import read_state
 
     orders = 1 if judging.judge_orders == "one" else 2
     budgets = [] if calls is None else [Budget(calls, "calls", max_per_pair=orders)]
     budgets += [] if tokens is None else [Budget(tokens, "tokens")]
     if cost is not None:
         budgets.append(Budget(cost, "cost", first_estimate=orders * _first_call_cost(judging)))
-    router = AdaptiveRouter(judging.judge_fraction, budgets, by=judging.rank_by)
+    router = AdaptiveRouter(judging.judge_fraction, budgets, by=_score(judging, prior))
     if state is not None and state.exists():
-        router.load(state)
+        read_state(state)  # what is no JSON is found before a model is loaded, the rest when the model's prior is known
+        if _rank_by(judging) != "learned":
+            router.load(state)
     return router
 
 
@@ -143,17 +167,24 @@ def _first_call_cost(judging: Judging) -> float:
     return cost
 
 
-def _router(judging: Judging, adaptive: AdaptiveRouter | None) -> Router:
+def _router(judging: Judging, adaptive: AdaptiveRouter | None, prior: ErrorPrior | None = None) -> Router:
     """The router the options name; without any, none is routed."""
-    from rmcore.engine.routing import BudgetRouter, NeverRoute, ThresholdRouter
+    from rmcore.engine.routing import BudgetRouter, LearnedRouter, NeverRoute, ThresholdRouter
 
     if sum(given is not None for given in (judging.threshold, judging.budget, adaptive)) > 1:
         reject("--threshold, --budget, --judge-fraction", "more than one", "at most one")
     if adaptive is not None:
         return adaptive
+    by = _rank_by(judging)
     if judging.threshold is not None:
-        return ThresholdRouter(judging.threshold, judging.rank_by)
-    return NeverRoute() if judging.budget is None else BudgetRouter(fraction=judging.budget, by=judging.rank_by)
+        if by == "learned":
+            return LearnedRouter(threshold=judging.threshold, prior=prior)
+        return ThresholdRouter(judging.threshold, cast("RankBy", by))
+    if judging.budget is None:
+        return NeverRoute()
+    if by == "learned":
+        return LearnedRouter(judging.budget, prior=prior)
+    return BudgetRouter(fraction=judging.budget, by=cast("RankBy", by))
 
 
 def _judge(judging: Judging) -> Judge | None:

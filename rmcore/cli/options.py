@@ -57,8 +57,11 @@ RouterState = Annotated[
     Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
 ]
 RankBy = Annotated[
-    Literal["u", "margin", "error_probability", "novelty", "rank_sum"],
-    typer.Option(help="What makes a pair worth a judge call."),
+    Literal["learned", "u", "margin", "error_probability", "novelty", "rank_sum"] | None,
+    typer.Option(
+        help="What makes a pair worth a judge call. Default: learned, P(the head is wrong) as the verdicts teach it; "
+        "with --threshold u, as in the paper."
+    ),
 ]
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]
@@ -107,7 +110,7 @@ class Judging:
     max_tokens: MaxTokens = None
     max_cost: MaxCost = None
     router_state: RouterState = None
-    rank_by: RankBy = "u"
+    rank_by: RankBy = None
     judge_url: JudgeUrl = None
     judge_model: JudgeModel = ""
     judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY"

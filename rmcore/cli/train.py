@@ -66,6 +66,13 @@ def train(
     overlong: Overlong = "error",
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
+    error_prior: Annotated[
+        bool,
+        typer.Option(
+            help="Find out where the head errs on pairs it was not fitted on, for routers that learn: five more "
+            "fits. Not with --epochs or --finetune-epochs."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
@@ -88,7 +95,7 @@ def train(
         from rmcore.head.sngp import SNGPHead
         from rmcore.model.backbone import BackboneConfig
         from rmcore.model.data import parse_columns, read_preferences
-        from rmcore.model.reward_model import RewardModel, encode_preferences
+        from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of
         from rmcore.model.training import finetune, train_layer
 
         if epochs and layer_size is None:
@@ -167,7 +174,10 @@ def train(
                     )
                 else:
                     frozen = calibrated
-        model = RewardModel(spine, frozen)
+            prior = None
+            if error_prior and not epochs and not finetune_epochs:
+                prior = error_prior_of(frozen.config, items, hidden, labels, pairs)
+        model = RewardModel(spine, frozen, prior)
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
         logit, _ = _scored(frozen, hidden, pairs)

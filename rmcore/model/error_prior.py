@@ -189,6 +189,7 @@ def fit_error_prior(
     count = len(log_length_ratio)
     if count < 2 * folds:
         reject("pairs", f"{count} pairs", f"at least {2 * folds}, two for each of {folds} folds")
+    config = replace(config, row_ridge=None)  # nobody asks these heads for novelty
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most_pairs]
     features, wrong, decided = [], [], []
     for fold in range(folds):

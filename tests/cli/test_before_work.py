@@ -11,7 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from rmcore.cli import app
+from rmcore.cli import app, build_engine
+from rmcore.cli.options import Judging
+from rmcore.engine.routing import BudgetRouter, LearnedRouter, LearnedScore, NeverRoute, ThresholdRouter
 from rmcore.model import Backbone, RewardModel
 
 
@@ -297,3 +299,16 @@ def test_how_safetensors_reports_a_full_disk_is_an_error_of_the_disk(model, tmp_
     with pytest.raises(OSError, match="No space left on device"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_the_score_to_route_by_is_learned_unless_there_is_a_threshold():
+    def router(**given):
+        judging = Judging(**given)
+        return build_engine._router(judging, build_engine._adaptive_router(judging))
+
+    assert isinstance(router(budget=0.1), LearnedRouter)
+    assert isinstance(router(judge_fraction=0.1).by, LearnedScore)
+    assert router(budget=0.1, rank_by="u") == BudgetRouter(0.1, by="u")
+    assert router(threshold=1.4) == ThresholdRouter(1.4, by="u")
+    assert router(threshold=0.4, rank_by="learned").threshold == 0.4
+    assert isinstance(router(), NeverRoute)

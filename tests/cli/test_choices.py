@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from rmcore.cli import app
 from rmcore.engine import selection
 from rmcore.engine.acquisition import Acquisition
-from rmcore.engine.routing import RankBy
+from rmcore.engine.routing import LearnedScore, RankBy
 from rmcore.engine.routing.risk_bounds import RiskMethod
 from rmcore.evaluation.benchmarks.routing import RouteBy
 from rmcore.head.config import PairMode
@@ -52,7 +52,10 @@ CHOICES = {
     **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
     **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},
     **{(name, "backend"): typing.get_args(Backend) for name in ("score", "serve", "best-of", "filter")},
-    **{(name, "rank_by"): typing.get_args(RankBy) for name in ("score", "serve", "best-of", "filter")},
+    **{
+        (name, "rank_by"): (LearnedScore.name, *typing.get_args(RankBy))
+        for name in ("score", "serve", "best-of", "filter")
+    },
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ("score", "serve", "best-of", "filter")},
     ("evaluate", "risk_method"): typing.get_args(RiskMethod),

@@ -34,7 +34,7 @@ def group(k: int = 3, **extra: object) -> dict[str, object]:
 
 
 def test_train_reports_and_writes_a_model(model: Path) -> None:
-    assert {p.name for p in model.iterdir()} == {"rmcore.json", "head.safetensors"}
+    assert {p.name for p in model.iterdir()} == {"rmcore.json", "head.safetensors", "error_prior.safetensors"}
 
 
 def test_score_streams_one_line_a_group(model: Path) -> None:
