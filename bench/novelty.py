@@ -3,7 +3,10 @@
 On every stream, in distribution and mixed half and half with pairs unlike the training data, and on those pairs alone:
 AUROC of the head's errors and points over random routing, by u, by the margin and by novelty (``rmcore.head.rows``).
 Then p = g/√(1 + a·v + b·n) with a and b of the best likelihood of training pairs held out four-fold: whether novelty
-belongs into u. Needs the data folder (``--data`` or RMCORE_DATA). Writes ``novelty.json``.
+belongs into u. And a *joint* head, which is no mode of the library: concat mode's, on the states of the two responses
+laid end to end, both orders averaged; like difference mode it needs K rows of the backbone for K responses.
+
+Needs the data folder (``--data`` or RMCORE_DATA). Writes ``novelty.json``.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ __all__ = ["held_out_weights", "main", "run"]
 
 FRACTIONS = (0.10, 0.25, 0.45)
 SCORES = ("u", "margin", "novelty", "rank_sum")
+JOINT_SCORES = ("u", "margin", "rank_sum")
 FURTHER = {"pandalm": None, "hh_harmless": 600}
 """Files tested on besides the corpus, and of how many of their pairs."""
 FOLDS = 4
@@ -58,10 +62,14 @@ def run(data: Path, seeds: int) -> dict[str, Any]:
     for seed in range(seeds):
         config = HeadConfig(backbone.hidden_size, seed=seed, **DEMO_HEAD)
         head, _ = fit(SNGPHead(config), hidden, labels, pairs=pairs, dtype=torch.float16)
+        joint = _joint_head(hidden, labels, pairs, seed)
         for name, of_parts in _mixes(parts, seed).items():
             rows = PairStates(*(torch.cat([getattr(states[p], k)[i] for p, i in of_parts]) for k in _FIELDS))
             own = [parts[p][k] for p, index in of_parts for k in index.tolist()]
-            found.setdefault(name, []).append(_figures(head, rows, own))
+            figures = _figures(head, rows, own, SCORES)
+            both = PairStates(_both_orders(rows.hidden), rows.tokens, rows.silent)
+            of_joint = _figures(joint, both, own, JOINT_SCORES)
+            found.setdefault(name, []).append(figures | {f"joint {key}": value for key, value in of_joint.items()})
         weights.append(held_out_weights(config, hidden, labels, pairs, seed))
         print(f"seed {seed}: held out, {weights[-1]}", flush=True)
     streams = {name: _over_seeds(values) for name, values in found.items()}
@@ -104,9 +112,20 @@ def _mixes(parts: dict[str, tuple[StreamPair, ...]], seed: int) -> dict[str, lis
     return mixes
 
 
-def _figures(head: FrozenHead, states: PairStates, pairs: list[StreamPair]) -> dict[str, Any]:
+def _both_orders(hidden: Tensor) -> Tensor:
+    """(N, 2, h) → (N, 2, 2h): the two states end to end, in both orders."""
+    return torch.stack([hidden.flatten(1), hidden.flip(1).flatten(1)], dim=1)
+
+
+def _joint_head(hidden: Tensor, labels: Tensor, pairs: Tensor, seed: int) -> FrozenHead:
+    rows = _both_orders(hidden[pairs]).flatten(0, 1)
+    config = HeadConfig(rows.shape[1], seed=seed, **(DEMO_HEAD | {"mode": "concat"}))
+    return fit(SNGPHead(config), rows, torch.stack([labels, 1 - labels], dim=1).flatten(), dtype=torch.float16)[0]
+
+
+def _figures(head: FrozenHead, states: PairStates, pairs: list[StreamPair], names: tuple[str, ...]) -> dict[str, Any]:
     report = evaluate_pairs(scored_pairs(head, states, pairs), fractions=FRACTIONS, replicates=0)
-    scores = {name: report.score(name) for name in SCORES}
+    scores = {name: report.score(name) for name in names}
     return {"accuracy": [100 * report.accuracy.point]} | {
         name: [score.auroc, *(step.point for step in score.uplift)] for name, score in scores.items()
     }
@@ -117,8 +136,8 @@ def _over_seeds(values: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _summary(streams: list[dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Mean and worst of AUROC and of the uplift at each fraction."""
-    table = {name: np.array([stream[name] for stream in streams]) for name in SCORES}
+    """Mean and worst of accuracy, and of AUROC and the uplift at each fraction."""
+    table = {name: np.array([stream[name] for stream in streams]) for name in streams[0]}
     return {
         name: {"mean": values.mean(0).round(3).tolist(), "worst": values.min(0).round(3).tolist()}
         for name, values in table.items()
@@ -198,9 +217,9 @@ def main(argv: list[str] | None = None) -> int:
         json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
     for name, stream in figures["streams"].items():
-        print(name, {score: stream[score] for score in ("accuracy", *SCORES)})
+        print(name, stream)
     for name, group in figures["summary"].items():
-        print(name, {score: group[score] for score in SCORES})
+        print(name, group)
     print("cost", figures["cost"])
     return 0
 
