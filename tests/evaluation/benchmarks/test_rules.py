@@ -96,6 +96,20 @@ def test_rm_bench_domains() -> None:
     assert found["easy"] == pytest.approx((1 + (1 + 0.5) / 2) / 2)
 
 
+def test_rm_bench_as_its_readme_counts() -> None:
+    pairs = tuple((i, 3 + j) for i in range(3) for j in range(3))
+    items = [Item(str(k), "p", tuple("abcdef"), (1.0,) * 3 + (0.0,) * 3, "math", pairs) for k in range(40)]
+    scores = np.random.default_rng(5).integers(0, 4, (40, 6)).astype(float)
+    matrix = np.zeros((3, 3))
+    for row in scores:
+        for i, j in itertools.product(range(3), range(3)):
+            matrix[i, j] += (row[i] > row[3 + j]) / len(scores)
+    found = scored(rm_bench.BENCHMARK, items, scores.tolist())
+    assert found["math, hard"] == pytest.approx(np.triu(matrix, 1).sum() / 3, abs=1e-9)
+    assert found["math, normal"] == pytest.approx(np.diag(matrix).mean(), abs=1e-9)
+    assert found["math, easy"] == pytest.approx(np.tril(matrix, -1).sum() / 3, abs=1e-9)
+
+
 def test_judgebench_groups() -> None:
     sources = ("mmlu-pro-law", "mmlu-pro-math", "livebench-reasoning", "livebench-math", "livecodebench")
     assert [group_of(s) for s in sources] == ["Knowledge", "Knowledge", "Reasoning", "Math", "Coding"]
