@@ -82,7 +82,7 @@ def test_it_is_asked_for_where_a_judge_is_and_may_be_had_or_spared(head, hidden,
     assert torch.equal(asked.novelty, head.novelty(hidden).double())
     router = Watching(math.inf)
     assert score(head, hidden, scripted_judge(win), router, novelty=False).novelty is None
-    assert set(router.offered.columns) == {"group"}
+    assert "novelty" not in router.offered.columns
     # It decides nothing unless a router goes by it.
     assert torch.equal(plain.table.values, asked.table.values)
     judged = [score(head, hidden, scripted_judge(win), BudgetRouter(0.3), novelty=k) for k in (True, False)]
@@ -109,7 +109,7 @@ def test_without_a_row_posterior_nothing_else_changes(make_data, fit_head, hidde
     router = Watching(1.2)
     scores = score(old, hidden, scripted_judge(win), router)
     assert scores.novelty is None
-    assert set(router.offered.columns) == {"group"}
+    assert "novelty" not in router.offered.columns
     assert torch.equal(scores.table.values, score(head, hidden, scripted_judge(win), ThresholdRouter(1.2)).table.values)
     for options in (
         {"novelty": True},
