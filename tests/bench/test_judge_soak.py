@@ -11,7 +11,7 @@ from rmcore.bench import judge_soak
 
 @pytest.mark.slow
 def test_two_hundred_pairs(tmp_path):
-    size = ["--pairs", "200", "--in-flight", "16"]
+    size = ["--pairs", "200", "--in-flight", "16", "--faults", "0.35"]  # more faults than there are kinds
     times = ["--latency", "0.02", "0.06", "--rate", "0", "--timeout", "2", "--storm", "0.1", "--deadline", "120"]
     judge_soak.main([*size, *times, "--out", str(tmp_path)])
     figures = json.loads((tmp_path / "judge_soak.json").read_text())
