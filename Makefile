@@ -11,6 +11,10 @@ GPU_PYTHON ?= python3.12
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
 ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeout=3).close()'
+# scikit-build-core's editable install puts the folder that holds the checkout on sys.path (since rmcore.kernels lies in
+# kernels/): a checkout of peft or trl beside this one would then pass for an installed package.
+APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), "_editable_skbc_rmcore.pth"); \
+  f.write_text("".join(x for x in f.read_text().splitlines(True) if x.strip() != str(p.Path.cwd().parent)))'
 # A worker of the tests a core, each with one thread: the tests that are about threads set their number themselves.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
@@ -47,16 +51,19 @@ $(VENV)/.torch:
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@echo "== rmcore and what the demo needs: compiles csrc/, a minute or two"
 	@$(PIP) -e '.[demo]'
+	@$(BIN)/python -c $(APART)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	@echo "== rmcore and what tests and lint need: compiles csrc/, a minute or two"
 	@$(PIP) -e '.[dev]'
+	@$(BIN)/python -c $(APART)
 	@touch $@ $(VENV)/.demo $(VENV)/.docs
 
 $(VENV)/.docs: $(VENV)/.torch $(SOURCES)
 	@echo "== rmcore and what the site needs: compiles csrc/, a minute or two"
 	@$(PIP) -e '.[docs]'
+	@$(BIN)/python -c $(APART)
 	@touch $@
 
 demo: $(VENV)/.demo
