@@ -262,7 +262,7 @@ class HeadWeights:
         # Rows of U hold values across many magnitudes. Centring the largest at 2^10 keeps all that matter out of fp16's
         # subnormals (below 6e-5), and sums of squares of D products stay far inside float32.
         exponent = 10 - math.frexp(largest)[1] if largest > 0 and math.isfinite(largest) else 0
-        u = torch.ldexp(u, torch.tensor(exponent))
+        u = torch.ldexp(u, torch.tensor(exponent, device=u.device))
         row_scale = diagonal = None
         if feature_map.dtype == torch.int8 and math.isfinite(largest):
             diagonal = u.diagonal().float()
