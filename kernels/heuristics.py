@@ -1,6 +1,7 @@
 """What to launch: one table per kernel, (device kind, operand bytes, size) → tile, warps, stages; and how to read it.
 
-No row has been measured on a GPU yet. Each follows from the figures below and compiles without spills:
+Rows marked "measured" are the tuner's best on an H100 (2026-11-28, h = D = 4096, fp16; tests/gpu/tune_triton.py). The
+others follow from the figures below. All compile without spills:
 
 - HBM: a multiprocessor needs about 30 KB of loads in flight, hence deep pipelines where few rows make the weights
   the cost.
@@ -97,8 +98,9 @@ _PROJECT: _Table = {
         (16, Tile(16, 32, 256, 4, 4, fill=1.0)),
         (32, Tile(32, 32, 256, 4, 3, fill=1.0)),
         (64, Tile(64, 128, 64, 4, 5, fill=1.0)),
-        (128, Tile(128, 64, 64, 8, 4, fill=1.0)),
-        (_ANY, Tile(128, 256, 64, 8, 4, fill=1.0)),
+        (128, Tile(64, 64, 128, 4, 4, fill=1.0)),  # measured: 18.3 µs, 22.5 with what was here
+        (256, Tile(64, 64, 64, 4, 5)),  # measured: 23.9, 29.5; Triton 3.6 serialises the one tile that takes 23.6
+        (_ANY, Tile(128, 256, 64, 8, 4, fill=1.0)),  # measured at 1024 rows: 55.8, the best of 25
     ),
     ("sm90", 4): ((64, Tile(32, 64, 16, 4, 4, fill=2.0)), (_ANY, Tile(64, 64, 32, 4, 3))),
     ("sm80", 2): (
@@ -125,10 +127,10 @@ _PRODUCT: _Table = {
         (16, Tile(16, 128, 128, 4, 4, fill=1.25)),
         (32, Tile(32, 128, 128, 4, 4, fill=1.25)),
         (64, Tile(64, 128, 64, 4, 5, fill=1.25)),
-        (128, Tile(128, 128, 64, 8, 3, fill=1.25)),
-        (256, Tile(128, 128, 64, 8, 3, fill=2.25)),
+        (128, Tile(64, 32, 128, 4, 5, group=32, paired=True)),  # measured: 12.7 µs, 18.7 with what was here
+        (256, Tile(64, 128, 128, 4, 4, group=32, paired=True)),  # measured: 17.0, 24.9
         (512, Tile(64, 128, 64, 4, 5, group=32, paired=True)),
-        (1024, Tile(128, 128, 64, 4, 4, group=32, paired=True)),
+        (1024, Tile(128, 128, 64, 4, 4, group=32, paired=True)),  # measured: 31.8, the best of 26
         (_ANY, Tile(128, 256, 64, 8, 4, group=32)),
     ),
     ("sm90", 4): ((64, Tile(32, 128, 32, 4, 3, fill=2.0)), (_ANY, Tile(64, 64, 16, 4, 4, group=32))),
@@ -150,10 +152,15 @@ _PRODUCT: _Table = {
     ("interpreter", 4): ((64, Tile(64, 128, 128, 4, 1, fill=1.0)), (_ANY, Tile(128, 128, 128, 4, 1, paired=True))),
 }
 
-# Φ̂ᵀΦ̂, lower tiles: (at most this D, tile). At D = 4096, 528 tiles of 128×128 are exactly 4 waves of 132; from 8192 on
-# there are waves enough for the wider tile, which reads a quarter less.
+# Φ̂ᵀΦ̂, lower tiles: (at most this D, tile). The wider tile reads a quarter less; at D = 4096 its 272 tiles are 2.06
+# waves of 132, so those beyond the second are cut (measured: 468 µs for 16,384 rows, 502 with 128×128 tiles). From 8192
+# on there are waves enough.
 _GRAM: _Table = {
-    ("sm90", 2): ((6144, Tile(128, 128, 64, 4, 4)), (_ANY, Tile(128, 256, 64, 8, 4))),
+    ("sm90", 2): (
+        (2048, Tile(128, 128, 64, 4, 4)),
+        (6144, Tile(128, 256, 64, 8, 4, tail=True)),
+        (_ANY, Tile(128, 256, 64, 8, 4)),
+    ),
     ("sm90", 4): ((_ANY, Tile(64, 64, 32, 4, 3)),),
     ("sm80", 2): ((_ANY, Tile(128, 128, 64, 8, 3)),),
     ("sm80", 4): ((_ANY, Tile(64, 64, 32, 4, 3)),),
@@ -162,10 +169,14 @@ _GRAM: _Table = {
     ("interpreter", 2): ((_ANY, Tile(128, 256, 128, 4, 1)),),
     ("interpreter", 4): ((_ANY, Tile(128, 256, 128, 4, 1)),),
 }
-# Blackwell's data-centre parts have Hopper's shared memory and more. Two of Hopper's tiles spill there; the ones they
-# replaced on Hopper do not.
+# Blackwell's data-centre parts have Hopper's shared memory and more. One of Hopper's tiles spills there; what was
+# measured on Hopper alone says nothing of them either: the ones before it stay.
 _ON_BLACKWELL = {
-    Tile(128, 64, 64, 8, 4, fill=1.0): Tile(128, 128, 64, 8, 4, fill=1.0),
+    Tile(64, 64, 128, 4, 4, fill=1.0): Tile(128, 128, 64, 8, 4, fill=1.0),
+    Tile(64, 64, 64, 4, 5): Tile(128, 256, 64, 8, 4, fill=1.0),
+    Tile(64, 32, 128, 4, 5, group=32, paired=True): Tile(128, 128, 64, 8, 3, fill=1.25),
+    Tile(64, 128, 128, 4, 4, group=32, paired=True): Tile(128, 128, 64, 8, 3, fill=2.25),
+    Tile(128, 256, 64, 8, 4, tail=True): Tile(128, 128, 64, 4, 4),
     Tile(128, 128, 64, 4, 4, group=32, paired=True): Tile(128, 128, 64, 8, 4, group=32, paired=True),
 }
 for _table in (_PROJECT, _PRODUCT, _GRAM):

@@ -27,6 +27,8 @@ OPS = ("score", "accumulate", "pair_variance", "power_iteration")
 # yet by measurement: one launch with grid barriers for small batches, GEMM-shaped kernels for the rest.
 _ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _ALL = ("cuda", "triton", "cpu", "torch")
+LATENCY_ROWS = 16
+"""Up to here the one cooperative launch of cuda is the faster one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def _first(
     weights: FeatureMap | HeadWeights | Tensor | None,
 ) -> tuple[str, dict[str, str]]:
     """The first backend of the order that can run, or ``none``, and why those before it cannot."""
-    order = _ORDER.get(device.type, ("torch",)) if backend == "auto" else (backend,)
+    order = _order(op, device, dtype, rows) if backend == "auto" else (backend,)
     reasons: dict[str, str] = {}
     for name in order:
         module = _module(name)
@@ -91,6 +93,19 @@ def _first(
             return name, reasons
         reasons[name] = why
     return "none", reasons
+
+
+def _order(op: str, device: torch.device, dtype: torch.dtype, rows: int | None) -> tuple[str, ...]:
+    """Which backends to try, fastest first: on a GPU as measured on an H100, h = D = 4096 (bench/results/).
+
+    ``score``: at 16 rows cuda takes 33.0 µs and triton 33.9, at 32 rows 74 and 37. ``power_iteration`` in 16 bits: 34
+    and 27 µs; in float32 both take 38.
+    """
+    order = _ORDER.get(device.type, ("torch",))
+    many = op == "score" and rows is not None and rows > LATENCY_ROWS
+    if device.type == "cuda" and (many or (op == "power_iteration" and dtype.itemsize == 2)):
+        return tuple(sorted(order, key=("triton", "cuda", "torch").index))
+    return order
 
 
 @functools.cache
