@@ -151,3 +151,24 @@ def test_a_named_backend_that_cannot_run_says_why(head):
         pytest.skip("it can")
     with pytest.raises(BackendError, match=r"^backend: got 'cuda', which cannot run score here: "):
         ops.score(torch.zeros(3, 16), head.weights, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "rows", "first"),
+    [
+        ("score", torch.float16, 16, "cuda"),
+        ("score", torch.float16, 17, "triton"),
+        ("score", torch.bfloat16, 4096, "triton"),
+        ("score", torch.float16, None, "cuda"),
+        ("power_iteration", torch.float16, None, "triton"),
+        ("power_iteration", torch.float32, None, "cuda"),
+        ("accumulate", torch.float16, 65536, "cuda"),
+    ],
+)
+def test_what_was_measured_on_a_gpu_says_who_is_tried_first(op, dtype, rows, first):
+    from rmcore.ops.dispatch import _order
+
+    order = _order(op, torch.device("cuda"), dtype, rows)
+    assert order[0] == first
+    assert sorted(order) == ["cuda", "torch", "triton"]
+    assert _order(op, torch.device("cpu"), dtype, rows) == ("cpu", "torch")
