@@ -27,7 +27,6 @@ from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.reward_model import encode_preferences
-from rmcore.model.state_cache import StateCache
 
 __all__ = ["learning_curve", "main"]
 
@@ -86,9 +85,7 @@ def _accuracy(head: FrozenHead, hidden: Tensor, labels: Tensor) -> float:
 def run(data: Path, seeds: int, most: int) -> dict[str, Any]:
     """All acquisitions and seeds, as JSON values."""
     corpus, backbone = load_corpus(data), demo_backbone()
-    backbone.state_cache = StateCache.default(
-        backbone.identity, backbone.hidden_size - (backbone.config.length_feature != 0)
-    )
+    backbone.use_state_cache()
     rows, labels, pairs = encode_preferences(backbone, corpus.train, "difference")
     assert pairs is not None
     hidden = rows[pairs.flatten()]

@@ -34,7 +34,6 @@ from rmcore.head import HeadConfig
 from rmcore.judge.recorded import RecordedJudge
 from rmcore.model.data import read_lines
 from rmcore.model.reward_model import RewardModel
-from rmcore.model.state_cache import StateCache
 
 __all__ = ["main", "run", "write_llmbar"]
 
@@ -69,8 +68,7 @@ def write_llmbar(data: Path, folder: Path) -> tuple[Path, Path]:
 def run(data: Path, seed: int) -> tuple[BenchmarkReport, list[RoutingTable]]:
     """The model's report, and a table for each routing score, GPT-4 judging, then one with the label."""
     backbone = demo_backbone()
-    width = backbone.hidden_size - (backbone.config.length_feature != 0)
-    backbone.state_cache = StateCache.default(backbone.identity, width)
+    backbone.use_state_cache()
     config = HeadConfig(backbone.hidden_size, seed=seed, **DEMO_HEAD)
     model, _ = RewardModel.fit(backbone, load_corpus(data).train, config, dtype=torch.float16)
     benchmark = find_benchmark("rewardbench")

@@ -32,7 +32,6 @@ from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.head.rows import counted_rows
 from rmcore.model.reward_model import encode_preferences
-from rmcore.model.state_cache import StateCache
 from rmcore.ops.reference import log_likelihood
 
 __all__ = ["held_out_weights", "main", "run"]
@@ -50,9 +49,7 @@ WEIGHTS = (0.0, *(2.0**k for k in range(-4, 10)))
 def run(data: Path, seeds: int) -> dict[str, Any]:
     """All figures, as JSON values."""
     corpus, backbone = load_corpus(data), demo_backbone()
-    backbone.state_cache = StateCache.default(
-        backbone.identity, backbone.hidden_size - (backbone.config.length_feature != 0)
-    )
+    backbone.use_state_cache()
     hidden, labels, pairs = encode_preferences(backbone, corpus.train, "difference")
     assert pairs is not None
     parts = corpus.parts | {name: _some(load_test_pairs(data, name), most) for name, most in FURTHER.items()}

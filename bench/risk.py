@@ -26,7 +26,6 @@ from rmcore.evaluation.streams import find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.model.reward_model import encode_preferences
-from rmcore.model.state_cache import StateCache
 
 __all__ = ["main", "variants"]
 
@@ -54,9 +53,7 @@ def _rows(pairs: ScoredPairs, rows: np.ndarray, *, apart: bool = False) -> Score
 def run(data: Path, alphas: list[float], delta: float, times: int) -> dict[str, Any]:
     """Every stream, variant and α, as JSON values."""
     corpus, backbone = load_corpus(data), demo_backbone()
-    backbone.state_cache = StateCache.default(
-        backbone.identity, backbone.hidden_size - (backbone.config.length_feature != 0)
-    )
+    backbone.use_state_cache()
     hidden, labels, index = encode_preferences(backbone, corpus.train, "difference")
     head, _ = fit(SNGPHead(HeadConfig(backbone.hidden_size, **DEMO_HEAD)), hidden, labels, pairs=index)
     rows: list[dict[str, Any]] = []

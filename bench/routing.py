@@ -38,7 +38,6 @@ from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.model.error_prior import ErrorPrior, row_distance
 from rmcore.model.reward_model import encode_preferences, error_prior_of
-from rmcore.model.state_cache import StateCache
 
 __all__ = ["main", "run"]
 
@@ -214,8 +213,7 @@ def load(data: Path) -> tuple[Any, tuple[Tensor, Tensor, Tensor], dict[str, Part
     """The corpus, its training states, and all parts encoded through the cache of states."""
     corpus = load_corpus(data)
     backbone = demo_backbone()
-    width = backbone.hidden_size - (backbone.config.length_feature != 0)
-    backbone.state_cache = StateCache.default(backbone.identity, width)
+    backbone.use_state_cache()
     hidden, labels, pairs = encode_preferences(backbone, corpus.train, "difference")
     assert pairs is not None
     sources = dict(corpus.parts) | {"pandalm": load_test_pairs(data, "pandalm")}

@@ -99,12 +99,9 @@ class Kept:
 
     def use(self, backbone: Backbone, *, cache: bool) -> None:
         """Take encoded states from the cache, and put them there, unless ``cache`` is off."""
-        from rmcore.model.state_cache import StateCache
-
         self.backbone = backbone
         if cache:
-            width = backbone.hidden_size - (backbone.config.length_feature != 0)
-            backbone.state_cache = StateCache.default(backbone.identity, width)
+            backbone.use_state_cache()
 
     def __str__(self) -> str:
         """One sentence, for when the command was interrupted."""

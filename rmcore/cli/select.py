@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Annotated, Literal
 
 import typer
@@ -47,11 +46,11 @@ def select(
     """
     kept = Kept()
     with reported_errors(kept):
-        import torch
-
         from rmcore.engine.acquisition import pair_pool, select_pairs
         from rmcore.model.data import parse_columns, read_groups
         from rmcore.model.reward_model import RewardModel
+        from rmcore.model.signal import PairSignal, fill_unread, pair_signals
+        from rmcore.ops.pair_layout import PairLayout
 
         check_device(device)
         check_file(out, inputs=[groups], overwrite=overwrite)
@@ -73,8 +72,17 @@ def select(
         kept.use(loaded.backbone, cache=not no_cache)
         encoded = loaded.encode_groups([g.prompt for g in items], [g.responses for g in items])
         with progress_bar() as bar:
-            hidden = loaded.hidden_rows(encoded, progress=encoding_progress(bar))
-            pool = pair_pool(loaded.head, hidden, torch.tensor([len(g.responses) for g in items]))
+            hidden = fill_unread(loaded.hidden_rows(encoded, progress=encoding_progress(bar)), encoded)
+            layout = PairLayout([len(g.responses) for g in items])
+            every = pair_pool(loaded.head, hidden, layout.sizes)
+            signal = pair_signals([t for g in encoded for t in g], layout.pair_rows("difference"), "difference")
+            pool = every[signal == PairSignal.PRESENT]
+            if not len(pool):
+                reject(
+                    "groups",
+                    f"{len(every)} pairs, all with equal or unread inputs",
+                    "one that the model can tell apart",
+                )
             task = bar.add_task("choosing", total=min(count, len(pool)))
             rows, worth = select_pairs(
                 pool, count, by, beta=beta, seed=seed, progress=lambda done, _of: bar.update(task, completed=done)
@@ -94,5 +102,9 @@ def select(
                         "logit": float(pool.logit[row]),
                     }
                 )
-        pairs = sum(1 for group in items for _ in combinations(group.responses, 2))
-        notes.print(f"chose {len(rows)} of {pairs} pairs of {len(items)} prompts by {by}")
+        notes.print(f"chose {len(rows)} of {len(every)} pairs of {len(items)} prompts by {by}")
+        if len(pool) < len(every):
+            notes.print(
+                f"{len(every) - len(pool)} pairs were no candidates: "
+                "their inputs are equal, or one is too long and unread"
+            )

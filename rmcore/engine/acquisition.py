@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -86,6 +86,11 @@ class PairPool:
 
     def __len__(self) -> int:
         return len(self.logit)
+
+    def __getitem__(self, rows: Tensor) -> PairPool:
+        """Some of the pairs, by a mask or by numbers."""
+        columns = {name: getattr(self, name)[rows] for name in ("difference", "whitened", "logit", "group", "i", "j")}
+        return replace(self, **columns)
 
     @property
     def variance(self) -> Tensor:

@@ -509,6 +509,11 @@ class Backbone:
             _check_positions(max_length, self.positions)
         return limit
 
+    def use_state_cache(self) -> None:
+        """Keep encoded states in the cache folder, and take what is there (:mod:`rmcore.model.state_cache`)."""
+        width = self.hidden_size - (self.config.length_feature != 0)
+        self.state_cache = StateCache.default(self.identity, width)
+
     def explain(self) -> Explanation:
         """How shared beginnings are encoded (``flex``, ``sdpa``, ``padded``), and why not otherwise.
 

@@ -344,6 +344,16 @@ def test_select_chooses_the_pairs_worth_a_label(model: Path, tmp_path: Path) -> 
     assert [row["worth"] for row in chosen] == sorted((row["worth"] for row in chosen), reverse=True)
     assert call("select", model, pool, "--count", 5, "-o", out).exit_code == 2  # it is there already
     assert call("score", model, out).exit_code == 0  # what was chosen is input again
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "p", "responses": ["good", "good", "bad " * 5000, "bad"]}) + "\n")
+    told = call("select", model, long, "--count", 9, "--overlong", "no-reward")
+    assert told.exit_code == 0, told.stderr
+    # Two equal ones and an unread one: of six pairs only good-bad, twice, has anything to tell.
+    assert [(row["i"], row["j"]) for row in map(json.loads, told.stdout.splitlines())] in (
+        [(0, 3), (1, 3)],
+        [(1, 3), (0, 3)],
+    )
+    assert "4 pairs were no candidates" in told.stderr
     alone = tmp_path / "alone.jsonl"
     alone.write_text(json.dumps({"prompt": "p", "responses": ["one"]}) + "\n")
     refused = call("select", model, alone, "--count", 1)

@@ -199,9 +199,15 @@ def score_name(by: RankBy | PairScore) -> str:
 
 
 def rank_score(candidates: Candidates, by: RankBy | PairScore) -> Tensor:
-    """(Q,) float64 score by which pairs are routed, highest first. See the module's text for the choice."""
-    if not isinstance(by, str) and callable(by):
-        return by(candidates)
+    """(Q,) float64 score by which pairs are routed, highest first. See the module's text for the choice.
+
+    Inf for pairs with u = Inf, of which nothing is known, whatever the score makes of them.
+    """
+    score = by(candidates) if not isinstance(by, str) and callable(by) else _named_score(candidates, by)
+    return torch.where(candidates.uncertainty.isinf(), math.inf, score.double())
+
+
+def _named_score(candidates: Candidates, by: RankBy | PairScore) -> Tensor:
     _check_score(by)
     u, g, v = (t.double() for t in (candidates.uncertainty, candidates.logit, candidates.variance))
     if by == "u":
@@ -218,7 +224,7 @@ def rank_score(candidates: Candidates, by: RankBy | PairScore) -> Tensor:
             reject(
                 "by", "'novelty' of pairs without that column", "pairs of a difference-mode head with a row posterior"
             )
-        return n.double()
+        return n
     return _ranks(u) + _ranks(-(g / u).abs())
 
 

@@ -166,3 +166,17 @@ def test_random_ignores_the_scores():
 def test_bad_settings(make, named):
     with pytest.raises(InputError, match=named):
         make()
+
+
+@pytest.mark.parametrize("by", ["u", "margin", "error_probability", "novelty", "rank_sum"])
+def test_what_nothing_is_known_of_is_first_by_every_score(by):
+    """A silent pair has g = 0 and u = Inf; its novelty, whatever it is, is that of a row put in its place."""
+    inf = math.inf
+    columns = {"novelty": torch.tensor([0.9, 0.1, 0.8])}
+    pairs = Candidates(
+        torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.0, inf, 1.0]), torch.tensor([1.0, inf, 1.2]), columns
+    )
+    assert rank_score(pairs, by).tolist()[1] == inf
+    assert BudgetRouter(count=1, by=by).select(pairs).tolist() == [False, True, False]
+    learned = rank_score(pairs, lambda _candidates: torch.tensor([0.5, 0.1, 0.9]))
+    assert learned.tolist() == [0.5, inf, pytest.approx(0.9)]
