@@ -254,6 +254,7 @@ def run(data: Path, seeds: int) -> dict[str, Any]:
         "fractions": list(FRACTIONS),
         "training_pairs": len(corpus.train),
         "pairs": {name: len(part.label) for name, part in parts.items()},
+        "state_bytes": state_bytes(prior),
         "update_ms": {"least": round(1e3 * min(seconds), 3), "median": round(1e3 * float(np.median(seconds)), 3)},
         "seconds": round(time.perf_counter() - started),
         "streams": streams,
@@ -263,6 +264,14 @@ def run(data: Path, seeds: int) -> dict[str, Any]:
             judge: beaten(found, (*CONTROLS, "u", "margin")) for judge, found in streams.items()
         },
     }
+
+
+def state_bytes(prior: ErrorPrior) -> int:
+    """What the default's state comes to as JSON, with numbers in full."""
+    router, chunk = LearnedRouter(0.25, prior=prior), torch.linspace(0.1, 3, CHUNK, dtype=torch.float64)
+    candidates = Candidates(chunk, chunk, (1 + chunk).sqrt(), {"distance": chunk, "log_length_ratio": chunk.sin()})
+    router.observe(candidates, router.select(candidates), chunk.cos().sign())
+    return len(json.dumps(router.state_dict()))
 
 
 def _one_seed(
@@ -426,7 +435,8 @@ def main(argv: list[str] | None = None) -> int:
     total = figures["summary"]["label"]
     ours, better = total[DEFAULT], total["hindsight"]["mean"]
     holds = all(a >= b for a, b in zip(ours["mean"], better, strict=True)) and min(ours["worst"]) >= -0.2
-    print(f"default: mean {ours['mean']}, worst {ours['worst']}; hindsight {better}; update {figures['update_ms']} ms")
+    print(f"default: mean {ours['mean']}, worst {ours['worst']}; hindsight {better}")
+    print(f"update of a chunk of {CHUNK}: {figures['update_ms']} ms; state: {figures['state_bytes']:,} bytes")
     return 0 if holds else 1
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.head.ascent import ascend
 from rmcore.head.config import HeadConfig
 from rmcore.head.degenerate import warn_if_degenerate
 from rmcore.head.frozen import FrozenHead
@@ -176,40 +177,16 @@ def newton(
         pull = ridge * at if curvature is None else curvature @ (at - mean)
         return posterior, gradient - pull, total - 0.5 * float((at - mean) @ pull)
 
-    posterior, slope, value = evaluate(beta)
-    values, decrements, passes, converged = [value], [], 1, False
-    while passes < max_passes:
-        step = posterior.solve(slope)
-        decrement = float(slope @ step)
-        decrements.append(decrement)
-        if decrement / 2 <= tolerance * max(len(labels), 1):
-            converged = True
-            break
-        scale, accepted = 1.0, False
-        while passes < max_passes and scale > 1e-6:
-            candidate = beta + scale * step
-            trial = evaluate(candidate)
-            passes += 1
-            if trial[2] >= value:
-                (posterior, slope, value), beta, accepted = trial, candidate, True
-                break
-            scale /= 2
-        if not accepted:
-            # No step improves any more: the remaining decrement is below what the features' arithmetic resolves.
-            converged = decrement / 2 <= 1e-5 * len(labels)
-            break
-        values.append(value)
-        if progress is not None:
-            progress(f"pass {passes}: log posterior {value:.4f}, to gain about {decrement / 2:.2e}")
-    if not converged:
-        log.warning(
-            "Newton did not converge in %d passes (decrement %.2e)", passes, decrements[-1] if decrements else 0
-        )
+    climb = ascend(evaluate, beta, len(labels), max_passes=max_passes, tolerance=tolerance, progress=progress)
+    beta, posterior, passes = climb.at, climb.curvature, climb.passes
+    if not climb.converged:
+        left = climb.decrements[-1] if climb.decrements else 0
+        log.warning("Newton did not converge in %d passes (decrement %.2e)", passes, left)
     if config.likelihood == "gaussian":
         posterior, _, _ = evaluate(beta, "gaussian")
         passes += 1
     posterior.factor()
-    return beta, posterior, FitReport(converged, passes, tuple(values), tuple(decrements))
+    return beta, posterior, FitReport(climb.converged, passes, climb.values, climb.decrements)
 
 
 def upgrade(

@@ -17,25 +17,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore.head.ascent import learn
 from rmcore.head.config import HeadConfig
-from rmcore.head.fit import Belief, fit, newton
+from rmcore.head.fit import fit
 from rmcore.head.frozen import FrozenHead
-from rmcore.head.posterior import Posterior
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops import reference
-from rmcore.ops.weights import FeatureMap
 
 __all__ = [
     "FEATURES",
     "ErrorPrior",
-    "belief",
     "error_features",
     "fit_error_prior",
-    "linear_map",
     "read_error_prior",
     "row_distance",
     "sketch_rows",
@@ -102,10 +101,10 @@ def error_features(logit: Tensor, variance: Tensor, preference: Tensor, columns:
     )
 
 
-def with_product(standardised: Tensor) -> Tensor:
+def with_product(standardised: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(Q, 5 or more) standardised features with the product after the fifth, at most three deviations large each."""
-    product = standardised[:, 1].clamp(-3, 3) * standardised[:, 2].clamp(-3, 3)
-    return torch.cat([standardised[:, :5], product[:, None], standardised[:, 5:]], 1)
+    product = standardised[:, 1].clip(-3, 3) * standardised[:, 2].clip(-3, 3)
+    return np.concatenate([standardised[:, :5], product[:, None], standardised[:, 5:]], 1)
 
 
 # -- the sketch ------------------------------------------------------------------------------------------------------
@@ -137,19 +136,6 @@ def row_distance(hidden: Tensor, sketch: Tensor) -> Tensor:
 
 
 # -- the regression --------------------------------------------------------------------------------------------------
-
-
-def linear_map(width: int) -> tuple[HeadConfig, FeatureMap]:
-    """A head of ``width`` features taken as they are, for :func:`rmcore.head.fit.newton`."""
-    config = HeadConfig(width, mode="concat", features="linear")
-    return config, SNGPHead(config).freeze_features(torch.float32)
-
-
-def belief(mean: Tensor, precision: Tensor) -> Belief:
-    """N(mean, precision⁻¹) as what is known before new data."""
-    ridge = 1e-9  # a posterior's smallest part; the rest of the precision is data to it
-    gram = precision - ridge * torch.eye(len(precision), dtype=torch.float64)
-    return Belief(mean, Posterior.from_gram(gram, 1, ridge=ridge, likelihood="logistic"))
 
 
 def prior_precision(features: int) -> Tensor:
@@ -206,13 +192,18 @@ def fit_error_prior(
     keep = torch.cat(decided)
     raw, errors = torch.cat(features)[keep], torch.cat(wrong)[keep]
     center, scale = raw.mean(0), raw.std(0).clamp_min(1e-6)
-    known = with_product((raw - center) / scale)
-    inputs = torch.cat([torch.ones(len(known), 1), known.float()], 1)
-    head_config, feature_map = linear_map(inputs.shape[1])
-    start = belief(torch.zeros(inputs.shape[1], dtype=torch.float64), prior_precision(known.shape[1]))
-    mean, posterior, _ = newton(feature_map, inputs, errors.float(), head_config, prior=start, backend="torch")
+    known = with_product(((raw - center) / scale).numpy())
+    inputs = np.concatenate([np.ones((len(known), 1)), known], 1)
+    start = prior_precision(known.shape[1]).numpy()
+    mean, precision = learn(np.zeros((1, len(start))), start[None], inputs, errors.numpy(), np.ones(len(errors)))
     return ErrorPrior(
-        center, scale, mean, posterior.precision, sketch_rows(hidden, sketch), len(errors), float(errors.mean())
+        center,
+        scale,
+        torch.from_numpy(mean[0]),
+        torch.from_numpy(precision[0]),
+        sketch_rows(hidden, sketch),
+        len(errors),
+        float(errors.mean()),
     )
 
 

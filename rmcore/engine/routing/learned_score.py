@@ -22,18 +22,18 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.engine.routing.recent import Floats
 from rmcore.engine.routing.routers import Candidates
-from rmcore.head.fit import newton
+from rmcore.head.ascent import learn
 from rmcore.model.error_prior import (
     FEATURES,
     ErrorPrior,
-    belief,
     error_features,
-    linear_map,
     prior_precision,
     with_product,
 )
@@ -76,38 +76,34 @@ class LearnedScore:
         self.prior = prior
         self.columns = tuple(columns)
         self._lock = threading.RLock()
-        self._config, self._map = linear_map(1)
         self._reset()
 
     def _reset(self) -> None:
         prior, extra = self.prior, len(self.columns)
         width = 1 + len(FEATURES) + extra
-        broad = prior_precision(width - 1)
-        beginnings = {name: (torch.tensor(w, dtype=torch.float64), broad) for name, w in _BEGINNINGS.items()}
+        broad = prior_precision(width - 1).numpy()
+        beginnings = {name: (np.array(weights), broad) for name, weights in _BEGINNINGS.items()}
         if prior is not None:
-            precision = broad.clone()
-            precision[: width - extra, : width - extra] = prior.precision
-            beginnings["training"] = (prior.mean, precision)
+            precision = broad.copy()
+            precision[: width - extra, : width - extra] = prior.precision.cpu().numpy()
+            beginnings["training"] = (prior.mean.cpu().numpy(), precision)
         names = [(name, left) for left in _FORGETTING for name in beginnings]
         self._names = names
-        self._left = torch.tensor([left for _, left in names], dtype=torch.float64)
-        pad = torch.zeros(extra, dtype=torch.float64)
-        self._begin_mean = torch.stack([torch.cat([beginnings[name][0], pad]) for name, _ in names])
-        self._begin_precision = torch.stack([beginnings[name][1] for name, _ in names])
-        self._mean, self._precision = self._begin_mean.clone(), self._begin_precision.clone()
-        first = [_LOG_WEIGHTS[name] + _FORGETTING[left] for name, left in names]
-        self._log_weight = torch.tensor(first, dtype=torch.float64)
+        self._left = np.array([left for _, left in names])
+        self._begin_mean = np.stack([np.pad(beginnings[name][0], (0, extra)) for name, _ in names])
+        self._begin_precision = np.stack([beginnings[name][1] for name, _ in names])
+        self._mean, self._precision = self._begin_mean.copy(), self._begin_precision.copy()
+        self._log_weight = np.array([_LOG_WEIGHTS[name] + _FORGETTING[left] for name, left in names])
         self._verdicts = self._overturned = 0
         self._weight = 0.0
         known = 0 if prior is None else _OWN
-        self._moments = torch.zeros(3, _OWN + extra, dtype=torch.float64)  # count, mean, squares about it
+        self._moments = np.zeros((3, _OWN + extra))  # count, mean, squares about it
         if prior is not None:
             self._moments[0, :known] = _SETTLED
-            self._moments[1, :known] = prior.center
-            self._moments[2, :known] = prior.scale**2 * _SETTLED
+            self._moments[1, :known] = prior.center.cpu().numpy()
+            self._moments[2, :known] = prior.scale.cpu().numpy() ** 2 * _SETTLED
         self._absent: tuple[str, ...] = ()
-        self._covariance: Tensor | None = None
-        self._config, self._map = linear_map(width * len(names))
+        self._covariance: Floats | None = None
 
     @property
     def sketch(self) -> Tensor | None:
@@ -120,12 +116,12 @@ class LearnedScore:
         """(Q,) float64, P(the head is wrong); Inf for pairs of which nothing is known (u = Inf)."""
         with self._lock:
             raw = self._raw(candidates)
-            nothing = ~candidates.uncertainty.isfinite()
-            self._measure(raw[~nothing])
-            score = self._foretell(self._inputs(raw)) @ self._log_weight.softmax(0)
-        return score.masked_fill(nothing, math.inf)
+            known = candidates.uncertainty.isfinite().cpu().numpy()
+            self._measure(raw[known])
+            score = self._foretell(self._inputs(raw)) @ _shares(self._log_weight)
+        return torch.from_numpy(np.where(known, score, math.inf))
 
-    def _raw(self, candidates: Candidates) -> Tensor:
+    def _raw(self, candidates: Candidates) -> Floats:
         g, v, u = candidates.logit, candidates.variance, candidates.uncertainty
         columns = candidates.columns
         absent = [name for name in ("distance", "log_length_ratio", *self.columns) if name not in columns]
@@ -134,15 +130,15 @@ class LearnedScore:
             log.info("no column %s: those features are taken to be at their mean", ", ".join(absent) or "is missing")
         own = error_features(g, v, g.double() / u.double(), columns)
         nothing = torch.full((len(g),), math.nan, dtype=torch.float64)
-        return torch.cat([own, *(columns.get(name, nothing).double()[:, None] for name in self.columns)], 1)
+        found = torch.cat([own, *(columns.get(name, nothing).double()[:, None] for name in self.columns)], 1)
+        values: Floats = found.cpu().numpy()
+        return values
 
-    def _measure(self, raw: Tensor) -> None:
+    def _measure(self, raw: Floats) -> None:
         """Take the first pairs' values into the moments of features that have no standard yet (Chan et al. 1983)."""
         count, mean, squares = self._moments
-        if bool((count >= _SETTLED).all()):
-            return
-        for k in (count < _SETTLED).nonzero()[:, 0].tolist():
-            new = raw[:, k][raw[:, k].isfinite()]
+        for k in np.flatnonzero(count < _SETTLED):
+            new = raw[:, k][np.isfinite(raw[:, k])]
             if not len(new):
                 continue
             n, step = len(new), new.mean() - mean[k]
@@ -151,21 +147,23 @@ class LearnedScore:
             mean[k] += step * n / total
             count[k] = total
 
-    def _inputs(self, raw: Tensor) -> Tensor:
+    def _inputs(self, raw: Floats) -> Floats:
         """(Q, features + 1) standardised, the offset's 1 first; a value that is not known is at its mean."""
         count, mean, squares = self._moments
-        scale = (squares / count.clamp_min(1)).sqrt()
-        known = torch.where(scale > 0, (raw - mean) / scale.clamp_min(1e-12), 0.0)
-        known = torch.where(known.isfinite(), known, 0.0).clamp(-6, 6)
-        return torch.cat([torch.ones(len(raw), 1, dtype=torch.float64), with_product(known)], 1)
+        scale = np.sqrt(squares / np.maximum(count, 1))
+        known = np.where(scale > 0, (raw - mean) / np.maximum(scale, 1e-12), 0.0)
+        known = np.where(np.isfinite(known), known, 0.0).clip(-6, 6)
+        return np.concatenate([np.ones((len(raw), 1)), with_product(known)], 1)
 
-    def _foretell(self, inputs: Tensor) -> Tensor:
+    def _foretell(self, inputs: Floats) -> Floats:
         """(Q, M) P(wrong) by each belief, its own uncertainty averaged over (mean field)."""
         if self._covariance is None:
-            self._covariance = torch.linalg.inv(self._precision)
-        logit = inputs @ self._mean.mT
-        variance = ((inputs @ self._covariance) * inputs).sum(2).mT
-        return torch.sigmoid(logit / reference.uncertainty(variance, reference.mean_field_amplitude()))
+            self._covariance = np.linalg.inv(self._precision)
+        logit = inputs @ self._mean.T
+        variance = ((inputs @ self._covariance) * inputs).sum(2).T
+        u = np.sqrt(1 + reference.mean_field_amplitude() * variance)
+        foretold: Floats = 1 / (1 + np.exp(-logit / u))  # |logit| ≤ a few hundred: features are at most 6
+        return foretold
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -181,32 +179,18 @@ class LearnedScore:
         if not bool(usable.any()):
             return
         with self._lock:
-            inputs = self._inputs(self._raw(candidates)[usable])
+            inputs = self._inputs(self._raw(candidates[usable]))
             verdict = preference[usable].double().clamp(-1, 1)
-            self._learn(inputs, (said[usable] != verdict.sign()).double(), verdict.abs())
+            wrong = (said[usable] != verdict.sign()).double()
+            self._learn(inputs, wrong.cpu().numpy(), verdict.abs().cpu().numpy())
 
-    def _learn(self, inputs: Tensor, wrong: Tensor, weight: Tensor) -> None:
-        foretold = self._foretell(inputs).clamp(1e-6, 1 - 1e-6)
-        likelihood = wrong[:, None] * foretold.log() + (1 - wrong[:, None]) * (1 - foretold).log()
-        self._log_weight = (self._log_weight + weight @ likelihood).log_softmax(0)
+    def _learn(self, inputs: Floats, wrong: Floats, weight: Floats) -> None:
+        foretold = self._foretell(inputs).clip(1e-6, 1 - 1e-6)
+        likelihood = np.log(np.where(wrong[:, None] == 1, foretold, 1 - foretold))
+        log_weight = self._log_weight + weight @ likelihood
+        self._log_weight = log_weight - np.logaddexp.reduce(log_weight)
         self._forget(float(weight.sum()))
-        beliefs, width = self._mean.shape
-        # All beliefs at once: one Newton step on block-diagonal features, which is a step for each.
-        wide = torch.block_diag(*[inputs.float()] * beliefs)
-        known = belief(self._mean.flatten(), torch.block_diag(*self._precision))
-        mean, posterior, _ = newton(
-            self._map,
-            wide,
-            wrong.float().repeat(beliefs),
-            self._config,
-            sample_weight=weight.float().repeat(beliefs),
-            prior=known,
-            tolerance=1e-3,
-            backend="auto",
-        )
-        blocks = posterior.precision.view(beliefs, width, beliefs, width)
-        self._mean = mean.view(beliefs, width)
-        self._precision = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        self._mean, self._precision = learn(self._mean, self._precision, inputs, wrong, weight, tolerance=1e-3)
         self._covariance = None
         self._verdicts += len(wrong)
         self._overturned += int(wrong.sum())
@@ -215,14 +199,11 @@ class LearnedScore:
     def _forget(self, weight: float) -> None:
         """Let beliefs fade towards where they began: precision and precision-weighted mean are averages of the two."""
         left = (self._left**weight)[:, None, None]
-        if bool((left == 1).all()):
-            return
         precision = left * self._precision + (1 - left) * self._begin_precision
         pull = left * (self._precision @ self._mean[:, :, None])
         pull += (1 - left) * (self._begin_precision @ self._begin_mean[:, :, None])
-        mean = torch.linalg.solve(precision, pull)[:, :, 0]
-        fading = left[:, 0] < 1
-        self._mean = torch.where(fading, mean, self._mean)
+        fading = left[:, 0, 0] < 1
+        self._mean[fading] = np.linalg.solve(precision[fading], pull[fading])[:, :, 0]
         self._precision = precision
 
     # -- what it has learned -----------------------------------------------------------------------------------------
@@ -235,9 +216,9 @@ class LearnedScore:
         standard deviation of it, with 95% intervals; ``absent``, the columns that the last pairs came without.
         """
         with self._lock:
-            weight = self._log_weight.softmax(0)
+            weight = _shares(self._log_weight)
             lead = int(weight.argmax())
-            spread = torch.linalg.inv(self._precision[lead]).diagonal().sqrt()
+            spread = np.sqrt(np.linalg.inv(self._precision[lead]).diagonal())
             names = ("offset", *FEATURES, *self.columns)
             values = zip(names, self._mean[lead].tolist(), spread.tolist(), strict=True)
             return {
@@ -259,7 +240,7 @@ class LearnedScore:
     def state_dict(self) -> dict[str, Any]:
         """All that the next score depends on but the model's prior, JSON values; a few kilobytes."""
         with self._lock:
-            rows, columns = torch.tril_indices(*self._precision.shape[1:])
+            rows, columns = np.tril_indices(self._precision.shape[1])
             return {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -296,16 +277,16 @@ class LearnedScore:
         values = (found.mean, found.precision, found.log_weight, found.moments)
         if any(len({len(row) for row in rows}) > 1 for rows in (found.mean, found.precision, found.moments)):
             refuse("score", "rows of different lengths", "matrices")
-        mean, packed, log_weight, moments = (torch.tensor(value, dtype=torch.float64) for value in values)
-        shapes = [tuple(t.shape) for t in (mean, packed, log_weight, moments)]
-        expected = [(beliefs, width), (beliefs, width * (width + 1) // 2), (beliefs,), tuple(self._moments.shape)]
+        mean, packed, log_weight, moments = (np.array(value, dtype=np.float64) for value in values)
+        shapes = [t.shape for t in (mean, packed, log_weight, moments)]
+        expected = [(beliefs, width), (beliefs, width * (width + 1) // 2), (beliefs,), self._moments.shape]
         if shapes != expected:
-            refuse("score", shapes, f"tensors of shapes {expected}")
-        rows, columns = torch.tril_indices(width, width)
-        precision = torch.zeros(beliefs, width, width, dtype=torch.float64)
+            refuse("score", shapes, f"arrays of shapes {expected}")
+        rows, columns = np.tril_indices(width)
+        precision = np.zeros((beliefs, width, width))
         precision[:, rows, columns] = packed
         precision[:, columns, rows] = packed
-        if bool((torch.linalg.eigvalsh(precision) <= 0).any()) or bool((moments[::2] < 0).any()):
+        if bool((np.linalg.eigvalsh(precision) <= 0).any()) or bool((moments[::2] < 0).any()):
             refuse("score.precision", "a matrix that is not positive definite", "precisions and moments")
         with self._lock:
             self._mean, self._precision, self._log_weight, self._moments = mean, precision, log_weight, moments
@@ -317,5 +298,12 @@ class LearnedScore:
         import hashlib
 
         parts = [self._begin_mean, self._begin_precision]
-        parts += [] if self.prior is None else [self.prior.center, self.prior.scale]
-        return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in parts)).hexdigest()
+        parts += [] if self.prior is None else [self.prior.center.cpu().numpy(), self.prior.scale.cpu().numpy()]
+        return hashlib.sha256(b"".join(values.tobytes() for values in parts)).hexdigest()
+
+
+def _shares(log_weight: Floats) -> Floats:
+    """Softmax."""
+    weight = np.exp(log_weight - log_weight.max())
+    shares: Floats = weight / weight.sum()
+    return shares

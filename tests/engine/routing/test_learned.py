@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +158,36 @@ def test_a_restart_goes_on_bit_for_bit(prior, tmp_path):
         teach(one, wrong_where_longer, chunks=2, start=30)
     assert torch.equal(again.score(pairs(64, 99)), router.score(pairs(64, 99)))
     assert again.state_dict() == router.state_dict()
+
+
+CHILD = """
+import sys
+import test_learned
+from rmcore.engine.routing import LearnedRouter
+from rmcore.engine.routing.state import write_state
+router = LearnedRouter(0.3)
+for chunk in range(100_000):
+    test_learned.teach(router, test_learned.wrong_where_longer, chunks=1, start=chunk)
+    write_state(sys.argv[1], {"chunks": chunk + 1, "router": router.state_dict()})
+    print(chunk + 1, flush=True)
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_from_a_whole_number_of_chunks(tmp_path):
+    file, here = tmp_path / "state.json", str(Path(__file__).parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(file)], stdout=subprocess.PIPE, text=True, cwd=here
+    ) as child:
+        assert child.stdout is not None
+        told = [int(child.stdout.readline()) for _ in range(20)]
+        child.send_signal(signal.SIGKILL)
+        told += [int(line) for line in child.stdout.read().split()]
+    found = read_state(file)
+    assert found["chunks"] in (told[-1], told[-1] + 1)
+    again, straight = LearnedRouter(0.3), LearnedRouter(0.3)
+    again.load_state_dict(found["router"])
+    teach(straight, wrong_where_longer, chunks=found["chunks"])
+    assert again.state_dict() == straight.state_dict()
 
 
 def test_a_state_that_does_not_fit_changes_nothing():
