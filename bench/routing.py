@@ -39,7 +39,7 @@ from rmcore.head.fit import fit
 from rmcore.model.error_prior import ErrorPrior, row_distance
 from rmcore.model.reward_model import encode_preferences, error_prior_of
 
-__all__ = ["main", "run"]
+__all__ = ["MIXES", "Mixed", "candidates_of", "load", "main", "mixed", "run"]
 
 FRACTIONS = (0.10, 0.25, 0.45)
 CHUNK = 64
@@ -139,6 +139,36 @@ def joined(some: Sequence[Candidates]) -> Candidates:
         torch.cat([getattr(one, name) for one in some]) for name in ("logit", "variance", "uncertainty")
     )
     return Candidates(logit, variance, uncertainty, columns)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A stream in its order: parts of equal size, drawn and shuffled by a seed."""
+
+    candidates: Candidates
+    label: Tensor
+    """(N,) ±1."""
+    recorded: Tensor
+    """(N,) the recorded judge's preference where the part has one (NaN: no verdict), the label elsewhere."""
+    prompts: list[str]
+
+
+def mixed(mix: tuple[str, ...], parts: dict[str, Part], known: dict[str, Candidates], seed: int) -> Mixed:
+    """The stream of one mixture for a seed."""
+    rng = np.random.default_rng([seed, *map(ord, "+".join(mix))])
+    size = min(len(parts[part].label) for part in mix)
+    drawn = {part: torch.from_numpy(rng.permutation(len(parts[part].label))[:size]) for part in mix}
+    order = torch.from_numpy(rng.permutation(size * len(mix)))
+    label = torch.cat([parts[part].label[rows] for part, rows in drawn.items()])[order]
+    recorded = torch.cat([parts[part].recorded[rows] for part, rows in drawn.items()])[order]
+    has = torch.cat([torch.full((size,), part in RECORDED) for part in mix])[order]
+    prompts = [parts[part].prompts[k] for part, rows in drawn.items() for k in rows.tolist()]
+    return Mixed(
+        joined([known[part][rows] for part, rows in drawn.items()])[order],
+        label,
+        torch.where(has, recorded, label),
+        [prompts[k] for k in order.tolist()],
+    )
 
 
 def walk(router: Router, stream: Candidates, verdict: Tensor, seconds: list[float]) -> Tensor:
@@ -266,7 +296,7 @@ def run(data: Path, seeds: int) -> dict[str, Any]:
     }
 
 
-def state_bytes(prior: ErrorPrior) -> int:
+def state_bytes(prior: ErrorPrior | None) -> int:
     """What the default's state comes to as JSON, with numbers in full."""
     router, chunk = LearnedRouter(0.25, prior=prior), torch.linspace(0.1, 3, CHUNK, dtype=torch.float64)
     candidates = Candidates(chunk, chunk, (1 + chunk).sqrt(), {"distance": chunk, "log_length_ratio": chunk.sin()})
@@ -284,28 +314,20 @@ def _one_seed(
     seconds: list[float],
 ) -> None:
     """One stream of one seed: mixed parts are cut to equal size; all routers, all fractions, every judge there is."""
-    rng, name = np.random.default_rng([seed, *map(ord, "+".join(mix))]), " + ".join(mix)
-    size = min(len(parts[part].label) for part in mix)
-    drawn = {part: torch.from_numpy(rng.permutation(len(parts[part].label))[:size]) for part in mix}
-    order = torch.from_numpy(rng.permutation(size * len(mix)))
-    stream = joined([known[part][rows] for part, rows in drawn.items()])[order]
-    label = torch.cat([parts[part].label[rows] for part, rows in drawn.items()])[order]
-    recorded = torch.cat([parts[part].recorded[rows] for part, rows in drawn.items()])[order]
-    prompts = [parts[part].prompts[k] for part, rows in drawn.items() for k in rows.tolist()]
-    prompts = [prompts[k] for k in order.tolist()]
-    has = torch.cat([torch.full((size,), part in RECORDED) for part in mix])[order]
+    stream, name = mixed(mix, parts, known, seed), " + ".join(mix)
+    label = stream.label
     judges = {"label": label}
     if any(part in RECORDED for part in mix):
-        judges["recorded"] = torch.where(has, recorded, label)
-    head_right = 0.5 * (1 + stream.logit.sign() * label)
+        judges["recorded"] = stream.recorded
+    head_right = 0.5 * (1 + stream.candidates.logit.sign() * label)
     for judge, verdict in judges.items():
         judge_right = torch.where(verdict.isnan(), head_right, 0.5 * (1 + verdict.sign() * label))
         gain = (judge_right - head_right).numpy()
         tally = tallies.setdefault((judge, name), Tally())
-        owner = tally.count(prompts)
+        owner = tally.count(stream.prompts)
         for router, make in routers(prior, seed).items():
             for q in FRACTIONS:
-                judged = walk(make(q), stream, verdict, seconds)
+                judged = walk(make(q), stream.candidates, verdict, seconds)
                 tally.add(router, q, owner, gain, judged.double().numpy())
 
 
