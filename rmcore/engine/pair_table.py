@@ -28,6 +28,7 @@ from rmcore.model.signal import PairSignal
 from rmcore.ops import reference
 from rmcore.ops.functional import Scores
 from rmcore.ops.pair_layout import PairLayout, squares
+from rmcore.ops.reference import OrderMean
 
 __all__ = ["PairLayout", "PairState", "PairTable"]
 
@@ -89,14 +90,21 @@ class PairTable:
         return table
 
     @classmethod
-    def of_concat(cls, scores: Scores, layout: PairLayout, orders: Literal["both", "one"]) -> PairTable:
-        """From concat mode: with both orders g and p̃ are half their difference, v and u their mean (design 2.6)."""
+    def of_concat(
+        cls, scores: Scores, layout: PairLayout, orders: Literal["both", "one"], mean: OrderMean = "logits"
+    ) -> PairTable:
+        """From concat mode: with both orders g and p̃ are half their difference, v and u their mean (design 2.6).
+
+        ``mean`` is the head's ``order_mean``: ``probabilities`` averages those of g and p̃ instead.
+        """
         values = torch.stack([value.double() for value in scores])
         if orders == "one":
             return cls._of(values, layout, one_order=True)
         forward, backward = layout.pair_rows("concat").to(values.device).unbind(1)
-        sign = values.new_tensor([-1, 1, 1, -1])[:, None]
-        return cls._of((values[:, forward] + sign * values[:, backward]) / 2, layout)
+        g, v, u, p = values
+        both = [reference.mean_of_orders(x[forward], x[backward], mean) for x in (g, p)]
+        sure = [(x[forward] + x[backward]) / 2 for x in (v, u)]
+        return cls._of(torch.stack([both[0], *sure, both[1]]), layout)
 
     @classmethod
     def _of(cls, values: Tensor, layout: PairLayout, *, one_order: bool = False, finite: bool = False) -> PairTable:

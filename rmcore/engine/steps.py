@@ -113,7 +113,8 @@ def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Liter
         )
         return PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
     score = partial(rows_apart, head) if apart else head.score
-    return PairTable.of_concat(score(hidden, backend=backend, nonfinite=nonfinite), layout, call.orders)
+    scores = score(hidden, backend=backend, nonfinite=nonfinite)
+    return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
 
 
 def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:

@@ -142,7 +142,7 @@ def scored_pairs(
         novelty = None if scores.novelty is None else scores.novelty.double()
     else:
         rows = head.score(states.hidden.flatten(0, 1))
-        table = PairTable.of_concat(rows, PairLayout([2] * count), "both")
+        table = PairTable.of_concat(rows, PairLayout([2] * count), "both", head.config.order_mean)
         u = table.uncertainty
         g, novelty = table.preference * u, None
     if bool(states.silent.any()):  # no preference, and as uncertain as the most uncertain: the engine routes them first

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rmcore._base.errors import reject
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairMode
-from rmcore.ops.reference import Activation, Likelihood
+from rmcore.ops.reference import Activation, Likelihood, OrderMean
 
 __all__ = ["HeadConfig", "PairMode"]
 
@@ -37,6 +37,7 @@ class HeadConfig:
         seed: of Ω, b and the layer's initial weights.
         row_ridge: s of the row posterior (:mod:`rmcore.head.rows`), in units of its prior; None for a head without one.
             Difference mode only: None in concat mode, whose v measures distance by itself.
+        order_mean: what is averaged over the two orders of a pair in concat mode, ``logits`` or ``probabilities``.
     """
 
     hidden_size: int
@@ -56,6 +57,7 @@ class HeadConfig:
     amplitude: float | None = None
     seed: int = 0
     row_ridge: float | None = 1e-2
+    order_mean: OrderMean = "logits"
 
     def __post_init__(self) -> None:
         choices = {
@@ -63,6 +65,7 @@ class HeadConfig:
             "features": ("rff", "linear"),
             "activation": ("none", "tanh"),
             "likelihood": ("logistic", "gaussian"),
+            "order_mean": ("logits", "probabilities"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -90,8 +93,10 @@ class HeadConfig:
         return reference.mean_field_amplitude() if self.amplitude is None else self.amplitude
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; ``row_ridge`` only where there is one, so that older heads keep their identity."""
+        """Plain JSON values, without what older heads did not have, so that those keep their identity."""
         values = asdict(self)
+        if self.order_mean == "logits":
+            del values["order_mean"]
         if self.row_ridge is None:
             del values["row_ridge"]
         return values

@@ -23,6 +23,7 @@ from torch import Tensor
 from rmcore._base.errors import CheckpointError, reject
 from rmcore._base.retry import RetryPolicy
 from rmcore.model.agreement import require_same_tokens
+from rmcore.model.attribute_scores import AttributeScores
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.devices import checked_device
 from rmcore.model.encoding.architecture import (
@@ -49,6 +50,7 @@ from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
 from rmcore.ops.dispatch import Explanation
+from rmcore.ops.reference import OrderMean
 
 if TYPE_CHECKING:
     import httpx
@@ -485,6 +487,7 @@ class Backbone:
             self.packing,
             self.deterministic,
             *self.attention,
+            *(["gate"] if self.published is not None and self._row_width != self.published.head.width else []),
         )
         arithmetic = (str(self.model.dtype), self.device.type, torch.__version__, transformers.__version__)
         text = json.dumps([1, source, state, arithmetic], sort_keys=True)
@@ -511,8 +514,7 @@ class Backbone:
 
     def use_state_cache(self) -> None:
         """Keep encoded states in the cache folder, and take what is there (:mod:`rmcore.model.state_cache`)."""
-        width = self.hidden_size - (self.config.length_feature != 0)
-        self.state_cache = StateCache.default(self.identity, width)
+        self.state_cache = StateCache.default(self.identity, self._row_width)
 
     def explain(self) -> Explanation:
         """How shared beginnings are encoded (``flex``, ``sdpa``, ``padded``), and why not otherwise.
@@ -555,6 +557,16 @@ class Backbone:
         """Whether it is a reward model that scores a pair of responses, not a response: a row a pair (concat mode)."""
         return self.published is not None and self.published.pooler.family.pairwise
 
+    @property
+    def ranked(self) -> bool:
+        """Whether its authors make a score a response of the pairs of a group (LLM-Blender's ``rank``)."""
+        return self.published is not None and self.published.pooler.family.ranked
+
+    @property
+    def order_mean(self) -> OrderMean:
+        """What its authors average over the two orders of a pair."""
+        return "logits" if self.published is None else self.published.pooler.family.order_mean
+
     def hidden(
         self,
         texts: Sequence[EncodedText],
@@ -569,6 +581,37 @@ class Backbone:
             progress: called with (tokens done, tokens in all) after each batch.
             stats: what this call did is added to it. ``self.stats`` counts all calls, of all threads.
         """
+        return self._narrow(self._rows(texts, progress, stats), texts)
+
+    def hidden_and_attributes(
+        self, texts: Sequence[EncodedText], *, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Tensor, AttributeScores | None]:
+        """:meth:`hidden`, and of the same forward passes the attributes of a reward model that has several."""
+        rows = self._rows(texts, progress, None)
+        hidden = self._narrow(rows, texts)
+        if self.published is None:
+            return hidden, None
+        found = self.published.head.attributes(rows)
+        unread = torch.tensor([text.unread for text in texts], dtype=torch.bool)
+        return hidden, None if found is None else found.masked(unread)
+
+    @property
+    def _row_width(self) -> int:
+        """Width of what a forward pass gives of a text, and of what is kept of it."""
+        if self.published is not None:
+            return self.published.head.full_width
+        return self.hidden_size - (self.config.length_feature != 0)
+
+    def _narrow(self, rows: Tensor, texts: Sequence[EncodedText]) -> Tensor:
+        width = self.hidden_size - (self.config.length_feature != 0)
+        return self.add_length_feature(rows[:, :width].contiguous(), texts)
+
+    def _rows(
+        self,
+        texts: Sequence[EncodedText],
+        progress: Callable[[int, int], None] | None,
+        stats: EncodingStats | None,
+    ) -> Tensor:
         distinct: dict[tuple[int, ...], int] = {}
         read = [k for k, text in enumerate(texts) if not text.unread]
         rows = [distinct.setdefault(self.input_ids(texts[k]), len(distinct)) for k in read]
@@ -584,7 +627,7 @@ class Backbone:
             cut_tokens=sum(text.cut_tokens for text in texts),
             unread_texts=len(texts) - len(read),
         )
-        width = self.hidden_size - (self.config.length_feature != 0)
+        width = self._row_width
         pooled = torch.empty(len(ids), width, dtype=torch.float32, device=self.device)
         cache = None if self.changed else self.state_cache
         todo = list(range(len(ids)))
@@ -613,7 +656,7 @@ class Backbone:
             every = torch.full((len(texts), width), torch.nan, dtype=torch.float32, device=self.device)
             every[torch.tensor(read, dtype=torch.long, device=self.device)] = states
             states = every
-        return self.add_length_feature(states, texts)
+        return states
 
     def _check_ids(self, texts: Sequence[tuple[int, ...]]) -> None:
         most = max(map(max, texts), default=0)
@@ -678,14 +721,18 @@ class Backbone:
         feature = self.config.length_feature * (torch.log1p(counts) - 5)
         return torch.cat([pooled, feature[:, None]], dim=1)
 
-    def pooled_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature."""
+    def pooled_states(self, input_ids: Tensor, attention_mask: Tensor, *, full: bool = False) -> Tensor:
+        """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature.
+
+        With ``full`` the weights of a published model's gate follow, where it has one.
+        """
         states = self._states(self.model_inputs(input_ids, attention_mask))
         if self.published is not None:
             lengths = attention_mask.sum(1).tolist()
             texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
             index = torch.tensor([self.published.pooler.positions(text) for text in texts], device=states.device)
-            return self.published.head.rows(states[torch.arange(len(states), device=states.device)[:, None], index])
+            found = states[torch.arange(len(states), device=states.device)[:, None], index]
+            return self.published.head.full_rows(found) if full else self.published.head.rows(found)
         states = states.float()
         if states.dim() == 2:  # a classifier that pools by itself
             return states
@@ -729,7 +776,7 @@ class Backbone:
                 [pack.index(leaf, position) for position in positions(text)]
                 for leaf, text in zip(pack.leaves, texts, strict=True)
             ]
-            return self.published.head.rows(states[torch.tensor(places, device=states.device)])
+            return self.published.head.full_rows(states[torch.tensor(places, device=states.device)])
         where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
         return states[torch.tensor(where, device=states.device)].float()
 
@@ -749,7 +796,8 @@ class Backbone:
         for row, text in enumerate(ids):
             input_ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
-        return self.pooled_states(input_ids.to(self.device), mask.to(self.device)).float(), input_ids.numel()
+        states = self.pooled_states(input_ids.to(self.device), mask.to(self.device), full=True)
+        return states.float(), input_ids.numel()
 
     def _states(self, inputs: dict[str, Any]) -> Tensor:
         """States (B, T, h) of the configured layer, or what enters a classifier's last linear layer."""

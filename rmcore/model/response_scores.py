@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
+from rmcore.model.attribute_scores import AttributeScores
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout, PairMode, squares
+from rmcore.ops.reference import OrderMean
 
 __all__ = ["ResponseScores", "pair_squares"]
 
@@ -30,7 +32,10 @@ class ResponseScores:
         logit: g, antisymmetric, before division by u.
         variance: v, symmetric.
         scores: (K,) what the head gives each response alone, as a published reward model's own code does; NaN for one
-            left unread, None for models of pairs (concat mode).
+            left unread, None for models of pairs (concat mode). PairRM has LLM-Blender's: the mean over the group,
+            itself included, of M_ij − M_ji, which is twice that of ``logit``.
+        attributes: of a published reward model that scores several (ArmoRM, QRM, URM, LDL): their means, weights and
+            distributions, hence the variance that the model itself sees in its answers. None for all others.
     """
 
     preference: Tensor
@@ -38,6 +43,7 @@ class ResponseScores:
     logit: Tensor
     variance: Tensor
     scores: Tensor | None = None
+    attributes: AttributeScores | None = None
 
     @property
     def rewards(self) -> Tensor:
@@ -82,7 +88,10 @@ def pair_squares(
     mode: str,
     *,
     ordered: bool,
+    mean: OrderMean = "logits",
     scores: Tensor | None = None,
+    ranked: bool = False,
+    attributes: AttributeScores | None = None,
 ) -> list[ResponseScores]:
     """One result a group from the head's flat pairs, all groups of equal K at once.
 
@@ -94,7 +103,11 @@ def pair_squares(
         encoded: the groups' texts as the backbone had them.
         mode: ``difference`` (a text a response) or ``concat`` (a text a pair, as in ``logit``).
         ordered: both orders were scored, and are averaged.
+        mean: of what the two orders are averaged, the head's ``order_mean``.
         scores: (R,) of the groups' responses, difference mode.
+        ranked: a model of pairs whose authors give a response the mean over its group of what it has against each, in
+            both orders: LLM-Blender's ``rank``.
+        attributes: of the same.
     """
     layout = PairLayout([len(group) for group in responses])
     kind: PairMode = "concat" if mode == "concat" else "difference"
@@ -106,7 +119,7 @@ def pair_squares(
     g, v = g.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
     u = reference.uncertainty(v, amplitude)
     p = reference.preference(g, u)
-    g, p = ((x[0] - x[1]) / 2 if ordered else x[0] for x in (g, p))
+    g, p = (reference.mean_of_orders(x[0], x[1], mean) if ordered else x[0] for x in (g, p))
     v, u = (x.mean(0) for x in (v, u))
     inputs = [text for group in encoded for text in group]
     signal = pair_signals(inputs, rows, mode)
@@ -115,6 +128,9 @@ def pair_squares(
     p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
     g, v = g.masked_fill(unread, torch.nan), v.masked_fill(unread, torch.nan)
     own = _by_group(scores, encoded)
+    parts: list[AttributeScores | None] = [None] * len(encoded)
+    if attributes is not None:
+        parts[:] = attributes.split([len(group) for group in encoded])
     result: dict[int, ResponseScores] = {}
     for block in layout.blocks:
         columns = [
@@ -124,7 +140,8 @@ def pair_squares(
             squares(v, block, sign=1),
         ]
         for group, p_of, u_of, g_of, v_of in zip(block.groups.tolist(), *columns, strict=True):
-            result[group] = ResponseScores(p_of, u_of, g_of, v_of, own[group])
+            alone = 2 * g_of.mean(1) if ranked else own[group]
+            result[group] = ResponseScores(p_of, u_of, g_of, v_of, alone, parts[group])
     return [result[group] for group in range(len(responses))]
 
 

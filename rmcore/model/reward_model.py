@@ -160,7 +160,8 @@ class RewardModel:
         beta, beta0 = backbone.scalar_head()
         mode: PairMode = "concat" if backbone.pairwise else "difference"
         hidden, labels, pairs = encode_preferences(backbone, preferences, mode, progress=progress)
-        config = HeadConfig(backbone.hidden_size, mode=mode, features="linear", ridge=ridge)
+        own: dict[str, Any] = {"mode": mode, "features": "linear", "order_mean": backbone.order_mean}
+        config = HeadConfig(backbone.hidden_size, ridge=ridge, **own)
         head = upgrade(hidden, pairs, beta.to(hidden.device), beta0, labels=labels, config=config, dtype=dtype)
         return cls(backbone, head)
 
@@ -172,7 +173,8 @@ class RewardModel:
         """
         beta, beta0 = backbone.scalar_head()
         mode: PairMode = "concat" if backbone.pairwise else "difference"
-        config = HeadConfig(backbone.hidden_size, mode=mode, features="linear", amplitude=0.0)
+        own: dict[str, Any] = {"mode": mode, "features": "linear", "order_mean": backbone.order_mean}
+        config = HeadConfig(backbone.hidden_size, amplitude=0.0, **own)
         return cls(backbone, without_posterior(beta, beta0, config))
 
     # -- scoring -----------------------------------------------------------------------------------------------------
@@ -256,7 +258,9 @@ class RewardModel:
         sizes = [len(group) for group in groups]
         limit = self.backbone.text_limit(max_length, overlong)
         encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
-        hidden = fill_unread(self.hidden_rows(encoded, progress=progress), encoded)
+        texts = [text for group in encoded for text in group]
+        hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
+        hidden = fill_unread(hidden, encoded)
         pairs: PairScores | Scores
         apart = self.deterministic == "batch"
         if self.mode == "difference":
@@ -275,7 +279,10 @@ class RewardModel:
             encoded,
             self.mode,
             ordered=self.mode == "concat" and orders == "both",
+            mean=self.head.config.order_mean,
             scores=scores,
+            ranked=self.backbone.ranked and orders == "both",
+            attributes=attributes,
         )
 
     def row_scores(self, hidden: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "TILE",
     "Activation",
     "Likelihood",
+    "OrderMean",
     "accumulate",
     "concat_preference",
     "draw_features",
@@ -38,6 +39,7 @@ __all__ = [
     "log_likelihood",
     "logit",
     "mean_field_amplitude",
+    "mean_of_orders",
     "median_length_scale",
     "normalized_layer",
     "novelty",
@@ -65,6 +67,7 @@ TILE = 128
 
 Likelihood: TypeAlias = Literal["logistic", "gaussian"]
 Activation: TypeAlias = Literal["none", "tanh"]
+OrderMean: TypeAlias = Literal["logits", "probabilities"]
 
 
 # -- 1. spectral-normalised layer ------------------------------------------------------------------------------------
@@ -315,6 +318,19 @@ def pair_novelty(n: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def concat_preference(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Concat mode, both orders scored: p̃ = (p − pᵀ)/2 and u = (u + uᵀ)/2 over (..., K, K)."""
     return (p - p.mT) / 2, (u + u.mT) / 2
+
+
+def mean_of_orders(forward: Tensor, backward: Tensor, how: OrderMean = "logits") -> Tensor:
+    """One logit of a pair from those of its two orders (i, j) and (j, i); it changes sign with them.
+
+    ``logits``: (f − b)/2. ``probabilities``: σ⁻¹ of the mean of σ(f) and 1 − σ(b), as RLHFlow's pair model has it.
+    """
+    if how == "logits":
+        return (forward - backward) / 2
+    first, second = torch.stack([forward, -forward]), torch.stack([-backward, backward])
+    log_sigmoid = torch.nn.functional.logsigmoid
+    for_it, against = torch.logaddexp(log_sigmoid(first), log_sigmoid(second))
+    return for_it - against
 
 
 # -- 7. judge, 8. advantages -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rmcore._base.errors import CheckpointError
+from rmcore.model.attribute_scores import AttributeScores
 from rmcore.model.families.spec import Gate, Head, Key, Size, Stack
 from rmcore.model.families.tensors import TensorFiles
 
@@ -190,6 +191,7 @@ class RewardHead:
         self._shift, self._scale = _normaliser(spec, reader)
         self.used = reader.used
         self.width = last.weight.shape[1] + (not spec.linear)
+        self.full_width = self.width + (self._count if self._gate else 0)
         self._sign_sum = sum(sign for sign, _ in spec.terms)
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
@@ -254,22 +256,61 @@ class RewardHead:
             return features.float()
         return torch.cat([features.float(), self._scores(features, states)[:, None]], dim=1)
 
-    def _scores(self, features: Tensor, states: Tensor) -> Tensor:
-        outputs = self._last(features).view(len(features), self._count, self._per)
+    def full_rows(self, states: Tensor) -> Tensor:
+        """Rows (n, full_width) float32: :meth:`rows`, and behind them the gate's weights, where there is a gate."""
+        rows = self.rows(states)
+        return torch.cat([rows, self._weights(states.to(self.dtype)).float()], dim=1) if self._gate else rows
+
+    def attributes(self, rows: Tensor) -> AttributeScores | None:
+        """What the attributes are, from :meth:`full_rows`; None for a head that has one output and no spread."""
+        spec = self.spec
+        if (self._count == 1 and spec.attributes == "outputs") or len(spec.terms) > 1:
+            return None
+        outputs = self._outputs(rows[:, : self._last.weight.shape[1]].to(self._last.weight.dtype)).double()
+        weights = torch.ones(self._count, dtype=torch.float64, device=rows.device)
+        if self._gate:
+            weights = rows[:, self.width :].double()
+        elif isinstance(spec.weights, tuple):
+            weights = weights.new_tensor(spec.weights)
+        elif spec.weights == "mean":
+            weights = weights / self._count
+        if self._transform is not None:
+            weights = weights @ self._transform.double().T
+        weights = spec.sign * weights.expand(len(rows), self._count) / self._scale
+        parts: dict[str, Tensor] = {}
+        if spec.attributes == "normal":
+            parts["attribute_std"] = outputs[..., 1].exp()
+        elif spec.attributes == "quantiles":
+            levels = torch.linspace(0, 1, self._per + 2, dtype=torch.float64)[1:-1]
+            parts |= {"quantiles": outputs, "levels": levels}
+        elif spec.attributes == "bins":
+            bins = torch.linspace(0, 1, self._per, dtype=torch.float64)
+            parts |= {"probabilities": outputs.softmax(-1), "bins": bins}
+        names = spec.names if len(spec.names) == self._count else tuple(f"attribute_{k}" for k in range(self._count))
+        means = self._means(outputs)
+        return AttributeScores(names, means.cpu(), weights.cpu(), **{name: part.cpu() for name, part in parts.items()})
+
+    def _outputs(self, features: Tensor) -> Tensor:
+        return self._last(features).view(len(features), self._count, self._per)
+
+    def _means(self, outputs: Tensor) -> Tensor:
         if self.spec.attributes == "bins":
             places = torch.linspace(0, 1, self._per, device=outputs.device, dtype=outputs.dtype)
-            attributes = (outputs.softmax(-1) * places).sum(-1)
-        else:
-            attributes = outputs.mean(-1) if self.spec.attributes == "quantiles" else outputs[..., 0]
-        if self._transform is not None:
-            attributes = attributes @ self._transform
+            return (outputs.softmax(-1) * places).sum(-1)
+        return outputs.mean(-1) if self.spec.attributes == "quantiles" else outputs[..., 0]
+
+    def _weights(self, states: Tensor) -> Tensor:
         assert isinstance(self.spec.weights, Gate)
         weights = _run(self._gate, states[:, self.spec.weights.state])
         if self._softmax:
             weights = (weights / self._temperature).softmax(-1)
-        if self._gate_scale is not None:
-            weights = weights * self._gate_scale
-        score = (weights * attributes).sum(-1).float()
+        return weights if self._gate_scale is None else weights * self._gate_scale
+
+    def _scores(self, features: Tensor, states: Tensor) -> Tensor:
+        attributes = self._means(self._outputs(features))
+        if self._transform is not None:
+            attributes = attributes @ self._transform
+        score = (self._weights(states) * attributes).sum(-1).float()
         return self.spec.sign * (score - self._shift) / self._scale
 
     def tensors(self, files: TensorFiles) -> dict[str, Tensor]:

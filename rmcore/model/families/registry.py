@@ -20,6 +20,16 @@ _ASSISTANT = Match(
     }
 )
 
+_HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+_ARMORM = (
+    *(f"helpsteer-{name}" for name in _HELPSTEER),
+    *("ultrafeedback-overall_score", "ultrafeedback-instruction_following", "ultrafeedback-truthfulness"),
+    *("ultrafeedback-honesty", "ultrafeedback-helpfulness", "beavertails-is_safe", "prometheus-score"),
+    *("argilla-overall_quality", "argilla-judge_lm", "code-complexity", "code-style", "code-explanation"),
+    *("code-instruction-following", "code-readability"),
+)
+"""The order of ArmoRM's card."""
+
 
 def _turns(user: str, assistant: str, between: str) -> str:
     """A chat template of turns with these words before them, which are escaped as in a string of Jinja's."""
@@ -153,6 +163,7 @@ FAMILIES: tuple[Family, ...] = (
                 scale="gating.logit_scale",
             ),
             dtype="float32",
+            names=_ARMORM,
         ),
         states=(LastUnpadded(), _ASSISTANT),
         shown="mean of quantiles, transform matrix, gate with batch norm",
@@ -177,6 +188,7 @@ FAMILIES: tuple[Family, ...] = (
                 temperature=Key("gating_temperature", 10.0),
                 scale="gating.logit_scale",
             ),
+            names=_ARMORM,
         ),
         states=(LastUnpadded(), _ASSISTANT),
         shown="attributes, transform matrix, gate",
@@ -191,6 +203,7 @@ FAMILIES: tuple[Family, ...] = (
             attributes="normal",
             per=2,
             weights=Gate(Stack("weights.fc.{}", out=5, depth=2, hidden=_HIDDEN, activation="selu", bias=True)),
+            names=_HELPSTEER,
         ),
         states=(LastUnpadded(),),
         shown="means of 5 normals, gate on the same state",
@@ -205,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
             attributes="normal",
             per=2,
             weights=(0.3, 0.74, 0.46, 0.47, -0.33),
+            names=_HELPSTEER,
         ),
         states=(LastUnpadded(),),
         shown="means of 5 normals, fixed weights",
@@ -341,6 +355,7 @@ FAMILIES: tuple[Family, ...] = (
         chat_template=_PAIRRM,
         pair_form="pairrm",
         pairwise=True,
+        ranked=True,
     ),
     Family(
         name="rlhflow-pair",
@@ -348,12 +363,13 @@ FAMILIES: tuple[Family, ...] = (
         head=Head(
             Stack("lm_head", out=None, bias=False, rows=((1.0, "A"), (-1.0, "B")), tied="model.embed_tokens.weight")
         ),
-        shown="logit of `A` less that of `B`",
+        shown="logit of `A` less that of `B`; mean of both orders' probabilities",
         repositories=("*pair-preference-model*",),
         chat_template=_RLHFLOW_PAIR,
         user_turn=True,
         pair_form="turns",
         pairwise=True,
+        order_mean="probabilities",
     ),
     TWO_LABELS,
     CLASSIFIER,

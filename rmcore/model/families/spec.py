@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeAlias
 
 from rmcore._base.errors import CheckpointError
+from rmcore.ops.reference import OrderMean
 
 __all__ = [
     "Activation",
@@ -187,6 +188,7 @@ class Head:
         normaliser: ``mean-std`` is OpenRLHF's, ``beaver`` that of Safe RLHF.
         sign: −1 where less is better.
         dtype: arithmetic of the head: the body's, or float32 where the original computes it so.
+        names: of the attributes, where a model has as many.
     """
 
     values: Stack
@@ -198,6 +200,7 @@ class Head:
     normaliser: Literal["", "mean-std", "beaver"] = ""
     sign: Literal[1, -1] = 1
     dtype: Literal["body", "float32"] = "body"
+    names: tuple[str, ...] = ()
 
     @property
     def linear(self) -> bool:
@@ -234,6 +237,8 @@ class Family:
         user_turn: the chat template is the content of a single user turn of the tokenizer's own one, without a further
             start of sequence.
         pairwise: scores a pair, not a response.
+        order_mean: of a pairwise family, what its authors average over the two orders of a pair.
+        ranked: of a pairwise family, whether they give each response of a group a score, the mean of its pairs'.
         pair_form: how a conversation becomes those three texts (:mod:`rmcore.model.families.pairs`).
     """
 
@@ -258,6 +263,8 @@ class Family:
     chat_template: str = ""
     user_turn: bool = False
     pairwise: bool = False
+    order_mean: OrderMean = "logits"
+    ranked: bool = False
     pair_form: Literal["", "pairrm", "turns"] = ""
 
     @property

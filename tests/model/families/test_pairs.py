@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from rmcore import Preference, RewardModel
 from rmcore._base.errors import CheckpointError, InputError
+from rmcore.engine import RewardEngine
 
 PROMPT = "what is the capital of France?"
 RESPONSES = ["Paris is the capital of France.", "a dog", "the quick brown fox runs home"]
@@ -125,7 +127,6 @@ def check(found: Any, theirs: list[list[float]]) -> None:
     assert float(wanted.abs().max()) > 1e-2
     torch.testing.assert_close(found.logit, (wanted - wanted.T) / 2, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.preference, found.logit)
-    assert found.scores is None
 
 
 def square(logit: Any) -> list[list[float]]:
@@ -134,7 +135,14 @@ def square(logit: Any) -> list[list[float]]:
 
 def test_pairrm_scores_each_order_as_its_card_does(models):
     tiny, model = models["pairrm"]
-    check(model.score(PROMPT, RESPONSES), square(lambda a, b: pairrm_logit(tiny, PROMPT, a, b)))
+    wanted = square(lambda a, b: pairrm_logit(tiny, PROMPT, a, b))
+    found = model.score(PROMPT, RESPONSES)
+    check(found, wanted)
+    compared = torch.tensor(wanted, dtype=torch.float64)
+    # LLM-Blender's get_scores_from_cmps, policy max_logits, which its rank(return_scores=True) gives
+    torch.testing.assert_close(found.scores, (compared - compared.T).mean(1), rtol=0, atol=2e-5)
+    assert model.score(PROMPT, RESPONSES, orders="one").scores is None
+    assert model.score(PROMPT, RESPONSES[:1]).scores.tolist() == [0.0]
 
 
 def test_pairrm_of_a_conversation_writes_the_turns_as_its_card_does(models):
@@ -149,9 +157,22 @@ def test_pairrm_of_a_conversation_writes_the_turns_as_its_card_does(models):
 
 
 @pytest.mark.parametrize("messages", [CHAT[:1], CHAT], ids=["one turn", "three turns"])
-def test_the_pair_model_is_the_difference_of_its_two_letters(models, messages):
+def test_the_pair_model_averages_probabilities_over_the_orders(models, messages):
+    """As its authors' ``PairPMPipeline``: softmax over the two letters, the mean of both positions of a response."""
     tiny, model = models["rlhflow-pair"]
-    check(model.score([messages], [RESPONSES])[0], square(lambda a, b: pairpm_logit(tiny, messages, a, b)))
+    found = model.score([messages], [RESPONSES])[0]
+    asked = square(lambda a, b: pairpm_logit(tiny, messages, a, b))
+    for i, j in itertools.permutations(range(len(RESPONSES)), 2):
+        first = 1 / (1 + math.exp(-asked[i][j]))  # P(A), this response at A
+        second = 1 - 1 / (1 + math.exp(-asked[j][i]))  # P(B), this response at B
+        assert float(found.preference[i, j].sigmoid()) == pytest.approx((first + second) / 2, abs=1e-5)
+        assert float(found.preference[i, j]) == -float(found.preference[j, i])
+    torch.testing.assert_close(found.logit, found.preference)
+    assert found.scores is None
+    engine = RewardEngine(model).score([messages], [RESPONSES])[0]
+    torch.testing.assert_close(engine.preference, found.preference, rtol=0, atol=1e-6)
+    one = model.score([messages], [RESPONSES], orders="one")[0]
+    assert float(one.logit[0, 1]) == pytest.approx(asked[0][1], abs=1e-5)
 
 
 def test_the_difference_of_two_rows_is_not_rounded_to_the_bodys_dtype(tmp_path):

@@ -63,3 +63,15 @@ def test_concat_preference_removes_an_order_bias():
     truth = truth - truth.mT
     both, _ = reference.concat_preference(truth + 0.7, torch.ones(4, 4, dtype=F64))
     torch.testing.assert_close(both, truth)
+
+
+def test_the_mean_of_probabilities_over_two_orders():
+    forward = torch.tensor([-800.0, -3.0, 0.0, 0.4, 2.0, 50.0, 900.0], dtype=F64)
+    backward = forward.flip(0) / 2
+    found = reference.mean_of_orders(forward, backward, "probabilities")
+    mean = (forward.sigmoid() + (-backward).sigmoid()) / 2
+    torch.testing.assert_close(found.sigmoid(), mean)
+    assert torch.equal(found, -reference.mean_of_orders(backward, forward, "probabilities"))
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(reference.mean_of_orders(forward, -forward, "probabilities"), forward)
+    assert torch.equal(reference.mean_of_orders(forward, backward), (forward - backward) / 2)
