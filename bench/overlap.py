@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 
+from rmcore._base.client.options import ClientOptions
 from rmcore.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.routing import BudgetRouter, NeverRoute, ThresholdRouter
 from rmcore.head import HeadConfig
 from rmcore.judge.base import Pair
 from rmcore.judge.chat import ChatJudge
-from rmcore.judge.client.options import ClientOptions
 from rmcore.model import Preference, RewardModel
 from rmcore.model.backbone import Backbone, BackboneConfig
 

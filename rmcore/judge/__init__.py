@@ -11,17 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rmcore._base import lazy
+from rmcore._base.client.breaker import BreakerPolicy
+from rmcore._base.client.options import ClientOptions
 from rmcore._base.prompt import Message, Prompt
 from rmcore._base.retry import RetryPolicy
 from rmcore.judge.base import Judge, JudgeUsage, Outcome, Pair, Verdict, checked_verdicts
-from rmcore.judge.client.breaker import BreakerPolicy
 from rmcore.judge.client.completions import (
     CompletionError,
     CompletionFunction,
     openai_completions,
     transformers_completions,
 )
-from rmcore.judge.client.options import ClientOptions
 from rmcore.judge.keys import call_key, pair_key
 from rmcore.judge.orders import Orders, combine_orders, exchanged
 from rmcore.judge.question.prompt import JudgePrompt
@@ -34,9 +34,9 @@ from rmcore.judge.wrappers.disagreement import DisagreementAlarm, MonitoredJudge
 from rmcore.judge.wrappers.tiers import Accept, Tier, TieredJudge
 
 if TYPE_CHECKING:
+    from rmcore._base.client.limits import RateLimits
     from rmcore._base.loop import run_sync
     from rmcore.judge.chat import ChatJudge
-    from rmcore.judge.client.limits import RateLimits
     from rmcore.judge.store.prices import Price, PriceTable
     from rmcore.judge.store.store import StoreError, VerdictStore
     from rmcore.judge.testing import Fault, ReplayServer
@@ -93,7 +93,7 @@ __getattr__, __dir__, _ = lazy.attach(
     {
         "rmcore._base.loop": ("run_sync",),
         "rmcore.judge.chat": ("ChatJudge",),
-        "rmcore.judge.client.limits": ("RateLimits",),
+        "rmcore._base.client.limits": ("RateLimits",),
         "rmcore.judge.store.prices": ("Price", "PriceTable"),
         "rmcore.judge.store.store": ("StoreError", "VerdictStore"),
         "rmcore.judge.testing": ("Fault", "ReplayServer"),

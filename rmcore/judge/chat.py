@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
+from rmcore._base.client.options import ClientOptions
+from rmcore._base.client.secrets import without_secret
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
 from rmcore._base.prompt import Prompt, Response
@@ -19,8 +21,6 @@ from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
 from rmcore.judge.client.completions import CompletionFunction
-from rmcore.judge.client.options import ClientOptions
-from rmcore.judge.client.secrets import without_secret
 from rmcore.judge.context import ContextWindow, Fit, TokenCounter, cut_off_at
 from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
 from rmcore.judge.question.cut import Cut
@@ -79,7 +79,7 @@ class ChatJudge:
             <rmcore.judge.client.completions.openai_completions>`, :func:`transformers_completions(model, tokenizer)
             <rmcore.judge.client.completions.transformers_completions>`, or one of your own.
         client: bounds and patience of the calls, over HTTP or through ``complete``: concurrency, timeouts, retries,
-            limits (:class:`~rmcore.judge.client.options.ClientOptions`).
+            limits (:class:`~rmcore._base.client.options.ClientOptions`).
         orders: ``"both"`` (two calls a pair) or ``"one"`` (a stable hash of the texts picks the order).
         prompt: the question's template.
         output: ``"text"``, or ``"json_schema"`` for a structured reply under a strict schema. An endpoint that refuses

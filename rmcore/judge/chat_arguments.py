@@ -8,11 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rmcore._base.client.options import ClientOptions
 from rmcore._base.errors import JudgeError
 from rmcore.judge.client.chat_client import ChatClient
 from rmcore.judge.client.completions import CompletionFunction
 from rmcore.judge.client.exchange import FunctionExchange
-from rmcore.judge.client.options import ClientOptions
 
 if TYPE_CHECKING:
     from rmcore.judge.store.store import VerdictStore

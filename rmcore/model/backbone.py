@@ -15,13 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from rmcore._base.client.options import ClientOptions
 from rmcore._base.errors import CheckpointError, reject
-from rmcore._base.retry import RetryPolicy
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.attribute_scores import AttributeScores
 from rmcore.model.backbone_config import BackboneConfig, Pooling
@@ -51,9 +51,6 @@ from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
 from rmcore.ops.dispatch import Explanation
 from rmcore.ops.reference import OrderMean
-
-if TYPE_CHECKING:
-    import httpx
 
 __all__ = [
     "Backbone",
@@ -381,10 +378,8 @@ class Backbone:
         server: ServerKind = "vllm",
         model: str | None = None,
         api_key_env: str | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 120.0,
-        retry: RetryPolicy | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        client: ClientOptions | None = None,
+        deadline_s: float | None = None,
         config: BackboneConfig | None = None,
         **kwargs: Any,
     ) -> Backbone:
@@ -401,10 +396,9 @@ class Backbone:
             server: which one it is.
             model: its name there; None takes the first that is served.
             api_key_env: environment variable with the server's key, if it wants one.
-            concurrency: requests in flight at most, each of up to 8 texts.
-            timeout_s: of one request and its whole reply.
-            retry: when a request is tried again; None is that of judges.
-            transport: instead of the network.
+            client: a judge's limits, retries, breaker and timeouts, for requests of up to 8 texts each
+                (:class:`rmcore.judge.ClientOptions`); None is :data:`rmcore.model.remote.REMOTE_OPTIONS`.
+            deadline_s: most seconds for all the requests of a forward pass; None for no limit of its own.
             config: what a text's hidden state is, of kind ``base``.
             **kwargs: fields of :class:`BackboneConfig` where there is no ``config``.
 
@@ -412,7 +406,7 @@ class Backbone:
             BackendError: the server does not answer, or with states that are not the model's own (normalised, say).
             InputError: a configuration that a server cannot serve: a kind besides ``base``, or a layer.
         """
-        config = config or BackboneConfig(**kwargs)
+        config = config or BackboneConfig.from_dict(kwargs)
         if config.kind != "base" or config.layer is not None:
             reject("config", f"kind {config.kind!r}, layer {config.layer}", "kind 'base' without a layer")
         if isinstance(tokenizer, (str, Path)):
@@ -424,10 +418,8 @@ class Backbone:
             model=model,
             server=server,
             api_key_env=api_key_env,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            retry=retry,
-            transport=transport,
+            client=client,
+            deadline_s=deadline_s,
         )
         return cls(remote.eval(), tokenizer, config, attention=("server", url), packing="padded")
 
@@ -672,8 +664,12 @@ class Backbone:
         if isinstance(self.model, RemoteModel) and self.config.pooling == "last":
             for start in range(0, len(ids), _REMOTE_TEXTS):
                 part = ids[start : start + _REMOTE_TEXTS]
-                stats.padded_tokens += sum(map(len, part))
-                yield range(start, start + len(part)), torch.stack(self.model.states(part, every=False))
+                found, error = self.model.states_so_far(part, every=False)
+                stats.padded_tokens += sum(len(part[k]) for k in found)
+                if found:  # of a server that is gone in the middle, what came is kept first
+                    yield [start + k for k in found], torch.stack(list(found.values()))
+                if error is not None:
+                    raise error
             return
         if self.deterministic == "batch":
             for k, text in enumerate(ids):

@@ -3,14 +3,16 @@
 vLLM, ``vllm serve MODEL --runner pooling --convert embed``: ``POST /pooling`` with token ids,
 ``"task": "embed"`` (the state of the last token) or ``"token_embed"`` (of all), ``"use_activation": false`` (without it
 states are normalised) and ``"encoding_format": "base64"``. A reply is
-``{"object": "list", "data": [{"index": 0, "object": "pooling", "data": "<base64>"}], ...}``.
+``{"object": "list", "data": [{"index": 0, "object": "pooling", "data": "<base64>"}], "usage": {"prompt_tokens": n}}``.
 
 SGLang, ``python -m sglang.launch_server --model-path MODEL --enable-return-hidden-states``: ``POST /generate`` with
 ``"input_ids"`` and ``"return_hidden_states": true``; a reply is a list of
 ``{"text": ..., "meta_info": {"prompt_tokens": n, "hidden_states": [[[...], ...], ...]}}``, the prompt's states first. A
 prefix that its cache knows has none, so all tokens' states need ``--disable-radix-cache``; the last one's do not.
 
-Requests are tried again, and wait as long as the server asks, like those to a judge (:mod:`rmcore._base.retry`).
+Requests go through the same client as a judge's (:mod:`rmcore._base.client.client`): slots, breaker, rate limits,
+retries and deadlines. What a reply holds is checked before it is a state: as many texts as were sent, each of as many
+tokens, of the width that the model has.
 """
 
 from __future__ import annotations
@@ -19,32 +21,32 @@ import asyncio
 import base64
 import binascii
 import json
-import os
-import random
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rmcore._base.clock import Clock, SystemClock
+from rmcore._base.client.address import Address
+from rmcore._base.client.client import Client
+from rmcore._base.client.exchange import HttpExchange
+from rmcore._base.client.options import ClientOptions
 from rmcore._base.errors import BackendError, InputError, JudgeError, reject
-from rmcore._base.http import Connections, check_base_url
 from rmcore._base.loop import run_sync
-from rmcore._base.retry import RetryPolicy, retry_delay_s, should_retry
 
-if TYPE_CHECKING:
-    import httpx
-
-__all__ = ["RemoteModel", "ServerKind"]
+__all__ = ["REMOTE_OPTIONS", "RemoteModel", "ServerKind"]
 
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
 
+REMOTE_OPTIONS = ClientOptions(timeout_s=120.0, max_reply_bytes=1 << 30)
+"""A judge's, with room and time for the states of long texts."""
+
+_PATHS = {"vllm": "/pooling", "sglang": "/generate"}
 _TEXTS = 8
 """Texts of one request: the server batches by itself, so a request is small enough to be tried again."""
-_MAX_REPLY = 1 << 30
 
 
 class RemoteModel(torch.nn.Module):
@@ -55,11 +57,8 @@ class RemoteModel(torch.nn.Module):
         model: the name it serves; None asks ``/v1/models`` and takes the first.
         server: ``vllm`` or ``sglang``.
         api_key_env: environment variable with its key, if it wants one.
-        concurrency: requests in flight at most.
-        timeout_s: of one request and its whole reply.
-        retry: when a request is tried again.
-        clock: for waits between tries.
-        transport: instead of the network.
+        client: limits, retries, breaker, timeouts, transport and clock; None is :data:`REMOTE_OPTIONS`.
+        deadline_s: most seconds for all requests of one call; None for no limit beyond those of each request.
 
     Raises:
         InputError: an argument that makes no sense.
@@ -73,38 +72,33 @@ class RemoteModel(torch.nn.Module):
         model: str | None = None,
         server: ServerKind = "vllm",
         api_key_env: str | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 120.0,
-        retry: RetryPolicy | None = None,
-        clock: Clock | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        client: ClientOptions | None = None,
+        deadline_s: float | None = None,
     ) -> None:
         super().__init__()
         if server not in ("vllm", "sglang"):
             reject("server", repr(server), "'vllm' or 'sglang'")
-        if concurrency < 1:
-            reject("concurrency", concurrency, "at least 1")
+        if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > 0):
+            reject("deadline_s", deadline_s, "seconds above 0, or None")
+        options = client or REMOTE_OPTIONS
         try:
-            self.url, loopback = check_base_url(url)
+            places = [Address.of(url, path) for path in ("/v1/models", _PATHS[server])]
+            listing = HttpExchange(places[0], api_key_env, options, method="GET")
+            self.client = Client(HttpExchange(places[1], api_key_env, options), options)
         except JudgeError as error:
             raise InputError(str(error).replace("base_url", "url")) from None
-        self.server = server
-        self.concurrency = concurrency
-        self._api_key_env = api_key_env
-        self._timeout_s = timeout_s
-        self._retry = retry or RetryPolicy()
-        self._clock = clock or SystemClock()
-        self._connections = Connections(timeout_s=timeout_s, trust_env=not loopback, transport=transport)
+        self.url, self.server, self.deadline_s = places[0].base_url, server, deadline_s
         self._place = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # states arrive on the CPU, in float32
-        listed = run_sync(self._ask("GET", "/v1/models", None))
-        found = [entry for entry in (listed.get("data") or []) if model is None or entry.get("id") == model]
+        listed = run_sync(_asked(Client(listing, options), {}, 0, None))
+        known = [entry for entry in _entries(listed, "data") if isinstance(entry.get("id"), str)]
+        found = [entry for entry in known if model is None or entry["id"] == model]
         if not found:
-            names = [entry.get("id") for entry in listed.get("data") or []]
-            raise BackendError(f"{self.url}: got models {names}, expected {model or 'one'}")
-        self.name = str(found[0].get("id"))
+            raise BackendError(f"{self.url}: got models {[e['id'] for e in known]}, expected {model or 'one'}")
+        self.name = str(found[0]["id"])
+        longest = found[0].get("max_model_len")
         self.config = SimpleNamespace(
             model_type="remote",
-            max_position_embeddings=found[0].get("max_model_len"),
+            max_position_embeddings=longest if isinstance(longest, int) and longest > 0 else None,
             hidden_size=0,
             num_hidden_layers=0,
             pad_token_id=None,
@@ -138,113 +132,131 @@ class RemoteModel(torch.nn.Module):
 
         Raises BackendError, with the server's words, where it fails after all tries.
         """
+        found, error = self.states_so_far(texts, every=every)
+        if error is not None:
+            raise error
+        return [found[k] for k in range(len(texts))]
+
+    def states_so_far(
+        self, texts: Sequence[Sequence[int]], *, every: bool
+    ) -> tuple[dict[int, Tensor], BackendError | None]:
+        """:meth:`states` by a text's number, and what came between where some are missing.
+
+        After the first request that fails for good no further one is begun; those under way are waited for.
+        """
         return run_sync(self._states([list(text) for text in texts], every))
 
-    async def _states(self, texts: list[list[int]], every: bool) -> list[Tensor]:
-        gate = asyncio.Semaphore(self.concurrency)
+    async def _states(self, texts: list[list[int]], every: bool) -> tuple[dict[int, Tensor], BackendError | None]:
+        deadline = None if self.deadline_s is None else self.client.clock.now() + self.deadline_s
+        found: dict[int, Tensor] = {}
+        failed: list[BackendError] = []
+        waiting = iter(range(0, len(texts), _TEXTS))
 
-        async def one(part: list[list[int]]) -> list[Tensor]:
-            async with gate:
-                read = self._vllm if self.server == "vllm" else self._sglang
-                return await read(part, every)
+        async def work() -> None:
+            for start in waiting:  # shared: each takes the next
+                if failed:
+                    return
+                part = texts[start : start + _TEXTS]
+                try:
+                    found.update(enumerate(await self._part(part, every, deadline), start))
+                except BackendError as error:
+                    failed.append(error)
 
-        parts = [texts[k : k + _TEXTS] for k in range(0, len(texts), _TEXTS)]
-        tasks = [asyncio.ensure_future(one(part)) for part in parts]
-        try:
-            return [state for states in await asyncio.gather(*tasks) for state in states]
-        finally:
-            for task in tasks:  # after an error nobody waits for the others
-                task.cancel()
+        requests = -(-len(texts) // _TEXTS)
+        await asyncio.gather(*(work() for _ in range(min(self.client.options.concurrency, requests))))
+        return found, failed[0] if failed else None
+
+    async def _part(self, texts: list[list[int]], every: bool, deadline: float | None) -> list[Tensor]:
+        payload: dict[str, Any]
+        if self.server == "vllm":
+            payload = {"model": self.name, "input": texts, "task": "token_embed" if every else "embed"}
+            payload |= {"use_activation": False, "encoding_format": "base64"}
+            payload |= {"embed_dtype": "float32", "endianness": "little"}
+        else:
+            payload = {"input_ids": texts, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+            payload |= {"return_hidden_states": True}
+        reply = await _asked(self.client, payload, sum(map(len, texts)), deadline)
+        arrays = self._vllm(reply, texts) if self.server == "vllm" else self._sglang(reply, texts, every)
+        return self._checked(arrays, texts, every)
 
     # -- the two servers ---------------------------------------------------------------------------------------------
 
-    async def _vllm(self, texts: list[list[int]], every: bool) -> list[Tensor]:
-        payload: dict[str, Any] = {"model": self.name, "input": texts, "task": "token_embed" if every else "embed"}
-        payload |= {"use_activation": False, "encoding_format": "base64"}
-        payload |= {"embed_dtype": "float32", "endianness": "little"}
-        reply = await self._ask("POST", "/pooling", payload)
-        data = sorted(reply.get("data") or [], key=lambda entry: int(entry.get("index", 0)))
-        return self._checked([self._decoded(entry.get("data")) for entry in data], texts, every)
+    def _vllm(self, reply: Any, texts: list[list[int]]) -> list[np.ndarray]:
+        data = {entry.get("index"): entry.get("data") for entry in _entries(reply, "data")}
+        if sorted(data, key=str) != sorted(range(len(texts)), key=str):
+            raise BackendError(f"{self.url}: got states of the texts {list(data)}, expected of 0 to {len(texts) - 1}")
+        usage = reply.get("usage")
+        self._same_tokens(usage.get("prompt_tokens") if isinstance(usage, dict) else None, sum(map(len, texts)))
+        return [self._array(data[k]) for k in range(len(texts))]
 
-    def _decoded(self, data: object) -> np.ndarray:
-        if isinstance(data, str):
-            try:
-                return np.frombuffer(base64.b64decode(data, validate=True), dtype="<f4")
-            except (binascii.Error, ValueError):
-                raise BackendError(f"{self.url}: got states that are no base64 of float32") from None
-        return np.asarray(data, dtype=np.float32)  # a server that knows no encoding_format
-
-    async def _sglang(self, texts: list[list[int]], every: bool) -> list[Tensor]:
-        payload: dict[str, Any] = {"input_ids": texts, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-        reply = await self._ask("POST", "/generate", payload | {"return_hidden_states": True})
+    def _sglang(self, reply: Any, texts: list[list[int]], every: bool) -> list[np.ndarray]:
+        entries = _entries({"data": reply}, "data")
+        if len(entries) != len(texts):
+            raise BackendError(f"{self.url}: got states of {len(entries)} texts, expected {len(texts)}")
         states = []
-        for text, entry in zip(texts, reply if isinstance(reply, list) else [], strict=False):
-            found = (entry.get("meta_info") or {}).get("hidden_states")
-            if not found:
+        for text, entry in zip(texts, entries, strict=True):
+            info: dict[str, Any] = held if isinstance(held := entry.get("meta_info"), dict) else {}
+            found = info.get("hidden_states")
+            if not isinstance(found, list) or not found:
                 raise BackendError(f"{self.url}: got no hidden states: start SGLang with --enable-return-hidden-states")
-            prompt = np.asarray(found[0], dtype=np.float32)
-            prompt = prompt[None] if prompt.ndim == 1 else prompt
+            self._same_tokens(info.get("prompt_tokens"), len(text))
+            prompt = np.atleast_2d(self._array(found[0]))
             if every and len(prompt) != len(text):
                 raise BackendError(
                     f"{self.url}: got the states of {len(prompt)} of {len(text)} tokens, the others are in its cache: "
                     "start SGLang with --disable-radix-cache, or pool the last token"
                 )
             states.append(prompt if every else prompt[-1])
-        return self._checked(states, texts, every)
+        return states
+
+    def _same_tokens(self, read: object, sent: int) -> None:
+        if isinstance(read, int) and read != sent:
+            raise BackendError(
+                f"{self.url}: got states of a server that read {read} tokens, expected the {sent} that were sent: it "
+                "cuts texts, or adds tokens of its own"
+            )
+
+    def _array(self, data: object) -> np.ndarray:
+        try:
+            if isinstance(data, str):
+                return np.frombuffer(base64.b64decode(data, validate=True), dtype="<f4")
+            return np.asarray(data, dtype=np.float32)  # a server that knows no encoding_format
+        except (binascii.Error, ValueError, TypeError):
+            raise BackendError(f"{self.url}: got states that are neither base64 of float32 nor numbers") from None
 
     def _checked(self, found: list[np.ndarray], texts: list[list[int]], every: bool) -> list[Tensor]:
-        if len(found) != len(texts):
-            raise BackendError(f"{self.url}: got states of {len(found)} texts, expected {len(texts)}")
         width = self.config.hidden_size or found[0].size // (len(texts[0]) if every else 1)
         states = []
         for array, text in zip(found, texts, strict=True):
             shape = (len(text), width) if every else (width,)
-            if array.size != int(np.prod(shape)):
-                raise BackendError(f"{self.url}: got {array.size} numbers of {len(text)} tokens, expected {shape}")
+            flat = array.ndim == 1 and array.size == math.prod(shape)  # base64 has no shape
+            if not width or not (flat or array.shape == shape):
+                raise BackendError(
+                    f"{self.url}: got states of shape {array.shape} for {len(text)} tokens, expected {shape}: it "
+                    "serves another model, or cuts texts"
+                )
             states.append(torch.from_numpy(array.reshape(shape).astype(np.float32, copy=True)))
         return states
 
-    # -- HTTP --------------------------------------------------------------------------------------------------------
 
-    async def _ask(self, method: str, path: str, payload: dict[str, Any] | None) -> Any:
-        """The JSON reply of one request, tried again as the policy says. Raises BackendError."""
-        import httpx
+async def _asked(client: Client, payload: dict[str, Any], tokens: int, deadline: float | None) -> Any:
+    """The JSON reply of one request through the client's gates. Raises BackendError, in the server's words."""
+    place = client.exchange.place
+    key, reason = client.exchange.secret()
+    if reason:
+        name = getattr(client.exchange, "api_key_env", None)
+        raise BackendError(f"environment variable {name}: got no key that can be sent ({reason}), expected {place}'s")
+    call = await client.call(payload, json.dumps(payload).encode(), key, deadline=deadline, tokens=tokens)
+    if call.last.body is None:
+        told = f"{call.last.reason}{f': {call.last.detail}' if call.last.detail else ''}"
+        raise BackendError(f"{place}: got {told} after {call.attempts} tries, expected a reply")
+    try:
+        return json.loads(call.last.body)
+    except (ValueError, RecursionError):
+        raise BackendError(f"{place}: got a reply that is no JSON") from None
 
-        body = None if payload is None else json.dumps(payload).encode()
-        attempt = 0
-        while True:
-            headers: Any = {}
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    status, headers, content = await self._send(method, path, body)
-            except (httpx.TransportError, TimeoutError) as error:  # without its words: they may quote headers
-                told, retry = f"no reply ({type(error).__name__})", True
-            else:
-                if status == 200:
-                    try:
-                        return json.loads(content)
-                    except ValueError:
-                        raise BackendError(f"{self.url}{path}: got a reply that is no JSON") from None
-                told, retry = f"HTTP {status}: {content[:300].decode(errors='replace')}", should_retry(status)
-            wall, unit = self._clock.wall(), random.random()
-            delay = retry_delay_s(self._retry, attempt, headers, wall, unit) if retry else None
-            if delay is None:
-                raise BackendError(f"{self.url}{path}: got {told} after {attempt + 1} tries, expected hidden states")
-            attempt += 1
-            await self._clock.sleep(delay)
 
-    async def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, Any, bytes]:
-        headers = {"content-type": "application/json", "accept": "application/json", "accept-encoding": "identity"}
-        if self._api_key_env is not None:
-            key = os.environ.get(self._api_key_env, "").strip()
-            if not key or not (key.isascii() and key.isprintable()):
-                raise BackendError(f"environment variable {self._api_key_env}: got no key that can be sent")
-            headers["authorization"] = f"Bearer {key}"
-        content = bytearray()
-        with self._connections.here().client() as client:
-            async with client.stream(method, f"{self.url}{path}", content=body, headers=headers) as response:
-                async for chunk in response.aiter_bytes():
-                    content += chunk
-                    if len(content) > _MAX_REPLY:
-                        raise BackendError(f"{self.url}{path}: got a reply beyond {_MAX_REPLY} bytes")
-        return response.status_code, response.headers, bytes(content)
+def _entries(reply: object, name: str) -> list[dict[str, Any]]:
+    held = reply.get(name) if isinstance(reply, dict) else None
+    entries: Iterable[object] = held if isinstance(held, list) else ()
+    return [entry for entry in entries if isinstance(entry, dict)]

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmcore._base.client.error_body import error_detail, scrub
+from rmcore._base.client.secrets import without_secret
 from rmcore._base.errors import JudgeError
 from rmcore._base.http import check_base_url
 from rmcore.judge import ChatJudge, Pair, ReplayServer
-from rmcore.judge.client.reply import error_detail, scrub
-from rmcore.judge.client.secrets import without_secret
 
 PAIR = Pair("p-win", "a", "b")
 

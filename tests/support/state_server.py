@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -33,6 +34,9 @@ class StateServer(httpx.MockTransport):
         dtype: what states are rounded to, as a server computes in it.
         cached: tokens of each prompt whose states SGLang's prefix cache keeps back.
         normalises: whether it is a vLLM that does not know ``use_activation`` on ``/pooling``.
+
+    ``spoil`` may be set to a function of a reply, whose result is sent instead; ``gone_after`` to the number of
+    requests after which nobody answers.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class StateServer(httpx.MockTransport):
         self.dtype = dtype
         self.cached = cached
         self.normalises = normalises
+        self.spoil: Callable[[Any], Any] = lambda reply: reply
+        self.gone_after: int | None = None
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self._lock = threading.Lock()
@@ -62,11 +68,15 @@ class StateServer(httpx.MockTransport):
         payload = json.loads(request.content)
         with self._lock:
             self.requests.append(payload)
+            if self.gone_after is not None and len(self.requests) > self.gone_after:
+                raise httpx.ConnectError("refused")
             if self.failures:
                 error = {"error": {"message": "overloaded", "type": "ServiceUnavailable", "code": self.failures[0]}}
                 return httpx.Response(self.failures.pop(0), json=error, headers={"retry-after": "1"})
         answer = {"/pooling": self._pooling, "/generate": self._generate}.get(request.url.path)
-        return httpx.Response(404) if answer is None else httpx.Response(200, json=answer(payload))
+        if answer is None:
+            return httpx.Response(404)
+        return httpx.Response(200, content=json.dumps(self.spoil(answer(payload))))  # NaN as Python's servers write it
 
     def _states(self, ids: list[int]) -> Tensor:
         with torch.no_grad():

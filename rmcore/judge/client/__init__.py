@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rmcore._base import lazy
 
 if TYPE_CHECKING:
+    from rmcore._base.client.limits import RateLimits
+    from rmcore._base.client.options import ClientOptions
     from rmcore.judge.client.chat_client import ChatClient
-    from rmcore.judge.client.limits import RateLimits
-    from rmcore.judge.client.options import ClientOptions
 
 __all__ = ["ChatClient", "ClientOptions", "RateLimits"]
 
@@ -17,7 +17,7 @@ __getattr__, __dir__, _ = lazy.attach(
     __name__,
     {
         "rmcore.judge.client.chat_client": ("ChatClient",),
-        "rmcore.judge.client.limits": ("RateLimits",),
-        "rmcore.judge.client.options": ("ClientOptions",),
+        "rmcore._base.client.limits": ("RateLimits",),
+        "rmcore._base.client.options": ("ClientOptions",),
     },
 )

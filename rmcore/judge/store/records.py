@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from rmcore._base.client.overflow import Overflow
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
 from rmcore.judge.base import JudgeUsage, Verdict
-from rmcore.judge.client.overflow import Overflow
 from rmcore.judge.keys import call_key, pair_key
 from rmcore.judge.question.cut import NO_CUT, Cut
 

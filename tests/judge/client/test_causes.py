@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmcore._base.client.address import Address
+from rmcore._base.client.causes import check_environment, connection_trouble, not_a_completion, status_hint
 from rmcore._base.errors import JudgeError
 from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, Pair, RetryPolicy
-from rmcore.judge.client.address import Address
-from rmcore.judge.client.causes import check_environment, connection_trouble, not_a_completion, status_hint
 
 URL = "https://judge.example/v1"
 AZURE = "https://me.openai.azure.com/openai/deployments/gpt"

@@ -10,12 +10,12 @@ import threading
 import httpx
 import pytest
 
+from rmcore._base.client.breaker import BreakerPolicy
+from rmcore._base.client.latency import LatencyEstimate
+from rmcore._base.client.limits import RateLimits
 from rmcore._base.errors import JudgeError
 from rmcore.judge import ChatJudge, ClientOptions, Pair, RetryPolicy
-from rmcore.judge.client.breaker import BreakerPolicy
 from rmcore.judge.client.chat_client import ChatClient
-from rmcore.judge.client.latency import LatencyEstimate
-from rmcore.judge.client.limits import RateLimits
 
 REPLY = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 30, "completion_tokens": 10}}
 ONCE = RetryPolicy(max_attempts=1)

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from rmcore import FrozenHead, RewardEngine
+from rmcore._base.client.breaker import BreakerPolicy
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
 from rmcore.judge import ChatJudge, ClientOptions, Fault, Pair, RecordedJudge, ReplayServer, RetryPolicy
-from rmcore.judge.client.breaker import BreakerPolicy
 
 J = math.log(0.88 / 0.12)
 QUICK = RetryPolicy(max_attempts=2, base_s=0.01, max_backoff_s=0.02)

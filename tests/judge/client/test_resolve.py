@@ -12,10 +12,10 @@ import time
 
 import pytest
 
+from rmcore._base.client.causes import ConnectionFailedError
+from rmcore._base.client.resolve import Resolver
 from rmcore._base.clock import SystemClock
 from rmcore.judge import Pair, RetryPolicy
-from rmcore.judge.client.causes import ConnectionFailedError
-from rmcore.judge.client.resolve import Resolver
 
 URL = "https://judge.test/v1/chat/completions"
 PAIR = Pair("p", "a", "b")

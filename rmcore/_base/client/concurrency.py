@@ -31,8 +31,8 @@ import threading
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.errors import reject
-from rmcore.judge.client.queue import Waiter, WaitQueue
 
 __all__ = ["AdaptiveConcurrency", "ConcurrencyState", "Signal", "Slot"]
 

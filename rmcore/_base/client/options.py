@@ -1,4 +1,4 @@
-"""How an endpoint is called: one frozen object for everything that :class:`~rmcore.judge.chat.ChatJudge` hands on."""
+"""How an endpoint is called: one frozen object, which a judge and a remote backbone take alike."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rmcore._base.client.breaker import DEFAULT_BREAKER, BreakerPolicy
+from rmcore._base.client.limits import RateLimits
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import JudgeError
 from rmcore._base.retry import RetryPolicy
-from rmcore.judge.client.breaker import DEFAULT_BREAKER, BreakerPolicy
-from rmcore.judge.client.limits import RateLimits
 
 if TYPE_CHECKING:
     import httpx
@@ -20,11 +20,11 @@ __all__ = ["ClientOptions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
-    """Bounds and patience of a judge's calls. They hold for calls over HTTP and for a ``complete`` of your own alike.
+    """Bounds and patience of calls: a judge's, over HTTP and by a ``complete`` of your own alike, and a backbone's.
 
     Args:
         concurrency: requests in flight at most, over all event loops and concurrent calls. How many there really are
-            is found out by trying (:mod:`rmcore.judge.client.concurrency`). A call that waits to try again does not
+            is found out by trying (:mod:`rmcore._base.client.concurrency`). A call that waits to try again does not
             take up a slot. 1 for a model in this process, which answers one at a time anyway.
         first_concurrency: requests in flight at first. The default suits a server of unknown size: a small one of one's
             own has a slot or two, and to a large one a few more round trips are nothing. Give more where the capacity
@@ -32,10 +32,10 @@ class ClientOptions:
         timeout_s: seconds for one attempt, connection and whole reply together.
         retry: see :class:`~rmcore._base.retry.RetryPolicy`.
         requests_per_minute, tokens_per_minute: limits of our own, ``None`` for none; attempts count, failed ones too.
-            Their exact meaning is in :mod:`rmcore.judge.client.limits`. Whatever they are, a server's
+            Their exact meaning is in :mod:`rmcore._base.client.limits`. Whatever they are, a server's
             ``x-ratelimit-*`` headers, and ``retry-after`` on 429 and 503, hold back all calls.
-        limits: instead of the two: a :class:`~rmcore.judge.client.limits.RateLimits` that judges of one key share.
-        breaker: when to leave a failing endpoint alone (:class:`~rmcore.judge.client.breaker.BreakerPolicy`);
+        limits: instead of the two: a :class:`~rmcore._base.client.limits.RateLimits` that judges of one key share.
+        breaker: when to leave a failing endpoint alone (:class:`~rmcore._base.client.breaker.BreakerPolicy`);
             ``None``: never.
         max_reply_bytes: a longer reply is dropped while it comes in and fails with ``reply_too_large``.
         transport: an ``httpx.AsyncBaseTransport`` instead of the network. It must suit every loop it is used on.

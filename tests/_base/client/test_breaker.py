@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from rmcore._base.client.breaker import BreakerPolicy, CircuitBreaker, Permit
 from rmcore._base.errors import InputError
-from rmcore.judge.client.breaker import BreakerPolicy, CircuitBreaker, Permit
 
 POLICY = BreakerPolicy(failures=3, cooldown_s=1.0, max_cooldown_s=4.0, patience_s=20.0)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rmcore._base.client.concurrency import AdaptiveConcurrency
 from rmcore._base.errors import InputError
-from rmcore.judge.client.concurrency import AdaptiveConcurrency
 
 
 async def round_trip(concurrency, signals):

@@ -28,9 +28,9 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
+from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore.judge.client.queue import Waiter, WaitQueue
 
 __all__ = ["DEFAULT_BREAKER", "BreakerPolicy", "BreakerState", "CircuitBreaker", "Permit"]
 
@@ -171,7 +171,7 @@ class CircuitBreaker:
                 self._last_alive = now
                 self._failures = 0
                 if self._state != "closed":
-                    _logger.info("judge endpoint answers again after %.1f s", now - self._outage_began)
+                    _logger.info("endpoint answers again after %.1f s", now - self._outage_began)
                     self._state = "closed"
                     self._queue.wake_all()
             elif permit.probe:
@@ -197,7 +197,7 @@ class CircuitBreaker:
         self._cooldown = self.policy.cooldown_s
         self._outage_began = now
         self._probe_at = now + self._cooldown
-        _logger.warning("judge endpoint failed %d times in a row (%s): pausing", self._failures, self._last_failure)
+        _logger.warning("endpoint failed %d times in a row (%s): pausing", self._failures, self._last_failure)
 
 
 class Permit:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rmcore._base.client.limits import RateLimits, Reservation, reset_after_s
 from rmcore._base.errors import InputError
-from rmcore.judge.client.limits import RateLimits, Reservation, reset_after_s
 
 W = 60.0
 

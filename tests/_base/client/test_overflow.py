@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore.judge.client.overflow import Overflow, model_context, read_overflow
+from rmcore._base.client.overflow import Overflow, model_context, read_overflow
 
 OPENAI = "This model's maximum context length is 8192 tokens. However, "
 FORMS = [

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from rmcore.judge.client.causes import ConnectionFailedError, connection_trouble
+from rmcore._base.client.causes import ConnectionFailedError, connection_trouble
 
 __all__ = ["Resolver"]
 

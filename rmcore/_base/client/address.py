@@ -1,4 +1,4 @@
-"""Where a judge's requests go: the base URL as people have it, what is posted to, and which header carries the key.
+"""Where requests go: the base URL as people have it, what is posted to, and which header carries the key.
 
 =======================================================  =======================================================
 given                                                    posted to
@@ -23,7 +23,6 @@ from rmcore._base.http import check_base_url
 __all__ = ["Address"]
 
 _logger = logging.getLogger(__name__)
-_ENDPOINT = "/chat/completions"
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com", ".azure-api.net")
 _DEPLOYMENT = re.compile(r"/openai/deployments/[^/]+$")
 _SECRET = re.compile(r"(?i)(^|[-_.])(api[-_]?key|key|code|token|secret|password|sig|signature|credentials?)$")
@@ -34,7 +33,7 @@ class Address:
     """One endpoint; make it with :meth:`of`.
 
     Attributes:
-        base_url: without query, trailing slash and ``/chat/completions``.
+        base_url: without query, trailing slash and endpoint.
         url: what is posted to.
         name: who is asked, for the store: ``base_url`` and the query but for ``api-version``, which names the form of
             requests and no judge.
@@ -49,8 +48,8 @@ class Address:
     key_header: str = "authorization"
 
     @classmethod
-    def of(cls, base_url: str) -> Address:
-        """Read a base URL.
+    def of(cls, base_url: str, endpoint: str = "/chat/completions") -> Address:
+        """Read a base URL, of whose paths ``endpoint`` is posted to.
 
         Raises:
             JudgeError: it is none; it holds credentials or a fragment, or something like a key in its query; or it
@@ -59,9 +58,9 @@ class Address:
         bare, question, query = base_url.partition("?") if isinstance(base_url, str) else (base_url, "", "")
         base, loopback = check_base_url(bare)
         fields = _query(query)
-        if base.endswith(_ENDPOINT):
-            base = base.removesuffix(_ENDPOINT).rstrip("/")
-            _logger.info("judge: %s taken off the end of the base URL, since requests go there anyway", _ENDPOINT)
+        if base.endswith(endpoint):
+            base = base.removesuffix(endpoint).rstrip("/")
+            _logger.info("%s taken off the end of the base URL, since requests go there anyway", endpoint)
         parts = urllib.parse.urlsplit(base)
         host = (parts.hostname or "").lower()
         deployment = _DEPLOYMENT.search(parts.path) is not None
@@ -73,7 +72,7 @@ class Address:
         lasting = urllib.parse.urlencode([(name, value) for name, value in fields if name != "api-version"])
         return cls(
             base_url=base,
-            url=base + _ENDPOINT + (question + query if fields else ""),
+            url=base + endpoint + (question + query if fields else ""),
             name=base + (f"?{lasting}" if lasting else ""),
             loopback=loopback,
             key_header="api-key" if deployment or host.endswith(_AZURE_HOSTS) else "authorization",

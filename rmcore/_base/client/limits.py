@@ -25,9 +25,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore.judge.client.queue import Waiter, WaitQueue
 
 __all__ = ["LimitsState", "RateLimits", "Reservation", "reset_after_s"]
 

@@ -1,0 +1,1 @@
+"""Requests to a server within limits: rates, concurrency, retries, a breaker, deadlines."""
