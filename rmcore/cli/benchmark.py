@@ -62,6 +62,7 @@ def benchmark(
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    deterministic: options.Deterministic = None,
     no_cache: options.NoCache = False,
     max_length: options.MaxLength = None,
     overlong: options.Overlong = None,
@@ -122,6 +123,7 @@ def benchmark(
                 device=device,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
+                deterministic=deterministic,
                 max_length=max_length,
                 overlong=overlong,
             )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rmcore.judge import VerdictStore
     from rmcore.judge.base import Judge
     from rmcore.judge.store.prices import PriceTable
+    from rmcore.model.backbone import Deterministic
     from rmcore.model.error_prior import ErrorPrior
     from rmcore.model.text import OverlongPolicy
     from rmcore.ops.dispatch import Backend
@@ -34,6 +35,7 @@ def make_engine(
     device: str | None,
     attn_implementation: str = "auto",
     trust_remote_code: bool = False,
+    deterministic: Deterministic | None = None,
     max_length: int | None = None,
     overlong: OverlongPolicy | None = None,
 ) -> tuple[RewardEngine, Callable[[], None]]:
@@ -55,6 +57,7 @@ def make_engine(
         device=device,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        deterministic=deterministic,
         max_length=max_length,
         overlong=overlong,
     )

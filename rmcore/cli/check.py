@@ -39,6 +39,7 @@ def check(
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    deterministic: options.Deterministic = None,
     max_length: options.MaxLength = None,
     overlong: options.Overlong = None,
 ) -> None:
@@ -64,6 +65,7 @@ def check(
             dtype=None if dtype is None else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            deterministic=deterministic,
             max_length=max_length,
             overlong=overlong,
         )

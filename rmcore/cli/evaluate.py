@@ -37,6 +37,7 @@ def evaluate(
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    deterministic: options.Deterministic = None,
     no_cache: options.NoCache = False,
     max_length: options.MaxLength = None,
     overlong: options.Overlong = None,
@@ -75,6 +76,7 @@ def evaluate(
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            deterministic=deterministic,
             max_length=max_length,
             overlong=overlong,
         )
@@ -98,7 +100,7 @@ def evaluate(
                     loaded.mode,
                     progress=encoding_progress(bar),
                 )
-        scored = scored_pairs(loaded.head, states, pairs, train=known)
+        scored = scored_pairs(loaded.head, states, pairs, train=known, apart=deterministic == "batch")
         report = evaluate_pairs(scored, replicates=replicates)
         risk = None
         if alpha is not None:

@@ -25,6 +25,12 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python files that come with the model: they can do all you can."),
 ]
+Deterministic = Annotated[
+    Literal["batch"] | None,
+    typer.Option(
+        help="batch: a score has the same bits whatever is scored with it; no batches, no shared prefixes, so slower."
+    ),
+]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep no encoded texts for later runs, and use none (folder: RMCORE_CACHE).")
 ]

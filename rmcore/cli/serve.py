@@ -63,6 +63,7 @@ def serve(
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    deterministic: options.Deterministic = None,
     max_length: options.MaxLength = None,
     overlong: options.Overlong = None,
 ) -> None:
@@ -110,6 +111,7 @@ def serve(
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            deterministic=deterministic,
             max_length=max_length,
             overlong=overlong,
         )

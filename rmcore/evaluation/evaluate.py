@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from rmcore.evaluation.statistics import (
     uplift_over_random,
 )
 from rmcore.evaluation.streams import StreamPair
+from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import Progress, encode_pair
@@ -132,16 +134,21 @@ def scored_pairs(
     *,
     train: Tensor | None = None,
     judge: Sequence[float] | None = None,
+    apart: bool = False,
 ) -> ScoredPairs:
-    """What a head says of labelled pairs, with the controls; arguments as of :func:`evaluate_head`."""
+    """What a head says of labelled pairs, with the controls; arguments as of :func:`evaluate_head`.
+
+    ``apart`` calls the head a pair at a time, so that no bit of a pair's score depends on the others.
+    """
     count = len(pairs)
     if head.config.mode == "difference":
         sizes = torch.full((count,), 2, dtype=torch.int64)
-        scores = head.score_pairs(states.hidden.flatten(0, 1), sizes, novelty=head.rows is not None)
+        score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
+        scores = score_pairs(states.hidden.flatten(0, 1), sizes, novelty=head.rows is not None)
         g, u = scores.logit.double(), scores.uncertainty.double()
         novelty = None if scores.novelty is None else scores.novelty.double()
     else:
-        rows = head.score(states.hidden.flatten(0, 1))
+        rows = (partial(rows_apart, head) if apart else head.score)(states.hidden.flatten(0, 1))
         table = PairTable.of_concat(rows, PairLayout([2] * count), "both", head.config.order_mean)
         u = table.uncertainty
         g, novelty = table.preference * u, None

@@ -435,6 +435,7 @@ class Backbone:
             tree_kinds=self._tree_kinds,
             files=self.files,
             published=self.published,
+            deterministic=self.deterministic,
         )
 
     @property

@@ -181,6 +181,7 @@ def _ways(model: RewardModel, texts: list[EncodedText], reference: Tensor) -> li
         note = f"{told.backend}: {shared.stats.computed_tokens} of {shared.stats.tokens} tokens computed"
     else:
         note = "; ".join(told.reasons.values()) if told.backend == "padded" else "these texts share too little"
+        note = "one text a pass" if backbone.deterministic == "batch" else note
         row = ParityRow(row.name)
     return [*rows, ParityRow(row.name, row.worst, row.text, note=note)]
 

@@ -168,6 +168,8 @@ def read_model(
                 raise
             attention = ("eager", f"this model does not support {attention[0]}")
             model, info = read(attn_implementation="eager")
+    if getattr(model.config, "return_dict", True) is False:
+        model.config.return_dict = True  # how its outputs are held, which a configuration of old may say
     for name, found, wanted in sorted(info.get("mismatched_keys", ())):
         raise CheckpointError(
             f"backbone: got {source.name!r} with {name} of shape {tuple(found)}, which its configuration wants "

@@ -19,6 +19,7 @@ from rmcore.head.config import PairMode
 from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.orders import Orders
 from rmcore.judge.store.database import Reuse
+from rmcore.model.backbone import Deterministic
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.remote import ServerKind
 from rmcore.model.text import OverlongPolicy
@@ -48,6 +49,10 @@ CHOICES = {
             "check",
             "select",
         )
+    },
+    **{
+        (name, "deterministic"): typing.get_args(Deterministic)
+        for name in ("score", "serve", "best-of", "filter", "evaluate", "benchmark", "check")
     },
     **{(name, "chat"): typing.get_args(BACKBONE["chat"]) for name in ("train", "upgrade")},
     **{(name, "dtype"): ("float32", "float16", "bfloat16", "int8") for name in ("train", "upgrade")},

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from rmcore.cli import app
 from rmcore.model import Backbone
+from rmcore.model.reward_model import RewardModel
 
 
 def call(*arguments: object):
@@ -74,3 +75,41 @@ def test_a_model_of_the_hub_is_scored_with(
     missing = call("score", "me/none", groups)
     assert missing.exit_code == 1
     assert "me/none" in missing.output
+
+
+def test_deterministic_scores_have_the_bits_of_scores_alone(
+    classifier_path: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    assert call("upgrade", classifier_path, preferences, "-o", model).exit_code == 0
+    texts = [["good", "bad and long " * 5], ["a good dog", "b", "the fox"], ["x", "y " * 9]]
+    rows = [json.dumps({"prompt": f"red {k}", "responses": group}) for k, group in enumerate(texts)]
+    groups = tmp_path / "groups.jsonl"
+
+    def scored(lines: list[str]) -> list[list[float]]:
+        groups.write_text("\n".join(lines))
+        result = call("score", model, groups, "--deterministic", "batch")
+        assert result.exit_code == 0, result.output
+        return [json.loads(line)["rewards"] for line in result.stdout.splitlines()]
+
+    together = scored(rows)
+    assert [scored([row])[0] for row in rows] == together
+    assert scored(rows[::-1]) == together[::-1]
+    seen: list[object] = []
+    load = RewardModel.from_pretrained.__func__
+
+    def watched(cls, *args, **options):
+        seen.append(options.get("deterministic"))
+        return load(cls, *args, **options)
+
+    monkeypatch.setattr(RewardModel, "from_pretrained", classmethod(watched))
+    for command in (
+        ("evaluate", model, preferences, "--replicates", 5),
+        ("check", model, preferences),
+        ("best-of", model, groups),
+    ):
+        result = call(*command, "--deterministic", "batch")
+        assert result.exit_code == 0, result.output
+    assert seen == ["batch"] * 3
+    assert "shared prefixes (one text a pass" in call("check", model, preferences, "--deterministic", "batch").output
+    assert call("score", model, groups, "--deterministic", "kernels").exit_code == 2

@@ -56,7 +56,8 @@ def detect(name: str, config: Mapping[str, Any], files: TensorFiles) -> Family |
         if any(fnmatchcase(a, pattern) for a in architectures for pattern in family.architectures):
             return family
     for family in special:
-        if family.tensors and all(tensor in files for tensor in family.tensors):
+        body = not family.model_types or config.get("model_type") in family.model_types
+        if family.tensors and body and all(tensor in files for tensor in family.tensors):
             return family
     if any(fnmatchcase(a, pattern) for a in architectures for pattern in CLASSIFIER.architectures):
         return _classifier(name, config)
@@ -104,6 +105,9 @@ def check_config(values: Mapping[str, Any], body: Any, family: Family) -> None:
 
     Raises CheckpointError, which names the key.
     """
+    for key, _, wanted in (item.partition("=") for item in family.keys):
+        if wanted and key in values and str(values[key]) != wanted:
+            raise CheckpointError(f"config.json: got {key!r}: {values[key]!r}, family {family.name!r} has {wanted!r}")
     known = {*_HARMLESS, *type(body)().to_dict(), *(getattr(body, "attribute_map", None) or {}), *family.read_keys}
     for key in values:
         words = set(key.lower().split("_"))

@@ -329,6 +329,9 @@ def _normaliser(spec: Head, reader: _Reader) -> tuple[float, float]:
         mean, var = config.get("mean"), config.get("var")
         stored = reader.optional("normalizer.mean", 1), reader.optional("normalizer.var", 1)
         reader.used.add("normalizer.count")
+        if (stored[0] is None) != (stored[1] is None):  # half a normaliser, and the configuration's may be another
+            lost = "mean" if stored[0] is None else "var"
+            raise CheckpointError(f"{reader.files.source}: got no tensor 'normalizer.{lost}' beside the other")
         if not config.get("do_normalize"):
             return 0.0, 1.0
         shift, variance = _scalar("mean", stored[0], mean), _scalar("var", stored[1], var)

@@ -252,6 +252,8 @@ FAMILIES: tuple[Family, ...] = (
         head=Head(Stack("regression_head", bias=False)),
         shown="linear",
         architectures=("EurusRewardModel",),
+        tensors=("regression_head.weight",),
+        model_types=("mistral",),
         chat_template=_turns("[INST] ", " [\\\\INST] ", ""),
     ),
     Family(
@@ -261,6 +263,7 @@ FAMILIES: tuple[Family, ...] = (
         shown="linear",
         architectures=("LlamaRewardModel",),
         tensors=("regression_head.weight",),
+        model_types=("llama",),
         chat_template=_turns("Human: ", "\\n\\nAssistant: ", "\\n\\n"),
     ),
     Family(
@@ -297,9 +300,7 @@ FAMILIES: tuple[Family, ...] = (
         models=("PKU-Alignment/beaver-7b-v1.0-reward",),
         head=Head(Stack("score_head", bias=Key("bias", False)), normaliser="beaver"),
         shown="linear; normaliser where `do_normalize`",
-        architectures=("*ForScore",),
-        keys=("score_type=reward",),
-        tensors=("score_head.weight",),
+        keys=("score_type=reward",),  # nothing else tells it from a cost, whose sign is the other one
         known=("score_dim", "bias", "do_normalize", "normalizer_type", "momentum", "mean", "var"),
         append=Append(),
         chat_template=_BEAVER,

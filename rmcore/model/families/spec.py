@@ -222,6 +222,7 @@ class Family:
         architectures: patterns of ``config.json``'s ``architectures`` that are this family's.
         keys: configuration keys that are this family's alone, or ``key=value``: one that is there decides.
         tensors: tensors (patterns) that decide where architecture and keys do not.
+        model_types: the bodies of which those tensors decide; empty for any.
         repositories: patterns of the model's own name, in lower case, where nothing in the files tells it from a
             language model.
         body: prefix of the body's tensors; models saved without it are read too.
@@ -251,6 +252,7 @@ class Family:
     architectures: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
     repositories: tuple[str, ...] = ()
     body: str = "model."
     files: tuple[tuple[str, str], ...] = ()

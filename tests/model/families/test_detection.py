@@ -14,7 +14,7 @@ from support.families import HIDDEN, LAYOUTS
 from typer.testing import CliRunner
 
 from rmcore import Backbone, Preference, RewardModel
-from rmcore._base.errors import CheckpointError, InputError
+from rmcore._base.errors import CheckpointError, InputError, NonFiniteError
 from rmcore.cli import app
 from rmcore.model.families.registry import FAMILIES, family_of
 from rmcore.model.families.table import markdown
@@ -239,3 +239,64 @@ def test_the_documentations_table_is_the_registrys():
 def test_names_are_of_one_family_each():
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     assert family_of("armorm").head is not None
+
+
+# -- what loads must be what it says ---------------------------------------------------------------------------------
+
+
+def test_who_has_no_architecture_is_told_by_the_body(tmp_path):
+    """Eurus' and UltraRM's heads have one name, and their texts are written differently."""
+    for name in ("eurus", "ultrarm"):
+        tiny = LAYOUTS[name].make()
+        del tiny.config["architectures"]
+        model = RewardModel.from_pretrained(tiny.write(tmp_path / name), device="cpu")
+        assert model.backbone.config.family == name
+        found = model.score("what is it?", ["a dog"]).scores.tolist()
+        assert found == pytest.approx([LAYOUTS[name].reference(tiny, "what is it?", "a dog")], abs=1e-5)
+
+
+def test_a_cost_is_never_taken_for_a_reward(tmp_path):
+    """Their files differ in one key, and their signs are opposite."""
+    tiny = LAYOUTS["beaver-cost"].make()
+    with pytest.raises(CheckpointError, match=r"'score_type': 'cost', family 'beaver' has 'reward'"):
+        RewardModel.from_pretrained(tiny.write(tmp_path / "cost"), device="cpu", family="beaver")
+    del tiny.config["score_type"]
+    folder = tiny.write(tmp_path / "neither")
+    with pytest.raises(CheckpointError, match=r"no family.*score_head\.weight.*family= names one"):
+        RewardModel.from_pretrained(folder, device="cpu")
+    named = RewardModel.from_pretrained(folder, device="cpu", family="beaver-cost").score("what is it?", ["a dog"])
+    wanted = LAYOUTS["beaver-cost"].reference(LAYOUTS["beaver-cost"].make(), "what is it?", "a dog")
+    assert named.scores.tolist() == pytest.approx([wanted], abs=1e-5)
+
+
+def test_half_a_normaliser_is_none(tmp_path):
+    tiny = LAYOUTS["beaver"].make()
+    del tiny.tensors["normalizer.var"]
+    with pytest.raises(CheckpointError, match=r"normalizer\.var"):
+        RewardModel.from_pretrained(tiny.write(tmp_path / "rm"), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["classifier", "inf-orm"])
+def test_how_outputs_are_held_is_no_matter(tmp_path, name):
+    layout = LAYOUTS[name]
+    model = RewardModel.from_pretrained(spoilt(name, tmp_path, return_dict=False), device="cpu")
+    found = model.score(CHAT, [["a dog"]])[0].scores.tolist()
+    assert found == pytest.approx([layout.reference(layout.make(), "what is it?", "a dog")], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_head_of_another_shape_or_with_nan_is_named(tmp_path, name):
+    """Whatever is wrong with its last tensor."""
+    layout = LAYOUTS[name]
+    tensor = sorted(layout.head)[-1] if layout.head else "lm_head.weight"
+    for change in (lambda t: torch.cat([t, t]).unsqueeze(0), lambda t: torch.full_like(t, torch.nan)):
+        tiny = layout.make()
+        held = tiny.tensors if tensor in tiny.tensors else next(iter(tiny.files.values()))
+        where = tensor if tensor in held else sorted(held)[-1]
+        if not held[where].is_floating_point():
+            held[where] = held[where].double()
+        held[where] = change(held[where])
+        with pytest.raises((CheckpointError, NonFiniteError)):
+            RewardModel.from_pretrained(tiny.write(tmp_path / layout.name), device="cpu").score(
+                CHAT if not layout.text else ["what is it?"], [["a dog", "a fox"]]
+            )
