@@ -9,6 +9,7 @@ disk by card, driver, versions and kernel sources, so a machine pays once. ``rmc
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -123,7 +124,7 @@ def _machine(index: int) -> str:
     versions: dict[str, Any] = {
         "card": torch.cuda.get_device_name(index),
         "capability": torch.cuda.get_device_capability(index),
-        "driver": torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
+        "driver": _driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "rmcore": __version__,
@@ -131,6 +132,16 @@ def _machine(index: int) -> str:
         "triton": _triton_version(),
     }
     return json.dumps(versions, sort_keys=True)
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version: torch has no public name for it, and no private one that its releases share."""
+    with suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").strip()
+    version = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA {version.value}"
 
 
 @functools.cache

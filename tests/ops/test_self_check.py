@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import stat
@@ -291,3 +292,18 @@ def test_wrong_pair_indices_are_safe_to_read_with_and_no_result_is_a_number(bad)
     task = AccumulateTask(hidden, labels, feature_map, zeros, torch.zeros(d, d), zeros.clone(), safe)
     total = torch_backend.accumulate(task)
     assert bool(total.isnan()) == bool(task.gradient.isnan().any()) == (bad is not None)
+
+
+def test_the_machine_is_known_without_private_names_of_torch(monkeypatch):
+    """torch 2.11 on a GPU lacks _cuda_getDriverVersion: on every unproven card the first call raised AttributeError."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
+    self_check._machine.cache_clear()
+    try:
+        known = json.loads(self_check._machine(0))
+    finally:
+        self_check._machine.cache_clear()
+    assert known["card"] == "a card"
+    assert isinstance(known["driver"], str)
+    assert known["driver"]
+    assert "_C." not in inspect.getsource(self_check)
