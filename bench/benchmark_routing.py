@@ -79,12 +79,10 @@ def run(data: Path, seed: int) -> tuple[BenchmarkReport, list[RoutingTable]]:
     name = "all-MiniLM-L6-v2, fitted on Auto-J"
     sources = ["LLMBar as RewardBench's Chat Hard"]
     report = benchmark_report(benchmark, answers, model=name, mode=model.mode, sources=sources, seed=seed)
-    said = recorded_verdicts(answers.pairs, judge)
+    said = recorded_verdicts(answers.pairs, judge, f"{JUDGE}, recorded, both orders")
     title = "LLMBar as RewardBench's Chat Hard"
     tables = [
-        routing_table(
-            benchmark, answers, said, judge=f"{JUDGE}, recorded, both orders", by=by, budgets=BUDGETS, seed=seed
-        )
+        routing_table(benchmark, answers, said, by=by, budgets=BUDGETS, prior=model.error_prior, seed=seed)
         for by in get_args(RouteBy)
     ]
     tables.append(routing_table(benchmark, answers, label_verdicts(answers.pairs), budgets=BUDGETS, seed=seed))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device
-from rmcore.cli.options import Judging
+from rmcore.cli.options import Asking, Judging
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
-    from rmcore.engine.routing import AdaptiveRouter, PairScore, RankBy, Router
+    from rmcore.engine.routing import AdaptiveRouter, Budget, PairScore, RankBy, Router
     from rmcore.judge import VerdictStore
     from rmcore.judge.base import Judge
     from rmcore.judge.store.prices import PriceTable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rmcore.model.text import OverlongPolicy
     from rmcore.ops.dispatch import Backend
 
-__all__ = ["close_engine", "make_engine"]
+__all__ = ["check_key", "close_engine", "make_budgets", "make_engine", "make_judge", "make_prices"]
 
 
 def make_engine(
@@ -48,7 +48,7 @@ def make_engine(
 
     adaptive = _adaptive_router(judging)
     router = _router(judging, adaptive)
-    judge = _judge(judging)
+    judge = make_judge(judging)
     _check_together(judging, judge, router)
     check_device(device)
     check_backend(model, backend, device)
@@ -94,9 +94,15 @@ def _check_together(judging: Judging, judge: Judge | None, router: Router) -> No
         reject("judge", "None", f"{asking}, for the pairs that {type(router).__name__} routes")
     if judge is not None and isinstance(router, NeverRoute):
         reject(asking, f"one without {routing}, so that the judge is never asked", "one of them, or no judge")
-    deadline, key = judging.judge_deadline, judging.judge_key_env
+    deadline = judging.judge_deadline
     if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
         reject("--judge-deadline", deadline, "seconds above 0")
+    check_key(judging)
+
+
+def check_key(judging: Asking) -> None:
+    """Raises InputError where the judge's key is to be in a variable that is not set."""
+    key = judging.judge_key_env
     if judging.judge_url is not None and key and not os.environ.get(key):
         reject(
             "--judge-key-env",
@@ -130,24 +136,19 @@ def _score(judging: Judging, prior: ErrorPrior | None) -> RankBy | PairScore:
 
 def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> AdaptiveRouter | None:
     """The router of --judge-fraction, its state not loaded yet, or None where that is not given."""
-    calls, tokens, cost, state = judging.max_calls, judging.max_tokens, judging.max_cost, judging.router_state
+    state = judging.router_state
     if judging.judge_fraction is None:
-        if (calls, tokens, cost, state) != (None, None, None, None):
+        if (judging.max_calls, judging.max_tokens, judging.max_cost, state) != (None, None, None, None):
             reject(
                 "--max-calls, --max-tokens, --max-cost, --router-state",
                 "without --judge-fraction",
                 "together with it",
             )
         return None
-    from rmcore.engine.routing import AdaptiveRouter, Budget
+    from rmcore.engine.routing import AdaptiveRouter
     from rmcore.engine.routing.state import read_state
 
-    orders = 1 if judging.judge_orders == "one" else 2
-    budgets = [] if calls is None else [Budget(calls, "calls", max_per_pair=orders)]
-    budgets += [] if tokens is None else [Budget(tokens, "tokens")]
-    if cost is not None:
-        budgets.append(Budget(cost, "cost", first_estimate=orders * _first_call_cost(judging)))
-    router = AdaptiveRouter(judging.judge_fraction, budgets, by=_score(judging, prior))
+    router = AdaptiveRouter(judging.judge_fraction, make_budgets(judging), by=_score(judging, prior))
     if state is not None and state.exists():
         read_state(state)  # what is no JSON is found before a model is loaded, the rest when the model's prior is known
         if _rank_by(judging) != "learned":
@@ -155,7 +156,19 @@ def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> Adapt
     return router
 
 
-def _first_call_cost(judging: Judging) -> float:
+def make_budgets(judging: Asking) -> list[Budget]:
+    """The limits of --max-calls, --max-tokens and --max-cost."""
+    from rmcore.engine.routing import Budget
+
+    orders = 1 if judging.judge_orders == "one" else 2
+    budgets = [] if judging.max_calls is None else [Budget(judging.max_calls, "calls", max_per_pair=orders)]
+    budgets += [] if judging.max_tokens is None else [Budget(judging.max_tokens, "tokens")]
+    if judging.max_cost is not None:
+        budgets.append(Budget(judging.max_cost, "cost", first_estimate=orders * _first_call_cost(judging)))
+    return budgets
+
+
+def _first_call_cost(judging: Asking) -> float:
     """What a call is taken to cost before one has been bought: a long prompt and a long answer."""
     prices, model = judging.prices, judging.judge_model
     if prices is None:
@@ -190,7 +203,7 @@ def _router(judging: Judging, adaptive: AdaptiveRouter | None, prior: ErrorPrior
     return BudgetRouter(fraction=judging.budget, by=cast("RankBy", by))
 
 
-def _judge(judging: Judging) -> Judge | None:
+def make_judge(judging: Asking) -> Judge | None:
     """The judge the options name, or None."""
     from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, RecordedJudge, RetryPolicy
 
@@ -223,12 +236,12 @@ def _judge(judging: Judging) -> Judge | None:
         max_tokens=judging.judge_max_tokens or None,
         context_tokens=judging.judge_context,
         store=_store(judging),
-        prices=_prices(judging),
+        prices=make_prices(judging),
         soft=judging.judge_soft,
     )
 
 
-def _store(judging: Judging) -> VerdictStore | Path | None:
+def _store(judging: Asking) -> VerdictStore | Path | None:
     """The store, by its path where nothing is special about it."""
     if judging.store is None or (judging.reuse == "replies" and not judging.ask_again):
         return judging.store
@@ -239,7 +252,7 @@ def _store(judging: Judging) -> VerdictStore | Path | None:
     return VerdictStore(judging.store, reuse=judging.ask_again or judging.reuse)
 
 
-def _prices(judging: Judging) -> PriceTable | None:
+def make_prices(judging: Asking) -> PriceTable | None:
     """The price table, if it has the judge's model: found out before calls are bought that it does not price."""
     if judging.prices is None:
         return None

@@ -92,10 +92,12 @@ def check_model_folder(path: Path, *, overwrite: bool, inputs: Iterable[str] = (
 
 
 class Kept:
-    """What is kept of a command that ends early: the states its backbone has encoded so far."""
+    """What is kept of a command that ends early: the states its backbone has encoded so far, and a judge's verdicts."""
 
     def __init__(self) -> None:
         self.backbone: Backbone | None = None
+        self.store: Path | None = None
+        """Of verdicts, where one is used."""
 
     def use(self, backbone: Backbone, *, cache: bool) -> None:
         """Take encoded states from the cache, and put them there, unless ``cache`` is off."""
@@ -109,9 +111,11 @@ class Kept:
             return "nothing was done yet"
         cache = self.backbone.state_cache
         known = 0 if cache is None else cache.written + self.backbone.stats.cached
+        verdicts = "" if self.store is None else f"verdicts are kept in {self.store}"
         if cache is None or not known:
-            return "nothing is kept"
-        return f"{known} encoded texts are kept in {cache.path}: the same command goes on from there"
+            return verdicts or "nothing is kept"
+        verdicts = f", and {verdicts}" if verdicts else ""
+        return f"{known} encoded texts are kept in {cache.path}{verdicts}: the same command goes on from there"
 
 
 def save_or_say(out: Path, save: Callable[[Path], None], kept: Kept) -> None:

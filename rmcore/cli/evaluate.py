@@ -13,12 +13,15 @@ from rmcore._base.files import write_atomic
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import encoding_progress, notes, print_markdown, progress_bar, reported_errors
+from rmcore.cli.load_model import load_model
 from rmcore.cli.output import check_file
 
 __all__ = ["evaluate"]
 
 
+@options.with_options
 def evaluate(
+    *,
     model: options.Model,
     preferences: Annotated[str, typer.Argument(help="Held-out preferences: a file, - or hf://org/name:split.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and a plot.")] = None,
@@ -34,13 +37,8 @@ def evaluate(
     ] = "fixed-sequence",
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
-    device: options.Device = None,
-    attn_implementation: options.AttnImplementation = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: options.Loading,
     deterministic: options.Deterministic = None,
-    no_cache: options.NoCache = False,
-    max_length: options.MaxLength = None,
-    overlong: options.Overlong = None,
 ) -> None:
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls.
 
@@ -55,14 +53,14 @@ def evaluate(
         from rmcore.evaluation.streams import StreamPair
         from rmcore.evaluation.subsets import accuracy_by_subset, subsets_to_markdown
         from rmcore.model.data import parse_columns, read_preference_rows, read_preferences
-        from rmcore.model.reward_model import RewardModel, encode_preferences
+        from rmcore.model.reward_model import encode_preferences
 
         if replicates < 1:
             reject("--replicates", replicates, "at least 1")
         if alpha is not None:
             check_risk(alpha, delta, risk_method)
         check_folder(out, "--out")
-        check_device(device)
+        check_device(loading.device)
         files = [] if out is None else [out / "report.json", out / "report.png"]
         for file in files:
             check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False)
@@ -71,16 +69,7 @@ def evaluate(
         items = [(pair, row) for row in rows for pair in row.pairs]
         if not items:
             reject("preferences", "no lines", "at least one")
-        loaded = RewardModel.from_pretrained(
-            model,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            deterministic=deterministic,
-            max_length=max_length,
-            overlong=overlong,
-        )
-        kept.use(loaded.backbone, cache=not no_cache)
+        loaded = load_model(model, loading, kept, deterministic=deterministic)
         soft = sum(0.5 < pair.label < 1 for pair, _ in items)
         if soft:
             notes.print(

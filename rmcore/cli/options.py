@@ -56,9 +56,11 @@ BudgetFraction = Annotated[float | None, typer.Option(help="Route this fraction 
 JudgeFraction = Annotated[
     float | None, typer.Option(help="Route this fraction of all pairs by a threshold that follows their scores.")
 ]
-MaxCalls = Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge calls.")]
-MaxTokens = Annotated[int | None, typer.Option(help="With --judge-fraction: never more judge tokens.")]
-MaxCost = Annotated[float | None, typer.Option(help="With --judge-fraction and --prices: never more money.")]
+MaxCalls = Annotated[int | None, typer.Option(help="Never more judge calls; rmcore score: with --judge-fraction.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Never more judge tokens; rmcore score: with --judge-fraction.")]
+MaxCost = Annotated[
+    float | None, typer.Option(help="With --prices: never more money; rmcore score: with --judge-fraction.")
+]
 RouterState = Annotated[
     Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
 ]
@@ -106,17 +108,24 @@ Verdicts = Annotated[Path | None, typer.Option(help="Replay recorded verdicts (J
 
 
 @dataclass(frozen=True)
-class Judging:
-    """The options of every command that may ask a judge; :func:`with_options` gives them to a command."""
+class Loading:
+    """The options of every command that loads a model and keeps what it encodes."""
 
-    threshold: Threshold = None
-    budget: BudgetFraction = None
-    judge_fraction: JudgeFraction = None
+    device: Device = None
+    attn_implementation: AttnImplementation = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    no_cache: NoCache = False
+    max_length: MaxLength = None
+    overlong: Overlong = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The options of every command that may ask a judge: which, how, and what it may cost."""
+
     max_calls: MaxCalls = None
     max_tokens: MaxTokens = None
     max_cost: MaxCost = None
-    router_state: RouterState = None
-    rank_by: RankBy = None
     judge_url: JudgeUrl = None
     judge_model: JudgeModel = ""
     judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY"
@@ -129,12 +138,23 @@ class Judging:
     judge_concurrency: JudgeConcurrency = 16
     judge_retries: JudgeRetries = 4
     judge_max_reply: JudgeMaxReply = 4 << 20
-    judge_deadline: JudgeDeadline = None
     store: Store = None
     reuse: Reuse = "replies"
     ask_again: AskAgain = None
     prices: Prices = None
     verdicts: Verdicts = None
+
+
+@dataclass(frozen=True)
+class Judging(Asking):
+    """The options of every command that routes pairs to a judge; :func:`with_options` gives them to a command."""
+
+    threshold: Threshold = None
+    budget: BudgetFraction = None
+    judge_fraction: JudgeFraction = None
+    router_state: RouterState = None
+    rank_by: RankBy = None
+    judge_deadline: JudgeDeadline = None
 
 
 class ManyColumns(TyperCommand):
@@ -154,7 +174,8 @@ class ManyColumns(TyperCommand):
 
 
 def with_options(command: Callable[..., T]) -> Callable[..., T]:
-    """A command for typer in which each parameter of a dataclass type (:class:`Judging`) is spread into its fields.
+    """A command for typer in which each parameter of a dataclass type (:class:`Judging`, :class:`Loading`) is spread
+    into its fields.
 
     typer knows single options only; this way a group of them is written down once.
     """

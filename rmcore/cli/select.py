@@ -10,12 +10,15 @@ from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.cli.load_model import load_model
 from rmcore.cli.output import check_file, opened_output
 
 __all__ = ["select"]
 
 
+@options.with_options
 def select(
+    *,
     model: options.Model,
     groups: Annotated[
         str, typer.Argument(help="Prompts with two responses or more: a file, - or hf://org/name:split.")
@@ -30,12 +33,7 @@ def select(
     out: Annotated[str, typer.Option("--out", "-o", help="File for the pairs, one JSON line each; - is stdout.")] = "-",
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
-    device: options.Device = None,
-    attn_implementation: options.AttnImplementation = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    no_cache: options.NoCache = False,
-    max_length: options.MaxLength = None,
-    overlong: options.Overlong = None,
+    loading: options.Loading,
 ) -> None:
     """Choose the pairs that a label would teach the head most about, best first: for people, or for a judge.
 
@@ -48,28 +46,19 @@ def select(
     with reported_errors(kept):
         from rmcore.engine.acquisition import pair_pool, select_pairs
         from rmcore.model.data import parse_columns, read_groups
-        from rmcore.model.reward_model import RewardModel
         from rmcore.model.signal import PairSignal, fill_unread, pair_signals
         from rmcore.ops.pair_layout import PairLayout
 
-        check_device(device)
+        check_device(loading.device)
         check_file(out, inputs=[groups], overwrite=overwrite)
         items = list(read_groups(groups, parse_columns(columns or [])))
         if not any(len(group.responses) > 1 for group in items):
             reject("groups", f"{len(items)} prompts, none with two responses", "at least one pair")
-        loaded = RewardModel.from_pretrained(
-            model,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            max_length=max_length,
-            overlong=overlong,
-        )
+        loaded = load_model(model, loading, kept)
         if loaded.mode != "difference":
             reject(
                 "model", f"a head in {loaded.mode} mode", "one in difference mode, whose posterior is over responses"
             )
-        kept.use(loaded.backbone, cache=not no_cache)
         encoded = loaded.encode_groups([g.prompt for g in items], [g.responses for g in items])
         with progress_bar() as bar:
             hidden = fill_unread(loaded.hidden_rows(encoded, progress=encoding_progress(bar)), encoded)

@@ -118,6 +118,11 @@ class RecordedJudge:
         back = self._recorded(pair_key(prompt, second, first))
         return Verdict.none("no_record") if back is None else exchanged(back)
 
+    def orders_recorded(self, prompt: Prompt, first: Response, second: Response) -> int:
+        """In how many of the two orders there is a verdict on the pair: 0, 1 or 2."""
+        keys = (pair_key(prompt, first, second), pair_key(prompt, second, first))
+        return sum(self._verdicts.get(key) is not None for key in keys)
+
     def verdict(self, pair: Pair) -> Verdict:
         """The answer for one pair, as :meth:`judge` gives it."""
         try:

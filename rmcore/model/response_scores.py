@@ -36,6 +36,9 @@ class ResponseScores:
             itself included, of M_ij − M_ji, which is twice that of ``logit``.
         attributes: of a published reward model that scores several (ArmoRM, QRM, URM, LDL): their means, weights and
             distributions, hence the variance that the model itself sees in its answers. None for all others.
+        position_bias: concat mode with both orders: (K, K) symmetric, logits, what is added to the preference for
+            whichever response is shown first, (p_ij + p_ji)/2: the two orders contradict each other where it is larger
+            than the preference. NaN where there is none. None in difference mode, and for one order.
     """
 
     preference: Tensor
@@ -44,6 +47,7 @@ class ResponseScores:
     variance: Tensor
     scores: Tensor | None = None
     attributes: AttributeScores | None = None
+    position_bias: Tensor | None = None
 
     @property
     def rewards(self) -> Tensor:
@@ -119,6 +123,7 @@ def pair_squares(
     g, v = g.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
     u = reference.uncertainty(v, amplitude)
     p = reference.preference(g, u)
+    bias = p.mean(0) if ordered else None
     g, p = (reference.mean_of_orders(x[0], x[1], mean) if ordered else x[0] for x in (g, p))
     v, u = (x.mean(0) for x in (v, u))
     inputs = [text for group in encoded for text in group]
@@ -131,6 +136,7 @@ def pair_squares(
     parts: list[AttributeScores | None] = [None] * len(encoded)
     if attributes is not None:
         parts[:] = attributes.split([len(group) for group in encoded])
+    bias = None if bias is None else bias.masked_fill(silent, torch.nan)
     result: dict[int, ResponseScores] = {}
     for block in layout.blocks:
         columns = [
@@ -139,9 +145,10 @@ def pair_squares(
             squares(g, block, sign=-1),
             squares(v, block, sign=1),
         ]
-        for group, p_of, u_of, g_of, v_of in zip(block.groups.tolist(), *columns, strict=True):
+        biases = [None] * len(block.groups) if bias is None else squares(bias, block, sign=1)
+        for group, p_of, u_of, g_of, v_of, b_of in zip(block.groups.tolist(), *columns, biases, strict=True):
             alone = 2 * g_of.mean(1) if ranked else own[group]
-            result[group] = ResponseScores(p_of, u_of, g_of, v_of, alone, parts[group])
+            result[group] = ResponseScores(p_of, u_of, g_of, v_of, alone, parts[group], b_of)
     return [result[group] for group in range(len(responses))]
 
 

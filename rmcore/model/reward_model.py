@@ -33,6 +33,7 @@ from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
+from rmcore.model.attribute_scores import AttributeScores
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.error_prior import ErrorPrior, fit_error_prior, read_error_prior, write_error_prior
@@ -255,26 +256,43 @@ class RewardModel:
             reject("orders", repr(orders), "'both' or 'one'")
         given: Any = responses
         prompts, groups = canonical_groups(prompts, given)
-        sizes = [len(group) for group in groups]
         limit = self.backbone.text_limit(max_length, overlong)
         encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
         texts = [text for group in encoded for text in group]
         hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
         hidden = fill_unread(hidden, encoded)
-        pairs: PairScores | Scores
-        apart = self.deterministic == "batch"
-        if self.mode == "difference":
-            counts = torch.tensor(sizes)
-            score_pairs = partial(pairs_apart, self.head) if apart else self.head.score_pairs
-            pairs = score_pairs(hidden, counts, backend=backend)
-        else:
-            score = partial(rows_apart, self.head) if apart else self.head.score
-            pairs = score(hidden, backend=backend)
+        return self.scores_of(hidden, encoded, groups, orders=orders, backend=backend, attributes=attributes)
+
+    def scores_of(
+        self,
+        hidden: Tensor,
+        encoded: Sequence[Sequence[EncodedText]],
+        responses: Sequence[Sequence[Response]],
+        *,
+        orders: Literal["both", "one"] = "both",
+        backend: Backend = "auto",
+        pairs: tuple[Tensor, Tensor] | None = None,
+        attributes: AttributeScores | None = None,
+    ) -> list[ResponseScores]:
+        """:meth:`score` of groups whose hidden rows are at hand.
+
+        Args:
+            hidden: (R, h) rows of ``encoded``, finite also where a text was left unread.
+            encoded: what :meth:`encode_groups` gave for them and ``orders``.
+            responses: the groups' responses.
+            orders: as in :meth:`score`.
+            backend: of the head's kernels.
+            pairs: g and v (Q,) of another estimator of uncertainty on the same rows, in the order in which the head
+                gives them: pairs i < j in difference mode, a value a row in concat mode. None: the head's own.
+            attributes: of a published reward model that scores several, for all rows.
+        """
+        sizes = torch.tensor([len(group) for group in responses])
+        if pairs is None:
+            pairs = self.head_pairs(hidden, sizes, backend=backend)
         scores = self.row_scores(hidden) if self.mode == "difference" else None
         return pair_squares(
-            pairs.logit,
-            pairs.variance,
-            groups,
+            *pairs,
+            responses,
             self.head.weights.amplitude,
             encoded,
             self.mode,
@@ -284,6 +302,17 @@ class RewardModel:
             ranked=self.backbone.ranked and orders == "both",
             attributes=attributes,
         )
+
+    def head_pairs(self, hidden: Tensor, sizes: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+        """The head's g and v (Q,): of all pairs i < j of groups of ``sizes`` rows, or in concat mode of each row."""
+        apart = self.deterministic == "batch"
+        if self.mode == "difference":
+            score_pairs = partial(pairs_apart, self.head) if apart else self.head.score_pairs
+            pairs: PairScores | Scores = score_pairs(hidden, sizes, backend=backend)
+        else:
+            score = partial(rows_apart, self.head) if apart else self.head.score
+            pairs = score(hidden, backend=backend)
+        return pairs.logit, pairs.variance
 
     def row_scores(self, hidden: Tensor) -> Tensor:
         """(R,) float64: β·φ + β₀ of each row. Without random features φ is the row, and nothing is rounded."""

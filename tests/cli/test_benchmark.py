@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.benchmarks import ROWS, rewardbench2, written
+from support.warm import MODEL, WarmPython
 from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
+from rmcore.judge import Fault, RecordedJudge, ReplayServer, Verdict, pair_key
 
 runner = CliRunner()
 
@@ -139,5 +145,64 @@ def test_several_models_in_one_table(models: dict[str, Path], tmp_path: Path) ->
     for more, told in ((("--budgets", 0.1), "one, for a routing table"), ((), "each model once")):
         twice = models["concat"] if more else models["difference"]
         refused = call("benchmark", models["difference"], twice, "judgebench", "--data", data, *more)
+        assert refused.exit_code == 2
+        assert told in refused.stderr
+
+
+RUN = "import sys\nfrom rmcore.cli import app\napp(sys.argv[1:])\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_run_with_a_live_judge_goes_on_and_buys_nothing_twice(
+    models: dict[str, Path], tmp_path: Path, warm_python: WarmPython
+) -> None:
+    base = ROWS["judgebench"]()[0]
+    rows = [base | {"question": f"red tree {k}", "pair_id": str(k)} for k in range(40)]
+    data = written(tmp_path, rows, "jsonl")
+    asked: list[str] = []
+
+    class Judge(RecordedJudge):
+        def lookup(self, prompt: Any, first: Any, second: Any) -> Verdict:
+            asked.append(pair_key(prompt, first, second))
+            return Verdict.of("win" if str(first).startswith("good") else "loss")
+
+    with ReplayServer(Judge({}), latency_s=0.01) as server:
+        arguments = [
+            *("benchmark", models["difference"], "judgebench", "--data", data, "--replicates", 0),
+            *("--budgets", "0.3", "--every-pair", "--store", tmp_path / "v.db", "-o", tmp_path / "out"),
+            *("--judge-url", server.base_url, "--judge-model", "m", "--judge-key-env", "", "--judge-concurrency", 4),
+        ]
+        child = warm_python.start(RUN, *map(str, arguments), modules=MODEL)
+        while len(asked) < 24:
+            assert child.poll() is None, child.stderr.read() if child.stderr else ""
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        time.sleep(0.1)  # what was on its way is answered
+        result = call(*arguments)
+        assert result.exit_code == 0, result.stderr
+    again = Counter(asked)
+    assert len(again) == 80
+    assert sum(again.values()) - 80 <= 4, "only what was on its way when it was killed"
+    assert "answers from the store" in result.stderr
+    table = json.loads((tmp_path / "out" / "routing.json").read_text())
+    assert [row["spent"]["calls"] for row in table["rows"]] == [0, 24, 80], "what was bought before the kill counts"
+    assert table["rows"][-1]["scores"][0]["routed"] == 1.0
+
+
+def test_a_live_judge_that_says_nothing_ends_the_command(models: dict[str, Path], tmp_path: Path) -> None:
+    data = written(tmp_path, ROWS["judgebench"](), "jsonl")
+    common = ("benchmark", models["difference"], "judgebench", "--data", data, "--replicates", 0)
+    with ReplayServer({}, faults=lambda _: Fault(500)) as server:
+        judge = ("--judge-url", server.base_url, "--judge-model", "m", "--judge-key-env", "", "--judge-retries", 0)
+        result = call(*common, *judge, "--every-pair")
+    assert result.exit_code == 1
+    assert "no verdict on any of the 2 pairs" in result.stderr
+    for more, told in (
+        (("--max-calls", 3), "--max-calls, --max-tokens, --max-cost: got without --judge-url"),
+        (("--store", tmp_path / "v.db"), "--store, --prices: got without --judge-url"),
+        (("--judge-url", "http://127.0.0.1:9/v1"), "--judge-model: got nothing"),
+    ):
+        refused = call("benchmark", "no model", "judgebench", "--data", data, *more)
         assert refused.exit_code == 2
         assert told in refused.stderr

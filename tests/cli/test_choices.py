@@ -29,6 +29,7 @@ from rmcore.ops.weights import SERVING_DTYPES
 
 BACKBONE = typing.get_type_hints(BackboneConfig)
 REUSE_WORDS = typing.get_args(Reuse)[0]  # besides sets of reasons, which are --ask-again
+ASKING = ("score", "serve", "best-of", "filter", "benchmark")  # commands that may ask a judge
 CHOICES = {
     ("train", "mode"): typing.get_args(PairMode),
     ("train", "pooling"): tuple(
@@ -61,8 +62,8 @@ CHOICES = {
         (name, "rank_by"): (LearnedScore.name, *typing.get_args(RankBy))
         for name in ("score", "serve", "best-of", "filter")
     },
-    **{(name, "judge_orders"): typing.get_args(Orders) for name in ("score", "serve", "best-of", "filter")},
-    **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ("score", "serve", "best-of", "filter")},
+    **{(name, "judge_orders"): typing.get_args(Orders) for name in ASKING},
+    **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ASKING},
     ("evaluate", "risk_method"): typing.get_args(RiskMethod),
     ("select", "by"): typing.get_args(Acquisition),
     ("check", "dtype"): ("float32", "float16", "bfloat16"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from rmcore._base.errors import InputError
 from rmcore.cli import app
-from rmcore.cli.build_engine import _judge
+from rmcore.cli.build_engine import make_judge
 from rmcore.cli.console import judge_progress
 from rmcore.cli.options import Judging
 from rmcore.judge import Fault, RecordedJudge, ReplayServer, VerdictStore
@@ -43,37 +43,37 @@ def judging(**given) -> Judging:
 
 
 def test_options_reach_the_client_and_the_request():
-    judge = _judge(
+    judge = make_judge(
         judging(judge_timeout=3.0, judge_concurrency=5, judge_retries=0, judge_max_reply=99, judge_max_tokens=7)
     )
     options = judge.client.options
     assert (options.timeout_s, options.concurrency, options.retry.max_attempts) == (3.0, 5, 1)
     assert options.max_reply_bytes == 99
     assert judge._parameters == {"max_tokens": 7}
-    assert _judge(judging(judge_max_tokens=0))._parameters == {}
-    assert _judge(judging(judge_context=4096)).context.limit == 4096
-    assert _judge(judging())._parameters == {"max_tokens": 2048}
+    assert make_judge(judging(judge_max_tokens=0))._parameters == {}
+    assert make_judge(judging(judge_context=4096)).context.limit == 4096
+    assert make_judge(judging())._parameters == {"max_tokens": 2048}
 
 
 def test_reuse_reaches_the_store(tmp_path):
     path = tmp_path / "v.db"
-    assert _judge(judging(store=path)).store.reuse == "replies"
-    assert _judge(judging(store=path, reuse="verdicts")).store.reuse == "verdicts"
-    again = _judge(judging(store=path, ask_again=["length", "unparsable"])).store
+    assert make_judge(judging(store=path)).store.reuse == "replies"
+    assert make_judge(judging(store=path, reuse="verdicts")).store.reuse == "verdicts"
+    again = make_judge(judging(store=path, ask_again=["length", "unparsable"])).store
     assert again.reuse == {"length", "unparsable"}
     for given, says in (
         ({"ask_again": ["length"]}, "--store"),
         ({"reuse": "verdicts", "ask_again": ["length"], "store": path}, "--ask-again"),
     ):
         with pytest.raises(InputError, match=says):
-            _judge(judging(**given))
+            make_judge(judging(**given))
 
 
 def test_a_price_table_without_the_model_is_noticed_before_the_run(tmp_path):
     prices = tmp_path / "prices.json"
     prices.write_text(json.dumps({"models": {"other": {"prompt": 1, "completion": 1}}}))
     with pytest.raises(InputError, match=r"no price for .m..*it has other"):
-        _judge(judging(prices=prices))
+        make_judge(judging(prices=prices))
 
 
 def scored(model, server, stdin, *more):

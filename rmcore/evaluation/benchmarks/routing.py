@@ -3,67 +3,52 @@
 For each threshold on a pair's score, or each budget of calls: the benchmark's own scores where the judge decides the
 pairs routed, the same where as many pairs are drawn at random, and the difference with an interval that resamples
 prompts. A call is a pair put to the judge; where it gives no verdict the model's answer stands.
+
+A judge that is live is asked about the pairs that some line of the table needs: those routed, and as many drawn at
+random. Where all verdicts are known, random routing is the mean of many draws; otherwise it is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from rmcore._base.errors import reject
-from rmcore.evaluation.benchmarks.item import Benchmark, CountedPairs, Matrix, Score
-from rmcore.evaluation.benchmarks.routing_table import RoutedScore, RoutingRow, RoutingTable
+from rmcore.evaluation.benchmarks.choice import BUDGETS, Choice, RouteBy, Rows, check_cuts, choose
+from rmcore.evaluation.benchmarks.item import Benchmark, Matrix, Score
+from rmcore.evaluation.benchmarks.routing_table import RoutedScore, RoutingRow, RoutingTable, Spent
 from rmcore.evaluation.benchmarks.scoring import Answers, bounds_of
-from rmcore.evaluation.statistics import average_ranks
-from rmcore.judge.base import Pair
-from rmcore.judge.recorded import RecordedJudge
+from rmcore.evaluation.benchmarks.verdicts import LABEL, Mask, Verdicts, label_verdicts, recorded_verdicts
+from rmcore.model.error_prior import ErrorPrior
 
-__all__ = ["BUDGETS", "LABEL", "RouteBy", "check_cuts", "label_verdicts", "recorded_verdicts", "routing_table"]
+__all__ = [
+    "BUDGETS",
+    "LABEL",
+    "Draw",
+    "RouteBy",
+    "check_cuts",
+    "label_verdicts",
+    "random_order",
+    "recorded_verdicts",
+    "routed_mask",
+    "routing_table",
+]
 
-RouteBy: TypeAlias = Literal["u", "margin", "rank_sum"]
-BUDGETS = (0.02, 0.10, 0.25, 0.45)
-LABEL = "the label (an upper bound: a judge that is always right)"
 DRAWS = 200  # of random routing: its mean is then known to a few hundredths of a point
-
-
-def check_cuts(budgets: Sequence[float], thresholds: Sequence[float]) -> None:
-    """Raise InputError for a budget that is no share, or a threshold that is no number."""
-    for budget in budgets:
-        if not 0 <= budget <= 1:
-            reject("budgets", budget, "shares of the pairs, in [0, 1]")
-    for threshold in thresholds:
-        if not np.isfinite(threshold):
-            reject("thresholds", threshold, "finite numbers")
-
-
-def label_verdicts(pairs: CountedPairs) -> Matrix:
-    """(P,) of a judge that always agrees with the label: no judge can do better."""
-    return np.ones(len(pairs))
-
-
-def recorded_verdicts(pairs: CountedPairs, judge: RecordedJudge) -> Matrix:
-    """(P,) the recorded preference for the better response in [−1, 1], both orders put together; NaN where none is."""
-    found = []
-    for item in pairs.items:
-        for better, worse in item.pairs:
-            said = judge.verdict(Pair(item.prompt, item.responses[better], item.responses[worse])).preference
-            found.append(np.nan if said is None else said)
-    return np.array(found, dtype=np.float64)
 
 
 def routing_table(
     benchmark: Benchmark,
     answers: Answers,
-    verdicts: Matrix,
+    verdicts: Verdicts,
     *,
-    judge: str = LABEL,
     by: RouteBy = "u",
     budgets: Sequence[float] = BUDGETS,
     thresholds: Sequence[float] = (),
+    every: bool = False,
+    prior: ErrorPrior | None = None,
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -73,94 +58,142 @@ def routing_table(
     Args:
         benchmark: whose scores.
         answers: the model's.
-        verdicts: (P,) the judge's preference for each pair's better response: positive is right, NaN no verdict.
-        judge: what it is called.
-        by: what makes a pair worth a call, highest first: u, −|margin|, or the sum of their ranks. Equal ones are taken
-            in a seeded random order.
+        verdicts: the judge's, on the same pairs; a live judge is asked for what the table needs.
+        by: what makes a pair worth a call, highest first (:data:`.choice.RouteBy`). Equal ones are taken in a seeded
+            random order.
         budgets: shares of pairs, in [0, 1].
         thresholds: pairs with a score above this are routed.
+        every: ask a live judge about every pair, for a last line with all of them.
+        prior: of the model, for ``by="learned"``.
         replicates: bootstrap replicates, clustered by prompt.
         level: of the intervals.
         seed: of the bootstrap, and of what is drawn at random.
 
     Raises:
-        InputError: a budget or threshold that is none, or verdicts of another length.
+        InputError: a budget or threshold that is none, verdicts of another length, or a score that the model does not
+            know.
     """
     check_cuts(budgets, thresholds)
     count = len(answers.pairs)
     if len(verdicts) != count:
         reject("verdicts", f"{len(verdicts)}", f"{count}, one a pair")
-    score = _route_score(answers, by)
-    order = np.lexsort((np.random.default_rng(seed).permutation(count), -score))
-    cuts = [(f"{100 * budget:g}%", round(budget * count)) for budget in budgets]
-    cuts += [(f"{by} > {threshold:g}", int((score > threshold).sum())) for threshold in thresholds]
-    draw = _Draw(benchmark, answers, verdicts, seed)
-    rows = []
-    for name, calls in [("no judge", 0), *cuts, ("every pair", count)]:
-        routed = np.zeros(count, dtype=bool)
-        routed[order[:calls]] = True
-        lines = _scores(draw, routed, replicates, level, seed)
-        threshold = float(score[order[calls - 1]]) if calls else float("inf")
-        failed = int(np.isnan(verdicts[routed]).sum())
-        rows.append(RoutingRow(name, threshold, calls, calls / count, failed, lines))
+    chosen = choose(answers, verdicts, by, budgets=budgets, thresholds=thresholds, prior=prior, seed=seed)
+    nothing = np.zeros(0, dtype=np.intp)
+    chosen = [Choice("no judge", nothing, float("inf")), *chosen]
+    for choice in chosen:
+        verdicts.ask(choice.rows)
+    at_random = random_order(count, seed)
+    if not verdicts.complete:
+        verdicts.ask(at_random[: max(len(choice.rows) for choice in chosen)])
+    if every:
+        verdicts.ask(np.arange(count))
+    if verdicts.complete:
+        chosen.append(Choice("every pair", np.arange(count), float("-inf")))
+    draw = Draw(benchmark, answers, verdicts, seed)
+    rows, lost = [], []
+    for choice in chosen:
+        if not verdicts.asked[choice.rows].all() or not verdicts.asked[at_random[: len(choice.rows)]].all():
+            lost.append(choice.name)
+            continue
+        routed = routed_mask(choice.rows, count)
+        rows.append(
+            RoutingRow(
+                choice.name,
+                choice.threshold,
+                len(choice.rows),
+                len(choice.rows) / count,
+                int(np.isnan(verdicts.preference[routed]).sum()),
+                _scores(draw, routed, replicates, level, seed),
+                Spent.of(verdicts, routed),
+            )
+        )
     return RoutingTable(
         benchmark=benchmark.name,
         title=benchmark.title,
-        judge=judge,
+        judge=verdicts.name,
         by=by,
         pairs=count,
         rows=tuple(rows),
         level=level,
         replicates=replicates,
         seed=seed,
+        notes=_notes(verdicts, lost),
+        currency=verdicts.currency,
     )
 
 
+def random_order(count: int, seed: int) -> Rows:
+    """The order in which one draw of random routing takes pairs; every budget takes its beginning."""
+    return np.random.default_rng([seed, 1]).permutation(count)
+
+
+def routed_mask(rows: Rows, count: int) -> Mask:
+    """(P,) bool of row numbers."""
+    mask = np.zeros(count, dtype=bool)
+    mask[rows] = True
+    return mask
+
+
+def _notes(verdicts: Verdicts, lost: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if not verdicts.complete:
+        notes.append(f"The judge was asked about {int(verdicts.asked.sum())} of {len(verdicts)} pairs, so random "
+                     "routing is a single draw")  # fmt: skip
+    if lost:
+        notes.append(f"{', '.join(lost)} left out, as {verdicts.ended or 'not all its pairs were asked'}")
+    flips, both = verdicts.flips
+    if both:
+        notes.append(f"The judge contradicts itself when the order is exchanged in {flips} of {both} pairs "
+                     f"({100 * flips / both:.1f}%)")  # fmt: skip
+    return tuple(notes)
+
+
 @dataclass(frozen=True)
-class _Draw:
+class Draw:
     """The credit that a choice of pairs to judge gives."""
 
     benchmark: Benchmark
     answers: Answers
-    verdicts: Matrix
+    verdicts: Verdicts
     seed: int
 
-    def credit(self, routed: npt.NDArray[np.bool_]) -> Matrix:
-        decided = routed & ~np.isnan(self.verdicts)
-        return self.benchmark.credit(self.answers.pairs, np.where(decided, self.verdicts, self.answers.margin))
+    def credit(self, routed: Mask) -> Matrix:
+        """(N, C) where the judge decides the pairs routed."""
+        said = self.verdicts.preference
+        decided = routed & ~np.isnan(said)
+        return self.benchmark.credit(self.answers.pairs, np.where(decided, said, self.answers.margin))
 
     def random_credit(self, calls: int) -> Matrix:
         """Mean credit of as many calls drawn at random; scores are linear in credit, so this gives their mean."""
         count = len(self.answers.pairs)
-        rng = np.random.default_rng(self.seed)
         if calls in (0, count):
             return self.credit(np.full(count, calls == count))
+        if not self.verdicts.complete:
+            return self.credit(routed_mask(random_order(count, self.seed)[:calls], count))
+        rng = np.random.default_rng(self.seed)
         total: Matrix = np.zeros(())
         for _ in range(DRAWS):
-            routed = np.zeros(count, dtype=bool)
-            routed[rng.permutation(count)[:calls]] = True
-            total = total + self.credit(routed)
+            total = total + self.credit(routed_mask(rng.permutation(count)[:calls], count))
         return total / DRAWS
 
-
-def _scores(
-    draw: _Draw, routed: npt.NDArray[np.bool_], replicates: int, level: float, seed: int
-) -> tuple[RoutedScore, ...]:
-    """The overall and section scores of one row, routed and random; subsets too where there is but one section."""
-    pairs = draw.answers.pairs
-    ours, random = draw.credit(routed), draw.random_credit(int(routed.sum()))
-
-    def of(credit: Matrix, weight: Matrix) -> list[Score]:
-        found = draw.benchmark.scores(pairs.items, credit, weight, None)
+    def scores(self, credit: Matrix, weight: Matrix) -> list[Score]:
+        """The overall and section scores; subsets too where there is but one section."""
+        found = self.benchmark.scores(self.answers.pairs.items, credit, weight, None)
         single = sum(score.level == "section" for score in found) <= 1
         return [score for score in found if single or score.level != "subset"]
 
+
+def _scores(draw: Draw, routed: Mask, replicates: int, level: float, seed: int) -> tuple[RoutedScore, ...]:
+    """The scores of one row, routed and random."""
+    pairs = draw.answers.pairs
+    ours, random = draw.credit(routed), draw.random_credit(int(routed.sum()))
+
     def differences(weight: Matrix) -> Matrix:
-        both = zip(of(ours, weight), of(random, weight), strict=True)
+        both = zip(draw.scores(ours, weight), draw.scores(random, weight), strict=True)
         return np.stack([one.value - other.value for one, other in both])
 
     one = np.ones((1, len(pairs.items)))
-    found = list(zip(of(ours, one), of(random, one), strict=True))
+    found = list(zip(draw.scores(ours, one), draw.scores(random, one), strict=True))
     if routed.any() and not routed.all():
         bounds = bounds_of(differences, pairs.cluster, replicates, level, seed)
     else:  # nothing was chosen: the difference is 0 by definition
@@ -170,16 +203,3 @@ def _scores(
         RoutedScore(a.level, a.name, float(a.value[0]), float(b.value[0]), float(lo), float(hi))
         for (a, b), lo, hi in zip(found, low, high, strict=True)
     )
-
-
-def _route_score(answers: Answers, by: RouteBy) -> Matrix:
-    closeness = -np.abs(answers.margin)
-    if by == "margin":
-        return closeness
-    if by == "u":
-        return answers.uncertainty
-    if by != "rank_sum":
-        reject("by", repr(by), "'u', 'margin' or 'rank_sum'")
-    finite = np.isfinite(answers.uncertainty)
-    top = answers.uncertainty[finite].max(initial=1.0) + 1.0  # what the inputs tell nothing of comes first
-    return average_ranks(np.where(finite, answers.uncertainty, top)) + average_ranks(closeness)

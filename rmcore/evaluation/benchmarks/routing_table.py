@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 from rmcore.evaluation.benchmarks.item import Level
 from rmcore.evaluation.benchmarks.report import number, percent
+from rmcore.evaluation.benchmarks.verdicts import Mask, Verdicts
 
-__all__ = ["RoutedScore", "RoutingRow", "RoutingTable"]
+__all__ = ["RoutedScore", "RoutingRow", "RoutingTable", "Spent"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,30 @@ class RoutedScore:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the verdicts on some pairs cost, as the judge reported it; NaN where that is not known.
+
+    Attributes:
+        calls: questions put to the judge, two a pair where both orders are asked.
+        prompt_tokens: of these.
+        completion_tokens: of its answers.
+        seconds: wall time of all calls, added up.
+        cost: in the table's currency; NaN without a price.
+    """
+
+    calls: float
+    prompt_tokens: float
+    completion_tokens: float
+    seconds: float
+    cost: float
+
+    @classmethod
+    def of(cls, verdicts: Verdicts, routed: Mask) -> Spent:
+        """Of the pairs routed; 0 for none of them."""
+        return cls(**{name: float(column[routed].sum()) for name, column in verdicts.spent.items()})
+
+
+@dataclass(frozen=True)
 class RoutingRow:
     """One threshold or budget.
 
@@ -51,6 +76,7 @@ class RoutingRow:
         share: of all pairs.
         failed: of the calls, those without a verdict.
         scores: overall ones first.
+        spent: what these verdicts cost.
     """
 
     name: str
@@ -59,11 +85,16 @@ class RoutingRow:
     share: float
     failed: int
     scores: tuple[RoutedScore, ...]
+    spent: Spent
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """Accuracy against judge calls on a benchmark; the first row is without a judge, the last has every pair judged."""
+    """Accuracy against judge calls on a benchmark; the first row is without a judge, the last has every pair judged,
+    where the judge was asked about every pair.
+
+    ``notes`` are sentences on what was asked and what is left out.
+    """
 
     benchmark: str
     title: str
@@ -74,12 +105,15 @@ class RoutingTable:
     level: float
     replicates: int
     seed: int
+    notes: tuple[str, ...] = ()
+    currency: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; NaN and Inf are None."""
         content = asdict(self)
         for row in content["rows"]:
             row["threshold"] = number(row["threshold"])
+            row["spent"] = {key: number(value) for key, value in row["spent"].items()}
             row["scores"] = [
                 {key: number(value) if isinstance(value, float) else value for key, value in score.items()}
                 | {"difference": number(score["routed"] - score["random"])}
@@ -92,13 +126,13 @@ class RoutingTable:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         names = "routing threshold calls share failed score routed random difference difference_low difference_high"
-        writer.writerow(names.split())
+        writer.writerow([*names.split(), *(f"judge_{field.name}" for field in fields(Spent))])
         for row in self.rows:
             for score in row.scores:
                 numbers = (score.routed, score.random, score.difference, score.low, score.high)
                 writer.writerow(
                     [row.name, _field(row.threshold), row.calls, repr(row.share), row.failed, score.name]
-                    + [_field(value) for value in numbers]
+                    + [_field(value) for value in (*numbers, *astuple(row.spent))]
                 )
         return stream.getvalue()
 
@@ -122,9 +156,9 @@ class RoutingTable:
             differences.append(_line([row.name, *(_difference(score) for score in row.scores)]))
         notes = (
             f"\nIntervals: {100 * self.level:g}%, percentile bootstrap over prompts, {self.replicates} replicates, "
-            f"seed {self.seed}.{self._failures()}\n"
+            f"seed {self.seed}.{self._failures()}{''.join(f' {note}.' for note in self.notes)}\n"
         )
-        return head + "\n".join(lines) + "\n\n" + "\n".join(differences) + "\n" + notes
+        return head + "\n".join(lines) + "\n\n" + "\n".join(differences) + "\n" + self._costs() + notes
 
     def to_latex(self) -> str:
         """A ``tabular`` for booktabs: a line for routing and one for random routing at each budget."""
@@ -149,6 +183,20 @@ class RoutingTable:
             ]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
+    def _costs(self) -> str:
+        """What the judge reported, where it did."""
+        if all(math.isnan(row.spent.calls) for row in self.rows if row.calls):
+            return ""
+        names = ["judge calls", "prompt tokens", "completion tokens", "judge seconds", f"cost, {self.currency or '-'}"]
+        lines = ["", _line(["routing", "pairs", *names]), "|---|" + "---:|" * (len(names) + 1)]
+        for row in self.rows:
+            spent = row.spent
+            counts = [_count(x) for x in (spent.calls, spent.prompt_tokens, spent.completion_tokens)]
+            cost = "-" if math.isnan(spent.cost) or not self.currency else f"{spent.cost:.4f}"
+            seconds = "-" if math.isnan(spent.seconds) else f"{spent.seconds:.1f}"
+            lines.append(_line([row.name, str(row.calls), *counts, seconds, cost]))
+        return "\n".join(lines) + "\n"
+
     def _failures(self) -> str:
         failed = self.rows[-1].failed
         return f" The judge gives no verdict on {failed} pairs: the model's answer stands there." if failed else ""
@@ -159,6 +207,10 @@ def _difference(score: RoutedScore) -> str:
     if math.isnan(score.difference):
         return "-"
     return point if math.isnan(score.low) else f"{point} [{100 * score.low:+.1f}, {100 * score.high:+.1f}]"
+
+
+def _count(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:,.0f}"
 
 
 def _line(cells: list[str]) -> str:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import stats
+from torch import Tensor
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.prompt import Canonical, canonical_groups, text_length
+from rmcore.engine.routing import Candidates
+from rmcore.evaluation.benchmarks.estimators import HEAD, make_estimator
 from rmcore.evaluation.benchmarks.item import Benchmark, CountedPairs, Item, Matrix, Score
 from rmcore.evaluation.benchmarks.report import BenchmarkReport, ScoreLine
 from rmcore.evaluation.statistics import Interval, bootstrap_bounds
+from rmcore.model.error_prior import row_distance
 from rmcore.model.response_scores import ResponseScores
 from rmcore.model.reward_model import RewardModel
+from rmcore.model.signal import fill_unread
+from rmcore.model.text import EncodedText
 
 __all__ = ["Answers", "benchmark_report", "score_items", "score_lines"]
 
@@ -32,63 +39,149 @@ class Answers:
         margin: (P,) the better response's score less the worse one's; in concat mode the pair's own logit.
         uncertainty: (P,) u; Inf where the model's inputs tell nothing of the pair.
         scores: (K,) of each item: its responses' own scores, or in concat mode the mean preference over the others.
+        variance: (P,) v; Inf where u is. None where it is not known.
+        columns: (P,) what else is known of pairs, by name: ``novelty``, ``distance``, ``log_length_ratio``
+            (:class:`rmcore.engine.routing.Candidates`).
+        preference: (K,) of each item: the mean preference p̃ of a response over the others, in logits.
+        doubt: (K,) of each item: the mean u of a response's pairs, Inf where it has none.
+        position_bias: (P,) of :class:`~rmcore.model.response_scores.ResponseScores`, concat mode only.
+        tokens: (N,) tokens that the model reads of each item; None where that is not known.
     """
 
     pairs: CountedPairs
     margin: Matrix
     uncertainty: Matrix
     scores: tuple[Matrix, ...]
+    variance: Matrix | None = None
+    columns: Mapping[str, Matrix] = field(default_factory=dict)
+    preference: tuple[Matrix, ...] = ()
+    doubt: tuple[Matrix, ...] = ()
+    position_bias: Matrix | None = None
+    tokens: Matrix | None = None
+
+    def candidates(self) -> Candidates:
+        """The pairs as routers take them, the better response first: no score of theirs goes by the order."""
+        variance = (self.uncertainty**2 - 1) if self.variance is None else self.variance
+        g, v, u = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (self.margin, variance, self.uncertainty))
+        return Candidates(g, v, u, {name: torch.from_numpy(column) for name, column in self.columns.items()})
 
 
 def score_items(
-    model: RewardModel, items: Sequence[Item], *, progress: Callable[[int, int], None] | None = None
+    model: RewardModel,
+    items: Sequence[Item],
+    *,
+    estimator: str = HEAD,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Score all responses: one pass over each of them in difference mode, over all ordered pairs in concat mode.
 
     Args:
         model: its backbone's state cache is used where it has one.
         items: of one benchmark.
+        estimator: of pairs' g and v (:mod:`.estimators`).
         progress: called with (items done, items in all).
 
     Raises:
         InputError: naming the item: a response is too long under the policy ``error``, or left unread under
-            ``no-reward``: a benchmark's rules need a score of each.
+            ``no-reward``: a benchmark's rules need a score of each. Or an estimator that there is not.
     """
-    scores: list[Matrix] = []
-    margins: list[Matrix] = []
-    uncertainties: list[Matrix] = []
+    reader = _Reader(model, estimator)
     for start in range(0, len(items), CHUNK):
-        chunk = items[start : start + CHUNK]
-        for item, said in zip(chunk, _said(model, chunk), strict=True):
-            own, margin = _numbers(item, said)
-            better, worse = np.array(item.pairs, dtype=np.intp).reshape(-1, 2).T
-            scores.append(own)
-            margins.append(margin[better, worse])
-            uncertainties.append(said.uncertainty.numpy()[better, worse])
+        reader.read(items[start : start + CHUNK])
         if progress is not None:
             progress(min(start + CHUNK, len(items)), len(items))
-    return Answers(CountedPairs(tuple(items)), np.concatenate(margins), np.concatenate(uncertainties), tuple(scores))
+    return reader.answers(items)
 
 
-def _said(model: RewardModel, items: Sequence[Item]) -> list[ResponseScores]:
-    try:
-        return model.score([item.prompt for item in items], [item.responses for item in items])
-    except InputError:
-        for item in items:  # again one by one: the error then has the item's name
-            try:
-                model.score([item.prompt], [item.responses])
-            except InputError as error:
-                raise InputError(f"item {item.id} ({item.subset}): {error}") from error
-        raise
+class _Reader:
+    """Collects a model's answers chunk by chunk."""
+
+    def __init__(self, model: RewardModel, estimator: str) -> None:
+        self.model, self.head = model, estimator == HEAD
+        self.estimate = make_estimator(model, estimator)
+        self.knows_novelty = model.mode == "difference" and model.head.rows is not None
+        prior = model.error_prior
+        self.sketch = prior.sketch if prior is not None and model.mode == "difference" else None
+        self.pairs: dict[str, list[Matrix]] = {}
+        self.members: dict[str, list[Matrix]] = {}
+        self.tokens: list[float] = []
+
+    def read(self, items: Sequence[Item]) -> None:
+        encoded, groups = self._encoded(items)
+        hidden = fill_unread(self.model.hidden_rows(encoded), encoded)
+        pairs = None if self.head else self.estimate(hidden, torch.tensor([len(group) for group in groups]))
+        found = self.model.scores_of(hidden, encoded, groups, pairs=pairs)
+        rows = self._row_columns(hidden, [len(group) for group in groups])
+        for k, (item, said) in enumerate(zip(items, found, strict=True)):
+            own, margin = _numbers(item, said, own_scores=self.head, pairwise=self.model.mode == "concat")
+            at = tuple(np.array(item.pairs, dtype=np.intp).reshape(-1, 2).T)
+            squares = {"margin": margin, "uncertainty": said.uncertainty.numpy(), "variance": said.variance.numpy()}
+            if said.position_bias is not None:
+                squares["position_bias"] = said.position_bias.numpy()
+            for name, square in squares.items():
+                self.pairs.setdefault(name, []).append(square[at])
+            for name, columns in rows.items():
+                self.pairs.setdefault(name, []).append((columns[k][at[0]] + columns[k][at[1]]) / 2)
+            size = np.array([text_length(response) for response in groups[k]], dtype=float)
+            self.pairs.setdefault("log_length_ratio", []).append(np.log1p(size)[at[0]] - np.log1p(size)[at[1]])
+            count = len(own)
+            mean = said.rewards.numpy() * count / (count - 1)  # over the others, as rloo_advantages has it
+            for name, member in (("scores", own), ("preference", mean), ("doubt", said.response_uncertainty.numpy())):
+                self.members.setdefault(name, []).append(member)
+            self.tokens.append(float(sum(len(text.ids) for text in encoded[k] if not text.unread)))
+
+    def answers(self, items: Sequence[Item]) -> Answers:
+        flat = {name: np.concatenate(parts).astype(np.float64) for name, parts in self.pairs.items()}
+        silent = ~np.isfinite(flat["uncertainty"])
+        for name in ("variance", *(name for name in ("novelty", "distance") if name in flat)):
+            flat[name] = np.where(silent, np.inf, flat[name])
+        return Answers(
+            CountedPairs(tuple(items)),
+            flat.pop("margin"),
+            flat.pop("uncertainty"),
+            tuple(self.members["scores"]),
+            variance=flat.pop("variance"),
+            position_bias=flat.pop("position_bias", None),
+            columns=flat,
+            preference=tuple(self.members["preference"]),
+            doubt=tuple(self.members["doubt"]),
+            tokens=np.array(self.tokens),
+        )
+
+    def _row_columns(self, hidden: Tensor, sizes: list[int]) -> dict[str, list[Matrix]]:
+        """What is known of each response by itself, by name: an array a group."""
+        found = {}
+        if self.knows_novelty:
+            found["novelty"] = self.model.head.novelty(hidden)
+        if self.sketch is not None:
+            found["distance"] = row_distance(hidden, self.sketch)
+        return {name: [part.double().cpu().numpy() for part in row.split(sizes)] for name, row in found.items()}
+
+    def _encoded(self, items: Sequence[Item]) -> tuple[list[list[EncodedText]], list[list[Canonical]]]:
+        """The inputs, and the responses in canonical form."""
+
+        def encoded(some: Sequence[Item]) -> tuple[list[list[EncodedText]], list[list[Canonical]]]:
+            prompts, groups = canonical_groups([item.prompt for item in some], [item.responses for item in some])
+            return self.model.encode_groups(prompts, groups), groups
+
+        try:
+            return encoded(items)
+        except InputError:
+            for item in items:  # again one by one: the error then has the item's name
+                try:
+                    encoded([item])
+                except InputError as error:
+                    raise InputError(f"item {item.id} ({item.subset}): {error}") from error
+            raise
 
 
-def _numbers(item: Item, said: ResponseScores) -> tuple[Matrix, Matrix]:
+def _numbers(item: Item, said: ResponseScores, *, own_scores: bool, pairwise: bool) -> tuple[Matrix, Matrix]:
     """(K,) scores and (K, K) margins; 0 where the inputs of two responses are equal."""
-    if said.scores is not None:
-        own = said.scores.double().numpy()
+    alone = said.scores if own_scores and said.scores is not None else torch.nan_to_num(said.rewards, nan=0.0)
+    own = alone.double().numpy()
+    if own_scores and said.scores is not None and not pairwise:
         margin = own[:, None] - own[None, :]
     else:
-        own = torch.nan_to_num(said.rewards, nan=0.0).double().numpy()
         margin = said.logit.double().numpy()
     if np.isnan(margin).any():
         reject(f"item {item.id}", "a response too long to be read", "a score of each", "--overlong truncate-right cuts")

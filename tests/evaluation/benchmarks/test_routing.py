@@ -17,6 +17,7 @@ from rmcore.evaluation.benchmarks.item import CountedPairs, Item
 from rmcore.evaluation.benchmarks.plot import plot_routing_table
 from rmcore.evaluation.benchmarks.routing import label_verdicts, recorded_verdicts, routing_table
 from rmcore.evaluation.benchmarks.scoring import Answers
+from rmcore.evaluation.benchmarks.verdicts import Verdicts
 from rmcore.judge.recorded import RecordedJudge
 
 
@@ -73,7 +74,7 @@ def test_a_threshold_routes_what_exceeds_it() -> None:
         with pytest.raises(InputError):
             routing_table(JUDGEBENCH, said, label_verdicts(said.pairs), replicates=0, **bad)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="verdicts: got 3, expected 200"):
-        routing_table(JUDGEBENCH, said, np.ones(3), replicates=0)
+        routing_table(JUDGEBENCH, said, Verdicts.of(said.pairs, np.ones(3)), replicates=0)
 
 
 def test_equal_scores_are_random_routing() -> None:
@@ -91,7 +92,7 @@ def test_what_the_inputs_do_not_tell_is_routed_first() -> None:
         table = routing_table(
             JUDGEBENCH,
             Answers(said.pairs, np.where(np.isinf(u), 0.0, said.margin), u, said.scores),
-            -np.ones(200),
+            Verdicts.of(said.pairs, -np.ones(200)),
             by=by,  # type: ignore[arg-type]
             budgets=(0.005,),
             replicates=0,
@@ -109,9 +110,10 @@ def test_recorded_verdicts_by_text_and_what_they_do_not_hold() -> None:
         {"prompt": "p2", "first": "a", "second": "b", "verdict": "loss", "order": "ba"},
     ]
     found = recorded_verdicts(said.pairs, RecordedJudge.from_rows(rows))
-    assert found.tolist()[:3] == [1.0, -1.0, 0.0]
-    assert np.isnan(found[3])
-    table = routing_table(JUDGEBENCH, said, found, budgets=(), replicates=0, judge="recorded")
+    assert found.preference.tolist()[:3] == [1.0, -1.0, 0.0]
+    assert np.isnan(found.preference[3])
+    assert (found.flips, found.orders.tolist()) == ((1, 1), [1, 1, 2, 0])
+    table = routing_table(JUDGEBENCH, said, found, budgets=(), replicates=0)
     assert table.rows[-1].failed == 1
     assert table.rows[-1].scores[0].routed == pytest.approx((1 + 0 + 0.5 + 1) / 4), (
         "no verdict: the model's answer stands"

@@ -1,0 +1,38 @@
+"""Estimators: from a model's hidden rows to g and v of every pair. The head's own is one; others stand beside it.
+
+An estimator is made for a model once and then asked for groups of rows, so that several of them share one pass of the
+backbone. :data:`ESTIMATORS` has them by name; what it holds ``rmcore benchmark --estimator`` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.model.reward_model import RewardModel
+
+__all__ = ["ESTIMATORS", "HEAD", "Estimator", "make_estimator"]
+
+Estimator: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Hidden rows (R, h) and group sizes (G,) → g and v (Q,) of all pairs: i < j, group after group, in difference mode;
+one a row in concat mode, where a row is a pair. v ≥ 0 is on the scale of a logit's variance."""
+
+HEAD = "head"
+
+
+def _head(model: RewardModel) -> Estimator:
+    return model.head_pairs
+
+
+ESTIMATORS: dict[str, Callable[[RewardModel], Estimator]] = {HEAD: _head}
+"""Name → what makes it for a model; it raises InputError for a model that has it not."""
+
+
+def make_estimator(model: RewardModel, name: str) -> Estimator:
+    """An estimator of a model by its name; raises InputError with the names there are."""
+    if name not in ESTIMATORS:
+        reject("estimator", repr(name)[:60], f"one of {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name](model)
