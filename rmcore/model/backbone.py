@@ -44,7 +44,7 @@ from rmcore.model.families.remote_code import check_own_scores
 from rmcore.model.families.tensors import EMBEDDED_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.hub import folder_of
-from rmcore.model.loading import REMOTE_CODE, Options, choose_attention, configured, load, tree_kinds
+from rmcore.model.loading import REMOTE_CODE, Options, choose_attention, configured, gguf_named, load, tree_kinds
 from rmcore.model.remote import RemoteModel, ServerKind
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
@@ -133,6 +133,16 @@ def _warn_of_cuts(texts: Sequence[EncodedText], call: EncodingStats) -> None:
         "%d of %d texts were longer than %s tokens; the policy %r %s",
         *(over, call.texts, limit.max_length, limit.overlong, done),
     )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_quantised(model: Any) -> bool:
+    told = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+    floats = all(p.dtype in _FLOATS for p in model.parameters()) if getattr(model, "is_quantized", False) else True
+    return bool(getattr(model, "is_quantized", False)) and not (floats and method in (None, "gguf"))
 
 
 class _EnoughError(Exception):
@@ -280,14 +290,14 @@ class Backbone:
                 are not the expected ones; the message names them.
             InputError: an argument that :class:`BackboneConfig` or this function does not have.
         """
-        config = configured(config, kwargs)
+        config = gguf_named(configured(config, kwargs))
         device = checked_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options = Options(cache_dir, local_files_only, trust_remote_code)
         folder = folder_of(config.name, config.revision)
         recorded = expected_files or {}
         code = trust_remote_code or any(name.endswith(".py") for name in recorded)
-        files = {} if folder is None else folder_digests(folder, code=code)
+        files = {} if folder is None else folder_digests(folder, code=code, gguf=config.gguf_file)
         if folder is not None and recorded:
             check_files(folder, recorded, files)
         published: Loaded | None = None
@@ -298,8 +308,8 @@ class Backbone:
         else:
             config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
         return cls(
-            # Quantised weights are where their library has put them.
-            (model if getattr(model, "is_quantized", False) else model.to(device)).eval(),
+            # Quantised weights are where their library has put them; a GGUF's are floats by now.
+            (model if _is_quantised(model) else model.to(device)).eval(),
             tokenizer,
             config,
             tokens_per_batch=tokens_per_batch,
@@ -455,6 +465,11 @@ class Backbone:
         return int(width) + (self.config.length_feature != 0)
 
     @property
+    def quantised(self) -> bool:
+        """Whether its weights are quantised (bitsandbytes, GPTQ, ...): its arithmetic is coarser than its dtype."""
+        return _is_quantised(self.model)
+
+    @property
     def changed(self) -> bool:
         """Whether weights were trained or replaced since the model was loaded."""
         return self._weights_version() != self._loaded
@@ -480,6 +495,7 @@ class Backbone:
             self.packing,
             self.deterministic,
             *self.attention,
+            *([] if config.gguf_file is None else [config.gguf_file]),
             *(["gate"] if self.published is not None and self._row_width != self.published.head.width else []),
         )
         arithmetic = (str(self.model.dtype), self.device.type, torch.__version__, transformers.__version__)
@@ -517,7 +533,12 @@ class Backbone:
         return self._sharing.explain()
 
     def save(self, folder: Path) -> None:
-        """Write weights and tokenizer into a new folder, from which the same configuration loads them again."""
+        """Write weights and tokenizer into a new folder, from which the same configuration loads them again.
+
+        Raises InputError for quantised weights, which are where they came from.
+        """
+        if getattr(self.model, "is_quantized", False):
+            reject("backbone", "'embed' for quantised weights", "'name', which loads them from where they are")
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.published is not None:
@@ -541,7 +562,13 @@ class Backbone:
         labels = 2 if self.config.family == "trl-two-labels" else 1
         if self._final_linear.out_features != labels:
             reject("model", f"{self._final_linear.out_features} labels", f"a reward model with {labels}")
-        weight = self._final_linear.weight.detach().double().mean(0).float()
+        held, shape = self._final_linear.weight, (labels, self._final_linear.in_features)
+        if held.dtype not in _FLOATS or held.shape != shape:
+            raise CheckpointError(
+                f"backbone: got a head of {held.dtype} and shape {tuple(held.shape)}, expected {shape} as it is: "
+                "quantise a body alone (llm_int8_skip_modules, modules_to_not_convert)"
+            )
+        weight = held.detach().double().mean(0).float()
         bias = self._final_linear.bias
         return weight, 0.0 if bias is None else float(bias.detach().double().mean())
 

@@ -25,6 +25,8 @@ class BackboneConfig:
         name: hub name or folder; empty when embedded in the model's own folder.
         revision: branch, tag or commit on the hub, None for the default branch and for folders. A loaded backbone
             has the commit here.
+        gguf_file: a GGUF file of that folder or repository, whose weights are dequantised; the path of such a file as
+            ``name`` is the same. Base models only, since the format has no place for a decoder's reward head.
         kind: ``base`` loads AutoModel, ``classifier`` AutoModelForSequenceClassification (an upgraded reward model),
             ``reward`` a published reward model of one of the families (:mod:`rmcore.model.families`).
         pooling: ``last`` token, ``mean`` of the tokens, ``first`` token ([CLS]), or the kind's name, ``classifier`` or
@@ -59,6 +61,7 @@ class BackboneConfig:
     single_template: str = PairTemplate.single
     pair_template: str = PairTemplate.pair
     date: str | None = None
+    gguf_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("base", "classifier", "reward"):
@@ -69,6 +72,8 @@ class BackboneConfig:
             reject("pooling", self.pooling, f"the kind's name with kind='classifier' or 'reward' (it is {self.kind!r})")
         if (self.kind == "reward" and self.family is None) or (self.kind == "base" and self.family is not None):
             reject("family", self.family, f"one with kind='reward', none with kind='base' (it is {self.kind!r})")
+        if self.gguf_file is not None and self.kind != "base":
+            reject("gguf_file", repr(self.gguf_file), f"None with kind={self.kind!r}: a GGUF file has no reward head")
         if self.layer is not None and (self.layer < 1 or self.kind != "base"):
             reject("layer", self.layer, "a layer from 1 of a base model, or None")
         if not math.isfinite(self.length_feature):
@@ -77,8 +82,11 @@ class BackboneConfig:
             parse_date(self.date)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values, ``gguf_file`` only where there is one."""
+        values = asdict(self)
+        if self.gguf_file is None:
+            del values["gguf_file"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BackboneConfig:

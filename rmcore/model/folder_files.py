@@ -7,6 +7,7 @@ times of change, of which the last (ctime) cannot be set back by a program that 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import time
@@ -33,14 +34,15 @@ _SETTLED_S = 2.0
 """A file changed less than this ago is not cached: another change could bear the same time stamp."""
 
 
-def folder_digests(folder: Path, *, code: bool = False) -> dict[str, str]:
+def folder_digests(folder: Path, *, code: bool = False, gguf: str | None = None) -> dict[str, str]:
     """sha256 by name of the files in a folder that decide what a backbone loaded from it computes.
 
     Args:
         folder: as ``from_pretrained`` of transformers takes it.
         code: Python files too, for a backbone that runs them.
+        gguf: the GGUF file that has its weights.
     """
-    patterns = (*_DECIDING, "*.py") if code else _DECIDING
+    patterns = (*_DECIDING, *(["*.py"] if code else []), *([] if gguf is None else [glob.escape(gguf)]))
     names = [file.name for file in folder.iterdir() if file.is_file()]
     names += [f"additional_chat_templates/{file.name}" for file in folder.glob("additional_chat_templates/*")]
     chosen = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,21 @@ def file_of(
         if told is None:
             raise
         raise told from error
+
+
+def files_of(name: str, revision: str | None, options: Mapping[str, Any]) -> Callable[[str], Path | None]:
+    """Where the files of a folder or a repository are, by name: downloaded if need be, None where there is none.
+
+    ``options`` are cache_dir and local_files_only of the hub.
+    """
+    folder = folder_of(name, revision)
+
+    def file(wanted: str) -> Path | None:
+        if folder is None:
+            return file_of(name, wanted, revision=revision, **options)
+        return path if (path := folder / wanted).is_file() else None
+
+    return file
 
 
 def download(

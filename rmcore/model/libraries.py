@@ -4,61 +4,103 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from rmcore._base.errors import CheckpointError
 
-__all__ = ["is_classifier_adapter", "require_libraries"]
+__all__ = ["FileOf", "is_classifier_adapter", "require_libraries"]
 
-_QUANTISED = {
-    "aqlm": ("aqlm", "aqlm"),
-    "awq": ("gptqmodel", "gptqmodel"),
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "eetq": ("eetq", "eetq"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "hqq": ("hqq", "hqq"),
-    "quanto": ("optimum", "optimum-quanto"),
-    "torchao": ("torchao", "torchao"),
+FileOf: TypeAlias = Callable[[str], Path | None]
+"""The local path of one of a checkpoint's files, by name; None where it has no such file."""
+
+_ACCELERATE = ("accelerate", "accelerate")
+_GPTQMODEL = ("gptqmodel", "gptqmodel")
+_NEEDED: dict[str, tuple[tuple[str, str], ...]] = {
+    "aqlm": (("aqlm", "aqlm"), _ACCELERATE),
+    "auto-round": (("auto_round", "auto-round"),),
+    "awq": (_GPTQMODEL, _ACCELERATE),
+    "bitsandbytes": (("bitsandbytes", "bitsandbytes"), _ACCELERATE),
+    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+    "eetq": (("kernels", "kernels"), _ACCELERATE),
+    "fbgemm_fp8": (("fbgemm_gpu", "fbgemm-gpu"), _ACCELERATE),
+    "fp8": (_ACCELERATE,),
+    "gguf": (("gguf", "gguf"),),
+    "gptq": (_GPTQMODEL, ("optimum", "optimum")),
+    "hqq": (("hqq", "hqq"),),
+    "mxfp4": (("kernels", "kernels"), ("triton", "triton"), _ACCELERATE),
+    "quanto": (("optimum", "optimum-quanto"), _ACCELERATE),
+    "torchao": (("torchao", "torchao"),),
+    "vptq": (("vptq", "vptq"), _ACCELERATE),
 }
-"""transformers' ``quant_method``: what must be importable, and what to install."""
+"""transformers' ``quant_method``: what must be importable, and what to install. Of others transformers says it."""
+
+_EXTRAS = {"bitsandbytes": "quantised", "compressed-tensors": "quantised", "fp8": "quantised", "gguf": "quantised"}
 
 
-def require_libraries(folder: Path) -> None:
-    """Raise CheckpointError, naming the library, where a folder's checkpoint needs one that is not installed.
+def require_libraries(name: str, file: FileOf, *, gguf: bool = False) -> None:
+    """Raise CheckpointError, naming the library, where a checkpoint needs one that is not installed.
 
-    Adapters need peft. Quantised weights need the library of their method, by ``quantization_config`` in config.json.
+    Adapters need peft. Quantised weights need the libraries of their method, by ``quantization_config`` in config.json.
+    A method that transformers does not know is an error too.
+
+    Args:
+        name: folder or hub name, for messages.
+        file: its files.
+        gguf: whether weights are read from a GGUF file.
     """
-    if (folder / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
+    if file("adapter_config.json") is not None and importlib.util.find_spec("peft") is None:
         raise CheckpointError(
-            f"backbone: got {str(folder)!r}, a PEFT adapter, expected peft to load it: pip install peft"
+            f"backbone: got {name!r}, a PEFT adapter, expected peft to load it: pip install peft (or 'rmcore[peft]')"
         )
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever reads the folder says what is wrong with it
-        return
-    found = values.get("quantization_config") if isinstance(values, dict) else None
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    module, package = _QUANTISED.get(str(method), ("", ""))
-    if module and importlib.util.find_spec(module) is None:
+    found = _json(file("config.json")).get("quantization_config")
+    given = found.get("quant_method") if isinstance(found, dict) else None
+    if given is None and isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        given = "bitsandbytes"  # as transformers reads the configurations of its first releases
+    method = "gguf" if gguf else str(given)
+    if given is not None and not _known(method):  # transformers would warn, and take the weights as they are
         raise CheckpointError(
-            f"backbone: got {str(folder)!r}, whose weights are quantised by {method}, expected {package} to load them: "
-            f"pip install {package}"
+            f"backbone: got {name!r}, whose weights are quantised by {method}, expected a method that transformers "
+            "knows"
+        )
+    missing = [package for module, package in _NEEDED.get(method, ()) if importlib.util.find_spec(module) is None]
+    if missing:
+        extra = f" (or 'rmcore[{_EXTRAS[method]}]')" if method in _EXTRAS else ""
+        raise CheckpointError(
+            f"backbone: got {name!r}, whose weights are quantised by {method}, expected {' and '.join(missing)} to "
+            f"load them: pip install {' '.join(missing)}{extra}"
         )
 
 
-def is_classifier_adapter(name: str) -> bool:
-    """Whether a name is a folder with a PEFT adapter and no model, trained for classification (``SEQ_CLS``).
+def is_classifier_adapter(name: str, file: FileOf) -> bool:
+    """Whether a checkpoint is a PEFT adapter and no model, trained for classification (``SEQ_CLS``).
 
     Raises CheckpointError for an adapter of another task, which has no head.
     """
-    file = Path(name) / "adapter_config.json"
-    if not file.is_file() or (file.parent / "config.json").is_file():
+    path = file("adapter_config.json")
+    if path is None or file("config.json") is not None:
         return False
     try:
-        task = json.loads(file.read_text(encoding="utf-8")).get("task_type")
+        task = json.loads(path.read_text(encoding="utf-8")).get("task_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"backbone: got {str(file)!r}, which is no adapter's configuration ({error})") from error
+        raise CheckpointError(f"backbone: got {str(path)!r}, which is no adapter's configuration ({error})") from error
     if task != "SEQ_CLS":
         raise CheckpointError(f"backbone: got {name!r}, an adapter for {task}, expected one for SEQ_CLS, with a head")
     return True
+
+
+def _known(method: str) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    return any(known == method or known.startswith(f"{method}_") for known in AUTO_QUANTIZER_MAPPING)
+
+
+def _json(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever reads the folder says what is wrong with it
+        return {}
+    return values if isinstance(values, dict) else {}

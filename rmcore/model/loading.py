@@ -17,7 +17,7 @@ import torch
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.encoding.tree_attention import Kind
-from rmcore.model.hub import commit_of, folder_of, hub_failure
+from rmcore.model.hub import commit_of, files_of, folder_of, hub_failure
 from rmcore.model.libraries import require_libraries
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "by_weight",
     "choose_attention",
     "configured",
+    "gguf_named",
     "load",
     "located",
     "read_model",
@@ -110,10 +111,23 @@ def located(config: BackboneConfig, options: Options) -> BackboneConfig:
     """
     folder = folder_of(config.name, config.revision)
     if folder is not None:
-        require_libraries(folder)
-        return replace(config, name=str(folder))
-    with _told(config):
-        return replace(config, revision=commit_of(config.name, config.revision, **options.hub))
+        config = replace(config, name=str(folder))
+    else:
+        with _told(config):
+            config = replace(config, revision=commit_of(config.name, config.revision, **options.hub))
+    files = files_of(config.name, config.revision, options.hub)
+    require_libraries(config.name, files, gguf=config.gguf_file is not None)
+    if config.gguf_file is not None and files(config.gguf_file) is None:
+        raise CheckpointError(f"backbone: got {config.name!r} without {config.gguf_file}, expected that GGUF file")
+    return config
+
+
+def gguf_named(config: BackboneConfig) -> BackboneConfig:
+    """``config`` with folder and ``gguf_file`` where its name is the path of a GGUF file."""
+    path = Path(config.name).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        return config
+    return replace(config, name=str(path.resolve().parent), gguf_file=path.name)
 
 
 def read_tokenizer(config: BackboneConfig, options: Options) -> Any:
@@ -121,7 +135,10 @@ def read_tokenizer(config: BackboneConfig, options: Options) -> Any:
     from transformers import AutoTokenizer
 
     with _told(config):
-        return AutoTokenizer.from_pretrained(config.name, **options.of(config))
+        files = files_of(config.name, config.revision, options.hub)
+        own = config.gguf_file is None or files("tokenizer.json") is not None  # a GGUF's is put together from parts
+        more = {} if own else {"gguf_file": config.gguf_file}
+        return AutoTokenizer.from_pretrained(config.name, **options.of(config), **more)
 
 
 def read_model(
@@ -153,6 +170,8 @@ def read_model(
     # Tensors of another shape are told of here, by name, which transformers leaves to a report among its warnings.
     arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
     arguments["ignore_mismatched_sizes"] = True
+    if source.gguf_file is not None:
+        arguments |= {"gguf_file": source.gguf_file, "use_safetensors": None}
     read = functools.partial(
         getattr(transformers, loader).from_pretrained,
         more.pop("name", source.name),
@@ -196,6 +215,11 @@ def load(
     if config.family == REMOTE_CODE:
         loader = _own_loader(config, options)
     model, info, attention = read_model(loader, config, device, dtype, attn_implementation, options)
+    if config.gguf_file is not None and info["missing_keys"]:
+        raise CheckpointError(
+            f"backbone: got {config.gguf_file!r} without {', '.join(by_weight(info['missing_keys'])[:4])}, which its "
+            "body wants: nothing is made up"
+        )
     if config.kind == "classifier":
         if info["missing_keys"]:
             raise CheckpointError(

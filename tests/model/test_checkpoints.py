@@ -163,30 +163,6 @@ def test_an_encoder_is_given_two_texts(kind):
     assert "first" in {segment.name for segment in backbone.encoder.encode("a", "b").segments}
 
 
-@pytest.mark.parametrize(
-    ("file", "values", "library"),
-    [
-        ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "x"}, "peft"),
-        (
-            "config.json",
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "bitsandbytes",
-        ),
-        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptqmodel"),
-        ("config.json", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "gptqmodel"),
-    ],
-)
-def test_a_missing_library_is_named(tmp_path, monkeypatch, file, values, library):
-    saved(tmp_path, TOKENIZERS["llama"]())
-    config = tmp_path / file
-    known = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    config.write_text(json.dumps(known | values), encoding="utf-8")
-    monkeypatch.setattr("rmcore.model.libraries.importlib.util.find_spec", lambda name: None)
-    for load in (Backbone.from_pretrained, Backbone.from_reward_model):
-        with pytest.raises(CheckpointError, match=f"pip install {library}"):
-            load(str(tmp_path), device="cpu")
-
-
 def test_an_adapter_of_another_task_is_no_reward_model(tmp_path, monkeypatch):
     monkeypatch.setattr("rmcore.model.libraries.importlib.util.find_spec", lambda name: object())
     TOKENIZERS["llama"]().save_pretrained(tmp_path)

@@ -49,7 +49,11 @@ class _Reader:
             )
         self.used.add(name)
         tensor = self.files.read(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise CheckpointError(
+                f"{self.files.source}: {name}: got {tensor.dtype}, expected the head as it is: quantise a body alone"
+            )
+        if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{self.files.source}: {name}: got NaN or Inf, expected finite values")
         return tensor
 

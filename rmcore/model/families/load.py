@@ -24,7 +24,7 @@ from rmcore.model.families.spec import Family
 from rmcore.model.families.tensors import Checkpoint, TensorFiles
 from rmcore.model.hub import folder_of
 from rmcore.model.libraries import is_classifier_adapter
-from rmcore.model.loading import REMOTE_CODE, Options, by_weight, located, read_model, read_tokenizer
+from rmcore.model.loading import REMOTE_CODE, Options, by_weight, gguf_named, located, read_model, read_tokenizer
 
 __all__ = ["Loaded", "config_for", "load_family"]
 
@@ -56,10 +56,12 @@ def config_for(config: BackboneConfig, options: Options) -> BackboneConfig:
         CheckpointError: no such model, or none of the families' formats.
         InputError: a family there is not.
     """
+    if gguf_named(config).gguf_file is not None:
+        raise CheckpointError(f"backbone: got {config.name!r}, a GGUF file, expected a reward model: that has no head")
     config = located(config, options)
-    if config.family is None and is_classifier_adapter(config.name):
-        return replace(config, kind="classifier", pooling="classifier", family="classifier", append_eos=False)
     checkpoint = _checkpoint(config, options)
+    if config.family is None and is_classifier_adapter(config.name, checkpoint.file):
+        return replace(config, kind="classifier", pooling="classifier", family="classifier", append_eos=False)
     family = family_of(config.family) if config.family is not None else None
     if family is None:
         values, files = checkpoint.config(), checkpoint.tensors()

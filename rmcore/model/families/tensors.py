@@ -40,10 +40,7 @@ class Checkpoint:
 
     def file(self, name: str) -> Path | None:
         """The local path of one of its files, downloaded if need be; None where it has no such file."""
-        if self.folder is not None:
-            path = self.folder / name
-            return path if path.is_file() else None
-        return hub.file_of(self.name, name, revision=self.revision, **self.options)
+        return hub.files_of(self.name, self.revision, self.options)(name)
 
     def config(self) -> dict[str, Any]:
         """``config.json``. Raises CheckpointError where there is none, or it is not JSON."""
