@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+import cuda_checks as checks
+from cuda_checks import head, rows_of
+
 from rmcore import ops
 from rmcore._base import errors
 from rmcore.ops import reference
 from rmcore.ops.backends import cuda
-from rmcore.ops.weights import FeatureMap, HeadWeights
+from rmcore.ops.weights import HeadWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 DTYPES = [torch.float16, torch.bfloat16]
-UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
 @pytest.fixture(autouse=True)
@@ -39,59 +45,6 @@ def _poisoned_workspaces():
     torch.cuda.synchronize()
 
 
-def head(
-    h: int, d: int, m: int = 0, *, dtype=torch.float16, seed=0, layernorm=False, activation="tanh", scale=1.0
-) -> HeadWeights:
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cuda")
-
-    width = m or h
-    feature_map = FeatureMap(
-        features="rff",
-        projection=(randn(d, width) / math.sqrt(width) * 0.3 / (1 if m else scale)).to(dtype),
-        phase=torch.rand(d, generator=generator, device="cuda"),
-        layer_weight=(randn(m, h) / math.sqrt(h) / scale).to(dtype) if m else None,
-        layer_bias=randn(m).float() * 0.1 if m else None,
-        activation=activation if m else "none",
-        layernorm=layernorm,
-        hidden_size=h,
-        num_features=d,
-        dtype=dtype,
-        input_scale=scale,
-    )
-    factor = (randn(d, d) / math.sqrt(d)).tril()
-    return HeadWeights.build(feature_map, randn(d) / math.sqrt(d), 0.25, factor, math.pi / 8)
-
-
-def rows_of(b: int, h: int, dtype=torch.float16, seed=1) -> Tensor:
-    return torch.randn(b, h, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
-
-
-def chain(hidden: Tensor, weights: HeadWeights, dtype: torch.dtype | None = None) -> Tensor:
-    """(4, B) in float64 from the stored weights; with ``dtype``, by torch products of that dtype."""
-    m, compute = weights.map, dtype or torch.float64
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(compute)
-
-    x = cast((hidden.double() * m.input_scale).to(m.dtype))
-    if m.layer_weight is not None:
-        x = (x @ cast(m.layer_weight).mT).to(torch.float64) + m.layer_bias.double()
-        x = torch.tanh(x) if m.activation == "tanh" else x
-        x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5) if m.layernorm else x
-        x = cast(x)
-    t = (x @ cast(m.projection).mT).to(torch.float64) + m.phase.double()
-    c = torch.cos(2 * math.pi * t)
-    g = (cast(c) @ cast(weights.beta)).double() + weights.beta0
-    # The stored factor is scaled for a kernel that keeps products in float32; torch rounds them to 16 bits.
-    factor = cast(reference.unpack_lower(weights.factor, weights.num_features).double() / 32)
-    v = (cast(c) @ factor.mT).double().square().sum(-1) * (1024 * weights.factor_scale)
-    u = torch.sqrt(1 + weights.amplitude * v)
-    return torch.stack([g, v, u, g / u])
-
-
 def run(hidden: Tensor, weights: HeadWeights) -> Tensor:
     out = torch.full((4, hidden.shape[0]), math.nan, device="cuda")
     ops.score(hidden, weights, backend="cuda", out=out)
@@ -99,17 +52,7 @@ def run(hidden: Tensor, weights: HeadWeights) -> Tensor:
 
 
 def check(hidden: Tensor, weights: HeadWeights) -> None:
-    out, truth = run(hidden, weights).double(), chain(hidden, weights)
-    peer = chain(hidden, weights, weights.dtype)
-    assert torch.isfinite(out).all()
-    d = weights.num_features
-    for name, got, want, other in zip(("g", "v", "u", "p"), out, truth, peer, strict=True):
-        # Twice what torch loses in the same dtype; and, where that happens to be little, a random walk of D roundings
-        # of c (g is a sum of D terms of size 1/√D, v of D squares of size 1/D), plus float32 summation.
-        bound = 2 * (other - want).abs().max() + (4 * UNIT[weights.dtype] / math.sqrt(d) + 64 * 2.0**-24) * (
-            1 + want.abs().max()
-        )
-        assert (got - want).abs().max() <= bound, (name, float((got - want).abs().max()), float(bound))
+    checks.check(run(hidden, weights), hidden, weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
