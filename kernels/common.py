@@ -2,7 +2,8 @@
 
 Every kernel of this folder goes through :func:`launch`, so fused multiply-add is set explicitly (its default differs
 between Triton versions) and a test can put a recorder in its place. Nothing here or beside it uses libdevice, inline
-assembly, atomics or autotuning: the same source runs in the interpreter, and twice the same input gives the same bits.
+assembly or autotuning, nor atomics but to count (score_tail.py): the same source runs in the interpreter, and twice the
+same input gives the same bits.
 """
 
 import threading

@@ -74,9 +74,10 @@ class Features(NamedTuple):
 @triton.jit
 def _finish_part(
     acc, bias, beta, out, rm, rn, rows, outer, padded, scale,
-    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
+    CENTRE: tl.constexpr,
 ):  # fmt: skip
-    """Sums → features, stored rounded; returns their share of βᵀc."""
+    """Sums → features, stored rounded; returns their share of βᵀc. CENTRE: less those of the first of every so many."""
     value = acc * scale
     inside = rn < outer
     rd = tl.minimum(rn, outer - 1)
@@ -86,6 +87,10 @@ def _finish_part(
         value = cos_turns(value)
     elif EPILOGUE == TANH:
         value = tanh(value) + (value - value)  # tanh saturates; what is infinite must not become a confident answer
+    if CENTRE > 1:
+        groups = tl.reshape(value, (BM // CENTRE, CENTRE, BN))
+        heads = tl.where(tl.arange(0, CENTRE)[None, :, None] == 0, groups, 0.0)
+        value = tl.reshape(groups - tl.sum(heads, axis=1, keep_dims=True), (BM, BN))
     value = tl.where(inside[None, :], value, 0.0)
     dot = tl.sum(value * tl.load(beta + rd)[None, :], axis=1) if HAS_BETA else tl.sum(value, axis=1)
     stored = out + rm[:, None].to(tl.int64) * padded + rn[None, :]
@@ -97,6 +102,7 @@ def _finish_part(
 def _finish_tile(
     acc, bias, beta, out, logits, m, n, rows, outer, padded, scale,
     BM: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr,
+    CENTRE: tl.constexpr,
 ):  # fmt: skip
     """A tile of sums → features, and their share of βᵀc as row n of ``logits``. A wide tile is done in quarters."""
     rm = m * BM + tl.arange(0, BM)
@@ -107,21 +113,25 @@ def _finish_tile(
         first, second = halves(left, BM, BN // 2)
         third, fourth = halves(right, BM, BN // 2)
         dot = _finish_part(
-            first, bias, beta, out, rm, rn, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            first, bias, beta, out, rm, rn, rows, outer, padded, scale, BM, PART, EPILOGUE, HAS_BIAS,
+            HAS_BETA, CENTRE,
         )  # fmt: skip
         dot += _finish_part(
-            second, bias, beta, out, rm, rn + PART, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            second, bias, beta, out, rm, rn + PART, rows, outer, padded, scale, BM, PART, EPILOGUE, HAS_BIAS,
+            HAS_BETA, CENTRE,
         )  # fmt: skip
         dot += _finish_part(
-            third, bias, beta, out, rm, rn + 2 * PART, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            third, bias, beta, out, rm, rn + 2 * PART, rows, outer, padded, scale, BM, PART, EPILOGUE, HAS_BIAS,
+            HAS_BETA, CENTRE,
         )  # fmt: skip
         dot += _finish_part(
-            fourth, bias, beta, out, rm, rn + 3 * PART, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            fourth, bias, beta, out, rm, rn + 3 * PART, rows, outer, padded, scale, BM, PART, EPILOGUE, HAS_BIAS,
+            HAS_BETA, CENTRE,
         )  # fmt: skip
     else:
         rn = n * BN + tl.arange(0, BN)
         dot = _finish_part(
-            acc, bias, beta, out, rm, rn, rows, outer, padded, scale, EPILOGUE, HAS_BIAS, HAS_BETA
+            acc, bias, beta, out, rm, rn, rows, outer, padded, scale, BM, BN, EPILOGUE, HAS_BIAS, HAS_BETA, CENTRE
         )  # fmt: skip
     if HAS_BETA:
         tl.store(logits + n.to(tl.int64) * rows + rm, dot, mask=rm < rows)
@@ -129,17 +139,20 @@ def _finish_tile(
 
 @triton.jit(do_not_specialize=["rows", "stop_every"])
 def project_kernel(
-    x, x_stride, weight, bias, beta, out, logits, pieces, rows, inner, outer, padded, stop_every, scale,
+    x, x_stride, weight, bias, beta, out, logits, pieces, counters, rows, inner, outer, padded, stop_every, scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    CAST: tl.constexpr, SPLIT: tl.constexpr,
-    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, PDL: tl.constexpr,
+    CAST: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr,
+    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, CENTRE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One BM×BN tile of x weightᵀ over ``stop_every`` steps of BK, finished or stored as a piece. BK divides ``inner``.
 
     CAST multiplies x by ``scale`` before rounding it to the weight's dtype; without it x already has that dtype, and
-    scaling the float32 sum by a power of two is the same and more exact.
+    scaling the float32 sum by a power of two is the same and more exact. ZEROS counters are zeroed for a later launch.
     """
     after_the_last(PDL)
+    if ZEROS > 0:  # noqa: SIM102 (the one is known when compiling)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(counters + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
     m, n = grouped(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(padded, BN), GROUP)
     rm = m * BM + tl.arange(0, BM)
     rn = n * BN + tl.arange(0, BN)
@@ -163,7 +176,7 @@ def project_kernel(
     else:
         _finish_tile(
             acc, bias, beta, out, logits, m, n, rows, outer, padded, 1.0 if CAST else scale,
-            BM, BN, EPILOGUE, HAS_BIAS, HAS_BETA,
+            BM, BN, EPILOGUE, HAS_BIAS, HAS_BETA, CENTRE,
         )  # fmt: skip
 
 
@@ -171,7 +184,7 @@ def project_kernel(
 def join_kernel(
     pieces, bias, beta, out, logits, rows, outer, padded, count, scale,
     BM: tl.constexpr, BN: tl.constexpr,
-    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, PDL: tl.constexpr,
+    EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, CENTRE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add the ``count`` pieces of a tile in order and finish it."""
     after_the_last(PDL)
@@ -184,7 +197,7 @@ def join_kernel(
     for piece in range(count):
         acc += tl.load(place + piece * rows.to(tl.int64) * padded, mask=mask, other=0.0)
     _finish_tile(
-        acc, bias, beta, out, logits, m, n, rows, outer, padded, scale, BM, BN, EPILOGUE, HAS_BIAS, HAS_BETA
+        acc, bias, beta, out, logits, m, n, rows, outer, padded, scale, BM, BN, EPILOGUE, HAS_BIAS, HAS_BETA, CENTRE
     )  # fmt: skip
 
 
@@ -247,10 +260,14 @@ def project(
     scale: float = 1.0,
     beta: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
+    centre: int = 0,
 ) -> Features:
     """epilogue(scale · x weightᵀ + bias): x (B, k), weight (n, k) → (B, n'), by default in the weight's dtype.
 
-    k is a multiple of 64, so that every tile's depth or a half of it divides k and no load needs a mask.
+    k is a multiple of 64, so that every tile's depth or a half of it divides k and no load needs a mask. ``counters``,
+    a power of two of int32, are zeroed on the way. ``centre``, a power of two up to 16 that divides B, takes the result
+    of the first row of every so many from them all, in float32 before anything is rounded.
     """
     rows, (outer, inner) = x.shape[0], weight.shape
     padded = cdiv(outer, PAD) * PAD
@@ -264,14 +281,15 @@ def project(
     parts = tiles_n if split == 1 else cdiv(padded, _JOIN_COLS)
     logits = None if beta is None else empty(parts, rows, dtype=torch.float32, device=x.device)
     pieces = out if split == 1 else empty(split, rows, padded, dtype=torch.float32, device=x.device)
-    flags = {"EPILOGUE": epilogue.value, "HAS_BIAS": bias is not None, "HAS_BETA": beta is not None}
+    flags = {"EPILOGUE": epilogue.value, "HAS_BIAS": bias is not None, "HAS_BETA": beta is not None, "CENTRE": centre}
     tail = (out if bias is None else bias, out if beta is None else beta, out, out if logits is None else logits)
     launch(
         project_kernel,
         (cdiv(rows, tile.rows) * tiles_n, split),
-        x, x.stride(0), weight, *tail, pieces, rows, inner, outer, padded, cdiv(steps, split), scale,
-        BM=tile.rows, BN=tile.cols, BK=depth, GROUP=tile.group, CAST=cast,
-        SPLIT=split > 1, **flags, warps=tile.warps, stages=tile.stages,
+        x, x.stride(0), weight, *tail, pieces, out if counters is None else counters, rows, inner, outer, padded,
+        cdiv(steps, split), scale,
+        BM=tile.rows, BN=tile.cols, BK=depth, GROUP=tile.group, CAST=cast, SPLIT=split > 1,
+        ZEROS=0 if counters is None else counters.shape[0], **flags, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if split > 1:
         launch(
@@ -321,8 +339,16 @@ def features(
     *,
     beta: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
+    centre: int = 0,
 ) -> Features:
-    """c of ``hidden`` (B ≥ 1, h) in ``dtype`` (default: the serving dtype), and partial logits where β is given."""
+    """c of ``hidden`` (B ≥ 1, h) in ``dtype`` (default: the serving dtype), and partial logits where β is given.
+
+    ``counters`` are zeroed by the first product, which is a launch before whatever counts. ``centre`` as in
+    :func:`project`, for maps that end in a projection.
+    """
+    assert counters is None or multiplies(feature_map), "nothing would zero them"
+    assert not centre or feature_map.projection is not None, "the last kernel would not centre"
     serving = feature_map.dtype
     scale = feature_map.input_scale
     layer, projection = feature_map.layer_weight, feature_map.projection
@@ -339,19 +365,27 @@ def features(
         last = projection is None
         head: dict[str, Any] = {"beta": beta, "dtype": dtype or serving} if last else {"dtype": serving}
         act = TANH if feature_map.activation == "tanh" else IDENTITY
+        bias = feature_map.layer_bias
         if feature_map.layernorm:
-            z = project(hidden, weight, feature_map.layer_bias, device, epilogue=act, scale=scale, dtype=torch.float32)
+            z = project(hidden, weight, bias, device, epilogue=act, scale=scale, dtype=torch.float32, counters=counters)
             result = layernorm(z.c, layer.shape[0], head.pop("dtype"), **head)
         else:
-            result = project(hidden, weight, feature_map.layer_bias, device, epilogue=act, scale=scale, **head)
+            result = project(hidden, weight, bias, device, epilogue=act, scale=scale, counters=counters, **head)
+        counters = None
         if last:
             return result
         weight = _aligned(feature_map, "projection")
         hidden, scale = result.c[:, : weight.shape[1]], 1.0
     act = COSINE if feature_map.features == "rff" else IDENTITY
     return project(
-        hidden, weight, feature_map.phase, device, epilogue=act, scale=scale, beta=beta, dtype=dtype or serving
-    )
+        hidden, weight, feature_map.phase, device, epilogue=act, scale=scale, beta=beta, dtype=dtype or serving,
+        counters=counters, centre=centre,
+    )  # fmt: skip
+
+
+def multiplies(feature_map: FeatureMap) -> bool:
+    """Whether features take a product with weights, and not a copy of the rows alone."""
+    return feature_map.layer_weight is not None or feature_map.projection is not None
 
 
 def _needs_copy(hidden: Tensor, columns: int, foreign: bool) -> bool:

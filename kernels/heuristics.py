@@ -50,7 +50,8 @@ class Tile(NamedTuple):
         group: row tiles in a strip of programs that share operands in the L2.
         fill: 0 leaves the reduction whole; otherwise it is cut into pieces until this many programs a multiprocessor.
         tail: tiles beyond the last whole wave are cut along the reduction, so that they take a part of a wave.
-        paired: where all tasks fit on the device at once, a program takes a long and a short row of the triangle.
+        paired: where tasks are more than multiprocessors, but no more than twice as many, a program takes a long and a
+            short row of the triangle.
     """
 
     rows: int
@@ -76,14 +77,18 @@ _ANY = float("inf")
 _MIN_STEPS = 4
 """A piece of a cut reduction has at least this many steps, or its pipeline never fills."""
 
-FORMS = {"launch": "plain", "pairs": "by pairs"}
+FORMS = {"launch": "plain", "pairs": "by pairs", "tail": "apart"}
 """Where there are two ways to do the same and no GPU has said which is faster; the first of each is the older one.
 
 launch
     ``plain``, or ``overlapped``: programmatic dependent launch (Hopper and later), see ``common.after_the_last``.
 pairs
     ``by pairs``: 16 pairs a program, whose rows come from the L2 several times; or ``by groups``: all pairs of a group
-    in one program, which reads each row of y once.
+    in one program, which reads each row of y once; or ``in the product``: groups of 2, 4, 8 or 16 rows, whose distances
+    are taken from the product's accumulators, so that y is never stored (pair_tail.py).
+tail
+    ``apart``: pieces, squares and scores are launches of their own; or ``last``: whichever program is the last to come
+    adds up, so that U c and all that follows is one launch (score_tail.py).
 """
 
 STAGED_ROWS = 33
@@ -97,8 +102,7 @@ _PROJECT: _Table = {
     ("sm90", 2): (
         (16, Tile(16, 32, 256, 4, 4, fill=1.0)),
         (32, Tile(32, 32, 256, 4, 3, fill=1.0)),
-        (64, Tile(64, 128, 64, 4, 5, fill=1.0)),
-        (128, Tile(64, 64, 128, 4, 4, fill=1.0)),  # measured: 18.3 µs, 22.5 with what was here
+        (128, Tile(64, 64, 128, 4, 4, fill=1.0)),  # measured: 18.3 µs, 22.5 with what was here; at 64 rows with fewer
         (256, Tile(64, 64, 64, 4, 5)),  # measured: 23.9, 29.5; Triton 3.6 serialises the one tile that takes 23.6
         (_ANY, Tile(128, 256, 64, 8, 4, fill=1.0)),  # measured at 1024 rows: 55.8, the best of 25
     ),
@@ -126,7 +130,6 @@ _PRODUCT: _Table = {
     ("sm90", 2): (
         (16, Tile(16, 128, 128, 4, 4, fill=1.25)),
         (32, Tile(32, 128, 128, 4, 4, fill=1.25)),
-        (64, Tile(64, 128, 64, 4, 5, fill=1.25)),
         (128, Tile(64, 32, 128, 4, 5, group=32, paired=True)),  # measured: 12.7 µs, 18.7 with what was here
         (256, Tile(64, 128, 128, 4, 4, group=32, paired=True)),  # measured: 17.0, 24.9
         (512, Tile(64, 128, 64, 4, 5, group=32, paired=True)),
@@ -169,19 +172,25 @@ _GRAM: _Table = {
     ("interpreter", 2): ((_ANY, Tile(128, 256, 128, 4, 1)),),
     ("interpreter", 4): ((_ANY, Tile(128, 256, 128, 4, 1)),),
 }
-# Blackwell's data-centre parts have Hopper's shared memory and more. One of Hopper's tiles spills there; what was
-# measured on Hopper alone says nothing of them either: the ones before it stay.
-_ON_BLACKWELL = {
-    Tile(64, 64, 128, 4, 4, fill=1.0): Tile(128, 128, 64, 8, 4, fill=1.0),
-    Tile(64, 64, 64, 4, 5): Tile(128, 256, 64, 8, 4, fill=1.0),
-    Tile(64, 32, 128, 4, 5, group=32, paired=True): Tile(128, 128, 64, 8, 3, fill=1.25),
-    Tile(64, 128, 128, 4, 4, group=32, paired=True): Tile(128, 128, 64, 8, 3, fill=2.25),
-    Tile(128, 256, 64, 8, 4, tail=True): Tile(128, 128, 64, 4, 4),
-    Tile(128, 128, 64, 4, 4, group=32, paired=True): Tile(128, 128, 64, 8, 4, group=32, paired=True),
+# Blackwell's data-centre parts have Hopper's shared memory and more. What was measured on Hopper alone says nothing of
+# them, and one of its tiles spills there: those rows are what they were before.
+_ON_BLACKWELL: dict[str, dict[float, Tile]] = {
+    "project": {
+        64: Tile(64, 128, 64, 4, 5, fill=1.0),
+        128: Tile(128, 128, 64, 8, 4, fill=1.0),
+        256: Tile(128, 256, 64, 8, 4, fill=1.0),
+    },
+    "product": {
+        64: Tile(64, 128, 64, 4, 5, fill=1.25),
+        128: Tile(128, 128, 64, 8, 3, fill=1.25),
+        256: Tile(128, 128, 64, 8, 3, fill=2.25),
+        1024: Tile(128, 128, 64, 8, 4, group=32, paired=True),
+    },
+    "gram": {6144: Tile(128, 128, 64, 4, 4)},
 }
-for _table in (_PROJECT, _PRODUCT, _GRAM):
-    for _size in (2, 4):
-        _table["sm100", _size] = tuple((limit, _ON_BLACKWELL.get(tile, tile)) for limit, tile in _table["sm90", _size])
+for _name, _table in (("project", _PROJECT), ("product", _PRODUCT), ("gram", _GRAM)):
+    _table["sm100", 2] = tuple(sorted((dict(_table["sm90", 2]) | _ON_BLACKWELL[_name]).items()))
+    _table["sm100", 4] = _table["sm90", 4]
 
 
 @contextmanager

@@ -13,15 +13,18 @@ Differences from the group's first row are formed in float32, so rounding sees o
 rows share beyond it cancels in float32 again, term by term.
 
 Two kernels for the last step (``heuristics.FORMS``): 16 pairs a program, or all pairs of a group. For 64 groups of 8 at
-D = 4096 the one asks the L2 for 58 MB of y, the other for 8; neither has run on a GPU.
+D = 4096 the one asks the L2 for 58 MB of y, the other for 8; neither is faster on an H100. A third way takes the distances in
+the product itself (pair_tail.py).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, launch, power_of_two
+from .common import cdiv, launch, power_of_two, triangle_row
 
 _CENTRE_ROWS, _CENTRE_COLS = 16, 256
 _PAIR_ROWS, _PAIR_COLS, _PAIR_PARTS = 16, 256, 64
@@ -29,15 +32,18 @@ _GROUP_ROWS, _GROUP_SUMS = 16, 16384
 """Rows of a group that one program takes at most; float32 sums that it holds, 64 registers a thread."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "k"])
 def centre_kernel(
-    c, first, beta, out, logits, rows, size, padded,
-    BM: tl.constexpr, BN: tl.constexpr,
+    c, first, beta, out, logits, rows, size, padded, k,
+    BM: tl.constexpr, BN: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
-    """ĉ = round(c_i − c_first), and the shares of βᵀ(c_i − c_first), not rounded, as logits (column blocks, rows)."""
+    """ĉ = round(c_i − c_first), and the shares of βᵀ(c_i − c_first), not rounded, as logits (column blocks, rows).
+
+    EQUAL: all groups have k rows, and ``first`` is not read.
+    """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
-    base = tl.load(first + rm, mask=rm < rows, other=0)
+    base = (rm - rm % k).to(tl.int64) if EQUAL else tl.load(first + rm, mask=rm < rows, other=0)
     mask = (rm < rows)[:, None] & (rn < padded)[None, :]
     offsets = rm[:, None].to(tl.int64) * padded + rn[None, :]
     delta = tl.load(c + offsets, mask=mask, other=0.0)
@@ -47,16 +53,29 @@ def centre_kernel(
     tl.store(logits + tl.program_id(1).to(tl.int64) * rows + rm, dot, mask=rm < rows)
 
 
-@triton.jit(do_not_specialize=["count", "rows", "parts"])
+@triton.jit
+def _pair_of(q, k):
+    """The rows i < j of pair q where every group has k ≥ 2 rows: a lower triangle, counted from its end."""
+    each = k * (k - 1) // 2
+    left = each - 1 - q % each
+    a = triangle_row(left)
+    start = (q // each).to(tl.int64) * k
+    return start + (k - 2 - a), start + (k - 1 - (left - a * (a + 1) // 2))
+
+
+@triton.jit(do_not_specialize=["count", "rows", "parts", "k"])
 def pair_kernel(
-    y, logits, left, right, g, v, count, rows, parts, width, factor_scale,
-    BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    y, logits, left, right, g, v, count, rows, parts, width, factor_scale, k,
+    BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
-    """BM pairs: the squared distance of two rows of y, and the difference of their logits."""
+    """BM pairs: the squared distance of two rows of y, and the difference of their logits. EQUAL as above."""
     rq = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = rq < count
-    i = tl.load(left + rq, mask=inside, other=0)
-    j = tl.load(right + rq, mask=inside, other=0)
+    if EQUAL:
+        i, j = _pair_of(tl.minimum(rq, count - 1), k)
+    else:
+        i = tl.load(left + rq, mask=inside, other=0)
+        j = tl.load(right + rq, mask=inside, other=0)
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, width, BN):
         rn = start + tl.arange(0, BN)
@@ -106,27 +125,44 @@ def group_kernel(
     tl.store(g + place, sums[:, None] - sums[None, :], mask=mask)
 
 
-def centre(c: Tensor, first: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """c (R ≥ 1, D') float32, first (R,) → ĉ (R, D') in ``dtype`` and logits (parts, R)."""
+class Rows(NamedTuple):
+    """Which rows are subtracted: groups of ``k`` rows each, or (k = 0) as listed.
+
+    Attributes:
+        k: rows of every group, or 0.
+        first: (R,) the first row of each row's group.
+        left: (Q,) the one row of each pair.
+        right: (Q,) the other.
+    """
+
+    k: int
+    first: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+def centre(c: Tensor, which: Rows, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """c (R ≥ 1, D') float32 → ĉ (R, D') in ``dtype`` and logits (parts, R)."""
     rows, padded = c.shape
     blocks = cdiv(padded, _CENTRE_COLS)
     out = torch.empty(rows, padded, dtype=dtype, device=c.device)
     logits = torch.empty(blocks, rows, dtype=torch.float32, device=c.device)
     launch(
         centre_kernel, (cdiv(rows, _CENTRE_ROWS), blocks),
-        c, first, beta, out, logits, rows, beta.shape[0], padded,
-        BM=_CENTRE_ROWS, BN=_CENTRE_COLS, warps=4, stages=1,
+        c, c if which.first is None else which.first, beta, out, logits, rows, beta.shape[0], padded, which.k,
+        BM=_CENTRE_ROWS, BN=_CENTRE_COLS, EQUAL=which.k > 0, warps=4, stages=1,
     )  # fmt: skip
     return out, logits
 
 
-def pairs(y: Tensor, logits: Tensor, left: Tensor, right: Tensor, g: Tensor, v: Tensor, factor_scale: float) -> None:
+def pairs(y: Tensor, logits: Tensor, which: Rows, g: Tensor, v: Tensor, factor_scale: float) -> None:
     """Fill g, v (Q ≥ 1,) from y (R, 128 n), logits (parts, R) and the pairs' row numbers."""
-    count, parts = left.shape[0], logits.shape[0]
+    count, parts = g.shape[0], logits.shape[0]
+    left, right = y if which.left is None else which.left, y if which.right is None else which.right
     launch(
         pair_kernel, (cdiv(count, _PAIR_ROWS),),
-        y, logits, left, right, g, v, count, y.shape[0], parts, y.shape[1], factor_scale,
-        BM=_PAIR_ROWS, BN=_PAIR_COLS, BP=min(_PAIR_PARTS, power_of_two(parts)), warps=4, stages=1,
+        y, logits, left, right, g, v, count, y.shape[0], parts, y.shape[1], factor_scale, which.k,
+        BM=_PAIR_ROWS, BN=_PAIR_COLS, BP=min(_PAIR_PARTS, power_of_two(parts)), EQUAL=which.k > 0, warps=4, stages=1,
     )  # fmt: skip
 
 

@@ -27,16 +27,16 @@ from .heuristics import Device
 MAX_COLUMNS = 16384
 """A row of W must fit the registers of one program."""
 _FOLD_COLS, _FOLD_PARTS = 64, 64
+_LAST_COLS = 1024
 _MAX_HELD = 112
 """Registers a thread for rows, next rows, v and sums; beyond this the next rows are not asked for ahead."""
 
 
 @triton.jit
-def _direction(w, norms, previous, h, norm_parts, BH: tl.constexpr, BP: tl.constexpr):
-    """v = w / ‖w‖, or the previous v where w = 0 (a zero matrix leaves v)."""
+def _direction(w, norms, previous, rh, h, norm_parts, BP: tl.constexpr):
+    """v = w / ‖w‖ in columns ``rh``, or the previous v where w = 0 (a zero matrix leaves v)."""
     rp = tl.arange(0, BP)
     norm = tl.sqrt(tl.sum(tl.load(norms + rp, mask=rp < norm_parts, other=0.0), axis=0))
-    rh = tl.arange(0, BH)
     v = tl.load(w + rh, mask=rh < h, other=0.0)
     before = tl.load(previous + rh, mask=rh < h, other=0.0)
     return tl.where(norm > 0, v / tl.where(norm > 0, norm, 1.0), before)
@@ -54,8 +54,8 @@ def step_kernel(
 ):  # fmt: skip
     """Rows pid·ROWS … of W, every programs·ROWS: Σ y_r W_r → partial[pid] (h,), Σ y_r² → squares[pid]."""
     pid = tl.program_id(0)
-    v = _direction(w, norms, previous, h, norm_parts, BH, BP)
     rh = tl.arange(0, BH)
+    v = _direction(w, norms, previous, rh, h, norm_parts, BP)
     if pid == 0:
         tl.store(v_out + rh, v, mask=rh < h)
     rr = tl.arange(0, ROWS)
@@ -97,11 +97,12 @@ def fold_kernel(partial, w, norms, h, programs, BN: tl.constexpr, BP: tl.constex
 def last_kernel(
     w, norms, previous, squares, v_out, sigma, h, norm_parts, programs, BH: tl.constexpr, BP: tl.constexpr
 ):  # fmt: skip
-    """The last v and σ = ‖y‖ of the last step."""
-    rh = tl.arange(0, BH)
-    tl.store(v_out + rh, _direction(w, norms, previous, h, norm_parts, BH, BP), mask=rh < h)
+    """BH columns of the last v, and σ = ‖y‖ of the last step."""
+    rh = tl.program_id(0) * BH + tl.arange(0, BH)
+    tl.store(v_out + rh, _direction(w, norms, previous, rh, h, norm_parts, BP), mask=rh < h)
     rp = tl.arange(0, BP)
-    tl.store(sigma, tl.sqrt(tl.sum(tl.load(squares + rp, mask=rp < programs, other=0.0), axis=0)))
+    if tl.program_id(0) == 0:
+        tl.store(sigma, tl.sqrt(tl.sum(tl.load(squares + rp, mask=rp < programs, other=0.0), axis=0)))
 
 
 def power_iteration(weight: Tensor, vector: Tensor, iterations: int, device: Device) -> tuple[Tensor, Tensor]:
@@ -133,8 +134,8 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int, device: Dev
         )  # fmt: skip
     sigma = torch.empty((), **make)
     launch(
-        last_kernel, (1,),
+        last_kernel, (cdiv(h, _LAST_COLS),),
         w, norms, previous, squares, v[iterations % 2], sigma, h, norm_parts, programs,
-        BH=width, BP=bp, warps=warps, stages=1,
+        BH=_LAST_COLS, BP=bp, warps=4, stages=1,
     )  # fmt: skip
     return sigma, v[iterations % 2]

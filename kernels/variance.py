@@ -60,18 +60,29 @@ def _product(
 
 
 @triton.jit
-def _column_task(
-    task, c, c_stride, factor, out, rows, tiles,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
+def column_product(
+    task, c, c_stride, factor, rows, tiles,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, over its whole reduction. Tasks count from the longest."""
+    """The task-th tile (m, n) of y, counting from the longest, and its values."""
     columns = tl.cdiv(tiles * EDGE, BN)
     m, reverse = grouped(task, tl.cdiv(rows, BM), columns, GROUP)
     n = columns - 1 - reverse
     rm = m * BM + tl.arange(0, BM)
     rn = n * BN + tl.arange(0, BN)
     last = tl.minimum((n * BN + BN - 1) // EDGE + 1, tiles)
-    acc = _product(c, c_stride, factor, rm, rn, 0, last, rows, tiles, BM, BN, BK, PER)
+    return m, n, _product(c, c_stride, factor, rm, rn, 0, last, rows, tiles, BM, BN, BK, PER)
+
+
+@triton.jit
+def column_task(
+    task, c, c_stride, factor, out, rows, tiles,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """One tile of y, over its whole reduction. Tasks count from the longest."""
+    m, n, acc = column_product(task, c, c_stride, factor, rows, tiles, BM, BN, BK, PER, GROUP)
+    rm = m * BM + tl.arange(0, BM)
+    rn = n * BN + tl.arange(0, BN)
     if MODE == SQUARE:
         tl.store(out + n.to(tl.int64) * rows + rm, tl.sum(acc * acc, axis=1), mask=rm < rows)
     else:
@@ -91,9 +102,64 @@ def column_kernel(
     if PAIRED:  # the middle one of an odd count is done twice, with the same result
         for half in range(2):
             chosen = tl.where(half == 0, task, total - 1 - task)
-            _column_task(chosen, c, c_stride, factor, out, rows, tiles, BM, BN, BK, PER, GROUP, MODE)
+            column_task(chosen, c, c_stride, factor, out, rows, tiles, BM, BN, BK, PER, GROUP, MODE)
     else:
-        _column_task(task, c, c_stride, factor, out, rows, tiles, BM, BN, BK, PER, GROUP, MODE)
+        column_task(task, c, c_stride, factor, out, rows, tiles, BM, BN, BK, PER, GROUP, MODE)
+
+
+@triton.jit
+def piece_product(
+    c, c_stride, factor, out, slot, within, i, rm, rows, tiles, span,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """At most ``span`` tiles of row i of tiles, the ``within``-th of its block row: out[slot] (rows, 128)."""
+    first = (within // span) * span
+    last = tl.minimum(first + span, i + 1)
+    local = tl.arange(0, BN)
+    acc = _product(c, c_stride, factor, rm, i * EDGE + local, first, last, rows, tiles, BM, BN, BK, PER)
+    place = out + (slot.to(tl.int64) * rows + rm[:, None]) * EDGE + local[None, :]
+    tl.store(place, acc, mask=(rm < rows)[:, None])
+
+
+@triton.jit
+def piece_sum(pieces, out, i, rm, rows, span, BM: tl.constexpr, BN: tl.constexpr, CACHE: tl.constexpr):
+    """Add the pieces of row i of tiles in order, square, sum over its columns: out (tiles, rows)."""
+    a = i // span
+    slot = a * (a + 1) // 2 * span + i % span
+    offsets = rm[:, None] * EDGE + tl.arange(0, BN)[None, :]
+    mask = (rm < rows)[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for piece in range(a + 1):
+        place = pieces + (slot + piece * span).to(tl.int64) * rows * EDGE
+        acc += tl.load(place + offsets, mask=mask, other=0.0, cache_modifier=CACHE)
+    tl.store(out + i.to(tl.int64) * rows + rm, tl.sum(acc * acc, axis=1), mask=rm < rows)
+
+
+@triton.jit
+def scores(
+    logits, squares, out, out_stride, rm, rows, logit_parts, square_parts, beta0, factor_scale, amplitude,
+    BM: tl.constexpr, BP: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of rows ``rm`` in order; g, v, u, p into the rows of out (4, B)."""
+    rp = tl.arange(0, BP)
+    place = rp[:, None].to(tl.int64) * rows + rm[None, :]
+    g = tl.zeros((BM,), dtype=tl.float32)
+    for start in range(0, logit_parts, BP):
+        mask = (start + rp < logit_parts)[:, None] & (rm < rows)[None, :]
+        part = tl.load(logits + start * rows.to(tl.int64) + place, mask=mask, other=0.0, cache_modifier=CACHE)
+        g += tl.sum(part, axis=0)
+    v = tl.zeros((BM,), dtype=tl.float32)
+    for start in range(0, square_parts, BP):
+        mask = (start + rp < square_parts)[:, None] & (rm < rows)[None, :]
+        part = tl.load(squares + start * rows.to(tl.int64) + place, mask=mask, other=0.0, cache_modifier=CACHE)
+        v += tl.sum(part, axis=0)
+    g += beta0
+    v *= factor_scale
+    u = tl.sqrt(1.0 + amplitude * v)
+    tl.store(out + rm, g, mask=rm < rows)
+    tl.store(out + out_stride + rm, v, mask=rm < rows)
+    tl.store(out + 2 * out_stride + rm, u, mask=rm < rows)
+    tl.store(out + 3 * out_stride + rm, g / u, mask=rm < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "span"])
@@ -112,13 +178,8 @@ def piece_kernel(
     within = slot - a * (a + 1) // 2 * span
     i = a * span + within % span
     if i < tiles:
-        first = (within // span) * span
         rm = (tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)
-        local = tl.arange(0, BN)
-        last = tl.minimum(first + span, i + 1)
-        acc = _product(c, c_stride, factor, rm, i * EDGE + local, first, last, rows, tiles, BM, BN, BK, PER)
-        place = out + (slot.to(tl.int64) * rows + rm[:, None]) * EDGE + local[None, :]
-        tl.store(place, acc, mask=(rm < rows)[:, None])
+        piece_product(c, c_stride, factor, out, slot, within, i, rm, rows, tiles, span, BM, BN, BK, PER)
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
@@ -128,15 +189,7 @@ def square_kernel(
     """Add the pieces of a tile in order, square, sum over its columns: out (tiles, rows)."""
     after_the_last(PDL)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    i = tl.program_id(1)
-    a = i // span
-    slot = a * (a + 1) // 2 * span + i % span
-    offsets = rm[:, None] * EDGE + tl.arange(0, BN)[None, :]
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for piece in range(a + 1):
-        place = pieces + (slot + piece * span).to(tl.int64) * rows * EDGE
-        acc += tl.load(place + offsets, mask=(rm < rows)[:, None], other=0.0)
-    tl.store(out + i.to(tl.int64) * rows + rm, tl.sum(acc * acc, axis=1), mask=rm < rows)
+    piece_sum(pieces, out, tl.program_id(1), rm, rows, span, BM, BN, "")
 
 
 @triton.jit(do_not_specialize=["rows", "logit_parts", "square_parts", "out_stride"])
@@ -147,23 +200,10 @@ def score_kernel(
     """Add the parts in order; g, v, u, p into the rows of out (4, B)."""
     after_the_last(PDL)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    rp = tl.arange(0, BP)
-    place = rp[:, None].to(tl.int64) * rows + rm[None, :]
-    g = tl.zeros((BM,), dtype=tl.float32)
-    for start in range(0, logit_parts, BP):
-        mask = (start + rp < logit_parts)[:, None] & (rm < rows)[None, :]
-        g += tl.sum(tl.load(logits + start * rows.to(tl.int64) + place, mask=mask, other=0.0), axis=0)
-    v = tl.zeros((BM,), dtype=tl.float32)
-    for start in range(0, square_parts, BP):
-        mask = (start + rp < square_parts)[:, None] & (rm < rows)[None, :]
-        v += tl.sum(tl.load(squares + start * rows.to(tl.int64) + place, mask=mask, other=0.0), axis=0)
-    g += beta0
-    v *= factor_scale
-    u = tl.sqrt(1.0 + amplitude * v)
-    tl.store(out + rm, g, mask=rm < rows)
-    tl.store(out + out_stride + rm, v, mask=rm < rows)
-    tl.store(out + 2 * out_stride + rm, u, mask=rm < rows)
-    tl.store(out + 3 * out_stride + rm, g / u, mask=rm < rows)
+    scores(
+        logits, squares, out, out_stride, rm, rows, logit_parts, square_parts, beta0, factor_scale, amplitude,
+        BM, BP, "",
+    )  # fmt: skip
 
 
 def squares(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
@@ -194,12 +234,18 @@ def squares(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
     return out
 
 
+def stored_tile(rows: int, element: int, device: Device) -> heuristics.Tile:
+    """The tile of a product whose values are kept, or worked on, rather than squared."""
+    tile = heuristics.product(device, element, min(rows, _STORED_ROWS))
+    if tile.fill > 0 and tile.rows > 64:  # made to be cut: whole, its matrix instructions are serialised by Triton 3.6
+        tile = heuristics.product(device, element, _UNCUT_ROWS)
+    return tile
+
+
 def product(c: Tensor, factor: Tensor, size: int, device: Device) -> Tensor:
     """y = factor c: (B ≥ 1, D') → (B, 128 n) float32."""
     rows, tiles = c.shape[0], cdiv(size, TILE_EDGE)
-    tile = heuristics.product(device, c.element_size(), min(rows, _STORED_ROWS))
-    if tile.fill > 0 and tile.rows > 64:  # made to be cut: whole, its matrix instructions are serialised by Triton 3.6
-        tile = heuristics.product(device, c.element_size(), _UNCUT_ROWS)
+    tile = stored_tile(rows, c.element_size(), device)
     out = torch.empty(rows, tiles * TILE_EDGE, dtype=torch.float32, device=c.device)
     _columns(c, factor, out, tiles, tile, device, STORE)
     return out
@@ -210,7 +256,7 @@ def _columns(
 ) -> None:
     rows = c.shape[0]
     total = cdiv(rows, tile.rows) * cdiv(tiles * TILE_EDGE, tile.cols)
-    paired = tile.paired and total <= 2 * device.multiprocessors
+    paired = tile.paired and device.multiprocessors < total <= 2 * device.multiprocessors
     launch(
         column_kernel, (cdiv(total, 2) if paired else total,),
         c, c.stride(0), factor, out, rows, tiles, total,

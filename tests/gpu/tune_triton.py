@@ -40,8 +40,10 @@ def candidates(kernel: str, rows: int, arch: int) -> list[Any]:
     heights = [16] if rows <= 16 else [32] if rows <= 32 else [64] if rows <= 64 else [64, 128, 256]
     heights = [64, 128] if kernel == "gram" else heights
     for bm, bn, bk, warps, stages in itertools.product(
-        heights, (32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (3, 4, 5)
+        heights, (16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (3, 4, 5)
     ):
+        if bn == 16 and rows > 64:
+            continue  # few rows: many narrow programs, so that every multiprocessor reads
         shared, held = (bm + bn) * bk * 2 * stages, bm * bn // (32 * warps)
         if not (48 << 10 <= shared <= SHARED[arch]) or not 4 <= held <= 128:
             continue

@@ -48,6 +48,9 @@ class Build(NamedTuple):
     unit: str
     serialized: bool
     waits: bool  # for the kernel before it, which a program must before anything else if it may start early
+    plain: bool  # a product of 16-bit operands in tiles that Hopper's matrix instructions could take, without them
+    counts: bool  # itself, so that the last program to come finds what all others have stored
+    early: bool  # counts itself before all of its threads have stored
 
 
 # -- the workload: calls that between them reach every row of every table ---------------------------------------------
@@ -64,7 +67,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         found = {limit for table in tables for limit, _ in table[KIND[arch], dtype.itemsize]}
         return sorted(int(limit) if limit < 1e9 else 8192 for limit in found)
 
-    yield from _other_forms(arch)
+    yield from _other_forms(arch, quick)
     square = {dtype: _weights(4096, 4096, dtype) for dtype in (half, torch.bfloat16, single)}
     normed = _weights(4096, 4096, half, layer=4096, activation="tanh", layernorm=True)
     if quick:
@@ -107,7 +110,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         yield functools.partial(_score, _weights(4096, 4096, dtype, features="linear"), 64, dtype)
 
 
-def _other_forms(arch: int) -> Iterator[Callable[[], None]]:
+def _other_forms(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
     """What the tables do not choose but may come to: it must be as sound as what they do."""
     from rmcore.kernels import heuristics
 
@@ -120,6 +123,18 @@ def _other_forms(arch: int) -> Iterator[Callable[[], None]]:
 
     for k in (2, 4, 8, 16):
         yield functools.partial(chosen, functools.partial(_pair_variance, weights, half, (64,), k), pairs="by groups")
+    for groups in (64,) if quick else (2, 8, 32, 64, 512):
+        for k in (4, 8) if quick else (2, 4, 8, 16):
+            for dtype in (half,) if quick else (half, torch.float32):
+                call = functools.partial(_pair_variance, _weights(4096, 4096, dtype), dtype, (groups,), k)
+                yield functools.partial(chosen, call, pairs="in the product")
+    for rows in (16, 64, 8192) if quick else (16, 32, 64, 128, 256, 512, 1024, 8192):
+        yield functools.partial(chosen, functools.partial(_score, weights, rows, half), tail="last")
+    if not quick:
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (16, 64, 1024):
+                other = functools.partial(_score, _weights(4096, 4096, dtype), rows, dtype)
+                yield functools.partial(chosen, other, tail="last")
     if arch >= 90:
         for rows in (1, 64, 256, 1024):
             yield functools.partial(chosen, functools.partial(_score, weights, rows, half), launch="overlapped")
@@ -184,6 +199,8 @@ def _accumulate(
 def _pair_variance(weights: Any, dtype: torch.dtype, counts: tuple[int, ...], k: int = 8) -> None:
     from rmcore.ops.backends import triton as backend
 
+    several = torch.tensor([3, 2, 3])  # listed rows
+    backend.pair_variance(torch.empty(8, weights.hidden_size, dtype=dtype, device="meta"), several, weights)
     for groups in counts:
         hidden = torch.empty(groups * k, weights.hidden_size, dtype=dtype, device="meta")
         backend.pair_variance(hidden, torch.full((groups,), k), weights)
@@ -282,10 +299,28 @@ def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
     unit = next((name for instruction, name in units.items() if instruction in ptx), "")
     # ptxas says so where Hopper's matrix instructions cannot run beside others, which costs a large part of the speed.
     serialized = "wgmma.mma_async instructions are serialized" in log
+    halves = {compiled.src.signature.get(operand) for operand in ("phi", "weight", "factor")} & {"*fp16", "*bf16"}
+    large = re.search(r"\bBM=(\d+)", constants)
+    plain = arch == 90 and bool(halves) and large is not None and int(large[1]) >= 64 and unit != "wgmma"
+    plain = plain and name != "weigh_kernel"  # takes no product
+    counts = "atom.global" in ptx
     return Build(
         arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills, unit, serialized,
-        "griddepcontrol.wait" in ptx,
+        "griddepcontrol.wait" in ptx, plain, counts, counts and not _counts_after_stores(ptx),
     )  # fmt: skip
+
+
+def _counts_after_stores(ptx: str) -> bool:
+    """Whether a barrier lies between every count and the stores before it, and between it and the loads after it."""
+    kinds = {"st.global": "store", "ld.global": "load", "atom.global": "count", "bar.sync": "barrier"}
+    found = [next((kind for start, kind in kinds.items() if start in line), "") for line in ptx.splitlines()]
+    seen = [kind for kind in found if kind]
+    places = [place for place, kind in enumerate(seen) if kind == "count"]
+
+    def first(kinds: list[str], wanted: str) -> bool:
+        return next((kind for kind in kinds if kind in (wanted, "barrier")), "barrier") == "barrier"
+
+    return all(first(seen[:place][::-1], "store") and first(seen[place + 1 :], "load") for place in places)
 
 
 def faults(build: Build) -> list[str]:
@@ -297,6 +332,10 @@ def faults(build: Build) -> list[str]:
         found.append(f"{build.shared} bytes of shared memory of {SHARED_LIMIT[build.arch]}")
     if build.serialized:
         found.append("serialized wgmma")
+    if build.plain:
+        found.append("no wgmma though its tiles are large enough")
+    if build.early:
+        found.append("counts itself before it has stored, or reads before it has counted")
     if build.waits != ("PDL=True" in build.constants):
         found.append("starts early and does not wait" if not build.waits else "waits for nothing")
     return found

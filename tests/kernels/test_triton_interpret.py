@@ -11,7 +11,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -55,6 +58,19 @@ def tiles(monkeypatch):
     return replace
 
 
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The names of the kernels that are launched inside, in order."""
+    names: list[str] = []
+    launch = triton.runtime.interpreter.GridExecutor.__call__
+    with mock.patch.object(
+        triton.runtime.interpreter.GridExecutor,
+        "__call__",
+        lambda grid, *args, **kwargs: (names.append(grid.fn.__name__), launch(grid, *args, **kwargs))[1],
+    ):
+        yield names
+
+
 # -- score -----------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +104,19 @@ def test_score_by_every_way_to_balance_the_triangle(name, tiles):
     tiles(product=PRODUCTS[name])
     weights = checks.make_head(64, 600, torch.float16)  # five tiles of 128, so that pairs and pieces are uneven
     checks.check_score(torch.randn(130, 64).half(), weights)
+
+
+@pytest.mark.parametrize("name", ["narrow, paired", "paired, odd count", "pieces"])
+def test_the_last_program_to_come_adds_up_to_the_same_bits(name, tiles):
+    tiles(product=PRODUCTS[name])
+    weights, hidden = checks.make_head(64, 600, torch.float16), torch.randn(130, 64).half()
+    apart, together = torch.empty(4, 130), torch.full((4, 130), math.nan)
+    backend.score(hidden, weights, apart)
+    with heuristics.forms(tail="last"), recorded() as kernels:
+        backend.score(hidden, weights, together)
+    assert torch.equal(apart, together)
+    assert kernels[-1] == ("piece_score_kernel" if name == "pieces" else "column_score_kernel")
+    assert not {"square_kernel", "column_kernel", "piece_kernel", "score_kernel"} & set(kernels)
 
 
 PROJECTS = {
@@ -195,6 +224,25 @@ def test_a_row_that_overflows_the_serving_dtype_is_not_finite():
     assert bool(out[:, :3].isfinite().all())
 
 
+@pytest.mark.parametrize("name", ["tanh and layer norm", "linear on a normed layer", "last layer"])
+def test_every_kind_of_head_ends_in_the_last_program_to_come(name):
+    weights = checks.make_head(128, 200, torch.float16, input_scale=0.25, **HEADS[name])
+    hidden = torch.randn(9, 128).half()
+    apart = checks.check_score(hidden, weights)
+    with heuristics.forms(tail="last"):
+        assert torch.equal(checks.check_score(hidden, weights), apart)
+        # A row that is not finite spoils neither its neighbours nor the counters of the next call.
+        spoiled = hidden.clone()
+        spoiled[4, 3] = math.nan
+        out = torch.empty_like(apart)
+        backend.score(spoiled, weights, out)
+        keep = torch.arange(9) != 4
+        assert torch.equal(out[:, keep], apart[:, keep])
+        assert not bool(out[:, 4].isfinite().any())
+        backend.score(hidden, weights, out)
+        assert torch.equal(out, apart)
+
+
 # -- launch plans ----------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +284,15 @@ def test_a_planned_call_gives_the_same_bits_without_going_the_long_way(name, pla
     weights = checks.make_head(64, 140, torch.float16, **head)
     _same(rows(torch.randn(70, 73)), weights, planned, 1)  # the first call of a shape makes the plan
     _same(rows(torch.randn(70, 73)), weights, planned, 0)
+
+
+def test_plans_of_calls_that_end_in_the_last_program_to_come(planned):
+    weights = checks.make_head(64, 140, torch.float16)
+    with heuristics.forms(tail="last"):
+        for rows in (3, 70):
+            _same(torch.randn(rows, 64).half(), weights, planned, 1)
+            for _ in range(2):  # the counters are zeroed every time
+                _same(torch.randn(rows, 64).half(), weights, planned, 0)
 
 
 def test_what_a_plan_does_not_fit_goes_the_long_way(planned, monkeypatch):
@@ -390,6 +447,49 @@ def test_pair_variance_by_groups(k, count, monkeypatch):
         assert taken == [k]
     assert g[0] == v[0] == 0
     assert heuristics.FORMS["pairs"] == "by pairs"
+
+
+@pytest.mark.parametrize(("k", "count"), [(2, 37), (4, 3), (8, 17), (16, 1)])
+def test_pair_variance_in_the_product(k, count, tiles):
+    weights = checks.make_head(64, 300, torch.float16)
+    hidden = torch.randn(k * count, 64).half()
+    hidden[1] = hidden[0]
+    if k == 8:  # several tiles of rows and of columns, one of them without a partner, and a projection in pieces
+        tiles(product=Tile(64, 64, 128, 4, 1, paired=True), project=Tile(64, 128, 64, 4, 1, fill=8.0))
+    with heuristics.forms(pairs="in the product"), recorded() as kernels:
+        g, v = checks.check_pair_variance(hidden, [k] * count, weights)
+    assert kernels[-1] == "column_pair_kernel"
+    assert "centre_kernel" not in kernels
+    assert g[0] == v[0] == 0
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_groups_of_one_size_need_no_lists_and_have_the_same_bits(k, monkeypatch):
+    weights, hidden = checks.make_head(64, 140, torch.float16), torch.randn(5 * k, 64).half()
+    plain = backend._pair_rows([k] * 5, hidden.device)
+    assert plain.first is plain.left is plain.right is None
+    bits = backend.pair_variance(hidden, torch.full((5,), k), weights)
+    other = backend._pair_rows([k, k + 1], hidden.device)
+    assert other.k == 0
+    i, j = torch.triu_indices(k, k, 1)
+    heads = torch.arange(5)[:, None] * k
+    listed = pair_variance.Rows(0, heads.expand(-1, k).reshape(-1), *((heads + x).reshape(-1) for x in (i, j)))
+    monkeypatch.setattr(backend, "_pair_rows", lambda *_: listed)
+    again = backend.pair_variance(hidden, torch.full((5,), k), weights)
+    assert all(torch.equal(a, b) for a, b in zip(bits, again, strict=True))
+
+
+def test_groups_that_the_product_does_not_serve_go_by_pairs():
+    hidden = torch.randn(9, 64).half()
+    with heuristics.forms(pairs="in the product"), recorded() as kernels:
+        for weights, sizes in (
+            (checks.make_head(64, 140, torch.float16), [3, 3]),
+            (checks.make_head(64, 140, torch.float16), [2, 4]),
+            (checks.make_head(64, 140, torch.float16, features="linear", projection=False), [4, 4]),
+        ):
+            checks.check_pair_variance(hidden[: sum(sizes)], sizes, weights)
+    assert kernels.count("pair_kernel") == 3
+    assert "column_pair_kernel" not in kernels
 
 
 # -- power_iteration -------------------------------------------------------------------------------------------------

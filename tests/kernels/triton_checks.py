@@ -289,12 +289,12 @@ def check_power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tu
 
 @contextmanager
 def poisoned_workspaces() -> Iterator[None]:
-    """Fill whatever torch.empty returns with NaN, so that reading what no kernel wrote shows."""
+    """Fill whatever torch.empty returns with NaN or a large number: reading what no kernel wrote shows."""
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        return made.fill_(float("nan") if made.is_floating_point() else 100)
 
     torch.empty = poisoned  # type: ignore[assignment]
     try:

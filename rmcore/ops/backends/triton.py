@@ -25,6 +25,7 @@ from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
 
 if TYPE_CHECKING:
     from rmcore.kernels.heuristics import Device
+    from rmcore.kernels.pair_variance import Rows
 
 __all__ = ["accumulate", "pair_variance", "plan", "power_iteration", "score", "unavailable"]
 
@@ -101,19 +102,19 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
 
 
 def _score_rows(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
-    from rmcore.kernels import features, variance
+    from rmcore.kernels import features, heuristics, score_tail, variance
 
-    device = _device(hidden.device)
+    device, d = _device(hidden.device), weights.num_features
+    ends = {"beta0": weights.beta0, "factor_scale": weights.factor_scale, "amplitude": weights.amplitude}
+    if heuristics.FORMS["tail"] == "last" and features.multiplies(weights.map):
+        tail = score_tail.plan(hidden.shape[0], d, weights.dtype, device, hidden.device)
+        c, logits = features.features(hidden, weights.map, device, beta=weights.beta, counters=tail.counters)
+        assert logits is not None
+        score_tail.score(tail, c, logits, weights.factor, out, device, **ends)
+        return
     c, logits = features.features(hidden, weights.map, device, beta=weights.beta)
     assert logits is not None
-    variance.score(
-        logits,
-        variance.squares(c, weights.factor, weights.num_features, device),
-        out,
-        beta0=weights.beta0,
-        factor_scale=weights.factor_scale,
-        amplitude=weights.amplitude,
-    )
+    variance.score(logits, variance.squares(c, weights.factor, d, device), out, **ends)
 
 
 class _Plan:
@@ -244,7 +245,7 @@ def _feature_chunks(
 
 def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """Logits and variances of all pairs i < j of every group. See :func:`rmcore.ops.pair_variance`."""
-    from rmcore.kernels import features, heuristics, pair_variance, variance
+    from rmcore.kernels import features, heuristics, pair_tail, pair_variance, variance
 
     device = _device(hidden.device)
     d = weights.num_features
@@ -256,18 +257,29 @@ def pair_variance(hidden: Tensor, group_sizes: Tensor, weights: HeadWeights) -> 
     row = pair = 0
     with _on(hidden):
         for groups in _chunks(sizes, chunk):
-            rows = sum(groups)
-            first, left, right = _pair_rows(groups, hidden.device)
-            taken = left.shape[0]
-            if taken:
+            rows, taken = sum(groups), sum(k * (k - 1) // 2 for k in groups)
+            form = heuristics.FORMS["pairs"]
+            if form == "in the product" and weights.map.projection is not None and pair_tail.serves(groups):
+                counters = pair_tail.counters(rows, weights.dtype.itemsize, device, hidden.device)
+                c, logits = features.features(
+                    hidden[row : row + rows], weights.map, device,
+                    beta=weights.beta, counters=counters, centre=groups[0],
+                )  # fmt: skip
+                assert logits is not None
+                out = slice(pair, pair + taken)
+                pair_tail.pairs(
+                    c, logits, counters, weights.factor, d, groups[0], g[out], v[out], device, weights.factor_scale
+                )
+            elif taken:
+                which = _pair_rows(groups, hidden.device)
                 c = features.features(hidden[row : row + rows], weights.map, device, dtype=torch.float32).c
-                centred, logits = pair_variance.centre(c, first, weights.beta, weights.dtype)
+                centred, logits = pair_variance.centre(c, which, weights.beta, weights.dtype)
                 y = variance.product(centred, weights.factor, d, device)
                 out = slice(pair, pair + taken)
-                if heuristics.FORMS["pairs"] == "by groups" and pair_variance.by_groups(groups):
+                if form == "by groups" and pair_variance.by_groups(groups):
                     pair_variance.groups(y, logits, groups[0], g[out], v[out], weights.factor_scale)
                 else:
-                    pair_variance.pairs(y, logits, left, right, g[out], v[out], weights.factor_scale)
+                    pair_variance.pairs(y, logits, which, g[out], v[out], weights.factor_scale)
             row, pair = row + rows, pair + taken
     return g, v
 
@@ -285,13 +297,18 @@ def _chunks(sizes: list[int], limit: int) -> list[list[int]]:
     return chunks
 
 
-def _pair_rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _pair_rows(sizes: list[int], device: torch.device) -> Rows:
     """Each row's first row of its group (R,), and the rows i < j of every pair (Q,).
 
-    Runs of groups of one size are made on the device from numbers alone, which a graph can capture. Where sizes keep
-    changing that is a launch or ten a group, so they are made on the host and copied, unless a graph is being captured.
+    Groups of one size need no lists. Runs of them are made on the device from numbers alone, which a graph can capture.
+    Where sizes keep changing that is a launch or ten a group, so they are made on the host and copied, unless a graph
+    is being captured.
     """
+    from rmcore.kernels.pair_variance import Rows
+
     runs = [(k, len(list(same))) for k, same in itertools.groupby(sizes)]
+    if len(runs) == 1:
+        return Rows(runs[0][0])
     if len(runs) > _MAX_RUNS and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         layout = PairLayout(sizes)
         made: tuple[Tensor, ...]
@@ -299,7 +316,7 @@ def _pair_rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, 
         if device.type == "cuda":
             made = tuple(t.pin_memory() for t in made)
         first, left, right = (t.to(device, non_blocking=True) for t in made)
-        return first, left, right
+        return Rows(0, first, left, right)
     firsts, lefts, rights = [], [], []
     start = 0
     for k, count in runs:
@@ -309,7 +326,7 @@ def _pair_rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, 
         lefts.append((heads + i).reshape(-1))
         rights.append((heads + j).reshape(-1))
         start += count * k
-    return torch.cat(firsts), torch.cat(lefts), torch.cat(rights)
+    return Rows(0, torch.cat(firsts), torch.cat(lefts), torch.cat(rights))
 
 
 # -- power_iteration -------------------------------------------------------------------------------------------------
