@@ -63,30 +63,32 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def first_part(device: str, size: int) -> list[Step]:
-    """What decides most comes first: is it right, how fast is it; then every shape."""
+    """What decides most comes first: is it right, which way is faster, how fast is it; then every shape."""
     common = ("--device", device)
     small, large = ("--size", str(min(size, 1024))), ("--size", str(size))
-    steps = [
-        Step("environment", 30, _probe("environment", *common)),
-        Step("limits", 40, _probe("limits", *common)),
-    ]
+    steps = [Step("card", 30, _probe("card", *common))]
     backends = ("cuda", "triton") if device == "cuda" else ("cpu", "torch")
-    for what, options, limit_s in (("smoke", small, 60), ("score", large, 70), ("other", large, 60)):
+    steps += [
+        Step(f"smoke-{name}", 40, _probe("smoke", *common, *small, "--backends", name), disqualifies=name)
+        for name in backends
+    ]
+    if device == "cuda":
+        steps.append(Step("forms", 45, _probe("forms", *common, *large, "--forms", "tail", "pairs"), needs="triton"))
+    for what, limit_s in (("score", 40), ("other", 40)):
         for name in backends:
-            command = _probe(what, *common, *options, "--backends", name)
-            if what == "smoke":
-                steps.append(Step(f"{what}-{name}", limit_s, command, disqualifies=name))
-            else:
-                steps.append(Step(f"{what}-{name}", limit_s, command, needs=name))
+            command = _probe(what, *common, *large, "--backends", name)
+            steps.append(Step(f"{what}-{name}", limit_s, command, needs=name))
     if device == "cuda":
-        steps.append(Step("eager", 60, _probe("eager", *common)))
-    steps.append(Step("versus", 70, _probe("versus", *common, *large)))
-    if device == "cuda":
+        tune = ("--kernels", "project", "product", "--rows", "1", "32", "64", "512", "--limit", "16")
         tests = ("-n", "8", "--timeout", "60", "--maxfail", "25")
         steps += [
-            Step("tests-kernels", 110, _pytest(*tests, "tests/gpu/test_cuda_gpu.py", "tests/gpu/test_triton_gpu.py")),
-            Step("tests-packing", 60, _pytest(*tests, "tests/gpu/test_packing_gpu.py")),
-        ]
+            Step("eager", 30, _probe("eager", *common)),
+            Step(
+                "tests-kernels", 60,
+                _pytest(*tests, "tests/gpu/test_cuda_gpu.py", "tests/gpu/test_triton_gpu.py"),
+            ),
+            Step("tune", 60, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
+        ]  # fmt: skip
     return steps
 
 
@@ -95,21 +97,23 @@ def second_part(device: str, size: int) -> list[Step]:
     common = ("--device", device)
     if device != "cuda":
         return [Step("float32", 40, _probe("score", *common, "--size", str(size), "--dtype", "float32"))]
-    kernels = "regex:score_kernel|project_kernel|column_kernel|piece_kernel|product_kernel"
+    kernels = "regex:score_kernel|project_kernel|column|piece|square_kernel|product_kernel|pair_kernel|centre_kernel"
     smoke = _probe("smoke", "--repeats", "0", "--rows", "1", "64", "256", "4096")
     sanitized = _pytest("-k", "sanitizer", "tests/gpu/test_cuda_gpu.py")
-    tune = ("--kernels", "gram", "project", "product", "--rows", "128", "256", "1024", "--limit", "24")
+    tune = ("--kernels", "gram", "project", "product", "--rows", "16", "128", "256", "1024", "--limit", "24")
     encode = ("--suite", "encode", "--group", "8", "--lengths", "512+512", "--layers", "8", "--rounds", "1")
     return [
         Step("ncu", 70, (*NCU, "-k", kernels, "-c", "24", *smoke)),
+        Step("versus", 70, _probe("versus", *common, "--size", str(size))),
         Step("tune", 100, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
-        Step("forms", 60, _probe("forms", *common, "--size", str(size))),
+        Step("forms-launch", 30, _probe("forms", *common, "--size", str(size), "--forms", "launch")),
         Step("size-8192", 50, _probe("score", "--size", "8192", "--rows", "1", "16", "64", "256", "4096")),
         Step("size-1024", 30, _probe("score", "--size", "1024", "--rows", "1", "16", "64", "256", "4096")),
         Step("bfloat16", 40, _probe("score", "--dtype", "bfloat16", "--rows", "1", "64", "1024")),
         Step("memcheck", 60, ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *sanitized)),
         Step("racecheck", 60, ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *sanitized)),
-        Step("encode", 90, (sys.executable, "-m", "rmcore.bench", "--device", "cuda", *encode, "--verbose")),
+        Step("encode", 60, (sys.executable, "-m", "rmcore.bench", "--device", "cuda", *encode, "--verbose")),
+        Step("tests-packing", 60, _pytest("-n", "4", "--timeout", "60", "tests/gpu/test_packing_gpu.py")),
     ]
 
 
@@ -423,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, help="report: the rows")
     parser.add_argument("--device", default="cuda", help="cpu: try the script itself, with small sizes")
     parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--total", type=float, help="seconds in all; default 520 for run, 300 for more")
+    parser.add_argument("--total", type=float, help="seconds in all; default 190 for run, 300 for more")
     parser.add_argument("--python", default="python3.12", help="prepare: the Python to build for")
     options = parser.parse_args(argv)
     if options.what == "prepare":
@@ -434,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(options.file, ROOT / "bench" / "results")
     out = Path(os.environ.get("OUT") or ROOT / "out" / "gpu-check").resolve()
     steps = (first_part if options.what == "run" else second_part)(options.device, options.size)
-    return run(steps, out, options.total or (520 if options.what == "run" else 300))
+    return run(steps, out, options.total or (190 if options.what == "run" else 300))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Probe:
         self.size: int = options.size
         self.rows: tuple[int, ...] = tuple(options.rows or ())
         self.backends: list[str] = options.backends
+        self.forms: list[str] = options.forms
         self.path = Path(options.out or os.environ.get("RMCORE_GPU_ROWS", "rows.jsonl"))
         self.path.touch()
 
@@ -283,26 +284,38 @@ def eager(probe: Probe) -> None:
         probe.attempt(f"eager {backend}", measure)
 
 
+FORM_ROWS = {"tail": (1, 16, 32, 64, 128, 256, 1024, 4096), "launch": (1, 64, 256, 1024)}
+
+
 def forms(probe: Probe) -> None:
-    """Triton's two ways to do one thing, side by side on the same inputs: ``heuristics.FORMS`` takes the faster."""
+    """Ways to do one thing, side by side on the same inputs: ``heuristics.FORMS`` takes the fastest."""
     from rmcore.kernels import heuristics
 
     problem = probe.problem()
-    for launch in ("plain", "overlapped"):
-        weights = peers.ours(problem).clone()  # what was planned for a head was planned for one form
-        with heuristics.forms(launch=launch):
-            for rows in probe.rows or (1, 64, 128, 256, 1024):
-                case = partial(_score_once, probe, problem, [weights], probe.hidden(rows), "triton", True)
-                probe.attempt(f"form launch {launch}, score", case, rows=rows)
-    for pairs in ("by pairs", "by groups"):
-        with heuristics.forms(pairs=pairs):
-            for k in (2, 4, 8, 16):
-                case = partial(_pairs, probe, peers.ours(problem), "triton", k)
-                probe.attempt(f"form pairs {pairs}", case, groups=64, k=k)
+    for name in probe.forms:
+        for form in heuristics.CHOICES[name]:
+            with heuristics.forms(**{name: form}):
+                if name == "pairs":
+                    for k in (2, 4, 8, 16):
+                        case = partial(_pairs, probe, peers.ours(problem), "triton", k)
+                        probe.attempt(f"form {name} {form}", case, groups=64, k=k)
+                    continue
+                weights = peers.ours(problem)
+                count = harness.rotations(weights.nbytes(), probe.device)
+                copies = [weights.clone() for _ in range(count)]  # what was planned for a head was for one form
+                for rows in probe.rows or FORM_ROWS[name]:
+                    case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "triton", True)
+                    probe.attempt(f"form {name} {form}, score", case, rows=rows, copies=count)
+
+
+def card(probe: Probe) -> None:
+    """:func:`environment` and :func:`limits`, in one process."""
+    environment(probe)
+    limits(probe)
 
 
 STEPS: dict[str, Callable[[Probe], None]] = {
-    step.__name__: step for step in (environment, limits, smoke, score, versus, other, eager, forms)
+    step.__name__: step for step in (card, environment, limits, smoke, score, versus, other, eager, forms)
 }
 
 
@@ -317,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.04, help="seconds of timing a case")
     parser.add_argument("--repeats", type=int, default=50, help="calls whose bits must be equal")
     parser.add_argument("--backends", nargs="*", default=["cuda", "triton"])
+    parser.add_argument("--forms", nargs="+", default=["tail", "pairs", "launch"], help="which choices to compare")
     parser.add_argument("--out", help="the rows file; default $RMCORE_GPU_ROWS, or rows.jsonl")
     probe = Probe(parser.parse_args(argv))
     try:

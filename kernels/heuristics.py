@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
+    "CHOICES",
     "FORMS",
     "STAGED_ROWS",
     "WEIGH",
@@ -77,8 +78,12 @@ _ANY = float("inf")
 _MIN_STEPS = 4
 """A piece of a cut reduction has at least this many steps, or its pipeline never fills."""
 
-FORMS = {"launch": "plain", "pairs": "by pairs", "tail": "apart"}
-"""Where there are two ways to do the same and no GPU has said which is faster; the first of each is the older one.
+CHOICES = {
+    "launch": ("plain", "overlapped"),
+    "pairs": ("by pairs", "by groups", "in the product"),
+    "tail": ("apart", "last"),
+}
+"""Where there are several ways to do the same; the first of each is the oldest one.
 
 launch
     ``plain``, or ``overlapped``: programmatic dependent launch (Hopper and later), see ``common.after_the_last``.
@@ -90,6 +95,10 @@ tail
     ``apart``: pieces, squares and scores are launches of their own; or ``last``: whichever program is the last to come
     adds up, so that U c and all that follows is one launch (score_tail.py).
 """
+
+FORMS = {name: choices[0] for name, choices in CHOICES.items()}
+"""The way taken, as far as a GPU has said which is faster: ``plain`` and ``by pairs`` (an H100, 2026-11-28). ``last``
+and ``in the product`` have not run on one."""
 
 STAGED_ROWS = 33
 """From this many rows on, hidden states in a foreign dtype are converted once, by a kernel of their own, rather than by
@@ -196,6 +205,7 @@ for _name, _table in (("project", _PROJECT), ("product", _PRODUCT), ("gram", _GR
 @contextmanager
 def forms(**chosen: str) -> Iterator[None]:
     """Other :data:`FORMS` for a while, to hold them side by side. For the whole process."""
+    assert all(form in CHOICES[name] for name, form in chosen.items()), chosen
     before = {name: FORMS[name] for name in chosen}
     FORMS.update(chosen)
     try:

@@ -13,8 +13,8 @@ Differences from the group's first row are formed in float32, so rounding sees o
 rows share beyond it cancels in float32 again, term by term.
 
 Two kernels for the last step (``heuristics.FORMS``): 16 pairs a program, or all pairs of a group. For 64 groups of 8 at
-D = 4096 the one asks the L2 for 58 MB of y, the other for 8; neither is faster on an H100. A third way takes the distances in
-the product itself (pair_tail.py).
+D = 4096 the one asks the L2 for 58 MB of y, the other for 8; on an H100 both took 97 to 99 µs in all. A third way takes
+the distances in the product itself (pair_tail.py).
 """
 
 from typing import NamedTuple
@@ -30,6 +30,22 @@ _CENTRE_ROWS, _CENTRE_COLS = 16, 256
 _PAIR_ROWS, _PAIR_COLS, _PAIR_PARTS = 16, 256, 64
 _GROUP_ROWS, _GROUP_SUMS = 16, 16384
 """Rows of a group that one program takes at most; float32 sums that it holds, 64 registers a thread."""
+
+
+class Rows(NamedTuple):
+    """Which rows are subtracted: groups of ``k`` rows each, or (k = 0) as listed.
+
+    Attributes:
+        k: rows of every group, or 0.
+        first: (R,) the first row of each row's group.
+        left: (Q,) the one row of each pair.
+        right: (Q,) the other.
+    """
+
+    k: int
+    first: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["rows", "k"])
@@ -123,22 +139,6 @@ def group_kernel(
         at = logits + (start + rp)[:, None].to(tl.int64) * rows + (group * k + row)[None, :]
         sums += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
     tl.store(g + place, sums[:, None] - sums[None, :], mask=mask)
-
-
-class Rows(NamedTuple):
-    """Which rows are subtracted: groups of ``k`` rows each, or (k = 0) as listed.
-
-    Attributes:
-        k: rows of every group, or 0.
-        first: (R,) the first row of each row's group.
-        left: (Q,) the one row of each pair.
-        right: (Q,) the other.
-    """
-
-    k: int
-    first: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
 
 
 def centre(c: Tensor, which: Rows, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
