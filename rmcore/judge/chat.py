@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
+from rmcore._base import large
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.client.secrets import without_secret
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import run_sync
 from rmcore._base.prompt import Prompt, Response
-from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
 from rmcore.judge.client.completions import CompletionFunction
@@ -360,7 +360,7 @@ class ChatJudge:
             ),
             # A generation that its server ended is no answer of the judge: it is asked again another day.
             replied=asked.parsed is not None and asked.parsed.reason != "unfinished",
-            text=self._without_key(reply_text(asked.completion.choice)),
+            text=await large.call(self._without_key, await large.call(reply_text, asked.completion.choice)),
             labels={"win": labels.win, "loss": labels.loss, "tie": labels.tie},
             sanitised=asked.question.sanitised,
             detail=asked.completion.detail,

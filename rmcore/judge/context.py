@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from rmcore._base import large
 from rmcore._base.client.overflow import LEAST_CONTEXT, Overflow
 from rmcore._base.errors import JudgeError
 from rmcore._base.prompt import canonical_prompt
-from rmcore.judge import large
 from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.question.cut import NO_CUT, Cut, cut_to_fit, estimate_tokens
 from rmcore.judge.question.prompt import JudgePrompt

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from rmcore._base.errors import reject
+from rmcore._base.large import ascii_json
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
-from rmcore.judge.large import ascii_json
 
 __all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore.judge import ChatJudge, Pair, keys, large
-from rmcore.judge.large import LARGE, ascii_json, is_large
-from rmcore.judge.question import contract, rules, sanitise
+from rmcore._base import large
+from rmcore._base.client import error_body
+from rmcore._base.large import LARGE, ascii_json, is_large
+from rmcore.judge import ChatJudge, Pair, chat, keys
+from rmcore.judge.client import chat_client, exchange
+from rmcore.judge.question import contract, dialect, rules, sanitise
+from rmcore.judge.question.contract import find_contract
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -87,7 +92,92 @@ def test_nothing_large_is_done_on_the_loop(unit, monkeypatch, tmp_path):
     assert not [name for name, threads in where.items() if loop in threads]
 
 
+@pytest.mark.parametrize("form", ["text", "object", "parts"])
+def test_a_large_reply_is_not_read_on_the_loop(form, monkeypatch, tmp_path):
+    where: dict[str, set[int]] = {}
+
+    def watch(module, name):
+        real = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            where.setdefault(name, set()).add(threading.get_ident())
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    async def complete(messages, **parameters):
+        watch(dialect, "parse_verdict")  # not before: short replies are read where they come
+        watch(dialect, "soft_preference")
+        watch(exchange, "_object_finished")
+        watch(chat_client, "read_completion")
+        watch(error_body, "read_json")
+        watch(chat, "reply_text")
+        watch(chat, "without_secret")
+        _, contract = find_contract(messages[0]["content"])
+        text = "a critique in some words " * 8000
+        said = f"{text}<verdict>{contract['win']}</verdict>"
+        if form == "object":
+            said = json.dumps({"critique": text, "verdict": contract["win"]})
+        content = [{"type": "text", "text": said}] if form == "parts" else said
+        return {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+
+    async def run():
+        judge = ChatJudge(
+            complete=complete, model="m", judge_id="j", store=tmp_path / "v.db", orders="one", soft=True,
+            output="json_schema" if form == "object" else "text",
+        )  # fmt: skip
+        async with judge:
+            (verdict,) = await judge.judge([Pair("p", "a", "b")])
+        return verdict, threading.get_ident()
+
+    verdict, loop = asyncio.run(run())
+    assert verdict.preference in (1.0, -1.0)
+    expected = {"parse_verdict", "soft_preference", "_object_finished", "read_completion", "read_json", "reply_text"}
+    assert where.keys() == expected | {"without_secret"}
+    assert len(where.pop("without_secret")) == 2, "on the loop for the critique, which is short"
+    assert not [name for name, threads in where.items() if loop in threads]
+
+
 def test_patterns_are_given_short_pieces():
     """So that one call into C is over in a moment; it keeps the interpreter's lock until it is."""
     assert sanitise._CHUNK + sanitise._REACH <= LARGE
     assert max(len(piece) for piece in large.pieces("x" * 1_000_000)) == large.PIECE
+
+
+def _json_or_error(read, text, **how):
+    try:
+        return repr(read(text, **how))
+    except (ValueError, RecursionError):
+        return "no JSON"
+
+
+@given(JSON, st.booleans(), st.integers(0, 3), st.data())
+def test_json_is_read_in_pieces_as_it_is_in_one(value, ascii_only, indent, data):
+    """Also where it is damaged: cut off, or with one character too many, of which escapes break most."""
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent or None)
+    at = data.draw(st.integers(0, len(text)))
+    damaged = [text, text[:at], text[:at] + data.draw(st.sampled_from(list('"\\,[]{}:0e-u\x00 '))) + text[at:]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "PIECE", 16)
+        for one in damaged:
+            for hook in (None, tuple):
+                assert _json_or_error(large.read_json, one, object_pairs_hook=hook) == _json_or_error(
+                    json.loads, one, object_pairs_hook=hook
+                )
+
+
+@given(st.lists(st.sampled_from(["\\ud83d", "\\ude00", "\\\\", "u", "\\u0041", "\ud83d", "\ude00", "d8", "\\n"])))
+def test_escapes_are_not_taken_apart(parts):
+    text = json.dumps(None) if not parts else '["' + "".join(parts) + '"]'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "PIECE", 16)
+        assert _json_or_error(large.read_json, text) == _json_or_error(json.loads, text)
+
+
+@given(st.text("ab<>/ ", max_size=60), st.integers(1, 7))
+def test_matches_in_pieces_are_the_same(text, window):
+    pattern = re.compile(r"(?<!a)<[ab]{1,3}>|b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "_WINDOW", window)
+        found = [(one.span(), one[0]) for one in large.find_all(pattern, text, 8)]
+    assert found == [(one.span(), one[0]) for one in pattern.finditer(text)]

@@ -11,7 +11,7 @@ import urllib.parse
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rmcore._base.client.error_body import error_detail, scrub
@@ -94,6 +94,9 @@ def test_an_exception_that_quotes_the_key_is_not_quoted(ask, mock_judge, secret,
 
 
 @given(st.text(max_size=20), st.text(max_size=20), st.text("abcXYZ0189-_+/=", min_size=4, max_size=40))
+@example("%", "1", "0000")
+@example("\\u", "", "0041deadbeef00")
+@example("&#", ";", "000000000000000000000000000065")
 def test_scrub_leaves_no_key(before, after, key):
     assert key not in scrub(before + key + after, key).replace("***", "\0")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 
 from rmcore._base.client.secrets import without_secret
+from rmcore._base.large import read_json
 
 __all__ = ["embedded_status", "error_code", "error_detail", "error_words", "load_json", "scrub"]
 
@@ -54,7 +54,7 @@ def error_detail(body: bytes, key: str) -> str:
     """The error's message, or the body's beginning, in one line of at most 300 characters and without secrets."""
     error = _error(body)
     message = error.get("message") if isinstance(error, Mapping) else error
-    text = message if isinstance(message, str) else body.decode("utf-8", "replace")
+    text = message if isinstance(message, str) else body[: _MAX_DETAIL * 32].decode("utf-8", "replace")
     clean = scrub(text, key)
     return clean if len(clean) <= _MAX_DETAIL else clean[: _MAX_DETAIL - 1] + "…"
 
@@ -85,7 +85,7 @@ def scrub(text: str, key: str) -> str:
 def load_json(body: bytes) -> object:
     """The JSON value of ``body``, ``None`` if it is none (or one so deep that the parser gives up)."""
     try:
-        value: object = json.loads(body)
+        value: object = read_json(body)
     except (ValueError, RecursionError):
         return None
     return value

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from rmcore._base import large
 from rmcore._base.client.address import Address
 from rmcore._base.client.causes import check_environment, connection_trouble, status_hint
 from rmcore._base.client.concurrency import Signal
@@ -255,7 +256,7 @@ class HttpExchange:
         status, headers = response.status_code, response.headers
         if not failed:
             if complete:
-                return finished(bytes(held), key, headers)
+                return await large.call(finished, bytes(held), key, headers)
             return Attempt(reason="reply_too_large", headers=headers, status=status)
         explained = bool(error_code(bytes(held)))
         hint = scrub(status_hint(status, url, headers, self.api_key_env, explained=explained), key)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Iterator
+
+from rmcore._base.large import PIECE
 
 __all__ = ["without_secret"]
 
 _LEAST = 4  # a shorter key is in every text
 _WINDOW = 12  # of a long key, this many characters in a row are a secret too
 _PART = _WINDOW // 2
+_APART = re.compile(r"[^%\\&#;/0-9a-fA-FuxXmp]")  # in no escape
 _ESCAPED = re.compile(
     r"%(?:25){0,8}(?P<percent>[0-9A-Fa-f]{2})|\\{1,8}+u00(?P<u>[0-9A-Fa-f]{2})|\\{1,8}+x(?P<x>[0-9A-Fa-f]{2})"
     r"|&\#0{0,8}(?P<decimal>[0-9]{2,3});?|&\#[xX]0{0,8}(?P<hex>[0-9A-Fa-f]{2});?|(?P<and>&amp;)|\\{1,8}+(?P<slash>/)"
@@ -28,10 +32,26 @@ def without_secret(text: str, secret: str) -> str:
     if len(secret) < _LEAST or not text:
         return text
     forms = _forms(secret)
-    seen = _ESCAPED.sub(_character, text).lower()
-    if not any(part in seen for form in forms for part in _parts(form)):
+    seen = "".join(_ESCAPED.sub(_character, piece).lower() for piece in _pieces(text))
+    if any(part in seen for form in forms for part in _parts(form)):
+        text = _replaced(text, forms)
+    # As it is, also where a sign before it makes an escape of its first characters.
+    lower, plain = text.lower(), secret.lower()
+    if not any(part in lower for part in _parts(plain)):
         return text
-    return _replaced(text, forms)
+    size = min(len(plain), _WINDOW)
+    stretches = dict.fromkeys([plain, *(plain[k : k + size] for k in range(len(plain) - size + 1))])
+    return re.sub("|".join(map(re.escape, stretches)), "***", text, flags=re.IGNORECASE)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces that take no escape apart."""
+    start = 0
+    while start < len(text):
+        apart = _APART.search(text, start + PIECE)
+        end = len(text) if apart is None else apart.start()
+        yield text[start:end]
+        start = end
 
 
 def _forms(secret: str) -> set[str]:

@@ -13,11 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from rmcore._base import large
 from rmcore._base.clock import Clock
 from rmcore._base.errors import InputError, NonFiniteError
 from rmcore._base.version import __version__
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.server.assembly import BusyError, ConflictError, LateError
+from rmcore.integrations.server.bodies import BodyRoute
 from rmcore.integrations.server.guard import Guard
 from rmcore.integrations.server.schema import (
     ErrorReply,
@@ -86,6 +88,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.router.route_class = BodyRoute
     _add_routes(app, service)
     _add_handlers(app)
     app.openapi = lambda: describe(FastAPI.openapi(app), settings)  # type: ignore[method-assign]
@@ -111,17 +114,13 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
     ) -> Response:
         """One group or a list of groups; a list is scored whole or not at all."""
         requests = body if isinstance(body, list) else [body]
-        canonical = (
-            body.model_dump_json()
-            if isinstance(body, GroupRequest)
-            else "\n".join(request.model_dump_json() for request in body)
-        )
-        digest = hashlib.sha256(canonical.encode()).digest()
 
         async def work() -> bytes:
             replies = await service.score_groups(requests)
             return bytes(json_response(replies if isinstance(body, list) else replies[0]).body)
 
+        named = idempotency_key is not None or (isinstance(body, GroupRequest) and body.id is not None)
+        digest = await large.call(_digest, requests) if named else b""
         if idempotency_key is not None:
             content, replayed = await service.replies.once(("key", idempotency_key), digest, work)
         elif isinstance(body, GroupRequest) and body.id is not None:
@@ -190,6 +189,13 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
         """Figures for Prometheus."""
         page, content_type = service.metrics.page(request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})
+
+
+def _digest(requests: list[GroupRequest]) -> bytes:
+    hashed = hashlib.sha256()
+    for k, request in enumerate(requests):
+        hashed.update(("\n" * (k > 0) + request.model_dump_json()).encode())
+    return hashed.digest()
 
 
 def _health(service: RewardService) -> dict[str, Any]:

@@ -95,7 +95,10 @@ class Message(BaseModel):
     )
 
 
-Conversation = Annotated[list[Message], Field(min_length=1)]
+MAX_MESSAGES = 4096
+"""Messages of a prompt or a response: what is checked one by one."""
+
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 PromptField = Annotated[
     Annotated[Text, Tag("one")] | Annotated[Conversation, Tag("list")],
     Discriminator(_is_list),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from starlette.types import Scope
 
+from rmcore._base import large
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, text_length
@@ -94,9 +95,13 @@ class RewardService:
 
     async def score_groups(self, requests: list[GroupRequest]) -> list[dict[str, Any]]:
         """``/v1/groups``."""
+        if len(requests) > self.settings.max_groups:
+            reject("groups", len(requests), f"at most {self.settings.max_groups} in a request")
+        scored = await self.scorer.submit(await large.call(self._groups, requests))
+        return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
+
+    def _groups(self, requests: list[GroupRequest]) -> list[tuple[Canonical, list[Canonical]]]:
         limits = self.settings
-        if len(requests) > limits.max_groups:
-            reject("groups", len(requests), f"at most {limits.max_groups} in a request")
         groups: list[tuple[Canonical, list[Canonical]]] = []
         for k, request in enumerate(requests):
             where = f"groups[{k}]." if len(requests) > 1 else ""
@@ -104,8 +109,7 @@ class RewardService:
                 reject(f"{where}responses", len(request.responses), f"at most {limits.max_responses}")
             responses = [self._response(one, f"{where}responses[{i}]") for i, one in enumerate(request.responses)]
             groups.append((self._prompt(request.prompt, f"{where}prompt"), responses))
-        scored = await self.scorer.submit(groups)
-        return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
+        return groups
 
     async def join(self, request: MemberRequest) -> MemberResult:
         """``/v1/rendezvous``."""

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from rmcore._base import large
 from rmcore._base.client.address import Address
 from rmcore._base.client.client import Client
 from rmcore._base.client.exchange import Attempt, HttpExchange
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.client.overflow import Overflow
-from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.client.reply import Completion, read_completion
 from rmcore.judge.client.tokens import believable
@@ -63,7 +63,7 @@ class ChatClient(Client):
             return Completion(None, reason, f"environment variable {getattr(self.exchange, 'api_key_env', None)}")
         self._check_process()
         # ASCII: a lone surrogate is escaped instead of failing here.
-        body = (await large.call(large.ascii_json, payload)).encode("ascii")
+        body = await large.call(_encoded, payload)
         tokens = self._tokens(payload, body) if tokens_estimate is None else tokens_estimate
         call = await self.call(payload, body, key, deadline=deadline, tokens=tokens)
         last, attempts, seconds = call.last, call.attempts, call.seconds
@@ -73,7 +73,7 @@ class ChatClient(Client):
             if last.reason == "over_token_limit":  # as of a model whose context is no larger than that
                 overflow = Overflow(self._limits.tokens_per_minute, tokens)
             return Completion(None, last.reason, last.detail, usage if attempts else JudgeUsage(), overflow=overflow)
-        completion = read_completion(last.body, usage, key)
+        completion = await large.call(read_completion, last.body, usage, key)
         completion = replace(completion, usage=believable(completion.usage, payload, len(body), len(last.body)))
         self._settle(last, completion.usage)
         return completion
@@ -93,3 +93,7 @@ class ChatClient(Client):
             attempt.reservation.settle(used)
             with self._completions_lock:
                 self._completions.append(usage.completion_tokens)
+
+
+def _encoded(payload: Mapping[str, object]) -> bytes:
+    return large.ascii_json(payload).encode("ascii")

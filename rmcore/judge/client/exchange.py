@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rmcore._base import large
 from rmcore._base.client.error_body import scrub
 from rmcore._base.client.exchange import MAX_ERROR_BODY, Attempt, Send, failure, finished
 from rmcore._base.errors import JudgeError
@@ -84,7 +85,11 @@ class FunctionExchange:
             reply = await found if inspect.isawaitable(found) else found
         except Exception as error:
             return _raised(error, key)
-        return finished(json.dumps(reply_object(reply)).encode("ascii"), key, {})
+        return await large.call(_object_finished, reply_object(reply), key)
+
+
+def _object_finished(reply: object, key: str) -> Attempt:
+    return finished(large.ascii_json(reply).encode("ascii"), key, {})
 
 
 def _raised(error: Exception, key: str) -> Attempt:

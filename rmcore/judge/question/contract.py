@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
 from rmcore._base.errors import JudgeError
-from rmcore.judge.large import PIECE, pieces
+from rmcore._base.large import PIECE, pieces
 from rmcore.judge.question.sanitise import ESCAPE
 from rmcore.judge.question.verdict import Labels
 

@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rmcore.judge.large import PIECE, pieces
+from rmcore._base.large import PIECE, pieces
 
 __all__ = ["NO_CUT", "Cut", "cut_to_fit", "ends", "estimate_tokens"]
 

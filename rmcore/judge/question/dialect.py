@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from rmcore._base import large
 from rmcore._base.prompt import Prompt, Response
-from rmcore.judge import large
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
 from rmcore.judge.question.cut import NO_CUT, Cut
@@ -224,7 +224,7 @@ class Dialect:
                 payload["response_format"] = question.response_format()
             reply = await complete(payload, deadline=deadline)
             usage = one_call(usage, reply.usage)
-            parsed = None if reply.choice is None else parse_verdict(reply.choice, question.labels)
+            parsed = None if reply.choice is None else await large.call(parse_verdict, reply.choice, question.labels)
             name = _refused(terms, reply, parsed)
             if name is None:
                 break
@@ -235,7 +235,7 @@ class Dialect:
             self._learn(given_up, parsed, terms)
         soft = None
         if parsed is not None and parsed.outcome is not None and self.soft:
-            soft = soft_preference(reply.choice, question.labels, parsed.outcome)
+            soft = await large.call(soft_preference, reply.choice, question.labels, parsed.outcome)
             self._count("soft" if soft.preference is not None else f"hard:{soft.reason}")
         self._count("sanitised", question.sanitised)
         self._count("cut", int(any(question.cut) or question.cut_prompt > 0))

@@ -30,7 +30,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from rmcore.judge.large import pieces
+from rmcore._base.large import pieces
 
 __all__ = ["ESCAPE", "RULES", "blank", "breakable", "restore", "sanitise"]
 

@@ -6,12 +6,12 @@ fields ``critique`` and ``verdict``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rmcore._base.large import find_all, read_json
 from rmcore.judge.base import Outcome
 
 __all__ = ["MAX_CRITIQUE", "Labels", "Parsed", "Statement", "parse_verdict", "statements"]
@@ -38,9 +38,10 @@ _OPENING = re.compile(
     re.IGNORECASE,
 )
 # What may follow a verdict: white space, emphasis, closing brackets and tags, and the tokens that end a turn.
-_TAIL = re.compile(
-    r"(?:[\s*_`\"'.,}\])]|<\s{0,8}/[^<>\n]{1,40}>|<\|[^<>|\n]{0,20}(?:end|eot)[^<>|\n]{0,20}\|>)*", re.IGNORECASE
+_TAIL_PART = re.compile(
+    r"[\s*_`\"'.,}\])]{1,4096}|<\s{0,8}/[^<>\n]{1,40}>|<\|[^<>|\n]{0,20}(?:end|eot)[^<>|\n]{0,20}\|>", re.IGNORECASE
 )
+_REACH = 512  # no pattern of a tag or a label looks further from where it begins
 _FENCED = re.compile(r"```[a-zA-Z]{0,10}\s*(\{.*\})\s*```", re.DOTALL)
 _DECORATION = " \t\r\n*_`\"'"  # what models put around a label they mean
 
@@ -103,8 +104,8 @@ def statements(text: str, labels: Labels) -> list[Statement]:
 
     A JSON pair with anything else is left out: it may be a quotation, which a tag in a final answer hardly is.
     """
-    tags = [Statement(tag.start(1), labels.outcome(tag[1])) for tag in _TAG.finditer(text)]
-    pairs = [Statement(pair.start(1), labels.outcome(pair[1])) for pair in _PAIR.finditer(text)]
+    tags = [Statement(tag.start(1), labels.outcome(tag[1])) for tag in find_all(_TAG, text, _REACH)]
+    pairs = [Statement(pair.start(1), labels.outcome(pair[1])) for pair in find_all(_PAIR, text, _REACH)]
     return sorted(tags + [pair for pair in pairs if pair.outcome is not None], key=lambda statement: statement.start)
 
 
@@ -172,10 +173,10 @@ def _read(text: str, labels: Labels) -> Parsed:
     if parsed is not None:
         return parsed
     answer_from = 0
-    for close in _THINK_CLOSE.finditer(text):
+    for close in find_all(_THINK_CLOSE, text, _REACH):
         answer_from = close.end()
     answer = text[answer_from:]
-    if _THINK_OPEN.search(answer):
+    if _holds(_THINK_OPEN, answer):
         return Parsed(None, "length")
     if not answer.strip():
         return Parsed(None, "no_content")
@@ -184,9 +185,9 @@ def _read(text: str, labels: Labels) -> Parsed:
         return parsed
     if _opens_and_does_not_close(answer):
         return Parsed(None, "length", answer[:MAX_CRITIQUE])
-    critique = _TAG.sub("", answer)
-    tags = list(_TAG.finditer(answer))
-    if tags and not _TAIL.fullmatch(answer, tags[-1].end()) and not _PAIR.search(answer, tags[-1].end()):
+    tags = list(find_all(_TAG, answer, _REACH))
+    critique = _without(tags, answer)
+    if tags and not _is_tail(answer, tags[-1].end()) and not _holds(_PAIR, answer, tags[-1].end()):
         # A verdict ends an answer. With more behind it, it was thought aloud, and perhaps not the last thought.
         outcomes = {statement.outcome for statement in statements(answer, labels)}
         return Parsed(None, "conflicting" if len(outcomes - {None}) > 1 else "unparsable", critique[:MAX_CRITIQUE])
@@ -200,7 +201,28 @@ def _opens_and_does_not_close(answer: str) -> bool:
         return False
     name = re.escape(re.sub(r"(?i)^start_|_start$|^begin_", "", opening["name"]))
     closing = rf"(?i)<\s{{0,8}}/\s{{0,8}}{name}\b|<\|?(?:end_)?{name}(?:_end)?\|>"
-    return re.search(closing, answer[opening.end() :]) is None
+    return not _holds(re.compile(closing), answer, opening.end())
+
+
+def _holds(pattern: re.Pattern[str], text: str, start: int = 0) -> bool:
+    return next(find_all(pattern, text, _REACH, start), None) is not None
+
+
+def _without(found: list[re.Match[str]], text: str) -> str:
+    """``text`` without what was ``found`` in it."""
+    ends = [0, *(one.end() for one in found)]
+    starts = [*(one.start() for one in found), len(text)]
+    return "".join(text[end:start] for end, start in zip(ends, starts, strict=True))
+
+
+def _is_tail(text: str, start: int) -> bool:
+    """Whether ``text`` from ``start`` on is what may follow a verdict."""
+    while start < len(text):
+        part = _TAIL_PART.match(text, start)
+        if part is None:
+            return False
+        start = part.end()
+    return True
 
 
 def _read_object(text: str, labels: Labels) -> Parsed | None:
@@ -211,7 +233,7 @@ def _read_object(text: str, labels: Labels) -> Parsed | None:
     if not (text.startswith("{") and text.endswith("}")):
         return None
     try:
-        fields = json.loads(text, object_pairs_hook=tuple)  # pairs, so that a field given twice is seen
+        fields = read_json(text, object_pairs_hook=tuple)  # pairs, so that a field given twice is seen
     except (ValueError, RecursionError):
         return None
     given = [value for name, value in fields if name == "verdict"]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from rmcore._base.errors import InputError
+from rmcore._base.large import PIECE, ascii_json, pieces
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.store.records import MAX_REPLY, Question, Reply
 
@@ -285,13 +286,17 @@ def load_text(stored: str) -> Any:
 
 def _dump(value: object) -> str:
     """``value`` as JSON: readable where it can be, escaped where it holds what UTF-8 cannot encode."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text if _encodable(text) else json.dumps(value, separators=(",", ":"))
+    if isinstance(value, str) and len(value) > PIECE:  # the judges' threads go on meanwhile
+        text = '"' + "".join(json.dumps(piece, ensure_ascii=False)[1:-1] for piece in pieces(value)) + '"'
+    else:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if _encodable(text) else ascii_json(value, compact=True)
 
 
 def _encodable(text: str) -> bool:
     try:
-        text.encode()
+        for piece in pieces(text):
+            piece.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -310,7 +315,10 @@ def _judge_id(database: sqlite3.Connection, question: Question) -> int:
 
 def _id(database: sqlite3.Connection, table: str, content: str, row: Callable[[], dict[str, str]]) -> int:
     """The id of a row of ``table`` that is found by the hash of its content and made if it is not there."""
-    digest = hashlib.sha256(content.encode()).digest()
+    hashed = hashlib.sha256()
+    for piece in pieces(content):
+        hashed.update(piece.encode())
+    digest = hashed.digest()
     found = database.execute(f"SELECT id FROM {table} WHERE hash = ?", (digest,)).fetchone()  # noqa: S608
     if found is None:
         values = row()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from rmcore._base.client.overflow import Overflow
+from rmcore._base.large import ascii_json
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.keys import call_key, pair_key
@@ -153,6 +153,6 @@ def reply_text(choice: Mapping[str, object] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     try:
-        return json.dumps(content)
+        return ascii_json(content)
     except (TypeError, ValueError, RecursionError):
         return ""
