@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -26,6 +27,20 @@ class Data(NamedTuple):
     labels: Tensor
     pairs: Tensor
     logit: Tensor
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected lives to the end: the garbage collector need not go through it, again and again.
+
+    (Some libraries collect on purpose: accelerate does at the start of every training, half a second each.)
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

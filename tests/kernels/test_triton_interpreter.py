@@ -1,0 +1,25 @@
+"""Triton's interpreter is chosen for a whole process, so the tests of the interpreted kernels run in one of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from support.warm import WarmPython
+
+TESTS = Path(__file__).with_name("test_triton_interpret.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernels_are_right_in_the_interpreter(torch_python: WarmPython, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tmp_path / 'inner'}"]
+    done = torch_python.start("", *options, TESTS, module="pytest", env=environment | {"TRITON_INTERPRET": "1"})
+    out, errors = done.communicate(800)
+    assert done.returncode == 0, out + errors
+    assert " passed" in out
+    assert "skipped" not in out
