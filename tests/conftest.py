@@ -14,7 +14,7 @@ from torch import Tensor
 from rmcore.head import FrozenHead, SNGPHead
 from rmcore.head.fit import fit
 
-pytest_plugins = ("support.models", "support.folders", "support.hub", "support.warm")
+pytest_plugins = ("support.commands", "support.models", "support.folders", "support.hub", "support.warm")
 
 settings.register_profile("rmcore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.load_profile("rmcore")

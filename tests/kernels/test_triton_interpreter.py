@@ -1,4 +1,4 @@
-"""Triton's interpreter is chosen for a whole process, so the tests of the interpreted kernels run in one of their own."""
+"""Triton's interpreter is chosen for a whole process: the tests of the interpreted kernels run in one of their own."""
 
 from __future__ import annotations
 
