@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +107,24 @@ def reward_model_path(reward_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward model") / "model"
     reward_model.save_pretrained(folder, backbone="embed")
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(policy_path, reward_model_path, tmp_path_factory) -> Path:
+    """The folder with what two_ranks.py writes: one launch under torchrun for all runs, the failing one last."""
+    from support.shared import made_once  # here, as the ranks import this file too
+
+    def launch(out: Path) -> None:
+        script = Path(__file__).with_name("two_ranks.py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)]
+        command += [str(policy_path("llama")), str(reward_model_path), str(out)]
+        command += ["8,raise", "6,gather", "8,raise,resumed", "6,gather,resumed", "6,raise"]
+        env = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+        assert len(list(out.glob("*.json"))) == 10, done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "two ranks", launch)
 
 
 def merit(text: str) -> int:

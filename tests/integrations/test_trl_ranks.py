@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.shared import made_once
 
 from rmcore.engine import RewardEngine
 
 pytest.importorskip("trl", reason="TRL is not installed (pip install 'rmcore[trl]')")
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
-
-
 Ranks = Callable[[int, str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def ranks_of(policy_path, reward_model_path, tmp_path_factory) -> Ranks:
-    """``ranks_of(rows, partial_groups)``: each rank's account; one launch for all runs, the failing one last."""
-
-    def launch(out: Path) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(SCRIPT)]
-        command += [str(policy_path("llama")), str(reward_model_path), str(out), "8,raise", "6,gather", "6,raise"]
-        env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
-        assert len(list(out.glob("*.json"))) == 6, done.stderr[-3000:]
-
-    out = made_once(tmp_path_factory, "two ranks", launch)
+def ranks_of(two_ranks) -> Ranks:
+    """``ranks_of(rows, partial_groups)``: each rank's account."""
     return lambda rows, partial: [
-        json.loads((out / f"{rows} {partial} rank {rank}.json").read_text()) for rank in range(2)
+        json.loads((two_ranks / f"{rows} {partial} rank {rank}.json").read_text()) for rank in range(2)
     ]
 
 

@@ -1,13 +1,14 @@
-"""One rank of two-rank RLOO runs, one after the other; run by test_trl_ranks.py under torchrun, never collected.
+"""One rank of two-rank RLOO runs, one after the other; started under torchrun by conftest.py, never collected.
 
-    two_ranks.py POLICY MODEL OUT ROWS,PARTIAL_GROUPS...
+    two_ranks.py POLICY MODEL OUT ROWS,PARTIAL_GROUPS[,resumed]...
 
-Each run writes ``OUT/ROWS PARTIAL_GROUPS rank N.json``. A run that is to fail comes last: it leaves the process group
-in a state that the next should not depend on.
+Each run writes ``OUT/ROWS PARTIAL_GROUPS [resumed ]rank N.json``. A run that is to fail comes last: it leaves the
+process group in a state that the next should not depend on.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import datasets
 import torch
 import trl
+import two_ranks_state
 from conftest import word_tokenizer
 
 from rmcore.engine import RewardEngine
@@ -25,10 +27,15 @@ from rmcore.model import RewardModel
 
 def main(policy: str, model: str, out: str, *runs: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects at the start of every training: not through all that was imported
     for run in runs:
-        rows, partial_groups = run.split(",")
-        told = train(policy, model, out, int(rows), partial_groups)
-        Path(out, f"{rows} {partial_groups} rank {os.environ['RANK']}.json").write_text(json.dumps(told))
+        rows, partial_groups, *resumed = run.split(",")
+        name = run.replace(",", " ")
+        if resumed:
+            told = two_ranks_state.train(policy, model, str(Path(out, name)), int(rows), partial_groups)
+        else:
+            told = train(policy, model, out, int(rows), partial_groups)
+        Path(out, f"{name} rank {os.environ['RANK']}.json").write_text(json.dumps(told))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,14 +1,10 @@
-"""One rank of a two-rank run that stops and resumes; run by test_trl_state_ranks.py under torchrun, never collected."""
+"""One rank of a two-rank run that stops and resumes: a run of two_ranks.py, never collected."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
 
 import datasets
-import torch
 import trl
 from conftest import word_tokenizer
 
@@ -28,8 +24,8 @@ class CountingJudge:
         return [Verdict.of("tie", usage=JudgeUsage(calls=1)) for _ in pairs]
 
 
-def main(policy: str, model: str, out: str, rows: int, partial_groups: str) -> None:
-    torch.set_num_threads(1)
+def train(policy: str, model: str, out: str, rows: int, partial_groups: str) -> dict[str, object]:
+    """The judge's calls after each part and the win rates of each step, or the error; checkpoints lie in ``out``."""
     rank = int(os.environ["RANK"])
     judge, calls, metrics = CountingJudge(), [], []
     # One long run's worth of data; each part is a trainer and an engine of its own, as in a new process.
@@ -56,17 +52,6 @@ def main(policy: str, model: str, out: str, rows: int, partial_groups: str) -> N
             trainer.train(resume_from_checkpoint=steps > 3)
             calls.append(judge.calls)
             metrics = [e["rmcore/win_rate_over_reference"] for e in trainer.state.log_history if "loss" in e]
-        told = {"calls": calls, "win_rates": metrics}
+        return {"calls": calls, "win_rates": metrics}
     except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}"}
-    Path(out).mkdir(exist_ok=True)
-    Path(out, f"rank{rank}.json").write_text(json.dumps(told))
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    for mode in sys.argv[4:]:
-        rows_a_rank, partial = mode.split(",")
-        main(sys.argv[1], sys.argv[2], str(Path(sys.argv[3], mode)), int(rows_a_rank), partial)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        return {"error": f"{type(error).__name__}: {error}"}
