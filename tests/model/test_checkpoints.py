@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.chat_templates import CHAT_MODELS
+from support.families import LAYOUTS
 from support.models import TOKENIZERS, _model, own_inputs
 from tokenizers import processors
 
@@ -98,6 +99,61 @@ def test_sliding_windows(tmp_path):
     report = check_model(RewardModel.from_pretrained(tmp_path, device="cpu"), pairs)
     assert report.passed, report.to_markdown()
     assert any(row.note.startswith("sdpa") for row in report.rows)
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Qwen2", "Phi3", "ModernBert"])
+def test_windows_of_some_layers(tmp_path, kind):
+    """Layers that alternate, a window behind some layers, one in all, and an encoder's: texts are longer than it."""
+    tokenizer = TOKENIZERS["chatml"]()
+    own: dict[str, dict[str, Any]] = {
+        "Gemma2": {"head_dim": 8, "sliding_window": 16},
+        "Qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+        "Phi3": {"sliding_window": 16},
+        "ModernBert": {"local_attention": 16, "cls_token_id": None, "sep_token_id": None},
+    }
+    given = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    given |= {"intermediate_size": 48, "num_labels": 1, "max_position_embeddings": 512}
+    given |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
+    given |= {} if kind == "ModernBert" else {"num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**given, **own[kind])
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pairs = [Preference("what is it? " * n, "good", "a bad answer " * n) for n in (1, 9)]
+    report = check_model(RewardModel.from_pretrained(tmp_path, device="cpu"), pairs)
+    assert report.passed, report.to_markdown()
+
+
+@pytest.mark.parametrize("known", ["neither", "tokenizer"])
+def test_no_padding_token(tmp_path, known):
+    """Where the model's own code takes no batch at all, rmcore's are padded with a masked token."""
+    tokenizer = TOKENIZERS["llama"]()
+    if known == "neither":
+        tokenizer.pad_token = None
+    saved(tmp_path, tokenizer, pad_token_id=None)
+    report = check_model(RewardModel.from_pretrained(tmp_path, device="cpu"), PAIRS)
+    assert report.passed, report.to_markdown()
+    assert report.facts["padding token"] == ("none" if known == "neither" else "0")
+    assert any(row.note.startswith("padding token: got none") for row in report.rows)
+
+
+def test_tied_heads(tmp_path):
+    """A classifier ties nothing, whatever its configuration says; a language model's head may be its embedding."""
+    tokenizer = TOKENIZERS["llama"]()
+    saved(tmp_path / "classifier", tokenizer, tie_word_embeddings=True)
+    assert check_model(RewardModel.from_pretrained(tmp_path / "classifier", device="cpu"), PAIRS).passed
+    layout = LAYOUTS["nvidia-lm"]
+    tiny = layout.make()
+    del tiny.tensors["lm_head.weight"]
+    tiny.config["tie_word_embeddings"] = True
+    model = RewardModel.from_pretrained(tiny.write(tmp_path / layout.name), device="cpu")
+    tiny.tensors["lm_head.weight"] = tiny.tensors["model.embed_tokens.weight"]
+    found = model.score([[{"role": "user", "content": "what is it?"}]], [["a dog"]])[0].scores.tolist()
+    assert found == pytest.approx([layout.reference(tiny, "what is it?", "a dog")], abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
