@@ -59,7 +59,7 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_thread_for_small_matrices(request) -> Iterator[None]:
     """Threads only hurt where matrices are tiny, and on a busy machine they hurt by minutes."""
     threads = torch.get_num_threads()
-    if {"engine", "head", "model", "reference"} & set(request.path.parts):
+    if {"cli", "docs", "engine", "head", "model", "reference"} & set(request.path.parts):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
