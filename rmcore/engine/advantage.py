@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.ops import reference
 
-__all__ = ["group_rewards", "grpo_advantages", "rloo_advantages"]
+__all__ = ["Baseline", "group_rewards", "grpo_advantages", "rloo_advantages"]
+
+
+Baseline: TypeAlias = Literal["leave-one-out", "group-mean"]
 
 
 def _check_square(preferences: Tensor) -> None:
@@ -39,7 +42,7 @@ def rloo_advantages(preferences: Tensor, *, complete: bool = False) -> Tensor:
 
 def group_rewards(
     preferences: Tensor,
-    baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out",
+    baseline: Baseline = "leave-one-out",
     *,
     complete: bool = False,
 ) -> Tensor:

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.engine.advantage import Baseline
 
 __all__ = [
     "ComparisonScores",
@@ -33,6 +35,11 @@ __all__ = [
     "comparison_advantages",
     "comparison_pairs",
     "comparison_scores",
+    "design_pairs",
+    "graph_advantages",
+    "graph_rewards",
+    "parse_design",
+    "swiss_pairs",
     "swiss_round",
 ]
 
@@ -141,6 +148,7 @@ def comparison_scores(
     weight: Tensor | None = None,
     noise: float = 1.0,
     prior: float = math.inf,
+    apart: bool = False,
 ) -> ComparisonScores:
     """Scores from comparisons, for any number of groups that share a design.
 
@@ -152,6 +160,7 @@ def comparison_scores(
         noise: σ², variance of a preference of weight 1.
         prior: τ, standard deviation of the scores before any comparison; finite, it shrinks them and takes groups that
             fall apart.
+        apart: with an infinite prior, take groups that fall apart too: the scores of each part then sum to 0.
 
     Raises:
         InputError: shapes do not fit, values are out of range, or, with an infinite prior, the comparisons of a group
@@ -181,11 +190,11 @@ def comparison_scores(
     values, vectors = torch.linalg.eigh(laplacian)
     # Upwards: the first is the constant vector's, 0, which is no freedom, since scores sum to 0.
     scale = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
-    if math.isinf(prior) and size > 1 and bool((values[..., 1] <= 1e-10 * scale[..., 0]).any()):
+    if math.isinf(prior) and not apart and size > 1 and bool((values[..., 1] <= 1e-10 * scale[..., 0]).any()):
         reject("pairs", "comparisons that leave some response apart", "a connected group", "Give prior=, or more pairs")
     inverse = 1 / (values + prior**-2)
     if math.isinf(prior):
-        inverse[..., 0] = 0.0
+        inverse = torch.where(values <= 1e-10 * scale, 0.0, inverse)
     centre = torch.eye(size, dtype=torch.float64) - 1 / size
     covariance = centre @ (vectors * inverse[..., None, :]) @ vectors.mT @ centre
     return ComparisonScores((covariance @ target[..., None])[..., 0], covariance)
@@ -199,3 +208,101 @@ def comparison_advantages(scores: ComparisonScores) -> tuple[Tensor, Tensor]:
     size = scores.score.shape[-1]
     factor = size / (size - 1) if size > 1 else 0.0
     return factor * scores.score, factor**2 * scores.variance
+
+
+# -- in an engine ----------------------------------------------------------------------------------------------------
+
+
+_COUNTED = (("regular", True, 0), ("swiss", True, 0), ("swiss", True, 1))
+"""A design's name, whether its number is positive, and its remainder by 2."""
+
+
+def parse_design(text: str) -> tuple[str, int]:
+    """A design as the engine takes it, its name and number: ``all``, ``circular``, ``regular:4``, ``swiss:3``.
+
+    The number is the comparisons a response takes part in (``regular``), or the rounds (``swiss``); 0 for the others.
+    Raises InputError for anything else.
+    """
+    name, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+    count = int(number) if number.isascii() and number.isdigit() else 0
+    if text not in ("all", "circular") and (name, count > 0, count % 2) not in _COUNTED:
+        reject("design", repr(text), "'all', 'circular', 'regular:k' with an even k from 2, or 'swiss:r' with r rounds")
+    return name, count
+
+
+def design_pairs(size: int, design: str) -> Tensor:
+    """(P, 2) the pairs of a design that depends on K alone, by its name as of :func:`parse_design`."""
+    name, degree = parse_design(design)
+    if name == "regular":
+        return comparison_pairs(size, "regular", degree=degree)
+    return comparison_pairs(size, "circular" if name == "circular" else "all")
+
+
+def swiss_pairs(score: Tensor, rounds: int) -> Tensor:
+    """(P, 2) all pairs of some Swiss rounds among responses of a standing that does not change meanwhile.
+
+    Rounds alone would leave the group in parts of 2, 4, 8 responses of like standing; where two neighbours in standing
+    are in different parts, they are compared too.
+
+    Args:
+        score: (K,) standing; NaN is last.
+        rounds: how many, each at most one comparison a response.
+    """
+    size, standing = len(score), score.double().nan_to_num(nan=-math.inf)
+    met = torch.eye(size, dtype=torch.bool)
+    for _ in range(rounds):
+        i, j = swiss_round(standing, met).unbind(1)
+        met[i, j] = met[j, i] = True
+    part = list(range(size))
+    for i, j in met.triu(1).nonzero().tolist():
+        old, new = part[i], part[j]
+        part = [new if own == old else own for own in part]
+    order = torch.argsort(standing, descending=True, stable=True).tolist()
+    for i, j in pairwise(order):
+        if part[i] != part[j]:
+            old, new = part[i], part[j]
+            part = [new if own == old else own for own in part]
+            met[i, j] = met[j, i] = True
+    return met.triu(1).nonzero()
+
+
+def graph_advantages(preferences: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave-one-out advantages from whatever pairs were compared, and their variances.
+
+    Least squares over the comparison graph; for all pairs the means of :func:`rmcore.engine.advantage.rloo_advantages`.
+    Responses that no path of comparisons joins are not put in order: each part's advantages sum to 0.
+
+    Args:
+        preferences: (..., K, K) antisymmetric p̃; NaN where a pair was not compared. The diagonal is not read.
+
+    Returns:
+        (..., K) float64 and (..., K), for comparisons with a noise of variance 1: multiply by theirs. NaN for a
+        response that was compared with nobody; 0 and 0 for K = 1.
+    """
+    size = preferences.shape[-1]
+    if size == 1:
+        nothing = torch.zeros_like(preferences[..., 0], dtype=torch.float64)
+        return nothing, nothing.clone()
+    i, j = torch.triu_indices(size, size, 1)
+    pairs = preferences.double().cpu()[..., i, j]
+    found = comparison_scores(torch.stack([i, j], 1), pairs, size, apart=True)
+    members, count = _members(preferences)
+    factor = (count / (count - 1).clamp_min(1))[..., None]
+    advantages, variance = factor * found.score, factor**2 * found.variance
+    return advantages.masked_fill(~members, math.nan), variance.masked_fill(~members, math.nan)
+
+
+def graph_rewards(preferences: Tensor, baseline: Baseline = "leave-one-out") -> Tensor:
+    """(..., K) rewards from which a stock trainer gets :func:`graph_advantages` back, to rounding."""
+    advantages = graph_advantages(preferences)[0]
+    if baseline == "group-mean":
+        return advantages
+    _, count = _members(preferences)
+    return advantages * ((count - 1) / count.clamp_min(1))[..., None]
+
+
+def _members(preferences: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., K) bool, responses with a comparison; (...) float64, how many."""
+    own = torch.eye(preferences.shape[-1], dtype=torch.bool, device=preferences.device)
+    members = (~(preferences.isnan() | own)).any(-1).cpu()
+    return members, members.sum(-1).double()

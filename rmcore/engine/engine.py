@@ -73,6 +73,9 @@ class RewardEngine:
             timing never does.
         novelty: ask the head how far each response is from its training data (``GroupScores.novelty``, the routers'
             column ``novelty``): a second pass over the rows. None: where a judge may be asked and the head can tell.
+        design: which pairs of a group are compared (:mod:`rmcore.engine.comparisons`): ``all``, ``circular``,
+            ``regular:4`` or ``swiss:3``. Only these may be routed, in concat mode only these are encoded, and the
+            advantages are those of least squares over them. For large K.
         learner: lets the head learn from verdicts by :meth:`update`; without one it never changes. The engine takes
             over the learner's head, and results keep their hidden rows.
         clock: of deadlines and of the seconds reported; a seam for tests.
@@ -91,6 +94,7 @@ class RewardEngine:
         judge_deadline_s: float | None = None,
         micro_batch_tokens: int | None = None,
         novelty: bool | None = None,
+        design: str = "all",
         learner: VerdictLearner | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -106,6 +110,7 @@ class RewardEngine:
             judge_deadline_s=judge_deadline_s,
             micro_batch_tokens=micro_batch_tokens,
             novelty=novelty,
+            design=design,
             learner=learner,
             clock=clock,
         )
@@ -128,7 +133,9 @@ class RewardEngine:
         self.backend: Backend = backend
         self.judge_deadline_s = judge_deadline_s
         self.micro_batch_tokens = micro_batch_tokens
-        self.novelty = novelty
+        self.novelty, self.design = novelty, design
+        if design.startswith("swiss") and self.head.config.mode == "concat":
+            reject("design", repr(design), "another in concat mode, where a standing takes all pairs to begin with")
         if novelty or (judge is not None and getattr(router, "by", None) == "novelty"):
             self.head.check_novelty()
         self.clock: Clock = clock or SystemClock()
@@ -371,6 +378,7 @@ class RewardEngine:
             nonfinite=self.nonfinite,
             backend=self.backend,
             on_error=on_error,
+            design=self.design,
             novelty=self._may_ask and self.head.rows is not None if self.novelty is None else self.novelty,
         )
         call.kept = None if self.learner is None else []

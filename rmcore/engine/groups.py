@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from rmcore._base.errors import reject
 from rmcore.engine.advantage import group_rewards, grpo_advantages, rloo_advantages
+from rmcore.engine.comparisons import graph_advantages, graph_rewards
 from rmcore.engine.pair_table import PairLayout, PairState, PairTable
 from rmcore.engine.usage import JudgeTally, Overlap, usage_summary
 from rmcore.judge.base import RULE, JudgeUsage, Verdict
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.signal import PairSignal
+from rmcore.ops.pair_layout import PartialLayout
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "table_of"]
 
@@ -63,6 +65,8 @@ class GroupScore:
         one_order: True where concat mode scored only i < j, so that position bias is not averaged out.
         response_novelty: (K,) how far each response is from the training data, in (0, 1] (:mod:`rmcore.head.rows`);
             NaN where it has no finite row, or was left unread. None where the head was not asked, or knows of none.
+        compared: (K, K) bool, symmetric: which pairs the engine's ``design`` compared; the others have NaN in every
+            matrix. None where all were.
     """
 
     preference: Tensor
@@ -73,6 +77,7 @@ class GroupScore:
     decisions: tuple[PairDecision, ...] = ()
     one_order: bool = False
     response_novelty: Tensor | None = None
+    compared: Tensor | None = None
 
     @property
     def novelty(self) -> Tensor | None:
@@ -87,13 +92,18 @@ class GroupScore:
 
     @property
     def advantages(self) -> Tensor:
-        """RLOO advantages A_i (K,); 0 for K = 1."""
-        return rloo_advantages(self.preference)
+        """RLOO advantages A_i (K,); 0 for K = 1. Least squares over the pairs compared, where those are not all."""
+        return rloo_advantages(self.preference) if self.compared is None else graph_advantages(self.preference)[0]
+
+    @property
+    def advantage_variance(self) -> Tensor:
+        """(K,) of the advantages, for comparisons with a noise of variance 1: 1/(K−1) where all pairs are compared."""
+        return graph_advantages(self.preference)[1]
 
     @property
     def rewards(self) -> Tensor:
         """(K,) rewards that give ``advantages`` back under a leave-one-out baseline."""
-        return group_rewards(self.preference)
+        return self.rewards_for("leave-one-out")
 
     def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"], *, missing_as_zero: bool = False) -> Tensor:
         """(K,) rewards that give ``advantages`` back under the named baseline (``group_rewards``).
@@ -101,7 +111,8 @@ class GroupScore:
         A response without any preference has NaN. ``missing_as_zero``: the trainer counts it as 0 in a baseline over
         all K, so the others' rewards are made for that; with 0 in its place its own advantage is 0 too.
         """
-        rewards = group_rewards(self.preference, baseline)
+        of = group_rewards if self.compared is None else graph_rewards
+        rewards = of(self.preference, baseline)
         if missing_as_zero and baseline == "leave-one-out" and bool(rewards.isnan().any()):
             return self.advantages * (self.size - 1) / self.size
         return rewards
@@ -124,7 +135,7 @@ class GroupScore:
             "routed": self.routed.tolist(),
             "decisions": [_decision_record(decision) for decision in self.decisions],
             "one_order": self.one_order,
-        }
+        } | ({} if self.compared is None else {"compared": self.compared.tolist()})
 
 
 class GroupScores(Sequence[GroupScore]):
@@ -203,7 +214,7 @@ class GroupScores(Sequence[GroupScore]):
     @property
     def advantages(self) -> Tensor:
         """All groups' advantages, one after the other (ΣK,) float64 on the CPU."""
-        return self.table.per_response(partial(rloo_advantages, complete=self.table.complete))
+        return self.table.advantages()
 
     @property
     def rewards(self) -> Tensor:
@@ -212,7 +223,7 @@ class GroupScores(Sequence[GroupScore]):
 
     def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"]) -> Tensor:
         """All groups' rewards (ΣK,) under the named baseline (``group_rewards``)."""
-        return self.table.per_response(partial(group_rewards, baseline=baseline, complete=self.table.complete))
+        return self.table.rewards(baseline)
 
     @property
     def novelty(self) -> Tensor | None:
@@ -323,9 +334,22 @@ def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
     for number, squares in table.squares():
         known = tuple(decisions.get(number, ()))
         groups[number] = GroupScore(
-            **squares, decisions=known, one_order=table.one_order, response_novelty=novelty[number]
+            **squares,
+            decisions=known,
+            one_order=table.one_order,
+            response_novelty=novelty[number],
+            compared=_compared(layout, number),
         )
     return tuple(groups[number] for number in range(len(groups)))
+
+
+def _compared(layout: PairLayout, number: int) -> Tensor | None:
+    if not isinstance(layout, PartialLayout):
+        return None
+    size = int(layout.sizes[number])
+    (i, j), compared = layout.edges[number].unbind(1), torch.zeros(size, size, dtype=torch.bool)
+    compared[i, j] = compared[j, i] = True
+    return compared
 
 
 def table_of(groups: Sequence[GroupScore]) -> PairTable:
@@ -337,9 +361,12 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
     one_order = any(group.one_order for group in groups)
     if one_order and not all(group.one_order or group.size == 1 for group in groups):
         reject("groups", "some with one_order and some without", "groups scored alike")
-    layout = PairLayout([group.size for group in groups])
     if not groups:
         return PairTable.joined([])
+    sizes, layout = [group.size for group in groups], PairLayout([group.size for group in groups])
+    if any(group.compared is not None for group in groups):
+        every = [torch.ones_like(g.routed) if g.compared is None else g.compared for g in groups]
+        layout = PartialLayout(sizes, [compared.triu(1).nonzero() for compared in every])
     names = ("logit", "variance", "uncertainty", "preference")
     values = [layout.flat([getattr(group, name) for group in groups]) for name in names]
     table = PairTable(layout, torch.stack(values).double(), one_order)

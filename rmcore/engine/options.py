@@ -7,6 +7,7 @@ from typing import Literal
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
+from rmcore.engine.comparisons import parse_design
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.routing import NeverRoute, Router
 from rmcore.judge.base import Judge
@@ -26,6 +27,7 @@ def check_engine_options(
     judge_deadline_s: float | None = None,
     micro_batch_tokens: int | None = None,
     novelty: bool | None = None,
+    design: str = "all",
     learner: VerdictLearner | None = None,
     clock: Clock | None = None,
 ) -> None:
@@ -60,6 +62,7 @@ def check_engine_options(
         reject("novelty", repr(novelty), "True, False or None")
     if novelty is False and getattr(router, "by", None) == "novelty":
         reject("novelty", "False", "True or None, since the router goes by it")
+    parse_design(design)
     if learner is not None and not isinstance(learner, VerdictLearner):
         reject("learner", type(learner).__name__, "a VerdictLearner, or None")
     if clock is not None and not callable(getattr(clock, "now", None)):

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
+from rmcore.engine.advantage import Baseline, group_rewards, rloo_advantages
+from rmcore.engine.comparisons import graph_advantages, graph_rewards
 from rmcore.head.frozen import PairScores
 from rmcore.head.posterior import all_finite
 from rmcore.judge.base import Verdict
 from rmcore.model.signal import PairSignal
 from rmcore.ops import reference
 from rmcore.ops.functional import Scores
-from rmcore.ops.pair_layout import PairLayout, squares
+from rmcore.ops.pair_layout import PairLayout, PartialLayout, squares
 from rmcore.ops.reference import OrderMean
 
 __all__ = ["PairLayout", "PairState", "PairTable"]
@@ -123,7 +125,9 @@ class PairTable:
             return tables[0]
         if not tables:
             return cls(PairLayout([]), torch.empty(4, 0, dtype=torch.float64))
-        layout = PairLayout(torch.cat([table.layout.sizes for table in tables]))
+        sizes = torch.cat([table.layout.sizes for table in tables])
+        edges = [own for table in tables if isinstance(table.layout, PartialLayout) for own in table.layout.edges]
+        layout = PairLayout(sizes) if len(edges) < len(sizes) else PartialLayout(sizes, edges)
         result = cls(layout, torch.cat([table.values for table in tables], 1), tables[0].one_order)
         result.state = torch.cat([table.state for table in tables])
         result.signal = torch.cat([table.signal for table in tables])
@@ -143,10 +147,19 @@ class PairTable:
         keep[groups] = False
         pairs = torch.repeat_interleave(keep, self.layout.pair_counts)
         sizes = self.layout.sizes[keep]
-        table = PairTable(PairLayout(sizes), self.values[:, pairs.to(self.values.device)], self.one_order)
+        layout = PairLayout(sizes)
+        if isinstance(self.layout, PartialLayout):
+            layout = PartialLayout(sizes, [self.layout.edges[k] for k in keep.nonzero()[:, 0].tolist()])
+        table = PairTable(layout, self.values[:, pairs.to(self.values.device)], self.one_order)
         if self.row_novelty is not None:
             rows = torch.repeat_interleave(keep, self.layout.sizes)
             table.row_novelty = self.row_novelty[rows.to(self.row_novelty.device)]
+        return table
+
+    def narrowed(self, layout: PartialLayout) -> PairTable:
+        """A table of all pairs that has not been routed yet, with some pairs only."""
+        table = PairTable(layout, self.values[:, layout.among_all().to(self.values.device)], self.one_order)
+        table.complete, table.row_novelty = self.complete, self.row_novelty
         return table
 
     # -- columns -----------------------------------------------------------------------------------------------------
@@ -232,6 +245,23 @@ class PairTable:
             self.preference[judged.to(self.values.device)] = values.to(self.values.device)
 
     # -- by group ----------------------------------------------------------------------------------------------------
+
+    @property
+    def partial(self) -> bool:
+        """Whether some pairs were not compared, by design."""
+        return isinstance(self.layout, PartialLayout)
+
+    def advantages(self) -> Tensor:
+        """(ΣK,) leave-one-out advantages on the CPU: means over all pairs, or least squares over those compared."""
+        if self.partial:
+            return self.per_response(lambda p: graph_advantages(p)[0])
+        return self.per_response(lambda p: rloo_advantages(p, complete=self.complete))
+
+    def rewards(self, baseline: Baseline) -> Tensor:
+        """(ΣK,) rewards that give the advantages back under a baseline."""
+        if self.partial:
+            return self.per_response(lambda p: graph_rewards(p, baseline))
+        return self.per_response(lambda p: group_rewards(p, baseline, complete=self.complete))
 
     def per_response(self, of_squares: Callable[[Tensor], Tensor], column: Tensor | None = None) -> Tensor:
         """(ΣK,) on the CPU: what a function of squares, (n, K, K) → (n, K), says of each response.

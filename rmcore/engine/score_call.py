@@ -15,6 +15,7 @@ from torch import Tensor
 from rmcore._base.clock import Clock
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Prompt, Response, canonical_group, canonical_groups, check_nesting
+from rmcore.engine.comparisons import design_pairs
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.judging import JudgeQueue, Submission
 from rmcore.engine.micro_batches import MicroBatch
@@ -30,7 +31,7 @@ from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText, TextLimit
 from rmcore.ops.dispatch import Backend
-from rmcore.ops.pair_layout import PairLayout
+from rmcore.ops.pair_layout import PairLayout, PartialLayout
 
 __all__ = ["Offer", "OnError", "ScoreCall", "ScoredPart", "check_group_sizes", "check_nesting"]
 
@@ -150,6 +151,8 @@ class ScoreCall:
     nonfinite: Literal["raise", "route"] = "raise"
     backend: Backend = "auto"
     on_error: OnError = "raise"
+    design: str = "all"
+    """Which pairs of a group are compared."""
     novelty: bool = False
     """Whether the head is asked how far each response is from its training data."""
     prompts: Sequence[Prompt] | None = None
@@ -174,6 +177,7 @@ class ScoreCall:
     unwanted: threading.Event = field(default_factory=threading.Event)
     _layout: PairLayout | None = None
     """Of all groups that are left."""
+    _designs: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started = self.clock.now()
@@ -222,15 +226,18 @@ class ScoreCall:
     def encode(self) -> None:
         """Encode every group's texts."""
         assert self.model is not None
-        model, orders = self.model, self.orders
+        model = self.model
+        settings: dict[str, Any] = {"orders": self.orders, "limit": self.limit}
+        if self.design != "all" and model.mode == "concat":
+            settings["compared"] = self.design_of
         prompts, responses = self._texts()
         with self.time("backbone"):
             if self.on_error == "raise":
-                self.encoded = model.encode_groups(prompts, responses, orders=orders, limit=self.limit)
+                self.encoded = model.encode_groups(prompts, responses, **settings)
                 return
 
             def encode(prompt: Prompt, group: Sequence[Response]) -> None:
-                self.encoded.append(model.encode_group(prompt, group, orders=orders, limit=self.limit))
+                self.encoded.append(model.encode_group(prompt, group, **settings))
 
             errors = _errors(encode, prompts, responses)
         self.take_out(errors)
@@ -295,12 +302,26 @@ class ScoreCall:
         return hidden[keep.to(hidden.device)], [k for k in groups if k not in errors], table.without(bad)
 
     def layout_of(self, groups: list[int]) -> PairLayout:
-        """The layout of some of the groups, given in order; of all, as nearly always, it is made once."""
+        """The layout of some of the groups, given in order; of all, as nearly always, it is made once.
+
+        In difference mode of all pairs: what a design leaves out is left out when the head has scored.
+        """
         if len(groups) < len(self.sizes):
-            return PairLayout([self.sizes[k] for k in groups])
+            return self._layout_of([self.sizes[k] for k in groups])
         if self._layout is None or len(self._layout) != len(self.sizes):
-            self._layout = PairLayout(self.sizes)
+            self._layout = self._layout_of(self.sizes)
         return self._layout
+
+    def _layout_of(self, sizes: list[int]) -> PairLayout:
+        if self.design == "all" or self.head.config.mode == "difference":
+            return PairLayout(sizes)
+        return PartialLayout(sizes, [self.design_of(size) for size in sizes])
+
+    def design_of(self, size: int) -> Tensor:
+        """(P, 2) the pairs of a design that depends on K alone."""
+        if size not in self._designs:
+            self._designs[size] = design_pairs(size, self.design)
+        return self._designs[size]
 
     def _row_counts(self, groups: list[int]) -> Tensor:
         return self.layout_of(groups).row_counts(self.head.config.mode, one_order=self.one_order)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Literal, TypeAlias
 
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Response, response_text
-from rmcore.engine.advantage import rloo_advantages
 from rmcore.engine.groups import GroupScore, table_of
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.ops.pair_layout import PairLayout
@@ -160,7 +158,7 @@ def best_of(
     sizes = table.layout.sizes.tolist()
     if responses is not None and [len(texts) for texts in responses] != sizes:
         reject("responses", f"groups of {[len(t) for t in responses][:8]}", f"{sizes[:8]} as scored")
-    bound = table.per_response(partial(rloo_advantages, complete=table.complete))
+    bound = table.advantages()
     if penalty:  # without one, no uncertainty: 0 · ∞ would be no number
         bound = bound - penalty * _uncertainties(table, _mean_uncertainty)
     usable = ~(bound.isnan() | bound.isneginf())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import canonical_response, text_length
+from rmcore.engine.comparisons import parse_design, swiss_pairs
 from rmcore.engine.micro_batches import MicroBatch, micro_batches
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import Candidates, Router, is_budgeted
@@ -19,7 +20,7 @@ from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.posterior import check_finite
 from rmcore.model.error_prior import row_distance
 from rmcore.model.signal import PairSignal, fill_unread
-from rmcore.ops.pair_layout import PairLayout
+from rmcore.ops.pair_layout import PairLayout, PartialLayout
 
 __all__ = ["plan", "route", "score_pairs"]
 
@@ -111,10 +112,20 @@ def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Liter
         pairs = score_pairs(
             hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
         )
-        return PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
+        table = PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
+        return table if call.design == "all" else table.narrowed(_compared(call, table))
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)
     return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
+
+
+def _compared(call: ScoreCall, table: PairTable) -> PartialLayout:
+    """Which pairs of a difference-mode table the design compares."""
+    sizes, (name, rounds) = table.layout.sizes.tolist(), parse_design(call.design)
+    if name != "swiss":
+        return PartialLayout(sizes, [call.design_of(size) for size in sizes])
+    standing = table.advantages().split(sizes)
+    return PartialLayout(sizes, [swiss_pairs(own, rounds) for own in standing])
 
 
 def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:

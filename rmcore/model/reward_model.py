@@ -331,16 +331,21 @@ class RewardModel:
         *,
         orders: Literal["both", "one"] = "both",
         limit: TextLimit | None = None,
+        compared: Callable[[int], Tensor] | None = None,
     ) -> list[EncodedText]:
-        """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``)."""
+        """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``).
+
+        ``compared`` gives for K the pairs (P, 2), i < j, that are wanted; None are all.
+        """
         encode = self.backbone.encoder.encode
         if self.mode == "difference":
             return [encode(prompt, response, limit=limit) for response in responses]
+        wanted = None if compared is None else {(i, j) for i, j in compared(len(responses)).tolist()}
         return [
             encode(prompt, a, b, limit=limit)
             for i, a in enumerate(responses)
             for j, b in enumerate(responses)
-            if (i != j if orders == "both" else i < j)
+            if (i != j if orders == "both" else i < j) and (wanted is None or (min(i, j), max(i, j)) in wanted)
         ]
 
     def encode_groups(
@@ -350,12 +355,14 @@ class RewardModel:
         *,
         orders: Literal["both", "one"] = "both",
         limit: TextLimit | None = None,
+        compared: Callable[[int], Tensor] | None = None,
     ) -> list[list[EncodedText]]:
         """:meth:`encode_group` of every group. An InputError names the group by its place among ``prompts``."""
+        encode = self.encode_group if compared is None else partial(self.encode_group, compared=compared)
         groups = []
         for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                groups.append(self.encode_group(prompt, group, orders=orders, limit=limit))
+                groups.append(encode(prompt, group, orders=orders, limit=limit))
             except InputError as error:
                 raise InputError(f"group {k}: {error}") from error
         return groups

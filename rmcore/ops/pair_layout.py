@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "PairLayout", "PairMode", "squares"]
+__all__ = ["Block", "PairLayout", "PairMode", "PartialLayout", "squares"]
 
 PairMode: TypeAlias = Literal["difference", "concat"]
 """``difference``: one hidden row a response. ``concat``: one hidden row an ordered pair of responses (design 2.6)."""
@@ -27,12 +27,14 @@ class Block(NamedTuple):
         groups: (n,) which they are.
         pairs: (n, K(K−1)/2) numbers of their pairs; None where these are all groups there are.
         responses: (n, K) numbers of their responses; None likewise.
+        edges: (P, 2) the pairs i < j that are there; None where all are.
     """
 
     size: int
     groups: Tensor
     pairs: Tensor | None
     responses: Tensor | None
+    edges: Tensor | None = None
 
 
 class PairLayout:
@@ -180,6 +182,85 @@ class PairLayout:
         return torch.cat(upper) if upper else torch.empty(0)
 
 
+class PartialLayout(PairLayout):
+    """Groups of which some pairs are compared only.
+
+    Args:
+        sizes: K ≥ 0 of each group.
+        edges: of each group its pairs, (P, 2) int64 with i < j, in order.
+    """
+
+    def __init__(self, sizes: Sequence[int] | Tensor, edges: Sequence[Tensor]) -> None:
+        super().__init__(sizes)
+        self.edges = tuple(edges)
+
+    @cached_property
+    def pair_counts(self) -> Tensor:
+        """(G,) pairs of each group that are there."""
+        return torch.tensor([len(own) for own in self.edges], dtype=torch.int64)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Q, their number."""
+        return sum(len(own) for own in self.edges)
+
+    @cached_property
+    def _all(self) -> Tensor:
+        """(Q, 2)"""
+        return torch.cat([torch.empty(0, 2, dtype=torch.int64), *self.edges])
+
+    @cached_property
+    def first(self) -> Tensor:
+        """As in all layouts."""
+        return self.starts[self.group] + self._all[:, 0]
+
+    @cached_property
+    def second(self) -> Tensor:
+        """As in all layouts."""
+        return self.starts[self.group] + self._all[:, 1]
+
+    def row(self, group: int, i: int, j: int) -> int:
+        """The number of one pair i < j of a group; raises ValueError where it is not compared."""
+        return int(self._pair_starts[group]) + self.edges[group].tolist().index([i, j])
+
+    def pair_rows(self, mode: PairMode, *, one_order: bool = False) -> Tensor:
+        """As in all layouts; in concat mode the ordered pairs that are there are row-major."""
+        if mode == "difference" or one_order:
+            return super().pair_rows(mode, one_order=one_order)
+        rows = [torch.empty(0, 2, dtype=torch.int64)]
+        for start, size, own in zip(
+            _starts(2 * self.pair_counts).tolist(), self.sizes.tolist(), self.edges, strict=True
+        ):
+            place = torch.cat([own, own.flip(1)]) @ torch.tensor([size, 1])
+            rank = torch.empty_like(place)
+            rank[place.argsort()] = torch.arange(len(place))
+            rows.append(start + rank.view(2, -1).mT)
+        return torch.cat(rows)
+
+    def among_all(self) -> Tensor:
+        """(Q,) the number that each pair has in the layout of all pairs."""
+        i, j, size = self.i, self.j, self.sizes[self.group]
+        return _starts(self.sizes * (self.sizes - 1) // 2)[self.group] + i * size - i * (i + 1) // 2 + j - i - 1
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The groups by size and pairs."""
+        alike: dict[tuple[int, bytes], list[int]] = {}
+        for number, (size, own) in enumerate(zip(self.sizes.tolist(), self.edges, strict=True)):
+            alike.setdefault((size, own.numpy().tobytes()), []).append(number)
+        blocks = []
+        for (size, _), numbers in alike.items():
+            groups, own = torch.tensor(numbers), self.edges[numbers[0]]
+            pairs = self._pair_starts[groups, None] + torch.arange(len(own))
+            blocks.append(Block(size, groups, pairs, self.starts[groups, None] + torch.arange(size), own))
+        return tuple(blocks)
+
+    def flat(self, squares: Sequence[Tensor]) -> Tensor:
+        """As in all layouts."""
+        there = [square[own[:, 0], own[:, 1]] for square, own in zip(squares, self.edges, strict=True)]
+        return torch.cat(there) if there else torch.empty(0)
+
+
 def squares(column: Tensor, block: Block, *, sign: int, diagonal: float = 0.0) -> Tensor:
     """The squares (n, K, K) of a block's groups.
 
@@ -187,9 +268,15 @@ def squares(column: Tensor, block: Block, *, sign: int, diagonal: float = 0.0) -
         column: (Q,) a value a pair, on any device.
         block: of the column's layout.
         sign: of what stands below the diagonal: 1 for the same value, -1 for its negative.
-        diagonal: what stands on it.
+        diagonal: what stands on it. Where a pair is not compared: NaN, False of booleans.
     """
     k, device = block.size, column.device
+    if block.edges is not None and block.pairs is not None:
+        there, (i, j) = column[block.pairs.to(device)], block.edges.to(device).unbind(1)
+        square = column.new_full((len(there), k, k), float("nan") if column.is_floating_point() else 0)
+        square[:, i, j], square[:, j, i] = there, there if sign > 0 else 0.0 - there
+        square.diagonal(dim1=1, dim2=2).fill_(diagonal)
+        return square
     upper = column if block.pairs is None else column[block.pairs.to(device)]
     upper = upper.view(len(block.groups), k * (k - 1) // 2)
     lower = upper if sign > 0 else 0.0 - upper  # so that no preference is 0.0 both ways, not -0.0

@@ -260,12 +260,15 @@ class TableModel(RewardModel):
         self.backbone: Any = SimpleNamespace(tokens_per_batch=8192, deterministic=None)
         self.table = table
 
-    def encode_group(self, prompt, responses, *, orders="both", limit=None) -> list[Any]:
+    def encode_group(self, prompt, responses, *, orders="both", limit=None, compared=None) -> list[Any]:
         """Tuples of texts stand in for encoded texts: their length, 2 or 3, counts as tokens."""
         if self.mode == "difference":
             return [TableText((prompt, a)) for a in responses]
-        ordered = itertools.permutations(responses, 2) if orders == "both" else itertools.combinations(responses, 2)
-        return [TableText((prompt, a, b)) for a, b in ordered]
+        numbers = range(len(responses))
+        ordered = itertools.permutations(numbers, 2) if orders == "both" else itertools.combinations(numbers, 2)
+        wanted = None if compared is None else {tuple(pair) for pair in compared(len(responses)).tolist()}
+        there = [(i, j) for i, j in ordered if wanted is None or (min(i, j), max(i, j)) in wanted]
+        return [TableText((prompt, responses[i], responses[j])) for i, j in there]
 
     def hidden_rows(self, groups, *, progress=None, stats=None) -> Tensor:
         rows: list[Any] = []
