@@ -25,6 +25,8 @@ from .score_tail import came_before
 from .variance import TILE_EDGE, column_product, stored_tile
 
 _LARGEST = 16
+_TILE_ROWS = 512
+"""Tiles are those of at most this many rows: wider accumulators would spill beside the differences."""
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def serves(sizes: list[int]) -> bool:
 
 def counters(rows: int, element: int, device: Device, on: torch.device) -> Tensor:
     """What an earlier launch must zero for ``rows`` rows of ``element`` bytes a value."""
-    tile = stored_tile(rows, element, device)
+    tile = stored_tile(min(rows, _TILE_ROWS), element, device)
     return empty(power_of_two(cdiv(rows, tile.rows)), dtype=torch.int32, device=on)
 
 
@@ -107,7 +109,7 @@ def pairs(
 ) -> None:
     """Fill g, v (Q,) from centred c (G k ≥ 1, D') and partial logits (parts, G k)."""
     rows, tiles = c.shape[0], cdiv(size, TILE_EDGE)
-    tile = stored_tile(rows, c.element_size(), device)
+    tile = stored_tile(min(rows, _TILE_ROWS), c.element_size(), device)
     columns = cdiv(tiles * TILE_EDGE, tile.cols)
     total = cdiv(rows, tile.rows) * columns
     paired = tile.paired and device.multiprocessors < total <= 2 * device.multiprocessors

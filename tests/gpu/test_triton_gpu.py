@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import triton_checks as checks
 
 from rmcore import ops
+from rmcore.kernels import heuristics
 from rmcore.ops.backends import triton as backend
 from rmcore.ops.tasks import AccumulateTask
 
@@ -177,6 +178,50 @@ def test_large_heads(dtype):
             again = torch.empty_like(first)
             backend.score(hidden, weights, again)
             assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_program_to_come_finds_what_all_others_have_stored(dtype):
+    """Fifty calls, each with poisoned workspaces: a sum taken too early would be NaN, or move from call to call."""
+    for h, d in ((384, 900), (4096, 4096)):
+        weights = checks.make_head(h, d, dtype, device="cuda")
+        for rows in (1, 16, 33, 64, 129, 300, 1025):
+            hidden = rows_of(rows, h, dtype)
+            with heuristics.forms(tail="last"):
+                first = checks.check_score(hidden, weights)
+                for _ in range(50):
+                    again = torch.full_like(first, float("nan"))
+                    backend.score(hidden, weights, again)
+                    assert torch.equal(first, again)
+
+
+def test_a_captured_graph_counts_anew_at_every_replay():
+    weights, hidden = checks.make_head(512, 1024, torch.float16, device="cuda"), rows_of(40, 512, torch.float16)
+    out, want = torch.empty(4, 40, device="cuda"), torch.empty(4, 40, device="cuda")
+    with heuristics.forms(tail="last"):
+        backend.score(hidden, weights, want)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            backend.score(hidden, weights, out)
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pair_variance_in_the_product(dtype):
+    weights = checks.make_head(128, 500, dtype, device="cuda")
+    for k in (2, 4, 8, 16):
+        for groups in (1, 9, 64, 130):
+            hidden = rows_of(groups * k, 128, dtype)
+            with heuristics.forms(pairs="in the product"):
+                first = checks.check_pair_variance(hidden[:1] + 0.1 * hidden, [k] * groups, weights)
+                for _ in range(20):
+                    again = backend.pair_variance(hidden[:1] + 0.1 * hidden, torch.full((groups,), k), weights)
+                    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_large_accumulate_is_repeatable():
