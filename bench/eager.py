@@ -1,4 +1,4 @@
-"""eager: the host's microseconds before a score's kernels start, on the long way and on the planned one.
+"""eager: the host's microseconds before kernels start: a score's, the long way and planned, and triton's others.
 
 With a GPU the calls are real: batches of them, timed to the last one's return, not to the kernels' end. Without one,
 and beside the real figures, the same Python runs on CPU tensors against launchers that return at once, so that what is
@@ -28,7 +28,7 @@ from .harness import synchronize
 from .peers import make_problem, ours
 from .setup import Row, Setup
 
-__all__ = ["eager", "host_us", "measure"]
+__all__ = ["eager", "host_us", "measure", "operations"]
 
 ROUNDS, CALLS = 40, 25
 GOALS_US = {"cuda": 10.0, "triton": 20.0}
@@ -61,6 +61,9 @@ def eager(setup: Setup) -> Iterator[Row]:
                 "median_s": 1e-6 * row["host_us"],
                 **row,
             }
+    for row in operations(setup.device, min(setup.sizes[0][1], 1024)):
+        variant = f"rmcore triton {row['op']}, {row['way']}"
+        yield {"suite": "eager", "variant": variant, "median_s": 1e-6 * row["host_us"], "rows": 64, **row}
 
 
 def measure(name: Backend, device: torch.device, size: int, note: Callable[[str], None]) -> Iterator[Row]:
@@ -78,6 +81,32 @@ def measure(name: Backend, device: torch.device, size: int, note: Callable[[str]
                 yield from _both(name, "none", hidden.cpu(), weights.to("cpu"))
             else:
                 note(f"eager {name}: {why}")
+
+
+def operations(device: torch.device, size: int) -> Iterator[Row]:
+    """The other operations of triton: ``way`` is looked up (Triton's own) or direct (``common.launch``'s)."""
+    from rmcore.kernels import common
+
+    with ExitStack() as stack:
+        if device.type != "cuda" and (why := stack.enter_context(_stubbed("triton"))) is not None:
+            return
+        problem = make_problem(size, size, device, torch.float16)
+        weights, sizes = ours(problem), torch.full((8,), 8)
+        hidden, labels = torch.randn(64, size, device=device).half(), torch.ones(64, device=device)
+        precision, gradient, beta = (torch.zeros(*s, device=device) for s in ((size, size), (size,), (size,)))
+        matrix, vector = torch.randn(size, size, device=device).half(), torch.randn(size, device=device)
+        calls: dict[str, Callable[[], object]] = {
+            "power_iteration": lambda: ops.power_iteration(matrix, vector, 1, backend="triton"),
+            "pair_variance": lambda: ops.pair_variance(hidden, sizes, weights, backend="triton"),
+            "accumulate": lambda: ops.accumulate(
+                hidden, labels, weights.map, beta, precision=precision, gradient=gradient, backend="triton"
+            ),
+        }
+        for op, call in calls.items():
+            for way, direct in (("looked up", False), ("direct", True)):
+                with mock.patch.object(common, "DIRECT", [direct]):
+                    us = host_us(call, device, calls=10)
+                yield {"op": op, "way": way, "driver": "real" if device.type == "cuda" else "none", "host_us": us}
 
 
 def _both(name: Backend, driver: str, hidden: Tensor, weights: HeadWeights) -> Iterator[Row]:

@@ -279,6 +279,8 @@ def eager(probe: Probe) -> None:
         def measure(name: Any = backend) -> dict[str, Any]:
             for row in eager_suite.measure(name, probe.device, min(probe.size, 1024), print):
                 probe.write(f"eager {name}, {row.pop('way')}", **row)
+            for row in eager_suite.operations(probe.device, min(probe.size, 1024)) if name == "triton" else ():
+                probe.write(f"eager {name} {row.pop('op')}, {row.pop('way')}", **row)
             return {"done": True}
 
         probe.attempt(f"eager {backend}", measure)

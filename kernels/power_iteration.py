@@ -34,10 +34,16 @@ _MAX_HELD = 112
 
 @triton.jit
 def _direction(w, norms, previous, rh, h, norm_parts, BP: tl.constexpr):
-    """v = w / ‖w‖ in columns ``rh``, or the previous v where w = 0 (a zero matrix leaves v)."""
+    """v = w / ‖w‖ in columns ``rh``, or the previous v where w = 0 (a zero matrix leaves v).
+
+    ‖w‖² is the sum of ``norms``; where there are none (``norm_parts`` = 0) it is taken here, of all columns in ``rh``.
+    """
     rp = tl.arange(0, BP)
-    norm = tl.sqrt(tl.sum(tl.load(norms + rp, mask=rp < norm_parts, other=0.0), axis=0))
     v = tl.load(w + rh, mask=rh < h, other=0.0)
+    if norm_parts == 0:
+        norm = tl.sqrt(tl.sum(v * v, axis=0))
+    else:
+        norm = tl.sqrt(tl.sum(tl.load(norms + rp, mask=rp < norm_parts, other=0.0), axis=0))
     before = tl.load(previous + rh, mask=rh < h, other=0.0)
     return tl.where(norm > 0, v / tl.where(norm > 0, norm, 1.0), before)
 
@@ -114,7 +120,7 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int, device: Dev
     blocks = cdiv(h, _FOLD_COLS)
     make: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     w = vector.to(torch.float32).contiguous()
-    norms, norm_parts = torch.linalg.vector_norm(w).square().reshape(1), 1
+    norms, norm_parts = w, 0
     v = torch.empty(2, h, **make)  # the direction of a step and of the one before it, in turn
     previous = w
     partial, squares = torch.empty(programs, h, **make), torch.empty(programs, **make)

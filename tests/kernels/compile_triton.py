@@ -239,6 +239,8 @@ def compiling(arch: int) -> Iterator[dict[str, Build]]:
     import triton
     from triton.runtime.jit import JITFunction
 
+    from rmcore.kernels import common
+
     builds: dict[str, Build] = {}
     known: dict[str, Build] = {}
     driver, run = _Driver(arch), JITFunction.run
@@ -254,9 +256,11 @@ def compiling(arch: int) -> Iterator[dict[str, Build]]:
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     JITFunction.run = compile_only
+    common.DIRECT[0] = False
     try:
         yield builds
     finally:
+        common.DIRECT[0] = True
         JITFunction.run = run
         triton.runtime.driver._active = before
 
