@@ -165,7 +165,8 @@ def _cell(row: Row) -> str:
     if row["suite"] == "engine":
         return f"{1e3 * row['median_s']:.2f} ({row['ratio']:.2f} times the kernel's {1e3 * row['kernel_s']:.2f})"
     if row["suite"] == "eager":
-        return f"{row['host_us']:.1f} us of the host (driver: {row['driver']}; goal {row['goal_us']:.0f})"
+        goal = f"; goal {row['goal_us']:.0f}" if "goal_us" in row else ""
+        return f"{row['host_us']:.1f} us of the host (driver: {row['driver']}{goal})"
     if row["suite"] == "share":
         return f"{1e3 * row['median_s']:.2f} ({100 * row['share_behind_backbone']:.1f}% of a step)"
     wrong = "" if row.get("right", True) else " WRONG"

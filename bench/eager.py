@@ -83,12 +83,15 @@ def measure(name: Backend, device: torch.device, size: int, note: Callable[[str]
                 note(f"eager {name}: {why}")
 
 
-def operations(device: torch.device, size: int) -> Iterator[Row]:
+OPERATIONS = ("power_iteration", "pair_variance", "accumulate")
+
+
+def operations(device: torch.device, size: int, names: tuple[str, ...] = OPERATIONS) -> Iterator[Row]:
     """The other operations of triton: ``way`` is looked up (Triton's own) or direct (``common.launch``'s)."""
     from rmcore.kernels import common
 
     with ExitStack() as stack:
-        if device.type != "cuda" and (why := stack.enter_context(_stubbed("triton"))) is not None:
+        if device.type != "cuda" and stack.enter_context(_stubbed("triton")) is not None:
             return
         problem = make_problem(size, size, device, torch.float16)
         weights, sizes = ours(problem), torch.full((8,), 8)
@@ -102,7 +105,7 @@ def operations(device: torch.device, size: int) -> Iterator[Row]:
                 hidden, labels, weights.map, beta, precision=precision, gradient=gradient, backend="triton"
             ),
         }
-        for op, call in calls.items():
+        for op, call in ((name, calls[name]) for name in names):
             for way, direct in (("looked up", False), ("direct", True)):
                 with mock.patch.object(common, "DIRECT", [direct]):
                     us = host_us(call, device, calls=10)

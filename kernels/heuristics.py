@@ -89,7 +89,7 @@ launch
     ``plain``, or ``overlapped``: programmatic dependent launch (Hopper and later), see ``common.after_the_last``.
 pairs
     ``by pairs``: 16 pairs a program, whose rows come from the L2 several times; or ``by groups``: all pairs of a group
-    in one program, which reads each row of y once; or ``in the product``: groups of 2, 4, 8 or 16 rows, whose distances
+    in one program, which reads each row of y once; or ``in the product``: groups of 2, 4 or 8 rows, whose distances
     are taken from the product's accumulators, so that y is never stored (pair_tail.py).
 tail
     ``apart``: pieces, squares and scores are launches of their own; or ``last``: whichever program is the last to come

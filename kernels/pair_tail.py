@@ -4,7 +4,7 @@ r"""Difference mode for groups of one size, without y: pair distances are taken 
 
 ====  ====================================================================================================
 in    ĉ (G K, D') serving dtype, less its group's first row (``features.features(centre=K)``); logits (parts, G K)
-      float32; U packed as in variance.py; counters (≥ row tiles,) int32, zero; K a power of two up to 16
+      float32; U packed as in variance.py; counters (≥ row tiles,) int32, zero; K a power of two up to 8
 out   g, v (G K(K−1)/2,) float32; exactly 0 for equal rows
 bytes those of the product alone; 4 K floats a row and tile of columns of distances, where pair_variance.py writes
       and reads y: for 64 groups of 8 at D = 4096 2 MB instead of 8 + 58. FLOP 3 K a value of y more
@@ -24,7 +24,8 @@ from .heuristics import Device
 from .score_tail import came_before
 from .variance import TILE_EDGE, column_product, stored_tile
 
-_LARGEST = 16
+_SIZES = (2, 4, 8)
+"""Rows of a group. Of 16 the differences would spill on Ampere, and cost 3 · 16 operations a value of y."""
 _TILE_ROWS = 512
 """Tiles are those of at most this many rows: wider accumulators would spill beside the differences."""
 
@@ -86,7 +87,7 @@ def column_pair_kernel(
 
 def serves(sizes: list[int]) -> bool:
     """Whether :func:`pairs` can do these groups: all of one size, a power of two that rows of tiles are made of."""
-    return len(set(sizes)) == 1 and sizes[0] in (2, 4, 8, _LARGEST)
+    return len(set(sizes)) == 1 and sizes[0] in _SIZES
 
 
 def counters(rows: int, element: int, device: Device, on: torch.device) -> Tensor:
