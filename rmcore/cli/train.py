@@ -184,7 +184,7 @@ def train(
         right = float(((logit > 0) == (labels > 0.5)).float().mean())
         amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out else ""
         notes.print(
-            f"{len(items)} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
+            f"{len(labels if mode == 'difference' else labels[::2])} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
             f"after {report.passes} passes; training accuracy {100 * right:.1f}%; {amplitude}wrote {out}"
         )
 

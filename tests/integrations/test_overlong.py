@@ -100,3 +100,65 @@ def test_get_reward_gives_the_neutral_value(reward_model_path):
     got = asyncio.run(main())
     assert (got["rewards"][2], got["scores"][2]) == (0.0, 0.5)
     assert got["rewards"][0] > 0 > got["rewards"][1]
+
+
+# -- responses that become equal when they are cut --------------------------------------------------------------------
+
+CUT = ["good " * 60 + "clear", "good " * 60 + "rude", "bad rude"]
+POLICIES = ["truncate-right", "truncate-longest", "no-reward"]
+
+
+@pytest.fixture(scope="module")
+def cut_engines(reward_model_path):
+    return {
+        policy: RewardEngine(RewardModel.from_pretrained(reward_model_path, max_length=24, overlong=policy))
+        for policy in POLICIES
+    }
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pair_that_is_equal_when_cut_is_known_to_nobody_at_any_edge(
+    policy, cut_engines, served, group_client, caplog
+):
+    """No edge gives it a preference, or certainty: the engine, the server's three calls (verl's is the second), TRL, slime."""
+    from rmcore.integrations.server import ServeSettings
+
+    engine = cut_engines[policy]
+    scores = engine.score([PROMPT], [CUT])[0]
+    unread = policy == "no-reward"
+    assert scores.preference[0, 1].isnan()
+    assert scores.uncertainty[0, 1] == math.inf
+    right = [None if value != value else value for value in scores.advantages.tolist()]
+    assert (right == [None] * 3) is unread
+    if not unread:
+        assert right[0] == pytest.approx(right[1]), "what is known of the two is the same"
+        assert right[0] == pytest.approx(scores.preference[0, 2].item()), "the pair of the two counts for nothing"
+
+    async def main():
+        client = group_client(served(engine, ServeSettings(group_size=3)), timeout_s=20.0)
+        reply = await client.groups(PROMPT, CUT)
+        parts = await asyncio.gather(*(client.rendezvous("g", k, 3, PROMPT, text) for k, text in enumerate(CUT)))
+        rewards = await client.get_reward([PROMPT + text for text in CUT], [PROMPT] * 3)
+        trl = await PairwiseReward(engine)(prompts=[PROMPT] * 3, completions=CUT)
+        found = samples()
+        for sample, text in zip(found, CUT, strict=True):
+            sample.response = text
+        slime = await GroupReward(engine)(Namespace(), found)
+        return reply, parts, rewards, trl, found, slime
+
+    reply, parts, rewards, trl, found, slime = asyncio.run(main())
+    assert [advantage if advantage is None else pytest.approx(advantage) for advantage in right] == list(
+        reply.advantages
+    )
+    assert [part.advantage for part in parts] == list(reply.advantages)
+    assert [part.preference[other] for part, other in zip(parts[:2], (1, 0), strict=True)] == [None, None]
+    assert [part.uncertainty[other] for part, other in zip(parts[:2], (1, 0), strict=True)] == [None, None]
+    if unread:
+        assert (rewards["rewards"], rewards["scores"]) == ([0.0] * 3, [0.5] * 3)
+        assert trl == [None] * 3
+        assert "3 of 3 responses carry no signal" in caplog.text
+    else:
+        assert rewards["rewards"][0] == pytest.approx(rewards["rewards"][1])
+        assert trl[0] == pytest.approx(trl[1])
+    assert [sample.remove_sample for sample in found] == [unread] * 3
+    assert slime == pytest.approx([value or 0.0 for value in right])
