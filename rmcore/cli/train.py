@@ -181,10 +181,11 @@ def train(
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
         logit, _ = _scored(frozen, hidden, pairs)
+        used = len(labels if mode == "difference" else labels[::2])
         right = float(((logit > 0) == (labels > 0.5)).float().mean())
         amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out else ""
         notes.print(
-            f"{len(labels if mode == 'difference' else labels[::2])} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
+            f"{used} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
             f"after {report.passes} passes; training accuracy {100 * right:.1f}%; {amplitude}wrote {out}"
         )
 

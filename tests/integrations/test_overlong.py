@@ -120,7 +120,7 @@ def cut_engines(reward_model_path):
 def test_a_pair_that_is_equal_when_cut_is_known_to_nobody_at_any_edge(
     policy, cut_engines, served, group_client, caplog
 ):
-    """No edge gives it a preference, or certainty: the engine, the server's three calls (verl's is the second), TRL, slime."""
+    """No edge gives it a preference, or certainty: engine, server (verl asks by rendezvous), TRL, slime."""
     from rmcore.integrations.server import ServeSettings
 
     engine = cut_engines[policy]

@@ -6,20 +6,17 @@ where a compressed file breaks off is read.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import importlib
 import io
 import json
-import lzma
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from rmcore._base.errors import DataError
+from rmcore.model.data.compressed import Members
 
 __all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 
@@ -92,8 +89,8 @@ def _stdin() -> BinaryIO:
 
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# What the four decompressors raise; pyarrow's errors are OSErrors.
-_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+# What Members and pyarrow raise.
+_BROKEN = (OSError, EOFError)
 
 
 def _kind(stream: Any) -> str:
@@ -102,12 +99,8 @@ def _kind(stream: Any) -> str:
 
 
 def _decompressed(stream: Any, kind: str, path: str | Path) -> Any:
-    if kind == "gzip":
-        return io.BufferedReader(gzip.GzipFile(fileobj=stream))
-    if kind == "bzip2":
-        return io.BufferedReader(bz2.BZ2File(stream))
-    if kind == "xz":
-        return io.BufferedReader(lzma.LZMAFile(stream))
+    if kind in ("gzip", "bzip2", "xz"):
+        return io.BufferedReader(Members(stream, kind))
     if kind == "zstd":
         return io.BufferedReader(optional_module("pyarrow", path, "a zstd file").CompressedInputStream(stream, "zstd"))
     return stream

@@ -245,3 +245,32 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         list(read_preferences(tmp_path / "rows.csv"))
     with pytest.raises(ValueError, match=r"a folder, expected a file, or a folder that Dataset\.save_to_disk wrote"):
         list(read_preferences(tmp_path))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_members_of_a_compressed_file_and_what_is_none(pack, tmp_path: Path) -> None:
+    """Members are read one after another; what follows them and is none is an error that names line and byte."""
+    first, second = pack(ROW * 3), pack(ROW * 2)
+    path = tmp_path / "data.jsonl"
+
+    def read(data: bytes) -> tuple[int, str]:
+        path.write_bytes(data)
+        found = 0
+        try:
+            for _ in read_groups(path):
+                found += 1
+        except DataError as error:
+            return found, str(error)
+        return found, ""
+
+    for joined in (first + second, first + bytes(8) + second, first + second + bytes(512)):
+        assert read(joined) == (5, "")
+    assert read(b"".join(pack(ROW[k : k + 1]) for k in range(len(ROW)))) == (1, "")
+    damaged = bytearray(second)
+    damaged[len(second) // 2] ^= 0xFF
+    for more in (b"no member", b"\0\0x", bytes(damaged), second[:-6], second[:4], first[:10] + second):
+        found, said = read(first + more)
+        assert found >= 3
+        assert f"{path}:{found + 1}: the compressed file breaks off or is damaged" in said
+        assert re.search(r"after byte (\d+)", said), said
+        assert len(first) - 512 <= int(re.search(r"after byte (\d+)", said)[1]) <= len(first + more)
