@@ -21,6 +21,7 @@ from rmcore.cli.load_model import load_model
 from rmcore.cli.output import check_file
 
 if TYPE_CHECKING:
+    from rmcore.cli.benchmark_tables import Wanted
     from rmcore.evaluation.benchmarks.choice import RouteBy
     from rmcore.evaluation.benchmarks.item import Benchmark, Item
     from rmcore.evaluation.benchmarks.routing_table import RoutingTable
@@ -54,6 +55,53 @@ class Routing:
         bool,
         typer.Option("--every-pair", help="Routing table: ask a live judge about all pairs, not only those routed."),
     ] = False
+    beside: Annotated[
+        str | None,
+        typer.Option(help="Other scores beside --rank-by in one table, as in u,margin,novelty,learned."),
+    ] = None
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Filter table: scores on these shares of the prompts, the surest, as in 0.25,0.5,0.75."),
+    ] = None
+    penalties: Annotated[
+        str | None,
+        typer.Option(
+            help="Best-of-n table: choose by mean preference minus these times the uncertainty, as in 0,0.5,1."
+        ),
+    ] = None
+    judge_params: Annotated[
+        float | None, typer.Option(help="Accuracy at equal FLOP: the judge's parameters, as in 32e9.")
+    ] = None
+    model_params: Annotated[
+        float | None, typer.Option(help="The model's parameters; default: those of its backbone.")
+    ] = None
+    judge_price: Annotated[
+        str | None,
+        typer.Option(
+            help="Accuracy at equal money: the judge's prices of a million prompt and completion tokens, 2.5,10."
+        ),
+    ] = None
+    model_price: Annotated[float, typer.Option(help="Price of a million tokens that the model reads.")] = 0.0
+    judge_answer_tokens: Annotated[
+        int, typer.Option(help="Tokens of an answer of the judge, where it reports none.", min=0)
+    ] = 256
+
+    @property
+    def routes(self) -> bool:
+        """Whether a judge is needed, live, recorded or the label."""
+        asked = (self.budgets, self.thresholds, self.beside, self.judge_params, self.judge_price)
+        return any(option is not None for option in asked)
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Names of the further tables."""
+        return (
+            *(("beside",) if self.beside is not None else ()),
+            *(("cost-flop",) if self.judge_params is not None else ()),
+            *(("cost-money",) if self.judge_price is not None else ()),
+            *(("detection", "filter") if self.keep is not None else ()),
+            *(("best_of",) if self.penalties is not None else ()),
+        )
 
 
 @options.with_options
@@ -114,6 +162,40 @@ class _Job:
     replicates: int
     files: list[Path]
     tables: list[Path]
+    wanted: Wanted
+
+
+def _wanted(routing: Routing) -> Wanted:
+    """The further tables; raises InputError for words and numbers that are none."""
+    from typing import get_args
+
+    from rmcore.cli.benchmark_tables import Wanted
+    from rmcore.evaluation.benchmarks.choice import RouteBy
+    from rmcore.evaluation.benchmarks.uncertainty import check_shares
+
+    words = [] if routing.beside is None else [word.strip() for word in routing.beside.split(",")]
+    for word in words:
+        if word not in get_args(RouteBy):
+            reject("--beside", repr(word), f"words out of {', '.join(get_args(RouteBy))}")
+    scores = list(dict.fromkeys([routing.rank_by, *words]))
+    if routing.beside is not None and len(scores) < 2:
+        reject("--beside", repr(routing.beside), f"another score than {routing.rank_by}")
+    keep, penalties = _numbers("--keep", routing.keep), _numbers("--penalties", routing.penalties)
+    check_shares("--keep", keep)
+    check_shares("--penalties", penalties, high=float("inf"))
+    price = _numbers("--judge-price", routing.judge_price)
+    if price and len(price) != 2:
+        reject("--judge-price", repr(routing.judge_price), "two prices, of prompt and completion tokens, as in 2.5,10")
+    return Wanted(
+        scores=tuple(scores),  # type: ignore[arg-type]  # checked above
+        keep=keep,
+        penalties=penalties,
+        judge_params=routing.judge_params,
+        model_params=routing.model_params,
+        judge_price=(price[0], price[1]) if price else None,
+        model_price=routing.model_price,
+        answer_tokens=routing.judge_answer_tokens,
+    )
 
 
 def _list() -> None:
@@ -153,15 +235,17 @@ def _checked(
     if not shares and not cuts:
         shares = BUDGETS
     check_cuts(shares, cuts)
-    routed = routing.budgets is not None or routing.thresholds is not None or judged
-    if routed and len(models) > 1:
+    routed = routing.routes or judged
+    if (routed or routing.extra) and len(models) > 1:
         reject("--budgets, --thresholds, --verdicts, --judge-url", f"{len(models)} models", "one, for a routing table")
+    wanted = _wanted(routing)
     files = [] if out is None else [out / "report.json", out / "report.md"]
     tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
-    for file in files + tables:
+    further = [] if out is None else [out / f"{name}.{kind}" for name in routing.extra for kind in _FORMS]
+    for file in files + tables + further:
         check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False)
     items = read_items(asked, data)
-    return _Job(asked, models, sources_of(asked, data), items, shares, cuts, routed, replicates, files, tables)
+    return _Job(asked, models, sources_of(asked, data), items, shares, cuts, routed, replicates, files, tables, wanted)
 
 
 @contextmanager
@@ -248,10 +332,18 @@ def _run(job: _Job, verdicts: Verdicts | None, routing: Routing, load: Callable[
         content = comparison.to_dict() | {"reports": reports}
     if verdicts is not None:
         _write_table(_routing_table(job, answers[job.models[0]], verdicts, routing, prior), job.tables)
+    from rmcore.cli.benchmark_tables import further_tables, write_table
+
+    written = list(job.tables)
+    for table in further_tables(
+        job.benchmark, loaded, answers[job.models[0]], verdicts, job.wanted, job.budgets, job.replicates
+    ):
+        print_markdown(table.to_markdown())
+        written += write_table(table, job.files[0].parent) if job.files else []
     if job.files:
         write_atomic(job.files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
         write_atomic(job.files[1], "\n".join(texts))
-        notes.print(f"wrote {', '.join(map(str, job.files + job.tables))}")
+        notes.print(f"wrote {', '.join(map(str, job.files + written))}")
 
 
 def _report(job: _Job, model: str, mode: str, answers: Answers) -> tuple[str, dict[str, Any]]:

@@ -206,3 +206,25 @@ def test_a_live_judge_that_says_nothing_ends_the_command(models: dict[str, Path]
         refused = call("benchmark", "no model", "judgebench", "--data", data, *more)
         assert refused.exit_code == 2
         assert told in refused.stderr
+
+
+def test_further_tables_are_written_in_all_forms(models: dict[str, Path], tmp_path: Path) -> None:
+    data = written(tmp_path, rewardbench2(), "jsonl")
+    common = ("benchmark", models["difference"], "rewardbench2", "--data", data, "--replicates", 0)
+    tables = ("--beside", "margin,novelty,learned", "--keep", "0.5", "--penalties", "0,1", "--judge-params", "1e9")
+    result = call(*common, *tables, "--judge-price", "2.5,10", "--budgets", "0.5", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    for name in ("routing", "beside", "cost-flop", "cost-money", "filter", "best_of", "detection"):
+        assert {f"{name}.{form}" for form in ("md", "tex", "csv", "json")} <= found
+        assert (tmp_path / "out" / f"{name}.md").read_text().strip() in result.stdout
+    for option, told in (
+        ("--beside=u", "--beside: got 'u', expected another score than u"),
+        ("--beside=length", "--beside: got 'length'"),
+        ("--keep=2", "--keep: got 2.0"),
+        ("--penalties=-1", "--penalties: got -1.0"),
+        ("--judge-price=3", "--judge-price: got '3', expected two prices"),
+    ):
+        refused = call("benchmark", "no model", "rewardbench2", "--data", data, option)
+        assert refused.exit_code == 2
+        assert told in refused.stderr

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmcore.evaluation.benchmarks.routing_table import RoutingTable
+from rmcore.evaluation.benchmarks.table import Table
 from rmcore.evaluation.plots import BASELINE, COLOURS, new_figure, percent_axis, plot_style, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_routing_table"]
+__all__ = ["plot_routing_table", "plot_table"]
 
 COLUMNS = 4
 
@@ -47,4 +48,32 @@ def plot_routing_table(table: RoutingTable, path: str | Path | None = None) -> F
             ax.set_ylabel("score, %")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(f"{table.title}. The judge is {table.judge}", fontsize=9)
+    return save_figure(figure, path) if path is not None else figure
+
+
+def plot_table(table: Table, path: str | Path | None = None) -> Figure:
+    """A table's curves in one panel, shares in percent; ``random`` is dashed, n of "best of n" stays a number.
+
+    Args:
+        table: with at least one curve.
+        path: a .png to write.
+    """
+    shares = table.axes[0].endswith("%") or "%" in table.axes[0]
+    with plot_style():
+        figure = new_figure((4.6, 3.4))
+        ax = figure.subplots()
+        colours = iter(COLOURS * len(table.curves))
+        for curve in table.curves:
+            x = [100 * value for value in curve.x] if shares else curve.x
+            y = [100 * value for value in curve.y]
+            if curve.name == "random":
+                ax.plot(x, y, label="random", **BASELINE)
+            else:
+                ax.plot(x, y, "o-", markersize=3.5, color=next(colours), label=curve.name)
+        if not shares:
+            ax.set_xscale("log", base=2)
+        ax.set_xlabel(table.axes[0])
+        ax.set_ylabel(f"{table.axes[1]}, %")
+        ax.set_title(table.title, loc="left", fontsize=9)
+        ax.legend(fontsize=8)
     return save_figure(figure, path) if path is not None else figure

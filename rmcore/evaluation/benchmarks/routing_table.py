@@ -10,6 +10,7 @@ from typing import Any
 
 from rmcore.evaluation.benchmarks.item import Level
 from rmcore.evaluation.benchmarks.report import number, percent
+from rmcore.evaluation.benchmarks.table import csv_value, markdown_line, tex
 from rmcore.evaluation.benchmarks.verdicts import Mask, Verdicts
 
 __all__ = ["RoutedScore", "RoutingRow", "RoutingTable", "Spent"]
@@ -131,8 +132,8 @@ class RoutingTable:
             for score in row.scores:
                 numbers = (score.routed, score.random, score.difference, score.low, score.high)
                 writer.writerow(
-                    [row.name, _field(row.threshold), row.calls, repr(row.share), row.failed, score.name]
-                    + [_field(value) for value in (*numbers, *astuple(row.spent))]
+                    [row.name, csv_value(row.threshold), row.calls, repr(row.share), row.failed, score.name]
+                    + [csv_value(value) for value in (*numbers, *astuple(row.spent))]
                 )
         return stream.getvalue()
 
@@ -143,17 +144,20 @@ class RoutingTable:
             f"## {self.title}: accuracy against judge calls\n\nThe judge is {self.judge}. Pairs are routed by "
             f"{self.by}, highest first; {self.pairs} pairs.\n\n"
         )
-        lines = [_line(["routing", "calls", "share, %", *names]), "|---|" + "---:|" * (len(names) + 2)]
-        differences = [_line([f"{self.by} − random, points", *names]), "|---|" + "---:|" * len(names)]
+        lines = [markdown_line(["routing", "calls", "share, %", *names]), "|---|" + "---:|" * (len(names) + 2)]
+        differences = [markdown_line([f"{self.by} − random, points", *names]), "|---|" + "---:|" * len(names)]
         for row in self.rows:
             place = [str(row.calls), percent(row.share)]
             routed = [percent(score.routed) for score in row.scores]
             if row.calls in (0, self.pairs):
-                lines.append(_line([row.name, *place, *routed]))
+                lines.append(markdown_line([row.name, *place, *routed]))
                 continue
             random = [percent(score.random) for score in row.scores]
-            lines += [_line([f"{row.name}, by {self.by}", *place, *routed]), _line(["random", *place, *random])]
-            differences.append(_line([row.name, *(_difference(score) for score in row.scores)]))
+            lines += [
+                markdown_line([f"{row.name}, by {self.by}", *place, *routed]),
+                markdown_line(["random", *place, *random]),
+            ]
+            differences.append(markdown_line([row.name, *(_difference(score) for score in row.scores)]))
         notes = (
             f"\nIntervals: {100 * self.level:g}%, percentile bootstrap over prompts, {self.replicates} replicates, "
             f"seed {self.seed}.{self._failures()}{''.join(f' {note}.' for note in self.notes)}\n"
@@ -164,21 +168,21 @@ class RoutingTable:
         """A ``tabular`` for booktabs: a line for routing and one for random routing at each budget."""
         names = [score.name for score in self.rows[0].scores]
         lines = [
-            rf"% {_tex(self.title)}; judge: {_tex(self.judge)}",
+            rf"% {tex(self.title)}; judge: {tex(self.judge)}",
             rf"\begin{{tabular}}{{lrr{'r' * len(names)}}}",
             r"\toprule",
-            " & ".join(["Routing", "Calls", r"Share (\%)", *map(_tex, names)]) + r" \\",
+            " & ".join(["Routing", "Calls", r"Share (\%)", *map(tex, names)]) + r" \\",
             r"\midrule",
         ]
         for row in self.rows:
             place = f"{row.calls} & {percent(row.share)}"
             routed = " & ".join(percent(score.routed) for score in row.scores)
             if row.calls in (0, self.pairs):
-                lines.append(rf"{_tex(row.name)} & {place} & {routed} \\")
+                lines.append(rf"{tex(row.name)} & {place} & {routed} \\")
                 continue
             random = " & ".join(percent(score.random) for score in row.scores)
             lines += [
-                rf"{_tex(f'{row.name}, by {self.by}')} & {place} & {routed} \\",
+                rf"{tex(f'{row.name}, by {self.by}')} & {place} & {routed} \\",
                 rf"random & {place} & {random} \\",
             ]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
@@ -188,13 +192,13 @@ class RoutingTable:
         if all(math.isnan(row.spent.calls) for row in self.rows if row.calls):
             return ""
         names = ["judge calls", "prompt tokens", "completion tokens", "judge seconds", f"cost, {self.currency or '-'}"]
-        lines = ["", _line(["routing", "pairs", *names]), "|---|" + "---:|" * (len(names) + 1)]
+        lines = ["", markdown_line(["routing", "pairs", *names]), "|---|" + "---:|" * (len(names) + 1)]
         for row in self.rows:
             spent = row.spent
             counts = [_count(x) for x in (spent.calls, spent.prompt_tokens, spent.completion_tokens)]
             cost = "-" if math.isnan(spent.cost) or not self.currency else f"{spent.cost:.4f}"
             seconds = "-" if math.isnan(spent.seconds) else f"{spent.seconds:.1f}"
-            lines.append(_line([row.name, str(row.calls), *counts, seconds, cost]))
+            lines.append(markdown_line([row.name, str(row.calls), *counts, seconds, cost]))
         return "\n".join(lines) + "\n"
 
     def _failures(self) -> str:
@@ -211,18 +215,3 @@ def _difference(score: RoutedScore) -> str:
 
 def _count(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:,.0f}"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _field(value: float) -> str:
-    return repr(value) if math.isfinite(value) else ""
-
-
-_TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", ">": r"$>$", "<": r"$<$", "−": "$-$"}
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text)
