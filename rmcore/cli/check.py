@@ -33,7 +33,7 @@ def check(
     server: Annotated[
         str | None, typer.Option(help="URL of a server with the same model, whose states are held against it too.")
     ] = None,
-    server_kind: Annotated[Literal["vllm", "sglang"], typer.Option(help="Which server that is.")] = "vllm",
+    server_kind: Annotated[Literal["vllm", "sglang", "llamacpp"], typer.Option(help="Which server that is.")] = "vllm",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the report, as Markdown.")] = None,
     columns: options.Columns = None,
     device: options.Device = None,

@@ -1,4 +1,4 @@
-"""Hidden states from a server: the body of a model runs in vLLM or SGLang, its head and all behind it here.
+"""Hidden states from a server: the body of a model runs in vLLM, SGLang or llama.cpp, its head and all behind it here.
 
 vLLM, ``vllm serve MODEL --runner pooling --convert embed``: ``POST /pooling`` with token ids,
 ``"task": "embed"`` (the state of the last token) or ``"token_embed"`` (of all), ``"use_activation": false`` (without it
@@ -9,6 +9,10 @@ SGLang, ``python -m sglang.launch_server --model-path MODEL --enable-return-hidd
 ``"input_ids"`` and ``"return_hidden_states": true``; a reply is a list of
 ``{"text": ..., "meta_info": {"prompt_tokens": n, "hidden_states": [[[...], ...], ...]}}``, the prompt's states first. A
 prefix that its cache knows has none, so all tokens' states need ``--disable-radix-cache``; the last one's do not.
+
+llama.cpp, ``llama-server -m MODEL.gguf --embeddings --pooling none``: ``POST /embedding`` with token ids as ``content``
+and ``"embd_normalize": -1``; a reply is a list of ``{"index": 0, "embedding": [[...], ...]}``, the states of all
+tokens, or with ``--pooling last`` that of the last.
 
 Requests go through the same client as a judge's (:mod:`rmcore._base.client.client`): slots, breaker, rate limits,
 retries and deadlines. What a reply holds is checked before it is a state: as many texts as were sent, each of as many
@@ -39,12 +43,12 @@ from rmcore._base.loop import run_sync
 
 __all__ = ["REMOTE_OPTIONS", "RemoteModel", "ServerKind"]
 
-ServerKind: TypeAlias = Literal["vllm", "sglang"]
+ServerKind: TypeAlias = Literal["vllm", "sglang", "llamacpp"]
 
 REMOTE_OPTIONS = ClientOptions(timeout_s=120.0, max_reply_bytes=1 << 30)
 """A judge's, with room and time for the states of long texts."""
 
-_PATHS = {"vllm": "/pooling", "sglang": "/generate"}
+_PATHS = {"vllm": "/pooling", "sglang": "/generate", "llamacpp": "/embedding"}
 _TEXTS = 8
 """Texts of one request: the server batches by itself, so a request is small enough to be tried again."""
 
@@ -55,7 +59,7 @@ class RemoteModel(torch.nn.Module):
     Args:
         url: of the server, without a path: ``http://host:8000``.
         model: the name it serves; None asks ``/v1/models`` and takes the first.
-        server: ``vllm`` or ``sglang``.
+        server: ``vllm``, ``sglang`` or ``llamacpp``.
         api_key_env: environment variable with its key, if it wants one.
         client: limits, retries, breaker, timeouts, transport and clock; None is :data:`REMOTE_OPTIONS`.
         deadline_s: most seconds for all requests of one call; None for no limit beyond those of each request.
@@ -76,8 +80,8 @@ class RemoteModel(torch.nn.Module):
         deadline_s: float | None = None,
     ) -> None:
         super().__init__()
-        if server not in ("vllm", "sglang"):
-            reject("server", repr(server), "'vllm' or 'sglang'")
+        if server not in _PATHS:
+            reject("server", repr(server), "'vllm', 'sglang' or 'llamacpp'")
         if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > 0):
             reject("deadline_s", deadline_s, "seconds above 0, or None")
         options = client or REMOTE_OPTIONS
@@ -95,7 +99,8 @@ class RemoteModel(torch.nn.Module):
         if not found:
             raise BackendError(f"{self.url}: got models {[e['id'] for e in known]}, expected {model or 'one'}")
         self.name = str(found[0]["id"])
-        longest = found[0].get("max_model_len")
+        meta = found[0].get("meta")  # llama.cpp's
+        longest = found[0].get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
         self.config = SimpleNamespace(
             model_type="remote",
             max_position_embeddings=longest if isinstance(longest, int) and longest > 0 else None,
@@ -172,22 +177,42 @@ class RemoteModel(torch.nn.Module):
             payload = {"model": self.name, "input": texts, "task": "token_embed" if every else "embed"}
             payload |= {"use_activation": False, "encoding_format": "base64"}
             payload |= {"embed_dtype": "float32", "endianness": "little"}
+        elif self.server == "llamacpp":
+            payload = {"content": texts, "embd_normalize": -1}
         else:
             payload = {"input_ids": texts, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
             payload |= {"return_hidden_states": True}
         reply = await _asked(self.client, payload, sum(map(len, texts)), deadline)
-        arrays = self._vllm(reply, texts) if self.server == "vllm" else self._sglang(reply, texts, every)
-        return self._checked(arrays, texts, every)
+        if self.server == "vllm":
+            return self._checked(self._vllm(reply, texts), texts, every)
+        read = self._sglang if self.server == "sglang" else self._llamacpp
+        return self._checked(read(reply, texts, every), texts, every)
 
-    # -- the two servers ---------------------------------------------------------------------------------------------
+    # -- the servers ---------------------------------------------------------------------------------------------
 
     def _vllm(self, reply: Any, texts: list[list[int]]) -> list[np.ndarray]:
-        data = {entry.get("index"): entry.get("data") for entry in _entries(reply, "data")}
-        if sorted(data, key=str) != sorted(range(len(texts)), key=str):
-            raise BackendError(f"{self.url}: got states of the texts {list(data)}, expected of 0 to {len(texts) - 1}")
+        data = self._by_index(reply, "data", len(texts))
         usage = reply.get("usage")
         self._same_tokens(usage.get("prompt_tokens") if isinstance(usage, dict) else None, sum(map(len, texts)))
-        return [self._array(data[k]) for k in range(len(texts))]
+        return [self._array(one) for one in data]
+
+    def _by_index(self, reply: Any, name: str, count: int) -> list[object]:
+        data = {entry.get("index"): entry.get(name) for entry in _entries(reply, "data")}
+        if sorted(data, key=str) != sorted(range(count), key=str):
+            raise BackendError(f"{self.url}: got states of the texts {list(data)}, expected of 0 to {count - 1}")
+        return [data[k] for k in range(count)]
+
+    def _llamacpp(self, reply: Any, texts: list[list[int]], every: bool) -> list[np.ndarray]:
+        states = []
+        for one, text in zip(self._by_index({"data": reply}, "embedding", len(texts)), texts, strict=True):
+            found = np.atleast_2d(self._array(one))
+            if len(found) != len(text) and (every or len(found) != 1):
+                raise BackendError(
+                    f"{self.url}: got the states of {len(found)} of {len(text)} tokens: start llama-server with "
+                    "--embeddings --pooling none and room for the text (--ubatch-size)"
+                )
+            states.append(found if every else found[-1])
+        return states
 
     def _sglang(self, reply: Any, texts: list[list[int]], every: bool) -> list[np.ndarray]:
         entries = _entries({"data": reply}, "data")

@@ -53,7 +53,7 @@ def remote(local: Backbone, stand_in: StateServer, options: dict[str, Any] | Non
     return Backbone.from_server(URL, tokenizer=local.tokenizer, client=client, config=local.config, **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llamacpp"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_scores_are_the_local_ones(make_backbone, preferences, kind, pooling):
     local = make_backbone("llama", pooling=pooling)
@@ -196,6 +196,19 @@ def test_a_reply_that_is_no_states_is_named(make_backbone, spoil, told):
     server.spoil = spoil
     with pytest.raises(BackendError, match=told):
         backbone.hidden([local.encoder.encode("what?", word) for word in ("good", "bad")])
+
+
+def test_llama_cpp_may_pool_the_last_token(make_backbone):
+    local = make_backbone("llama")
+    server = StateServer(local.model)
+    server.pools_last = True
+    text = local.encoder.encode("what?", "good")
+    rows = remote(local, server, server="llamacpp").hidden([text])
+    torch.testing.assert_close(rows, local.hidden([text]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        BackendError, match=r"states of 1 of \d+ tokens: start llama-server with --embeddings --pooling none"
+    ):
+        remote(make_backbone("llama", pooling="mean"), server, server="llamacpp").hidden([text])
 
 
 def test_a_server_that_cuts_texts_is_named(make_backbone):

@@ -1,4 +1,4 @@
-"""Stand-ins for vLLM's and SGLang's servers, in the forms that their documentation and sources give, over a local body.
+"""Stand-ins for servers of states, in the forms that their documentation and sources give, over a local body.
 
 vLLM (docs.vllm.ai, "Pooling Models"; ``vllm/entrypoints/pooling/pooling/protocol.py``): a PoolingCompletionRequest has
 ``model``, ``input: list[int] | list[list[int]] | str | list[str]``, ``task``, ``use_activation`` ("Whether to use
@@ -10,6 +10,10 @@ activation for the pooler outputs. `None` uses the pooler's default, which is `T
 SGLang (``examples/runtime/hidden_states/hidden_states_server.py``): ``POST /generate`` with ``"return_hidden_states":
 True`` gives a list of outputs with ``output["meta_info"]["hidden_states"]``, the prompt's states as a list of lists and
 then one list a generated token.
+
+llama.cpp (``tools/server/README.md``, "POST /embedding: non-OpenAI-compatible embeddings API"; as its server answers in
+tests/model/test_remote_live.py): ``content`` of texts or tokens and ``embd_normalize``, where -1 is none; a list of
+``index`` and ``embedding``, a list of lists: all tokens' with ``--pooling none``, else one.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class StateServer(httpx.MockTransport):
         normalises: whether it is a vLLM that does not know ``use_activation`` on ``/pooling``.
 
     ``spoil`` may be set to a function of a reply, whose result is sent instead; ``gone_after`` to the number of
-    requests after which nobody answers.
+    requests after which nobody answers, ``pools_last`` to whether it is a llama.cpp with ``--pooling last``.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class StateServer(httpx.MockTransport):
         self.normalises = normalises
         self.spoil: Callable[[Any], Any] = lambda reply: reply
         self.gone_after: int | None = None
+        self.pools_last = False
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self._lock = threading.Lock()
@@ -73,7 +78,9 @@ class StateServer(httpx.MockTransport):
             if self.failures:
                 error = {"error": {"message": "overloaded", "type": "ServiceUnavailable", "code": self.failures[0]}}
                 return httpx.Response(self.failures.pop(0), json=error, headers={"retry-after": "1"})
-        answer = {"/pooling": self._pooling, "/generate": self._generate}.get(request.url.path)
+        answer = {"/pooling": self._pooling, "/generate": self._generate, "/embedding": self._embedding}.get(
+            request.url.path
+        )
         if answer is None:
             return httpx.Response(404)
         return httpx.Response(200, content=json.dumps(self.spoil(answer(payload))))  # NaN as Python's servers write it
@@ -98,6 +105,12 @@ class StateServer(httpx.MockTransport):
             data.append({"index": index, "object": "pooling", "data": held})
         usage = {"prompt_tokens": sum(map(len, payload["input"])), "total_tokens": 0}
         return {"id": "pool-1", "object": "list", "created": 1, "model": "served", "data": data[::-1], "usage": usage}
+
+    def _embedding(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        assert payload["embd_normalize"] == -1
+        held = [self._states(ids) for ids in payload["content"]]
+        held = [states[-1:] if self.pools_last else states for states in held]
+        return [{"index": k, "embedding": states.tolist()} for k, states in enumerate(held)][::-1]
 
     def _generate(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
         assert payload["return_hidden_states"] is True
