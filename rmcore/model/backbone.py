@@ -393,7 +393,7 @@ class Backbone:
         config: BackboneConfig | None = None,
         **kwargs: Any,
     ) -> Backbone:
-        """A backbone whose states come from a vLLM or SGLang server (:mod:`rmcore.model.remote`).
+        """A backbone whose states come from a vLLM, SGLang or llama.cpp server (:mod:`rmcore.model.remote`).
 
         Tokens are made here and sent as ids; the server computes the body, and shares prefixes as it does for all its
         requests; pooling, head and everything behind them are here. With ``last`` pooling one state a text crosses the
@@ -463,6 +463,11 @@ class Backbone:
         else:
             width = text_config(self.model).hidden_size
         return int(width) + (self.config.length_feature != 0)
+
+    @property
+    def remote(self) -> bool:
+        """Whether its states come from a server (:meth:`from_server`)."""
+        return isinstance(self.model, RemoteModel)
 
     @property
     def quantised(self) -> bool:
@@ -535,8 +540,10 @@ class Backbone:
     def save(self, folder: Path) -> None:
         """Write weights and tokenizer into a new folder, from which the same configuration loads them again.
 
-        Raises InputError for quantised weights, which are where they came from.
+        Raises InputError for a server's body and for quantised weights, which are where they came from.
         """
+        if self.remote:
+            reject("backbone", "'embed' for hidden states from a server", "'name', and the server again when it loads")
         if getattr(self.model, "is_quantized", False):
             reject("backbone", "'embed' for quantised weights", "'name', which loads them from where they are")
         self.model.save_pretrained(folder)

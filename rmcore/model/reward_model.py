@@ -425,7 +425,7 @@ class RewardModel:
 
     def _save_pretrained(self, folder: Path, *, embed: bool, include_posterior: bool) -> None:
         config = self.backbone.config
-        if not embed and not config.name:
+        if not embed and not config.name and not self.backbone.remote:
             reject("backbone", "'name' for a backbone that came without one", "'embed'")
         if not embed and self.backbone.changed:
             reject("backbone", "'name' for weights that were trained since they were loaded", "'embed'")
@@ -574,6 +574,11 @@ class RewardModel:
             return cls(backbone, head, prior)
         try:
             config = BackboneConfig.from_dict(values["backbone"])
+            if not config.name and not values.get("embedded"):
+                raise CheckpointError(
+                    f"path: got {str(name)!r}, whose hidden states come from a server, expected "
+                    "backbone=Backbone.from_server(...)"
+                )
             if "split_special_tokens" not in values["backbone"]:
                 log.warning("%s was saved by an earlier rmcore, which fed other tokens: fit it again", name)
             if values.get("embedded"):

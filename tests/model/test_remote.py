@@ -14,7 +14,7 @@ from support.state_server import StateServer
 
 from rmcore._base.client.breaker import BreakerPolicy
 from rmcore._base.client.options import ClientOptions
-from rmcore._base.errors import BackendError, InputError, NonFiniteError
+from rmcore._base.errors import BackendError, CheckpointError, InputError, NonFiniteError
 from rmcore._base.retry import RetryPolicy
 from rmcore.engine import RewardEngine
 from rmcore.model.backbone import Backbone, BackboneConfig
@@ -290,6 +290,18 @@ def test_what_makes_no_sense(make_backbone, kwargs, named):
     config = BackboneConfig(kind="classifier", pooling="classifier")
     with pytest.raises(InputError, match="config"):
         Backbone.from_server(URL, tokenizer=local.tokenizer, config=config)
+
+
+def test_a_head_fitted_on_served_states_is_saved_without_them(make_backbone, preferences, tmp_path):
+    served_body = remote(make_backbone("llama"), StateServer(make_backbone("llama").model))
+    model, _ = RewardModel.fit(served_body, preferences, num_features=32)
+    model.save_pretrained(tmp_path / "rm")
+    with pytest.raises(CheckpointError, match=r"come from a server, expected backbone=Backbone\.from_server"):
+        RewardModel.from_pretrained(tmp_path / "rm")
+    again = RewardModel.from_pretrained(tmp_path / "rm", backbone=served_body)
+    assert torch.equal(again.score("what?", ["a", "b"]).logit, model.score("what?", ["a", "b"]).logit)
+    with pytest.raises(InputError, match="'embed' for hidden states from a server"):
+        model.save_pretrained(tmp_path / "embedded", backbone="embed")
 
 
 def test_check_shows_it(make_backbone, preferences):
