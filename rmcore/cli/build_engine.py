@@ -38,14 +38,17 @@ def make_engine(
     deterministic: Deterministic | None = None,
     max_length: int | None = None,
     overlong: OverlongPolicy | None = None,
+    design: str = "all",
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
     What is wrong with the options is found before the model is loaded. :func:`close_engine` is the caller's to call.
     """
+    from rmcore.engine.comparisons import parse_design
     from rmcore.engine.engine import RewardEngine
     from rmcore.model.reward_model import RewardModel
 
+    parse_design(design)
     adaptive = _adaptive_router(judging)
     router = _router(judging, adaptive)
     judge = make_judge(judging)
@@ -73,6 +76,7 @@ def make_engine(
         router,
         backend=backend,
         judge_deadline_s=judging.judge_deadline,
+        design=design,
     )
 
     saving = threading.Lock()  # or of two batches that end at once the older state may be written last

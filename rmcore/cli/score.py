@@ -50,6 +50,9 @@ def _scoring(
     columns: options.Columns = None,
     judging: options.Judging,
     batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
+    design: Annotated[
+        str, typer.Option(help="Pairs of a group to compare: all, circular, regular:4 or swiss:3. For large groups.")
+    ] = "all",
     accounts: Annotated[
         Path | None, typer.Option(help="Append a summary of each batch to this file (rmcore accounts shows it).")
     ] = None,
@@ -85,6 +88,7 @@ def _scoring(
         deterministic=deterministic,
         max_length=max_length,
         overlong=overlong,
+        design=design,
     )
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()

@@ -152,3 +152,14 @@ def test_own_options_are_checked_before_the_model_is_loaded(tmp_path):
     assert result.exit_code == 2
     assert "ties" in result.stderr
     assert call("best-of", tmp_path / "none", "-", stdin="").exit_code == 1
+
+
+def test_a_design_compares_some_of_the_pairs(model):
+    result = call("score", model, "-", "--design", "circular", stdin=lines(group(responses=[*RESPONSES, "blue tree"])))
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert sum(map(sum, record["compared"])) == 10
+    assert sum(record["advantages"]) == pytest.approx(0, abs=1e-9)
+    wrong = call("score", model, "-", "--design", "regular:3", stdin=lines(group()))
+    assert wrong.exit_code == 2
+    assert "an even k" in wrong.stderr
