@@ -85,7 +85,7 @@ def measured(size: int, design: str, fraction: float, groups: int, seed: int = 0
 
 def run(groups: int) -> list[dict[str, Any]]:
     """Every size and design with all its pairs judged and a quarter of them; all pairs with smaller shares too."""
-    shares = {design: (0.25, 1.0) for design in DESIGNS} | {"all": (0.0, 0.07, 0.13, 0.25, 1.0)}
+    shares = dict.fromkeys(DESIGNS, (0.25, 1.0)) | {"all": (0.0, 0.07, 0.13, 0.25, 1.0)}
     return [measured(size, design, q, groups) for size in (16, 32) for design in DESIGNS for q in shares[design]]
 
 
