@@ -28,7 +28,17 @@ __device__ __forceinline__ void fetch_commit() { asm volatile("cp.async.commit_g
 
 // Waits until at most `pending` of this thread's newest groups are unfinished. The instruction wants a constant.
 __device__ __forceinline__ void fetch_wait(int pending) {
+  static_assert(kMaxSlots - 1 <= 10, "a case is missing");
   switch (pending) {
+    case 10:
+      asm volatile("cp.async.wait_group 10;\n" ::: "memory");
+      break;
+    case 9:
+      asm volatile("cp.async.wait_group 9;\n" ::: "memory");
+      break;
+    case 8:
+      asm volatile("cp.async.wait_group 8;\n" ::: "memory");
+      break;
     case 7:
       asm volatile("cp.async.wait_group 7;\n" ::: "memory");
       break;

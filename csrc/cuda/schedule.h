@@ -29,7 +29,7 @@ constexpr int kLaneColumns = 8;  // 16 bytes of 16-bit values
 constexpr int kTile = 128;       // edge of the packed triangular factor's tiles
 constexpr int kMaxStages = 3;
 constexpr int kMaxRows = 64;
-constexpr int kMaxSlots = 8;
+constexpr int kMaxSlots = 11;  // of 20 KB at up to 8 rows: all the shared memory of an H100
 
 // What a further grid barrier costs, in steps of one thread block (estimate: 1.5 µs at its share of the bandwidth).
 constexpr int kBarrierSteps = 24;

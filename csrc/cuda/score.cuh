@@ -318,7 +318,18 @@ __device__ __forceinline__ void normalise(const StageParams& s, float* scratch) 
   }
 }
 
+// How many thread blocks have counted themselves before this one, which now has. Releases what the block has written
+// before its __syncthreads() and acquires what the others have.
+__device__ __forceinline__ unsigned came_before(unsigned* ticket) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+  return before;
+}
+
 // Writes this thread block's sums; the last one to do so adds them up, in the order of the blocks.
+//
+// Nothing hides what this takes, so it is few and wide accesses: one atomic that orders, where a fence of every thread
+// before it and another after it each waited for the memory; and the sums of all blocks asked for at once.
 template <int Tiles>
 __device__ __forceinline__ void conclude(const ScoreParams& p, const Sums<Tiles>& sums) {
   __shared__ bool last;
@@ -332,20 +343,27 @@ __device__ __forceinline__ void conclude(const ScoreParams& p, const Sums<Tiles>
       p.variance_partial[column * grid + blockIdx.x] = square;
     }
   }
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(p.ticket, 1u) == static_cast<unsigned>(grid - 1);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) last = came_before(p.ticket) == static_cast<unsigned>(grid - 1);
   __syncthreads();
   if (!last) return;
+  constexpr int kAtOnce = 5;  // of 32: the multiprocessors of an H100 or B200
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int column = warp; column < p.rows; column += kWarps) {
     float logit = 0.0f, square = 0.0f;
-    for (int block = lane; block < grid; block += 32) {
-      logit += __ldcg(p.logit_partial + column * grid + block);
-      square += __ldcg(p.variance_partial + column * grid + block);
+    for (int start = lane; start < grid; start += 32 * kAtOnce) {
+      float logits[kAtOnce], squares[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int block = start + 32 * i;
+        logits[i] = block < grid ? __ldcg(p.logit_partial + column * grid + block) : 0.0f;
+        squares[i] = block < grid ? __ldcg(p.variance_partial + column * grid + block) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        logit += logits[i];
+        square += squares[i];
+      }
     }
     const float g = group_sum<32>(logit) + p.beta0;
     const float v = group_sum<32>(square) * p.factor_scale;

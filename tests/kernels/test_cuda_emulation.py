@@ -149,7 +149,7 @@ def test_edges_of_h_and_d(library, h, d, rows, split):
     check(emulate(library, hidden, weights, split=split), truth(hidden, weights), torch.float16, d)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 8])
+@pytest.mark.parametrize("slots", [1, 2, 11])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_ring_depth_and_dtype(library, slots, dtype):
     weights = head(330, 260, dtype=dtype)
