@@ -41,7 +41,11 @@ class Routing:
     """The options of the routing table."""
 
     budgets: Annotated[
-        str | None, typer.Option(help="Routing table: shares of pairs put to a judge, as in 0.02,0.1,0.25,0.45.")
+        str | None,
+        typer.Option(
+            help="Routing table: shares of pairs put to a judge, as in 0.02,0.1,0.25,0.45; published: those of the "
+            "paper's table, where it has this benchmark."
+        ),
     ] = None
     thresholds: Annotated[
         str | None,
@@ -218,6 +222,7 @@ def _checked(
     """Everything that can be wrong before a model is loaded, and the rows."""
     from rmcore.evaluation.benchmarks import BENCHMARKS, find_benchmark
     from rmcore.evaluation.benchmarks.choice import BUDGETS, check_cuts
+    from rmcore.evaluation.benchmarks.published import published_budgets
     from rmcore.evaluation.benchmarks.reading import read_items, sources_of
 
     if names is None or len(names) < 2:
@@ -230,7 +235,9 @@ def _checked(
         reject("--replicates", replicates, "at least 0")
     check_folder(out, "--out")
     check_device(loading.device)
-    shares, cuts = _numbers("--budgets", routing.budgets), _numbers("--thresholds", routing.thresholds)
+    told = routing.budgets
+    shares = published_budgets(asked.name) if told == "published" else _numbers("--budgets", told)
+    cuts = _numbers("--thresholds", routing.thresholds)
     judged = asking.verdicts is not None or asking.judge_url is not None
     if not shares and not cuts:
         shares = BUDGETS
@@ -349,6 +356,7 @@ def _run(job: _Job, verdicts: Verdicts | None, routing: Routing, load: Callable[
 def _report(job: _Job, model: str, mode: str, answers: Answers) -> tuple[str, dict[str, Any]]:
     """One model's report, as text and as JSON values."""
     from rmcore.evaluation.benchmarks.diagnostics import diagnose
+    from rmcore.evaluation.benchmarks.published import PUBLISHED, published_note
     from rmcore.evaluation.benchmarks.report import number
     from rmcore.evaluation.benchmarks.scoring import benchmark_report
 
@@ -357,7 +365,10 @@ def _report(job: _Job, model: str, mode: str, answers: Answers) -> tuple[str, di
     )
     checked = diagnose(answers)
     diagnostics = {key: number(value) for key, value in asdict(checked).items()}
-    return report.to_markdown() + "\n" + checked.to_markdown(), report.to_dict() | {"diagnostics": diagnostics}
+    theirs = published_note(job.benchmark.name, report.pairs)
+    text = "\n".join(part for part in (report.to_markdown(), checked.to_markdown(), theirs) if part)
+    known = [asdict(one) for one in PUBLISHED.get(job.benchmark.name, ())]
+    return text, report.to_dict() | {"diagnostics": diagnostics, "published": known}
 
 
 def _routing_table(

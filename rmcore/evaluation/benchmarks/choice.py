@@ -91,12 +91,12 @@ def choose(
     count = len(answers.pairs)
     shuffled = np.random.default_rng(seed).permutation(count)
     if by == "learned":
-        walks = [(f"{100 * budget:g}%", LearnedRouter(budget, prior=prior)) for budget in budgets]
+        walks = [(f"{100 * budget:.3g}%", LearnedRouter(budget, prior=prior)) for budget in budgets]
         walks += [(f"{by} > {cut:g}", LearnedRouter(threshold=cut, prior=prior)) for cut in thresholds]
         return [Choice(name, _walk(answers, verdicts, router, shuffled), float("nan")) for name, router in walks]
     score = pair_scores(answers, by)
     order = np.lexsort((shuffled, -score))
-    cuts = [(f"{100 * budget:g}%", round(budget * count)) for budget in budgets]
+    cuts = [(f"{100 * budget:.3g}%", round(budget * count)) for budget in budgets]
     cuts += [(f"{by} > {cut:g}", int((score > cut).sum())) for cut in thresholds]
     return [
         Choice(name, order[:calls], float(score[order[calls - 1]]) if calls else float("inf")) for name, calls in cuts

@@ -27,6 +27,9 @@ class Diagnostics:
         prefers_longer: share of pairs in which the model prefers the longer response; ½ for no preference. Pairs of
             equal length are left out.
         longer_is_better: share of the same pairs in which the longer response is the better one.
+        order_conflicts: concat mode: share of pairs on which the two orders contradict each other. NaN in difference
+            mode, which has no order.
+        first_bias: concat mode: mean of what is added to the preference for the response shown first, in logits.
     """
 
     ece: float
@@ -34,6 +37,8 @@ class Diagnostics:
     length_correlation: float
     prefers_longer: float
     longer_is_better: float
+    order_conflicts: float = float("nan")
+    first_bias: float = float("nan")
 
     def to_markdown(self) -> str:
         """One sentence on each."""
@@ -45,7 +50,16 @@ class Diagnostics:
         return (
             f"Calibration: ECE {shown(self.ece, '.3f')}, Brier score {shown(self.brier, '.3f')}. Length: the margin's "
             f"rank correlation with the difference in length is {shown(self.length_correlation, '+.2f')}; the model "
-            f"prefers the longer response in {longer}% of pairs, and it is the better one in {better}%.\n"
+            f"prefers the longer response in {longer}% of pairs, and it is the better one in {better}%."
+            f"{self._position()}\n"
+        )
+
+    def _position(self) -> str:
+        if np.isnan(self.order_conflicts):
+            return ""
+        return (
+            f" Position: the two orders of a pair contradict each other in {100 * self.order_conflicts:.1f}%; being "
+            f"shown first adds {self.first_bias:+.3f} to a preference in the mean."
         )
 
 
@@ -66,10 +80,16 @@ def diagnose(answers: Answers) -> Diagnostics:
         better = float((longer[unequal] > 0).mean())
     else:
         prefers = better = float("nan")
+    conflicts = first_bias = float("nan")
+    if answers.position_bias is not None and (known := np.isfinite(answers.position_bias)).any():
+        bias, preference = answers.position_bias[known], (margin / answers.uncertainty)[known]
+        conflicts, first_bias = float((np.abs(bias) > np.abs(preference)).mean()), float(bias.mean())
     return Diagnostics(
         ece=expected_calibration_error(probability, np.ones(len(margin))),
         brier=float(((1.0 - probability) ** 2).mean()),
         length_correlation=spearman(np.concatenate([margin, -margin]), np.concatenate([longer, -longer])),
         prefers_longer=prefers,
         longer_is_better=better,
+        order_conflicts=conflicts,
+        first_bias=first_bias,
     )

@@ -41,3 +41,16 @@ def test_equal_lengths_tell_nothing() -> None:
     found = diagnose(answers([1.0, -1.0], [("a", "b")] * 2))
     assert np.isnan([found.length_correlation, found.prefers_longer, found.longer_is_better]).all()
     assert "-%" in found.to_markdown()
+
+
+def test_position_bias_is_told_in_concat_mode_only() -> None:
+    items = tuple(Item(str(k), f"p{k}", ("a", "b"), (1.0, 0.0), "livecodebench") for k in range(4))
+    margin, u = np.array([1.0, -1.0, 2.0, 0.5]), np.ones(4)
+    scores = tuple(np.array([m, 0.0]) for m in margin)
+    one = Answers(CountedPairs(items), margin, u, scores, position_bias=np.array([0.5, 1.5, 0.0, np.nan]))
+    found = diagnose(one)
+    assert (found.order_conflicts, found.first_bias) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert "contradict each other in 33.3%; being shown first adds +0.667" in found.to_markdown()
+    other = diagnose(Answers(one.pairs, margin, u, scores))
+    assert np.isnan(other.order_conflicts)
+    assert "Position" not in other.to_markdown()
