@@ -73,7 +73,8 @@ def first_part(device: str, size: int) -> list[Step]:
         for name in backends
     ]
     if device == "cuda":
-        steps.append(Step("forms", 45, _probe("forms", *common, *large, "--forms", "tail", "pairs"), needs="triton"))
+        compared = ("--forms", "streamed", "tail", "pairs")
+        steps.append(Step("forms", 55, _probe("forms", *common, *large, *compared), needs="triton"))
     for what, limit_s in (("score", 40), ("other", 40)):
         for name in backends:
             command = _probe(what, *common, *large, "--backends", name)

@@ -286,15 +286,30 @@ def eager(probe: Probe) -> None:
         probe.attempt(f"eager {backend}", measure)
 
 
-FORM_ROWS = {"tail": (1, 16, 32, 64, 128, 256, 1024, 4096), "launch": (1, 64, 256, 1024)}
+FORM_ROWS = {
+    "streamed": (1, 4, 8, 16),
+    "tail": (1, 16, 32, 64, 128, 256, 1024, 4096),
+    "launch": (1, 64, 256, 1024),
+}
 
 
 def forms(probe: Probe) -> None:
-    """Ways to do one thing, side by side on the same inputs: ``heuristics.FORMS`` takes the fastest."""
+    """Ways to do one thing, side by side on the same inputs: ``heuristics.FORMS`` takes the fastest.
+
+    ``streamed`` is the cuda backend's: small batches by the streamed kernel or by the one for every head.
+    """
     from rmcore.kernels import heuristics
+    from rmcore.ops.backends import cuda
 
     problem = probe.problem()
     for name in probe.forms:
+        if name == "streamed":
+            for cuda.STREAMED in (False, True):
+                copies = _copies(probe, problem)
+                for rows in probe.rows or FORM_ROWS[name]:
+                    case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "cuda", True)
+                    probe.attempt(f"form streamed {cuda.STREAMED}, score", case, rows=rows, copies=len(copies))
+            continue
         for form in heuristics.CHOICES[name]:
             with heuristics.forms(**{name: form}):
                 if name == "pairs":
@@ -302,12 +317,16 @@ def forms(probe: Probe) -> None:
                         case = partial(_pairs, probe, peers.ours(problem), "triton", k)
                         probe.attempt(f"form {name} {form}", case, groups=64, k=k)
                     continue
-                weights = peers.ours(problem)
-                count = harness.rotations(weights.nbytes(), probe.device)
-                copies = [weights.clone() for _ in range(count)]  # what was planned for a head was for one form
+                copies = _copies(probe, problem)
                 for rows in probe.rows or FORM_ROWS[name]:
                     case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "triton", True)
-                    probe.attempt(f"form {name} {form}, score", case, rows=rows, copies=count)
+                    probe.attempt(f"form {name} {form}, score", case, rows=rows, copies=len(copies))
+
+
+def _copies(probe: Probe, problem: Any) -> list[Any]:
+    """The head as often as it takes to be cold; new ones, since what was planned for a head was for one form."""
+    weights = peers.ours(problem)
+    return [weights.clone() for _ in range(harness.rotations(weights.nbytes(), probe.device))]
 
 
 def card(probe: Probe) -> None:
@@ -332,7 +351,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.04, help="seconds of timing a case")
     parser.add_argument("--repeats", type=int, default=50, help="calls whose bits must be equal")
     parser.add_argument("--backends", nargs="*", default=["cuda", "triton"])
-    parser.add_argument("--forms", nargs="+", default=["tail", "pairs", "launch"], help="which choices to compare")
+    parser.add_argument(
+        "--forms", nargs="+", default=["streamed", "tail", "pairs", "launch"], help="which choices to compare"
+    )
     parser.add_argument("--out", help="the rows file; default $RMCORE_GPU_ROWS, or rows.jsonl")
     probe = Probe(parser.parse_args(argv))
     try:

@@ -27,6 +27,10 @@ class GridBarrier {
     return __syncthreads_and(open) != 0;
   }
 
+  // The same for a block of which only some threads multiply: one of them calls this, after they have met, and tells
+  // the others, who meet again.
+  __device__ __forceinline__ bool meet_alone() { return meet(*this, kernel_, blockIdx.x, gridDim.x, ++phase_); }
+
   __device__ __forceinline__ void note(int block, int phase) const { board_[block] = static_cast<unsigned>(phase); }
   __device__ __forceinline__ unsigned noted(int block) const {
     return *const_cast<const volatile unsigned*>(board_ + block);

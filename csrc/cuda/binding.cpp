@@ -83,11 +83,14 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("tanh"), py::arg("layernorm"), py::arg("linear"), py::arg("input_scale"), py::arg("beta0"),
            py::arg("factor_scale"), py::arg("amplitude"));
   py::class_<ScorePlan>(m, "ScorePlan", "How a batch of up to `tiles` · 8 rows is laid out on a device.")
-      .def(py::init(&plan_score_on), py::arg("head"), py::arg("rows"), py::arg("device"))
+      .def(py::init(&plan_score_on), py::arg("head"), py::arg("rows"), py::arg("device"), py::arg("streamed") = true)
+      .def_property_readonly("streamed", [](const ScorePlan& plan) { return plan.stream.slots > 0; })
       .def_readonly("tiles", &ScorePlan::tiles)
-      .def_readonly("grid", &ScorePlan::grid)
-      .def_readonly("slots", &ScorePlan::slots)
-      .def_readonly("shared_bytes", &ScorePlan::shared_bytes)
+      .def_property_readonly("grid", [](const ScorePlan& p) { return p.stream.slots > 0 ? p.stream.grid : p.grid; })
+      .def_property_readonly("slots", [](const ScorePlan& p) { return p.stream.slots > 0 ? p.stream.slots : p.slots; })
+      .def_property_readonly(
+          "shared_bytes",
+          [](const ScorePlan& p) { return p.stream.slots > 0 ? p.stream.shared_bytes : p.shared_bytes; })
       .def_readonly("workspace_bytes", &ScorePlan::bytes);
   m.def(
       "score",

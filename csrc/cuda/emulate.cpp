@@ -5,12 +5,12 @@
 // kernels' order; memory starts as NaN. Values are floats that the caller has rounded to the serving dtype. What is
 // checked besides the numbers: that a slot of the ring holds the step which is read from it, and how often each 16-byte
 // chunk of the weights is fetched.
+#include "emulate.h"
+
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -21,53 +21,10 @@
 namespace rmcore::cuda {
 namespace {
 
-constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
-std::string message;
-
-void expect(bool condition, const char* what) {
-  if (!condition) throw std::logic_error(what);
-}
-
-// Rounds to the serving dtype: 11 significant bits from 2^-14 up for fp16, 8 for bf16; ties to even.
-float rounded(float x, Scalar dtype) {
-  if (!std::isfinite(x) || x == 0.0f) return x;
-  int exponent;
-  std::frexp(x, &exponent);
-  int bits = dtype == Scalar::kFloat16 ? 11 : 8;
-  if (dtype == Scalar::kFloat16 && exponent < -13) bits -= -13 - exponent;
-  return static_cast<float>(
-      std::ldexp(std::nearbyint(std::ldexp(static_cast<double>(x), bits - exponent)), exponent - bits));
-}
-
 struct Chunk {
   float value[kLaneColumns];
   int stage, block, step, row;  // what it was fetched for; row counts pieces, or n-tiles for the operand
 };
-
-// Fragments of mma.m16n8k16 as PTX lays them out: register word w, half e of a lane.
-int a_row(int lane, int w) { return lane / 4 + (w % 2) * 8; }
-int a_column(int lane, int w, int e) { return (lane % 4) * 2 + e + (w / 2) * 8; }
-int b_row(int lane, int w, int e) { return (lane % 4) * 2 + e + w * 8; }
-int b_column(int lane) { return lane / 4; }
-
-// One warp-wide product: a[lane][4][2], b[lane][2][2], d[lane][4].
-void mma(float (&d)[32][4], const float (&a)[32][4][2], const float (&b)[32][2][2]) {
-  float left[16][16], right[16][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int e = 0; e < 2; ++e) {
-      for (int w = 0; w < 4; ++w) left[a_row(lane, w)][a_column(lane, w, e)] = a[lane][w][e];
-      for (int w = 0; w < 2; ++w) right[b_row(lane, w, e)][b_column(lane)] = b[lane][w][e];
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int e = 0; e < 4; ++e) {
-      const int row = lane / 4 + (e / 2) * 8, column = (lane % 4) * 2 + e % 2;
-      float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
-      d[lane][e] += sum;
-    }
-  }
-}
 
 // One thread block of the score kernel; the members follow Stream in score.cuh.
 struct Block {

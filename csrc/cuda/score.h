@@ -80,6 +80,19 @@ struct ScoreParams {
   float* out;        // (4, B)
 };
 
+// The same for the streamed kernel (stream.h), which serves small batches of folded heads; slots is 0 where it does
+// not.
+struct StreamPlan {
+  int slots;
+  int padded;  // rows of the batch, padded to 8 or 16
+  int grid;
+  int shared_bytes;
+  int operand_pitch;
+  int64_t feature_pitch;
+  // Offsets into the workspace, bytes.
+  int64_t board, features, partial, bytes;
+};
+
 // Everything about a launch that depends on the head, the padded batch and the device only.
 struct ScorePlan {
   int tiles;
@@ -93,7 +106,11 @@ struct ScorePlan {
   int64_t feature_pitch;
   // Offsets into the workspace, bytes.
   int64_t converted, unnormalised, layer, features, partial, logit, variance, ticket, board, bytes;
+  StreamPlan stream;
 };
+
+// Whether rows can be read 16 bytes at a time, without conversion.
+bool readable_in_place(const Head& head, const void* hidden, Scalar dtype, int64_t stride);
 
 // Lays out a launch for `rows` rows on `multiprocessors` SMs with `shared_bytes` of shared memory for a thread block.
 ScorePlan plan_score(const Head& head, int rows, int multiprocessors, int64_t shared_bytes, int force_split = -1);
@@ -102,8 +119,9 @@ ScorePlan plan_score(const Head& head, int rows, int multiprocessors, int64_t sh
 ScoreParams score_params(const Head& head, const ScorePlan& plan, const void* hidden, Scalar hidden_dtype,
                          int64_t hidden_stride, int rows, float* out, void* workspace);
 
-// The plan for a device (-1: its properties are asked for), and the launch. Throw CudaError and std::invalid_argument.
-ScorePlan plan_score_on(const Head& head, int rows, int device);
+// The plan for a device, and the launch; `streamed` is whether the streamed kernel may take it. Throw CudaError and
+// std::invalid_argument.
+ScorePlan plan_score_on(const Head& head, int rows, int device, bool streamed);
 void launch_score(const Head& head, const ScorePlan& plan, const void* hidden, Scalar hidden_dtype,
                   int64_t hidden_stride, int rows, float* out, void* workspace, int64_t workspace_bytes, int device,
                   uintptr_t stream);
@@ -111,5 +129,7 @@ void launch_score(const Head& head, const ScorePlan& plan, const void* hidden, S
 // The kernel of a dtype and a padded batch, for cudaLaunchCooperativeKernel.
 const void* score_kernel_fp16(int tiles);
 const void* score_kernel_bf16(int tiles);
+const void* stream_kernel_fp16(int padded);
+const void* stream_kernel_bf16(int padded);
 
 }  // namespace rmcore::cuda

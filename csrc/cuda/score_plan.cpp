@@ -18,12 +18,12 @@ int64_t take(int64_t& used, int64_t bytes) {
   return at;
 }
 
+}  // namespace
+
 bool readable_in_place(const Head& head, const void* hidden, Scalar dtype, int64_t stride) {
   return dtype == head.dtype && head.input_scale == 1.0f && head.hidden_size % kLaneColumns == 0 &&
          stride % kLaneColumns == 0 && reinterpret_cast<uintptr_t>(hidden) % 16 == 0;
 }
-
-}  // namespace
 
 ScorePlan plan_score(const Head& head, int rows, int multiprocessors, int64_t shared_bytes, int force_split) {
   if (rows < 1 || rows > kMaxRows) {

@@ -248,6 +248,23 @@ def test_power_iteration_in_a_graph():
     assert torch.equal(results[-1][1], v)
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_small_batches_both_ways(streamed, monkeypatch):
+    """Up to 16 rows of a folded head: by the streamed kernel, and by the one that serves all other calls."""
+    monkeypatch.setattr(cuda, "STREAMED", streamed)
+    for h, d in ((1, 1), (33, 127), (520, 1000), (1025, 1100), (2048, 512), (4096, 2048)):
+        for dtype in DTYPES:
+            weights = head(h, d, dtype=dtype)
+            for b in (1, 3, 8, 9, 16):
+                hidden = rows_of(b, h + 5, dtype)
+                check(hidden[:, :h], weights)
+                check(hidden[:, 2 : h + 2], weights)  # not aligned to 16 bytes
+                check(hidden.float()[:, :h], weights)
+                first = run(hidden[:, :h], weights)
+                assert all(torch.equal(first, run(hidden[:, :h], weights)) for _ in range(5))
+            assert {plan.streamed for plan in weights.cache["cuda"].plans.values()} == {streamed}
+
+
 @pytest.mark.parametrize("b", [1, 16, 40])
 def test_sanitizer_score(b):
     """Whole and split shares, a converted and an in-place batch, a head that does not fold."""

@@ -31,7 +31,7 @@ class Native:
     def Head(self, **fields: Any) -> Any:  # noqa: N802
         return SimpleNamespace(**fields)
 
-    def ScorePlan(self, head: Any, rows: int, device: int) -> Any:  # noqa: N802
+    def ScorePlan(self, head: Any, rows: int, device: int, streamed: bool) -> Any:  # noqa: N802
         return SimpleNamespace(rows=rows, workspace_bytes=1000 * rows)
 
     def score(self, *arguments: Any) -> None:

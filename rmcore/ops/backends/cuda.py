@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 MAX_ROWS = 64
 """Rows of one ``score`` call."""
 
+STREAMED = True
+"""Whether up to 16 rows of a folded head go to the streamed kernel (csrc/cuda/stream.cuh) where the device has bulk
+copies; off to hold both forms side by side. Read when a head is first scored at a batch size."""
+
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DTYPES = {"score": (torch.float16, torch.bfloat16), "power_iteration": tuple(_NAMES)}
 _CACHE = "cuda"
@@ -218,7 +222,7 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     bucket = _bucket(rows)
     plan = prepared.plans.get(bucket)
     if plan is None:
-        plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, device.index)
+        plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, device.index, STREAMED)
     stream = torch.cuda.current_stream(device).cuda_stream
     workspace = _workspace(device, stream, plan.workspace_bytes)
     _run(
