@@ -67,6 +67,7 @@ def read_folder(folder: Path) -> Files:
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its head
 
     def log_message(self, *_: object) -> None:
         pass

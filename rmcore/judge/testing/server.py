@@ -128,6 +128,9 @@ class ReplayServer:
         if self._socket is None:
             # Bound here, so that an error is the caller's and a request that comes at once is queued.
             self._socket = socket.create_server(("127.0.0.1", self._port), backlog=_BACKLOG)
+            # asyncio sets this on connections to sockets that it makes itself; without it the body of an answer waits
+            # for the acknowledgement of its head, 40 ms.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(
                 target=self._serve, args=(self._loop, self._socket), name="rmcore-replay", daemon=True
