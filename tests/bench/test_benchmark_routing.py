@@ -35,5 +35,5 @@ def test_rows_and_verdicts_are_read_back(tmp_path: Path) -> None:
     items = read_items(find_benchmark("rewardbench"), file)
     assert [item.subset for item in items] == [SUBSETS[name] for name in said]
     found = recorded_verdicts(CountedPairs(items), RecordedJudge.from_file(verdicts))
-    assert found.tolist()[:3] == [1.0, -1.0, 0.0]
-    assert np.isnan(found[3])
+    assert found.preference.tolist()[:3] == [1.0, -1.0, 0.0]
+    assert np.isnan(found.preference[3])
