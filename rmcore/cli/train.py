@@ -70,7 +70,7 @@ def train(
         bool,
         typer.Option(
             help="Find out where the head errs on pairs it was not fitted on, for routers that learn: five more "
-            "fits. Not with --epochs or --finetune-epochs."
+            "fits, or after --epochs and --finetune-epochs on the pairs of --calibrate."
         ),
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
@@ -177,6 +177,9 @@ def train(
             prior = None
             if error_prior and not epochs and not finetune_epochs:
                 prior = error_prior_of(frozen.config, items, hidden, labels, pairs)
+            elif error_prior and held_out:  # trained layers have seen every pair but these
+                unknown = (frozen.config, held_out, unseen, outcomes, unseen_pairs)
+                prior = error_prior_of(*unknown, held_out_of=(frozen, hidden))
         model = RewardModel(spine, frozen, prior)
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
@@ -203,6 +206,9 @@ def upgrade(
     overlong: Overlong = "error",
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,
+    error_prior: Annotated[
+        bool, typer.Option(help="Find out where its scores err on these pairs, for routers that learn: five more fits.")
+    ] = True,
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
     device: options.Device = None,
@@ -237,7 +243,12 @@ def upgrade(
         kept.use(spine, cache=not no_cache)
         with progress_bar() as bar:
             upgraded = RewardModel.upgrade(
-                spine, items, ridge=ridge, dtype=_dtype(dtype), progress=encoding_progress(bar)
+                spine,
+                items,
+                ridge=ridge,
+                dtype=_dtype(dtype),
+                error_prior=error_prior,
+                progress=encoding_progress(bar),
             )
         how: Literal["name", "embed"] = "embed" if embed_backbone else "name"
         save_or_say(out, lambda path: upgraded.save_pretrained(path, backbone=how), kept)

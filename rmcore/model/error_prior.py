@@ -12,10 +12,10 @@ whether what was learned on the training data holds there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ __all__ = [
     "FEATURES",
     "ErrorPrior",
     "error_features",
+    "error_prior_on",
     "fit_error_prior",
     "read_error_prior",
     "row_distance",
@@ -45,6 +46,9 @@ FEATURES = ("log variance", "log margin", "distance", "longer preferred", "lengt
 """The head's v and |p|; ``distance``, the mean of the two rows' to the nearest of the sketch; the logarithm of the
 responses' length ratio, counted positive where the head prefers the longer one, and its magnitude. The last is the
 product of two others, standardised: far from the training data a large margin says less."""
+
+Fitted: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], FrozenHead]
+"""Makes a head of hidden rows, labels and pairs (None in concat mode)."""
 
 _PRIOR_SD = 0.5
 _FILE = "error_prior.safetensors"
@@ -154,6 +158,7 @@ def fit_error_prior(
     sketch: int = 256,
     most_pairs: int = 2000,
     seed: int = 0,
+    fitted: Fitted | None = None,
 ) -> ErrorPrior:
     """Learn where a head of this configuration errs on pairs that it was not fitted on.
 
@@ -168,6 +173,8 @@ def fit_error_prior(
         sketch: rows to keep.
         most_pairs: a sample of that many is taken where there are more: the fits then cost no more than one of all.
         seed: of the split.
+        fitted: makes the head of some of the pairs, given as the whole is; default: a head of the configuration. For
+            one whose β is given, or whose layer is trained too.
 
     Raises:
         InputError: fewer pairs than folds.
@@ -177,20 +184,71 @@ def fit_error_prior(
         reject("pairs", f"{count} pairs", f"at least {2 * folds}, two for each of {folds} folds")
     config = replace(config, row_ridge=None)  # nobody asks these heads for novelty
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most_pairs]
-    features, wrong, decided = [], [], []
+    features, wrong = [], []
     for fold in range(folds):
         held_out = order[fold::folds]
         kept = torch.cat([order[other::folds] for other in range(folds) if other != fold])
         rows, own_labels, own_pairs = _part(hidden, labels, pairs, kept)
-        head, _ = fit(SNGPHead(config).to(hidden.device), rows, own_labels, pairs=own_pairs, max_passes=12)
-        g, v, p, distance = _asked(head, hidden, pairs, held_out, sketch_rows(rows, sketch))
-        columns = {"distance": distance, "log_length_ratio": log_length_ratio[held_out]}
-        features.append(error_features(g, v, p, columns))
-        better = (labels if pairs is not None else labels[::2]).cpu()[held_out].double() - 0.5
-        wrong.append((g.sign() != better.sign()).double())
-        decided.append(better != 0)
-    keep = torch.cat(decided)
-    raw, errors = torch.cat(features)[keep], torch.cat(wrong)[keep]
+        if fitted is None:
+            head, _ = fit(SNGPHead(config).to(hidden.device), rows, own_labels, pairs=own_pairs, max_passes=12)
+        else:
+            head = fitted(rows, own_labels, own_pairs)
+        found = _errors(head, hidden, labels, pairs, log_length_ratio, held_out, sketch_rows(rows, sketch))
+        features.append(found[0])
+        wrong.append(found[1])
+    return _prior(torch.cat(features), torch.cat(wrong), sketch_rows(hidden, sketch))
+
+
+def error_prior_on(
+    head: FrozenHead,
+    seen: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    log_length_ratio: Tensor,
+    *,
+    sketch: int = 256,
+) -> ErrorPrior:
+    """Learn where a head errs from pairs that neither it nor its backbone was trained on.
+
+    Args:
+        head: the fitted head.
+        seen: (R, h) the rows it was fitted on, for the sketch.
+        hidden: rows of the other pairs, as :func:`fit_error_prior` takes them, as are the next three.
+        labels: (N,), or (2N,) in concat mode.
+        pairs: (N, 2); None in concat mode.
+        log_length_ratio: (N,).
+        sketch: rows to keep.
+
+    Raises:
+        InputError: fewer than ten pairs.
+    """
+    count = len(log_length_ratio)
+    if count < 10:
+        reject("pairs", f"{count} pairs", "at least 10")
+    rows = sketch_rows(seen, sketch)
+    features, wrong = _errors(head, hidden, labels, pairs, log_length_ratio, torch.arange(count), rows)
+    return _prior(features, wrong, rows)
+
+
+def _errors(
+    head: FrozenHead,
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    log_length_ratio: Tensor,
+    asked: Tensor,
+    sketch: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(n, 5) features of some pairs without ties, and (n,) float64, 1 where the head is wrong about them."""
+    g, v, p, distance = _asked(head, hidden, pairs, asked, sketch)
+    features = error_features(g, v, p, {"distance": distance, "log_length_ratio": log_length_ratio[asked]})
+    better = (labels if pairs is not None else labels[::2]).cpu()[asked].double() - 0.5
+    return features[better != 0], (g.sign() != better.sign()).double()[better != 0]
+
+
+def _prior(raw: Tensor, errors: Tensor, sketch: Tensor) -> ErrorPrior:
+    """The regression of errors on features."""
     center, scale = raw.mean(0), raw.std(0).clamp_min(1e-6)
     known = with_product(((raw - center) / scale).numpy())
     inputs = np.concatenate([np.ones((len(known), 1)), known], 1)
@@ -201,7 +259,7 @@ def fit_error_prior(
         scale,
         torch.from_numpy(mean[0]),
         torch.from_numpy(precision[0]),
-        sketch_rows(hidden, sketch),
+        sketch,
         len(errors),
         float(errors.mean()),
     )

@@ -36,7 +36,14 @@ from rmcore.model.agreement import require_same_tokens
 from rmcore.model.attribute_scores import AttributeScores
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
-from rmcore.model.error_prior import ErrorPrior, fit_error_prior, read_error_prior, write_error_prior
+from rmcore.model.error_prior import (
+    ErrorPrior,
+    Fitted,
+    error_prior_on,
+    fit_error_prior,
+    read_error_prior,
+    write_error_prior,
+)
 from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.signal import fill_unread, training_signal
@@ -145,6 +152,7 @@ class RewardModel:
         *,
         ridge: float = 1.0,
         dtype: torch.dtype | None = None,
+        error_prior: bool = False,
         progress: Progress | None = None,
     ) -> RewardModel:
         """Make an existing scalar reward model uncertainty-aware: its head is kept as β, only P is fitted.
@@ -153,6 +161,8 @@ class RewardModel:
         in concat mode, each pair in both orders, all others in difference mode. Raises CheckpointError, naming the
         first token that differs, where the first preferences do not become the tokens that the tokenizer's own call
         makes of them.
+
+        ``error_prior`` as in :meth:`fit`: its own scores, with a posterior of the other four fifths of the pairs.
         """
         if not preferences:
             reject("preferences", "an empty list", "at least one pair")
@@ -163,8 +173,14 @@ class RewardModel:
         hidden, labels, pairs = encode_preferences(backbone, preferences, mode, progress=progress)
         own: dict[str, Any] = {"mode": mode, "features": "linear", "order_mean": backbone.order_mean}
         config = HeadConfig(backbone.hidden_size, ridge=ridge, **own)
-        head = upgrade(hidden, pairs, beta.to(hidden.device), beta0, labels=labels, config=config, dtype=dtype)
-        return cls(backbone, head)
+
+        def fitted(rows: Tensor, own_labels: Tensor, own_pairs: Tensor | None) -> FrozenHead:
+            return upgrade(rows, own_pairs, beta.to(rows.device), beta0, labels=own_labels, config=config, dtype=dtype)
+
+        model = cls(backbone, fitted(hidden, labels, pairs))
+        if error_prior:
+            model.error_prior = error_prior_of(model.head.config, preferences, hidden, labels, pairs, fitted=fitted)
+        return model
 
     @classmethod
     def as_published(cls, backbone: Backbone) -> RewardModel:
@@ -610,9 +626,19 @@ def encode_preferences(
 
 
 def error_prior_of(
-    config: HeadConfig, preferences: Sequence[Preference], hidden: Tensor, labels: Tensor, pairs: Tensor | None
+    config: HeadConfig,
+    preferences: Sequence[Preference],
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    *,
+    fitted: Fitted | None = None,
+    held_out_of: tuple[FrozenHead, Tensor] | None = None,
 ) -> ErrorPrior | None:
     """The error prior of a head fitted on what :func:`encode_preferences` made of these preferences.
+
+    ``fitted`` as in :func:`~rmcore.model.error_prior.fit_error_prior`. With ``held_out_of``, a head and the rows it was
+    fitted on, the preferences are such that neither head nor backbone has seen.
 
     None, with a warning, where there are too few to leave any out, or some of them were left out as silent, so that
     rows and texts do not match.
@@ -622,7 +648,10 @@ def error_prior_of(
         log.warning("no error prior: it needs ten pairs, and all of them with different inputs")
         return None
     size = torch.tensor(lengths, dtype=torch.float64).log1p()
-    return fit_error_prior(config, hidden, labels, pairs, size[:, 0] - size[:, 1])
+    ratio = size[:, 0] - size[:, 1]
+    if held_out_of is not None:
+        return error_prior_on(*held_out_of, hidden, labels, pairs, ratio)
+    return fit_error_prior(config, hidden, labels, pairs, ratio, fitted=fitted)
 
 
 def preference_texts(

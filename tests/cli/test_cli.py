@@ -154,6 +154,16 @@ def test_evaluate_says_what_a_bound_on_the_error_rate_costs(model: Path, held_ou
     assert "alpha: got 1.5" in refused.stderr
 
 
+def test_a_trained_layer_learns_where_it_errs_from_held_out_pairs(
+    backbone_path: Path, preferences: Path, tmp_path: Path
+) -> None:
+    options = ["--backbone", backbone_path, "--pooling", "mean", "--features", 32, "--layer-size", 8, "--epochs", 1]
+    for name, more in (("without", []), ("with", ["--calibrate", preferences])):
+        result = call("train", preferences, *options, *more, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / name / "error_prior.safetensors").exists() == bool(more)
+
+
 def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, preferences: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -161,6 +171,7 @@ def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, prefe
     out = tmp_path / "upgraded"
     result = call("upgrade", classifier_path, preferences, "-o", out)
     assert result.exit_code == 0, result.stderr
+    assert (out / "error_prior.safetensors").exists()
     scored = call("score", out, "-", stdin=json.dumps(group()) + "\n")
     assert scored.exit_code == 0, scored.stderr
     logit = json.loads(scored.stdout)["logit"]

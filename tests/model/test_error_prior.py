@@ -7,9 +7,12 @@ import torch
 
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.head.config import HeadConfig
+from rmcore.head.fit import fit, upgrade
+from rmcore.head.sngp import SNGPHead
 from rmcore.model.error_prior import (
     FEATURES,
     error_features,
+    error_prior_on,
     fit_error_prior,
     read_error_prior,
     row_distance,
@@ -78,6 +81,33 @@ def test_it_is_saved_and_a_damaged_one_is_named(tmp_path):
     (tmp_path / "error_prior.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_error_prior(tmp_path, values, 4)
+
+
+def test_a_given_head_is_asked_about_pairs_its_posterior_has_not_seen():
+    rows, labels, pairs = data()
+    config, beta, seen = HeadConfig(4, features="linear"), torch.ones(4), []
+
+    def fitted(some, own_labels, own_pairs):
+        seen.append(len(own_pairs))
+        return upgrade(some, own_pairs, beta, labels=own_labels, config=config)
+
+    prior = fit_error_prior(config, rows, labels, pairs, torch.zeros(240), fitted=fitted)
+    assert seen == [192] * 5
+    logit = (rows[pairs[:, 0]] - rows[pairs[:, 1]]).sum(1)
+    assert prior.error_rate == pytest.approx(float(((logit > 0) != (labels > 0.5)).double().mean()))
+    assert bool(torch.linalg.eigvalsh(prior.precision).gt(0).all())
+
+
+def test_of_a_trained_layer_it_is_learned_from_pairs_held_out():
+    rows, labels, pairs = data()
+    config = HeadConfig(4, features="linear")
+    head, _ = fit(SNGPHead(config), rows, labels, pairs=pairs)
+    others = data(40)
+    prior = error_prior_on(head, rows, *others, torch.zeros(40), sketch=8)
+    assert prior.pairs == 40
+    assert prior.sketch.shape == (8, 4)
+    with pytest.raises(InputError, match="at least 10"):
+        error_prior_on(head, rows, *others, torch.zeros(9))
 
 
 def test_too_few_pairs():
