@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from rmcore.head.config import HeadConfig
     from rmcore.head.frozen import FrozenHead
     from rmcore.model.backbone import Backbone, BackboneConfig
+    from rmcore.model.tune import Trial
 
 __all__ = ["train", "upgrade"]
 
@@ -66,6 +69,13 @@ def train(
     overlong: Overlong = "error",
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the backbone's weights in the folder too.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            help="Choose ridge, length-scale, kernel scale and number of features by log-loss on pairs left out, "
+            "three-fold, beginning with those given; prints a table. Not with --epochs or --finetune-epochs."
+        ),
+    ] = False,
     error_prior: Annotated[
         bool,
         typer.Option(
@@ -97,9 +107,12 @@ def train(
         from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of
         from rmcore.model.training import finetune, train_layer
+        from rmcore.model.tune import tune as choose
 
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        if tune and (epochs or finetune_epochs):
+            reject("--tune", "with --epochs or --finetune-epochs", "it alone: layers are trained for one configuration")
         for option, count in (("--epochs", epochs), ("--finetune-epochs", finetune_epochs)):
             if count < 0:
                 reject(option, count, "0 or more")
@@ -158,6 +171,9 @@ def train(
                     report_loss=loss,
                 )
             hidden, labels, pairs = encode_preferences(spine, items, mode, progress=encoding_progress(bar))
+            if tune:
+                config, trials = choose(config, hidden, labels, pairs, seed=seed)
+                head = SNGPHead(config).to(spine.device)
             if epochs:
                 watch, _ = training_progress(bar, "training the layer")
                 train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed, progress=watch)
@@ -180,6 +196,8 @@ def train(
             elif error_prior and held_out:  # trained layers have seen every pair but these
                 unknown = (frozen.config, held_out, unseen, outcomes, unseen_pairs)
                 prior = error_prior_of(*unknown, held_out_of=(frozen, hidden))
+        if tune:
+            notes.print(_tuned(config, trials), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
@@ -253,6 +271,16 @@ def upgrade(
         how: Literal["name", "embed"] = "embed" if embed_backbone else "name"
         save_or_say(out, lambda path: upgraded.save_pretrained(path, backbone=how), kept)
         notes.print(f"{len(items)} pairs, {spine.stats.tokens} tokens; wrote {out}")
+
+
+def _tuned(config: HeadConfig, trials: Sequence[Trial]) -> str:
+    """What was tried, and what was chosen."""
+    lines = ["setting                    value  log-loss  accuracy  (on pairs left out)"]
+    for trial in trials:
+        value = f"{trial.value:g}" if trial.setting else "–"
+        lines.append(f"{trial.setting or 'as given':22s} {value:>9s}  {trial.loss:8.4f}  {100 * trial.accuracy:7.1f}%")
+    chosen = ("length_scale_factor", "kernel_scale", "ridge", "num_features")
+    return "\n".join([*lines, "chosen: " + ", ".join(f"{name} {getattr(config, name):g}" for name in chosen)])
 
 
 def _load_backbone(

@@ -33,9 +33,11 @@ from rmcore.ops import reference
 __all__ = [
     "FEATURES",
     "ErrorPrior",
+    "asked_about",
     "error_features",
     "error_prior_on",
     "fit_error_prior",
+    "part_of_pairs",
     "read_error_prior",
     "row_distance",
     "sketch_rows",
@@ -188,7 +190,7 @@ def fit_error_prior(
     for fold in range(folds):
         held_out = order[fold::folds]
         kept = torch.cat([order[other::folds] for other in range(folds) if other != fold])
-        rows, own_labels, own_pairs = _part(hidden, labels, pairs, kept)
+        rows, own_labels, own_pairs = part_of_pairs(hidden, labels, pairs, kept)
         if fitted is None:
             head, _ = fit(SNGPHead(config).to(hidden.device), rows, own_labels, pairs=own_pairs, max_passes=12)
         else:
@@ -265,7 +267,9 @@ def _prior(raw: Tensor, errors: Tensor, sketch: Tensor) -> ErrorPrior:
     )
 
 
-def _part(hidden: Tensor, labels: Tensor, pairs: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def part_of_pairs(
+    hidden: Tensor, labels: Tensor, pairs: Tensor | None, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows, labels and pairs of some of the pairs."""
     if pairs is None:
         rows = torch.stack([2 * kept, 2 * kept + 1], 1).flatten()
@@ -279,9 +283,13 @@ def _asked(
     head: FrozenHead, hidden: Tensor, pairs: Tensor | None, asked: Tensor, sketch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """G, v, p and distance of some of the pairs, on the CPU."""
-    rows = hidden[pairs[asked.to(pairs.device)]] if pairs is not None else hidden.view(-1, 2, hidden.shape[1])[asked]
-    flat = rows.flatten(0, 1)
-    distance = row_distance(flat, sketch).view(-1, 2).mean(1)
+    distance = row_distance(_rows_of(hidden, pairs, asked), sketch).view(-1, 2).mean(1)
+    return *asked_about(head, hidden, pairs, asked), distance.cpu()
+
+
+def asked_about(head: FrozenHead, hidden: Tensor, pairs: Tensor | None, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) float64 g, v and p of some of the pairs, given by number, on the CPU."""
+    flat = _rows_of(hidden, pairs, asked)
     if pairs is not None:
         g, v = head.score_pairs(flat, torch.full((len(asked),), 2, dtype=torch.int64))[:2]
     else:
@@ -289,7 +297,13 @@ def _asked(
         g, v = (scores.logit[::2] - scores.logit[1::2]) / 2, (scores.variance[::2] + scores.variance[1::2]) / 2
     g, v = g.double(), v.double()
     p = reference.preference(g, reference.uncertainty(v, head.config.resolved_amplitude))
-    return g.cpu(), v.cpu(), p.cpu(), distance.cpu()
+    return g.cpu(), v.cpu(), p.cpu()
+
+
+def _rows_of(hidden: Tensor, pairs: Tensor | None, asked: Tensor) -> Tensor:
+    """(2n, h) the two rows of some of the pairs."""
+    rows = hidden[pairs[asked.to(pairs.device)]] if pairs is not None else hidden.view(-1, 2, hidden.shape[1])[asked]
+    return rows.flatten(0, 1)
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------

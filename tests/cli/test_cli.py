@@ -164,6 +164,23 @@ def test_a_trained_layer_learns_where_it_errs_from_held_out_pairs(
         assert (tmp_path / name / "error_prior.safetensors").exists() == bool(more)
 
 
+def test_tuning_prints_what_it_tried(
+    backbone_path: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmcore.model.tune.GRID", {"ridge": (0.1, 1.0), "num_features": (16, 32)})
+    given = ["--backbone", backbone_path, "--pooling", "mean", "--features", 32, "--tune", "--no-error-prior"]
+    refused = call("train", preferences, *given, "--layer-size", 8, "--epochs", 1, "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "--tune" in refused.stderr
+    many = tmp_path / "many.jsonl"
+    many.write_text(preferences.read_text() * 3)
+    result = call("train", many, *given, "-o", tmp_path / "tuned")
+    assert result.exit_code == 0, result.stderr
+    assert "as given" in result.stderr
+    head = json.loads((tmp_path / "tuned" / "rmcore.json").read_text())["head"]["config"]
+    assert f"ridge {head['ridge']:g}" in result.stderr.split("chosen:")[1]
+
+
 def test_upgrade_keeps_the_scores_of_a_reward_model(classifier_path: Path, preferences: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
