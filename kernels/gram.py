@@ -9,6 +9,9 @@ bytes N D of c written and read once more by ``weigh``, P read and written once 
       65,536 rows at D = 4096: 1.1 PFLOP: 1.4 ms at 790 TFLOP/s, beside 2.8 ms of features
 ====  ====================================================================================================
 
+Tensor cores cut their float32 sums off and do not round: over a chunk of 16,384 rows the diagonal comes out 8e-5 of
+itself too small (an H100; derived in tests/kernels/triton_checks.py). Shorter sums would cost a pass over P each.
+
 Both operands of the product are the same rounded Φ̂, so the sum stays positive semi-definite whatever was lost in
 rounding. Lower tiles only; few of them are cut along the rows too, and so may be those beyond the last whole wave of
 programs (272 tiles on 132 multiprocessors: 264 whole, 8 in 16 pieces each). Tiles go to P through a float32 workspace
