@@ -46,7 +46,7 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
     assert {build["kernel"] for build in builds} == kernels
     # Hopper's own matrix instructions where the tiles are large enough for them, which faults() insists on.
     large = {build["kernel"] for build in builds if build["unit"] == "wgmma"}
-    assert {"project_kernel", "column_kernel", "gram_kernel", "piece_score_kernel", "column_score_kernel"} <= large
+    assert {"project_kernel", "column_kernel", "gram_kernel", "column_pair_kernel", "column_score_kernel"} <= large
     counting = {build["kernel"] for build in builds if build["counts"]}
     assert counting == {"piece_score_kernel", "column_score_kernel", "column_pair_kernel"}
 
