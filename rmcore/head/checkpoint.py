@@ -8,6 +8,7 @@ mode both again for the row posterior, their names beginning with ``row_`` (head
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
+    "check_digest",
     "load_head",
     "read_config",
     "row_posterior",
@@ -62,12 +64,15 @@ def load_head(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
     Raises CheckpointError for a truncated, altered, foreign or newer file, or one whose parts do not fit together.
     """
     config = read_config(path)
-    return read_head(Path(path), config.get("head"), device)
+    head = read_head(Path(path), config.get("head"), device)
+    check_digest(path, config)
+    return head
 
 
 def write_config(folder: Path, values: dict[str, Any]) -> None:
     """Write ``rmcore.json`` with the format's own fields in front."""
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "rmcore_version": __version__, **values}
+    document["digest"] = _digest(document)
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -88,6 +93,29 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{FORMAT_VERSION}. Use the rmcore that wrote it ({values.get('rmcore_version')})"
         )
     return values
+
+
+def check_digest(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where ``values`` fit together and are not those that were saved.
+
+    Called last, since what does not fit is told better by what it does not fit.
+    """
+    if values.get("digest", _digest(values)) != _digest(values):  # earlier folders have none
+        raise CheckpointError(
+            f"{Path(path) / CONFIG_FILE}: got values of the head, or of how texts become its input, that differ from "
+            "those saved by the digest beside them. Copy the file again; limits on length are options of loading"
+        )
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """sha256 of what of ``rmcore.json`` decides scores: not where the backbone is, nor its limits on length."""
+    backbone = values.get("backbone")
+    free = ("name", "revision", "max_length", "overlong")
+    if isinstance(backbone, Mapping):
+        backbone = {name: value for name, value in backbone.items() if name not in free}
+    decides = [values.get("kind"), values.get("head"), backbone, values.get("embedded"), values.get("backbone_files")]
+    text = json.dumps([*decides, values.get("error_prior")], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class BackboneConfig:
             reject("gguf_file", repr(self.gguf_file), f"None with kind={self.kind!r}: a GGUF file has no reward head")
         if self.layer is not None and (self.layer < 1 or self.kind != "base"):
             reject("layer", self.layer, "a layer from 1 of a base model, or None")
+        if not isinstance(self.split_special_tokens, bool):
+            reject("split_special_tokens", repr(self.split_special_tokens)[:80], "true or false")
         if not math.isfinite(self.length_feature):
             reject("length_feature", self.length_feature, "a finite number")
         if self.date is not None:

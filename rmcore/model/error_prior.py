@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore._base.files import digest_file
 from rmcore.head.ascent import learn
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import fit
@@ -314,7 +315,8 @@ def write_error_prior(prior: ErrorPrior, folder: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in prior.tensors().items()}, folder / _FILE)
-    return {"file": _FILE, "features": list(FEATURES), "pairs": prior.pairs, "error_rate": prior.error_rate}
+    told = {"file": _FILE, "features": list(FEATURES), "pairs": prior.pairs, "error_rate": prior.error_rate}
+    return {**told, "sha256": digest_file(folder / _FILE)}
 
 
 def read_error_prior(folder: Path, values: object, width: int) -> ErrorPrior:
@@ -332,6 +334,11 @@ def read_error_prior(folder: Path, values: object, width: int) -> ErrorPrior:
         names: Sequence[Any] = values["features"]
     except (OSError, SafetensorError, TypeError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(f"{folder / _FILE}: got an error prior that cannot be read ({error})") from error
+    if "sha256" in values and digest_file(folder / _FILE) != values["sha256"]:  # earlier folders have none
+        raise CheckpointError(
+            f"{folder / _FILE}: got contents that differ from the sha256 in rmcore.json: the file is truncated, "
+            "altered, or from another save. Copy the folder again"
+        )
     width_of = 0 if prior.sketch is None else prior.sketch.shape[1]
     shapes = [tuple(t.shape) for t in (prior.center, prior.scale, prior.mean, prior.precision)]
     features = len(FEATURES)

@@ -587,7 +587,9 @@ class RewardModel:
         known = values.get("error_prior")
         prior = None if known is None else read_error_prior(folder, known, head.config.hidden_size)
         if backbone is not None:
-            return cls(backbone, head, prior)
+            model = cls(backbone, head, prior)
+            checkpoint.check_digest(folder, values)
+            return model
         try:
             config = BackboneConfig.from_dict(values["backbone"])
             if not config.name and not values.get("embedded"):
@@ -608,7 +610,9 @@ class RewardModel:
                     name,
                     loaded.config.date,
                 )
-            return cls(loaded, head, prior)
+            model = cls(loaded, head, prior)
+            checkpoint.check_digest(folder, values)
+            return model
         except (InputError, KeyError, TypeError) as error:
             if limits and isinstance(error, InputError) and str(error).startswith("max_length: "):
                 raise  # the caller's own

@@ -319,6 +319,33 @@ def test_damaged_folders(fitted, tmp_path, damage, named):
         RewardModel.from_pretrained(path, device="cpu")
 
 
+@pytest.mark.parametrize("section", ["head", "backbone", "error_prior"])
+def test_values_that_fit_and_are_not_those_saved_are_found(fitted, preferences, tmp_path, section):
+    """Each number and text of rmcore.json, and a byte of the error prior: never a score that differs silently."""
+    path = tmp_path / "model"
+    many = [replace(item, prompt=f"{item.prompt} {k}") for item in preferences for k in range(4)]
+    model, _ = RewardModel.fit(fitted.backbone, many, num_features=16, error_prior=True)
+    assert model.error_prior is not None
+    model.save_pretrained(path, backbone="embed")
+    whole = (path / "rmcore.json").read_text()
+    for name, value in json.loads(whole)[section].items():
+        if isinstance(value, (dict, list)) or name in ("name", "revision", "max_length", "overlong"):
+            continue
+        changed = not value if isinstance(value, bool) else value * 2 + 1 if isinstance(value, (int, float)) else "x"
+        edit(path, **{section: json.loads(whole)[section] | {name: changed}})
+        with pytest.raises(CheckpointError):
+            RewardModel.from_pretrained(path, device="cpu")
+    (path / "rmcore.json").write_text(whole)
+    edit(path, **backbone_section(path, overlong="truncate-right", max_length=20))
+    assert RewardModel.from_pretrained(path, device="cpu").backbone.encoder.limit.max_length == 20
+    file = path / "error_prior.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"error_prior\.safetensors.*sha256"):
+        RewardModel.from_pretrained(path, device="cpu")
+
+
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(CheckpointError, match=r"rmcore\.json"):
         RewardModel.from_pretrained(tmp_path / "nothing")
