@@ -80,7 +80,7 @@ def first_part(device: str, size: int) -> list[Step]:
             command = _probe(what, *common, *large, "--backends", name)
             steps.append(Step(f"{what}-{name}", limit_s, command, needs=name))
     if device == "cuda":
-        tune = ("--kernels", "project", "product", "--rows", "1", "32", "64", "512", "--limit", "16")
+        tune = ("--kernels", "project", "product", "--rows", "64", "1", "512", "--limit", "16")
         tests = ("-n", "8", "--timeout", "60", "--maxfail", "25")
         steps += [
             Step("eager", 30, _probe("eager", *common)),
