@@ -101,7 +101,7 @@ def second_part(device: str, size: int) -> list[Step]:
     kernels = "regex:score_kernel|project_kernel|column|piece|square_kernel|product_kernel|pair_kernel|centre_kernel"
     smoke = _probe("smoke", "--repeats", "0", "--rows", "1", "64", "256", "4096")
     sanitized = _pytest("-k", "sanitizer", "tests/gpu/test_cuda_gpu.py")
-    tune = ("--kernels", "gram", "project", "product", "--rows", "16", "128", "256", "1024", "--limit", "24")
+    tune = ("--kernels", "gram", "project", "product", "--rows", "16384", "16", "256", "1024", "--limit", "24")
     encode = ("--suite", "encode", "--group", "8", "--lengths", "512+512", "--layers", "8", "--rounds", "1")
     return [
         Step("ncu", 70, (*NCU, "-k", kernels, "-c", "24", *smoke)),

@@ -36,6 +36,9 @@ def candidates(kernel: str, rows: int, arch: int) -> list[Any]:
     """Tiles worth trying: those that fit, with neither idle nor overfull registers."""
     from rmcore.kernels.heuristics import Tile
 
+    if rows >= 8192 and kernel != "gram":  # tiles as for 4096, which is enough of them: what shares the L2 is left
+        wide = [Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 4)]
+        return [tile._replace(group=group) for tile in wide for group in (4, 8, 16, 32, 64)]
     found = []
     heights = [16] if rows <= 16 else [32] if rows <= 32 else [64] if rows <= 64 else [64, 128, 256]
     heights = [64, 128] if kernel == "gram" else heights
