@@ -110,6 +110,7 @@ def second_part(device: str, size: int) -> list[Step]:
         Step("forms-launch", 30, _probe("forms", *common, "--size", str(size), "--forms", "launch")),
         Step("size-8192", 50, _probe("score", "--size", "8192", "--rows", "1", "16", "64", "256", "4096")),
         Step("size-1024", 30, _probe("score", "--size", "1024", "--rows", "1", "16", "64", "256", "4096")),
+        Step("size-128", 20, _probe("score", "--size", "128", "--rows", "1", "16")),  # what a launch costs by itself
         Step("bfloat16", 40, _probe("score", "--dtype", "bfloat16", "--rows", "1", "64", "1024")),
         Step("memcheck", 60, ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *sanitized)),
         Step("racecheck", 60, ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *sanitized)),
