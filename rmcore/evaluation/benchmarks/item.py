@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt, Response, content_key
 
 __all__ = [
@@ -31,10 +30,7 @@ __all__ = [
     "group_mean",
     "half_point",
     "mean_of",
-    "one_of",
     "strict_point",
-    "text_of",
-    "texts_of",
 ]
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
@@ -139,7 +135,7 @@ class Benchmark:
         scores: items, credit (N, C), weights (B, N) and each item's (K,) scores of its responses → named scores, from
             coarse to fine. Rules that need more than preferences use the last; where it is None (a judge, who gives
             preferences only, decided some pairs) they are left out.
-        whole: stems of files that repeat what the files beside them hold.
+        whole: stems of files that hold what the files beside them hold, and are left out beside them.
     """
 
     name: str
@@ -188,42 +184,3 @@ def mean_of(values: Sequence[Matrix], weights: Sequence[float] | None = None) ->
     return np.divide(
         share @ np.where(known, stacked, 0.0), total, out=np.full(stacked.shape[1], np.nan), where=total > 0
     )
-
-
-# -- fields of rows --------------------------------------------------------------------------------------------------
-
-
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    """A field that holds text; raises InputError naming it."""
-    value = _field(row, name)
-    if not isinstance(value, str):
-        reject(name, type(value).__name__, "a text")
-    return value
-
-
-def texts_of(row: Mapping[str, Any], name: str, count: int | None = None) -> tuple[str, ...]:
-    """A field that holds a list of texts, ``count`` of them where that is fixed; raises InputError naming it."""
-    value = _field(row, name)
-    if not isinstance(value, (list, tuple)) or not value:
-        reject(name, "an empty list" if value == [] else type(value).__name__, "a list of texts")
-    for k, text in enumerate(value):
-        if not isinstance(text, str):
-            reject(f"{name}[{k}]", type(text).__name__, "a text")
-    if count is not None and len(value) != count:
-        reject(name, f"{len(value)} texts", f"{count}")
-    return tuple(value)
-
-
-def one_of(row: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
-    """A field that holds one of a few words, in any case; raises InputError naming it."""
-    value = text_of(row, name)
-    found = {word.lower(): word for word in known}.get(value.strip().lower())
-    if found is None:
-        reject(name, repr(value)[:60], f"one of {', '.join(known)}")
-    return found
-
-
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    if row.get(name) is None:
-        raise InputError(f"{name}: missing; the row has {', '.join(sorted(map(str, row))[:12])}")
-    return row[name]

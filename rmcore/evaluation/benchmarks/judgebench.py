@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import reject
+from rmcore.evaluation.benchmarks.fields import id_of, one_of, text_of
 from rmcore.evaluation.benchmarks.item import (
     Benchmark,
     Context,
@@ -21,8 +22,6 @@ from rmcore.evaluation.benchmarks.item import (
     Score,
     group_mean,
     half_point,
-    one_of,
-    text_of,
 )
 
 __all__ = ["BENCHMARK", "GROUPS", "group_of"]
@@ -49,7 +48,7 @@ def _read(row: Mapping[str, Any], context: Context) -> Item:
     source = text_of(row, "source")
     group_of(source)
     first = one_of(row, "label", ("A>B", "B>A")) == "A>B"
-    own = str(row.get("pair_id", context.number))
+    own = id_of(row, "pair_id", context)
     return Item(own, text_of(row, "question"), responses, (float(first), float(not first)), source)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import reject
+from rmcore.evaluation.benchmarks.fields import id_of, one_of, prompt_of, response_of, responses_of, text_of
 from rmcore.evaluation.benchmarks.item import (
     Benchmark,
     Context,
@@ -28,9 +29,6 @@ from rmcore.evaluation.benchmarks.item import (
     group_mean,
     half_point,
     mean_of,
-    one_of,
-    text_of,
-    texts_of,
 )
 from rmcore.evaluation.statistics import auroc
 
@@ -40,13 +38,13 @@ _WINNERS = ("model_a", "model_b", "tie", "tie (bothbad)")
 
 
 def _read_pair(row: Mapping[str, Any], context: Context) -> Item | None:
-    responses = (text_of(row, "response_1"), text_of(row, "response_2"))
+    responses = (response_of(row, "response_1"), response_of(row, "response_2"))
     winner = one_of(row, "winner", _WINNERS)
-    prompt = text_of(row, "prompt")
+    prompt = prompt_of(row)
     if winner.startswith("tie"):
         return None
     quality = (1.0, 0.0) if winner == "model_a" else (0.0, 1.0)
-    return Item(str(row.get("question_id", context.number)), prompt, responses, quality, "human preference")
+    return Item(id_of(row, "question_id", context), prompt, responses, quality, "human preference")
 
 
 def _credit_pair(pairs: CountedPairs, margin: Matrix) -> Matrix:
@@ -110,13 +108,13 @@ def _read_pool(row: Mapping[str, Any], context: Context) -> Item | None:
     if numbers:
         if numbers != list(range(1, len(numbers) + 1)):
             reject("response_1, response_2, ...", f"the numbers {numbers[:8]}", "1 to K, each once")
-        responses = tuple(text_of(row, f"response_{k}") for k in numbers)
+        responses = tuple(response_of(row, f"response_{k}") for k in numbers)
     else:
-        responses = texts_of(row, "responses")
+        responses = responses_of(row, "responses")
     quality = _quality(row, len(responses))
     pairs = _conflicts(row, quality)
-    own = f"{row.get('question_id', context.number)}/{row.get('model_name', '')}".rstrip("/")
-    return Item(own, text_of(row, "prompt"), responses, quality, _domain(row, context), pairs)
+    own = f"{id_of(row, 'question_id', context)}/{row.get('model_name') or ''}".rstrip("/")
+    return Item(own, prompt_of(row), responses, quality, _domain(row, context), pairs)
 
 
 def _quality(row: Mapping[str, Any], count: int) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rmcore._base.errors import DataError, InputError, reject
+from rmcore._base.prompt import content_key
 from rmcore.evaluation.benchmarks.item import Benchmark, Context, Item
 from rmcore.model.data import read_rows
 
@@ -19,6 +20,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/:]+)?(/[^/:]+)?(:.+)?")
 _HUB = "hf://"
 _DATA = (".jsonl", ".ndjson", ".json", ".parquet")
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
+_NO_ROWS = ("dataset_infos.json", "dataset_info.json")  # what the hub's clones say about their data
 
 
 def read_items(benchmark: Benchmark, data: str | Path | None = None) -> tuple[Item, ...]:
@@ -33,7 +36,7 @@ def read_items(benchmark: Benchmark, data: str | Path | None = None) -> tuple[It
         DataError: naming source and row: a field is missing or wrong; or the source cannot be read.
     """
     items: list[Item] = []
-    ties = 0
+    ties, repeats = 0, _Repeats()
     for source in sources_of(benchmark, data):
         for row in read_rows(source):
             try:
@@ -44,6 +47,9 @@ def read_items(benchmark: Benchmark, data: str | Path | None = None) -> tuple[It
                 ties += 1
             else:
                 items.append(item)
+                repeats.see(item, source, f"{row.unit} {row.number}")
+    if repeats.count:
+        log.warning("%d rows stand in several files and count as often; first %s", repeats.count, repeats.first)
     if ties:
         log.warning("%s: %d ties in the labels are left out", benchmark.title, ties)
     if not any(item.pairs for item in items):
@@ -70,15 +76,31 @@ def sources_of(benchmark: Benchmark, data: str | Path | None = None) -> list[str
 
 
 def _files(benchmark: Benchmark, folder: Path) -> Sequence[Path]:
-    found = sorted(file for file in _walk(folder) if file.name.lower().endswith(_suffixes()))
+    found = sorted(
+        file for file in _walk(folder) if file.name.lower().endswith(_suffixes()) and file.name.lower() not in _NO_ROWS
+    )
     if not found:
         reject("data", f"{str(folder)!r}, without data files", f"files that end in {', '.join(_DATA)}, packed or not")
-    repeated = [file for file in found if file.name.split(".")[0] in benchmark.whole]
+    repeated = [file for file in found if _SHARD.sub("", file.name.split(".")[0]) in benchmark.whole]
     if repeated and len(repeated) < len(found):
         for file in repeated:
-            log.warning("%s is left out: the files beside it hold the same rows", file)
+            log.warning("%s is left out: the files beside it hold its rows. By itself it is read", file)
         return [file for file in found if file not in repeated]
     return found
+
+
+class _Repeats:
+    """Counts rows that another source had already: data and somebody's results on it in one folder, say."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, str] = {}
+        self.count, self.first = 0, ""
+
+    def see(self, item: Item, source: str, where: str) -> None:
+        content = (item.subset, content_key(item.prompt), item.quality, tuple(map(content_key, item.responses)))
+        if self.known.setdefault(hash(content), source) != source:
+            self.count += 1
+            self.first = self.first or f"{source}, {where}, which {self.known[hash(content)]} has too"
 
 
 def _walk(folder: Path) -> Iterator[Path]:

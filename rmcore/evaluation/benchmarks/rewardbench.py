@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from rmcore._base.errors import InputError
+from rmcore._base.prompt import canonical_prompt, canonical_response
+from rmcore.evaluation.benchmarks.fields import id_of, one_of, prompt_of, response_of
 from rmcore.evaluation.benchmarks.item import (
     Benchmark,
     Context,
@@ -25,9 +26,8 @@ from rmcore.evaluation.benchmarks.item import (
     group_mean,
     half_point,
     mean_of,
-    one_of,
 )
-from rmcore.model.data import parse_preference
+from rmcore.model.data.conversations import split_conversations
 
 __all__ = ["BENCHMARK", "COUNTS", "SECTIONS"]
 
@@ -62,13 +62,13 @@ COUNTS = {subset: count for subsets in SECTIONS.values() for subset, count in su
 
 
 def _read(row: Mapping[str, Any], context: Context) -> Item:
-    for name in ("prompt", "chosen", "rejected"):
-        if row.get(name) is None:
-            raise InputError(f"{name}: missing; the row has {', '.join(sorted(map(str, row))[:12])}")
-    subset = one_of(row, "subset", tuple(COUNTS))
-    pair = parse_preference({name: row[name] for name in ("prompt", "chosen", "rejected")})
-    name = str(row.get("id", context.number))
-    return Item(name, pair.prompt, (pair.chosen, pair.rejected), (1.0, 0.0), subset)
+    subset, own = one_of(row, "subset", tuple(COUNTS)), id_of(row, "id", context)
+    prompt, chosen, rejected = prompt_of(row), response_of(row, "chosen"), response_of(row, "rejected")
+    if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):  # the prompt may be part of them
+        prompt, chosen, rejected = split_conversations(row["prompt"], row["chosen"], row["rejected"])
+        prompt, chosen = canonical_prompt(prompt), canonical_response(chosen, "chosen")
+        rejected = canonical_response(rejected, "rejected")
+    return Item(own, prompt, (chosen, rejected), (1.0, 0.0), subset)
 
 
 def _credit(pairs: CountedPairs, margin: Matrix) -> Matrix:
@@ -101,4 +101,5 @@ BENCHMARK = Benchmark(
     read=_read,
     credit=_credit,
     scores=_scores,
+    whole=("raw",),
 )

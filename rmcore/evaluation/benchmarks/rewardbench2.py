@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import reject
+from rmcore.evaluation.benchmarks.fields import id_of, one_of, prompt_of, responses_of
 from rmcore.evaluation.benchmarks.item import (
     Benchmark,
     Context,
@@ -24,9 +25,6 @@ from rmcore.evaluation.benchmarks.item import (
     Score,
     group_mean,
     mean_of,
-    one_of,
-    text_of,
-    texts_of,
 )
 
 __all__ = ["BENCHMARK", "SUBSETS", "TIES", "best_of", "ties_score"]
@@ -37,12 +35,12 @@ _TIES_ID = re.compile(r"(ref|tied):(\d+)")
 
 
 def _read(row: Mapping[str, Any], context: Context) -> Item:
-    prompt, subset = text_of(row, "prompt"), one_of(row, "subset", SUBSETS)
-    chosen, rejected = texts_of(row, "chosen"), texts_of(row, "rejected")
+    prompt, subset = prompt_of(row), one_of(row, "subset", SUBSETS)
+    chosen, rejected = responses_of(row, "chosen"), responses_of(row, "rejected")
     for name, size in (("num_correct", len(chosen)), ("total_completions", len(chosen) + len(rejected))):
         if row.get(name) is not None and row[name] != size:
             reject(name, row[name], f"{size}, as there are {len(chosen)} chosen and {len(rejected)} rejected responses")
-    own, cluster = str(row.get("id", context.number)), ""
+    own, cluster = id_of(row, "id", context), ""
     if subset != TIES and len(chosen) != 1:
         reject("chosen", f"{len(chosen)} responses", "one, as everywhere but in Ties")
     if subset == TIES:

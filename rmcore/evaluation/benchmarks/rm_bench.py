@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import reject
+from rmcore.evaluation.benchmarks.fields import id_of, one_of, prompt_of, responses_of
 from rmcore.evaluation.benchmarks.item import (
     Benchmark,
     Context,
@@ -24,10 +25,7 @@ from rmcore.evaluation.benchmarks.item import (
     Score,
     group_mean,
     mean_of,
-    one_of,
     strict_point,
-    text_of,
-    texts_of,
 )
 
 __all__ = ["BENCHMARK", "DOMAINS", "LEVELS", "STYLES", "levels_of"]
@@ -46,11 +44,10 @@ _CELLS = tuple((i, j) for i in range(3) for j in range(3))
 
 
 def _read(row: Mapping[str, Any], context: Context) -> Item:
-    chosen, rejected = texts_of(row, "chosen", 3), texts_of(row, "rejected", 3)
+    chosen, rejected = responses_of(row, "chosen", 3), responses_of(row, "rejected", 3)
     pairs = tuple((i, 3 + j) for i, j in _CELLS)
     quality = (1.0,) * 3 + (0.0,) * 3
-    own = str(row.get("id", context.number))
-    return Item(own, text_of(row, "prompt"), chosen + rejected, quality, _part(row, context), pairs)
+    return Item(id_of(row, "id", context), prompt_of(row), chosen + rejected, quality, _part(row, context), pairs)
 
 
 def _part(row: Mapping[str, Any], context: Context) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import Response, canonical_prompt
+from rmcore._base.prompt import Prompt, Response
+from rmcore.evaluation.benchmarks.fields import id_of, prompt_of
 from rmcore.evaluation.benchmarks.item import (
     Benchmark,
     Context,
@@ -30,14 +31,14 @@ from rmcore.evaluation.benchmarks.item import (
 __all__ = ["BENCHMARK", "GOALS"]
 
 GOALS = ("Helpfulness", "Harmlessness")
+# What WildChat, whose conversations these are, says about a message; RMB's files have kept the language.
+_ABOUT = frozenset(
+    {"language", "country", "hashed_ip", "header", "redacted", "state", "timestamp", "toxic", "turn_identifier"}
+)
 _KINDS = ("pairs", "best of n")
 
 
 def _read(row: Mapping[str, Any], context: Context) -> Item:
-    given = row.get("conversation_input", row.get("prompt"))
-    if given is None:
-        raise InputError(f"conversation_input: missing; the row has {', '.join(sorted(map(str, row))[:12])}")
-    prompt = canonical_prompt(given, "conversation_input")
     if row.get("bon_best") is not None:
         losers = row.get("loser_list")
         if not isinstance(losers, (list, tuple)) or not losers:
@@ -50,7 +51,19 @@ def _read(row: Mapping[str, Any], context: Context) -> Item:
         kind, name = _KINDS[0], "pair_uid"
     goal, scenario = _category(row, context)
     quality = (1.0,) + (0.0,) * len(worse)
-    return Item(str(row.get(name, context.number)), prompt, (best, *worse), quality, f"{goal}|{kind}|{scenario}")
+    return Item(id_of(row, name, context), _prompt(row), (best, *worse), quality, f"{goal}|{kind}|{scenario}")
+
+
+def _prompt(row: Mapping[str, Any]) -> Prompt:
+    """The conversation, without what is known about its messages."""
+    name = "prompt" if row.get("conversation_input") is None and row.get("prompt") is not None else "conversation_input"
+    given = row.get(name)
+    if isinstance(given, (list, tuple)):
+        given = [
+            {field: said for field, said in turn.items() if field not in _ABOUT} if isinstance(turn, Mapping) else turn
+            for turn in given
+        ]
+    return prompt_of({**row, name: given}, name)
 
 
 def _answer(value: Any, name: str) -> Response:
