@@ -1,0 +1,95 @@
+"""Other uncertainties behind one door (design 6): by name, from cached states, saved and loaded.
+
+:data:`ESTIMATORS` has what there is. Each is fitted by ``fit(hidden, labels, pairs)``, and is a
+:class:`~rmcore.head.estimators.protocol.PairEstimator`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from safetensors import SafetensorError
+
+from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore._base.files import atomic_folder
+from rmcore._base.version import __version__
+from rmcore.head.estimators.dropout import Dropout
+from rmcore.head.estimators.ensembles import Ensemble
+from rmcore.head.estimators.laplace import Laplace, LaplaceDiagonal, LaplaceKronecker
+from rmcore.head.estimators.protocol import PairEstimate, PairEstimator, VarianceKind
+from rmcore.head.estimators.sngp import SNGP
+
+__all__ = [
+    "ESTIMATORS",
+    "SNGP",
+    "AnyEstimator",
+    "Dropout",
+    "Ensemble",
+    "Laplace",
+    "LaplaceDiagonal",
+    "LaplaceKronecker",
+    "PairEstimate",
+    "PairEstimator",
+    "VarianceKind",
+    "estimator_folder",
+    "estimator_named",
+    "load_estimator",
+    "save_estimator",
+]
+
+AnyEstimator: TypeAlias = SNGP | Laplace | Dropout | Ensemble
+
+ESTIMATORS: dict[str, type[AnyEstimator]] = {
+    kind.name: kind for kind in (SNGP, Laplace, LaplaceKronecker, LaplaceDiagonal, Dropout, Ensemble)
+}
+"""Name → class."""
+
+_FILE = "estimator.json"
+_FORMAT = "rmcore-estimator"
+_VERSION = 1
+
+
+def estimator_named(name: str) -> type[AnyEstimator]:
+    """The class of a name; raises InputError with the names there are."""
+    if name not in ESTIMATORS:
+        reject("uncertainty", repr(name)[:60], f"one of {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]
+
+
+def estimator_folder(model: str | os.PathLike[str], name: str) -> Path:
+    """Where an estimator of a model's folder is kept: ``MODEL/estimators/NAME``."""
+    return Path(model) / "estimators" / name
+
+
+def save_estimator(estimator: PairEstimator, path: str | os.PathLike[str]) -> None:
+    """Write an estimator as a folder of its own, atomically: safetensors and JSON."""
+    with atomic_folder(path, marker=_FILE) as folder:
+        values = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "rmcore_version": __version__,
+            "estimator": estimator.name,
+            "kind": estimator.kind,
+            **estimator.write(folder),
+        }
+        (folder / _FILE).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_estimator(path: str | os.PathLike[str]) -> AnyEstimator:
+    """Read one. Raises CheckpointError for a truncated, altered, foreign or newer folder."""
+    file = Path(path) / _FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict) or (values.get("format"), values.get("format_version")) != (_FORMAT, _VERSION):
+        raise CheckpointError(f"{file}: got another format, expected {_FORMAT} {_VERSION}, which this rmcore reads")
+    try:
+        return estimator_named(str(values.get("estimator"))).read(Path(path), values)
+    except (SafetensorError, InputError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: got values that do not fit together ({error})") from error

@@ -1,0 +1,128 @@
+"""What every uncertainty offers: pairs of hidden rows → logit, variance, and what kind of variance it is.
+
+An estimator is fitted from cached hidden rows (the inputs of a last layer, one a response), and then scores groups of
+rows as a head in difference mode does. So all of them can be put side by side over one pass of the backbone.
+
+The v of every estimator here is the variance of a *difference* of per-response scores that pairs of a group share:
+:func:`rmcore.ops.reference.difference_variance` gives the variance of any combination of these from the v alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.head.posterior import check_finite
+from rmcore.ops import reference
+from rmcore.ops.pair_layout import PairLayout
+
+__all__ = [
+    "PairEstimate",
+    "PairEstimator",
+    "VarianceKind",
+    "check_training",
+    "check_width",
+    "gaussian_estimate",
+    "refuse_update",
+    "row_differences",
+]
+
+VarianceKind: TypeAlias = Literal["epistemic", "aleatoric", "total"]
+"""``epistemic``: of what the fit does not know, and more data would tell; ``aleatoric``: of the labels themselves;
+``total``: both."""
+
+
+class PairEstimate(NamedTuple):
+    """Every pair i < j of every group, flat, in the order of :class:`~rmcore.ops.pair_layout.PairLayout`; float64.
+
+    Attributes:
+        logit: (Q,) g, the mean of the logit; positive where the first is better.
+        variance: (Q,) v ≥ 0, the variance of the logit, of the estimator's ``kind``.
+        preference: (Q,) p̃, the log-odds of the mean probability: E[σ(logit)] exactly where there are samples of it,
+            g / √(1 + a·v) where it is normal.
+        information: (Q,) nats that the pair's label would tell of the weights (BALD, Houlsby et al. 2011); None where
+            the estimator has no samples.
+    """
+
+    logit: Tensor
+    variance: Tensor
+    preference: Tensor
+    information: Tensor | None = None
+
+
+class PairEstimator(Protocol):
+    """An uncertainty of pairs.
+
+    Attributes:
+        name: by which it is known, saved and refused.
+        kind: what its variance is of.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[VarianceKind]
+
+    def pairs(self, hidden: Tensor, group_sizes: Tensor) -> PairEstimate:
+        """Score all pairs of groups of rows (R, h), ``group_sizes`` (G,) int64 summing to R.
+
+        Raises:
+            InputError: shapes do not fit.
+            NonFiniteError: a row holds NaN or Inf.
+        """
+
+    def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
+        """Learn from verdicts; arguments as of ``fit``. Raises InputError, by name, where that has no meaning."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write its tensors into ``folder``; returns the JSON values that go with them."""
+
+    @classmethod
+    def read(cls, folder: Path, values: dict[str, Any]) -> PairEstimator:
+        """The inverse of :meth:`write`."""
+
+
+def row_differences(rows: Tensor, group_sizes: Tensor) -> Tensor:
+    """(R, ...) → (Q, ...): first less second of every pair of every group, in the rows' dtype."""
+    layout = PairLayout(group_sizes)
+    if layout.responses != len(rows):
+        reject("group_sizes", f"sum {layout.responses}", f"{len(rows)}, the number of rows")
+    return rows[layout.first.to(rows.device)] - rows[layout.second.to(rows.device)]
+
+
+def gaussian_estimate(logit: Tensor, variance: Tensor) -> PairEstimate:
+    """Of a normal logit: p̃ by the mean field with a = π/8."""
+    u = reference.uncertainty(variance, reference.mean_field_amplitude())
+    return PairEstimate(logit, variance, reference.preference(logit, u))
+
+
+def check_width(hidden: Tensor, width: int) -> None:
+    """Raise InputError unless rows are (R, ``width``), NonFiniteError unless they are finite."""
+    if hidden.dim() != 2 or hidden.shape[1] != width:
+        reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {width})")
+    check_finite(hidden)
+
+
+def check_training(hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
+    """Raise InputError, or NonFiniteError for rows, unless these are labelled pairs.
+
+    ``hidden`` (R, h) finite, ``labels`` (N,) in [0, 1], ``pairs`` (N, 2) int64 rows of ``hidden``, N ≥ 1.
+    """
+    if hidden.dim() != 2:
+        reject("hidden", f"shape {tuple(hidden.shape)}", "(rows, h)")
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(N, 2) int64")
+    if labels.shape != pairs.shape[:1] or not len(labels):
+        reject("labels", f"shape {tuple(labels.shape)}", f"({len(pairs)},), one a pair, at least one")
+    if int(pairs.min()) < 0 or int(pairs.max()) >= len(hidden):
+        reject("pairs", f"indices {int(pairs.min())}..{int(pairs.max())}", f"row indices 0..{len(hidden) - 1}")
+    if not bool(((labels >= 0) & (labels <= 1)).all()):
+        reject("labels", "values outside [0, 1] or NaN", "probabilities that the first is better")
+    check_finite(hidden)
+
+
+def refuse_update(name: str) -> NoReturn:
+    """Raise InputError: this estimator does not learn from verdicts."""
+    reject("update", f"estimator {name!r}", "one whose posterior takes single pairs: sngp or laplace", "Fit it again")

@@ -1,0 +1,177 @@
+"""Rewards of M networks, or of one under M masks: what pairs say of them, and how the networks are trained.
+
+All M networks are trained at once, their layers stacked, each on mini-batches of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.head.estimators.protocol import PairEstimate, row_differences
+from rmcore.ops import reference
+
+__all__ = ["RewardNetworks", "Training", "sampled_estimate", "train_networks"]
+
+
+def sampled_estimate(rewards: Tensor, group_sizes: Tensor) -> PairEstimate:
+    """Pairs from M samples of each row's reward, (R, M) → columns of (Q,), all moments over the M samples.
+
+    g and v are mean and variance (of M, not M − 1) of a sample's r_i − r_j; p̃ the log-odds of the mean of σ(r_i − r_j),
+    from log-sigmoids, so that it is right where σ has rounded to 0 or 1; information H(mean σ) − mean H(σ).
+    """
+    logits = row_differences(rewards.double(), group_sizes)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    win, loss = log_sigmoid(logits), log_sigmoid(-logits)
+    count = math.log(logits.shape[1])
+    mean_win, mean_loss = win.logsumexp(1) - count, loss.logsumexp(1) - count
+    information = _entropy(mean_win, mean_loss) - _entropy(win, loss).mean(1)
+    return PairEstimate(
+        logits.mean(1),
+        logits.var(1, correction=0),
+        mean_win - mean_loss,
+        information.clamp_min(0.0),  # Jensen: below 0 it is rounding
+    )
+
+
+def _entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p + log_q.exp() * log_q)
+
+
+@dataclass(frozen=True)
+class RewardNetworks:
+    """M networks of equal shape over standardised rows: ReLU layers, then a linear one to a reward.
+
+    Attributes:
+        weights: of each layer, (M, out, in) float32; the last has out = 1. It has no bias: pairs would not see it.
+        biases: of each ReLU layer, (M, out).
+        center: (h,) subtracted from rows.
+        scale: (h,) by which they are divided then.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    center: Tensor
+    scale: Tensor
+
+    @property
+    def width(self) -> int:
+        """The width of hidden rows, h."""
+        return len(self.center)
+
+    def standardised(self, hidden: Tensor) -> Tensor:
+        """(..., h) → (..., h) float32."""
+        return (hidden.float() - self.center) / self.scale
+
+    def features(self, standardised: Tensor) -> Tensor:
+        """(M, R, h), or (R, h) for all alike → (M, R, width) the inputs of the last layer."""
+        z = standardised if standardised.dim() == 3 else standardised.expand(len(self.weights[0]), -1, -1)
+        for weight, bias in zip(self.weights[:-1], self.biases, strict=True):
+            z = torch.relu(torch.baddbmm(bias[:, None], z, weight.mT))
+        return z
+
+    @torch.no_grad()
+    def rewards(self, hidden: Tensor) -> Tensor:
+        """(R, h) → (R, M)."""
+        return torch.bmm(self.features(self.standardised(hidden)), self.weights[-1].mT)[..., 0].T
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are stored."""
+        named = {"center": self.center, "scale": self.scale}
+        named |= {f"weight_{k}": weight for k, weight in enumerate(self.weights)}
+        return named | {f"bias_{k}": bias for k, bias in enumerate(self.biases)}
+
+    @staticmethod
+    def names(layers: int) -> list[str]:
+        """Of :meth:`tensors`, with so many ReLU layers."""
+        return ["center", "scale", *(f"weight_{k}" for k in range(layers + 1)), *(f"bias_{k}" for k in range(layers))]
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], layers: int) -> RewardNetworks:
+        """The inverse of :meth:`tensors`."""
+        weights = tuple(tensors[f"weight_{k}"] for k in range(layers + 1))
+        return cls(weights, tuple(tensors[f"bias_{k}"] for k in range(layers)), tensors["center"], tensors["scale"])
+
+
+@dataclass(frozen=True)
+class Training:
+    """How reward networks are trained: Adam on the Bradley-Terry loss of mini-batches.
+
+    Attributes:
+        layers: widths of the ReLU layers; () for a linear reward.
+        epochs: passes over the pairs.
+        batch_size: pairs of a mini-batch.
+        learning_rate: Adam's.
+        anchor: λ; λ/N·‖θ − θ₀‖² is added to the mean loss of N pairs, θ₀ a network's own initial weights (Pearce et al.
+            2020): where the data say nothing a network keeps its own opinion. 0 for none.
+        dropout: share of the last layer's inputs set to 0 in training, afresh for each row.
+        seed: of weights, mini-batches and masks.
+    """
+
+    layers: tuple[int, ...] = (128, 128)
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    anchor: float = 0.1
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                reject(name, getattr(self, name), "at least 1")
+        if any(width < 1 for width in self.layers):
+            reject("layers", self.layers, "positive widths")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            reject("learning_rate", self.learning_rate, "a positive finite number")
+        if not (math.isfinite(self.anchor) and self.anchor >= 0):
+            reject("anchor", self.anchor, "a finite number from 0")
+        if not 0 <= self.dropout < 1:
+            reject("dropout", self.dropout, "a share in [0, 1)")
+
+
+def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, how: Training) -> RewardNetworks:
+    """Train ``members`` networks on labelled pairs (checked by the caller); the same seed gives the same networks."""
+    if members < 1:
+        reject("members", members, "at least 1")
+    generator = torch.Generator().manual_seed(how.seed)
+    networks = _initial(hidden[pairs.flatten().unique()], members, how.layers, generator)
+    rows, y = networks.standardised(hidden), labels.float()
+    trained = [tensor.requires_grad_() for tensor in (*networks.weights, *networks.biases)]
+    initial = [tensor.detach().clone() for tensor in trained]
+    optimizer = torch.optim.Adam(trained, lr=how.learning_rate)
+    for _ in range(how.epochs):
+        order = torch.stack([torch.randperm(len(y), generator=generator) for _ in range(members)])
+        for batch in order.split(how.batch_size, dim=1):
+            z = networks.features(rows[pairs[batch]].flatten(1, 2))  # (M, 2B, width)
+            if how.dropout:
+                keep = torch.rand(z.shape, generator=generator) >= how.dropout
+                z = z * keep / (1 - how.dropout)
+            reward = torch.bmm(z, networks.weights[-1].mT)[..., 0].view(members, -1, 2)
+            loss = -reference.log_likelihood(reward[..., 0] - reward[..., 1], y[batch]).mean(1).sum()
+            if how.anchor:
+                away = [(a - b).square().sum() for a, b in zip(trained, initial, strict=True)]
+                loss = loss + how.anchor / len(y) * torch.stack(away).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    weights, biases = (tuple(t.detach() for t in some) for some in (networks.weights, networks.biases))
+    return RewardNetworks(weights, biases, networks.center, networks.scale)
+
+
+def _initial(rows: Tensor, members: int, layers: Sequence[int], generator: torch.Generator) -> RewardNetworks:
+    """He et al. 2015 for ReLU layers, 1/√width for the last; a column that never changes keeps its scale."""
+    center, scale = rows.float().mean(0), rows.float().std(0, correction=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    widths = [rows.shape[1], *layers, 1]
+    weights = tuple(
+        torch.randn(members, out, into, generator=generator) * math.sqrt((2 if k < len(layers) else 1) / into)
+        for k, (into, out) in enumerate(pairwise(widths))
+    )
+    return RewardNetworks(weights, tuple(torch.zeros(members, width) for width in layers), center, scale)
