@@ -10,7 +10,8 @@ bytes N D of c written and read once more by ``weigh``, P read and written once 
 ====  ====================================================================================================
 
 Tensor cores cut their float32 sums off and do not round: over a chunk of 16,384 rows the diagonal comes out 8e-5 of
-itself too small (an H100; derived in tests/kernels/triton_checks.py). Shorter sums would cost a pass over P each.
+itself too small (an H100; derived in tests/kernels/triton_checks.py), and no chunk is longer. Shorter sums would cost
+a pass over P each.
 
 Both operands of the product are the same rounded Φ̂, so the sum stays positive semi-definite whatever was lost in
 rounding. Lower tiles only; few of them are cut along the rows too, and so may be those beyond the last whole wave of

@@ -374,6 +374,16 @@ def test_accumulate_in_chunks(monkeypatch, budget):
     checks.check_accumulate(hidden, torch.rand(400), weights, pairs=torch.randint(0, 300, (400, 2)))
 
 
+def test_no_sum_of_accumulate_runs_over_more_rows_than_tensor_cores_may_add_up(monkeypatch):
+    from rmcore.kernels import gram
+
+    taken, weigh = [], gram.weigh
+    monkeypatch.setattr(backend, "GRAM_ROWS", 256)
+    monkeypatch.setattr(gram, "weigh", lambda c, *rest, **more: taken.append(len(c)) or weigh(c, *rest, **more))
+    checks.check_accumulate(torch.randn(300, 64).half(), torch.rand(300), checks.make_head(64, 130, torch.float16))
+    assert taken == [256, 44]
+
+
 def test_equal_rows_of_a_pair_add_nothing_to_the_precision():
     weights = checks.make_head(64, 130, torch.float16)
     precision, gradient = torch.zeros(130, 130), torch.zeros(130)

@@ -220,7 +220,7 @@ def check_accumulate(
     allowed = 2 * float((near_gram - gram).tril().abs().amax()) + stored * float(before.abs().amax() + largest)
     allowed += 8 * EPS * largest + 2 * c_slack * math.sqrt(largest * weight)
     if hidden.is_cuda and feature_map.dtype != torch.float32:
-        chunk = backend._chunk(backend.GRAM_WORKSPACE, d, feature_map.dtype.itemsize)
+        chunk = min(backend._chunk(backend.GRAM_WORKSPACE, d, feature_map.dtype.itemsize), backend.GRAM_ROWS)
         allowed += tensor_core_loss(min(n, chunk)) * largest
     assert error <= allowed, f"precision: off by {error:.3g}, allowed {allowed:.3g}"
 

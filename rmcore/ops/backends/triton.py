@@ -32,7 +32,11 @@ __all__ = ["accumulate", "pair_variance", "plan", "power_iteration", "score", "u
 WORKSPACE = 256 << 20
 """Bytes of features held at a time. 32,768 rows at D = 4096 in 16 bits: thousands of tiles, so chunks cost nothing."""
 GRAM_WORKSPACE = 128 << 20
-"""The same for ``accumulate``, whose float32 sums run over one chunk: 16,384 rows at D = 4096 in 16 bits."""
+"""The same for ``accumulate``: 16,384 rows at D = 4096 in 16 bits."""
+GRAM_ROWS = 16384
+"""Rows of a chunk of ``accumulate`` at most, however small D is: float32 sums on tensor cores lose 5e-9 of themselves a
+term (kernels/gram.py). An H100 without this bound lost 3.9e-4 of P's diagonal over 65,536 rows at D = 1024, cuBLAS
+0.9e-4."""
 PAIR_WORKSPACE = 2 << 30
 """Bytes of float32 features up to which ``accumulate`` computes every row once, however many pairs share it."""
 _MIN_CAPABILITY = (8, 0)
@@ -187,7 +191,7 @@ def accumulate(task: AccumulateTask) -> Tensor:
     labels = task.labels.to(torch.float32).contiguous()
     sample_weight = None if task.sample_weight is None else task.sample_weight.to(torch.float32).contiguous()
     target = task.precision.contiguous()
-    chunk = _chunk(GRAM_WORKSPACE, d, serving.itemsize if task.pairs is None else 8)
+    chunk = min(_chunk(GRAM_WORKSPACE, d, serving.itemsize if task.pairs is None else 8), GRAM_ROWS)
     with _on(hidden):
         for part, c, logits, index in _feature_chunks(task, chunk, device):
             weighed = gram.weigh(
