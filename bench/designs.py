@@ -79,7 +79,7 @@ def measured(size: int, design: str, fraction: float, groups: int, seed: int = 0
         "ms_a_group": round(1e3 * seconds / groups, 3),
         "tau": round(float(np.mean([stats.kendalltau(a, t)[0] for a, t in zip(advantages, truth, strict=True)])), 3),
         "best_of_n": round(float(best.mean()), 3),
-        "variance": round(float(scores[0].advantage_variance.mean()), 4),
+        "variance": round(float(scores[0].design_variance.mean()), 4),
     }
 
 

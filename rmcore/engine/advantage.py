@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.ops import reference
 
-__all__ = ["Baseline", "group_rewards", "grpo_advantages", "rloo_advantages"]
+__all__ = [
+    "Baseline",
+    "group_rewards",
+    "grpo_advantages",
+    "reliability_weights",
+    "rloo_advantages",
+    "rloo_variance",
+]
 
 
 Baseline: TypeAlias = Literal["leave-one-out", "group-mean"]
@@ -64,6 +72,47 @@ def group_rewards(
     members = (count > 0).sum(-1, keepdim=True).to(total.dtype)
     total = torch.where(count > 0, total, torch.nan)
     return total / (members if baseline == "leave-one-out" else (members - 1).clamp_min(1))
+
+
+def rloo_variance(variance: Tensor, weight: Tensor) -> Tensor:
+    """Variance of :func:`rloo_advantages` of p̃_ij = w_ij·g_ij, exactly, where pairs share a group's rows.
+
+    A_i = 1/m_i Σ_j w_ij (s_i − s_j) is linear in the rows' scores s, so its variance is aᵀΣa with Σ their covariance,
+    which the v_ij determine (:func:`rmcore.ops.reference.difference_variance`): O(K³) a group.
+
+    Args:
+        variance: (..., K, K) v, symmetric; NaN is not read where no pair with a weight needs it.
+        weight: (..., K, K) symmetric: 1/u where the head's p̃ = g/u stands, 0 where a judge decided (its verdict is a
+            number like another, with no variance from here), NaN where a pair has no preference and is left out.
+
+    Returns:
+        (..., K). K = 1 gives 0; a member with no usable pair in a group of K > 1 gives NaN.
+
+    Raises:
+        InputError: shapes do not fit.
+    """
+    _check_square(weight)
+    if variance.shape != weight.shape:
+        reject("variance", f"shape {tuple(variance.shape)}", f"{tuple(weight.shape)}, as of weight")
+    if weight.shape[-1] == 1:
+        return torch.zeros_like(weight[..., 0])
+    eye = torch.eye(weight.shape[-1], dtype=torch.bool, device=weight.device)
+    usable = ~(weight.isnan() | eye)
+    each = weight.masked_fill(~usable, 0.0)
+    count = usable.sum(-1).to(weight.dtype)
+    coefficients = (torch.diag_embed(each.sum(-1)) - each) / count.clamp_min(1)[..., None]
+    found = reference.difference_variance(variance.masked_fill(variance.isnan() | eye, 0.0), coefficients)
+    return found.masked_fill(count == 0, torch.nan)
+
+
+def reliability_weights(variance: Tensor, tau: float) -> Tensor:
+    """1 / (1 + variance/τ), in (0, 1]: how much a response's advantage counts for a trainer; any shape, NaN stays.
+
+    τ is the variance at which it counts half. Raises InputError unless τ is positive and finite.
+    """
+    if not (math.isfinite(tau) and tau > 0):
+        reject("tau", tau, "a positive finite number")
+    return 1 / (1 + variance / tau)
 
 
 def _sums(preferences: Tensor, complete: bool) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,7 @@ class GroupScore:
             NaN where it has no finite row, or was left unread. None where the head was not asked, or knows of none.
         compared: (K, K) bool, symmetric: which pairs the engine's ``design`` compared; the others have NaN in every
             matrix. None where all were.
+        shared_rows: difference mode: pairs share the responses' hidden rows, so that their v determine the covariance.
     """
 
     preference: Tensor
@@ -78,6 +79,7 @@ class GroupScore:
     one_order: bool = False
     response_novelty: Tensor | None = None
     compared: Tensor | None = None
+    shared_rows: bool = False
 
     @property
     def novelty(self) -> Tensor | None:
@@ -96,7 +98,15 @@ class GroupScore:
         return rloo_advantages(self.preference) if self.compared is None else graph_advantages(self.preference)[0]
 
     @property
-    def advantage_variance(self) -> Tensor:
+    def advantage_variance(self) -> Tensor | None:
+        """(K,) of ``advantages``: what the head's posterior leaves open of them (:func:`rloo_variance`), u as it is.
+
+        A judge's verdicts count as certain. None in concat mode and where a design left pairs out.
+        """
+        return _table_of([self]).advantage_variance()
+
+    @property
+    def design_variance(self) -> Tensor:
         """(K,) of the advantages, for comparisons with a noise of variance 1: 1/(K−1) where all pairs are compared."""
         return graph_advantages(self.preference)[1]
 
@@ -215,6 +225,15 @@ class GroupScores(Sequence[GroupScore]):
     def advantages(self) -> Tensor:
         """All groups' advantages, one after the other (ΣK,) float64 on the CPU."""
         return self.table.advantages()
+
+    @property
+    def advantage_variance(self) -> Tensor | None:
+        """(ΣK,) of ``advantages``, float64 on the CPU, from v and u of the pairs: no further pass over the rows.
+
+        None in concat mode and where a design left pairs out (:attr:`GroupScore.design_variance` is known there).
+        :func:`rmcore.engine.advantage.reliability_weights` makes weights for a trainer of it.
+        """
+        return self.table.advantage_variance()
 
     @property
     def rewards(self) -> Tensor:
@@ -339,6 +358,7 @@ def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
             one_order=table.one_order,
             response_novelty=novelty[number],
             compared=_compared(layout, number),
+            shared_rows=table.shared,
         )
     return tuple(groups[number] for number in range(len(groups)))
 
@@ -372,6 +392,7 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
     table = PairTable(layout, torch.stack(values).double(), one_order)
     novelty = [group.response_novelty for group in groups if group.response_novelty is not None]
     table.row_novelty = torch.cat(novelty) if len(novelty) == len(groups) else None
+    table.shared = all(group.shared_rows for group in groups)
     for number, group in enumerate(groups):
         for decision in group.decisions:
             _note(table, layout.row(number, decision.i, decision.j), decision)

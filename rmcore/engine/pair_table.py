@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
-from rmcore.engine.advantage import Baseline, group_rewards, rloo_advantages
+from rmcore.engine.advantage import Baseline, group_rewards, rloo_advantages, rloo_variance
 from rmcore.engine.comparisons import graph_advantages, graph_rewards
 from rmcore.head.frozen import PairScores
 from rmcore.head.posterior import all_finite
@@ -66,6 +66,7 @@ class PairTable:
         silent: known on the host: ``signal`` has something else than ``PRESENT``.
         row_novelty: (ΣK,) float64 on the head's device, each response's distance from the training data
             (:mod:`rmcore.head.rows`), NaN where it has none; None where the head was not asked, or knows of none.
+        shared: difference mode: v is the variance of a difference of two rows' scores, which a group's pairs share.
     """
 
     layout: PairLayout
@@ -78,6 +79,7 @@ class PairTable:
         self.verdicts: dict[int, Verdict] = {}
         self.complete = self.silent = False
         self.row_novelty: Tensor | None = None
+        self.shared = False
 
     def __len__(self) -> int:
         return self.layout.pairs
@@ -89,6 +91,7 @@ class PairTable:
         """From difference mode: a row a pair already. ``finite``: the head has made sure that all are."""
         table = cls._of(torch.stack([value.double() for value in scores]), layout, finite=finite)
         table.row_novelty = None if scores.row_novelty is None else scores.row_novelty.double()
+        table.shared = True
         return table
 
     @classmethod
@@ -135,6 +138,7 @@ class PairTable:
         result.silent = any(table.silent for table in tables)
         known = [table.row_novelty for table in tables if table.row_novelty is not None]
         result.row_novelty = torch.cat(known) if len(known) == len(tables) else None
+        result.shared = all(table.shared for table in tables)
         start = 0
         for table in tables:
             result.verdicts |= {start + row: verdict for row, verdict in table.verdicts.items()}
@@ -151,6 +155,7 @@ class PairTable:
         if isinstance(self.layout, PartialLayout):
             layout = PartialLayout(sizes, [self.layout.edges[k] for k in keep.nonzero()[:, 0].tolist()])
         table = PairTable(layout, self.values[:, pairs.to(self.values.device)], self.one_order)
+        table.shared = self.shared
         if self.row_novelty is not None:
             rows = torch.repeat_interleave(keep, self.layout.sizes)
             table.row_novelty = self.row_novelty[rows.to(self.row_novelty.device)]
@@ -159,7 +164,7 @@ class PairTable:
     def narrowed(self, layout: PartialLayout) -> PairTable:
         """A table of all pairs that has not been routed yet, with some pairs only."""
         table = PairTable(layout, self.values[:, layout.among_all().to(self.values.device)], self.one_order)
-        table.complete, table.row_novelty = self.complete, self.row_novelty
+        table.complete, table.row_novelty, table.shared = self.complete, self.row_novelty, self.shared
         return table
 
     # -- columns -----------------------------------------------------------------------------------------------------
@@ -262,6 +267,23 @@ class PairTable:
         if self.partial:
             return self.per_response(lambda p: graph_rewards(p, baseline))
         return self.per_response(lambda p: group_rewards(p, baseline, complete=self.complete))
+
+    def advantage_variance(self) -> Tensor | None:
+        """(ΣK,) on the CPU, of :meth:`advantages`: what the head's posterior leaves open of them, u taken as it is.
+
+        None in concat mode, whose pairs have no covariance, and where a design left pairs out, whose v is not known.
+        """
+        if not self.shared or self.partial:
+            return None
+        judged = (self.state == PairState.JUDGE).to(self.values.device)
+        weight = torch.where(judged, 0.0, 1 / self.uncertainty).masked_fill(self.preference.isnan(), torch.nan)
+        result = torch.empty(self.layout.responses, dtype=torch.float64)
+        for block in self.layout.blocks:
+            found = rloo_variance(*(squares(column, block, sign=1) for column in (self.variance, weight))).cpu()
+            if block.responses is None:
+                return found.flatten()
+            result[block.responses] = found
+        return result
 
     def per_response(self, of_squares: Callable[[Tensor], Tensor], column: Tensor | None = None) -> Tensor:
         """(ΣK,) on the CPU: what a function of squares, (n, K, K) → (n, K), says of each response.

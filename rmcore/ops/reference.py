@@ -32,6 +32,7 @@ __all__ = [
     "OrderMean",
     "accumulate",
     "concat_preference",
+    "difference_variance",
     "draw_features",
     "fold_projection",
     "grpo_advantages",
@@ -294,6 +295,18 @@ def pair_variance(phi: Tensor, beta: Tensor, factor: Tensor) -> tuple[Tensor, Te
     """
     delta = phi[..., :, None, :] - phi[..., None, :, :]
     return logit(delta, beta), variance(delta, factor)
+
+
+def difference_variance(variance: Tensor, coefficients: Tensor) -> Tensor:
+    """Variance of Σ a_i s_i, Σ a_i = 0, from the variances v_ij of the differences s_i − s_j: −½ aᵀVa.
+
+    Pairs of a group share its rows, so v_ij = ‖y_i − y_j‖² with y = Uφ, and ‖Σ a_i y_i‖² needs the v alone: the
+    covariance of all pairs is in them, and no product with U is left to do. It holds for every v that is the variance
+    of a difference (Schoenberg 1935), of samples too. ``variance`` (..., K, K) symmetric with 0 on its diagonal,
+    ``coefficients`` (..., M, K) with rows summing to 0 → (..., M). Rounding of the v can leave less than nothing: what
+    is below 0 is 0.
+    """
+    return (-0.5 * ((coefficients @ variance) * coefficients).sum(-1)).clamp_min(0.0)
 
 
 def novelty(phi: Tensor, rows: Tensor, *, ridge: float, prior: float | None = 1.0) -> Tensor:

@@ -166,7 +166,7 @@ def test_all_is_what_it_was_and_a_full_regular_design_agrees(hand_head, table_mo
     assert plain[0].compared is None
     assert torch.allclose(full.advantages, plain.advantages, atol=1e-9)
     assert torch.allclose(full.rewards, plain.rewards, atol=1e-9)
-    assert full[0].advantage_variance.tolist() == pytest.approx([0.25] * 5)
+    assert full[0].design_variance.tolist() == pytest.approx([0.25] * 5)
 
 
 def test_a_judge_that_fails_and_groups_that_cannot_be_scored(hand_head, table_model, scripted_judge):
