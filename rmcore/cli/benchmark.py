@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rmcore._base.errors import JudgeError, reject
 from rmcore._base.files import write_atomic
 from rmcore.cli import options
+from rmcore.cli.benchmark_options import Routing, numbers_of, wanted_tables
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge, make_prices
 from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import notes, print_markdown, progress_bar, reported_errors
@@ -36,78 +37,6 @@ __all__ = ["benchmark"]
 _FORMS = ("md", "tex", "csv", "json", "png")
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The options of the routing table."""
-
-    budgets: Annotated[
-        str | None,
-        typer.Option(
-            help="Routing table: shares of pairs put to a judge, as in 0.02,0.1,0.25,0.45; published: those of the "
-            "paper's table, where it has this benchmark."
-        ),
-    ] = None
-    thresholds: Annotated[
-        str | None,
-        typer.Option(help="Routing table: pairs whose score exceeds each of these are judged, as in 1.2,1.5."),
-    ] = None
-    rank_by: Annotated[
-        Literal["learned", "u", "margin", "error_probability", "novelty", "rank_sum"],
-        typer.Option(help="Routing table: what makes a pair worth a judge call."),
-    ] = "u"
-    every_pair: Annotated[
-        bool,
-        typer.Option("--every-pair", help="Routing table: ask a live judge about all pairs, not only those routed."),
-    ] = False
-    beside: Annotated[
-        str | None,
-        typer.Option(help="Other scores beside --rank-by in one table, as in u,margin,novelty,learned."),
-    ] = None
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Filter table: scores on these shares of the prompts, the surest, as in 0.25,0.5,0.75."),
-    ] = None
-    penalties: Annotated[
-        str | None,
-        typer.Option(
-            help="Best-of-n table: choose by mean preference minus these times the uncertainty, as in 0,0.5,1."
-        ),
-    ] = None
-    judge_params: Annotated[
-        float | None, typer.Option(help="Accuracy at equal FLOP: the judge's parameters, as in 32e9.")
-    ] = None
-    model_params: Annotated[
-        float | None, typer.Option(help="The model's parameters; default: those of its backbone.")
-    ] = None
-    judge_price: Annotated[
-        str | None,
-        typer.Option(
-            help="Accuracy at equal money: the judge's prices of a million prompt and completion tokens, 2.5,10."
-        ),
-    ] = None
-    model_price: Annotated[float, typer.Option(help="Price of a million tokens that the model reads.")] = 0.0
-    judge_answer_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer of the judge, where it reports none.", min=0)
-    ] = 256
-
-    @property
-    def routes(self) -> bool:
-        """Whether a judge is needed, live, recorded or the label."""
-        asked = (self.budgets, self.thresholds, self.beside, self.judge_params, self.judge_price)
-        return any(option is not None for option in asked)
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Names of the further tables."""
-        return (
-            *(("beside",) if self.beside is not None else ()),
-            *(("cost-flop",) if self.judge_params is not None else ()),
-            *(("cost-money",) if self.judge_price is not None else ()),
-            *(("detection", "filter") if self.keep is not None else ()),
-            *(("best_of",) if self.penalties is not None else ()),
-        )
-
-
 @options.with_options
 def benchmark(
     *,
@@ -123,6 +52,13 @@ def benchmark(
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and report.md.")] = None,
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="What makes g and v of the model's hidden states, by name in "
+            "rmcore.evaluation.benchmarks.estimators.ESTIMATORS; several with commas between them are compared."
+        ),
+    ] = "head",
     routing: Routing,
     replicates: Annotated[
         int, typer.Option(help="Bootstrap replicates, clustered by prompt; 0 for no intervals.")
@@ -146,7 +82,7 @@ def benchmark(
         if show_list:
             _list()
             return
-        job = _checked(names, data, out, routing, replicates, asking, loading, overwrite)
+        job = _checked(names, data, out, estimator, routing, replicates, asking, loading, overwrite)
         with _judge_of(job, asking) as verdicts:
             kept.store = asking.store
             _run(job, verdicts, routing, lambda model: load_model(model, loading, kept, deterministic=deterministic))
@@ -158,6 +94,7 @@ class _Job:
 
     benchmark: Benchmark
     models: list[str]
+    estimators: list[str]
     sources: list[str]
     items: tuple[Item, ...]
     budgets: tuple[float, ...]
@@ -167,39 +104,6 @@ class _Job:
     files: list[Path]
     tables: list[Path]
     wanted: Wanted
-
-
-def _wanted(routing: Routing) -> Wanted:
-    """The further tables; raises InputError for words and numbers that are none."""
-    from typing import get_args
-
-    from rmcore.cli.benchmark_tables import Wanted
-    from rmcore.evaluation.benchmarks.choice import RouteBy
-    from rmcore.evaluation.benchmarks.uncertainty import check_shares
-
-    words = [] if routing.beside is None else [word.strip() for word in routing.beside.split(",")]
-    for word in words:
-        if word not in get_args(RouteBy):
-            reject("--beside", repr(word), f"words out of {', '.join(get_args(RouteBy))}")
-    scores = list(dict.fromkeys([routing.rank_by, *words]))
-    if routing.beside is not None and len(scores) < 2:
-        reject("--beside", repr(routing.beside), f"another score than {routing.rank_by}")
-    keep, penalties = _numbers("--keep", routing.keep), _numbers("--penalties", routing.penalties)
-    check_shares("--keep", keep)
-    check_shares("--penalties", penalties, high=float("inf"))
-    price = _numbers("--judge-price", routing.judge_price)
-    if price and len(price) != 2:
-        reject("--judge-price", repr(routing.judge_price), "two prices, of prompt and completion tokens, as in 2.5,10")
-    return Wanted(
-        scores=tuple(scores),  # type: ignore[arg-type]  # checked above
-        keep=keep,
-        penalties=penalties,
-        judge_params=routing.judge_params,
-        model_params=routing.model_params,
-        judge_price=(price[0], price[1]) if price else None,
-        model_price=routing.model_price,
-        answer_tokens=routing.judge_answer_tokens,
-    )
 
 
 def _list() -> None:
@@ -213,6 +117,7 @@ def _checked(
     names: list[str] | None,
     data: str | None,
     out: Path | None,
+    estimator: str,
     routing: Routing,
     replicates: int,
     asking: options.Asking,
@@ -222,6 +127,7 @@ def _checked(
     """Everything that can be wrong before a model is loaded, and the rows."""
     from rmcore.evaluation.benchmarks import BENCHMARKS, find_benchmark
     from rmcore.evaluation.benchmarks.choice import BUDGETS, check_cuts
+    from rmcore.evaluation.benchmarks.estimators import ESTIMATORS
     from rmcore.evaluation.benchmarks.published import published_budgets
     from rmcore.evaluation.benchmarks.reading import read_items, sources_of
 
@@ -230,29 +136,35 @@ def _checked(
     *models, name = names
     if len(set(models)) < len(models):
         reject("MODEL", f"{models}", "each model once")
+    estimators = [word.strip() for word in estimator.split(",")]
+    for word in estimators:
+        if word not in ESTIMATORS or estimators.count(word) > 1:
+            reject("--estimator", repr(estimator)[:60], f"each once, of {', '.join(ESTIMATORS)}")
     asked = find_benchmark(name)
     if replicates < 0:
         reject("--replicates", replicates, "at least 0")
     check_folder(out, "--out")
     check_device(loading.device)
     told = routing.budgets
-    shares = published_budgets(asked.name) if told == "published" else _numbers("--budgets", told)
-    cuts = _numbers("--thresholds", routing.thresholds)
+    shares = published_budgets(asked.name) if told == "published" else numbers_of("--budgets", told)
+    cuts = numbers_of("--thresholds", routing.thresholds)
     judged = asking.verdicts is not None or asking.judge_url is not None
     if not shares and not cuts:
         shares = BUDGETS
     check_cuts(shares, cuts)
     routed = routing.routes or judged
-    if (routed or routing.extra) and len(models) > 1:
-        reject("--budgets, --thresholds, --verdicts, --judge-url", f"{len(models)} models", "one, for a routing table")
-    wanted = _wanted(routing)
+    if (routed or routing.extra) and (several := len(models) * len(estimators)) > 1:
+        what = "models" if len(models) > 1 else "estimators"
+        reject("--budgets, --thresholds, --verdicts, --judge-url", f"{several} {what}", "one, for a routing table")
+    wanted = replace(wanted_tables(routing), estimator=estimators[0])
     files = [] if out is None else [out / "report.json", out / "report.md"]
     tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
     further = [] if out is None else [out / f"{name}.{kind}" for name in routing.extra for kind in _FORMS]
     for file in files + tables + further:
         check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False)
     items = read_items(asked, data)
-    return _Job(asked, models, sources_of(asked, data), items, shares, cuts, routed, replicates, files, tables, wanted)
+    of = sources_of(asked, data)
+    return _Job(asked, models, estimators, of, items, shares, cuts, routed, replicates, files, tables, wanted)
 
 
 @contextmanager
@@ -326,25 +238,25 @@ def _run(job: _Job, verdicts: Verdicts | None, routing: Routing, load: Callable[
     for model in job.models:
         loaded = load(model)
         prior = loaded.error_prior
-        answers[model] = _answers(loaded, job, model)
-        text, report = _report(job, model, loaded.mode, answers[model])
-        print_markdown(text)
-        texts.append(text)
-        reports.append(report)
-    content = reports[0]
-    if len(job.models) > 1:
+        for estimator in job.estimators:
+            name = model if job.estimators == ["head"] else f"{model}, {estimator}"
+            answers[name] = _answers(loaded, job, name, estimator)
+            text, report = _report(job, name, loaded.mode, answers[name])
+            print_markdown(text)
+            texts.append(text)
+            reports.append(report)
+    content, first = reports[0], next(iter(answers.values()))
+    if len(answers) > 1:
         comparison = compare(job.benchmark, answers, replicates=job.replicates)
         texts.insert(0, comparison.to_markdown())
         print_markdown(texts[0])
         content = comparison.to_dict() | {"reports": reports}
     if verdicts is not None:
-        _write_table(_routing_table(job, answers[job.models[0]], verdicts, routing, prior), job.tables)
+        _write_table(_routing_table(job, first, verdicts, routing, prior), job.tables)
     from rmcore.cli.benchmark_tables import further_tables, write_table
 
     written = list(job.tables)
-    for table in further_tables(
-        job.benchmark, loaded, answers[job.models[0]], verdicts, job.wanted, job.budgets, job.replicates
-    ):
+    for table in further_tables(job.benchmark, loaded, first, verdicts, job.wanted, job.budgets, job.replicates):
         print_markdown(table.to_markdown())
         written += write_table(table, job.files[0].parent) if job.files else []
     if job.files:
@@ -392,22 +304,16 @@ def _routing_table(
     return table
 
 
-def _answers(model: RewardModel, job: _Job, name: str) -> Answers:
+def _answers(model: RewardModel, job: _Job, name: str, estimator: str) -> Answers:
     """A model's answers, with a bar of the items done and left."""
     from rmcore.evaluation.benchmarks.scoring import score_items
 
-    title = job.benchmark.title if len(job.models) == 1 else f"{job.benchmark.title}, {name}"
+    title = job.benchmark.title if len(job.models) * len(job.estimators) == 1 else f"{job.benchmark.title}, {name}"
     with progress_bar() as bar:
         task = bar.add_task(title, total=len(job.items))
-        return score_items(model, job.items, progress=lambda done, _all: bar.update(task, completed=done))
-
-
-def _numbers(option: str, given: str | None) -> tuple[float, ...]:
-    try:
-        found = tuple(float(part) for part in given.split(",")) if given is not None else ()
-    except ValueError:
-        reject(option, repr(given)[:60], "numbers with commas between them, as in 0.02,0.1")
-    return found
+        return score_items(
+            model, job.items, estimator=estimator, progress=lambda done, _all: bar.update(task, completed=done)
+        )
 
 
 def _check_recorded(said: Verdicts, path: Path) -> None:

@@ -33,6 +33,7 @@ class Wanted:
     judge_price: tuple[float, float] | None = None
     model_price: float = 0.0
     answer_tokens: int = 256
+    estimator: str = "head"
 
 
 def further_tables(
@@ -76,7 +77,7 @@ def further_tables(
             name = "cost-flop" if unit == "FLOP" else "cost-money"
             yield cost_table(draw, chosen[by], costs, unit, mode=model.mode, by=by, name=name)
     if wanted.keep:
-        yield detection_table(benchmark.title, {"head": answers}, wanted.scores, prior=prior)
+        yield detection_table(benchmark.title, {wanted.estimator: answers}, wanted.scores, prior=prior)
         yield filter_table(benchmark, answers, wanted.scores, keep=wanted.keep, prior=prior, replicates=replicates)
     if wanted.penalties:
         table = best_of_table(benchmark, answers, penalties=wanted.penalties, replicates=replicates)

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from support.benchmarks import ROWS, rewardbench2, written
 from support.warm import MODEL, WarmPython
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
+from rmcore.evaluation.benchmarks.estimators import ESTIMATORS, Estimator
 from rmcore.judge import Fault, RecordedJudge, ReplayServer, Verdict, pair_key
+from rmcore.model.reward_model import RewardModel
 
 runner = CliRunner()
 
@@ -149,6 +152,41 @@ def test_several_models_in_one_table(models: dict[str, Path], tmp_path: Path) ->
         assert told in refused.stderr
 
 
+def test_estimators_beside_the_heads_own(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wide(model: RewardModel) -> Estimator:
+        """The head's g, and much less sure of it."""
+
+        def pairs(hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+            g, v = model.head_pairs(hidden, sizes)
+            return g, 9 * v + 80
+
+        return pairs
+
+    monkeypatch.setitem(ESTIMATORS, "wide", wide)
+    data = written(tmp_path, ROWS["judgebench"](), "jsonl")
+    common = ("benchmark", models["difference"], "judgebench", "--data", data, "--replicates", 0)
+    result = call(*common, "--estimator", "head,wide", "-o", tmp_path / "both")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert content["models"] == [f"{models['difference']}, {name}" for name in ("head", "wide")]
+    own, other = (report["diagnostics"] for report in content["reports"])
+    assert content["lines"][0]["scores"][0] == content["lines"][0]["scores"][1], "the same g"
+    assert other["brier"] > own["brier"] + 0.01, "another v: it is right, and does not know it"
+    result = call(*common, "--estimator", "wide", "--beside", "margin", "--keep", "0.5", "-o", tmp_path / "one")
+    assert result.exit_code == 0, result.stderr
+    assert "| wide | u |" in (tmp_path / "one" / "detection.md").read_text()
+    for more, told in (
+        (("--estimator", "oracle"), "--estimator: got 'oracle', expected each once, of head, wide"),
+        (("--estimator", "wide,wide"), "--estimator: got 'wide,wide'"),
+        (("--estimator", "head,wide", "--budgets", 0.1), "got 2 estimators, expected one, for a routing table"),
+    ):
+        refused = call("benchmark", "no model", "judgebench", "--data", data, *more)
+        assert refused.exit_code == 2
+        assert told in refused.stderr
+
+
 RUN = "import sys\nfrom rmcore.cli import app\napp(sys.argv[1:])\n"
 
 
@@ -157,7 +195,7 @@ def test_a_killed_run_with_a_live_judge_goes_on_and_buys_nothing_twice(
     models: dict[str, Path], tmp_path: Path, warm_python: WarmPython
 ) -> None:
     base = ROWS["judgebench"]()[0]
-    rows = [base | {"question": f"red tree {k}", "pair_id": str(k)} for k in range(40)]
+    rows = [base | {"question": f"red tree {k}", "pair_id": str(k)} for k in range(12)]
     data = written(tmp_path, rows, "jsonl")
     asked: list[str] = []
 
@@ -166,14 +204,14 @@ def test_a_killed_run_with_a_live_judge_goes_on_and_buys_nothing_twice(
             asked.append(pair_key(prompt, first, second))
             return Verdict.of("win" if str(first).startswith("good") else "loss")
 
-    with ReplayServer(Judge({}), latency_s=0.01) as server:
+    with ReplayServer(Judge({}), latency_s=0.02) as server:
         arguments = [
             *("benchmark", models["difference"], "judgebench", "--data", data, "--replicates", 0),
             *("--budgets", "0.3", "--every-pair", "--store", tmp_path / "v.db", "-o", tmp_path / "out"),
             *("--judge-url", server.base_url, "--judge-model", "m", "--judge-key-env", "", "--judge-concurrency", 4),
         ]
         child = warm_python.start(RUN, *map(str, arguments), modules=MODEL)
-        while len(asked) < 24:
+        while len(asked) < 8:
             assert child.poll() is None, child.stderr.read() if child.stderr else ""
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
@@ -182,11 +220,11 @@ def test_a_killed_run_with_a_live_judge_goes_on_and_buys_nothing_twice(
         result = call(*arguments)
         assert result.exit_code == 0, result.stderr
     again = Counter(asked)
-    assert len(again) == 80
-    assert sum(again.values()) - 80 <= 4, "only what was on its way when it was killed"
+    assert len(again) == 24
+    assert sum(again.values()) - 24 <= 4, "only what was on its way when it was killed"
     assert "answers from the store" in result.stderr
     table = json.loads((tmp_path / "out" / "routing.json").read_text())
-    assert [row["spent"]["calls"] for row in table["rows"]] == [0, 24, 80], "what was bought before the kill counts"
+    assert [row["spent"]["calls"] for row in table["rows"]] == [0, 8, 24], "what was bought before the kill counts"
     assert table["rows"][-1]["scores"][0]["routed"] == 1.0
 
 

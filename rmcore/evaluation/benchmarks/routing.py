@@ -17,8 +17,8 @@ import numpy as np
 
 from rmcore._base.errors import reject
 from rmcore.evaluation.benchmarks.choice import BUDGETS, Choice, RouteBy, Rows, check_cuts, choose
-from rmcore.evaluation.benchmarks.item import Benchmark, Matrix, Score
-from rmcore.evaluation.benchmarks.routing_table import RoutedScore, RoutingRow, RoutingTable, Spent
+from rmcore.evaluation.benchmarks.item import Benchmark, Matrix, Score, group_mean
+from rmcore.evaluation.benchmarks.routing_table import PositionLean, RoutedScore, RoutingRow, RoutingTable, Spent
 from rmcore.evaluation.benchmarks.scoring import Answers, bounds_of
 from rmcore.evaluation.benchmarks.verdicts import LABEL, Mask, Verdicts, label_verdicts, recorded_verdicts
 from rmcore.model.error_prior import ErrorPrior
@@ -30,6 +30,7 @@ __all__ = [
     "RouteBy",
     "check_cuts",
     "label_verdicts",
+    "position_lean",
     "random_order",
     "recorded_verdicts",
     "routed_mask",
@@ -119,7 +120,29 @@ def routing_table(
         seed=seed,
         notes=_notes(verdicts, lost),
         currency=verdicts.currency,
+        position=position_lean(verdicts, replicates, level, seed),
+        model_seconds=answers.seconds,
+        model_tokens=float("nan") if answers.tokens is None else float(answers.tokens.sum()),
     )
+
+
+def position_lean(verdicts: Verdicts, replicates: int, level: float, seed: int) -> PositionLean | None:
+    """How far the judge goes by the place, of all pairs with both orders known apart; None without any."""
+    verdicts.find_lean()
+    known = ~np.isnan(verdicts.lean)
+    if not known.any():
+        return None
+    pairs = verdicts.pairs
+    first = pairs.sum(np.where(known, 0.5 + 0.5 * verdicts.lean, 0.0))
+    count = pairs.sum(known.astype(np.float64))
+    member = np.full(len(pairs.items), True)
+
+    def share(weight: Matrix) -> Matrix:
+        return group_mean(first, member, weight, count)[None]
+
+    low, high = bounds_of(share, pairs.cluster, replicates, level, seed)
+    value = share(np.ones((1, len(pairs.items))))
+    return PositionLean(float(value.item()), float(low.item()), float(high.item()), int(known.sum()))
 
 
 def random_order(count: int, seed: int) -> Rows:

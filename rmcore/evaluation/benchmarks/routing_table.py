@@ -13,7 +13,7 @@ from rmcore.evaluation.benchmarks.report import number, percent
 from rmcore.evaluation.benchmarks.table import csv_value, markdown_line, tex
 from rmcore.evaluation.benchmarks.verdicts import Mask, Verdicts
 
-__all__ = ["RoutedScore", "RoutingRow", "RoutingTable", "Spent"]
+__all__ = ["PositionLean", "RoutedScore", "RoutingRow", "RoutingTable", "Spent"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,32 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class PositionLean:
+    """How often a judge prefers the response that it is shown first, over pairs answered in both orders.
+
+    Every response stands first once, so that ½ is no lean, whichever is better. A tie counts half.
+
+    Attributes:
+        share: of all answers.
+        low: lower bound; NaN where no interval can be had.
+        high: upper bound.
+        pairs: with both orders known apart.
+    """
+
+    share: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        bounds = "" if math.isnan(self.low) else f" [{percent(self.low)}, {percent(self.high)}]"
+        return (
+            f"Of the judge's answers in both orders of {self.pairs} pairs, {percent(self.share)}%{bounds} are for the "
+            "response shown first (50% is no lean)"
+        )
+
+
+@dataclass(frozen=True)
 class RoutingRow:
     """One threshold or budget.
 
@@ -94,7 +120,8 @@ class RoutingTable:
     """Accuracy against judge calls on a benchmark; the first row is without a judge, the last has every pair judged,
     where the judge was asked about every pair.
 
-    ``notes`` are sentences on what was asked and what is left out.
+    ``notes`` are sentences on what was asked and what is left out; ``position`` is None where the judge's two orders
+    are not known apart; ``model_seconds`` and ``model_tokens`` are the model's on all items, NaN where not known.
     """
 
     benchmark: str
@@ -108,10 +135,17 @@ class RoutingTable:
     seed: int
     notes: tuple[str, ...] = ()
     currency: str = ""
+    position: PositionLean | None = None
+    model_seconds: float = math.nan
+    model_tokens: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; NaN and Inf are None."""
         content = asdict(self)
+        for name in ("model_seconds", "model_tokens"):
+            content[name] = number(content[name])
+        if self.position is not None:
+            content["position"] |= {name: number(content["position"][name]) for name in ("low", "high")}
         for row in content["rows"]:
             row["threshold"] = number(row["threshold"])
             row["spent"] = {key: number(value) for key, value in row["spent"].items()}
@@ -127,13 +161,13 @@ class RoutingTable:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         names = "routing threshold calls share failed score routed random difference difference_low difference_high"
-        writer.writerow([*names.split(), *(f"judge_{field.name}" for field in fields(Spent))])
+        writer.writerow([*names.split(), *(f"judge_{field.name}" for field in fields(Spent)), "model_seconds"])
         for row in self.rows:
             for score in row.scores:
                 numbers = (score.routed, score.random, score.difference, score.low, score.high)
                 writer.writerow(
                     [row.name, csv_value(row.threshold), row.calls, repr(row.share), row.failed, score.name]
-                    + [csv_value(value) for value in (*numbers, *astuple(row.spent))]
+                    + [csv_value(value) for value in (*numbers, *astuple(row.spent), self.model_seconds)]
                 )
         return stream.getvalue()
 
@@ -158,9 +192,11 @@ class RoutingTable:
                 markdown_line(["random", *place, *random]),
             ]
             differences.append(markdown_line([row.name, *(_difference(score) for score in row.scores)]))
+        position = () if self.position is None else (str(self.position),)
         notes = (
             f"\nIntervals: {100 * self.level:g}%, percentile bootstrap over prompts, {self.replicates} replicates, "
-            f"seed {self.seed}.{self._failures()}{''.join(f' {note}.' for note in self.notes)}\n"
+            f"seed {self.seed}.{self._failures()}{''.join(f' {note}.' for note in (*position, *self.notes))}"
+            f"{self._model()}\n"
         )
         return head + "\n".join(lines) + "\n\n" + "\n".join(differences) + "\n" + self._costs() + notes
 
@@ -192,14 +228,23 @@ class RoutingTable:
         if all(math.isnan(row.spent.calls) for row in self.rows if row.calls):
             return ""
         names = ["judge calls", "prompt tokens", "completion tokens", "judge seconds", f"cost, {self.currency or '-'}"]
+        timed = not math.isnan(self.model_seconds)
+        names += ["model seconds"] * timed
         lines = ["", markdown_line(["routing", "pairs", *names]), "|---|" + "---:|" * (len(names) + 1)]
         for row in self.rows:
             spent = row.spent
             counts = [_count(x) for x in (spent.calls, spent.prompt_tokens, spent.completion_tokens)]
             cost = "-" if math.isnan(spent.cost) or not self.currency else f"{spent.cost:.4f}"
             seconds = "-" if math.isnan(spent.seconds) else f"{spent.seconds:.1f}"
-            lines.append(markdown_line([row.name, str(row.calls), *counts, seconds, cost]))
+            own = [f"{self.model_seconds:.1f}"] * timed
+            lines.append(markdown_line([row.name, str(row.calls), *counts, seconds, cost, *own]))
         return "\n".join(lines) + "\n"
+
+    def _model(self) -> str:
+        if math.isnan(self.model_seconds):
+            return ""
+        read = "" if math.isnan(self.model_tokens) else f" {_count(self.model_tokens)} tokens"
+        return f" The model read{read} in {self.model_seconds:.1f} s; hidden states that were kept cost no time again."
 
     def _failures(self) -> str:
         failed = self.rows[-1].failed

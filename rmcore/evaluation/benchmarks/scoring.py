@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Answers:
         doubt: (K,) of each item: the mean u of a response's pairs, Inf where it has none.
         position_bias: (P,) of :class:`~rmcore.model.response_scores.ResponseScores`, concat mode only.
         tokens: (N,) tokens that the model reads of each item; None where that is not known.
+        seconds: of the model's own, for all items, as the clock has it: little where hidden states were cached. NaN
+            where that is not known.
     """
 
     pairs: CountedPairs
@@ -58,6 +61,7 @@ class Answers:
     doubt: tuple[Matrix, ...] = ()
     position_bias: Matrix | None = None
     tokens: Matrix | None = None
+    seconds: float = float("nan")
 
     def candidates(self) -> Candidates:
         """The pairs as routers take them, the better response first: no score of theirs goes by the order."""
@@ -105,8 +109,10 @@ class _Reader:
         self.pairs: dict[str, list[Matrix]] = {}
         self.members: dict[str, list[Matrix]] = {}
         self.tokens: list[float] = []
+        self.seconds = 0.0
 
     def read(self, items: Sequence[Item]) -> None:
+        begun = time.perf_counter()
         encoded, groups = self._encoded(items)
         hidden = fill_unread(self.model.hidden_rows(encoded), encoded)
         pairs = None if self.head else self.estimate(hidden, torch.tensor([len(group) for group in groups]))
@@ -129,6 +135,7 @@ class _Reader:
             for name, member in (("scores", own), ("preference", mean), ("doubt", said.response_uncertainty.numpy())):
                 self.members.setdefault(name, []).append(member)
             self.tokens.append(float(sum(len(text.ids) for text in encoded[k] if not text.unread)))
+        self.seconds += time.perf_counter() - begun
 
     def answers(self, items: Sequence[Item]) -> Answers:
         flat = {name: np.concatenate(parts).astype(np.float64) for name, parts in self.pairs.items()}
@@ -146,6 +153,7 @@ class _Reader:
             preference=tuple(self.members["preference"]),
             doubt=tuple(self.members["doubt"]),
             tokens=np.array(self.tokens),
+            seconds=self.seconds,
         )
 
     def _row_columns(self, hidden: Tensor, sizes: list[int]) -> dict[str, list[Matrix]]:

@@ -40,6 +40,8 @@ class Verdicts:
         asked: (P,) bool, where the judge was asked, with a verdict or without.
         flipped: (P,) bool, where its answers in the two orders contradict each other.
         orders: (P,) in how many orders it gave a verdict.
+        lean: (P,) in [−1, 1], how far it went by the place: the mean over both orders of its preference for the
+            response shown first. NaN where the two are not known apart; of a live judge its store tells them.
         spent: name → (P,) what it cost: ``calls`` (orders asked), ``prompt_tokens``, ``completion_tokens``,
             ``seconds``, ``cost``; NaN where that is not known. What a store had was paid for once, and counts as that.
         currency: of ``cost``.
@@ -53,6 +55,7 @@ class Verdicts:
         self.asked: Mask = np.zeros(count, dtype=bool)
         self.flipped: Mask = np.zeros(count, dtype=bool)
         self.orders: npt.NDArray[np.intp] = np.zeros(count, dtype=np.intp)
+        self.lean: Matrix = np.full(count, np.nan)
         self.spent: dict[str, Matrix] = {name: np.full(count, np.nan) for name in _SPENT}
 
     @classmethod
@@ -86,6 +89,9 @@ class Verdicts:
     def ask(self, rows: npt.NDArray[np.intp]) -> None:
         """Have the verdicts on these pairs, in this order, as far as a budget goes; a no-op where all are known."""
 
+    def find_lean(self) -> None:
+        """Bring :attr:`lean` up to what was asked; a no-op where that is known from the start."""
+
 
 def label_verdicts(pairs: CountedPairs) -> Verdicts:
     """Of a judge that always agrees with the label: no judge can do better."""
@@ -103,6 +109,9 @@ def recorded_verdicts(pairs: CountedPairs, judge: RecordedJudge, name: str = "re
             found.preference[row] = np.nan if verdict.preference is None else verdict.preference
             found.flipped[row] = verdict.flipped
             found.orders[row] = judge.orders_recorded(item.prompt, first, second)
+            if found.orders[row] == 2:
+                shown = (judge.lookup(item.prompt, first, second), judge.lookup(item.prompt, second, first))
+                found.lean[row] = sum(one.preference or 0.0 for one in shown) / 2
             row += 1
     return found
 
@@ -173,6 +182,18 @@ class LiveVerdicts(Verdicts):
                 left = len(wanted) - start - granted
                 self.ended = f"the budget of {self._limits()} ended with {left} pairs unasked"
                 return
+
+    def find_lean(self) -> None:
+        """From what the store has of both orders; nothing without a store."""
+        store = getattr(self.judge, "store", None)
+        if not isinstance(store, VerdictStore) or not (self.orders == 2).any():
+            return
+        with VerdictLedger(store.path) as ledger:
+            logged = self._calls(ledger)
+        for row in np.flatnonzero(self.orders == 2).tolist():
+            said = [call.preference for call in logged.get(self._key[row], {}).values() if call.preference is not None]
+            if len(said) == 2:
+                self.lean[row] = sum(said) / 2
 
     def _reserve(self, count: int) -> tuple[int, Callable[[JudgeUsage], None]]:
         """How many of ``count`` pairs all budgets allow, and what settles them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,53 @@ def test_what_it_cost_stands_in_the_table_also_when_a_store_answers(tmp_path: Pa
     assert "judge_prompt_tokens" in tables[1].to_csv().splitlines()[0]
     free = routing_table(JUDGEBENCH, said, label_verdicts(said.pairs), replicates=0)
     assert "prompt tokens" not in free.to_markdown()
+
+
+def test_how_far_a_judge_goes_by_the_place(tmp_path: Path) -> None:
+    """The better response is shown first in half of all answers, so that being right is no lean."""
+    count = 40
+    words = ["flip to the first"] * 8 + ["flip to the second"] * 2 + ["tie, then the first"] * 4 + ["right"] * 26
+    rows = []
+    for k, word in enumerate(words):
+        there, back = {"flip to the first": ("win", "loss"), "flip to the second": ("loss", "win")}.get(
+            word, ("win", "tie" if word.startswith("tie") else "win")
+        )
+        pair = {"prompt": f"prompt {k}", "first": "good", "second": "bad"}
+        rows += [pair | {"verdict": there}, pair | {"order": "ba", "verdict": back}]
+    judge, said = RecordedJudge.from_rows(rows), answers(count)
+    known = recorded_verdicts(said.pairs, judge)
+    np.testing.assert_array_equal(known.lean, [1.0] * 8 + [-1.0] * 2 + [0.5] * 4 + [0.0] * 26)
+    with ReplayServer(judge) as server:
+        asked = live(said, server.base_url, tmp_path / "v.db")
+        table = routing_table(JUDGEBENCH, said, asked, budgets=(), every=True, replicates=300)
+        asked.judge.close()  # type: ignore[attr-defined]
+        blind = live(said, server.base_url)  # without a store the two orders are not known apart
+        assert routing_table(JUDGEBENCH, said, blind, budgets=(), every=True, replicates=0).position is None
+    np.testing.assert_array_equal(asked.lean, known.lean)
+    lean = table.position
+    assert lean is not None
+    assert (lean.share, lean.pairs) == (pytest.approx(0.5 + 0.5 * 8 / count), count)
+    assert 0.5 < lean.low < lean.share < lean.high < 0.75
+    told = "answers in both orders of 40 pairs, 60.0% [5"
+    assert told in table.to_markdown()
+    assert table.to_dict()["position"]["share"] == pytest.approx(0.6)
+    assert label_verdicts(said.pairs).lean.shape == (count,)
+    free = routing_table(JUDGEBENCH, said, label_verdicts(said.pairs), replicates=0)
+    assert free.position is None
+    assert "shown first" not in free.to_markdown()
+
+
+def test_the_models_own_seconds_stand_beside_the_judges() -> None:
+    said = replace(answers(4), seconds=2.5, tokens=np.full(4, 300.0))
+    with ReplayServer(recorded(5)) as server:
+        table = routing_table(JUDGEBENCH, said, live(said, server.base_url), budgets=(), every=True, replicates=0)
+    text = table.to_markdown()
+    assert "| judge seconds | cost, USD | model seconds |" in text
+    assert all(line.endswith("| 2.5 |") for line in text.splitlines() if line.startswith("| every pair | 4 | 8 |"))
+    assert "The model read 1,200 tokens in 2.5 s" in text
+    assert table.to_csv().splitlines()[0].endswith(",model_seconds")
+    assert table.to_csv().splitlines()[1].endswith(",2.5")
+    assert table.to_dict()["model_tokens"] == 1200
 
 
 def test_equal_questions_are_asked_once_and_budgets_hold() -> None:
