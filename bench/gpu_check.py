@@ -85,7 +85,7 @@ def first_part(device: str, size: int) -> list[Step]:
         steps += [
             Step("eager", 30, _probe("eager", *common)),
             Step(
-                "tests-kernels", 60,
+                "tests-kernels", 75,
                 _pytest(*tests, "tests/gpu/test_cuda_gpu.py", "tests/gpu/test_triton_gpu.py"),
             ),
             Step("tune", 60, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
@@ -375,10 +375,25 @@ def report(path: Path, results: Path | None, table: Path | None = None) -> int:
         return 1
     card = "".join(c if c.isalnum() else "-" for c in environment["name"].lower()).strip("-")
     target = results / f"gpu-{card}.json"
-    target.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    earlier = _not_repeated(target, rows)
+    target.write_text(json.dumps({"environment": environment, "rows": rows, "earlier": earlier}, indent=1) + "\n")
     print(target)
     update_proven(table or ROOT / "rmcore" / "ops" / "proven.json", environment, rows)
     return 0
+
+
+def _not_repeated(file: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What earlier runs on the card measured and this one did not, each row with its own date and commit."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name)) for name in ("step", "case", "size", "dtype", "rows", "k", "shape"))
+
+    if not file.is_file():
+        return []
+    known, again = json.loads(file.read_text(encoding="utf-8")), {key(row) for row in rows}
+    of = {name: known["environment"][name] for name in ("date", "commit")}
+    before = [of | row for row in known["rows"] if "case" in row] + known.get("earlier", [])
+    return [row for row in before if key(row) not in again and row["case"] != "environment"]
 
 
 OPS = ("score", "accumulate", "pair_variance", "power_iteration")

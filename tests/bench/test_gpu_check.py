@@ -114,7 +114,7 @@ except KeyboardInterrupt:
     time.sleep(600)  # and does not end by itself
 """
     run = Run(tmp_path, 60)
-    run.step(script(code, limit_s=2), tmp_path)
+    run.step(script(code, limit_s=4), tmp_path)  # a Python that starts while others work takes a second or two
     assert (tmp_path / "reported").read_text() == "yes"
     (row,) = rows(run)
     assert row["rc"] == 124
@@ -186,12 +186,25 @@ def test_a_report_names_the_card_and_needs_to_know_it(tmp_path: Path, capsys):
     path.write_text(json.dumps(case) + "\n" + '{"step": "sc')
     assert gpu_check.report(path, tmp_path) == 1
     card = {"step": "environment", "case": "environment", "size": 0, "dtype": "", "name": "NVIDIA H100 80GB HBM3"}
-    card |= {"versions": {"triton": "3.6.0"}, "commit": "abc", "sources_triton": "T", "sources_cuda": "C"}
+    card |= {
+        "versions": {"triton": "3.6.0"},
+        "date": "today",
+        "commit": "abc",
+        "sources_triton": "T",
+        "sources_cuda": "C",
+    }
     path.write_text(json.dumps(card) + "\n" + json.dumps(case) + "\n" + '{"step": "sc')
     assert gpu_check.report(path, tmp_path, tmp_path / "proven.json") == 0
     document = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
     assert document["rows"] == [card, case]
     assert "us=19.5" in capsys.readouterr().out
+    # A later run that measures less keeps what it did not measure, with its own date and commit.
+    other = case | {"rows": 64, "us": 30.0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (card | {"date": "later", "commit": "def"}, other)))
+    assert gpu_check.report(path, tmp_path, tmp_path / "proven.json") == 0
+    document = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
+    assert document["rows"][1:] == [other]
+    assert document["earlier"] == [{"date": "today", "commit": "abc"} | case]
 
 
 def test_the_assembled_tree_is_what_an_installation_has(tmp_path: Path):
