@@ -20,7 +20,7 @@ APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), 
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live compile-gate coverage docs lint format quality routing soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -33,6 +33,7 @@ help:
 	@echo "make soak     20,000 pairs, 2,000 requests in flight, a fifth of them faulty -> bench/results/judge_soak.json"
 	@echo "make soak-serve  200 clients of the group server for a minute -> bench/results/serve_soak.json"
 	@echo "make routing  every router on every public stream, 12 seeds (needs RMCORE_DATA) -> bench/results/routing.*"
+	@echo "make uncertainties  every estimator on the public streams, 5 seeds (needs RMCORE_DATA) -> bench/results/uncertainties.*"
 	@echo "make quality  the three quality streams, 3 seeds (needs RMCORE_DATA) -> bench/results/quality.json"
 
 $(VENV)/.torch:
@@ -109,6 +110,9 @@ quality: $(VENV)/.demo
 
 routing: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.routing
+
+uncertainties: $(VENV)/.demo
+	$(BIN)/python -m rmcore.bench.uncertainties
 
 soak: $(VENV)/.demo
 	$(BIN)/python -m rmcore.bench.judge_soak

@@ -114,7 +114,8 @@ def _digest(values: Mapping[str, Any]) -> str:
     if isinstance(backbone, Mapping):
         backbone = {name: value for name, value in backbone.items() if name not in free}
     decides = [values.get("kind"), values.get("head"), backbone, values.get("embedded"), values.get("backbone_files")]
-    text = json.dumps([*decides, values.get("error_prior")], sort_keys=True, separators=(",", ":"))
+    beside = [values["estimators"]] if "estimators" in values else []  # folders without have the digest they had
+    text = json.dumps([*decides, values.get("error_prior"), *beside], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Upload", "commit_of", "download", "file_of", "folder_of", "hub_failure", "model_card", "upload"]
 
 MODEL_FILES = ("rmcore.json", "head.safetensors")
+ESTIMATOR_FILES = ("estimators/*/*.json", "estimators/*/*.safetensors")
 BACKBONE_FILES = tuple(f"backbone/{end}" for end in ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"))
 CARD = "README.md"
 _UNREACHED = {"TransportError", "ConnectionError", "Timeout"}  # of httpx, requests, and Python
@@ -180,7 +181,7 @@ def download(
                 revision=revision,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=[*MODEL_FILES, *BACKBONE_FILES, "config.json"],
+                allow_patterns=[*MODEL_FILES, *ESTIMATOR_FILES, *BACKBONE_FILES, "config.json"],
                 library_name="rmcore",
                 library_version=__version__,
             )

@@ -28,6 +28,7 @@ from rmcore._base.prompt import (
 from rmcore.head import checkpoint
 from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.config import HeadConfig, PairMode
+from rmcore.head.estimators import PairEstimator, estimator_named, read_estimators, write_estimators
 from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
@@ -84,6 +85,9 @@ class RewardModel:
         backbone: makes hidden states.
         head: a frozen head as wide as them.
         error_prior: what is known of the head's errors, for routers that learn (:mod:`rmcore.model.error_prior`).
+
+    Attributes:
+        estimators: other uncertainties fitted for the same backbone, by name (:meth:`add_estimator`); saved with it.
     """
 
     error_prior: ErrorPrior | None = None
@@ -94,6 +98,7 @@ class RewardModel:
         self.backbone = backbone
         self.head = head if head.device == backbone.device else head.to(backbone.device)
         self.error_prior = error_prior
+        self.estimators: dict[str, PairEstimator] = {}
 
     @property
     def mode(self) -> str:
@@ -330,6 +335,30 @@ class RewardModel:
             pairs = score(hidden, backend=backend)
         return pairs.logit, pairs.variance
 
+    def add_estimator(
+        self, name: str, preferences: Sequence[Preference], *, progress: Progress | None = None, **settings: Any
+    ) -> PairEstimator:
+        """Fit another uncertainty beside the head on training pairs and keep it with the model (difference mode).
+
+        Args:
+            name: one of :data:`rmcore.head.estimators.ESTIMATORS`; one of that name is replaced.
+            preferences: at least one pair.
+            progress: progress callback.
+            **settings: of the estimator's ``fit``.
+
+        Raises:
+            InputError: a name that there is not, a concat-mode model, no pairs, or what the estimator refuses.
+        """
+        kind = estimator_named(name)
+        if self.mode != "difference":
+            reject("model", "one in concat mode", "one in difference mode, whose pairs share the responses' rows")
+        if not preferences:
+            reject("preferences", "an empty list", "at least one pair")
+        hidden, labels, pairs = encode_preferences(self.backbone, preferences, "difference", progress=progress)
+        assert pairs is not None
+        self.estimators[name] = kind.fit(hidden.cpu(), labels.cpu(), pairs.cpu(), **settings)
+        return self.estimators[name]
+
     def row_scores(self, hidden: Tensor) -> Tensor:
         """(R,) float64: β·φ + β₀ of each row. Without random features φ is the row, and nothing is rounded."""
         if self.deterministic == "batch" and len(hidden) > 1:
@@ -457,6 +486,8 @@ class RewardModel:
             values["backbone_files"] = files
         if self.error_prior is not None:
             values["error_prior"] = write_error_prior(self.error_prior, folder)
+        if self.estimators:
+            values["estimators"] = write_estimators(self.estimators, folder)
         checkpoint.write_config(folder, values)
 
     def push_to_hub(
@@ -586,8 +617,13 @@ class RewardModel:
         head = checkpoint.read_head(folder, values.get("head"), "cpu")
         known = values.get("error_prior")
         prior = None if known is None else read_error_prior(folder, known, head.config.hidden_size)
+        try:
+            beside = read_estimators(folder, values.get("estimators", {}))
+        except (InputError, AttributeError) as error:
+            raise CheckpointError(f"{name}: got an estimators section that does not fit ({error})") from error
         if backbone is not None:
             model = cls(backbone, head, prior)
+            model.estimators = beside
             checkpoint.check_digest(folder, values)
             return model
         try:
@@ -611,6 +647,7 @@ class RewardModel:
                     loaded.config.date,
                 )
             model = cls(loaded, head, prior)
+            model.estimators = beside
             checkpoint.check_digest(folder, values)
             return model
         except (InputError, KeyError, TypeError) as error:

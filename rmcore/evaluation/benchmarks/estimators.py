@@ -1,7 +1,7 @@
-"""Estimators: from a model's hidden rows to g and v of every pair. The head's own is one; others stand beside it.
+"""Estimators of a model for benchmarks: its head, and what was fitted beside it (:mod:`rmcore.head.estimators`).
 
 An estimator is made for a model once and then asked for groups of rows, so that several of them share one pass of the
-backbone. :data:`ESTIMATORS` has them by name; what it holds ``rmcore benchmark --estimator`` knows.
+backbone. The names are those of :data:`rmcore.head.estimators.ESTIMATORS`, and ``head``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import TypeAlias
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.head.estimators import estimator_named
 from rmcore.model.reward_model import RewardModel
 
-__all__ = ["ESTIMATORS", "HEAD", "Estimator", "make_estimator"]
+__all__ = ["HEAD", "Estimator", "make_estimator"]
 
 Estimator: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Hidden rows (R, h) and group sizes (G,) → g and v (Q,) of all pairs: i < j, group after group, in difference mode;
@@ -23,16 +24,17 @@ one a row in concat mode, where a row is a pair. v ≥ 0 is on the scale of a lo
 HEAD = "head"
 
 
-def _head(model: RewardModel) -> Estimator:
-    return model.head_pairs
-
-
-ESTIMATORS: dict[str, Callable[[RewardModel], Estimator]] = {HEAD: _head}
-"""Name → what makes it for a model; it raises InputError for a model that has it not."""
-
-
 def make_estimator(model: RewardModel, name: str) -> Estimator:
-    """An estimator of a model by its name; raises InputError with the names there are."""
-    if name not in ESTIMATORS:
-        reject("estimator", repr(name)[:60], f"one of {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[name](model)
+    """An estimator of a model by its name; raises InputError with the names there are, or that the model has."""
+    if name == HEAD:
+        return model.head_pairs
+    known = model.estimators.get(estimator_named(name).name)
+    if known is None:
+        has = ", ".join([HEAD, *model.estimators])
+        reject("estimator", repr(name), f"one that the model has: {has}", "RewardModel.add_estimator fits one")
+
+    def pairs(hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        found = known.pairs(hidden.cpu(), sizes.cpu())
+        return found.logit, found.variance
+
+    return pairs

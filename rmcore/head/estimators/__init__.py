@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from safetensors import SafetensorError
 
 from rmcore._base.errors import CheckpointError, InputError, reject
-from rmcore._base.files import atomic_folder
+from rmcore._base.files import atomic_folder, digest_file
 from rmcore._base.version import __version__
 from rmcore.head.estimators.dropout import Dropout
 from rmcore.head.estimators.ensembles import Ensemble
@@ -34,10 +35,11 @@ __all__ = [
     "PairEstimate",
     "PairEstimator",
     "VarianceKind",
-    "estimator_folder",
     "estimator_named",
     "load_estimator",
+    "read_estimators",
     "save_estimator",
+    "write_estimators",
 ]
 
 AnyEstimator: TypeAlias = SNGP | Laplace | Dropout | Ensemble
@@ -57,11 +59,6 @@ def estimator_named(name: str) -> type[AnyEstimator]:
     if name not in ESTIMATORS:
         reject("uncertainty", repr(name)[:60], f"one of {', '.join(ESTIMATORS)}")
     return ESTIMATORS[name]
-
-
-def estimator_folder(model: str | os.PathLike[str], name: str) -> Path:
-    """Where an estimator of a model's folder is kept: ``MODEL/estimators/NAME``."""
-    return Path(model) / "estimators" / name
 
 
 def save_estimator(estimator: PairEstimator, path: str | os.PathLike[str]) -> None:
@@ -93,3 +90,25 @@ def load_estimator(path: str | os.PathLike[str]) -> AnyEstimator:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: got values that do not fit together ({error})") from error
+
+
+def write_estimators(estimators: Mapping[str, PairEstimator], folder: Path) -> dict[str, str]:
+    """Write a model's estimators as ``estimators/NAME`` of its folder; returns their digests, for its JSON."""
+    for name, estimator in estimators.items():
+        save_estimator(estimator, _of_model(folder, name))
+    return {name: digest_file(_of_model(folder, name) / _FILE) for name in estimators}
+
+
+def read_estimators(folder: Path, digests: Mapping[str, str]) -> dict[str, PairEstimator]:
+    """The inverse of :func:`write_estimators`; raises CheckpointError as :func:`load_estimator`, and for others."""
+    found: dict[str, PairEstimator] = {}
+    for name, digest in digests.items():
+        file = _of_model(folder, estimator_named(name).name) / _FILE
+        if not file.is_file() or digest_file(file) != digest:
+            raise CheckpointError(f"{file}: got none, or another than the model was saved with. Copy the folder again")
+        found[name] = load_estimator(file.parent)
+    return found
+
+
+def _of_model(folder: Path, name: str) -> Path:
+    return folder / "estimators" / name

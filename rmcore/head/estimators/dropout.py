@@ -58,7 +58,7 @@ class Dropout:
         rate: float = 0.1,
         masks: int = 64,
         layers: tuple[int, ...] = (128, 128),
-        epochs: int = 10,
+        epochs: int = 5,
         seed: int = 0,
     ) -> Dropout:
         """Train the network with dropout; data as of :meth:`rmcore.head.estimators.laplace.Laplace.fit`.

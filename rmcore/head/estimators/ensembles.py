@@ -44,7 +44,7 @@ class Ensemble:
         members: int = 20,
         layers: tuple[int, ...] = (128, 128),
         anchor: float = 0.1,
-        epochs: int = 10,
+        epochs: int = 5,
         seed: int = 0,
     ) -> Ensemble:
         """Train all members at once; data as of :meth:`rmcore.head.estimators.laplace.Laplace.fit`.

@@ -62,7 +62,8 @@ class Laplace:
         wanted = (len(beta),) if self.structure == "diag" else (len(beta), len(beta))
         if beta.dim() != 1 or factor.shape != wanted:
             reject("factor", f"shape {tuple(factor.shape)}", f"{wanted} for {self.name}")
-        self.beta, self.factor, self.ridge = beta.double(), factor.double(), float(ridge)
+        self.beta, self.ridge = beta.double(), float(ridge)
+        self.factor = factor.double().contiguous()  # as it is loaded: products of another layout differ in the last bit
 
     @classmethod
     def fit(cls, hidden: Tensor, labels: Tensor, pairs: Tensor, *, ridge: float | None = None) -> Laplace:

@@ -115,7 +115,7 @@ class Training:
     """
 
     layers: tuple[int, ...] = (128, 128)
-    epochs: int = 10
+    epochs: int = 5
     batch_size: int = 64
     learning_rate: float = 1e-3
     anchor: float = 0.1

@@ -39,4 +39,4 @@ def read_tensors(folder: Path, values: Mapping[str, Any], names: Sequence[str]) 
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {name}: got NaN or Inf, expected finite values")
-    return tensors
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # aligned, so that products have the same bits
