@@ -55,8 +55,8 @@ def benchmark(
     estimator: Annotated[
         str,
         typer.Option(
-            help="What makes g and v of the model's hidden states, by name in "
-            "rmcore.evaluation.benchmarks.estimators.ESTIMATORS; several with commas between them are compared."
+            help="What makes g and v of the model's hidden states, by name: head, or what "
+            "was fitted beside it (RewardModel.add_estimator); several with commas between them are compared."
         ),
     ] = "head",
     routing: Routing,

@@ -178,7 +178,10 @@ def test_estimators_beside_the_heads_own(
     assert result.exit_code == 0, result.stderr
     assert "| wide | u |" in (tmp_path / "one" / "detection.md").read_text()
     for more, told in (
-        (("--estimator", "oracle"), "--estimator: got 'oracle', expected each once, of head, wide"),
+        (
+            ("--estimator", "oracle"),
+            f"--estimator: got 'oracle', expected each once, of {', '.join(ESTIMATORS)}",
+        ),
         (("--estimator", "wide,wide"), "--estimator: got 'wide,wide'"),
         (("--estimator", "head,wide", "--budgets", 0.1), "got 2 estimators, expected one, for a routing table"),
     ):

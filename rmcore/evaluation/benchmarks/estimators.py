@@ -1,21 +1,23 @@
 """Estimators of a model for benchmarks: its head, and what was fitted beside it (:mod:`rmcore.head.estimators`).
 
 An estimator is made for a model once and then asked for groups of rows, so that several of them share one pass of the
-backbone. The names are those of :data:`rmcore.head.estimators.ESTIMATORS`, and ``head``.
+backbone. :data:`ESTIMATORS` has them by name, ``head`` and those of :mod:`rmcore.head.estimators`; what it holds
+``rmcore benchmark --estimator`` knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.head.estimators import estimator_named
+from rmcore.head import estimators
 from rmcore.model.reward_model import RewardModel
 
-__all__ = ["HEAD", "Estimator", "make_estimator"]
+__all__ = ["ESTIMATORS", "HEAD", "Estimator", "make_estimator"]
 
 Estimator: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Hidden rows (R, h) and group sizes (G,) → g and v (Q,) of all pairs: i < j, group after group, in difference mode;
@@ -24,11 +26,12 @@ one a row in concat mode, where a row is a pair. v ≥ 0 is on the scale of a lo
 HEAD = "head"
 
 
-def make_estimator(model: RewardModel, name: str) -> Estimator:
-    """An estimator of a model by its name; raises InputError with the names there are, or that the model has."""
-    if name == HEAD:
-        return model.head_pairs
-    known = model.estimators.get(estimator_named(name).name)
+def _head(model: RewardModel) -> Estimator:
+    return model.head_pairs
+
+
+def _beside(model: RewardModel, *, name: str) -> Estimator:
+    known = model.estimators.get(name)
     if known is None:
         has = ", ".join([HEAD, *model.estimators])
         reject("estimator", repr(name), f"one that the model has: {has}", "RewardModel.add_estimator fits one")
@@ -38,3 +41,17 @@ def make_estimator(model: RewardModel, name: str) -> Estimator:
         return found.logit, found.variance
 
     return pairs
+
+
+ESTIMATORS: dict[str, Callable[[RewardModel], Estimator]] = {
+    HEAD: _head,
+    **{name: partial(_beside, name=name) for name in estimators.ESTIMATORS},
+}
+"""Name → what makes it for a model; it raises InputError for a model that has it not."""
+
+
+def make_estimator(model: RewardModel, name: str) -> Estimator:
+    """An estimator of a model by its name; raises InputError with the names there are, or that the model has."""
+    if name not in ESTIMATORS:
+        reject("estimator", repr(name)[:60], f"one of {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name](model)
