@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.prompt import Response, content_key
-from rmcore.model.attribute_scores import AttributeScores
+from rmcore.head.attributes.scores import AttributeScores
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText
 from rmcore.ops import reference

@@ -34,7 +34,7 @@ from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
-from rmcore.model.attribute_scores import AttributeScores
+from rmcore.head.attributes.scores import AttributeScores
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.error_prior import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rmcore._base.errors import CheckpointError
-from rmcore.model.attribute_scores import AttributeScores
+from rmcore.head.attributes.scores import AttributeScores
 from rmcore.model.families.spec import Gate, Head, Key, Size, Stack
 from rmcore.model.families.tensors import TensorFiles
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rmcore import Preference, RewardModel
-from rmcore.model.attribute_scores import AttributeScores
+from rmcore.head.attributes.scores import AttributeScores
 
 ASKED = "what is the capital of France?"
 CHAT = [{"role": "user", "content": ASKED}]

@@ -1,0 +1,317 @@
+"""Training an attribute head from cached hidden states, on a CPU in seconds.
+
+Stage 1 (:func:`fit_attributes`) learns means and spread from labels, stage 2 (:func:`fit_gate`) the gate from
+preference pairs with everything else frozen. :func:`fit_pairs` is PURM's: means and spread from pairs alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import NonFiniteError, reject
+from rmcore.head.attributes.head import AttributeHead
+from rmcore.head.attributes.losses import bradley_terry, gaussian_nll, pinball, purm_logit, sampled_mse
+from rmcore.head.posterior import check_finite
+
+__all__ = ["FitOptions", "Objective", "PairStates", "fit_attributes", "fit_gate", "fit_pairs"]
+
+_RIDGE = 1e-3
+_CHECKS = 20
+
+Objective: TypeAlias = Literal["mle", "regression", "pinball"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """AdamW over mini-batches, its learning rate falling to 0 by a cosine.
+
+    Attributes:
+        steps: of the optimiser.
+        batch_size: rows a step, drawn without repetition until all have been seen.
+        lr: the first learning rate.
+        weight_decay: AdamW's; of the value head in whitened coordinates.
+        holdout: share of the rows kept out of training; of the weights at each twentieth of the steps those with the
+            least loss on them are kept. 0 trains on all rows and keeps the last weights.
+        seed: of the rows kept out, the mini-batches and sampled rewards.
+    """
+
+    steps: int = 1000
+    batch_size: int = 256
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    holdout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                reject(name, getattr(self, name), "a positive whole number")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            reject("lr", self.lr, "a positive finite number")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            reject("weight_decay", self.weight_decay, "a finite number, at least 0")
+        if not 0 <= self.holdout < 1:
+            reject("holdout", self.holdout, "a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class PairStates:
+    """Cached states of P preference pairs.
+
+    Attributes:
+        chosen: (P, h).
+        rejected: (P, h).
+        gate: (P, h) states that a gate reads, as ArmoRM's reads the prompt's; None where it reads each response's own.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    gate: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        parts = {"chosen": self.chosen, "rejected": self.rejected, "gate": self.gate}
+        for name, part in parts.items():
+            if part is None:
+                continue
+            if part.dim() != 2 or part.shape != self.chosen.shape or not len(part):
+                reject(name, f"shape {tuple(part.shape)}", f"(P, h), that of chosen {tuple(self.chosen.shape)}, P > 0")
+            check_finite(part, name)
+
+
+def fit_attributes(
+    head: AttributeHead,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective | None = None,
+    options: FitOptions | None = None,
+) -> float:
+    """Stage 1: train the value head in place; the gate stays.
+
+    The states are whitened while training, so that the learning rate means the same for every backbone.
+
+    Args:
+        head: to train.
+        hidden: (N, h) states.
+        labels: (N, A), NaN where nobody labelled; a row without any is left out.
+        objective: ``mle`` (Eq. 4) is what keeps σ; ``regression`` (Eq. 5) drives it to nothing; ``pinball`` is of
+            quantiles. None: ``mle``, or ``pinball`` for a head of quantiles.
+        options: None for the defaults.
+
+    Returns:
+        The loss over all labelled rows after training.
+
+    Raises:
+        InputError: shapes that do not fit, an attribute without a label, an infinite label, another head's objective.
+        NonFiniteError: states that are not finite, or a training that diverged.
+    """
+    options = options or FitOptions()
+    objective = objective or ("mle" if head.config.spread == "normal" else "pinball")
+    loss = _objective(head, objective, torch.Generator().manual_seed(options.seed))
+    wanted = (len(hidden), len(head.config.names))
+    if tuple(labels.shape) != wanted:
+        reject("labels", f"shape {tuple(labels.shape)}", f"{wanted}")
+    head.check_states("hidden", hidden)
+    check_finite(hidden)
+    known = ~labels.isnan()
+    if bool(labels.isinf().any()):
+        reject("labels", "an infinite one", "finite numbers, or NaN for none")
+    for name, some in zip(head.config.names, known.any(0).tolist(), strict=True):
+        if not some:
+            reject("labels", f"none of {name!r}", "at least one of each attribute")
+    rows = known.any(1)
+    weight = head.value.weight
+    hidden, labels = hidden[rows].to(weight), labels[rows].to(weight)
+    with _whitened(head, hidden) as whiten:
+        hidden = whiten(hidden)
+        _train([weight], len(hidden), lambda at: loss(head.outputs(hidden[at]), labels[at]), options)
+        with torch.no_grad():
+            value = float(loss(head.outputs(hidden), labels))
+    return _finite(value)
+
+
+def fit_gate(head: AttributeHead, pairs: PairStates, *, options: FitOptions | None = None) -> float:
+    """Stage 2: train the gate in place by Bradley-Terry on Σ w_k(x) μ_k (Eq. 6); the value head stays as it is.
+
+    Args:
+        head: with a gate.
+        pairs: whose chosen responses should win.
+        options: None for 1,000 steps of 256 pairs at a learning rate of 1e-3, as ArmoRM's.
+
+    Returns:
+        The loss over all pairs after training.
+
+    Raises:
+        InputError: a head without gate, states of another width.
+        NonFiniteError: a training that diverged.
+    """
+    gate = head.gate
+    if gate is None:
+        reject("head", "one without gate", "AttributeConfig(gate=GateConfig(...))")
+    options = options or FitOptions(lr=1e-3)
+    weight = head.value.weight
+    chosen, rejected = pairs.chosen.to(weight), pairs.rejected.to(weight)
+    shared = None if pairs.gate is None else pairs.gate.to(weight)
+    with torch.no_grad():
+        means = head.means(chosen), head.means(rejected)
+
+    def loss(at: Tensor | slice) -> Tensor:
+        if shared is not None:
+            return bradley_terry((gate(shared[at]) * (means[0][at] - means[1][at])).sum(1))
+        logit = (gate(chosen[at]) * means[0][at]).sum(1) - (gate(rejected[at]) * means[1][at]).sum(1)
+        return bradley_terry(logit)
+
+    with _seeded_dropout(options.seed):
+        gate.train()
+        _train(gate.parameters(), len(chosen), loss, options)
+    gate.eval()
+    with torch.no_grad():
+        return _finite(float(loss(slice(None))))
+
+
+def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | None = None) -> float:
+    """Train means and log σ in place from pairs alone, as PURM does: −log E σ(r_c − r_r), rewards normal.
+
+    The reward's variance is Σ w² σ², with the weights as they are.
+
+    Args:
+        head: of normals; PURM's has one attribute with the weight 1.
+        pairs: whose chosen responses should win.
+        options: None for the defaults.
+
+    Returns:
+        The loss over all pairs after training.
+
+    Raises:
+        InputError: a head of quantiles, states of another width.
+        NonFiniteError: a training that diverged.
+    """
+    if head.config.spread != "normal":
+        reject("head", "one of quantiles", "spread='normal'")
+    options = options or FitOptions()
+    head.check_states("pairs", pairs.chosen)
+    weight = head.value.weight
+    sides = torch.stack([pairs.chosen, pairs.rejected]).to(weight)
+    with torch.no_grad():
+        gates = torch.stack([head.attribute_weights(side, pairs.gate) for side in sides])
+    with _whitened(head, sides.flatten(0, 1)) as whiten:
+        sides = whiten(sides.flatten(0, 1)).view_as(sides)
+
+        def loss(at: Tensor | slice) -> Tensor:
+            (c, r), (wc, wr) = (head.outputs(sides[0, at]), head.outputs(sides[1, at])), gates[:, at]
+            difference = (wc * c[..., 0]).sum(1) - (wr * r[..., 0]).sum(1)
+            variance = (wc * c[..., 1].exp()).square().sum(1) + (wr * r[..., 1].exp()).square().sum(1)
+            return bradley_terry(purm_logit(difference, variance))
+
+        _train([weight], sides.shape[1], loss, options)
+        with torch.no_grad():
+            value = float(loss(slice(None)))
+    return _finite(value)
+
+
+def _objective(
+    head: AttributeHead, objective: Objective, generator: torch.Generator
+) -> Callable[[Tensor, Tensor], Tensor]:
+    known = {"mle": "normal", "regression": "normal", "pinball": "quantiles"}
+    if known.get(objective) != head.config.spread:
+        fitting = [name for name, spread in known.items() if spread == head.config.spread]
+        reject("objective", repr(objective), f"{' or '.join(map(repr, fitting))} for spread={head.config.spread!r}")
+    if objective == "pinball":
+        return pinball
+    if objective == "mle":
+        return lambda outputs, labels: gaussian_nll(outputs[..., 0], outputs[..., 1], labels)
+
+    def regression(outputs: Tensor, labels: Tensor) -> Tensor:
+        noise = torch.randn(labels.shape, generator=generator).to(outputs)
+        return sampled_mse(outputs[..., 0], outputs[..., 1], labels, noise)
+
+    return regression
+
+
+class _whitened:  # noqa: N801  # a context, named like one
+    """The value head for L⁻¹ x, with L Lᵀ = XᵀX / N + ε I, and back: inside, the same function of other coordinates.
+
+    AdamW goes as fast in every direction there, and a direction in which no state lies keeps its random start, by
+    which an ensemble's members disagree. ε is a thousandth of the mean square of an entry.
+    """
+
+    def __init__(self, head: AttributeHead, hidden: Tensor) -> None:
+        x = hidden.double()
+        gram = x.T @ x / len(x)
+        level = float(gram.diagonal().mean())
+        if level == 0:
+            reject("hidden", "zeros", "states that differ from 0")
+        gram.diagonal().add_(_RIDGE * level)
+        self._weight, self._factor = head.value.weight, torch.linalg.cholesky(gram)
+
+    def __enter__(self) -> Callable[[Tensor], Tensor]:
+        with torch.no_grad():
+            self._weight.copy_(self._weight.double() @ self._factor)
+        return lambda x: torch.linalg.solve_triangular(self._factor, x.double().T, upper=False).T.to(x)
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            found = torch.linalg.solve_triangular(self._factor, self._weight.double(), upper=False, left=False)
+            self._weight.copy_(found)
+
+
+class _seeded_dropout:  # noqa: N801
+    """Torch's global generator seeded inside, and as it was behind: dropout takes no generator of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._fork = torch.random.fork_rng(devices=[])
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        self._fork.__exit__(None, None, None)
+
+
+def _train(parameters: Iterable[Tensor], count: int, loss: Callable[[Tensor], Tensor], options: FitOptions) -> None:
+    parameters = list(parameters)
+    device = parameters[0].device
+    # With β₂ = 0.999 the first gradients, which go as exp(−2 log σ), would set the pace of all that follow.
+    optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    split = int(options.holdout * count)
+    rows = torch.randperm(count, generator=generator)
+    held, rows = rows[:split].to(device), rows[split:]
+    batch, every = min(options.batch_size, len(rows)), max(options.steps // _CHECKS, 1)
+    order, best, kept = torch.empty(0, dtype=torch.long), math.inf, [p.detach().clone() for p in parameters]
+    for step in range(1, options.steps + 1):
+        if len(order) < batch:
+            order = torch.cat([order, rows[torch.randperm(len(rows), generator=generator)]])
+        at, order = order[:batch].to(device), order[batch:]
+        gradients = torch.autograd.grad(loss(at), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        schedule.step()
+        if split and (step % every == 0 or step == options.steps):
+            with torch.no_grad():
+                value = float(loss(held))
+            if value < best:
+                best, kept = value, [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, one in zip(parameters, kept, strict=True):
+            parameter.grad = None
+            if split:
+                parameter.copy_(one)
+    if split:
+        _finite(best)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"training: got a loss of {value}, expected a finite one. Lower lr, or set weight_decay")
+    return value
