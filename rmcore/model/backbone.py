@@ -22,8 +22,8 @@ from torch import Tensor
 
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.errors import CheckpointError, reject
-from rmcore.model.agreement import require_same_tokens
 from rmcore.head.attributes.scores import AttributeScores
+from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.devices import checked_device
 from rmcore.model.encoding.architecture import (

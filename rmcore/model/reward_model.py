@@ -27,6 +27,7 @@ from rmcore._base.prompt import (
 )
 from rmcore.head import checkpoint
 from rmcore.head.apart import pairs_apart, rows_apart
+from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.config import HeadConfig, PairMode
 from rmcore.head.estimators import PairEstimator, estimator_named, read_estimators, write_estimators
 from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
@@ -34,7 +35,6 @@ from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
-from rmcore.head.attributes.scores import AttributeScores
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.error_prior import (
