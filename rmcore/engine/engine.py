@@ -33,6 +33,7 @@ from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
 from rmcore.engine.state import engine_state, load_engine_file, load_engine_state
 from rmcore.engine.steps import plan, route, score_pairs
+from rmcore.head.estimators import PairEstimator
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
 from rmcore.model.backbone import EncodingStats
@@ -76,6 +77,9 @@ class RewardEngine:
         design: which pairs of a group are compared (:mod:`rmcore.engine.comparisons`): ``all``, ``circular``,
             ``regular:4`` or ``swiss:3``. Only these may be routed, in concat mode only these are encoded, and the
             advantages are those of least squares over them. For large K.
+        uncertainty: where g, v and p̃ come from instead of the head (:mod:`rmcore.head.estimators`): the name of an
+            estimator that the model has (:meth:`RewardModel.add_estimator`), or an estimator. u is √(1 + π/8·v) then.
+            Difference mode, without a learner.
         learner: lets the head learn from verdicts by :meth:`update`; without one it never changes. The engine takes
             over the learner's head, and results keep their hidden rows.
         clock: of deadlines and of the seconds reported; a seam for tests.
@@ -95,6 +99,7 @@ class RewardEngine:
         micro_batch_tokens: int | None = None,
         novelty: bool | None = None,
         design: str = "all",
+        uncertainty: str | PairEstimator | None = None,
         learner: VerdictLearner | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -111,6 +116,7 @@ class RewardEngine:
             micro_batch_tokens=micro_batch_tokens,
             novelty=novelty,
             design=design,
+            uncertainty=uncertainty,
             learner=learner,
             clock=clock,
         )
@@ -138,12 +144,26 @@ class RewardEngine:
             reject("design", repr(design), "another in concat mode, where a standing takes all pairs to begin with")
         if novelty or (judge is not None and getattr(router, "by", None) == "novelty"):
             self.head.check_novelty()
+        self.estimator = None if uncertainty is None else self._estimator(uncertainty)
         self.clock: Clock = clock or SystemClock()
         self.learner = learner
         self._publishing = threading.Lock()
         if learner is not None:
             learner.check_head(self.head)
             self._serve_head_of(learner)
+
+    def _estimator(self, uncertainty: str | PairEstimator) -> PairEstimator:
+        if self.head.config.mode != "difference":
+            reject("uncertainty", "given in concat mode", "None, or a model in difference mode")
+        if self.model is not None and self.model.deterministic == "batch":
+            reject("uncertainty", "given with deterministic='batch'", "None: estimators score all pairs together")
+        if not isinstance(uncertainty, str):
+            return uncertainty
+        known = {} if self.model is None else self.model.estimators
+        if uncertainty not in known:
+            has = ", ".join(known) or "none"
+            reject("uncertainty", repr(uncertainty), f"one that the model has: {has}", "add_estimator fits one")
+        return known[uncertainty]
 
     # -- public verbs ------------------------------------------------------------------------------------------------
 
@@ -379,6 +399,7 @@ class RewardEngine:
             backend=self.backend,
             on_error=on_error,
             design=self.design,
+            estimator=self.estimator,
             novelty=self._may_ask and self.head.rows is not None if self.novelty is None else self.novelty,
         )
         call.kept = None if self.learner is None else []

@@ -10,6 +10,7 @@ from rmcore._base.errors import reject
 from rmcore.engine.comparisons import parse_design
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.routing import NeverRoute, Router
+from rmcore.head.estimators import PairEstimator, estimator_named
 from rmcore.judge.base import Judge
 from rmcore.ops.dispatch import Backend, explain
 
@@ -28,6 +29,7 @@ def check_engine_options(
     micro_batch_tokens: int | None = None,
     novelty: bool | None = None,
     design: str = "all",
+    uncertainty: str | PairEstimator | None = None,
     learner: VerdictLearner | None = None,
     clock: Clock | None = None,
 ) -> None:
@@ -63,6 +65,15 @@ def check_engine_options(
     if novelty is False and getattr(router, "by", None) == "novelty":
         reject("novelty", "False", "True or None, since the router goes by it")
     parse_design(design)
+    if uncertainty is not None:
+        if isinstance(uncertainty, str):
+            estimator_named(uncertainty)
+        elif not callable(getattr(uncertainty, "pairs", None)):
+            reject("uncertainty", type(uncertainty).__name__, "an estimator's name, an object with pairs, or None")
+        if learner is not None:
+            reject("uncertainty", "given beside a learner", "None, since what learns is the head")
+        if nonfinite == "route":
+            reject("uncertainty", "given with nonfinite='route'", "'raise': estimators take finite rows only")
     if learner is not None and not isinstance(learner, VerdictLearner):
         reject("learner", type(learner).__name__, "a VerdictLearner, or None")
     if clock is not None and not callable(getattr(clock, "now", None)):

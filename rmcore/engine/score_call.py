@@ -23,6 +23,7 @@ from rmcore.engine.overlap import StoppedError
 from rmcore.engine.pair_table import PairTable
 from rmcore.engine.routing import Candidates, Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
+from rmcore.head.estimators import PairEstimator
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import all_finite, check_finite
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
@@ -153,6 +154,8 @@ class ScoreCall:
     on_error: OnError = "raise"
     design: str = "all"
     """Which pairs of a group are compared."""
+    estimator: PairEstimator | None = None
+    """What scores pairs in the head's place."""
     novelty: bool = False
     """Whether the head is asked how far each response is from its training data."""
     prompts: Sequence[Prompt] | None = None

@@ -17,9 +17,12 @@ from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import Candidates, Router, is_budgeted
 from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
 from rmcore.head.apart import pairs_apart, rows_apart
+from rmcore.head.estimators import PairEstimator
+from rmcore.head.frozen import PairScores
 from rmcore.head.posterior import check_finite
 from rmcore.model.error_prior import row_distance
 from rmcore.model.signal import PairSignal, fill_unread
+from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout, PartialLayout
 
 __all__ = ["plan", "route", "score_pairs"]
@@ -109,14 +112,29 @@ def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Liter
     apart = call.model is not None and call.model.deterministic == "batch"
     if head.config.mode == "difference":
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
-        pairs = score_pairs(
-            hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
-        )
+        if call.estimator is not None:
+            pairs = _estimated(call, call.estimator, hidden, layout)
+        else:
+            pairs = score_pairs(
+                hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
+            )
         table = PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
         return table if call.design == "all" else table.narrowed(_compared(call, table))
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)
     return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
+
+
+def _estimated(call: ScoreCall, estimator: PairEstimator, hidden: Tensor, layout: PairLayout) -> PairScores:
+    """An estimator's pairs, on the head's device; novelty is the head's all the same."""
+    found = estimator.pairs(hidden.cpu(), layout.sizes)
+    u = reference.uncertainty(found.variance, reference.mean_field_amplitude())
+    columns = (found.logit, found.variance, u, found.preference)
+    scores = PairScores(*(column.to(hidden.device) for column in columns))
+    if call.novelty:
+        scores.row_novelty = call.head.novelty(hidden, backend=call.backend).double()
+        scores.novelty = reference.pair_novelty(scores.row_novelty, layout.first, layout.second)
+    return scores
 
 
 def _compared(call: ScoreCall, table: PairTable) -> PartialLayout:

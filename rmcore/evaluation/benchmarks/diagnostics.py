@@ -10,6 +10,7 @@ from scipy import special
 from rmcore._base.prompt import canonical_response, text_length
 from rmcore.evaluation.benchmarks.item import half_point
 from rmcore.evaluation.benchmarks.scoring import Answers
+from rmcore.evaluation.confidence import brier_score
 from rmcore.evaluation.statistics import expected_calibration_error, spearman
 
 __all__ = ["Diagnostics", "diagnose"]
@@ -86,7 +87,7 @@ def diagnose(answers: Answers) -> Diagnostics:
         conflicts, first_bias = float((np.abs(bias) > np.abs(preference)).mean()), float(bias.mean())
     return Diagnostics(
         ece=expected_calibration_error(probability, np.ones(len(margin))),
-        brier=float(((1.0 - probability) ** 2).mean()),
+        brier=brier_score(probability, np.ones_like(probability)),
         length_correlation=spearman(np.concatenate([margin, -margin]), np.concatenate([longer, -longer])),
         prefers_longer=prefers,
         longer_is_better=better,

@@ -145,7 +145,7 @@ def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, 
     rows, y = networks.standardised(hidden), labels.float()
     trained = [tensor.requires_grad_() for tensor in (*networks.weights, *networks.biases)]
     initial = [tensor.detach().clone() for tensor in trained]
-    optimizer = torch.optim.Adam(trained, lr=how.learning_rate)
+    adam = _Adam(trained, how.learning_rate)
     for _ in range(how.epochs):
         order = torch.stack([torch.randperm(len(y), generator=generator) for _ in range(members)])
         for batch in order.split(how.batch_size, dim=1):
@@ -158,11 +158,28 @@ def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, 
             if how.anchor:
                 away = [(a - b).square().sum() for a, b in zip(trained, initial, strict=True)]
                 loss = loss + how.anchor / len(y) * torch.stack(away).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            adam.step(torch.autograd.grad(loss, trained))
     weights, biases = (tuple(t.detach() for t in some) for some in (networks.weights, networks.biases))
     return RewardNetworks(weights, biases, networks.center, networks.scale)
+
+
+class _Adam:
+    """Adam (Kingma & Ba 2015), as torch.optim's, which costs seconds to import: it brings torch's compiler along."""
+
+    def __init__(self, trained: Sequence[Tensor], rate: float) -> None:
+        self.trained, self.rate, self.steps = trained, rate, 0
+        self.first = [torch.zeros_like(tensor) for tensor in trained]
+        self.second = [torch.zeros_like(tensor) for tensor in trained]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """One step down."""
+        self.steps += 1
+        bias_1, bias_2 = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        for tensor, gradient, m, v in zip(self.trained, gradients, self.first, self.second, strict=True):
+            m.mul_(0.9).add_(gradient, alpha=0.1)
+            v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            tensor.addcdiv_(m, v.sqrt().div_(math.sqrt(bias_2)).add_(1e-8), value=-self.rate / bias_1)
 
 
 def _initial(rows: Tensor, members: int, layers: Sequence[int], generator: torch.Generator) -> RewardNetworks:
