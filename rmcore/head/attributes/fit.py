@@ -36,6 +36,7 @@ class FitOptions:
         batch_size: rows a step, drawn without repetition until all have been seen.
         lr: the first learning rate.
         weight_decay: AdamW's; of the value head in whitened coordinates.
+        spread_prior: variance over the states that the prior of log σ gives it, for ``mle``; inf for none.
         holdout: share of the rows kept out of training; of the weights at each twentieth of the steps those with the
             least loss on them are kept. 0 trains on all rows and keeps the last weights.
         seed: of the rows kept out, the mini-batches and sampled rewards.
@@ -45,6 +46,7 @@ class FitOptions:
     batch_size: int = 256
     lr: float = 1e-2
     weight_decay: float = 0.0
+    spread_prior: float = 0.1
     holdout: float = 0.1
     seed: int = 0
 
@@ -56,6 +58,8 @@ class FitOptions:
             reject("lr", self.lr, "a positive finite number")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             reject("weight_decay", self.weight_decay, "a finite number, at least 0")
+        if not self.spread_prior > 0:
+            reject("spread_prior", self.spread_prior, "a positive number, or inf")
         if not 0 <= self.holdout < 1:
             reject("holdout", self.holdout, "a number in [0, 1)")
 
@@ -94,7 +98,9 @@ def fit_attributes(
 ) -> float:
     """Stage 1: train the value head in place; the gate stays.
 
-    The states are whitened while training, so that the learning rate means the same for every backbone.
+    The states are whitened while training, so that the learning rate means the same for every backbone. With ``mle``
+    log σ has a normal prior around its start, of ``options.spread_prior``: few rows for the width of their states
+    would otherwise let σ go to nothing at some of them.
 
     Args:
         head: to train.
@@ -130,7 +136,13 @@ def fit_attributes(
     hidden, labels = hidden[rows].to(weight), labels[rows].to(weight)
     with _whitened(head, hidden) as whiten:
         hidden = whiten(hidden)
-        _train([weight], len(hidden), lambda at: loss(head.outputs(hidden[at]), labels[at]), options)
+        penalty = _spread_penalty(weight, len(hidden), options.spread_prior) if objective == "mle" else None
+
+        def step_loss(at: Tensor) -> Tensor:
+            found = loss(head.outputs(hidden[at]), labels[at])
+            return found if penalty is None else found + penalty()
+
+        _train([weight], len(hidden), step_loss, options)
         with torch.no_grad():
             value = float(loss(head.outputs(hidden), labels))
     return _finite(value)
@@ -213,6 +225,13 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
         with torch.no_grad():
             value = float(loss(slice(None)))
     return _finite(value)
+
+
+def _spread_penalty(weight: Tensor, rows: int, variance: float) -> Callable[[], Tensor]:
+    """−log N(w; start, variance / h) of log σ's whitened weights w, over the number of rows, as the loss is."""
+    start = weight[1::2].detach().clone()
+    factor = weight.shape[1] / (2 * rows * variance)
+    return lambda: factor * (weight[1::2] - start).square().sum()
 
 
 def _objective(
