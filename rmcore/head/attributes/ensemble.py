@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.head.attributes.fit import FitOptions, Objective, PairStates, fit_attributes, fit_gate
+from rmcore.head.attributes.fit import FitOptions, Objective, PairStates, default_options, fit_attributes, fit_gate
 from rmcore.head.attributes.head import AttributeConfig, AttributeHead
 from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.posterior import check_finite
@@ -144,7 +144,7 @@ def fit_ensemble(
     heads = []
     for member in range(size):
         head = AttributeHead(config, seed=seed + member, state_scale=scale)
-        first = replace(options or FitOptions(), seed=seed + member)
+        first = replace(options or default_options(config.spread), seed=seed + member)
         fit_attributes(head, hidden, labels, objective=objective, options=first)
         if pairs is not None:
             second = replace(gate_options or FitOptions(lr=1e-3), seed=seed + member)

@@ -23,6 +23,7 @@ __all__ = ["FitOptions", "Objective", "PairStates", "fit_attributes", "fit_gate"
 
 _RIDGE = 1e-3
 _CHECKS = 20
+_CONJUGATE_STEPS = 15
 
 Objective: TypeAlias = Literal["mle", "regression", "pinball"]
 
@@ -34,7 +35,7 @@ class FitOptions:
     Attributes:
         steps: of the optimiser.
         batch_size: rows a step, drawn without repetition until all have been seen.
-        lr: the first learning rate.
+        lr: the first learning rate. Normals' means start at a ridge regression, so steps are for σ and the rest.
         weight_decay: AdamW's; of the value head in whitened coordinates.
         spread_prior: variance over the states that the prior of log σ gives it, for ``mle``; inf for none.
         holdout: share of the rows kept out of training; of the weights at each twentieth of the steps those with the
@@ -44,7 +45,7 @@ class FitOptions:
 
     steps: int = 1000
     batch_size: int = 256
-    lr: float = 1e-2
+    lr: float = 1e-3
     weight_decay: float = 0.0
     spread_prior: float = 0.1
     holdout: float = 0.1
@@ -88,6 +89,11 @@ class PairStates:
             check_finite(part, name)
 
 
+def default_options(spread: Literal["normal", "quantiles"]) -> FitOptions:
+    """Of stage 1. Quantiles have no closed start and take longer steps."""
+    return FitOptions() if spread == "normal" else FitOptions(lr=1e-2)
+
+
 def fit_attributes(
     head: AttributeHead,
     hidden: Tensor,
@@ -117,7 +123,7 @@ def fit_attributes(
         InputError: shapes that do not fit, an attribute without a label, an infinite label, another head's objective.
         NonFiniteError: states that are not finite, or a training that diverged.
     """
-    options = options or FitOptions()
+    options = options or default_options(head.config.spread)
     objective = objective or ("mle" if head.config.spread == "normal" else "pinball")
     loss = _objective(head, objective, torch.Generator().manual_seed(options.seed))
     wanted = (len(hidden), len(head.config.names))
@@ -136,6 +142,9 @@ def fit_attributes(
     hidden, labels = hidden[rows].to(weight), labels[rows].to(weight)
     with _whitened(head, hidden) as whiten:
         hidden = whiten(hidden)
+        if head.config.spread == "normal":
+            _, rows_seen = _split(len(hidden), options)
+            _least_squares(weight, hidden[rows_seen], labels[rows_seen])
         penalty = _spread_penalty(weight, len(hidden), options.spread_prior) if objective == "mle" else None
 
         def step_loss(at: Tensor) -> Tensor:
@@ -195,7 +204,7 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
     Args:
         head: of normals; PURM's has one attribute with the weight 1.
         pairs: whose chosen responses should win.
-        options: None for the defaults.
+        options: None for the defaults at a learning rate of 1e-2.
 
     Returns:
         The loss over all pairs after training.
@@ -206,7 +215,7 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
     """
     if head.config.spread != "normal":
         reject("head", "one of quantiles", "spread='normal'")
-    options = options or FitOptions()
+    options = options or FitOptions(lr=1e-2)
     head.check_states("pairs", pairs.chosen)
     weight = head.value.weight
     sides = torch.stack([pairs.chosen, pairs.rejected]).to(weight)
@@ -295,16 +304,45 @@ class _seeded_dropout:  # noqa: N801
         self._fork.__exit__(None, None, None)
 
 
+def _split(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
+    """(rows kept out, rows to train on), by the seed."""
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
+    split = int(options.holdout * count)
+    return rows[:split], rows[split:]
+
+
+@torch.no_grad()
+def _least_squares(weight: Tensor, hidden: Tensor, labels: Tensor) -> None:
+    """Means by ridge regression of what their random start leaves over: conjugate gradients, whitened states."""
+    for k in range(labels.shape[1]):
+        known = ~labels[:, k].isnan()
+        x, y = hidden[known].double(), labels[known, k].double()
+        if not len(x):
+            continue
+        found = weight[2 * k].double()
+        residual = x.T @ (y - x @ found) / len(x)
+        direction = residual.clone()
+        for _ in range(_CONJUGATE_STEPS):
+            square = residual @ residual
+            if float(square) < 1e-12:
+                break
+            image = x.T @ (x @ direction) / len(x) + _RIDGE * direction
+            step = square / (direction @ image)
+            found = found + step * direction
+            residual = residual - step * image
+            direction = residual + (residual @ residual / square) * direction
+        weight[2 * k].copy_(found)
+
+
 def _train(parameters: Iterable[Tensor], count: int, loss: Callable[[Tensor], Tensor], options: FitOptions) -> None:
     parameters = list(parameters)
     device = parameters[0].device
     # With β₂ = 0.999 the first gradients, which go as exp(−2 log σ), would set the pace of all that follow.
     optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
-    generator = torch.Generator().manual_seed(options.seed)
-    split = int(options.holdout * count)
-    rows = torch.randperm(count, generator=generator)
-    held, rows = rows[:split].to(device), rows[split:]
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    held, rows = _split(count, options)
+    held, split = held.to(device), len(held)
     batch, every = min(options.batch_size, len(rows)), max(options.steps // _CHECKS, 1)
     order, best, kept = torch.empty(0, dtype=torch.long), math.inf, [p.detach().clone() for p in parameters]
     for step in range(1, options.steps + 1):
