@@ -172,3 +172,16 @@ def test_what_cannot_be_trained_is_refused(data):
         AttributeEnsemble([head])
     with pytest.raises(InputError, match="positive weights"):
         AttributeHead(AttributeConfig(H, NAMES, weights=(-1.0, 1.0), gate=GateConfig("softmax")))
+
+
+def test_wide_states_are_learnt_in_few_steps():
+    """Means start at a ridge regression, also where labels are missing, and σ stays what it is."""
+    hidden, fresh = states(3000, width=150), states(500, seed=9, width=150)
+    labels = labelled(hidden)[0]
+    labels[::4, 0] = math.nan
+    head = AttributeHead(AttributeConfig(150, NAMES))
+    fit_attributes(head, hidden, labels, options=FitOptions(steps=300))
+    found, (_, mean, std) = head.scores(fresh), labelled(fresh)
+    assert found.attribute_std is not None
+    assert float((found.attributes - mean).abs().mean()) < 0.2
+    assert 0.7 < float(found.attribute_std[:, 1].mean() / std[:, 1].mean()) < 1.3
