@@ -23,7 +23,7 @@ ROOMS = ("_base", "ops", "head", "model", "judge", "engine", "evaluation", "inte
 OTHERS = {
     *("--algo", "--reward", "--group-rm", "--custom-rm-path", "--rm-url", "--n-samples-per-prompt"),
     *("--apply-chat-template", "--custom-config-path", "--disable-rewards-normalization"),
-    *("--pooler-config", "--enable-return-hidden-states", "--disable-radix-cache"),
+    *("--pooler-config", "--enable-return-hidden-states", "--disable-radix-cache", "--embeddings", "--ubatch-size"),
 }
 # Keys of the judge's store and names of what one process keeps.
 NO_IMPORTS = {"rmcore.pair", "rmcore.call", "rmcore.lost", "rmcore.commands"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_routing_table", "plot_table"]
 
 COLUMNS = 4
+MARKERS = "os^Dv<>"  # hollow, so that curves on one another can be told apart
 
 
 def plot_routing_table(table: RoutingTable, path: str | Path | None = None) -> Figure:
@@ -52,7 +54,9 @@ def plot_routing_table(table: RoutingTable, path: str | Path | None = None) -> F
 
 
 def plot_table(table: Table, path: str | Path | None = None) -> Figure:
-    """A table's curves in one panel, shares in percent; ``random`` is dashed, n of "best of n" stays a number.
+    """A table's curves in one panel, their names beside it.
+
+    Shares are in percent, n of "best of n" stays a number; ``random`` is dashed.
 
     Args:
         table: with at least one curve.
@@ -60,20 +64,22 @@ def plot_table(table: Table, path: str | Path | None = None) -> Figure:
     """
     shares = table.axes[0].endswith("%") or "%" in table.axes[0]
     with plot_style():
-        figure = new_figure((4.6, 3.4))
+        figure = new_figure((6.2, 3.4))
         ax = figure.subplots()
-        colours = iter(COLOURS * len(table.curves))
+        styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
         for curve in table.curves:
             x = [100 * value for value in curve.x] if shares else curve.x
             y = [100 * value for value in curve.y]
             if curve.name == "random":
                 ax.plot(x, y, label="random", **BASELINE)
             else:
-                ax.plot(x, y, "o-", markersize=3.5, color=next(colours), label=curve.name)
+                colour, marker = next(styles)
+                ax.plot(x, y, f"{marker}-", markersize=4, fillstyle="none", color=colour, label=curve.name)
         if not shares:
             ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlabel(table.axes[0])
         ax.set_ylabel(f"{table.axes[1]}, %")
         ax.set_title(table.title, loc="left", fontsize=9)
-        ax.legend(fontsize=8)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return save_figure(figure, path) if path is not None else figure

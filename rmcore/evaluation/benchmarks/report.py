@@ -9,7 +9,7 @@ from typing import Any
 
 from rmcore.evaluation.benchmarks.item import Level
 
-__all__ = ["BenchmarkReport", "ScoreLine", "number", "percent"]
+__all__ = ["BenchmarkReport", "ScoreLine", "number", "percent", "points"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ def _table(lines: Sequence[ScoreLine]) -> str:
 def percent(value: float) -> str:
     """A share as tables have it; ``-`` for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """A difference of shares as tables have it, in points; what rounds to nothing has no minus."""
+    return f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
 def number(value: float) -> float | None:

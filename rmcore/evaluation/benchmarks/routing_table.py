@@ -9,7 +9,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 from rmcore.evaluation.benchmarks.item import Level
-from rmcore.evaluation.benchmarks.report import number, percent
+from rmcore.evaluation.benchmarks.report import number, percent, points
 from rmcore.evaluation.benchmarks.table import csv_value, markdown_line, tex
 from rmcore.evaluation.benchmarks.verdicts import Mask, Verdicts
 
@@ -252,10 +252,10 @@ class RoutingTable:
 
 
 def _difference(score: RoutedScore) -> str:
-    point = f"{100 * score.difference:+.1f}"
     if math.isnan(score.difference):
         return "-"
-    return point if math.isnan(score.low) else f"{point} [{100 * score.low:+.1f}, {100 * score.high:+.1f}]"
+    point = points(score.difference)
+    return point if math.isnan(score.low) else f"{point} [{points(score.low)}, {points(score.high)}]"
 
 
 def _count(value: float) -> str:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from rmcore.evaluation.benchmarks.report import number, percent
+from rmcore.evaluation.benchmarks.report import number, percent, points
 
 __all__ = ["Cell", "Column", "Curve", "Table", "csv_value", "markdown_line", "tex"]
 
@@ -136,7 +136,7 @@ def _shown(value: str | float | Cell, form: Form) -> str:
     if form == "percent":
         return percent(value)
     if form == "points":
-        return f"{100 * value:+.1f}"
+        return points(value)
     return {"count": f"{value:,.0f}", "cost": f"{value:.3g}"}.get(form, f"{value:.3f}")
 
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from safetensors import SafetensorError
-
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
 from rmcore._base.version import __version__
@@ -77,6 +75,8 @@ def save_estimator(estimator: PairEstimator, path: str | os.PathLike[str]) -> No
 
 def load_estimator(path: str | os.PathLike[str]) -> AnyEstimator:
     """Read one. Raises CheckpointError for a truncated, altered, foreign or newer folder."""
+    from safetensors import SafetensorError  # kept out of `import rmcore`
+
     file = Path(path) / _FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
