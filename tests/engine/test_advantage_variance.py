@@ -122,7 +122,8 @@ def test_without_a_covariance_there_is_none_and_a_row_without_preferences_has_na
     found = PairTable.of_difference(PairScores(*values), table.layout).advantage_variance()
     weight = (1 / dict(table.squares())[0]["uncertainty"]).clone()
     weight[2], weight[:, 2] = math.nan, math.nan
-    torch.testing.assert_close(found, explicit(*parts[0], weight), rtol=1e-9, atol=1e-12, equal_nan=True)
+    phi, factor = parts[0]
+    torch.testing.assert_close(found, explicit(phi, factor, weight), rtol=1e-9, atol=1e-12, equal_nan=True)
     assert found.isnan().tolist() == [False, False, True, False]
 
 

@@ -47,8 +47,8 @@ def test_gradients_are_right_and_a_missing_label_gives_none():
 
 def test_the_sampled_regression_is_the_squared_error_and_the_variance():
     mean, log_std, labels = drawn(1, 3), 0.3 * drawn(1, 3, seed=1), LABELS[2:]
-    many = [x.expand(200_000, 3) for x in (mean, log_std, labels)]
-    found = sampled_mse(*many, drawn(200_000, 3, seed=2))
+    a, b, c = (x.expand(200_000, 3) for x in (mean, log_std, labels))
+    found = sampled_mse(a, b, c, drawn(200_000, 3, seed=2))
     expected = (mean - labels).square().sum() + log_std.exp().square().sum()
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
 
