@@ -103,7 +103,8 @@ for k in range(1000):
 def test_at_its_limit_a_step_is_asked_to_report_and_its_children_die_with_it(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE_S", 2.0)
     code = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
 stubborn = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
 open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
