@@ -98,8 +98,8 @@ def _first(
 def _order(op: str, device: torch.device, dtype: torch.dtype, rows: int | None) -> tuple[str, ...]:
     """Which backends to try, fastest first: on a GPU as measured on an H100, h = D = 4096 (bench/results/).
 
-    ``score``: at 16 rows cuda takes 33.0 µs and triton 33.9, at 32 rows 74 and 37. ``power_iteration`` in 16 bits: 34
-    and 27 µs; in float32 both take 38.
+    ``score``: at 16 rows cuda takes 29.2 µs and triton 34.8, at 32 rows 47.1 and 36.5. ``power_iteration`` in 16 bits:
+    34.4 and 22.8 µs; in float32 39.0 and 34.7.
     """
     order = _ORDER.get(device.type, ("torch",))
     many = op == "score" and rows is not None and rows > LATENCY_ROWS
