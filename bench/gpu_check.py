@@ -404,6 +404,7 @@ LIMITS = {"err_g": 0.02, "err_v": 0.05, "err": 0.01, "err_diagonal": 0.02}
 def findings(environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row of ``rmcore/ops/proven.json`` for every operation of a backend that has at least one case with bits."""
     found = []
+    digests = environment.get("sources", {})
     for backend in ("cuda", "triton"):
         for op in OPS:
             cases = [r for r in rows if str(r.get("case", "")).split()[:2] == [op, backend] and "declined" not in r]
@@ -418,7 +419,7 @@ def findings(environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -> lis
             found.append({
                 "card": environment["name"], "backend": backend, "op": op,
                 "triton": environment["versions"].get("triton", "") if backend == "triton" else "",
-                "commit": environment["commit"], "sources": environment.get(f"sources_{backend}", ""),
+                "commit": environment["commit"], "sources": digests.get(backend, {}).get(op, ""),
                 "right": right, "bits_equal": all(case.get("bits_repeat", True) for case in cases),
             })  # fmt: skip
     return found

@@ -26,7 +26,8 @@ from rmcore import ops
 from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
 from rmcore.bench.suites import head_bytes, head_flop
-from rmcore.ops import self_check
+from rmcore.ops.dispatch import OPS
+from rmcore.ops.sources import sources
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 PEERS = ("torch eager, dense fp32", "torch eager, folded bf16", "torch.compile, folded bf16")
@@ -110,8 +111,8 @@ def _timed(t: harness.Timing) -> dict[str, Any]:
 
 def environment(probe: Probe) -> None:
     """Card, versions, date, commit."""
-    digests = {f"sources_{name}": self_check.sources(name) for name in ("cuda", "triton")}
-    probe.attempt("environment", lambda: harness.environment(probe.device) | digests)
+    digests = {name: {op: sources(name, op) for op in OPS} for name in ("cuda", "triton")}
+    probe.attempt("environment", lambda: harness.environment(probe.device) | {"sources": digests})
 
 
 def limits(probe: Probe) -> None:

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "power_iteration.h"
 #include "score.h"
+#include "sources_digest.h"  // made by the build
 
 namespace py = pybind11;
 using namespace rmcore::cuda;
@@ -69,6 +70,7 @@ Head make_head(const std::string& dtype, int hidden_size, int num_features, int 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA latency kernels of rmcore. Importing needs no GPU and no driver.";
   m.attr("MAX_ROWS") = kMaxRows;
+  m.attr("SOURCES") = RMCORE_CUDA_SOURCES;
   py::register_exception<BarrierTimeout>(m, "BarrierTimeout", PyExc_RuntimeError);
   m.def("check_barriers", &check_barriers,
         "Raises BarrierTimeout where a launch since the last call gave up waiting for a thread block.");

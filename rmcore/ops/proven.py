@@ -25,7 +25,7 @@ class Finding(NamedTuple):
         op: as in :mod:`rmcore.ops`.
         triton: its version; empty for ``cuda``.
         commit: of the run.
-        sources: the digest of what ran (:func:`rmcore.ops.self_check.sources`).
+        sources: the digest of what ran (:func:`rmcore.ops.sources.sources`).
         right: every case within its tolerance.
         bits_equal: the same bits at every call.
     """

@@ -31,8 +31,9 @@ from rmcore._base.cache import cache_folder
 from rmcore._base.files import write_atomic
 from rmcore._base.version import __version__
 from rmcore.ops.proven import finding
+from rmcore.ops.sources import build, sources
 
-__all__ = ["TIME_LIMIT_S", "check", "refusal", "sources"]
+__all__ = ["TIME_LIMIT_S", "check", "refusal"]
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _looked_up(backend: str, op: str, index: int) -> str | None:
         if objection is not None:
             log.warning("%s of the %s backend does not serve: %s", op, backend, objection)
             return f"{objection} (RMCORE_SELF_CHECK=0 serves it all the same)"
-        if found.sources == sources(backend):
+        if found.sources and found.sources == sources(backend, op):
             return None
     return _outcome(_file(backend, op, _machine(index)), backend, op, index, card)
 
@@ -120,7 +121,7 @@ def _run(backend: str, op: str, index: int) -> str | None:
 
 @functools.cache
 def _machine(index: int) -> str:
-    """Everything that could change the outcome: card, driver, versions, the kernels themselves."""
+    """Everything that could change the outcome but the kernels themselves: card, driver, versions."""
     versions: dict[str, Any] = {
         "card": torch.cuda.get_device_name(index),
         "capability": torch.cuda.get_device_capability(index),
@@ -128,7 +129,6 @@ def _machine(index: int) -> str:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "rmcore": __version__,
-        "kernels": [sources("triton"), sources("cuda")],
         "triton": _triton_version(),
     }
     return json.dumps(versions, sort_keys=True)
@@ -151,23 +151,9 @@ def _triton_version() -> str | None:
     return None
 
 
-@functools.cache
-def sources(backend: str) -> str:
-    """A digest of a GPU backend's kernels: the text of Triton's, the compiled module of ``cuda``; empty without any."""
-    digest, names = hashlib.sha256(), {"triton": "rmcore.kernels.common", "cuda": "rmcore._cuda"}
-    try:
-        found = importlib.import_module(names[backend]).__file__
-    except ImportError:
-        return ""
-    path = Path(str(found))
-    for part in sorted(path.parent.glob("*.py")) if path.suffix == ".py" else [path]:
-        digest.update(part.read_bytes())
-    return digest.hexdigest()
-
-
 def _file(backend: str, op: str, machine: str) -> Path | None:
     folder = cache_folder()
-    name = hashlib.sha256(f"{backend} {op} {machine}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{backend} {op} {machine} {build(backend, op)}".encode()).hexdigest()[:32]
     return None if folder is None else folder / "self-check" / f"{name}.json"
 
 

@@ -191,8 +191,7 @@ def test_a_report_names_the_card_and_needs_to_know_it(tmp_path: Path, capsys):
         "versions": {"triton": "3.6.0"},
         "date": "today",
         "commit": "abc",
-        "sources_triton": "T",
-        "sources_cuda": "C",
+        "sources": {"triton": {"score": "T"}, "cuda": {"score": "C"}},
     }
     path.write_text(json.dumps(card) + "\n" + json.dumps(case) + "\n" + '{"step": "sc')
     assert gpu_check.report(path, tmp_path, tmp_path / "proven.json") == 0
@@ -225,7 +224,8 @@ def test_glibc_versions_are_read_from_a_library(tmp_path: Path):
 
 
 def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
-    card = {"name": "NVIDIA H200", "versions": {"triton": "3.6.0"}, "commit": "abc", "sources_triton": "T"}
+    digests = {"triton": {"score": "T score", "accumulate": "T accumulate"}, "cuda": {"score": "C"}}
+    card = {"name": "NVIDIA H200", "versions": {"triton": "3.6.0"}, "commit": "abc", "sources": digests}
     good = {"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True}
     cases = [
         {"case": "score cuda", **good},
@@ -247,6 +247,10 @@ def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
         ("pair_variance", "triton"): (False, True),
         ("power_iteration", "triton"): (True, True),
     }
+    sources = {(row["op"], row["backend"]): row["sources"] for row in json.loads(table.read_text())}
+    assert sources == dict.fromkeys(found, "") | {
+        ("score", "triton"): "T score", ("accumulate", "triton"): "T accumulate", ("score", "cuda"): "C",
+    }  # fmt: skip
     rows_found = [proven.Finding(**row) for row in json.loads(table.read_text())]
     assert {row.triton for row in rows_found if row.backend == "triton"} == {"3.6.0"}
     # A later run with the same Triton replaces its rows, one with another stands beside them.

@@ -144,7 +144,7 @@ CARD = "NVIDIA H100 80GB HBM3"
 def measured(monkeypatch):
     """Puts one row into the table of what was measured on cards."""
     monkeypatch.setattr(self_check, "_triton_version", lambda: "3.6.0")
-    monkeypatch.setattr(self_check, "sources", lambda backend: f"sources of {backend}")
+    monkeypatch.setattr(self_check, "sources", lambda backend, op: f"sources of {backend}")
 
     def put(**row: Any) -> None:
         sources = {"sources": f"sources of {row['backend']}", "commit": "abc", "right": True, "bits_equal": True}
@@ -163,6 +163,23 @@ def test_neither_torch_nor_a_cpu_nor_a_proven_card_is_checked(machine, outcome, 
     measured(backend="cuda", triton="")
     assert self_check.refusal("cuda", "score", GPU) is None
     assert outcome.runs == []
+
+
+def test_a_kernel_that_does_not_know_its_sources_is_not_proven_by_a_row_that_does_not_either(
+    machine, outcome, measured, monkeypatch
+):
+    measured(backend="cuda", triton="", sources="")
+    monkeypatch.setattr(self_check, "sources", lambda backend, op: "")
+    assert self_check.refusal("cuda", "score", GPU) is None
+    assert len(outcome.runs) == 1
+
+
+def test_an_outcome_is_of_one_build(machine, outcome, monkeypatch):
+    for built in ("by one compiler", "by another"):
+        monkeypatch.setattr(self_check, "build", lambda backend, op, built=built: built)
+        monkeypatch.setattr(self_check, "_known", {})
+        assert self_check.refusal("cuda", "score", GPU) is None
+    assert len(outcome.runs) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""Digests of GPU kernels: what was measured on a card is known again by them, whoever built or installed it.
+
+``cuda``: of csrc/cuda, put into the module by its build (csrc/cuda/sources_digest.cmake). ``triton``: of the files of
+``rmcore.kernels`` that an operation launches from, and those that they import, so that a new kernel says nothing
+against its neighbours.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["LAUNCHED", "build", "sources", "triton_sources"]
+
+LAUNCHED = {
+    "score": ("features", "launches", "score_tail", "variance"),
+    "accumulate": ("features", "gram"),
+    "pair_variance": ("features", "pair_tail", "pair_variance", "variance"),
+    "power_iteration": ("power_iteration",),
+}
+"""The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from."""
+
+
+@functools.cache
+def sources(backend: str, op: str) -> str:
+    """A digest of what computes ``op`` on a GPU backend; empty where it is not installed or does not know it."""
+    with suppress(ImportError):
+        if backend == "cuda":
+            return str(getattr(importlib.import_module("rmcore._cuda"), "SOURCES", ""))
+        return triton_sources(Path(str(importlib.import_module("rmcore.kernels.common").__file__)).parent, op)
+    return ""
+
+
+@functools.cache
+def build(backend: str, op: str) -> str:
+    """The same for what runs here, to the byte: of ``cuda`` the compiled module, which another compiler makes anew."""
+    if backend != "cuda":
+        return sources(backend, op)
+    with suppress(ImportError):
+        return hashlib.sha256(Path(str(importlib.import_module("rmcore._cuda").__file__)).read_bytes()).hexdigest()
+    return ""
+
+
+def triton_sources(folder: Path, op: str) -> str:
+    """The digest of ``op``'s files and those they import, in a folder of kernels."""
+    found: dict[str, bytes] = {}
+    wanted = list(LAUNCHED[op])
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found[name] = (folder / f"{name}.py").read_bytes()
+            wanted += _neighbours(found[name])
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(f"{hashlib.sha256(found[name]).hexdigest()}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def _neighbours(text: bytes) -> Iterator[str]:
+    """Files of the folder that one of them imports."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
