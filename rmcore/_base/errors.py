@@ -16,6 +16,7 @@ __all__ = [
     "InputError",
     "JudgeError",
     "NonFiniteError",
+    "RankError",
     "RmcoreError",
     "reject",
 ]
@@ -65,6 +66,14 @@ class FactorizationError(RmcoreError, ArithmeticError):
 
 class BackendError(RmcoreError, RuntimeError):
     """A backend asked for by name cannot run these arguments on this machine. The message says why."""
+
+
+class RankError(RmcoreError, RuntimeError):
+    """Another process of a distributed job died or failed, so this one stopped too. ``ranks`` says which."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class JudgeError(RmcoreError, RuntimeError):

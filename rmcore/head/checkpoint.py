@@ -35,6 +35,8 @@ __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
     "check_digest",
+    "head_of_state",
+    "head_state",
     "load_head",
     "read_config",
     "row_posterior",
@@ -123,6 +125,13 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
     """Write ``head.safetensors`` into ``folder``; returns the JSON values that go with it."""
     from safetensors.torch import save_file
 
+    tensors, values = head_state(head, include_posterior=include_posterior)
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
+    return {**values, "sha256": digest_file(folder / TENSOR_FILE)}
+
+
+def head_state(head: FrozenHead, *, include_posterior: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A head as tensors, bit for bit, and JSON values; :func:`head_of_state` is the inverse."""
     weights, feature_map = head.weights, head.feature_map
     tensors = {
         **feature_map.tensors(),
@@ -137,8 +146,7 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
         tensors |= row_tensors(head.rows, include_posterior=include_posterior)
         count = head.rows.count if include_posterior else None
         rows = {"prior": head.rows.prior, "factor_scale": head.rows.weights.factor_scale, "count": count}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
-    return {
+    return tensors, {
         "config": head.config.to_dict(),
         "dtype": str(head.dtype).removeprefix("torch."),
         "beta0": head.beta0,
@@ -147,7 +155,6 @@ def write_head(head: FrozenHead, folder: Path, *, include_posterior: bool = True
         "factor_scale": weights.factor_scale,
         "posterior": None if posterior is None else {"count": posterior.count},
         **({} if rows is None else {"rows": rows}),
-        "sha256": digest_file(folder / TENSOR_FILE),
     }
 
 
@@ -168,18 +175,19 @@ def read_head(folder: Path, values: object, device: torch.device | str) -> Froze
         )
     try:
         tensors = load_file(file, device=str(device))
-        config = HeadConfig.from_dict(values["config"])
-        dtype = _DTYPES[values["dtype"]]
-        return _assemble(config, dtype, values, tensors, str(file))
+        return head_of_state(tensors, values, str(file))
     except (SafetensorError, InputError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: got a head that does not fit together ({error})") from error
 
 
-def _assemble(
-    config: HeadConfig, dtype: torch.dtype, values: dict[str, Any], tensors: dict[str, Tensor], file: str
-) -> FrozenHead:
+def head_of_state(tensors: dict[str, Tensor], values: dict[str, Any], file: str = "head") -> FrozenHead:
+    """The head of a :func:`head_state`; ``file`` is what messages call it.
+
+    Raises CheckpointError where its parts do not fit together, or InputError, KeyError, TypeError or ValueError.
+    """
+    config, dtype = HeadConfig.from_dict(values["config"]), _DTYPES[values["dtype"]]
     h, m, d = config.hidden_size, config.layer_size, config.num_features
     tiles = -(-d // TILE)
     lower = (tiles * (tiles + 1) // 2, TILE, TILE)

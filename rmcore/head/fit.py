@@ -12,19 +12,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.head.amplitude import fit_amplitude
 from rmcore.head.ascent import ascend
 from rmcore.head.config import HeadConfig
 from rmcore.head.degenerate import warn_if_degenerate
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior, check_finite
+from rmcore.head.ranks import Ranks, Shared
 from rmcore.head.rows import RowPosterior, counted_rows
+from rmcore.head.shards import check_alike, one_feature_map, one_head, one_length_scale
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
@@ -79,8 +83,12 @@ def fit(
     tolerance: float = 1e-8,
     backend: Backend = "auto",
     progress: Callable[[str], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[FrozenHead, FitReport]:
     """Freeze the head's features and fit β and the posterior on them, in difference mode the row posterior too.
+
+    Over several ``ranks`` each gives its own part of the data, which may be empty, and all get one head, the same to
+    the bit: that of one process with all the data, rank 0's first, up to the order of the sums.
 
     Args:
         head: its W is used as it is; its length-scale is set by the median rule if still unset; its β is the start.
@@ -92,7 +100,8 @@ def fit(
         max_passes: stop, with a warning, after this many Newton passes.
         tolerance: converged when half the squared Newton decrement, the nats still to gain, is below this times N.
         backend: of the accumulate passes.
-        progress: called with a line of text after each pass.
+        progress: called with a line of text after each pass, on rank 0.
+        ranks: all of which call this, with heads that are alike; rank 0's W and start are taken.
 
     Returns:
         The frozen head and a report.
@@ -101,12 +110,41 @@ def fit(
         InputError: shapes, labels or mode do not fit; no data.
         NonFiniteError: a hidden row holds NaN or Inf.
         FactorizationError: P is not positive definite; the message says what to change.
+        RankError: another rank died, or raised one of these.
     """
-    check_data(head.config, hidden, labels, pairs, sample_weight)
-    warn_if_degenerate(hidden, labels, pairs)
+    with nullcontext() if ranks is None else ranks.work("the fit"):
+        return _fit(
+            head,
+            hidden,
+            labels,
+            pairs=pairs,
+            dtype=dtype,
+            sample_weight=sample_weight,
+            max_passes=max_passes,
+            tolerance=tolerance,
+            backend=backend,
+            progress=progress,
+            ranks=ranks,
+        )
+
+
+def _fit(
+    head: SNGPHead,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    pairs: Tensor | None,
+    dtype: torch.dtype | None,
+    sample_weight: Tensor | None,
+    backend: Backend,
+    ranks: Ranks | None,
+    **climb: Any,
+) -> tuple[FrozenHead, FitReport]:
+    check_data(head.config, hidden, labels, pairs, sample_weight, ranks=ranks)
+    warn_if_degenerate(hidden, labels, pairs, ranks)
     if not math.isfinite(float(head.length_scale)) and head.config.features == "rff":
-        head.set_length_scale(hidden)
-    feature_map = head.freeze_features(dtype, calibration=hidden)
+        one_length_scale(head, hidden, ranks)
+    feature_map = one_feature_map(head, dtype, hidden, ranks)
     beta0 = float(head.beta0.detach())
     beta, posterior, report = newton(
         feature_map,
@@ -117,15 +155,16 @@ def fit(
         start=head.beta.detach(),
         beta0=beta0,
         sample_weight=sample_weight,
-        max_passes=max_passes,
-        tolerance=tolerance,
         backend=backend,
-        progress=progress,
+        ranks=ranks,
+        **climb,
     )
+    rows = _row_posterior(head.config, feature_map, hidden, pairs, sample_weight, backend, ranks)
+    frozen = one_head(lambda: FrozenHead(_resolved(head), feature_map, beta, beta0, posterior, rows=rows), ranks)
     with torch.no_grad():
-        head.beta.copy_(beta)
-    rows = _row_posterior(head.config, feature_map, hidden, pairs, sample_weight, backend)
-    return FrozenHead(_resolved(head), feature_map, beta, beta0, posterior, rows=rows), report
+        head.beta.copy_(frozen.beta)
+        head.beta0.fill_(frozen.beta0)
+    return frozen, report
 
 
 @torch.no_grad()
@@ -144,6 +183,7 @@ def newton(
     backend: Backend = "auto",
     progress: Callable[[str], None] | None = None,
     prior: Belief | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Posterior, FitReport]:
     """The MAP of β under its prior by damped Newton, and the posterior at it.
 
@@ -151,33 +191,50 @@ def newton(
     posterior falls, which the concave objective needs only far from its maximum. With ``prior`` this is one step of
     online Laplace (assumed-density filtering): what was known stays in as a quadratic, the new data count in full.
 
+    Of several ranks rank 0 climbs, and the others give it their data's sums at each β that it tries, so nothing depends
+    on their arithmetic being alike. A step is one reduction (:meth:`Posterior.summed`).
+
     Arguments as in :func:`fit`; ``start`` defaults to the prior's mean. → β (D,) float64, posterior, report.
     """
-    device, ridge = hidden.device, config.ridge
+    device, ridge = hidden.device, config.ridge if prior is None else prior.posterior.ridge
+    count = len(labels) if ranks is None else sum(ranks.counts(len(labels)))
     feature_map = feature_map.dequantized()  # once, not in every pass
     mean = torch.zeros(feature_map.num_features, dtype=torch.float64, device=device) if prior is None else prior.beta
     beta = mean.clone() if start is None else start.to(mean, copy=True)
     curvature = None if prior is None else prior.empty_of_new_data("logistic").precision
 
+    def added(at: Tensor, likelihood: reference.Likelihood) -> tuple[Posterior, Tensor, float]:
+        """P without a prior's, gradient and log-likelihood of the data of all ranks."""
+        posterior = Posterior(feature_map.num_features, ridge=ridge, likelihood=likelihood, device=device)
+        gradient, total = torch.zeros_like(mean), 0.0
+        if len(labels):
+            gradient, total = posterior.accumulate(
+                hidden,
+                labels,
+                feature_map,
+                at,
+                pairs=pairs,
+                sample_weight=sample_weight,
+                beta0=beta0,
+                backend=backend,
+            )
+        return (posterior, gradient, total) if ranks is None else posterior.summed(ranks, gradient, total)
+
     def evaluate(at: Tensor, likelihood: reference.Likelihood = "logistic") -> tuple[Posterior, Tensor, float]:
-        if prior is None:
-            posterior = Posterior(feature_map.num_features, ridge=ridge, likelihood=likelihood, device=device)
-        else:
-            posterior = prior.empty_of_new_data(likelihood)
-        gradient, total = posterior.accumulate(
-            hidden,
-            labels,
-            feature_map,
-            at,
-            pairs=pairs,
-            sample_weight=sample_weight,
-            beta0=beta0,
-            backend=backend,
-        )
+        if ranks is not None:
+            ranks.share({"beta": at}, {"likelihood": likelihood})
+        posterior, gradient, total = added(at, likelihood)
+        if prior is not None:
+            new, posterior = posterior, prior.empty_of_new_data(likelihood)
+            posterior.merge(new)
         pull = ridge * at if curvature is None else curvature @ (at - mean)
         return posterior, gradient - pull, total - 0.5 * float((at - mean) @ pull)
 
-    climb = ascend(evaluate, beta, len(labels), max_passes=max_passes, tolerance=tolerance, progress=progress)
+    if ranks is not None and ranks.rank > 0:
+        while (asked := ranks.share()).values["likelihood"] is not None:
+            added(asked.tensors["beta"].to(device), asked.values["likelihood"])
+        return _found(asked, config, device)
+    climb = ascend(evaluate, beta, count, max_passes=max_passes, tolerance=tolerance, progress=progress)
     beta, posterior, passes = climb.at, climb.curvature, climb.passes
     if not climb.converged:
         left = climb.decrements[-1] if climb.decrements else 0
@@ -186,7 +243,23 @@ def newton(
         posterior, _, _ = evaluate(beta, "gaussian")
         passes += 1
     posterior.factor()
-    return beta, posterior, FitReport(climb.converged, passes, climb.values, climb.decrements)
+    report = FitReport(climb.converged, passes, climb.values, climb.decrements)
+    if ranks is not None:
+        tensors = {"beta": beta, "gram": reference.pack_lower(posterior.gram)}
+        ranks.share(tensors, {"likelihood": None, "count": posterior.count, "report": asdict(report)})
+    return beta, posterior, report
+
+
+def _found(told: Shared, config: HeadConfig, device: torch.device) -> tuple[Tensor, Posterior, FitReport]:
+    """What rank 0 found, on another rank."""
+    report = told.values["report"]
+    gram = reference.unpack_lower(told.tensors["gram"].to(device), config.num_features)
+    posterior = Posterior.from_gram(gram, told.values["count"], ridge=config.ridge, likelihood=config.likelihood)
+    return (
+        told.tensors["beta"].to(device),
+        posterior,
+        FitReport(report["converged"], report["passes"], tuple(report["log_posterior"]), tuple(report["decrements"])),
+    )
 
 
 def upgrade(
@@ -199,6 +272,7 @@ def upgrade(
     config: HeadConfig | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
+    ranks: Ranks | None = None,
 ) -> FrozenHead:
     """Posterior only: keep an existing scalar reward head as β, fit P around it (design 2.6).
 
@@ -212,6 +286,7 @@ def upgrade(
         config: linear, h wide; default difference mode and ridge 1.
         dtype: serving dtype.
         backend: of the accumulate pass.
+        ranks: each of which gives its own part of the data, as in :func:`fit`.
 
     Raises as :func:`fit`.
     """
@@ -221,17 +296,20 @@ def upgrade(
         reject("config", (config.mode, config.features, config.layer_size), f"{wanted} mode, linear, no layer")
     if labels is None:
         labels = torch.ones(len(hidden if pairs is None else pairs), dtype=torch.float32, device=hidden.device)
-    check_data(config, hidden, labels, pairs)
-    warn_if_degenerate(hidden, labels, pairs)
     if beta.shape != (config.hidden_size,):
         reject("beta", f"shape {tuple(beta.shape)}", f"({config.hidden_size},)")
-    head = SNGPHead(config).to(hidden.device)
-    feature_map = head.freeze_features(dtype, calibration=hidden)
-    posterior = Posterior(config.num_features, ridge=config.ridge, likelihood=config.likelihood, device=hidden.device)
-    offset = 0.0 if config.mode == "difference" else beta0  # a pair's difference has none
-    posterior.accumulate(hidden, labels, feature_map, beta.double(), pairs=pairs, beta0=offset, backend=backend)
-    rows = _row_posterior(config, feature_map, hidden, pairs, None, backend)
-    return FrozenHead(config, feature_map, beta, beta0, posterior, rows=rows)
+    with nullcontext() if ranks is None else ranks.work("the upgrade"):
+        check_data(config, hidden, labels, pairs, ranks=ranks)
+        warn_if_degenerate(hidden, labels, pairs, ranks)
+        head = SNGPHead(config).to(hidden.device)
+        feature_map = one_feature_map(head, dtype, hidden, ranks)
+        known = Posterior(config.num_features, ridge=config.ridge, likelihood=config.likelihood, device=hidden.device)
+        offset = 0.0 if config.mode == "difference" else beta0  # a pair's difference has none
+        if len(labels):
+            known.accumulate(hidden, labels, feature_map, beta.double(), pairs=pairs, beta0=offset, backend=backend)
+        posterior = known if ranks is None else known.summed(ranks)[0]
+        rows = _row_posterior(config, feature_map, hidden, pairs, None, backend, ranks)
+        return one_head(lambda: FrozenHead(config, feature_map, beta, beta0, posterior, rows=rows), ranks)
 
 
 def without_posterior(beta: Tensor, beta0: float, config: HeadConfig) -> FrozenHead:
@@ -248,56 +326,6 @@ def without_posterior(beta: Tensor, beta0: float, config: HeadConfig) -> FrozenH
     return FrozenHead(config, feature_map, beta, beta0, None, weights)
 
 
-@torch.no_grad()
-def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Tensor) -> FrozenHead:
-    """The same head with the amplitude a ≥ 0 that minimises the held-out NLL of σ(g / √(1 + a v)).
-
-    Args:
-        head: a frozen head.
-        logit: (N,) g of held-out pairs.
-        variance: (N,) v of the same pairs.
-        labels: (N,) in [0, 1].
-
-    The NLL is unimodal in log a for all practical data; a grid brackets it and golden section refines it. A held-out
-    set the head gets mostly wrong wants a → ∞ (say nothing); the search stops at 10⁴ / median v and logs a warning.
-    """
-    g, v, y = logit.double(), variance.double(), labels.double()
-    if not len(g):
-        reject("logit", "0 held-out pairs", "at least one")
-
-    def nll(amplitude: float) -> float:
-        return -float(reference.log_likelihood(g / torch.sqrt(1 + amplitude * v), y).mean())
-
-    middle = float(v.median())
-    if middle <= 0:
-        reject("variance", "a median of 0", "held-out pairs with positive variance")
-    grid = [10 ** (e / 4) / middle for e in range(-16, 17)]
-    best = min(range(len(grid)), key=lambda i: nll(grid[i]))
-    if best == len(grid) - 1:
-        log.warning("held-out data wants the largest amplitude tried: the head is no better than chance there")
-    low, high = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, len(grid) - 1)])
-    golden = (math.sqrt(5) - 1) / 2
-    while high - low > 1e-6:
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if nll(math.exp(left)) <= nll(math.exp(right)):
-            high = right
-        else:
-            low = left
-    amplitude = math.exp((low + high) / 2)
-    amplitude = 0.0 if nll(0.0) <= nll(amplitude) else amplitude
-    if amplitude == 0:
-        wrong = int((((g > 0) != (y > 0.5)) & (y != 0.5)).sum())
-        log.warning(
-            "the %d held-out pairs, %d of them wrong, want no uncertainty at all: amplitude 0 makes u = 1 everywhere, "
-            "so no router that goes by u can choose",
-            len(g),
-            wrong,
-        )
-    config = replace(head.config, amplitude=amplitude)
-    weights = replace(head.weights, amplitude=amplitude)
-    return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights, rows=head.rows)
-
-
 def _row_posterior(
     config: HeadConfig,
     feature_map: FeatureMap,
@@ -305,10 +333,12 @@ def _row_posterior(
     pairs: Tensor | None,
     sample_weight: Tensor | None,
     backend: Backend,
+    ranks: Ranks | None,
 ) -> RowPosterior | None:
     if pairs is None or config.row_ridge is None:
         return None
-    return RowPosterior.fit(feature_map, counted_rows(hidden, pairs, sample_weight), config.row_ridge, backend=backend)
+    counted = counted_rows(hidden, pairs, sample_weight)
+    return RowPosterior.fit(feature_map, counted, config.row_ridge, backend=backend, ranks=ranks)
 
 
 def _resolved(head: SNGPHead) -> HeadConfig:
@@ -323,15 +353,22 @@ def check_data(
     labels: Tensor,
     pairs: Tensor | None,
     sample_weight: Tensor | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Raise InputError (NonFiniteError for hidden rows) unless the arguments are data as :func:`fit` describes them."""
+    """Raise InputError (NonFiniteError for hidden rows) unless the arguments are data as :func:`fit` describes them.
+
+    Of several ``ranks`` some may have none, and all must have one configuration.
+    """
+    if ranks is not None:
+        check_alike(config, ranks)
     if hidden.dim() != 2 or hidden.shape[1] != config.hidden_size:
         reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {config.hidden_size})")
     if config.mode == "difference" and pairs is None:
         reject("pairs", "None", "an (N, 2) int64 tensor of rows, since the head is in difference mode")
     if config.mode == "concat" and pairs is not None:
         reject("pairs", "a tensor", "None, since a concat-mode row is already a pair")
-    if not len(labels):
+    if not (len(labels) if ranks is None else any(ranks.counts(len(labels)))):
         reject("labels", "0 data", "at least one")
     if pairs is not None:
         if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:

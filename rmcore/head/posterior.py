@@ -7,15 +7,16 @@ no way to read an old factor next to new data. Nothing here keeps an autograd gr
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmcore import ops
 from rmcore._base.errors import FactorizationError, NonFiniteError, reject
+from rmcore.head.ranks import Ranks
+from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
-from rmcore.ops.reference import Likelihood
+from rmcore.ops.reference import TILE, Likelihood
 from rmcore.ops.weights import FeatureMap
 
 __all__ = ["Posterior", "all_finite", "check_finite"]
@@ -127,15 +128,29 @@ class Posterior:
         self.count += other.count
         self._cholesky = self._factor = None
 
-    def all_reduce(self, group: Any | None = None) -> None:
-        """Sum P and the count over the ranks of a ``torch.distributed`` process group."""
-        import torch.distributed as dist
+    def summed(
+        self, ranks: Ranks, gradient: Tensor | None = None, log_likelihood: float = 0.0
+    ) -> tuple[Posterior, Tensor, float]:
+        """The posterior of all ranks' data, in one reduction: P's packed lower triangle, gradient and both counts.
 
-        count = torch.tensor(self.count, device=self._gram.device)
-        dist.all_reduce(self._gram, group=group)
-        dist.all_reduce(count, group=group)
-        self.count = int(count)
-        self._cholesky = self._factor = None
+        Added in rank order, so that it is the same on every rank to the bit. Against one pass over all data the sums
+        differ by their order only: an entry of P by at most (N + ranks)·2⁻⁵³ of Σ w |φᵢφⱼ|, in practice by far less.
+
+        Args:
+            ranks: each of which calls this.
+            gradient: (D,) float64 of this rank's data, as :meth:`accumulate` returns it; None for zeros.
+            log_likelihood: likewise.
+
+        Returns:
+            Posterior, gradient and log-likelihood of all data.
+        """
+        tiles = reference.pack_lower(self._gram, TILE)
+        gradient = tiles.new_zeros(self.num_features) if gradient is None else gradient
+        told = torch.tensor([log_likelihood, self.count], dtype=torch.float64, device=tiles.device)
+        total = ranks.total(torch.cat([tiles.flatten(), gradient, told]))
+        gram = reference.unpack_lower(total[: tiles.numel()].view_as(tiles), self.num_features)
+        whole = Posterior.from_gram(gram, int(total[-1]), ridge=self.ridge, likelihood=self.likelihood)
+        return whole, total[tiles.numel() : -2], float(total[-2])
 
     def cholesky(self) -> Tensor:
         """L (D, D) float64 with P = L Lᵀ.

@@ -22,6 +22,7 @@ from torch import Tensor
 from rmcore import ops
 from rmcore._base.errors import reject
 from rmcore.head.posterior import Posterior, check_finite
+from rmcore.head.ranks import Ranks
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
@@ -53,18 +54,35 @@ class RowPosterior:
         self._weights = weights
 
     @classmethod
-    def fit(cls, feature_map: FeatureMap, hidden: Tensor, ridge: float, *, backend: Backend = "auto") -> RowPosterior:
+    def fit(
+        cls,
+        feature_map: FeatureMap,
+        hidden: Tensor,
+        ridge: float,
+        *,
+        backend: Backend = "auto",
+        ranks: Ranks | None = None,
+    ) -> RowPosterior:
         """From training rows (R, h), each counted once; ``ridge`` is s, in units of the prior.
+
+        Of several ranks each gives its own rows; one that two of them have counts twice.
 
         Raises as :meth:`Posterior.accumulate`.
         """
         d = feature_map.num_features
         if feature_map.features == "rff":
             prior = feature_map.feature_scale**2 * d / 2
-        else:
+        elif ranks is None:
             prior = float(_squared_norm(feature_map, hidden).mean()) or 1.0
+        else:
+            norms = _squared_norm(feature_map, hidden).double()
+            total, count = ranks.total(torch.stack([norms.sum(), norms.new_tensor(len(norms))])).tolist()
+            prior = total / count or 1.0
         empty = Posterior(d, ridge=ridge * prior, likelihood="gaussian", device=hidden.device)
-        return cls(feature_map, prior, empty).with_rows(hidden, backend=backend)
+        rows = cls(feature_map, prior, empty).with_rows(hidden, backend=backend)
+        if ranks is None or rows.posterior is None:
+            return rows
+        return cls(feature_map, prior, rows.posterior.summed(ranks)[0])
 
     @property
     def count(self) -> int | None:
@@ -104,6 +122,8 @@ class RowPosterior:
         check_finite(hidden)
         known = self.posterior
         posterior = Posterior.from_gram(known.gram, known.count, ridge=known.ridge, likelihood="gaussian")
+        if not len(hidden):
+            return RowPosterior(self.feature_map, self.prior, posterior)
         nothing = torch.zeros(len(hidden), device=hidden.device)
         beta = torch.zeros(known.num_features, dtype=torch.float64, device=hidden.device)
         posterior.accumulate(hidden, nothing, self.feature_map, beta, backend=backend)

@@ -18,7 +18,7 @@ from rmcore._base.errors import reject
 from rmcore.head.config import HeadConfig
 from rmcore.head.posterior import check_finite
 from rmcore.ops import reference
-from rmcore.ops.quantize import MAX_DEPTH, quantize_projection
+from rmcore.ops.quantize import MAX_DEPTH, ColumnRange, quantize_projection
 from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, default_dtype, power_of_two_scale
 
 __all__ = ["SNGPHead"]
@@ -138,13 +138,16 @@ class SNGPHead(nn.Module):
         return reference.logit(self.features(hidden), self.beta, self.beta0)
 
     @torch.no_grad()
-    def freeze_features(self, dtype: torch.dtype | None = None, calibration: Tensor | None = None) -> FeatureMap:
+    def freeze_features(
+        self, dtype: torch.dtype | None = None, calibration: Tensor | ColumnRange | None = None
+    ) -> FeatureMap:
         """The serving form of layer and features: σ converged, folded where legal, rounded to ``dtype``.
 
         Args:
             dtype: serving dtype; None takes the device's default.
-            calibration: (N, h) hidden rows; their largest magnitude sets the power-of-two input scale of fp16 heads,
-                their columns' means and spreads what int8 heads take rows through first.
+            calibration: (N, h) hidden rows, or the range of their columns; their largest magnitude sets the
+                power-of-two input scale of fp16 heads, their columns' means and spreads what int8 heads take rows
+                through first.
         """
         config = self.config
         dtype = default_dtype(self.beta.device) if dtype is None else dtype
@@ -214,16 +217,19 @@ class SNGPHead(nn.Module):
         return scale
 
 
-def _input_scale(dtype: torch.dtype, calibration: Tensor | None) -> float:
+def _input_scale(dtype: torch.dtype, calibration: Tensor | ColumnRange | None) -> float:
     """The power of two that fp16 heads multiply hidden rows by."""
-    if calibration is None or dtype != torch.float16 or not calibration.numel():
+    if calibration is None or dtype != torch.float16:
         return 1.0
-    check_finite(calibration, "calibration")
+    seen = torch.stack([calibration.low, calibration.high]) if isinstance(calibration, ColumnRange) else calibration
+    if not seen.numel():
+        return 1.0
+    check_finite(seen, "calibration")
     # Unseen rows may be larger than the calibration rows: leave a factor of eight below fp16's 65504.
-    return power_of_two_scale(float(calibration.abs().max()), 8192.0)
+    return power_of_two_scale(float(seen.abs().max()), 8192.0)
 
 
-def _rounded(folded: _Folded, dtype: torch.dtype, calibration: Tensor | None) -> dict[str, Any]:
+def _rounded(folded: _Folded, dtype: torch.dtype, calibration: Tensor | ColumnRange | None) -> dict[str, Any]:
     """Projection and phase in ``dtype``, with what an int8 map has beside them, as fields of a ``FeatureMap``."""
     projection, phase = folded.projection, folded.phase
     if dtype != torch.int8:
@@ -234,7 +240,7 @@ def _rounded(folded: _Folded, dtype: torch.dtype, calibration: Tensor | None) ->
     assert projection is not None
     assert phase is not None
     check_finite(projection, f"projection in {dtype}")
-    if calibration is not None:
+    if isinstance(calibration, Tensor):
         check_finite(calibration, "calibration")
     return dict(quantize_projection(projection, phase, calibration))
 

@@ -11,10 +11,20 @@ multiplied in float32, on the fly (``csrc/cpu/outliers.h``).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_DEPTH", "WHOLE", "balance_columns", "dequantize_rows", "quantize_projection", "quantize_rows"]
+__all__ = [
+    "MAX_DEPTH",
+    "WHOLE",
+    "ColumnRange",
+    "balance_columns",
+    "dequantize_rows",
+    "quantize_projection",
+    "quantize_rows",
+]
 
 WHOLE = 127
 """The largest whole number used; −128 is not."""
@@ -39,18 +49,33 @@ def dequantize_rows(whole: Tensor, scale: Tensor) -> Tensor:
     return whole.float() * scale[:, None]
 
 
-def balance_columns(calibration: Tensor) -> tuple[Tensor, Tensor]:
+class ColumnRange(NamedTuple):
+    """What of hidden rows (N, h) their rounding goes by, each (h,)."""
+
+    mean: Tensor
+    """float64."""
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> ColumnRange:
+        """Of (N, h) finite rows, N ≥ 1."""
+        return cls(rows.mean(dim=0, dtype=torch.float64), rows.amin(dim=0), rows.amax(dim=0))
+
+
+def balance_columns(calibration: Tensor | ColumnRange) -> tuple[Tensor, Tensor]:
     """What to take from hidden rows and then multiply into them, by column, before they are rounded.
 
     Args:
-        calibration: (N, h) finite rows like those to come.
+        calibration: (N, h) finite rows like those to come, or the range of their columns.
 
     Returns:
         shift (h,) float32, the mean; scale (h,) float32, the power of two nearest to √(typical spread / spread): exact
         to multiply by and to undo. Columns that never vary are left as they are.
     """
-    shift = calibration.mean(dim=0, dtype=torch.float64).float()
-    spread = torch.maximum(calibration.amax(dim=0) - shift, shift - calibration.amin(dim=0)).double()
+    columns = calibration if isinstance(calibration, ColumnRange) else ColumnRange.of(calibration)
+    shift = columns.mean.float()
+    spread = torch.maximum(columns.high - shift, shift - columns.low).double()
     varies = spread > 0
     if not bool(varies.any()):
         return shift, torch.ones_like(shift)
@@ -59,13 +84,16 @@ def balance_columns(calibration: Tensor) -> tuple[Tensor, Tensor]:
     return shift, torch.ldexp(torch.ones_like(shift), exponent.round().clamp(_MOST_TO_WEIGHTS, 24).to(torch.int32))
 
 
-def quantize_projection(projection: Tensor, phase: Tensor, calibration: Tensor | None) -> dict[str, Tensor]:
+def quantize_projection(
+    projection: Tensor, phase: Tensor, calibration: Tensor | ColumnRange | None
+) -> dict[str, Tensor]:
     """A folded projection (D, h) and its phase (D,) in turns, float64, as the int8 fields of a ``FeatureMap``.
 
-    ``calibration`` (N, h) are rows to centre and balance columns by; without them hidden rows are taken as they are.
+    ``calibration`` (N, h) are rows to centre and balance columns by, or the range of their columns; without them hidden
+    rows are taken as they are.
     """
     fields: dict[str, Tensor] = {}
-    if calibration is not None and calibration.numel():
+    if calibration is not None and (isinstance(calibration, ColumnRange) or calibration.numel()):
         shift, balance = balance_columns(calibration)
         phase, projection = phase + projection @ shift.double(), projection / balance.double()
         fields = {"hidden_shift": shift, "hidden_scale": balance}

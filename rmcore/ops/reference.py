@@ -42,6 +42,7 @@ __all__ = [
     "mean_field_amplitude",
     "mean_of_orders",
     "median_length_scale",
+    "median_rows",
     "normalized_layer",
     "novelty",
     "pack_lower",
@@ -168,13 +169,19 @@ def median_length_scale(z: Tensor, *, max_rows: int = 2048, seed: int = 0) -> Te
     Raises ValueError where no two rows differ (there is no scale to take).
     """
     if z.shape[0] > max_rows:
-        generator = torch.Generator().manual_seed(seed)
-        z = z[torch.randperm(z.shape[0], generator=generator)[:max_rows].to(z.device)]
+        z = z[median_rows(z.shape[0], max_rows=max_rows, seed=seed).to(z.device)]
     distances = torch.nn.functional.pdist(z.double())
     distances = distances[distances > 0]
     if distances.numel() == 0:
         raise ValueError("median_length_scale: no two rows of z differ, so there is no distance to take a median of")
     return distances.median().to(z.dtype)
+
+
+def median_rows(count: int, *, max_rows: int = 2048, seed: int = 0) -> Tensor:
+    """Numbers of the rows, of ``count``, that :func:`median_length_scale` measures; all of them where they are few."""
+    if count <= max_rows:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:max_rows]
 
 
 def random_fourier_features(

@@ -134,6 +134,7 @@ def test_ranks_reduce_to_one_pass(tmp_path, warm_python):
         import sys, torch, torch.distributed as dist
         from rmcore.head import SNGPHead
         from rmcore.head.posterior import Posterior
+        from rmcore.head.ranks import Ranks
 
         rank, folder = int(sys.argv[1]), sys.argv[2]
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -148,10 +149,12 @@ def test_ranks_reduce_to_one_pass(tmp_path, warm_python):
 
         mine = accumulated(slice(0, 20) if rank == 0 else slice(20, 50))
         mine.factor()
-        mine.all_reduce()
+        with Ranks.of() as ranks:
+            mine, gradient, total = mine.summed(ranks, beta * rank, 0.5 * rank)
         whole = accumulated(slice(None))
         assert mine.stale and mine.count == whole.count == 50
         torch.testing.assert_close(mine.precision, whole.precision, rtol=1e-12, atol=1e-12)
+        assert torch.equal(gradient, beta) and total == 0.5
         dist.destroy_process_group()
         """
     )
