@@ -20,13 +20,14 @@ APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), 
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live test-distributed compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live test-distributed test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make test-distributed  heads fitted over several processes: torchrun, gloo"
+	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -88,6 +89,24 @@ test-live: $(VENV)/.dev
 test-distributed: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli
 
+# The package pins a transformers that rmcore cannot have: its own environment, and of what it asks for what its scoring imports.
+REWARDBENCH := $(VENV)-rewardbench
+$(REWARDBENCH)/.done:
+	@echo "== rewardbench 0.1.4 in $(REWARDBENCH), with torch"
+	@$(PYTHON) -m venv $(REWARDBENCH)
+	@if [ "$(TORCH_CPU)" = 1 ] && $(PYTHON) -c $(ANSWERS) 2>/dev/null; then \
+	  $(REWARDBENCH)/bin/pip install -qq --extra-index-url $(TORCH_INDEX) "torch==$(TORCH)+cpu"; \
+	else \
+	  $(REWARDBENCH)/bin/pip install -qq "torch==$(TORCH)"; \
+	fi
+	@$(REWARDBENCH)/bin/pip install -qq --no-deps rewardbench==0.1.4 fschat==0.2.36
+	@$(REWARDBENCH)/bin/pip install -qq transformers==4.51.0 trl==0.19.1 datasets pandas accelerate sentencepiece tabulate 2>&1 | grep -v "fschat\|rewardbench\|dependency resolver" || true
+	@$(REWARDBENCH)/bin/python -c "import rewardbench.utils"
+	@touch $@
+
+test-rewardbench: $(VENV)/.dev $(REWARDBENCH)/.done
+	RMCORE_REWARDBENCH_PYTHON=$(REWARDBENCH)/bin/python $(BIN)/python -m pytest -v -rs tests/evaluation/benchmarks/test_against_rewardbench.py
+
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov=rmcore --cov-report=term:skip-covered
@@ -147,4 +166,4 @@ gpu-check-prepare: $(VENV)/.dev
 	$(BIN)/python bench/gpu_check.py prepare --python $(GPU_PYTHON)
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(REWARDBENCH) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -162,8 +162,8 @@ def _checked(
     further = [] if out is None else [out / f"{name}.{kind}" for name in routing.extra for kind in _FORMS]
     for file in files + tables + further:
         check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False)
-    items = read_items(asked, data)
     of = sources_of(asked, data)
+    items = read_items(asked, sources=of)
     return _Job(asked, models, estimators, of, items, shares, cuts, routed, replicates, files, tables, wanted)
 
 

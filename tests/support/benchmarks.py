@@ -1,4 +1,4 @@
-"""Rows in the form in which each benchmark is published, and the containers that they come in."""
+"""Rows in the form in which each benchmark is published, the containers that they come in, and scores of items."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from rmcore.evaluation.benchmarks.item import Benchmark, CountedPairs, Item
+from rmcore.evaluation.benchmarks.scoring import score_lines
 
 GOOD, BAD = "good clear right", "bad vague wrong"
 
@@ -96,3 +101,18 @@ def written(folder: Path, rows: Sequence[dict[str, Any]], container: str, name: 
     else:
         path.write_bytes(gzip.compress(lines) if container.endswith(".gz") else lines)
     return path
+
+
+def item(quality: Sequence[float], subset: str, own: str = "1", prompt: str = "p") -> Item:
+    """An item whose responses are worth this; they are their own numbers."""
+    return Item(own, prompt, tuple(map(str, range(len(quality)))), tuple(map(float, quality)), subset)
+
+
+def scored(
+    benchmark: Benchmark, items: Sequence[Item], scores: Sequence[Sequence[float]], **options: Any
+) -> dict[str, float]:
+    """Score names → scores, from each response's own score."""
+    own = [np.array(row, dtype=float) for row in scores]
+    margin = np.array([s[i] - s[j] for s, each in zip(own, items, strict=True) for i, j in each.pairs], dtype=float)
+    lines = score_lines(benchmark, CountedPairs(tuple(items)), margin, own, replicates=0, **options)
+    return {line.name: line.score for line in lines}

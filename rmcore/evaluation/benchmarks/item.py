@@ -135,6 +135,9 @@ class Benchmark:
         scores: items, credit (N, C), weights (B, N) and each item's (K,) scores of its responses → named scores, from
             coarse to fine. Rules that need more than preferences use the last; where it is None (a judge, who gives
             preferences only, decided some pairs) they are left out.
+        own: fields of which each of its rows has one at least: a file of a folder without any is none of its files.
+        results: fields that its rows do not have, but somebody's results on them do, or another benchmark's rows: a
+            file with one is left out beside files without.
         whole: stems of files that hold what the files beside them hold, and are left out beside them.
     """
 
@@ -145,6 +148,8 @@ class Benchmark:
     read: Callable[[Mapping[str, Any], Context], Item | None]
     credit: Callable[[CountedPairs, Matrix], Matrix]
     scores: Callable[[Sequence[Item], Matrix, Matrix, Sequence[Matrix] | None], list[Score]]
+    own: tuple[str, ...]
+    results: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
 
 

@@ -1,7 +1,9 @@
 """JudgeBench (Tan et al. 2025): pairs of answers of which one is right, in four groups.
 
-Accuracy by group and over all pairs; no preference counts half. The project asks judges in both orders; a model in
-difference mode has one answer for both, one in concat mode is asked in both orders and the two are averaged.
+Accuracy by group and over all pairs. The project asks in both orders and counts a pair as right where the decisions for
+the label outweigh those against it, so that no preference counts as wrong, and neither do two orders that contradict
+each other count. A model in difference mode has one answer for both orders, one in concat mode is asked in both and the
+two are averaged.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from rmcore.evaluation.benchmarks.item import (
     Matrix,
     Score,
     group_mean,
-    half_point,
+    strict_point,
 )
 
 __all__ = ["BENCHMARK", "GROUPS", "group_of"]
@@ -53,7 +55,7 @@ def _read(row: Mapping[str, Any], context: Context) -> Item:
 
 
 def _credit(pairs: CountedPairs, margin: Matrix) -> Matrix:
-    return half_point(margin)[:, None]
+    return strict_point(margin)[:, None]
 
 
 def _scores(items: Sequence[Item], credit: Matrix, weight: Matrix, own_scores: Sequence[Matrix] | None) -> list[Score]:
@@ -78,4 +80,6 @@ BENCHMARK = Benchmark(
     read=_read,
     credit=_credit,
     scores=_scores,
+    own=("response_A", "response_B"),
+    results=("judgments",),
 )

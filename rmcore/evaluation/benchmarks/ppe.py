@@ -65,6 +65,8 @@ PAIRS = Benchmark(
     read=_read_pair,
     credit=_credit_pair,
     scores=_scores_pair,
+    own=("response_1", "response_2"),
+    results=("sampled_conflict_pairs", "score_1"),
 )
 
 
@@ -199,4 +201,6 @@ BEST_OF_K = Benchmark(
     read=_read_pool,
     credit=_credit_pool,
     scores=_scores_pool,
+    own=("response_1", "responses"),
+    results=("winner", "score_1"),
 )

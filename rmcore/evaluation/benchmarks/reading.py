@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore._base.prompt import content_key
+from rmcore.evaluation.benchmarks.folder import DATA, files_of
 from rmcore.evaluation.benchmarks.item import Benchmark, Context, Item
 from rmcore.model.data import read_rows
 
@@ -18,18 +19,17 @@ log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^/:]+)?(/[^/:]+)?(:.+)?")
 _HUB = "hf://"
-_DATA = (".jsonl", ".ndjson", ".json", ".parquet")
-_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
-_NO_ROWS = ("dataset_infos.json", "dataset_info.json")  # what the hub's clones say about their data
 
 
-def read_items(benchmark: Benchmark, data: str | Path | None = None) -> tuple[Item, ...]:
+def read_items(
+    benchmark: Benchmark, data: str | Path | None = None, *, sources: Sequence[str] | None = None
+) -> tuple[Item, ...]:
     """All items of a benchmark that count, in order.
 
     Args:
         benchmark: which.
         data: a file, a folder, ``org/name`` or ``hf://org/name`` of the hub; None is the benchmark's own data there.
+        sources: what ``data`` stands for, where that is known already (:func:`sources_of`).
 
     Raises:
         InputError: it is nowhere on the hub, or there is nothing in ``data``.
@@ -37,7 +37,7 @@ def read_items(benchmark: Benchmark, data: str | Path | None = None) -> tuple[It
     """
     items: list[Item] = []
     ties, repeats = 0, _Repeats()
-    for source in sources_of(benchmark, data):
+    for source in sources_of(benchmark, data) if sources is None else sources:
         for row in read_rows(source):
             try:
                 item = benchmark.read(row.value, Context(source, row.number))
@@ -69,24 +69,10 @@ def sources_of(benchmark: Benchmark, data: str | Path | None = None) -> list[str
     if path.is_dir():
         if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             return [name]
-        return [str(file) for file in _files(benchmark, path)]
-    if not path.exists() and _HUB_ID.fullmatch(name) and not name.lower().endswith(_DATA):
+        return [str(file) for file in files_of(benchmark, path)]
+    if not path.exists() and _HUB_ID.fullmatch(name) and not name.lower().endswith(DATA):
         return [_HUB + name]
     return [name]
-
-
-def _files(benchmark: Benchmark, folder: Path) -> Sequence[Path]:
-    found = sorted(
-        file for file in _walk(folder) if file.name.lower().endswith(_suffixes()) and file.name.lower() not in _NO_ROWS
-    )
-    if not found:
-        reject("data", f"{str(folder)!r}, without data files", f"files that end in {', '.join(_DATA)}, packed or not")
-    repeated = [file for file in found if _SHARD.sub("", file.name.split(".")[0]) in benchmark.whole]
-    if repeated and len(repeated) < len(found):
-        for file in repeated:
-            log.warning("%s is left out: the files beside it hold its rows. By itself it is read", file)
-        return [file for file in found if file not in repeated]
-    return found
 
 
 class _Repeats:
@@ -101,14 +87,3 @@ class _Repeats:
         if self.known.setdefault(hash(content), source) != source:
             self.count += 1
             self.first = self.first or f"{source}, {where}, which {self.known[hash(content)]} has too"
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder; what is hidden is not data."""
-    for file in folder.rglob("*"):
-        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts):
-            yield file
-
-
-def _suffixes() -> tuple[str, ...]:
-    return tuple(data + packed for data in _DATA for packed in _PACKED)

@@ -101,5 +101,7 @@ BENCHMARK = Benchmark(
     read=_read,
     credit=_credit,
     scores=_scores,
+    own=("chosen", "rejected"),
+    results=("results", "scores_chosen"),
     whole=("raw",),
 )

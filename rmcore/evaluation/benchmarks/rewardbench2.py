@@ -133,4 +133,6 @@ BENCHMARK = Benchmark(
     read=_read,
     credit=_credit,
     scores=_scores,
+    own=("chosen", "rejected"),
+    results=("results", "scores"),
 )

@@ -111,5 +111,7 @@ BENCHMARK = Benchmark(
     read=_read,
     credit=_credit,
     scores=_scores,
+    own=("chosen", "rejected"),
+    results=("score_chosen", "score_rejected"),
     whole=("total_dataset",),
 )

@@ -126,4 +126,6 @@ BENCHMARK = Benchmark(
     read=_read,
     credit=_credit,
     scores=_scores,
+    own=("chosen", "reject", "bon_best", "loser_list"),
+    results=("chosen_reward", "reject_reward"),
 )

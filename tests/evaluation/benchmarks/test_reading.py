@@ -106,7 +106,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixt
     written(tmp_path / ".cache", rm_bench(), "json")
     items = read_items(BENCHMARKS["rm-bench"], tmp_path)
     assert [item.subset for item in items] == ["chat", "safety-refuse"]
-    assert "total_dataset.json is left out" in caplog.text
+    assert "left out, the files beside hold its rows. By themselves they are read: total_dataset.json" in caplog.text
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="without data files"):

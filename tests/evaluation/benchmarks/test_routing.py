@@ -31,6 +31,7 @@ def answers(count: int = 200, *, wrong: int = 50) -> Answers:
 
 
 JUDGEBENCH = BENCHMARKS["judgebench"]
+PPE_PAIRS = BENCHMARKS["ppe-pairs"]  # no preference counts half
 
 
 def test_uncertain_errors_are_corrected_first() -> None:
@@ -90,7 +91,7 @@ def test_what_the_inputs_do_not_tell_is_routed_first() -> None:
     u[-1] = np.inf
     for by in ("u", "rank_sum"):
         table = routing_table(
-            JUDGEBENCH,
+            PPE_PAIRS,
             Answers(said.pairs, np.where(np.isinf(u), 0.0, said.margin), u, said.scores),
             Verdicts.of(said.pairs, -np.ones(200)),
             by=by,  # type: ignore[arg-type]
@@ -113,7 +114,7 @@ def test_recorded_verdicts_by_text_and_what_they_do_not_hold() -> None:
     assert found.preference.tolist()[:3] == [1.0, -1.0, 0.0]
     assert np.isnan(found.preference[3])
     assert (found.flips, found.orders.tolist()) == ((1, 1), [1, 1, 2, 0])
-    table = routing_table(JUDGEBENCH, said, found, budgets=(), replicates=0)
+    table = routing_table(PPE_PAIRS, said, found, budgets=(), replicates=0)
     assert table.rows[-1].failed == 1
     assert table.rows[-1].scores[0].routed == pytest.approx((1 + 0 + 0.5 + 1) / 4), (
         "no verdict: the model's answer stands"

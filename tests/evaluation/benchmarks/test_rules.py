@@ -1,34 +1,19 @@
-"""Scoring rules on numbers worked by hand, and against the benchmark's own package where it can be imported."""
+"""Scoring rules on numbers worked by hand."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
+from support.benchmarks import item, scored
 
 from rmcore._base.errors import InputError
 from rmcore.evaluation.benchmarks import BENCHMARKS, find_benchmark, ppe, rewardbench, rewardbench2, rm_bench
-from rmcore.evaluation.benchmarks.item import Benchmark, CountedPairs, Item, half_point
+from rmcore.evaluation.benchmarks.item import CountedPairs, Item
 from rmcore.evaluation.benchmarks.judgebench import group_of
 from rmcore.evaluation.benchmarks.scoring import score_lines
-
-
-def item(quality: Sequence[float], subset: str, own: str = "1", prompt: str = "p") -> Item:
-    return Item(own, prompt, tuple(map(str, range(len(quality)))), tuple(map(float, quality)), subset)
-
-
-def scored(
-    benchmark: Benchmark, items: Sequence[Item], scores: Sequence[Sequence[float]], **options: Any
-) -> dict[str, float]:
-    """Score names → scores, from each response's own score."""
-    own = [np.array(row, dtype=float) for row in scores]
-    margin = np.array([s[i] - s[j] for s, each in zip(own, items, strict=True) for i, j in each.pairs], dtype=float)
-    lines = score_lines(benchmark, CountedPairs(tuple(items)), margin, own, replicates=0, **options)
-    return {line.name: line.score for line in lines}
 
 
 def test_rewardbench_weighs_subsets_by_its_own_counts() -> None:
@@ -117,8 +102,22 @@ def test_judgebench_groups() -> None:
         group_of("gpqa")
     items = [item([1, 0] if k % 2 else [0, 1], source) for k, source in enumerate(sources)]
     found = scored(BENCHMARKS["judgebench"], items, [[0, 1], [0, 1], [0, 1], [1, 0], [0, 0]])
-    assert (found["Accuracy"], found["Knowledge"], found["Coding"]) == (pytest.approx(3.5 / 5), 0.5, 0.5)
+    assert (found["Accuracy"], found["Knowledge"], found["Coding"]) == (pytest.approx(3 / 5), 0.5, 0.0), "a tie is lost"
     assert found["mmlu-pro-math"] == 0.0
+
+
+def test_judgebench_as_its_project_counts() -> None:
+    """Both orders: a decision for the label is +1, for the other -1, a tie or none 0; right where the sum is > 0."""
+    rng = np.random.default_rng(6)
+    sources = ("mmlu-pro-law", "livebench-reasoning", "livebench-math", "livecodebench")
+    items = [item([1, 0], sources[k % 4], str(k)) for k in range(200)]
+    orders = rng.integers(-1, 2, (200, 2))
+    scores = np.stack([orders.mean(axis=1), np.zeros(200)], axis=1)  # what a judge of both orders prefers
+    found = scored(BENCHMARKS["judgebench"], items, scores.tolist())
+    theirs = (orders.sum(axis=1) > 0).astype(float)
+    assert found["Accuracy"] == pytest.approx(theirs.mean(), abs=1e-9)
+    for k, group in enumerate(("Knowledge", "Reasoning", "Math", "Coding")):
+        assert found[group] == pytest.approx(theirs[k::4].mean(), abs=1e-9)
 
 
 def test_best_of_k_is_the_mean_over_all_draws() -> None:
@@ -181,60 +180,3 @@ def test_names_are_found_with_or_without_hyphens() -> None:
     assert find_benchmark("RewardBench 2") is BENCHMARKS["rewardbench2"]
     with pytest.raises(InputError, match="one of rewardbench, rewardbench2, rm-bench, judgebench, ppe-pairs"):
         find_benchmark("mtbench")
-
-
-# -- against the project's own functions -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def package() -> Any:
-    """``rewardbench.utils``; it pins old versions of what it imports, so few environments have it."""
-    try:
-        import rewardbench.utils as utils
-    except ImportError as error:
-        pytest.skip(f"rewardbench cannot be imported here, its functions are not compared with ours ({error})")
-    return utils
-
-
-def test_sections_as_rewardbench_has_them(package: Any) -> None:
-    from rewardbench.constants import EXAMPLE_COUNTS, SUBSET_MAPPING
-
-    assert EXAMPLE_COUNTS == rewardbench.COUNTS
-    rng = np.random.default_rng(2)
-    for names in (list(EXAMPLE_COUNTS), ["math-prm", "hep-js", "donotanswer"]):
-        items = [item([1, 0], name) for name in names for _ in range(5)]
-        scores = rng.normal(size=(len(items), 2))
-        found = scored(rewardbench.BENCHMARK, items, scores.tolist())
-        credit = half_point(scores[:, 0] - scores[:, 1]).reshape(-1, 5).mean(axis=1)
-        theirs = package.calculate_scores_per_section(
-            EXAMPLE_COUNTS, SUBSET_MAPPING, dict(zip(names, credit.tolist(), strict=True))
-        )
-        for section, value in theirs.items():
-            assert found.get(section, 0.0) == pytest.approx(value, abs=1e-9)
-
-
-def test_best_of_four_as_rewardbench_has_it(package: Any) -> None:
-    from datasets import Dataset
-
-    rng = np.random.default_rng(3)
-    items = [item([1, 0, 0, 0], "Focus") for _ in range(60)]
-    scores = rng.integers(0, 4, (60, 4)).astype(float)
-    flat = Dataset.from_dict({"text": ["t"] * 240, "scores": scores.ravel().tolist(), "subset": ["Focus"] * 240})
-    theirs = package.reroll_and_score_dataset(flat, [4] * 60)["results"]
-    assert scored(rewardbench2.BENCHMARK, items, scores.tolist())["Focus"] == pytest.approx(np.mean(theirs), abs=1e-9)
-
-
-def test_ties_as_rewardbench_has_them(package: Any) -> None:
-    rng = np.random.default_rng(4)
-    for trial in range(20):
-        items, rows, scores = [], [], []
-        for kind, number in [("ref", 1), ("tied", 1), ("tied", 2), ("ref", 3), ("tied", 3), ("ref", 4), ("tied", 4)]:
-            right = 1 if kind == "ref" or number == 4 else int(rng.integers(2, 5))
-            quality = [1] * right + [0] * int(rng.integers(1, 4))
-            own = (rng.normal(size=len(quality)) if trial % 2 else rng.integers(0, 4, len(quality))) + np.array(quality)
-            items.append(item(quality, "Ties", f"{kind}:{number}"))
-            rows.append({"id": f"{kind}:{number}", "scores": own.tolist(), "num_correct": right})
-            scores.append(own)
-        assert rewardbench2.ties_score(items, scores)[0] == pytest.approx(
-            package.process_single_model(rows)[1], abs=1e-9
-        )
