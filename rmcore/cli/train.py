@@ -106,7 +106,7 @@ def train(
         from rmcore.model.backbone import BackboneConfig
         from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of
-        from rmcore.model.training import finetune, train_layer
+        from rmcore.model.training import train_layer
         from rmcore.model.tune import tune as choose
 
         if epochs and layer_size is None:
@@ -159,6 +159,8 @@ def train(
         with progress_bar() as bar:
             head = SNGPHead(config).to(spine.device)
             if finetune_epochs:
+                from rmcore.integrations.training.finetune import finetune
+
                 watch, loss = training_progress(bar, "fine-tuning")
                 finetune(
                     spine,

@@ -3,7 +3,7 @@
 Three ways, all ending at a :class:`~rmcore.head.FrozenHead` whose posterior belongs to the β it serves:
 
 - :func:`fit`: features as they are; β by Newton/IRLS with the same ``accumulate`` pass that builds P (about 6 passes);
-- :func:`rmcore.model.training.train_layer` / ``finetune`` first: W (and the backbone) by AdamW, then :func:`fit`;
+- :func:`rmcore.model.training.train_layer` first, W by AdamW, or a trainer for the backbone too, then :func:`fit`;
 - :func:`upgrade`: β is an existing reward model's scalar head and stays; only P is fitted.
 """
 

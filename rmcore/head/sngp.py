@@ -99,6 +99,17 @@ class SNGPHead(nn.Module):
             sigma = (weight @ self.right_vector).norm()
         return reference.spectral_normalize(self.weight, self.config.norm_bound, sigma)
 
+    @torch.no_grad()
+    def step_power_iteration(self, steps: int = 1) -> None:
+        """Take steps of power iteration on W; without a layer there is nothing to do.
+
+        For whoever trains in eval mode, where σ is taken along the vector as it stands: once an optimiser step, say,
+        however many forward passes that has.
+        """
+        if self.weight is not None:
+            _, vector = ops.power_iteration(self.weight.detach(), self.right_vector, steps)
+            self.right_vector.copy_(vector)
+
     def hidden_to_z(self, hidden: Tensor, *, converged: bool = False) -> Tensor:
         """The input of the features, z (..., m)."""
         weight = self.normalized_weight(converged=converged)

@@ -6,6 +6,8 @@
 The advantages the trainer computes are then exactly RLOO over the judged pairwise preferences
 (``GroupScores.advantages``), as long as nothing else is mixed into the reward: :func:`check_trl_config` lists what
 would be.
+
+:class:`PairwiseRewardTrainer` trains such a model (:mod:`rmcore.integrations.training`).
 """
 
 from __future__ import annotations
@@ -39,11 +41,21 @@ from rmcore.judge.base import Judge
 from rmcore.model.text import OverlongPolicy, TextLimit
 
 if TYPE_CHECKING:
+    from rmcore.integrations.training import PairwiseRewardConfig, PairwiseRewardTrainer
     from rmcore.integrations.trl_state import RewardStateCallback
 
-__all__ = ["ConfigIssue", "PairwiseReward", "check_trl_config"]
+__all__ = ["ConfigIssue", "PairwiseReward", "PairwiseRewardConfig", "PairwiseRewardTrainer", "check_trl_config"]
 
 log = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer takes seconds to import, which a reward need not pay.
+    if name in ("PairwiseRewardConfig", "PairwiseRewardTrainer"):
+        from rmcore.integrations import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)

@@ -537,16 +537,19 @@ class Backbone:
         """
         return self._sharing.explain()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write weights and tokenizer into a new folder, from which the same configuration loads them again.
+
+        Of a model with PEFT adapters those alone are written, with the name of what they belong to. ``state_dict`` is
+        for weights that are gathered from several processes.
 
         Raises InputError for a server's body and for quantised weights, which are where they came from.
         """
         if self.remote:
             reject("backbone", "'embed' for hidden states from a server", "'name', and the server again when it loads")
-        if getattr(self.model, "is_quantized", False):
+        if getattr(self.model, "is_quantized", False) and not hasattr(self.model, "peft_config"):
             reject("backbone", "'embed' for quantised weights", "'name', which loads them from where they are")
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": dict(state_dict)}))
         self.tokenizer.save_pretrained(folder)
         if self.published is not None:
             from safetensors.torch import save_file
@@ -746,18 +749,25 @@ class Backbone:
 
     def add_length_feature(self, pooled: Tensor, texts: Sequence[EncodedText]) -> Tensor:
         """Append the configured length feature to pooled rows (N, h')."""
+        return self.append_lengths(pooled, torch.tensor([text.content_tokens for text in texts]))
+
+    def append_lengths(self, pooled: Tensor, content_tokens: Tensor) -> Tensor:
+        """:meth:`add_length_feature` of rows whose texts' content tokens are counted already (B,)."""
         if self.config.length_feature == 0:
             return pooled
-        counts = torch.tensor([text.content_tokens for text in texts], dtype=torch.float32, device=pooled.device)
+        counts = content_tokens.to(device=pooled.device, dtype=torch.float32)
         feature = self.config.length_feature * (torch.log1p(counts) - 5)
         return torch.cat([pooled, feature[:, None]], dim=1)
 
-    def pooled_states(self, input_ids: Tensor, attention_mask: Tensor, *, full: bool = False) -> Tensor:
+    def pooled_states(
+        self, input_ids: Tensor, attention_mask: Tensor, *, full: bool = False, through: Any = None
+    ) -> Tensor:
         """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature.
 
-        With ``full`` the weights of a published model's gate follow, where it has one.
+        With ``full`` the weights of a published model's gate follow, where it has one. ``through`` is what a trainer
+        has wrapped the model in (DDP, FSDP, a DeepSpeed engine), whose forward is called in the model's place.
         """
-        states = self._states(self.model_inputs(input_ids, attention_mask))
+        states = self._states(self.model_inputs(input_ids, attention_mask), through)
         if self.published is not None:
             lengths = attention_mask.sum(1).tolist()
             texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
@@ -830,15 +840,19 @@ class Backbone:
         states = self.pooled_states(input_ids.to(self.device), mask.to(self.device), full=True)
         return states.float(), input_ids.numel()
 
-    def _states(self, inputs: dict[str, Any]) -> Tensor:
+    def _states(self, inputs: dict[str, Any], through: Any = None) -> Tensor:
         """States (B, T, h) of the configured layer, or what enters a classifier's last linear layer."""
+        model = self.model if through is None else through
         with self._lock:  # hooks and the attention's name are set on the model itself, so one caller at a time
+            register: Callable[[Any], Any] | None = None
             if self._final_linear is not None:
-                return self._stopped(self._final_linear.register_forward_pre_hook, inputs)
-            if self.config.layer is not None:
-                return self._stopped(block(self.model, self.config.layer).register_forward_hook, inputs)
-            states: Tensor = self.model(**inputs).last_hidden_state
-            return states
+                register = self._final_linear.register_forward_pre_hook
+            elif self.config.layer is not None:
+                register = block(self.model, self.config.layer).register_forward_hook
+            if register is None:
+                states: Tensor = model(**inputs).last_hidden_state
+                return states
+            return self._stopped(register, inputs) if model is self.model else self._seen(register, model, inputs)
 
     def model_inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What the model's forward takes for a batch (B, T) and its mask."""
@@ -850,6 +864,23 @@ class Backbone:
             separators = (input_ids == self._separator).long()
             inputs["token_type_ids"] = ((separators.cumsum(1) - separators) > 0).long() * mask
         return inputs
+
+    def _seen(self, register: Callable[[Any], Any], model: Any, inputs: dict[str, Any]) -> Tensor:
+        """As :meth:`_stopped` through a wrapped model, whose own hooks want its forward pass to go on to its end."""
+        found: list[Tensor] = []
+
+        def keep(_module: object, inputs: Any, *output: Any) -> None:
+            seen = output[0] if output else inputs
+            found.append(seen[0] if isinstance(seen, tuple) else seen)
+
+        handle = register(keep)
+        try:
+            model(**inputs)
+        finally:
+            handle.remove()
+        if not found:
+            raise CheckpointError(f"backbone: a layer of {type(self.model).__name__} that is to be read never ran")
+        return found[0]
 
     def _stopped(self, register: Callable[[Any], Any], inputs: dict[str, Any]) -> Tensor:
         """Run the model only until a hook that ``register`` sets fires; what the hook saw (output, or input before)."""

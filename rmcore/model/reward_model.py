@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ __all__ = [
     "Progress",
     "RewardModel",
     "encode_pair",
+    "encode_pairs",
     "encode_preferences",
     "error_prior_of",
     "preference_texts",
@@ -450,6 +451,7 @@ class RewardModel:
         *,
         backbone: Literal["name", "embed"] = "name",
         include_posterior: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the model as one folder, atomically.
 
@@ -457,6 +459,7 @@ class RewardModel:
             path: a new folder, or one rmcore wrote before, which is replaced.
             backbone: ``name`` stores where to load it from, ``embed`` stores its weights and tokenizer too.
             include_posterior: keep the posterior, so that the head can learn further.
+            state_dict: with ``embed`` the backbone's weights, where they are gathered from several processes.
         """
         if backbone not in ("name", "embed"):
             reject("backbone", repr(backbone), "'name' or 'embed'")
@@ -464,11 +467,19 @@ class RewardModel:
 
         with atomic_folder(path, marker=checkpoint.CONFIG_FILE) as folder:
             try:
-                self._save_pretrained(folder, embed=backbone == "embed", include_posterior=include_posterior)
+                embed = backbone == "embed"
+                self._save_pretrained(folder, embed=embed, include_posterior=include_posterior, state_dict=state_dict)
             except SafetensorError as error:  # as it reports a disk that is full, say
                 raise OSError(f"{os.fspath(path)}: {error}") from error
 
-    def _save_pretrained(self, folder: Path, *, embed: bool, include_posterior: bool) -> None:
+    def _save_pretrained(
+        self,
+        folder: Path,
+        *,
+        embed: bool,
+        include_posterior: bool,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         config = self.backbone.config
         if not embed and not config.name and not self.backbone.remote:
             reject("backbone", "'name' for a backbone that came without one", "'embed'")
@@ -477,7 +488,7 @@ class RewardModel:
         head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
         files = self.backbone.files
         if embed:
-            self.backbone.save(folder / "backbone")
+            self.backbone.save(folder / "backbone", state_dict=state_dict)
             files = folder_digests(folder / "backbone")
             if config.revision is None:  # a path of this machine is nobody else's business
                 config = replace(config, name="")
@@ -700,6 +711,20 @@ def preference_texts(
 ) -> tuple[list[EncodedText], Tensor]:
     """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order.
 
+    Pairs are left out as by :func:`encode_pairs`. Raises InputError where none is left.
+    """
+    kept, pairs = encode_pairs(backbone, preferences, mode)
+    labels = [preferences[k].label for k in kept]
+    if mode == "concat":
+        labels = [value for label in labels for value in (label, 1 - label)]
+    return [text for pair in pairs for text in pair], torch.tensor(labels, dtype=torch.float32)
+
+
+def encode_pairs(
+    backbone: Backbone, preferences: Sequence[Preference], mode: str
+) -> tuple[list[int], list[tuple[EncodedText, EncodedText]]]:
+    """The two texts of each pair that can be learned from, after the numbers of those pairs.
+
     Pairs whose two inputs are equal, or one of which is unread, teach nothing: they are left out, with a warning that
     says how many and why. Raises InputError where no other is left.
     """
@@ -722,10 +747,7 @@ def preference_texts(
         except InputError as error:
             raise InputError(f"preferences[{k}]: {error}") from error
     kept = training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
-    labels = [preferences[k].label for k in kept]
-    if mode == "concat":
-        labels = [value for label in labels for value in (label, 1 - label)]
-    return [text for k in kept for text in pairs[k]], torch.tensor(labels, dtype=torch.float32)
+    return kept, [pairs[k] for k in kept]
 
 
 def encode_pair(

@@ -1,0 +1,63 @@
+"""What a backbone needs before it is trained: adapters, and no parameter that no gradient can reach."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+
+from rmcore._base.errors import InputError, reject
+from rmcore.model.backbone import Backbone
+from rmcore.model.encoding.architecture import block
+
+__all__ = ["check_trainable", "freeze_unread", "with_adapters"]
+
+log = logging.getLogger(__name__)
+
+
+def with_adapters(backbone: Backbone, peft_config: Any) -> Any:
+    """The backbone's model with PEFT adapters, which alone are to be trained. Raises InputError without peft."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("peft_config: got one, expected peft to be installed: pip install 'rmcore[train]'")
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if hasattr(backbone.model, "peft_config"):
+        reject("peft_config", "one for a model that has adapters", "None, or the model before adapters")
+    model = backbone.model
+    if backbone.quantised:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, peft_config)
+
+
+def freeze_unread(backbone: Backbone) -> None:
+    """Freeze what a state does not depend on, which DDP would wait for: layers behind, poolers, final layers."""
+    unread: list[Any] = []
+    if backbone.config.kind == "base":
+        unread += [module for name, module in backbone.model.named_modules() if name.rpartition(".")[2] == "pooler"]
+    final = getattr(backbone, "_final_linear", None)
+    if final is not None:
+        unread.append(final)
+    if backbone.config.layer is not None:
+        last = block(backbone.model, backbone.config.layer)
+        layers = next(m for m in backbone.model.modules() if isinstance(m, torch.nn.ModuleList) and last in list(m))
+        unread += list(layers)[list(layers).index(last) + 1 :]
+    for module in unread:
+        module.requires_grad_(False)
+
+
+def check_trainable(backbone: Backbone) -> None:
+    """Raise InputError where nothing can be trained, or not in its dtype; bfloat16 weights are warned about."""
+    dtypes = {p.dtype for p in backbone.model.parameters() if p.requires_grad}
+    if not dtypes:
+        reject(
+            "backbone",
+            "no parameter that requires grad",
+            "something to train",
+            "Use rmcore.model.training.train_layer for the head",
+        )
+    if torch.float16 in dtypes:
+        reject("backbone", "trainable parameters in float16", "float32", "Load it with dtype=torch.float32")
+    if torch.bfloat16 in dtypes:
+        log.warning("trainable parameters are bfloat16, which rounds small updates away; float32 trains better")

@@ -1,0 +1,488 @@
+"""A backbone and an SNGP head trained end to end on transformers' ``Trainer``: :class:`PairwiseRewardTrainer`.
+
+**Why not TRL's RewardTrainer.** It is ``Trainer`` with four things of its own: a tokeniser call, a collator, a scalar
+head that it demands of the model (``AutoModelForSequenceClassification`` with one label), and a loss. All four would be
+replaced here: texts come from the backbone's encoder, whose tokens the fitted model serves, and whose states any head
+reads. On ``Trainer`` there is nothing to undo; arguments and data columns keep TRL's names.
+
+**What is whose.** ``Trainer`` has the backbone: accelerate, DDP, FSDP, DeepSpeed, adapters, checkpointing of
+activations, schedule, logging, checkpoints. The head stands beside it, whole on every rank
+(:mod:`rmcore.integrations.training.replicated_head`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, Subset
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from rmcore._base.errors import NonFiniteError, reject
+from rmcore.head.config import HeadConfig
+from rmcore.head.frozen import FrozenHead
+from rmcore.head.sngp import SNGPHead
+from rmcore.integrations.training.config import PairwiseRewardConfig
+from rmcore.integrations.training.dataset import EncodedPairs, PairCollator, StreamedPairs, pairs_of
+from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
+from rmcore.integrations.training.metrics import pair_metrics
+from rmcore.integrations.training.posterior import EpochCovariance, PairRows, fit_pairs, scored
+from rmcore.integrations.training.prepare import check_trainable, freeze_unread, with_adapters
+from rmcore.integrations.training.replicated_head import ReplicatedHead
+from rmcore.model.backbone import Backbone
+from rmcore.model.reward_model import RewardModel
+
+__all__ = ["PairwiseRewardTrainer"]
+
+log = logging.getLogger(__name__)
+
+_LENGTH_SCALE_PAIRS = 1024
+
+
+class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
+    """Trains a backbone and a head together on preferences, and fits the posterior behind them.
+
+    Args:
+        model: a backbone, or the name of one, which is loaded in float32.
+        args: what a run is.
+        head: a head, its configuration, or fields of one (``hidden_size`` is the backbone's).
+        train_dataset: preferences, rows of a data set, a file's name; or pairs that are encoded already, or streamed.
+        eval_dataset: held-out pairs, likewise; or several by name.
+        loss: of a pair; :func:`~rmcore.integrations.training.losses.bradley_terry` by default. A module's parameters
+            are trained with the head's.
+        peft_config: puts PEFT adapters on the backbone, which alone are trained, and saved.
+        compute_metrics: further metrics, of an ``EvalPrediction`` whose predictions are the pairs' logits (N,).
+        callbacks: of transformers.
+        optimizers: (optimiser, schedule) of the backbone.
+
+    Attributes:
+        backbone: what was given, with adapters on it if there are any.
+        head: the head that is trained.
+        frozen: the head with its posterior, after :meth:`train` or :meth:`fit_posterior`.
+
+    Under DeepSpeed's ZeRO-3 the backbone's parameters are sharded, the head is not; this path is written for and has
+    not been run. Raises InputError where backbone, head, data and arguments do not fit.
+    """
+
+    _tag_names = ("rmcore", "reward-trainer")
+
+    def __init__(
+        self,
+        model: Backbone | str,
+        args: PairwiseRewardConfig,
+        *,
+        head: SNGPHead | HeadConfig | dict[str, Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        loss: PairLoss | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if isinstance(model, str):
+            model = Backbone.from_pretrained(model, dtype=torch.float32, device=args.device)
+        self.backbone = model
+        self.head = _head_of(head, model)
+        if peft_config is not None:
+            model.model = with_adapters(model, peft_config)
+        freeze_unread(model)
+        check_trainable(model)
+        collator = PairCollator(model, padding_free=args.padding_free)
+        self._check_padding_free(args)
+        self.mode = self.head.config.mode
+        self._own_metrics = compute_metrics
+        self.frozen: FrozenHead | None = None
+        self._judging: FrozenHead | None = None  # what gives u in the evaluation that is going on
+        super().__init__(
+            model.model,
+            args,
+            data_collator=collator,
+            train_dataset=self._pairs(train_dataset),
+            eval_dataset=self._eval_pairs(eval_dataset),
+            compute_metrics=self._metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Losses are sums over the pairs of an optimiser step, which Trainer counts over micro-batches and ranks.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.head.to(self.args.device)
+        self.loss: PairLoss = loss or bradley_terry
+        if isinstance(loss, nn.Module):
+            loss.to(self.args.device)
+        self._replicated = ReplicatedHead(
+            self.head,
+            loss,
+            lr=args.head_learning_rate,
+            weight_decay=args.head_weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            accelerator=self.accelerator,
+        )
+        self._covariance = EpochCovariance(self.head.config, self.args.device) if args.posterior == "training" else None
+        self._feature_map: Any = None
+        self._resuming = False
+        self.add_callback(_HeadCallback(self))
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _pairs(self, source: Any) -> Any:
+        if source is None or isinstance(source, (EncodedPairs, StreamedPairs, Subset)):
+            return source
+        if isinstance(source, IterableDataset) or type(source).__name__ == "IterableDataset":
+            return StreamedPairs(self.backbone, lambda: iter(_streamed(source)), self.mode)
+        return EncodedPairs(self.backbone, pairs_of(source), self.mode)
+
+    def _eval_pairs(self, source: Any) -> Any:
+        if isinstance(source, dict):
+            return {name: self._pairs(part) for name, part in source.items()}
+        return self._pairs(source)
+
+    def _check_padding_free(self, args: PairwiseRewardConfig) -> None:
+        config = self.backbone.config
+        if args.padding_free and (config.kind != "base" or config.layer is not None):
+            reject("padding_free", True, "False, or a backbone of kind 'base' whose last layer is read")
+
+    @property
+    def _data_count(self) -> float:
+        """Data of the fit that follows, over which β's prior is spread: two a pair in concat mode."""
+        try:
+            pairs = len(self.train_dataset)
+        except TypeError:
+            pairs = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        return float(pairs * (2 if self.mode == "concat" else 1))
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
+    def pair_states(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, 2, h) float32 pooled states of a batch, through the wrapped model, with their graph if grad is on."""
+        if "ends" in inputs:
+            rows = self._packed_states(model, inputs)
+        else:
+            rows = self.backbone.pooled_states(inputs["input_ids"], inputs["attention_mask"], through=model)
+        rows = self.backbone.append_lengths(rows.float(), inputs["content"])
+        return rows.view(-1, 2, rows.shape[1])
+
+    def _packed_states(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        given = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+        states, ends = model(**given).last_hidden_state[0].float(), inputs["ends"]
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        if self.backbone.config.pooling == "mean":
+            lengths = (ends - starts).tolist()
+            return torch.stack([part.mean(0) for part in states.split(lengths)])
+        return states[starts if self.backbone.config.pooling == "first" else ends - 1]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the pairs' weighted losses over the pairs of the optimiser step, all micro-batches and ranks.
+
+        With ``return_outputs`` also the states.
+        """
+        states = self.pair_states(model, inputs)
+        with torch.autocast(states.device.type, enabled=False):
+            batch = PairBatch(
+                states,
+                self.head(states),
+                inputs["labels"],
+                inputs["margins"],
+                self.mode,
+                {name.removeprefix("column_"): t for name, t in inputs.items() if name.startswith("column_")},
+            )
+            losses = self.loss(batch)
+            if self.args.center_rewards_coefficient:
+                losses = losses + self.args.center_rewards_coefficient * centred(batch)
+            total = (losses * inputs["weights"]).sum()
+        if self._covariance is not None and model.training and self._in_last_epoch:
+            self._covariance.add(self.head, self._features(), states, inputs["labels"], inputs["weights"])
+        if num_items_in_batch is None or not model.training:
+            loss = total / len(losses)
+        else:
+            # Ranks average their gradients; the count is of all ranks where Trainer was told to count so.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = total * ranks / num_items_in_batch
+        return (loss, {"states": states}) if return_outputs else loss
+
+    # -- one optimiser step --------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NonFiniteError(
+                f"loss: got a gradient of norm {float(norm)} after {self.state.global_step} steps, expected finite "
+                "values. Lower the learning rate"
+            )
+        return norm
+
+    def step_head(self) -> None:
+        """The head's part of an optimiser step; before the backbone's, once that gradient is known to be finite."""
+        schedule = self._get_learning_rate() / self.args.learning_rate
+        self._replicated.step(schedule, self._data_count, self.state.global_step)
+        self._feature_map = None
+
+    def begin_epoch(self) -> None:
+        """Covariance in training is summed anew; called at the beginning of each epoch."""
+        if self._covariance is not None and not self._resuming:
+            self._covariance.reset()
+        self._resuming = False
+
+    @property
+    def _in_last_epoch(self) -> bool:
+        return (self.state.epoch or 0) >= self.state.num_train_epochs - 1
+
+    def _features(self) -> Any:
+        # One freezing an optimiser step: σ converged, folded, rounded as it would serve.
+        if self._feature_map is None:
+            self._feature_map = self.head.freeze_features(self._dtype)
+        return self._feature_map
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._resuming = resume_from_checkpoint is not None
+        if self._resuming:
+            more = self._replicated.load(resume_from_checkpoint)
+            if self._covariance is not None and more:
+                self._covariance.load(more)
+        else:
+            self._begin_head(prepared[0])
+        return prepared
+
+    def _begin_head(self, model: nn.Module) -> None:
+        """ℓ by the median rule on the first states, if unset, and power iteration settled: on every rank alike."""
+        if self.head.config.features == "rff" and not math.isfinite(float(self.head.length_scale)):
+            states = self.rows(model, _LENGTH_SCALE_PAIRS).states.flatten(0, 1)
+            self.head.set_length_scale(states.to(self.args.device))
+        self._replicated.begin()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; afterwards the posterior, unless ``args.posterior`` is ``none``.
+
+        Raises NonFiniteError where loss or gradient became NaN or Inf, before the weights take it.
+        """
+        self.frozen = None
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.backbone.model.eval()
+        if self.args.posterior == "pass":
+            self.fit_posterior()
+        elif self._covariance is not None:
+            many = self.accelerator.num_processes > 1
+            self.frozen = self._covariance.frozen(self.head, self._dtype, distributed=many)
+        return output
+
+    # -- the posterior -------------------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        found: torch.dtype | None = getattr(torch, self.args.head_dtype) if self.args.head_dtype else None
+        return found
+
+    @torch.no_grad()
+    def rows(self, model: nn.Module | None = None, most: int | None = None) -> PairRows:
+        """States of the training pairs in their order, on the CPU of every rank; a sample of ``most`` where given."""
+        model = self.model_wrapped if model is None else model
+        loader = self.get_eval_dataloader(self._sample(most))
+        limit = math.inf if most is None else most
+        if not hasattr(self.train_dataset, "__len__") and most is None:
+            limit = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        seen = 0
+        with self._evaluating(model):
+            for inputs in loader:
+                inputs = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    states = self.pair_states(model, inputs)
+                found = self.accelerator.gather_for_metrics((states, inputs["labels"], inputs["weights"]))
+                parts.append(tuple(t.cpu() for t in found))
+                seen += len(parts[-1][0])
+                if seen >= limit:
+                    break
+        states, labels, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+        return PairRows(states, labels, weights)
+
+    def _sample(self, most: int | None) -> Dataset[Any]:
+        data = self.train_dataset
+        if most is None or not hasattr(data, "__len__") or len(data) <= most:
+            return data
+        return Subset(data, range(0, len(data), math.ceil(len(data) / most)))
+
+    @contextmanager
+    def _evaluating(self, model: nn.Module) -> Iterator[None]:
+        was = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was)
+
+    def fit_posterior(self, *, most: int | None = None) -> FrozenHead:
+        """β and P on frozen features, in one pass of the backbone over the training pairs, over all ranks.
+
+        ``head`` takes the β. ``most`` is for a sample of the pairs.
+        """
+        self.frozen, report = fit_pairs(self.head, self.rows(most=most), self._dtype)
+        log.info("Newton %s after %d passes", "converged" if report.converged else "stopped", report.passes)
+        return self.frozen
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As ``Trainer.evaluate``: loss, accuracy, log_loss, ece, and with a posterior log_loss_u, ece_u, auroc_u."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = self._pairs(eval_dataset)
+        self._judging = self.frozen
+        if self.args.posterior_at_evaluation and self.is_in_train:
+            # On a copy: training goes on from the β it has.
+            copy = SNGPHead(self.head.config).to(self.args.device)
+            copy.load_state_dict(self.head.state_dict())
+            self._judging, _ = fit_pairs(copy, self.rows(most=self.args.posterior_pairs), self._dtype)
+        try:
+            found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._judging = None
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(loss, states (B, 2, h), labels (B,)): metrics are computed from the states of all ranks."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["states"].detach(), inputs["labels"]
+
+    @torch.no_grad()
+    def _metrics(self, found: EvalPrediction) -> dict[str, float]:
+        states, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+        if self._judging is None:
+            scores = self.head(states.to(self.args.device)).cpu()
+            logit = (scores[:, 0] - scores[:, 1]) / (1 if self.mode == "difference" else 2)
+            metrics = pair_metrics(logit, labels)
+        else:
+            logit, preference, uncertainty = scored(self._judging, states)
+            metrics = pair_metrics(logit, labels, preference, uncertainty)
+        if self._own_metrics is not None:
+            metrics |= self._own_metrics(EvalPrediction(predictions=logit.numpy(), label_ids=labels.numpy()))
+        return metrics
+
+    # -- checkpoints and the model -------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # First, so that what is pushed or rotated with the checkpoint is whole.
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._replicated.save(folder, None if self._covariance is None else self._covariance.tensors())
+        super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._replicated.load(self.state.best_model_checkpoint)
+
+    @property
+    def reward_model(self) -> RewardModel:
+        """Backbone and frozen head as one model, the posterior fitted if it is not yet."""
+        return RewardModel(self.backbone, self.frozen or self.fit_posterior())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write one folder that :meth:`RewardModel.from_pretrained` opens: head, posterior, backbone and tokenizer.
+
+        Of a backbone with adapters those alone are written, with the name of what they belong to. Default folder:
+        ``model`` below ``args.output_dir``. Checkpoints (``_internal_call``) are Trainer's own.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self._write_model(Path(output_dir or os.path.join(self.args.output_dir, "model")))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder: Path) -> None:
+        model = self.reward_model
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        weights = self._whole_weights() if sharded else None
+        if self.args.should_save:
+            embed = weights is not None or self.backbone.changed or not self.backbone.config.name
+            model.save_pretrained(folder, backbone="embed" if embed else "name", state_dict=weights)
+        self.accelerator.wait_for_everyone()
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """The backbone's weights, gathered from the ranks that share them; all ranks take part."""
+        if self.is_distributed_loading_by_transformers:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return cast("dict[str, Tensor]", get_model_state_dict(self.model, options=options))
+        return dict(self.accelerator.get_state_dict(self.model_wrapped))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Push the model, as :meth:`RewardModel.push_to_hub` does, to ``args.hub_model_id``; the main process's URL.
+
+        Raises InputError for a token as an argument: HF_TOKEN of the environment is taken. ``blocking`` is ignored:
+        the commit is there when this returns.
+        """
+        if token is not None or self.args.hub_token is not None:
+            reject("token", "one as an argument", "HF_TOKEN in the environment, or `hf auth login`")
+        model = self.reward_model
+        if not self.is_world_process_zero():
+            return None
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
+        return model.push_to_hub(
+            name,
+            commit_message=commit_message or "End of training",
+            private=self.args.hub_private_repo if private is None else private,
+            branch=revision,
+        )
+
+
+class _HeadCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer of the moments that have no method of their own."""
+
+    def __init__(self, trainer: PairwiseRewardTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A new sum of the covariance."""
+        self.trainer.begin_epoch()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are whole, clipped and finite."""
+        self.trainer.step_head()
+
+
+def _head_of(given: SNGPHead | HeadConfig | dict[str, Any] | None, backbone: Backbone) -> SNGPHead:
+    if given is None or isinstance(given, dict):
+        given = HeadConfig(**{"hidden_size": backbone.hidden_size, **(given or {})})
+    if isinstance(given, HeadConfig):
+        given = SNGPHead(given)
+    if given.config.hidden_size != backbone.hidden_size:
+        reject("head.hidden_size", given.config.hidden_size, f"the backbone's {backbone.hidden_size}")
+    return given
+
+
+def _streamed(rows: Any) -> Any:
+    from rmcore.integrations.training.dataset import read_training_pairs
+
+    return read_training_pairs(rows)
