@@ -1,12 +1,13 @@
 """The posterior behind a trained model: β and P fitted on the frozen features of all ranks' pairs.
 
-:func:`fit_pairs` is the seam between trainer and fit. The trainer gives it the rows of the whole data set, which every
-rank has after an ordered gather; every rank fits the same numbers in the same order, so heads are equal by
-construction.
+Each rank has the states of its own block of the data; :func:`rmcore.head.fit.fit` sums over ranks in their order, and
+gives all of them one head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,12 @@ from rmcore.head.config import HeadConfig, PairMode
 from rmcore.head.fit import FitReport, fit
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior
+from rmcore.head.ranks import Ranks
+from rmcore.head.shards import one_length_scale
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops.weights import FeatureMap
 
-__all__ = ["EpochCovariance", "PairRows", "fit_pairs", "scored"]
+__all__ = ["EpochCovariance", "PairRows", "fit_pairs", "scored", "set_length_scale"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,30 @@ class PairRows:
 
 
 def fit_pairs(head: SNGPHead, rows: PairRows, dtype: torch.dtype | None = None) -> tuple[FrozenHead, FitReport]:
-    """β and the posterior on these rows; ``head`` takes the β. The same rows on every rank give the same head."""
+    """β and the posterior on all ranks' rows; ``head`` takes the β. Called by every rank."""
     device = head.beta.device
     hidden, labels, pairs, weights = (None if t is None else t.to(device) for t in rows.data(head.config.mode))
     assert hidden is not None
     assert labels is not None
-    return fit(head, hidden, labels, pairs=pairs, sample_weight=weights, dtype=dtype)
+    with every_rank() as ranks:
+        if ranks is not None and weights is None:  # on another rank they may not be equal
+            weights = torch.ones_like(labels)
+        return fit(head, hidden, labels, pairs=pairs, sample_weight=weights, dtype=dtype, ranks=ranks)
+
+
+def set_length_scale(head: SNGPHead, rows: PairRows) -> None:
+    """ℓ by the median rule on all ranks' rows, the same on every rank."""
+    hidden = rows.states.flatten(0, 1).to(head.beta.device)
+    with every_rank() as ranks:
+        one_length_scale(head, hidden, ranks)
+
+
+@contextmanager
+def every_rank() -> Iterator[Ranks | None]:
+    """All processes of the job, None where there is one."""
+    ranks = Ranks.here()
+    with nullcontext() if ranks is None else ranks:
+        yield ranks
 
 
 def scored(head: FrozenHead, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,17 +121,17 @@ class EpochCovariance:
             beta0=float(head.beta0.detach()),
         )
 
-    def frozen(self, head: SNGPHead, dtype: torch.dtype | None, *, distributed: bool) -> FrozenHead:
-        """The head with the sum over all ranks; raises InputError where nothing was added."""
-        if distributed:
-            self.posterior.all_reduce()
-        if not self.posterior.count:
+    def frozen(self, head: SNGPHead, dtype: torch.dtype | None) -> FrozenHead:
+        """The head with the sum over all ranks; raises InputError where nothing was added. Called by every rank."""
+        with every_rank() as ranks:
+            posterior = self.posterior if ranks is None else self.posterior.summed(ranks)[0]
+        if not posterior.count:
             reject("posterior", "'training' before an epoch was trained", "'pass'")
         config = self.config
         if config.features == "rff":
             config = replace(config, length_scale=float(head.length_scale))
         beta0 = float(head.beta0.detach())
-        return FrozenHead(config, head.freeze_features(dtype), head.beta.detach().double(), beta0, self.posterior)
+        return FrozenHead(config, head.freeze_features(dtype), head.beta.detach().double(), beta0, posterior)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""

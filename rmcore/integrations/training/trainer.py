@@ -17,12 +17,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from rmcore._base.errors import NonFiniteError, reject
@@ -33,7 +34,7 @@ from rmcore.integrations.training.config import PairwiseRewardConfig
 from rmcore.integrations.training.dataset import EncodedPairs, PairCollator, StreamedPairs, pairs_of
 from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
 from rmcore.integrations.training.metrics import pair_metrics
-from rmcore.integrations.training.posterior import EpochCovariance, PairRows, fit_pairs, scored
+from rmcore.integrations.training.posterior import EpochCovariance, PairRows, fit_pairs, scored, set_length_scale
 from rmcore.integrations.training.prepare import check_trainable, freeze_unread, with_adapters
 from rmcore.integrations.training.replicated_head import ReplicatedHead
 from rmcore.model.backbone import Backbone
@@ -261,8 +262,7 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
     def _begin_head(self, model: nn.Module) -> None:
         """ℓ by the median rule on the first states, if unset, and power iteration settled: on every rank alike."""
         if self.head.config.features == "rff" and not math.isfinite(float(self.head.length_scale)):
-            states = self.rows(model, _LENGTH_SCALE_PAIRS).states.flatten(0, 1)
-            self.head.set_length_scale(states.to(self.args.device))
+            set_length_scale(self.head, self.rows(model, _LENGTH_SCALE_PAIRS))
         self._replicated.begin()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,8 +278,7 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         if self.args.posterior == "pass":
             self.fit_posterior()
         elif self._covariance is not None:
-            many = self.accelerator.num_processes > 1
-            self.frozen = self._covariance.frozen(self.head, self._dtype, distributed=many)
+            self.frozen = self._covariance.frozen(self.head, self._dtype)
         return output
 
     # -- the posterior -------------------------------------------------------------------------------------------------
@@ -291,30 +290,36 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def rows(self, model: nn.Module | None = None, most: int | None = None) -> PairRows:
-        """States of the training pairs in their order, on the CPU of every rank; a sample of ``most`` where given."""
+        """States of this rank's block of the training pairs, in their order, on the CPU; called by every rank.
+
+        ``most`` is for a sample of the pairs. Of a stream those are the first, by default as many as are trained on.
+        """
         model = self.model_wrapped if model is None else model
-        loader = self.get_eval_dataloader(self._sample(most))
-        limit = math.inf if most is None else most
-        if not hasattr(self.train_dataset, "__len__") and most is None:
-            limit = self.state.max_steps * self.get_total_train_batch_size(self.args)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        seen = 0
+        data = self._sample(most)
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = range(len(data) * rank // ranks, len(data) * (rank + 1) // ranks)
+        # As many forward passes on every rank, since sharded layers are gathered in each: the last text once more.
+        asked = [min(mine.start + k, len(data) - 1) for k in range(-(-len(data) // ranks))]
+        loader = DataLoader(
+            Subset(data, asked), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
+        )
+        parts: list[tuple[Tensor, ...]] = []
         with self._evaluating(model):
             for inputs in loader:
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
                     states = self.pair_states(model, inputs)
-                found = self.accelerator.gather_for_metrics((states, inputs["labels"], inputs["weights"]))
-                parts.append(tuple(t.cpu() for t in found))
-                seen += len(parts[-1][0])
-                if seen >= limit:
-                    break
-        states, labels, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+                parts.append((states.cpu(), inputs["labels"].cpu(), inputs["weights"].cpu()))
+        states, labels, weights = (torch.cat(part)[: len(mine)] for part in zip(*parts, strict=True))
         return PairRows(states, labels, weights)
 
-    def _sample(self, most: int | None) -> Dataset[Any]:
+    def _sample(self, most: int | None) -> Any:
         data = self.train_dataset
-        if most is None or not hasattr(data, "__len__") or len(data) <= most:
+        if not hasattr(data, "__len__"):
+            if most is None:
+                most = self.state.max_steps * self.get_total_train_batch_size(self.args)
+            return list(islice(data, most))
+        if most is None or len(data) <= most:
             return data
         return Subset(data, range(0, len(data), math.ceil(len(data) / most)))
 
