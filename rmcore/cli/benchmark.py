@@ -153,13 +153,14 @@ def _checked(
         shares = BUDGETS
     check_cuts(shares, cuts)
     routed = routing.routes or judged
-    if (routed or routing.extra) and (several := len(models) * len(estimators)) > 1:
+    more = routing.further(routed)
+    if (routed or more) and (several := len(models) * len(estimators)) > 1:
         what = "models" if len(models) > 1 else "estimators"
         reject("--budgets, --thresholds, --verdicts, --judge-url", f"{several} {what}", "one, for a routing table")
     wanted = replace(wanted_tables(routing), estimator=estimators[0])
     files = [] if out is None else [out / "report.json", out / "report.md"]
     tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
-    further = [] if out is None else [out / f"{name}.{kind}" for name in routing.extra for kind in _FORMS]
+    further = [] if out is None else [out / f"{name}.{kind}" for name in more for kind in _FORMS]
     for file in files + tables + further:
         check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False)
     of = sources_of(asked, data)

@@ -75,15 +75,16 @@ class Routing:
         asked = (self.budgets, self.thresholds, self.beside, self.judge_params, self.judge_price)
         return any(option is not None for option in asked)
 
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Names of the further tables."""
+    def further(self, routed: bool) -> tuple[str, ...]:
+        """Names of the further tables; ``routed``: there is a judge, live, recorded or the label."""
+        costs = (("flop", self.judge_params), ("money", self.judge_price))
+        ends = [end for end, given in costs if routed and given is not None]
         return (
             *(("beside",) if self.beside is not None else ()),
-            *(("cost-flop",) if self.judge_params is not None else ()),
-            *(("cost-money",) if self.judge_price is not None else ()),
-            *(("detection", "filter") if self.keep is not None else ()),
-            *(("best_of",) if self.penalties is not None else ()),
+            *(f"cost-{end}" for end in ends),
+            *(("detection", "filter", *(f"filter-{end}" for end in ends)) if self.keep is not None else ()),
+            *(("best_of", *(f"best_of-{end}" for end in ends)) if self.penalties is not None else ()),
+            *(("best_of-routing",) if self.penalties is not None and routed else ()),
         )
 
 

@@ -12,7 +12,9 @@ from rmcore._base.files import write_atomic
 
 if TYPE_CHECKING:
     from rmcore.evaluation.benchmarks.choice import Choice, RouteBy
+    from rmcore.evaluation.benchmarks.cost import CostModel
     from rmcore.evaluation.benchmarks.item import Benchmark
+    from rmcore.evaluation.benchmarks.routing import Draw
     from rmcore.evaluation.benchmarks.scoring import Answers
     from rmcore.evaluation.benchmarks.table import Table
     from rmcore.evaluation.benchmarks.verdicts import Verdicts
@@ -48,7 +50,7 @@ def further_tables(
     """The tables that are wanted, one after the other."""
     from rmcore.evaluation.benchmarks.beside import beside_table, detection_table
     from rmcore.evaluation.benchmarks.choice import choose
-    from rmcore.evaluation.benchmarks.cost import CostModel, cost_table
+    from rmcore.evaluation.benchmarks.cost import CostModel
     from rmcore.evaluation.benchmarks.routing import Draw
     from rmcore.evaluation.benchmarks.uncertainty import best_of_table, filter_table
 
@@ -72,10 +74,7 @@ def further_tables(
             answer_tokens=wanted.answer_tokens,
             currency=verdicts.currency or "money",
         )
-        by = wanted.scores[0]
-        for unit in costs.units:
-            name = "cost-flop" if unit == "FLOP" else "cost-money"
-            yield cost_table(draw, chosen[by], costs, unit, mode=model.mode, by=by, name=name)
+        yield from _judged(draw, chosen[wanted.scores[0]], costs, wanted, model, replicates)
     if wanted.keep:
         yield detection_table(benchmark.title, {wanted.estimator: answers}, wanted.scores, prior=prior)
         yield filter_table(benchmark, answers, wanted.scores, keep=wanted.keep, prior=prior, replicates=replicates)
@@ -83,6 +82,28 @@ def further_tables(
         table = best_of_table(benchmark, answers, penalties=wanted.penalties, replicates=replicates)
         if table is not None:
             yield table
+
+
+def _judged(
+    draw: Draw, chosen: Sequence[Choice], costs: CostModel, wanted: Wanted, model: RewardModel, replicates: int
+) -> Iterator[Table]:
+    """With a judge, at as many calls and at equal cost: the benchmark's score, the filter, the best of a pool."""
+    from rmcore.evaluation.benchmarks.cost import cost_table, filter_cost_table
+    from rmcore.evaluation.benchmarks.pools import PoolDraw, best_of_routing_table
+
+    by, mode, prior = wanted.scores[0], model.mode, model.error_prior
+    pool = PoolDraw(draw.benchmark, draw.answers, draw.verdicts, draw.seed)
+    best = best_of_routing_table(pool, chosen, by=by, replicates=replicates) if wanted.penalties else None
+    if best is not None:
+        yield best
+    for unit in costs.units:
+        end = "flop" if unit == "FLOP" else "money"
+        yield cost_table(draw, chosen, costs, unit, mode=mode, by=by, name=f"cost-{end}")
+        if wanted.keep:
+            keep, name = wanted.keep, f"filter-{end}"
+            yield filter_cost_table(draw, by, costs, unit, mode=mode, keep=keep, prior=prior, name=name)
+        if best is not None:
+            yield cost_table(pool, chosen, costs, unit, mode=mode, by=by, name=f"best_of-{end}")
 
 
 def _parameters(model: RewardModel) -> float | None:

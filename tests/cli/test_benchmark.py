@@ -256,7 +256,8 @@ def test_further_tables_are_written_in_all_forms(models: dict[str, Path], tmp_pa
     result = call(*common, *tables, "--judge-price", "2.5,10", "--budgets", "0.5", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    for name in ("routing", "beside", "cost-flop", "cost-money", "filter", "best_of", "detection"):
+    costs = [f"{table}-{unit}" for table in ("cost", "filter", "best_of") for unit in ("flop", "money")]
+    for name in ("routing", "beside", *costs, "filter", "best_of", "best_of-routing", "detection"):
         assert {f"{name}.{form}" for form in ("md", "tex", "csv", "json")} <= found
         assert (tmp_path / "out" / f"{name}.md").read_text().strip() in result.stdout
     for option, told in (

@@ -9,7 +9,7 @@ import numpy as np
 from rmcore._base.errors import reject
 from rmcore.evaluation.benchmarks.choice import Choice, RouteBy, pair_scores
 from rmcore.evaluation.benchmarks.item import Matrix, half_point
-from rmcore.evaluation.benchmarks.routing import Draw, routed_mask
+from rmcore.evaluation.benchmarks.routing import Draw, random_order, routed_mask
 from rmcore.evaluation.benchmarks.scoring import Answers, bounds_of
 from rmcore.evaluation.benchmarks.table import Cell, Column, Curve, Table
 from rmcore.evaluation.statistics import auroc, risk_coverage
@@ -41,8 +41,10 @@ def beside_table(
     rows: list[tuple[str | float | Cell, ...]] = []
     points: dict[str, list[tuple[float, float]]] = {}
     name = draw.scores(draw.credit(np.zeros(count, dtype=bool)), one)[0].name
+    at_random = random_order(count, draw.seed)
     for k, choice in enumerate(choices[first]):
-        if not all(draw.verdicts.asked[own[k].rows].all() for own in choices.values()):
+        needed = [*(own[k].rows for own in choices.values()), at_random[: len(choice.rows)]]
+        if not all(draw.verdicts.asked[own].all() for own in needed):
             continue
         credit = {by: draw.credit(routed_mask(own[k].rows, count)) for by, own in choices.items()}
         credit["random"] = draw.random_credit(len(choice.rows))

@@ -15,23 +15,25 @@ coin. In hindsight, the pairs are chosen on which the judge corrects the model, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rmcore._base.errors import reject
 from rmcore._base.prompt import canonical_prompt, conversation_text, response_text
-from rmcore.evaluation.benchmarks.choice import Choice, Rows
+from rmcore.evaluation.benchmarks.choice import Choice, RouteBy, Rows, pair_scores
 from rmcore.evaluation.benchmarks.item import Matrix, half_point
 from rmcore.evaluation.benchmarks.routing import DRAWS, Draw, random_order, routed_mask
 from rmcore.evaluation.benchmarks.scoring import Answers
 from rmcore.evaluation.benchmarks.table import Column, Curve, Table
-from rmcore.evaluation.benchmarks.verdicts import Mask, Verdicts
+from rmcore.evaluation.benchmarks.uncertainty import KEEP, kept_prompts
+from rmcore.evaluation.benchmarks.verdicts import Verdicts
 from rmcore.judge.question.cut import estimate_tokens
 from rmcore.judge.question.prompt import JudgePrompt
+from rmcore.model.error_prior import ErrorPrior
 
-__all__ = ["CostModel", "cost_table", "judge_tokens"]
+__all__ = ["CostModel", "cost_table", "filter_cost_table", "judge_tokens"]
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,7 @@ def cost_table(
     Raises:
         InputError: a unit that the costs are not known in, or answers whose tokens are not known.
     """
-    if unit not in model.units:
-        reject(
-            "unit", repr(unit), f"one of {', '.join(model.units) or 'none: neither parameters nor prices are given'}"
-        )
-    if draw.answers.tokens is None:
-        reject("answers", "no tokens", "answers of score_items")
-    prompt, completion, estimated = judge_tokens(draw.answers, draw.verdicts, model)
-    price = model.of_judge(prompt, completion, unit)
-    reading = model.of_model(float(draw.answers.tokens.sum()), unit)
+    price, reading, notes = _priced(draw, model, unit, mode)
     every = float(price.sum())
     other = _Others(draw, price)
     rows: list[tuple[str | float, ...]] = []
@@ -152,20 +146,103 @@ def cost_table(
     columns = [Column("routing", "routing", "text"), Column("pairs", "pairs judged", "count"),
                Column("cost", f"{unit} in all", "cost"), Column("of_judge", "of the judge on all pairs, %", "percent"),
                *(Column(key, f"{first}, {key}", "percent") for key in points)]  # fmt: skip
-    curves = tuple(
+    title = f"{draw.title}: {first} at equal {_kind(unit)}"
+    axes = (f"{unit}, % of the judge on all pairs", first)
+    return Table(name, title, tuple(columns), tuple(rows), notes, _curves(points), axes)
+
+
+def _priced(draw: Draw, model: CostModel, unit: str, mode: str) -> tuple[Matrix, float, tuple[str, ...]]:
+    """(P,) what judging each pair costs, what reading all items does, and what is assumed."""
+    if unit not in model.units:
+        reject(
+            "unit", repr(unit), f"one of {', '.join(model.units) or 'none: neither parameters nor prices are given'}"
+        )
+    if draw.answers.tokens is None:
+        reject("answers", "no tokens", "answers of score_items")
+    prompt, completion, estimated = judge_tokens(draw.answers, draw.verdicts, model)
+    notes = _assumptions(draw, model, unit, mode, prompt, completion, estimated)
+    return model.of_judge(prompt, completion, unit), model.of_model(float(draw.answers.tokens.sum()), unit), notes
+
+
+def _kind(unit: str) -> str:
+    return "FLOP" if unit == "FLOP" else "money"
+
+
+def _curves(points: Mapping[str, list[tuple[float, float]]]) -> tuple[Curve, ...]:
+    """A curve a line that has a value everywhere."""
+    return tuple(
         Curve(line, tuple(x for x, _ in sorted(own)), tuple(y for _, y in sorted(own)))
         for line, own in points.items()
         if not any(math.isnan(y) for _, y in own)
     )
-    return Table(
-        name,
-        f"{draw.benchmark.title}: {first} at equal {'FLOP' if unit == 'FLOP' else 'money'}",
-        tuple(columns),
-        tuple(rows),
-        _assumptions(draw, model, unit, mode, prompt, completion, estimated),
-        curves,
-        (f"{unit}, % of the judge on all pairs", first),
+
+
+def filter_cost_table(
+    draw: Draw,
+    by: RouteBy,
+    model: CostModel,
+    unit: str,
+    *,
+    mode: str,
+    keep: Sequence[float] = KEEP,
+    prior: ErrorPrior | None = None,
+    name: str = "filter-cost",
+) -> Table:
+    """URM's filter at equal cost: for as many answered prompts, 1/share as many are read and the unsure ones dropped.
+
+    Beside it what that cost buys where no prompt is dropped: pairs put to the judge, those routed or drawn at random.
+
+    Args:
+        draw: the benchmark, the model's answers and the judge's verdicts. A live judge is asked about pairs routed.
+        by: the score that filters, and routes; ``learned`` is what it begins with, before any verdict.
+        model: what things cost.
+        unit: one of ``model.units``.
+        mode: of the model, for the assumptions printed.
+        keep: shares of the prompts that stay.
+        prior: of the model, for ``learned``.
+        name: of the table's files.
+
+    Raises:
+        InputError: as :func:`cost_table` and :func:`.uncertainty.filter_table`.
+    """
+    price, reading, notes = _priced(draw, model, unit, mode)
+    every, other = float(price.sum()), _Others(draw, price)
+    items = draw.answers.pairs.items
+    none = draw.credit(np.zeros(len(price), dtype=bool))
+    score = pair_scores(draw.answers, by, prior)
+    shuffled = np.random.default_rng(draw.seed).permutation(len(score))
+    order = np.lexsort((shuffled, -score))
+    rows: list[tuple[str | float, ...]] = []
+    points: dict[str, list[tuple[float, float]]] = {}
+    for share, _, stay in kept_prompts(draw.answers, score, (*keep, 1.0)):
+        total = reading / share
+        routed = other.within(order, total - reading)
+        draw.verdicts.ask(routed)
+        asked = draw.verdicts.asked[routed].all()
+        scores = {
+            "score_kept": float(draw.scores(none, stay[None].astype(float))[0].value[0]),
+            f"routed by {by}": other.score(draw.credit(routed_mask(routed, len(price)))) if asked else math.nan,
+            "routed at random": other.random(total - reading),
+            "judge alone": other.judge_alone(total),
+        }
+        rows.append(
+            (f"{100 * share:.3g}%", float(stay.sum()), total, total / every, float(len(routed)), *scores.values())
+        )
+        for line, value in scores.items():
+            points.setdefault(line, []).append((total / every, value))
+    columns = [Column("kept", "prompts kept", "text"), Column("prompts", "prompts", "count"),
+               Column("cost", f"{unit} for {len(items)} answered", "cost"),
+               Column("of_judge", "of the judge on all pairs, %", "percent"),
+               Column("pairs", "pairs that this judges", "count"),
+               *(Column(key, f"{other.name}, {key.replace('score_', '')}", "percent") for key in points)]  # fmt: skip
+    notes = (
+        *notes,
+        "Filter: to answer as many prompts as there are, 1/share as many are read; what it costs to have those prompts "
+        "and their responses is not counted, and what is dropped has no answer",
     )
+    title = f"{draw.title}: the filter on {by} and the judge at equal {_kind(unit)}"
+    axes = (f"{unit}, % of the judge on all pairs", other.name)
+    return Table(name, title, tuple(columns), tuple(rows), notes, _curves(points), axes)
 
 
 class _Others:
@@ -180,23 +257,24 @@ class _Others:
         return float(self.draw.scores(credit, self.one)[0].value[0])
 
     def random(self, budget: float) -> float:
-        return self._mean(budget, self.draw.answers.margin)
+        return self._mean(budget, coin=False)
 
     def judge_alone(self, budget: float) -> float:
         """Pairs at random until the cost is spent; the others by a coin: scores drawn at random for the responses."""
-        return self._mean(budget, None)
+        return self._mean(budget, coin=True)
 
     def hindsight(self, budget: float) -> float:
         said = self.draw.verdicts.preference
         gain = np.where(np.isnan(said), 0.0, half_point(np.nan_to_num(said)) - half_point(self.draw.answers.margin))
         worth = np.flatnonzero(gain > 0)
         worth = worth[np.argsort(-gain[worth] / np.maximum(self.price[worth], 1e-300), kind="stable")]
-        return self.score(self.draw.credit(routed_mask(self._within(worth, budget), len(self.price))))
+        return self.score(self.draw.credit(routed_mask(self.within(worth, budget), len(self.price))))
 
-    def _within(self, order: Rows, budget: float) -> Rows:
+    def within(self, order: Rows, budget: float) -> Rows:
+        """The beginning of an order of pairs that a budget pays for."""
         return order[np.cumsum(self.price[order]) <= budget * (1 + 1e-12)]
 
-    def _mean(self, budget: float, margin: Matrix | None) -> float:
+    def _mean(self, budget: float, *, coin: bool) -> float:
         """Over draws of pairs, and of the coin; one draw, or none, where the judge was not asked about all."""
         draw, count = self.draw, len(self.price)
         rng = np.random.default_rng([draw.seed, 2])
@@ -206,23 +284,12 @@ class _Others:
             orders = [random_order(count, draw.seed)]
         found = []
         for order in orders:
-            rows = self._within(order, budget)
+            rows = self.within(order, budget)
             if not draw.verdicts.asked[rows].all():
                 return math.nan
-            found.append(self.score(self._credit(routed_mask(rows, count), margin, rng)))
+            routed = routed_mask(rows, count)
+            found.append(self.score(draw.coin_credit(routed, rng) if coin else draw.credit(routed)))
         return float(np.mean(found))
-
-    def _credit(self, routed: Mask, margin: Matrix | None, rng: np.random.Generator) -> Matrix:
-        if margin is not None:
-            return self.draw.credit(routed)
-        pairs = self.draw.answers.pairs
-        coin = []
-        for item in pairs.items:
-            score = rng.random(len(item.responses))
-            coin.append(np.array([score[i] - score[j] for i, j in item.pairs]))
-        said = self.draw.verdicts.preference
-        decided = routed & ~np.isnan(said)
-        return self.draw.benchmark.credit(pairs, np.where(decided, said, np.concatenate(coin)))
 
 
 def _assumptions(

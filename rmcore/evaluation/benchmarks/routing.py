@@ -180,11 +180,26 @@ class Draw:
     verdicts: Verdicts
     seed: int
 
+    @property
+    def title(self) -> str:
+        """What is scored."""
+        return self.benchmark.title
+
     def credit(self, routed: Mask) -> Matrix:
         """(N, C) where the judge decides the pairs routed."""
+        return self.benchmark.credit(self.answers.pairs, self._decided(routed, self.answers.margin))
+
+    def coin_credit(self, routed: Mask, rng: np.random.Generator) -> Matrix:
+        """(N, C) without a model: the judge decides the pairs routed, scores drawn at random the others."""
+        coin = []
+        for item in self.answers.pairs.items:
+            score = rng.random(len(item.responses))
+            coin.append(np.array([score[i] - score[j] for i, j in item.pairs]))
+        return self.benchmark.credit(self.answers.pairs, self._decided(routed, np.concatenate(coin)))
+
+    def _decided(self, routed: Mask, margin: Matrix) -> Matrix:
         said = self.verdicts.preference
-        decided = routed & ~np.isnan(said)
-        return self.benchmark.credit(self.answers.pairs, np.where(decided, said, self.answers.margin))
+        return np.where(routed & ~np.isnan(said), said, margin)
 
     def random_credit(self, calls: int) -> Matrix:
         """Mean credit of as many calls drawn at random; scores are linear in credit, so this gives their mean."""

@@ -12,7 +12,7 @@ those whose u is not above a threshold (if none is, among all). What it is worth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from rmcore.evaluation.benchmarks.scoring import Answers, bounds_of
 from rmcore.evaluation.benchmarks.table import Cell, Column, Curve, Table
 from rmcore.model.error_prior import ErrorPrior
 
-__all__ = ["KEEP", "PENALTIES", "best_of_table", "check_shares", "filter_table"]
+__all__ = ["KEEP", "PENALTIES", "best_of_table", "check_shares", "filter_table", "kept_prompts"]
 
 KEEP = (0.25, 0.5, 0.75, 0.9)
 PENALTIES = (0.0, 0.5, 1.0)
@@ -83,14 +83,10 @@ def filter_table(
     rows: list[tuple[str | float | Cell, ...]] = [("all", math.nan, float(len(pairs.items)), 1.0, *whole, Cell(0.0))]
     curves = []
     for name in by:
-        score = np.full(len(pairs.items), -np.inf)
-        np.maximum.at(score, pairs.item, pair_scores(answers, name, prior))
         points = [(1.0, whole[0])]
-        for share in keep:
-            cut = float(np.sort(score)[max(1, math.ceil(share * len(score) - 1e-9)) - 1])
-            stay = score <= cut
-            if not math.isfinite(cut) or stay.all():
-                continue  # equal scores: there is nothing to drop by
+        for _, cut, stay in kept_prompts(answers, pair_scores(answers, name, prior), keep):
+            if stay.all():
+                continue  # the first line
             found = [float(s.value[0]) for s in scores(stay[None].astype(float))]
             difference = _bounds(scores, stay, answers, found[0] - whole[0], replicates, level, seed)
             rows.append((name, cut, float(stay.sum()), float(stay.mean()), *found, difference))
@@ -104,6 +100,24 @@ def filter_table(
     )
     title = f"{benchmark.title}: scores on what is kept"
     return Table("filter", title, tuple(columns), tuple(rows), notes, tuple(curves), ("prompts kept, %", titles[0]))
+
+
+def kept_prompts(
+    answers: Answers, score: Matrix, keep: Sequence[float]
+) -> Iterator[tuple[float, float, npt.NDArray[np.bool_]]]:
+    """The prompts that stay at each share: (share that stays, threshold, (N,) bool), those of (P,) lowest scores.
+
+    A prompt goes where one of its pairs is above the threshold. Shares at which equal scores leave nothing to drop by
+    are left out.
+    """
+    pairs = answers.pairs
+    highest = np.full(len(pairs.items), -np.inf)
+    np.maximum.at(highest, pairs.item, score)
+    for share in keep:
+        cut = float(np.sort(highest)[max(1, math.ceil(share * len(highest) - 1e-9)) - 1])
+        stay = highest <= cut
+        if share == 1 or (math.isfinite(cut) and not stay.all()):
+            yield float(stay.mean()), cut, stay
 
 
 def _bounds(

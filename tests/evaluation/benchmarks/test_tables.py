@@ -16,14 +16,16 @@ from rmcore._base.errors import InputError
 from rmcore.evaluation.benchmarks import BENCHMARKS
 from rmcore.evaluation.benchmarks.beside import beside_table, detection_table
 from rmcore.evaluation.benchmarks.choice import choose
-from rmcore.evaluation.benchmarks.cost import CostModel, cost_table, judge_tokens
+from rmcore.evaluation.benchmarks.cost import CostModel, cost_table, filter_cost_table, judge_tokens
 from rmcore.evaluation.benchmarks.item import CountedPairs, Item
 from rmcore.evaluation.benchmarks.plot import plot_table
-from rmcore.evaluation.benchmarks.routing import Draw
+from rmcore.evaluation.benchmarks.pools import PoolDraw, best_of_routing_table
+from rmcore.evaluation.benchmarks.routing import Draw, routed_mask
 from rmcore.evaluation.benchmarks.scoring import Answers
 from rmcore.evaluation.benchmarks.table import Cell, Column, Curve, Table
 from rmcore.evaluation.benchmarks.uncertainty import best_of_table, filter_table
-from rmcore.evaluation.benchmarks.verdicts import label_verdicts
+from rmcore.evaluation.benchmarks.verdicts import Verdicts, label_verdicts
+from rmcore.ops.reference import verdict_logit
 
 JUDGEBENCH = BENCHMARKS["judgebench"]
 
@@ -104,6 +106,98 @@ def test_best_of_n_is_the_mean_over_all_draws() -> None:
         (name,) = [key for key in row if key.startswith("kept") and key.endswith(f"{cut:.3f}")]
         assert float(row[name]) == pytest.approx(np.mean(worth["kept"]) - np.mean(worth[0]))
     assert best_of_table(JUDGEBENCH, answers(), replicates=0) is None, "pairs are no pools"
+
+
+def pools(count: int = 12, size: int = 4) -> tuple[Answers, list[np.ndarray]]:
+    """Pools with their squares of preferences: g / u of random scores."""
+    rng = np.random.default_rng(7)
+    items, squares, margin, doubt = [], [], [], []
+    for k in range(count):
+        quality = tuple(float(x) for x in rng.permutation([1, 1] + [0] * (size - 2)))
+        items.append(Item(str(k), f"p{k}", tuple("abcdefgh"[:size]), quality, "GPQA"))
+        score, u = rng.normal(size=size) + 0.5 * np.array(quality), 1 + rng.random((size, size))
+        u = (u + u.T) / 2
+        squares.append((score[:, None] - score[None, :]) / u)
+        margin += [score[i] - score[j] for i, j in items[-1].pairs]
+        doubt += [u[i, j] for i, j in items[-1].pairs]
+    mean = tuple(square.sum(axis=1) / (size - 1) for square in squares)
+    pairs = CountedPairs(tuple(items))
+    tokens = np.full(count, 400.0)
+    u_of = tuple(np.ones(size) for _ in items)
+    return Answers(pairs, np.array(margin), np.array(doubt), mean, preference=mean, doubt=u_of, tokens=tokens), squares
+
+
+def test_the_best_of_a_pool_with_a_judge_is_what_the_squares_say() -> None:
+    said, squares = pools()
+    rng = np.random.default_rng(1)
+    preference = rng.choice([1.0, -1.0, 0.0, np.nan], len(said.pairs))
+    draw = PoolDraw(BENCHMARKS["ppe-best-of-k"], said, Verdicts.of(said.pairs, preference), 0)
+    for share in (0.0, 0.4, 1.0):
+        routed = rng.random(len(said.pairs)) < share
+        at, expected = 0, []
+        for item, square in zip(said.pairs.items, squares, strict=True):
+            own = square.copy()
+            for i, j in item.pairs:
+                if routed[at] and not np.isnan(preference[at]):
+                    own[i, j] = float(verdict_logit(preference[at]))
+                    own[j, i] = -own[i, j]
+                at += 1
+            expected.append(item.quality[int(own.sum(axis=1).argmax())])
+        assert draw.credit(routed)[:, 0].tolist() == expected
+    coin = draw.coin_credit(routed_mask(np.zeros(0, dtype=int), len(said.pairs)), rng)
+    assert (coin == 0.5).all(), "two right of four"
+
+
+def test_the_best_of_a_pool_at_equal_calls_and_at_equal_cost() -> None:
+    said, _ = pools(24)
+    benchmark = BENCHMARKS["ppe-best-of-k"]
+    verdicts = label_verdicts(said.pairs)
+    draw = PoolDraw(benchmark, said, verdicts, 0)
+    chosen = choose(said, verdicts, "margin", budgets=(0.5,))
+    table = best_of_routing_table(draw, chosen, by="margin", replicates=50)
+    assert table is not None
+    first, half, last = figures(table)
+    alone = best_of_table(benchmark, said, penalties=(0,), replicates=0)
+    assert alone is not None
+    assert float(first["routed"]) == pytest.approx(float(figures(alone)[-1]["λ = 0"])), "the last line: n is all"
+    assert float(last["routed"]) == 1.0
+    assert (half["pairs"], float(half["pairs_a_prompt"])) == ("48.0", 2.0)
+    assert float(first["routed"]) < float(half["random"]) < 1
+    assert float(half["difference"]) == pytest.approx(float(half["routed"]) - float(half["random"]))
+    assert float(half["difference_low"]) <= float(half["difference"]) <= float(half["difference_high"])
+    costs = CostModel(model_params=1e6, judge_params=1e7)
+    row = figures(cost_table(draw, chosen, costs, "FLOP", mode="difference", by="margin"))[0]
+    assert float(row["by margin"]) == float(half["routed"])
+    assert float(row["random"]) == pytest.approx(float(half["random"]), abs=0.02), "pairs are of one length here"
+    assert 0.5 < float(row["judge alone"]) < 1.0
+    assert (
+        best_of_routing_table(PoolDraw(JUDGEBENCH, answers(), label_verdicts(answers().pairs), 0), [], by="u") is None
+    )
+    few = Verdicts.of(said.pairs, np.ones(len(said.pairs)))
+    few.asked[chosen[0].rows[0]] = False
+    table = best_of_routing_table(PoolDraw(benchmark, said, few, 0), chosen, by="margin", replicates=0)
+    assert table is not None
+    assert [row["routing"] for row in figures(table)] == ["no judge"], "pairs that nobody was asked about"
+
+
+def test_the_filter_at_equal_cost_by_hand() -> None:
+    said = answers()
+    verdicts = label_verdicts(said.pairs)
+    verdicts.spent["prompt_tokens"], verdicts.spent["completion_tokens"] = np.full(120, 50.0), np.zeros(120)
+    draw = Draw(JUDGEBENCH, said, verdicts, 0)
+    costs = CostModel(model_params=1e6, judge_params=4e6)
+    table = filter_cost_table(draw, "u", costs, "FLOP", mode="difference", keep=(0.75, 0.8))
+    first, second, last = figures(table)
+    reading, each = 2e6 * 12000, 2 * 4e6 * 50
+    assert [row["kept"] for row in (first, second, last)] == ["75%", "80%", "100%"]
+    assert float(first["cost"]) == pytest.approx(reading / 0.75)
+    assert float(first["pairs"]) == int((reading / 0.75 - reading) / each) == 20
+    assert (float(first["kept"][:-1]), float(first["prompts"])) == (75.0, 90.0)
+    assert float(first["score_kept"]) == 1.0, "u finds every wrong one"
+    assert float(first["routed by u"]) == pytest.approx(0.75 + 20 / 120)
+    assert float(first["routed at random"]) == pytest.approx(0.75 + 0.25 * 20 / 120, abs=0.01)
+    assert (float(last["pairs"]), float(last["routed by u"]), float(last["score_kept"])) == (0.0, 0.75, 0.75)
+    assert "what is dropped has no answer" in table.to_markdown()
 
 
 def test_equal_cost_by_hand() -> None:
