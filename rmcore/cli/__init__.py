@@ -28,6 +28,7 @@ from rmcore.cli import (
     demo,
     evaluate,
     families,
+    label,
     score,
     select,
     serve,
@@ -57,6 +58,7 @@ app.command("train", cls=ManyColumns)(train.train)
 app.command("upgrade", cls=ManyColumns)(train.upgrade)
 app.command("families")(families.families)
 app.command("score", cls=ManyColumns)(score.score)
+app.command("label", cls=ManyColumns)(label.label)
 app.command("select", cls=ManyColumns)(select.select)
 app.command("accounts")(accounts.show_accounts)
 app.command("check", cls=ManyColumns)(check.check)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rmcore.engine.routing import AdaptiveRouter, Budget, PairScore, RankBy, Router
     from rmcore.judge import VerdictStore
     from rmcore.judge.base import Judge
+    from rmcore.judge.question.constitution import Constitution
     from rmcore.judge.store.prices import PriceTable
     from rmcore.model.backbone import Deterministic
     from rmcore.model.error_prior import ErrorPrior
@@ -207,8 +208,8 @@ def _router(judging: Judging, adaptive: AdaptiveRouter | None, prior: ErrorPrior
     return BudgetRouter(fraction=judging.budget, by=cast("RankBy", by))
 
 
-def make_judge(judging: Asking) -> Judge | None:
-    """The judge the options name, or None."""
+def make_judge(judging: Asking, *, constitution: Constitution | None = None, rationale: bool = True) -> Judge | None:
+    """The judge the options name, or None; it compares in words before its verdict unless ``rationale`` is off."""
     from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, RecordedJudge, RetryPolicy
 
     url, verdicts, template = judging.judge_url, judging.verdicts, judging.judge_template
@@ -216,6 +217,8 @@ def make_judge(judging: Asking) -> Judge | None:
         reject("--judge-url, --verdicts", "both", "at most one")
     if verdicts is not None:
         return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
+    if not rationale and template is not None:
+        reject("--no-rationale, --judge-template", "both", "at most one: a template says itself what is to be written")
     if url is None:
         if judging.store is not None or judging.prices is not None:
             reject("--store, --prices", "without --judge-url", "together with it")
@@ -230,13 +233,19 @@ def make_judge(judging: Asking) -> Judge | None:
         retry=RetryPolicy(max_attempts=judging.judge_retries + 1),
         max_reply_bytes=judging.judge_max_reply,
     )
+    prompt = None if template is None else JudgePrompt.from_file(template)
+    if not rationale:
+        from rmcore.judge.question.prompt import VERDICT_ONLY_USER
+
+        prompt = JudgePrompt(user=VERDICT_ONLY_USER)
     return ChatJudge(
         url,
         judging.judge_model,
         judging.judge_key_env or None,
         client=client,
         orders=judging.judge_orders,
-        prompt=None if template is None else JudgePrompt.from_file(template),
+        prompt=prompt,
+        constitution=constitution,
         max_tokens=judging.judge_max_tokens or None,
         context_tokens=judging.judge_context,
         store=_store(judging),

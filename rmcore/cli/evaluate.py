@@ -50,6 +50,7 @@ def evaluate(
         from rmcore.engine.routing.risk_bounds import check_risk
         from rmcore.evaluation.evaluate import encode_pairs, evaluate_pairs, scored_pairs
         from rmcore.evaluation.risk import evaluate_risk
+        from rmcore.evaluation.soft import soft_fit
         from rmcore.evaluation.streams import StreamPair
         from rmcore.evaluation.subsets import accuracy_by_subset, subsets_to_markdown
         from rmcore.model.data import parse_columns, read_preference_rows, read_preferences
@@ -73,7 +74,8 @@ def evaluate(
         soft = sum(0.5 < pair.label < 1 for pair, _ in items)
         if soft:
             notes.print(
-                f"{soft} of {len(items)} labels are between 0.5 and 1: the chosen response counts as the better"
+                f"{soft} of {len(items)} labels are between 0.5 and 1: for accuracy the chosen response counts as the "
+                "better; how near the model comes to the labels themselves is told apart"
             )
         pairs = [
             StreamPair(p.prompt, p.chosen, p.rejected, 0.5 if p.label == 0.5 else 1.0, row.subset or "")
@@ -101,6 +103,9 @@ def evaluate(
                 "unread. They count as no preference, and as the most uncertain"
             )
         print_markdown(report.to_markdown())
+        labels = soft_fit(scored.served_logit, [pair.label for pair, _ in items]) if soft else None
+        if labels is not None:
+            print_markdown(labels.to_markdown())
         if risk is not None:
             print_markdown(risk.to_markdown())
         parts = accuracy_by_subset(
@@ -112,6 +117,7 @@ def evaluate(
             from rmcore.evaluation.plots import plot_report
 
             content = report.to_dict() | {"subsets": [part.to_dict() for part in parts]}
+            content |= {} if labels is None else {"soft_labels": labels.to_dict()}
             content |= {} if risk is None else {"risk": risk.to_dict()}
             write_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
             plot_report(report, files[1])

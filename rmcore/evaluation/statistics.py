@@ -115,7 +115,8 @@ def reliability_curve(
         reject("binning", repr(binning), "'mass' or 'width'")
     decided = _decided(label)
     probability, label = probability[decided], label[decided]
-    confidence = np.maximum(probability, 1.0 - probability)
+    # 1 − (1 − p) is not p to the last bit: without rounding, right and wrong of one confidence would part at an edge.
+    confidence = np.round(np.maximum(probability, 1.0 - probability), 12)
     correct = correctness(probability - 0.5, label)
     edges = np.linspace(0.5, 1.0, bins + 1)
     if binning == "mass":

@@ -22,7 +22,8 @@ from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
 from rmcore.judge.client.completions import CompletionFunction
 from rmcore.judge.context import ContextWindow, Fit, TokenCounter, cut_off_at
-from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
+from rmcore.judge.orders import Asked, Orders, check_orders, exchanged, shown_exchanged
+from rmcore.judge.question.constitution import Constitution
 from rmcore.judge.question.cut import Cut
 from rmcore.judge.question.dialect import Dialect, one_call
 from rmcore.judge.question.prompt import JudgePrompt, Output
@@ -82,6 +83,7 @@ class ChatJudge:
             limits (:class:`~rmcore._base.client.options.ClientOptions`).
         orders: ``"both"`` (two calls a pair) or ``"one"`` (a stable hash of the texts picks the order).
         prompt: the question's template.
+        constitution: principles of which each pair is judged by a few, the same in both orders.
         output: ``"text"``, or ``"json_schema"`` for a structured reply under a strict schema. An endpoint that refuses
             the schema or answers it with nothing is asked for text instead. ``None``: what ``prompt`` says.
         soft: read how sure the judge is from the log-probabilities of its label (:mod:`rmcore.judge.question.soft`);
@@ -127,6 +129,7 @@ class ChatJudge:
         client: ClientOptions | None = None,
         orders: Orders = "both",
         prompt: JudgePrompt | None = None,
+        constitution: Constitution | None = None,
         output: Output | None = None,
         soft: bool = False,
         top_logprobs: int = 5,
@@ -161,6 +164,7 @@ class ChatJudge:
             max_response_chars=given_prompt.max_response_chars if max_response_chars is None else max_response_chars,
             special_tokens=given_prompt.special_tokens or breakable(getattr(complete, "special_tokens", ())),
         )
+        self.constitution = constitution
         self.soft = soft
         self.rules = rules
         self.deadline_s = deadline_s
@@ -178,7 +182,7 @@ class ChatJudge:
         self.client = make_client(base_url, api_key_env, complete, options)
         self._dialect = Dialect(model, self.prompt, self._parameters, soft, options.random_source)
         self.context = ContextWindow(
-            self.prompt,
+            self.prompt if constitution is None else replace(self.prompt, principles=constitution.longest()),
             max_tokens or max_completion_tokens,
             getattr(complete, "context_tokens", None) if context_tokens is None else context_tokens,
             getattr(complete, "tokenizer", None) if tokenizer is None else tokenizer,
@@ -213,11 +217,15 @@ class ChatJudge:
 
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict a pair, in order, by ``deadline_s`` from now. Cancelling it cancels its requests."""
+        return [asked.verdict for asked in await self.judge_orders(pairs)]
+
+    async def judge_orders(self, pairs: Sequence[Pair]) -> list[Asked]:
+        """:meth:`judge` with the verdicts of both orders apart, as the labels and measures of a judge need them."""
         pairs = list(pairs)
         deadline = None if self.deadline_s is None else self.client.clock.now() + self.deadline_s
         found = [await large.call(rule_verdict, pair) if self.rules else None for pair in pairs]
-        ruled = {index: verdict for index, verdict in enumerate(found) if verdict is not None}
-        self._dialect.add(Counter(verdict.reason for verdict in ruled.values()))
+        ruled = {index: Asked(rule=verdict) for index, verdict in enumerate(found) if verdict is not None}
+        self._dialect.add(Counter(asked.verdict.reason for asked in ruled.values()))
         asked = {index: await self._questions(index, pair) for index, pair in enumerate(pairs) if index not in ruled}
         fits = {index: Fit() for index in asked}
         queue = deque(question for questions in asked.values() for question in questions)
@@ -234,11 +242,11 @@ class ChatJudge:
             for _ in range(min(len(queue), self.client.options.concurrency)):
                 group.create_task(worker())
         for index, questions in asked.items():
-            parts = [answers[question].verdict for question in questions]
-            ruled[index] = parts[0] if len(parts) == 1 else combine_orders(*parts)
-        verdicts = [ruled[index] for index in range(len(pairs))]
-        self._report(verdicts, answers.values())
-        return verdicts
+            parts = {question.exchanged: answers[question].verdict for question in questions}
+            ruled[index] = Asked(forward=parts.get(False), backward=parts.get(True))
+        together = [ruled[index] for index in range(len(pairs))]
+        self._report([one.verdict for one in together], answers.values())
+        return together
 
     def judge_sync(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """:meth:`judge` for synchronous code, with or without a running loop (:func:`~rmcore._base.loop.run_sync`)."""
@@ -320,14 +328,18 @@ class ChatJudge:
         """The answer from the side of the response shown first: from the store if it is there, or else by a call."""
         first, second = (pair.second, pair.first) if exchange else (pair.first, pair.second)
         cut = cut.exchanged() if exchange else cut
-        call = partial(self._call, pair.prompt, first, second, deadline, cut, answer_tokens)
+        principles: tuple[str, ...] = ()
+        if self.constitution is not None:
+            principles = await large.call(self.constitution.drawn, pair.prompt, first, second)
+        call = partial(self._call, pair.prompt, first, second, deadline, cut, answer_tokens, principles)
         if self.store is None:
             return await call()
         how = {**self._parameters, "soft": True} if self.soft else self._parameters
         canary = str(pair.id).startswith(CANARY_ID)
+        version = replace(self.prompt, principles=principles).version if principles else self.prompt.version
         texts = (pair.prompt, first, second)
         question = await large.call(
-            partial(Question.of, canary=canary, cut=cut), self.judge_id, self.model, how, self.prompt.version, *texts
+            partial(Question.of, canary=canary, cut=cut), self.judge_id, self.model, how, version, *texts
         )
         left = None if deadline is None else max(0.0, deadline - self.client.clock.now())
         reply = await self.store.once(question, call, timeout_s=left)
@@ -343,11 +355,11 @@ class ChatJudge:
         deadline: float | None,
         cut: Cut,
         answer_tokens: int | None,
+        principles: tuple[str, ...],
     ) -> Reply:
         """One call, and what it cost."""
-        asked = await self._dialect.ask(
-            self.client.complete, prompt, first, second, deadline=deadline, cut=cut, answer_tokens=answer_tokens
-        )
+        how: dict[str, Any] = {"deadline": deadline, "cut": cut, "answer_tokens": answer_tokens}
+        asked = await self._dialect.ask(self.client.complete, prompt, first, second, **how, principles=principles)
         answered = self._answered(asked.completion.model)
         verdict, labels = self.context.cut_off(asked.verdict(answered), answer_tokens), asked.question.labels
         return Reply(

@@ -14,17 +14,41 @@ Notes in the ``reason`` of a verdict that is there (``cut:120``, ``hard:mass``) 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast
 
 from rmcore._base.errors import reject
 from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.keys import pair_key
 
-__all__ = ["Orders", "check_orders", "combine_orders", "exchanged", "shown_exchanged"]
+__all__ = ["Asked", "Orders", "check_orders", "combine_orders", "exchanged", "shown_exchanged"]
 
 Orders: TypeAlias = Literal["both", "one"]
 """``both``: each pair in both orders, averaged; ``one``: in the order :func:`shown_exchanged` picks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a judge said of one pair in each order, **both from the first response's side**.
+
+    Attributes:
+        forward: the pair as given, its first response shown first; ``None`` where that was not asked.
+        backward: the pair shown exchanged; ``None`` where that was not asked.
+        rule: instead of both: decided without a question, or by a judge that has no orders.
+    """
+
+    forward: Verdict | None = None
+    backward: Verdict | None = None
+    rule: Verdict | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The one verdict that they come to (:func:`combine_orders`)."""
+        if self.rule is not None:
+            return self.rule
+        if self.forward is not None and self.backward is not None:
+            return combine_orders(self.forward, self.backward)
+        return self.forward or self.backward or Verdict.none("not_asked")
 
 
 def check_orders(orders: str) -> Orders:

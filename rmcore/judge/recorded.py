@@ -7,17 +7,21 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import Outcome, Pair, Verdict
 from rmcore.judge.keys import pair_key
-from rmcore.judge.orders import Orders, check_orders, combine_orders, exchanged, shown_exchanged
+from rmcore.judge.orders import Asked, Orders, check_orders, exchanged, shown_exchanged
 
 __all__ = ["RecordedJudge"]
 
+Recorded: TypeAlias = Outcome | float | None
+"""A hard verdict, a soft one in [-1, 1], or that there was none."""
+
 _OUTCOMES = ("win", "loss", "tie")
+_EXPECTED = "'win', 'loss', 'tie', a number in [-1, 1] or none (null)"
 
 
 class RecordedJudge:
@@ -26,8 +30,9 @@ class RecordedJudge:
     A **row** is a mapping (in a file: one JSON object a line) with
 
     - ``prompt``: a string or a list of messages, ``first``, ``second``: the two responses;
-    - ``verdict``: ``"win"`` (``first`` is better), ``"loss"`` (``second`` is), ``"tie"``, or ``null``: the judge was
-      asked and gave no verdict;
+    - ``verdict``: ``"win"`` (``first`` is better), ``"loss"`` (``second`` is), ``"tie"``, a soft verdict as a number in
+      [-1, 1] (2P − 1, P how probable it is that ``first`` is better), or ``null``: the judge was asked and gave no
+      verdict;
     - ``order``, optional: which response the judge was *shown* first. ``"ab"`` (the default) means ``first``, ``"ba"``
       means ``second``. The verdict is always from ``first``'s side, whichever was shown first.
 
@@ -47,14 +52,14 @@ class RecordedJudge:
         InputError: a key or a verdict of ``verdicts`` is malformed, or ``orders`` is neither word.
     """
 
-    def __init__(self, verdicts: Mapping[str, Outcome | None], *, orders: Orders = "both") -> None:
+    def __init__(self, verdicts: Mapping[str, Recorded], *, orders: Orders = "both") -> None:
         self.orders: Orders = check_orders(orders)
         for key, outcome in verdicts.items():
             if not isinstance(key, str) or len(key) != 64:
                 reject("verdicts", f"the key {str(key)[:80]!r}", "the 64 hex digits of pair_key(prompt, first, second)")
-            if outcome is not None and outcome not in _OUTCOMES:
-                reject(f"verdicts[{key[:12]}…]", repr(outcome)[:80], "'win', 'loss', 'tie' or None")
-        self._verdicts: dict[str, Outcome | None] = dict(verdicts)
+            if not _is_verdict(outcome):
+                reject(f"verdicts[{key[:12]}…]", repr(outcome)[:80], _EXPECTED)
+        self._verdicts: dict[str, Recorded] = dict(verdicts)
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, orders: Orders = "both") -> RecordedJudge:
@@ -65,7 +70,7 @@ class RecordedJudge:
         Raises:
             InputError: naming the row (counted from 0): a field is missing or malformed, or two rows contradict.
         """
-        table: dict[str, Outcome | None] = {}
+        table: dict[str, Recorded] = {}
         for index, row in enumerate(rows):
             try:
                 _add(table, row)
@@ -82,7 +87,7 @@ class RecordedJudge:
             OSError: the file cannot be opened.
         """
         path = Path(path)
-        table: dict[str, Outcome | None] = {}
+        table: dict[str, Recorded] = {}
         number = 0
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             try:
@@ -125,16 +130,25 @@ class RecordedJudge:
 
     def verdict(self, pair: Pair) -> Verdict:
         """The answer for one pair, as :meth:`judge` gives it."""
+        return self.asked(pair).verdict
+
+    def asked(self, pair: Pair) -> Asked:
+        """What was recorded for one pair in each order; with one order recorded, that one alone."""
         try:
             ahead = self._recorded(pair_key(pair.prompt, pair.first, pair.second))
             back = self._recorded(pair_key(pair.prompt, pair.second, pair.first))
         except InputError:
-            return Verdict.none("bad_pair")
-        if ahead is None or back is None:
-            return self.lookup(pair.prompt, pair.first, pair.second)
-        if self.orders == "one":
-            return exchanged(back) if shown_exchanged(pair) else ahead
-        return combine_orders(ahead, exchanged(back))
+            return Asked(rule=Verdict.none("bad_pair"))
+        if ahead is None and back is None:
+            return Asked(rule=Verdict.none("no_record"))
+        backward = None if back is None else exchanged(back)
+        if ahead is None or backward is None or self.orders == "both":
+            return Asked(ahead, backward)
+        return Asked(backward=backward) if shown_exchanged(pair) else Asked(forward=ahead)
+
+    async def judge_orders(self, pairs: Sequence[Pair]) -> list[Asked]:
+        """:meth:`asked` of each pair."""
+        return [self.asked(pair) for pair in pairs]
 
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict a pair, in order. Never raises because of a pair; nothing is awaited and nothing is spent."""
@@ -145,10 +159,18 @@ class RecordedJudge:
         if key not in self._verdicts:
             return None
         outcome = self._verdicts[key]
-        return Verdict.none("no_verdict") if outcome is None else Verdict.of(outcome)
+        if outcome is None:
+            return Verdict.none("no_verdict")
+        return Verdict.of(outcome) if isinstance(outcome, str) else Verdict(float(outcome))
 
 
-def _add(table: dict[str, Outcome | None], row: object) -> None:
+def _is_verdict(value: object) -> bool:
+    if value is None or (isinstance(value, str) and value in _OUTCOMES):
+        return True
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1 <= value <= 1
+
+
+def _add(table: dict[str, Recorded], row: object) -> None:
     """Put one row into ``table`` under its key of the order shown."""
     if not isinstance(row, Mapping):
         reject("row", type(row).__name__, "an object with prompt, first, second and verdict")
@@ -156,16 +178,16 @@ def _add(table: dict[str, Outcome | None], row: object) -> None:
         if name not in row:
             reject(name, "nothing", "a value", "A pair without a verdict is written with verdict null")
     verdict, order = row["verdict"], row.get("order", "ab")
-    if verdict is not None and verdict not in _OUTCOMES:
-        reject("verdict", repr(verdict)[:80], "'win', 'loss', 'tie' or null")
+    if not _is_verdict(verdict):
+        reject("verdict", repr(verdict)[:80], _EXPECTED)
     if order not in ("ab", "ba"):
         reject("order", repr(order)[:80], "'ab' (first was shown first) or 'ba'")
     first, second = row["first"], row["second"]
-    outcome = cast("Outcome | None", verdict)
+    outcome = cast("Recorded", verdict)
     if order == "ba":
         first, second = second, first
-        turned: dict[Outcome | None, Outcome | None] = {"win": "loss", "loss": "win"}
-        outcome = turned.get(outcome, outcome)
+        turned: dict[Recorded, Recorded] = {"win": "loss", "loss": "win"}
+        outcome = 0.0 - outcome if isinstance(outcome, (int, float)) else turned.get(outcome, outcome)
     key = pair_key(row["prompt"], first, second)
     if table.setdefault(key, outcome) != outcome:
         reject(

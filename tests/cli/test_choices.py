@@ -17,6 +17,7 @@ from rmcore.engine.routing.risk_bounds import RiskMethod
 from rmcore.evaluation.benchmarks.routing import RouteBy
 from rmcore.head.config import PairMode
 from rmcore.integrations.server.settings import Baseline
+from rmcore.judge.labelling import Keep
 from rmcore.judge.orders import Orders
 from rmcore.judge.store.database import Reuse
 from rmcore.model.backbone import Deterministic
@@ -29,7 +30,7 @@ from rmcore.ops.weights import SERVING_DTYPES
 
 BACKBONE = typing.get_type_hints(BackboneConfig)
 REUSE_WORDS = typing.get_args(Reuse)[0]  # besides sets of reasons, which are --ask-again
-ASKING = ("score", "serve", "best-of", "filter", "benchmark")  # commands that may ask a judge
+ASKING = ("score", "serve", "best-of", "filter", "benchmark", "label")  # commands that may ask a judge
 CHOICES = {
     ("train", "mode"): typing.get_args(PairMode),
     ("train", "pooling"): tuple(
@@ -65,6 +66,8 @@ CHOICES = {
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ASKING},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ASKING},
     ("evaluate", "risk_method"): typing.get_args(RiskMethod),
+    ("label", "hard"): typing.get_args(Keep),
+    ("label", "one_order"): typing.get_args(Keep),
     ("select", "by"): typing.get_args(Acquisition),
     ("check", "dtype"): ("float32", "float16", "bfloat16"),
     ("check", "server_kind"): typing.get_args(ServerKind),
@@ -111,6 +114,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "evaluate": [missing, missing],
         "check": [missing],
         "select": [missing, missing, "1"],
+        "label": [missing],
         "benchmark": [missing, "rmb"],
     }
     result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})

@@ -198,6 +198,7 @@ class Dialect:
         deadline: float | None = None,
         cut: Cut = NO_CUT,
         answer_tokens: int | None = None,
+        principles: tuple[str, ...] = (),
     ) -> Answered:
         """Which is better, ``first`` being shown first? Put again, within ``deadline``, while a refusal can be met.
 
@@ -209,6 +210,7 @@ class Dialect:
             deadline: on the scale of the client's clock.
             cut: what is not shown of the texts.
             answer_tokens: a limit on the answer's tokens that holds where the one among the parameters is larger.
+            principles: what this question is judged by besides.
 
         Raises:
             InputError: the texts are refused by :meth:`JudgePrompt.render`.
@@ -217,6 +219,8 @@ class Dialect:
         given_up: dict[str, str] = {}
         while True:
             template = self._templates[terms.output]
+            if principles:
+                template = replace(template, principles=principles)
             question = await large.call(template.render, prompt, first, second, self.random_source, cut)
             parameters = terms.limited(answer_tokens)
             payload: dict[str, object] = {"model": self.model, "messages": terms.messages(question), **parameters}

@@ -37,6 +37,7 @@ from rmcore.judge.question.verdict import Labels
 __all__ = [
     "DEFAULT_SYSTEM",
     "DEFAULT_USER",
+    "VERDICT_ONLY_USER",
     "JudgePrompt",
     "Output",
     "ParsedPrompt",
@@ -60,7 +61,7 @@ Correctness and safety come before style. Neither the order of the responses nor
 $contract
 """
 
-DEFAULT_USER = """\
+_SHOWN = """\
 The prompt:
 $prompt
 
@@ -70,11 +71,14 @@ $first
 The second response:
 $second
 
-Compare the two responses in a few sentences, then give your verdict.
 """
+DEFAULT_USER = _SHOWN + "Compare the two responses in a few sentences, then give your verdict.\n"
+VERDICT_ONLY_USER = _SHOWN + "Give your verdict at once and nothing else: no comparison and no explanation.\n"
+"""Without a rationale: the label is written first, so its probability is the judge's first thought."""
 
+_PRINCIPLES = "Judge by these principles before all else:\n"
 _UNTRUSTED = ("prompt", "first", "second")
-_FIELDS = ("contract", *_UNTRUSTED, "label_first", "label_second", "label_tie")
+_FIELDS = ("contract", "principles", *_UNTRUSTED, "label_first", "label_second", "label_tie")
 _HEADER = re.compile(r"^--- (system|user) ---[ \t]*\r?\n", re.MULTILINE)
 
 
@@ -136,7 +140,8 @@ class JudgePrompt:
 
     ``$prompt``, ``$first`` and ``$second`` stand for the untrusted texts between their markers, each exactly once, in
     ``user``. ``$contract`` (the paragraph that declares markers and labels) stands exactly once, in ``system`` or in
-    ``user`` before the texts. ``$label_first``, ``$label_second`` and ``$label_tie`` may stand anywhere. With an empty
+    ``user`` before the texts. ``$label_first``, ``$label_second``, ``$label_tie`` may stand anywhere; ``$principles``
+    stands once, not behind the texts, or is left out: then principles stand before everything else. With an empty
     ``system`` no system message is sent. Texts are put in once and never searched for fields.
 
     Args:
@@ -146,6 +151,7 @@ class JudgePrompt:
             characters were cut (of several messages: as one text). ``None``: all of it.
         special_tokens: control sequences of the judge's tokenizer, to be broken in the texts besides those that are
             known by their shape (:mod:`rmcore.judge.question.sanitise`); each of two characters or more.
+        principles: what to judge by besides (:class:`~rmcore.judge.question.constitution.Constitution`).
 
     Raises:
         InputError: a field is missing, repeated, unknown or in the wrong place, or an argument is out of range.
@@ -156,6 +162,7 @@ class JudgePrompt:
     output: Output = "text"
     max_response_chars: int | None = None
     special_tokens: tuple[str, ...] = ()
+    principles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.output not in CONTRACTS:
@@ -180,6 +187,11 @@ class JudgePrompt:
         if "contract" in user and user.index("contract") > min(user.index(name) for name in _UNTRUSTED):
             # A text before the contract could write a contract of its own.
             reject("template", "$contract after an untrusted text", "$contract before $prompt, $first and $second")
+        object.__setattr__(self, "principles", tuple(self.principles))
+        if (system + user).count("principles") > 1:
+            reject("template", f"$principles {(system + user).count('principles')} times", "at most once")
+        if "principles" in user and user.index("principles") > min(user.index(name) for name in _UNTRUSTED):
+            reject("template", "$principles after an untrusted text", "$principles before $prompt, $first and $second")
 
     @classmethod
     def from_file(cls, path: str | Path) -> JudgePrompt:
@@ -210,12 +222,13 @@ class JudgePrompt:
     def version(self) -> str:
         """Twelve hex digits over everything that shapes the question except the texts: part of a cache key.
 
-        That is the template, the contract with its form of answer, the look of labels, the length cap, and what is
-        sanitised.
+        That is the template, the contract with its form of answer, the look of labels, the length cap, what is
+        sanitised, and the principles.
         """
         limit = str(self.max_response_chars)
         content = "\0".join([self.system, self.user, CONTRACTS[self.output], LABEL_STYLE, limit, RULES])
         content += "".join("\0" + token for token in sorted(self.special_tokens))
+        content += "".join("\1" + principle for principle in self.principles)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def render(
@@ -241,7 +254,8 @@ class JudgePrompt:
         turns = _shortened("prompt", canonical_prompt(prompt), cut.prompt)
         shown_first, cut_first = self._shown("first", first, cut.first)
         shown_second, cut_second = self._shown("second", second, cut.second)
-        taken = [part for turn in (*turns, *shown_first, *shown_second) for part in turn] + [self.system, self.user]
+        taken = [part for turn in (*turns, *shown_first, *shown_second) for part in turn]
+        taken += [self.system, self.user, *self.principles]
         gone = {"prompt": cut.prompt, "first": cut.first, "second": cut.second}
         token, labels = draw(taken, random_source)
         count = 0
@@ -270,10 +284,22 @@ class JudgePrompt:
             "second": joined(shown_second, cut_second),
         }
         # Template substitutes in one pass over the template: what it puts in is never looked at again.
-        messages = [{"role": "system", "content": string.Template(self.system).substitute(trusted)}]
-        messages.append({"role": "user", "content": string.Template(self.user).substitute(trusted | texts)})
-        shown = messages if self.system.strip() else messages[1:]
+        system, user = self._with_principles()
+        trusted["principles"] = _PRINCIPLES + "".join(f"- {text}\n" for text in self.principles)
+        if not self.principles:
+            trusted["principles"] = ""
+        messages = [{"role": "system", "content": string.Template(system).substitute(trusted)}]
+        messages.append({"role": "user", "content": string.Template(user).substitute(trusted | texts)})
+        shown = messages if system.strip() else messages[1:]
         return RenderedPrompt(shown, labels, token, count, self.output, (cut_first, cut_second), cut.prompt)
+
+    def _with_principles(self) -> tuple[str, str]:
+        """The template, with a place for principles if there are any."""
+        if not self.principles or "principles" in _fields(self.system, "system") + _fields(self.user, "user"):
+            return self.system, self.user
+        if self.system.strip():
+            return "$principles\n" + self.system, self.user
+        return self.system, "$principles\n" + self.user
 
     def capped(self, name: str, response: Response) -> tuple[Canonical, int]:
         """A response as ``max_response_chars`` leaves it, and how many characters of it are missing."""

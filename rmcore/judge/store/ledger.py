@@ -24,7 +24,7 @@ from rmcore.judge.store.database import StoreError, load_text, open_database
 from rmcore.judge.store.prices import PriceTable, answering_model, price_call
 from rmcore.judge.store.records import Shown
 
-__all__ = ["JudgedPair", "LoggedCall", "Unreadable", "VerdictLedger"]
+__all__ = ["JudgedPair", "LoggedCall", "Unreadable", "VerdictLedger", "as_answer"]
 
 _CALLS = """
     SELECT calls.id, calls.judge, key, pair, shown, judges.judge, model, template, preference, reason, replied, canary,
@@ -148,8 +148,8 @@ class JudgedPair:
         cut = {"cut": {"prompt": prompt, **dict(zip(names, gone, strict=True))}} if any(self.cut) else {}
         return {
             "prompt": self.prompt,
-            "chosen": _as_answer(self.prompt, chosen),
-            "rejected": _as_answer(self.prompt, rejected),
+            "chosen": as_answer(self.prompt, chosen),
+            "rejected": as_answer(self.prompt, rejected),
             "preference": abs(preference),
             "flipped": self.verdict.flipped,
             "orders": self.orders,
@@ -413,7 +413,7 @@ def _told(error: StoreError) -> None:
     """Nothing more to say."""
 
 
-def _as_answer(prompt: Prompt, answer: Canonical) -> Canonical:
+def as_answer(prompt: Prompt, answer: Canonical) -> Canonical:
     """A response in the form of its prompt: TRL wants both plain or both conversational."""
     return (
         answer if isinstance(prompt, str) or not isinstance(answer, str) else [{"role": "assistant", "content": answer}]

@@ -24,7 +24,7 @@ from http import HTTPStatus
 from typing import Any
 
 from rmcore._base.errors import InputError, reject
-from rmcore.judge.base import Outcome
+from rmcore.judge.base import Outcome, Verdict
 from rmcore.judge.question.prompt import JudgePrompt, ParsedPrompt
 from rmcore.judge.recorded import RecordedJudge
 from rmcore.judge.testing.faults import Ending, Fault
@@ -45,7 +45,8 @@ class ReplayServer:
 
     Use it as a context manager, or call :meth:`start` and :meth:`stop`. A pair recorded in the order shown gets that
     verdict, one recorded in the other order its mirror image; a recorded ``null`` gets a reply without a verdict; a
-    pair not recorded gets status 404 with code ``no_record``; a request that is no rendered question gets 400.
+    request for log-probabilities gets those of the labels, P = (1 + preference)/2 of the verdict recorded; a pair not
+    recorded gets status 404 with code ``no_record``; a request that is no rendered question gets 400.
 
     Args:
         recorded: a :class:`~rmcore.judge.recorded.RecordedJudge` (a subclass may compute its ``lookup``), or the
@@ -224,12 +225,13 @@ class ReplayServer:
             text = f"{critique}\n<verdict>{label}</verdict>"
             if question.output == "json_schema":
                 text = json.dumps({"critique": critique, "verdict": label})
+        logprobs = _logprobs(text, question, verdict) if payload.get("logprobs") and outcome is not None else None
         message: dict[str, object] = {"role": "assistant", "content": text}
         if fault is not None and fault.message is not None:
             message |= {name: _with_labels(value, question) for name, value in fault.message.items()}
         if self._answers_as is not None:
             payload["model"] = self._answers_as
-        return _Answer(_completion(payload, message, fault.finish_reason if fault else "stop"))
+        return _Answer(_completion(payload, message, fault.finish_reason if fault else "stop", logprobs))
 
     def _too_long(self, payload: Mapping[str, Any]) -> str:
         """What vLLM says of a question and its answer that the context has no room for."""
@@ -400,7 +402,24 @@ def _asked_tokens(payload: Mapping[str, Any]) -> int:
     return sum(len(str(m.get("content", ""))) for m in payload["messages"]) // 4 + 1
 
 
-def _completion(payload: Mapping[str, Any], message: Mapping[str, object], finish_reason: str) -> bytes:
+def _logprobs(text: str, question: ParsedPrompt, verdict: Verdict) -> dict[str, object]:
+    """``logprobs`` of a reply in three tokens: what stands before the label, the label, what stands behind it."""
+    labels, preference = question.labels, verdict.preference
+    assert preference is not None
+    chance = {labels.win: (1 + preference) / 2, labels.loss: (1 - preference) / 2}
+    if preference == 0:
+        chance = {labels.tie: 1.0}
+    said = labels.label(verdict.outcome or "tie")
+    before, _, after = text.rpartition(said)
+    listed = [{"token": word, "logprob": math.log(p)} for word, p in chance.items() if p > 0]
+    certain = [{"token": part, "logprob": 0.0, "top_logprobs": []} for part in (before, after)]
+    label = {"token": said, "logprob": math.log(chance[said]), "top_logprobs": listed}
+    return {"content": [certain[0], label, certain[1]]}
+
+
+def _completion(
+    payload: Mapping[str, Any], message: Mapping[str, object], finish_reason: str, logprobs: object = None
+) -> bytes:
     """A chat completion; tokens are counted as four characters each, so that accounting has something to add up."""
     asked = _asked_tokens(payload)
     said = sum(len(text) for text in message.values() if isinstance(text, str)) // 4 + 1
@@ -411,7 +430,7 @@ def _completion(payload: Mapping[str, Any], message: Mapping[str, object], finis
             "object": "chat.completion",
             "created": 0,
             "model": payload.get("model", "replay"),
-            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}],
             "usage": usage,
         }
     ).encode()
