@@ -20,7 +20,7 @@ APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), 
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live test-distributed test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live test-postgres test-distributed test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make test-distributed  heads fitted over several processes: torchrun, gloo"
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
+	@echo "make test-postgres  the judge's store over PostgreSQL: processes killed, sessions cut, the server restarted and frozen"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -106,6 +107,11 @@ $(REWARDBENCH)/.done:
 
 test-rewardbench: $(VENV)/.dev $(REWARDBENCH)/.done
 	RMCORE_REWARDBENCH_PYTHON=$(REWARDBENCH)/bin/python $(BIN)/python -m pytest -v -rs tests/evaluation/benchmarks/test_against_rewardbench.py
+
+# The store's suite over PostgreSQL too, and all that can happen to processes and servers. The server comes from the system
+# (apt-get install postgresql), is started in a temporary folder, and is skipped aloud where there is none.
+test-postgres: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -rs -m postgres tests
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

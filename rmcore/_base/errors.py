@@ -15,6 +15,7 @@ __all__ = [
     "FactorizationError",
     "InputError",
     "JudgeError",
+    "MissingPackageError",
     "NonFiniteError",
     "RankError",
     "RmcoreError",
@@ -74,6 +75,10 @@ class RankError(RmcoreError, RuntimeError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+class MissingPackageError(RmcoreError, ImportError):
+    """A package of one of rmcore's extras is not installed; the message names the extra."""
 
 
 class JudgeError(RmcoreError, RuntimeError):

@@ -6,8 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device
@@ -143,7 +142,8 @@ def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> Adapt
     """The router of --judge-fraction, its state not loaded yet, or None where that is not given."""
     state = judging.router_state
     if judging.judge_fraction is None:
-        if (judging.max_calls, judging.max_tokens, judging.max_cost, state) != (None, None, None, None):
+        own = (None, None) if judging.run is not None else (judging.max_calls, judging.max_tokens)
+        if (*own, judging.max_cost, state) != (None, None, None, None):
             reject(
                 "--max-calls, --max-tokens, --max-cost, --router-state",
                 "without --judge-fraction",
@@ -222,6 +222,9 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
     if url is None:
         if judging.store is not None or judging.prices is not None:
             reject("--store, --prices", "without --judge-url", "together with it")
+        if (judging.judge_requests_per_minute, judging.judge_tokens_per_minute, judging.run) != (None, None, None):
+            names = "--judge-requests-per-minute, --judge-tokens-per-minute, --run"
+            reject(names, "without --judge-url", "together with it")
         return None
     if judging.store is None and (judging.reuse != "replies" or judging.ask_again):
         reject("--reuse, --ask-again", "without --store", "together with it")
@@ -232,6 +235,7 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         timeout_s=judging.judge_timeout,
         retry=RetryPolicy(max_attempts=judging.judge_retries + 1),
         max_reply_bytes=judging.judge_max_reply,
+        **_limits(judging, url),
     )
     prompt = None if template is None else JudgePrompt.from_file(template)
     if not rationale:
@@ -254,7 +258,39 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
     )
 
 
-def _store(judging: Asking) -> VerdictStore | Path | None:
+def _limits(judging: Asking, url: str) -> dict[str, Any]:
+    """Limits of this process, or of all that share the store."""
+    from rmcore.judge.store.location import is_url
+
+    rates = {
+        "requests_per_minute": judging.judge_requests_per_minute,
+        "tokens_per_minute": judging.judge_tokens_per_minute,
+    }
+    if not is_url(judging.store):
+        if judging.run is not None:
+            reject("--run", "without a --store in PostgreSQL", "together with one: it counts for all machines")
+        return rates
+    if judging.run is None and set(rates.values()) == {None}:
+        return {}
+    from rmcore._base.client.address import Address
+    from rmcore.judge.store.shared_limits import SharedLimits
+
+    if judging.run is not None and (judging.max_calls, judging.max_tokens) == (None, None):
+        reject("--run", "without --max-calls and --max-tokens", "together with one of them")
+    name = f"{Address.of(url).name} {judging.judge_model}"
+    limits = SharedLimits(
+        str(judging.store),
+        name,
+        requests_per_minute=judging.judge_requests_per_minute,
+        tokens_per_minute=judging.judge_tokens_per_minute,
+        run=judging.run or "",
+        max_requests=None if judging.run is None else judging.max_calls,
+        max_tokens=None if judging.run is None else judging.max_tokens,
+    )
+    return {"limits": limits}
+
+
+def _store(judging: Asking) -> VerdictStore | str | None:
     """The store, by its path where nothing is special about it."""
     if judging.store is None or (judging.reuse == "replies" and not judging.ask_again):
         return judging.store

@@ -96,7 +96,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.backbone: Backbone | None = None
-        self.store: Path | None = None
+        self.store: str | None = None
         """Of verdicts, where one is used."""
 
     def use(self, backbone: Backbone, *, cache: bool) -> None:

@@ -171,11 +171,11 @@ def _job(
         reject("--resume, --overwrite", "both", "at most one")
     store = asking.store
     if store is None and asking.judge_url is not None and out != "-":
-        store = Path(f"{out}.verdicts.db")
+        store = f"{out}.verdicts.db"
     if resume and store is None:
         reject("--resume", "without a verdict store", "--store, or results in a file: -o NAME")
     check_file(out, inputs=[prompts, human, how.constitution, asking.verdicts], overwrite=overwrite or resume)
-    check_apart("--store", store, [prompts, human, out])
+    check_apart("--store", options.store_file(store), [prompts, human, out])
     check_folder(report, "--report")
     check_key(asking)
     limits = (asking.max_calls, asking.max_tokens, asking.max_cost)

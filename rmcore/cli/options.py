@@ -102,9 +102,33 @@ AskAgain = Annotated[
 JudgeDeadline = Annotated[
     float | None, typer.Option(help="Seconds from the start of a batch after which verdicts are of no use.")
 ]
-Store = Annotated[Path | None, typer.Option(help="Verdict store: what is in it is not bought again.")]
+JudgeRpm = Annotated[
+    int | None, typer.Option(help="Requests a minute at most; with a --store in PostgreSQL over all its processes.")
+]
+JudgeTpm = Annotated[int | None, typer.Option(help="Tokens a minute at most; likewise.")]
+Run = Annotated[
+    str | None,
+    typer.Option(
+        help="With a --store in PostgreSQL: --max-calls and --max-tokens hold over all processes of this name together."
+    ),
+]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|URL",
+        help="Verdict store: what is in it is not bought again. A file, or for several machines "
+        "postgresql://[user@]host[:port]/database (password: PGPASSWORD or pgpass).",
+    ),
+]
 Prices = Annotated[Path | None, typer.Option(help="JSON price table of the judge's models, for costs.")]
 Verdicts = Annotated[Path | None, typer.Option(help="Replay recorded verdicts (JSONL) instead of asking.")]
+
+
+def store_file(store: str | None) -> Path | None:
+    """The file that a store is in; None if it is in none."""
+    from rmcore.judge.store.location import is_url
+
+    return None if store is None or is_url(store) else Path(store)
 
 
 @dataclass(frozen=True)
@@ -138,6 +162,9 @@ class Asking:
     judge_concurrency: JudgeConcurrency = 16
     judge_retries: JudgeRetries = 4
     judge_max_reply: JudgeMaxReply = 4 << 20
+    judge_requests_per_minute: JudgeRpm = None
+    judge_tokens_per_minute: JudgeTpm = None
+    run: Run = None
     store: Store = None
     reuse: Reuse = "replies"
     ask_again: AskAgain = None

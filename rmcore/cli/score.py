@@ -71,7 +71,11 @@ def _scoring(
     if batch < 1:
         reject("--batch", batch, "at least 1")
     read = [groups, model, judging.verdicts, judging.prices, judging.judge_template]
-    kept = {"--accounts": accounts, "--router-state": judging.router_state, "--store": judging.store}
+    kept = {
+        "--accounts": accounts,
+        "--router-state": judging.router_state,
+        "--store": options.store_file(judging.store),
+    }
     check_file(out, inputs=[*read, *kept.values()], overwrite=overwrite, resume=resume)
     for option, path in kept.items():
         check_apart(option, path, read)

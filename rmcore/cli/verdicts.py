@@ -33,7 +33,7 @@ _UNCUT = 1 << 30
 
 app = typer.Typer(no_args_is_help=True, help="Read a verdict store: show calls, export preferences, count.")
 
-Store = Annotated[Path, typer.Argument(help="A verdict store, as given to a judge.")]
+Store = Annotated[str, typer.Argument(help="A verdict store, as given to a judge: a file, or postgresql://…")]
 Prices = Annotated[
     Path | None, typer.Option(help="JSON price table: tokens are priced by it, not by what was known at the time.")
 ]
@@ -94,7 +94,7 @@ def export(
     A call of the store that cannot be read is named and left out; the exit code is 2 then, and all others are written.
     """
     with reported_errors():
-        check_file(out, inputs=[store], overwrite=overwrite, resumable=False)
+        check_file(out, inputs=[options.store_file(store)], overwrite=overwrite, resumable=False)
         if not 0 <= min_preference <= 1:
             raise InputError(f"--min-preference: got {min_preference}, expected a number in [0, 1]")
     with _opened(store) as ledger, opened_output(out) as rows, progress_bar() as bar:
@@ -307,7 +307,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[VerdictLedger]:
+def _opened(path: str) -> Iterator[VerdictLedger]:
     """The store, with errors as the other commands report them."""
     from rmcore.judge.store.ledger import VerdictLedger
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rmcore._base.loop import run_sync
     from rmcore.judge.chat import ChatJudge
     from rmcore.judge.store.prices import Price, PriceTable
+    from rmcore.judge.store.shared_limits import SharedLimits
     from rmcore.judge.store.store import StoreError, VerdictStore
     from rmcore.judge.testing import Fault, ReplayServer
 
@@ -72,6 +73,7 @@ __all__ = [
     "RecordedJudge",
     "ReplayServer",
     "RetryPolicy",
+    "SharedLimits",
     "StoreError",
     "Tier",
     "TieredJudge",
@@ -95,6 +97,7 @@ __getattr__, __dir__, _ = lazy.attach(
         "rmcore.judge.chat": ("ChatJudge",),
         "rmcore._base.client.limits": ("RateLimits",),
         "rmcore.judge.store.prices": ("Price", "PriceTable"),
+        "rmcore.judge.store.shared_limits": ("SharedLimits",),
         "rmcore.judge.store.store": ("StoreError", "VerdictStore"),
         "rmcore.judge.testing": ("Fault", "ReplayServer"),
     },

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from rmcore.cli import app
 from rmcore.cli.verdicts import printable
-from rmcore.judge import JudgeUsage, RecordedJudge, Verdict, VerdictStore
+from rmcore.judge import JudgeUsage, RecordedJudge, StoreError, Verdict, VerdictStore
 from rmcore.judge.store.ledger import VerdictLedger
 from rmcore.judge.store.records import Question, Reply
 from rmcore.model.data import read_preferences
@@ -344,8 +344,8 @@ def test_reading_changes_nothing_and_works_while_another_writes(path):
             thread.join()
     with VerdictLedger(path) as ledger:
         logged = len(ledger.calls())
-        with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            ledger._database.execute("DELETE FROM calls")
+        with pytest.raises(StoreError, match="readonly"):
+            list(ledger._store.rows("DELETE FROM calls"))
     assert logged > 15
 
 

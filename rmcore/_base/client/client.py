@@ -27,7 +27,7 @@ from rmcore._base.client.causes import ConnectionFailedError
 from rmcore._base.client.concurrency import AdaptiveConcurrency, ConcurrencyState
 from rmcore._base.client.exchange import OVERLOAD, Attempt, Exchange, Send
 from rmcore._base.client.latency import LatencyEstimate
-from rmcore._base.client.limits import LimitsState, RateLimits
+from rmcore._base.client.limits import Limits, LimitsState, RateLimits
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.clock import Clock
 from rmcore._base.retry import retry_after_s, retry_delay_s
@@ -69,17 +69,19 @@ class Client:
         options: see :class:`~rmcore._base.client.options.ClientOptions`.
 
     A copy made by pickling, and a forked process, start with limits, slots and breaker of their own; limits that were
-    shared become the same numbers for each client.
+    shared become the same numbers for each client, unless they are kept outside the process.
 
     Raises:
         InputError: a limit is no positive integer.
     """
 
+    _limits: Limits
+
     def __init__(self, exchange: Exchange, options: ClientOptions | None = None) -> None:
         options = options or ClientOptions()
         self.exchange = exchange
         limits = options.limits
-        if limits is not None:
+        if isinstance(limits, RateLimits):  # of this process: a copy elsewhere cannot share them
             numbers = {name: getattr(limits, name) for name in ("requests_per_minute", "tokens_per_minute")}
             options = replace(options, limits=None, **numbers)
         self.options = options
@@ -99,7 +101,9 @@ class Client:
         self._process = os.getpid()
         self._slots = AdaptiveConcurrency(options.concurrency, start=options.first_concurrency)
         self._breaker = CircuitBreaker(options.breaker, options.clock)
-        self._limits = RateLimits(options.requests_per_minute, options.tokens_per_minute, clock=options.clock)
+        self._limits = options.limits or RateLimits(
+            options.requests_per_minute, options.tokens_per_minute, clock=options.clock
+        )
         self._latency = LatencyEstimate()
         self._lock = threading.Lock()  # guards the next two
         self._calls = self._attempts = 0

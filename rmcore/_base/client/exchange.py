@@ -22,7 +22,7 @@ from rmcore._base.client.address import Address
 from rmcore._base.client.causes import check_environment, connection_trouble, status_hint
 from rmcore._base.client.concurrency import Signal
 from rmcore._base.client.error_body import embedded_status, error_code, error_detail, error_words, scrub
-from rmcore._base.client.limits import Reservation
+from rmcore._base.client.limits import Admission
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.client.overflow import Overflow, model_context, read_overflow
 from rmcore._base.client.resolve import Resolver
@@ -54,7 +54,7 @@ class Attempt:
     headers: Mapping[str, str] = field(default_factory=dict)
     status: int = 0
     sent: bool = True
-    reservation: Reservation | None = None
+    reservation: Admission | None = None
     overflow: Overflow | None = None
 
     @property

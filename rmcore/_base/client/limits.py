@@ -24,12 +24,13 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 
-__all__ = ["LimitsState", "RateLimits", "Reservation", "reset_after_s"]
+__all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "held_by", "reset_after_s"]
 
 _DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|μs|ms|s|m|h|d))+", re.ASCII)
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|μs|ms|s|m|h|d)", re.ASCII)
@@ -55,6 +56,40 @@ class LimitsState:
     held_s: float
     server_requests: int | None
     server_tokens: int | None
+
+
+class Admission(Protocol):
+    """Leave to send one request."""
+
+    def settle(self, tokens: int) -> None:
+        """Count what the reply says was used, more or less than reserved, from now on."""
+
+    def withdraw(self) -> None:
+        """Count it no longer: the request was never sent. (One that was sent and failed counts.)"""
+
+
+@runtime_checkable
+class Limits(Protocol):
+    """What a client asks before each request: :class:`RateLimits`, or limits that are kept elsewhere for many machines
+    (:class:`~rmcore.judge.store.shared_limits.SharedLimits`).
+    """
+
+    @property
+    def tokens_per_minute(self) -> int | None:
+        """No request may be larger."""
+
+    @property
+    def state(self) -> LimitsState:
+        """A snapshot for reports."""
+
+    async def acquire(self, tokens: int = 0, *, until: float | None = None) -> Admission | str:
+        """Leave to send one request now, or the reason why not, by ``until`` on the client's clock."""
+
+    def observe(self, headers: Mapping[str, str]) -> None:
+        """Read the ``x-ratelimit-*`` headers of a reply."""
+
+    def hold(self, seconds: float) -> None:
+        """Admit nobody for ``seconds``."""
 
 
 class RateLimits:
@@ -148,11 +183,9 @@ class RateLimits:
             limit = headers.get(f"x-ratelimit-limit-{kind}", "")
             if _PLAIN.fullmatch(limit):
                 self._server[kind] = int(float(limit))
-            remaining = headers.get(f"x-ratelimit-remaining-{kind}", "")
-            if _PLAIN.fullmatch(remaining) and float(remaining) == 0:
-                seconds = reset_after_s(headers.get(f"x-ratelimit-reset-{kind}"))
-                if seconds is not None:
-                    self.hold(seconds)
+        seconds = held_by(headers)
+        if seconds is not None:
+            self.hold(seconds)
 
     def hold(self, seconds: float) -> None:
         """Admit nobody for ``seconds``, at most ``max_hold_s``. An earlier, longer hold stays."""
@@ -254,6 +287,16 @@ class Reservation:
     def withdraw(self) -> None:
         """Count it no longer: the request was never sent. (One that was sent and failed counts.)"""
         self._owner._withdraw(self)
+
+
+def held_by(headers: Mapping[str, str]) -> float | None:
+    """Seconds until the last reset of what a reply's ``x-ratelimit-*`` headers say is used up; ``None`` if nothing."""
+    resets = [
+        reset_after_s(headers.get(f"x-ratelimit-reset-{kind}"))
+        for kind in ("requests", "tokens")
+        if _PLAIN.fullmatch(remaining := headers.get(f"x-ratelimit-remaining-{kind}", "")) and float(remaining) == 0
+    ]
+    return max((seconds for seconds in resets if seconds is not None), default=None)
 
 
 def reset_after_s(text: str | None) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rmcore._base.client.breaker import DEFAULT_BREAKER, BreakerPolicy
-from rmcore._base.client.limits import RateLimits
+from rmcore._base.client.limits import Limits
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import JudgeError
 from rmcore._base.retry import RetryPolicy
@@ -34,7 +34,8 @@ class ClientOptions:
         requests_per_minute, tokens_per_minute: limits of our own, ``None`` for none; attempts count, failed ones too.
             Their exact meaning is in :mod:`rmcore._base.client.limits`. Whatever they are, a server's
             ``x-ratelimit-*`` headers, and ``retry-after`` on 429 and 503, hold back all calls.
-        limits: instead of the two: a :class:`~rmcore._base.client.limits.RateLimits` that judges of one key share.
+        limits: instead of the two: a :class:`~rmcore._base.client.limits.RateLimits` that judges of one key share, or
+            a :class:`~rmcore.judge.store.shared_limits.SharedLimits` that machines do.
         breaker: when to leave a failing endpoint alone (:class:`~rmcore._base.client.breaker.BreakerPolicy`);
             ``None``: never.
         max_reply_bytes: a longer reply is dropped while it comes in and fails with ``reply_too_large``.
@@ -53,7 +54,7 @@ class ClientOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    limits: RateLimits | None = None
+    limits: Limits | None = None
     breaker: BreakerPolicy | None = DEFAULT_BREAKER
     max_reply_bytes: int = 4 << 20
     transport: httpx.AsyncBaseTransport | None = None
@@ -69,7 +70,7 @@ class ClientOptions:
                 raise JudgeError(f"{name}: got {value!r}, expected a positive number of {unit}")
         for name, value, kind in (
             ("retry", self.retry, RetryPolicy),
-            ("limits", self.limits, RateLimits),
+            ("limits", self.limits, Limits),
             ("breaker", self.breaker, BreakerPolicy),
         ):
             if not isinstance(value, kind) and (value is not None or name == "retry"):

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from rmcore._base.clock import Clock
-from rmcore._base.errors import RmcoreError
+from rmcore._base.errors import MissingPackageError
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.server.settings import ServeSettings
 
@@ -33,10 +33,6 @@ log = logging.getLogger(__name__)
 
 _WRITE_OUT_S = 10.0
 """How long the last answers may take to go out once all are known."""
-
-
-class MissingPackageError(RmcoreError, ImportError):
-    """A package of the extra ``serve`` is not installed."""
 
 
 def create_app(

@@ -4,34 +4,25 @@ One sqlite database in WAL mode. ``calls`` is a log that is only ever appended t
 to a judge, whatever came of it. Texts and judges stand in tables of their own, once each. ``claims`` and ``owners``
 say who is asking what at this moment; they hold nothing worth keeping.
 
-Texts are kept as JSON strings, so that every ``str`` comes back as it was, lone surrogates and NULs included (two
-halves of a pair come back as the character they spell, which is what a judge is sent). There is no pickle in the file,
-and no endpoint's key.
+What its columns hold is in :mod:`rmcore.judge.store.rows`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
 import time
 import urllib.parse
-from collections.abc import Callable, Collection
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final
 
-from rmcore._base.errors import InputError
-from rmcore._base.large import PIECE, ascii_json, pieces
-from rmcore.judge.base import JudgeUsage, Verdict
-from rmcore.judge.store.records import MAX_REPLY, Question, Reply
+from rmcore.judge.store.protocol import Reuse, StoreError
+from rmcore.judge.store.records import Question, Reply
+from rmcore.judge.store.rows import REPLY_COLUMNS, call_row, digest, dump_text, judge_row, load_text, reply_of
 
 __all__ = ["SCHEMA_VERSION", "Reuse", "StoreError", "find_reply", "insert_call", "load_text", "open_database"]
-
-Reuse: TypeAlias = Literal["replies", "verdicts"] | Collection[str]
-"""What answers an equal question: whatever the judge replied; only replies that hold a verdict; or whatever it replied
-but for replies without a verdict that have one of these reasons (``{"length", "unparsable"}``)."""
 
 _APPLICATION_ID: Final = 0x726D7673  # "rmvs": tells our files from other people's databases
 _BUSY_S: Final = 30.0
@@ -71,10 +62,6 @@ _MIGRATIONS: Final = (
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 """The version this release writes, in the file's ``user_version``."""
-
-
-class StoreError(InputError):
-    """A verdict store cannot be used: missing, damaged, another program's file, or of a later version."""
 
 
 def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
@@ -210,122 +197,45 @@ def find_reply(database: sqlite3.Connection, key: str, reuse: Reuse) -> Reply | 
     """
     not_again = () if isinstance(reuse, str) else tuple(reuse)
     row = database.execute(
-        "SELECT preference, reason, critique, reply, labels, neutralised, currency, answered, fingerprint FROM calls "
+        f"SELECT {REPLY_COLUMNS} FROM calls "  # noqa: S608
         "WHERE key = ? AND replied AND (preference IS NOT NULL OR (? "
         "AND reason NOT IN (SELECT value FROM json_each(?)))) "
         "ORDER BY preference IS NULL, CASE WHEN preference IS NULL THEN -id ELSE id END LIMIT 1",
         (key, reuse != "verdicts", json.dumps(not_again)),
     ).fetchone()
-    if row is None:
-        return None
-    preference, reason, critique, text, labels, sanitised, currency, model, fingerprint = row
-    verdict = Verdict(preference, reason, critique=load_text(critique), usage=JudgeUsage(cache_hits=1))
-    return Reply(
-        verdict,
-        True,
-        load_text(text),
-        load_text(labels),
-        sanitised,
-        currency=currency,
-        model=model,
-        fingerprint=fingerprint,
-    )
+    return None if row is None else reply_of(row)
 
 
 def insert_call(database: sqlite3.Connection, question: Question, reply: Reply, at: float, version: str) -> None:
     """Append one call, inside the caller's transaction. ``at`` is in seconds since the Unix epoch."""
-    usage, verdict = reply.verdict.usage, reply.verdict
-    row = {
-        "key": question.key,
-        "pair": question.pair,
-        "shown": question.shown,
-        "judge": _judge_id(database, question),
-        "prompt": _text_id(database, question.prompt),
-        "first": _text_id(database, question.first),
-        "second": _text_id(database, question.second),
-        "preference": verdict.preference,
-        "reason": verdict.reason,
-        "replied": int(reply.replied),
-        "critique": _dump(verdict.critique),
-        "reply": _dump(reply.text[:MAX_REPLY]),
-        "reply_cut": max(0, len(reply.text) - MAX_REPLY),
-        "labels": _dump(None if reply.labels is None else dict(reply.labels)),
-        "neutralised": reply.sanitised,
-        "attempts": usage.attempts,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "reasoning_tokens": usage.reasoning_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "seconds": usage.seconds,
-        "cost": None if usage.unpriced_calls else usage.cost,
-        "currency": reply.currency,
-        "canary": int(question.canary),
-        "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"),
-        "version": version,
-        "answered": reply.model,
-        "fingerprint": reply.fingerprint,
-        "cut": json.dumps(list(question.cut)),
-    }
+    row = call_row(question, reply, at, version)
+    row["judge"] = _judge_id(database, question)
+    for name in ("prompt", "first", "second"):
+        row[name] = _text_id(database, getattr(question, name))
     names = ", ".join(row)
     database.execute(f"INSERT INTO calls ({names}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))  # noqa: S608
 
 
-def load_text(stored: str) -> Any:
-    """The value of a stored JSON text.
-
-    Raises:
-        StoreError: it is none, so the file was not written by this library.
-    """
-    try:
-        if not isinstance(stored, str):
-            raise TypeError
-        return json.loads(stored)
-    except (ValueError, TypeError, RecursionError):
-        raise StoreError("verdict store: got a text that is no JSON, expected what this library writes") from None
-
-
-def _dump(value: object) -> str:
-    """``value`` as JSON: readable where it can be, escaped where it holds what UTF-8 cannot encode."""
-    if isinstance(value, str) and len(value) > PIECE:  # the judges' threads go on meanwhile
-        text = '"' + "".join(json.dumps(piece, ensure_ascii=False)[1:-1] for piece in pieces(value)) + '"'
-    else:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text if _encodable(text) else ascii_json(value, compact=True)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        for piece in pieces(text):
-            piece.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _text_id(database: sqlite3.Connection, text: object) -> int:
-    body = _dump(text)
+    body = dump_text(text)
     return _id(database, "texts", body, lambda: {"body": body})
 
 
 def _judge_id(database: sqlite3.Connection, question: Question) -> int:
-    parameters = json.dumps(dict(question.parameters), sort_keys=True, separators=(",", ":"))
-    row = {"judge": question.judge, "model": question.model, "parameters": parameters, "template": question.template}
-    return _id(database, "judges", _dump(list(row.values())), lambda: row)
+    row = judge_row(question)
+    return _id(database, "judges", dump_text(list(row.values())), lambda: row)
 
 
 def _id(database: sqlite3.Connection, table: str, content: str, row: Callable[[], dict[str, str]]) -> int:
     """The id of a row of ``table`` that is found by the hash of its content and made if it is not there."""
-    hashed = hashlib.sha256()
-    for piece in pieces(content):
-        hashed.update(piece.encode())
-    digest = hashed.digest()
-    found = database.execute(f"SELECT id FROM {table} WHERE hash = ?", (digest,)).fetchone()  # noqa: S608
+    key = digest(content)
+    found = database.execute(f"SELECT id FROM {table} WHERE hash = ?", (key,)).fetchone()  # noqa: S608
     if found is None:
         values = row()
         names = ", ".join(values)
         added = database.execute(
             f"INSERT INTO {table} (hash, {names}) VALUES (?{', ?' * len(values)})",  # noqa: S608
-            (digest, *values.values()),
+            (key, *values.values()),
         )
         return int(added.lastrowid or 0)
     return int(found[0])

@@ -1,13 +1,12 @@
 """Reading a verdict store without touching it: what was asked, what it came to, and preferences to train on.
 
-The file is opened read-only, and another process may be writing to it meanwhile.
+The file or the database is opened read-only, and another process may be writing to it meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,9 +19,11 @@ from rmcore._base.prompt import Canonical, Prompt, canonical_prompt, canonical_r
 from rmcore._base.quantile import quantiles
 from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.orders import combine_orders, exchanged
-from rmcore.judge.store.database import StoreError, load_text, open_database
+from rmcore.judge.store.location import locate
 from rmcore.judge.store.prices import PriceTable, answering_model, price_call
+from rmcore.judge.store.protocol import Reader, StoreError
 from rmcore.judge.store.records import Shown
+from rmcore.judge.store.rows import load_text
 
 __all__ = ["JudgedPair", "LoggedCall", "Unreadable", "VerdictLedger", "as_answer"]
 
@@ -170,10 +171,9 @@ class VerdictLedger:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._database = open_database(self.path, read_only=True)
-        self._database.text_factory = _text
-        (version,) = next(self._rows("PRAGMA user_version"))
+        self.path = path
+        self._store: Reader = locate(path).read()
+        version = self._store.version
         # Files of the first version do not say who answered, those of the second not what was cut.
         later = ("answered" if version > 1 else "''", "fingerprint" if version > 1 else "''")
         self._select = _CALLS.format(later=", ".join((*later, "cut" if version > 2 else "'[0, 0, 0]'")))
@@ -182,7 +182,7 @@ class VerdictLedger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._database.close()
+        self._store.close()
 
     def calls(
         self,
@@ -207,7 +207,8 @@ class VerdictLedger:
         """
         if limit is not None and limit < 1:
             reject("limit", limit, "at least 1")
-        where, values = ["1"], []
+        where: list[str] = []
+        values: list[object] = []
         if key is not None:
             if not re.fullmatch(r"[0-9a-f]{4,64}", key):
                 reject("key", repr(key)[:80], "4 to 64 hex digits")
@@ -218,9 +219,9 @@ class VerdictLedger:
             where.append("model = ?")
             values.append(model)
         if reason is not None:
-            where.append("(reason = ? OR substr(reason, 1, length(?) + 1) = ? || ':')")
-            values += [reason] * 3
-        query = f"{self._select} WHERE {' AND '.join(where)} ORDER BY calls.id DESC"
+            where.append("(reason = ? OR substr(reason, 1, ?) = ?)")
+            values += [reason, len(reason) + 1, f"{reason}:"]
+        query = f"{self._select}{_where(where)} ORDER BY calls.id DESC"
         calls = self._calls(query, *values, unreadable=unreadable)  # the limit is of those that can be read
         return list(islice(calls, limit))
 
@@ -233,7 +234,7 @@ class VerdictLedger:
             JOIN judges ON judges.id = calls.judge JOIN texts p ON p.id = calls.prompt
             JOIN texts a ON a.id = calls.first JOIN texts b ON b.id = calls.second WHERE calls.id = ?"""
         names = ("prompt", "first", "second", "critique", "reply", "labels", "parameters")
-        for row in self._rows(query, call.id):
+        for row in self._store.rows(query, call.id):
             try:
                 said = dict(zip(names, map(load_text, row), strict=True))
             except StoreError as error:
@@ -266,10 +267,9 @@ class VerdictLedger:
             unreadable: called with the error of a row that cannot be read, which is then left out. Without it the
                 error is raised.
         """
-        query = (
-            f"{self._select} WHERE (canary = 0 OR ?) AND (model = ? OR ? IS NULL) ORDER BY calls.judge, pair, calls.id"
-        )
-        calls = self._calls(query, canaries, model, model, unreadable=unreadable)
+        where = ([] if canaries else ["canary = 0"]) + ([] if model is None else ["model = ?"])
+        query = f"{self._select}{_where(where)} ORDER BY calls.judge, pair, calls.id"
+        calls = self._calls(query, *([] if model is None else [model]), unreadable=unreadable)
         for _, group in groupby(calls, key=lambda call: (call.asked, call.pair)):
             try:
                 pair = self._together(list(group), texts)
@@ -313,7 +313,7 @@ class VerdictLedger:
             pairs["judged"] += 1
             pairs[_kind(pair.verdict)] += 1
             pairs["both_orders"] += pair.orders == 2
-        (texts,) = next(iter(self._rows("SELECT count(*) FROM texts")))
+        (texts,) = next(iter(self._store.rows("SELECT count(*) FROM texts")))
         return {
             **total.to_json(),
             "questions": len(keys),
@@ -323,7 +323,7 @@ class VerdictLedger:
             "latency_s": dict(zip(("p50", "p95"), quantiles(latencies, (0.5, 0.95)), strict=True))
             if latencies
             else {"p50": None, "p95": None},
-            "file": {"bytes": self.path.stat().st_size, "texts": texts, "first": first, "last": last},
+            "file": {"bytes": self._store.size(), "texts": texts, "first": first, "last": last},
             "days": {day: sums.to_json() for day, sums in sorted(days.items())},
         }
 
@@ -331,7 +331,7 @@ class VerdictLedger:
 
     def _calls(self, query: str, *values: object, unreadable: Unreadable | None = None) -> Iterator[LoggedCall]:
         """Rows as calls; sqlite lets a column hold anything, so a file that others wrote is not believed."""
-        for row in self._rows(query, *values):
+        for row in self._store.rows(query, *values):
             try:
                 call = self._checked(LoggedCall(*row))
             except StoreError as error:
@@ -351,12 +351,6 @@ class VerdictLedger:
         if call.shown not in ("ab", "ba") or not -1 <= (call.preference or 0.0) <= 1:
             raise StoreError(f"{self.path}: call {call.id}: shown or preference is none that this library writes")
         return call
-
-    def _rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
-        try:
-            yield from self._database.execute(query, values)
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: cannot be read ({error})") from None
 
     def _together(self, calls: Sequence[LoggedCall], texts: bool) -> JudgedPair:
         """The calls of one judge for one pair as one verdict."""
@@ -428,12 +422,8 @@ def _kind(verdict: Verdict) -> str:
     return "flips" if verdict.flipped else "ties"
 
 
-def _text(stored: bytes) -> str | bytes:
-    """A text, or its bytes where they are none: then its row is refused, not the whole query."""
-    try:
-        return stored.decode()
-    except UnicodeDecodeError:
-        return stored
+def _where(conditions: Sequence[str]) -> str:
+    return f" WHERE {' AND '.join(conditions)}" if conditions else ""
 
 
 class _Sums:

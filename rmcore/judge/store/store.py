@@ -1,18 +1,23 @@
-"""The verdict store: the cache of a judge, its audit log, and what a run that was killed goes on from, in one file.
+"""The verdict store: the cache of a judge, its audit log, and what a run that was killed goes on from.
+
+It is one file of sqlite, which the processes of a machine share, or a database of PostgreSQL, which those of many do.
 
 What is promised:
 
 - A verdict is handed out after its row is committed, so nothing that was handed out is bought again: not after
   ``kill -9``, and, as rows are synced (``synchronous = FULL``), not after a power cut where disks keep their word.
   Replies that were on their way at that moment are lost, at most one a call in progress.
-- Equal questions share one call: tasks, threads and event loops of this process, and processes on this machine. The
-  one who asks holds a *claim* in the file. If it dies, its claim ends at once where the system tells (Linux), and
-  after ``lease_s`` everywhere; if it is stopped for longer than ``lease_s`` and goes on, a question may be bought
-  twice, and the first verdict to be committed is the answer from then on.
+- Equal questions share one call: tasks, threads and event loops of this process, and all processes of the store. The
+  one who asks holds a *claim* in it. If it dies, its claim ends at once where the system tells (Linux, the same
+  machine), and after ``lease_s`` everywhere; if it is stopped, or cut off from the database, for longer than
+  ``lease_s`` and goes on, a question may be bought twice, and the first verdict to be committed is the answer from then
+  on. After a restart of PostgreSQL everybody has ``lease_s`` to come back.
+- While the database cannot be reached nothing is bought. What was paid for by then is kept in memory and written when
+  it is there again; a store that is closed before says how much it lost.
 - Whoever asks may be cancelled; somebody who waits for the same answer then asks in its place.
 
-sqlite runs in one thread of its own, which commits whatever has come in meanwhile as one transaction; event loops never
-wait for a disk. A write-ahead log needs a local file system: no sharing between machines.
+The database is used in one thread, which commits whatever has come in meanwhile as one transaction; event loops never
+wait for it. sqlite's write-ahead log needs a local file system.
 """
 
 from __future__ import annotations
@@ -24,14 +29,17 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore.judge.store.database import Reuse, StoreError, open_database
+from rmcore.judge.store.location import locate
+from rmcore.judge.store.protocol import BUSY, Claim, Find, Location, Record, Release, Reuse, StoreError
 from rmcore.judge.store.records import Question, Reply
-from rmcore.judge.store.writer import BUSY, Claim, Find, Record, Release, Writer
+from rmcore.judge.store.sqlite import SqliteFile
+from rmcore.judge.store.writer import Writer
 
 __all__ = ["StoreError", "VerdictStore"]
 
@@ -41,21 +49,25 @@ _MOMENT_S = 0.25
 
 
 class VerdictStore:
-    """Verdicts in a sqlite file. Give it to judges; use it from any thread, event loop or process.
+    """Verdicts in a sqlite file or a PostgreSQL database. Give it to judges; use it from any thread, loop or process.
 
     Args:
-        path: the file; made if it is not there, with mode 0600, since prompts may be confidential.
+        path: the file; made if it is not there, with mode 0600, since prompts may be confidential. Or
+            ``postgresql://[user@]host[:port]/database``, in which a schema ``rmcore`` is made; the password comes from
+            ``PGPASSWORD`` or a pgpass file, never from the URL (:mod:`rmcore.judge.store.postgres_url`).
         reuse: ``"replies"``: whatever a judge replied answers an equal question later, refusals and unreadable replies
             included, for they were paid for and will mostly come again; ``"verdicts"``: replies without a verdict are
             asked anew; a set of reasons, such as ``{"length", "unparsable"}``: of those only the ones with these.
             Failures on the way to the judge are logged and never reused.
-        open_s: longest wait for others who keep the file locked while it is being opened.
+        open_s: longest wait for others who keep the file locked while it is being opened, or for a server that starts.
         lease_s: seconds after which a claim of a process that gives no sign of life ends.
-        clock: the wall clock, for timestamps and leases; it must agree with that of other processes.
+        clock: the wall clock, for timestamps, and for leases in a file; it must agree with that of other processes.
+            PostgreSQL has leases by its own clock.
 
     Raises:
-        StoreError: the file is damaged, of another program, of a later version, or cannot be used.
+        StoreError: the store is damaged, of another program, of a later version, or cannot be used.
         InputError: another argument is unusable.
+        MissingPackageError: a URL is given, and psycopg is not installed.
     """
 
     _writer: Writer | None
@@ -69,8 +81,7 @@ class VerdictStore:
         open_s: float = 30.0,
         clock: Clock | None = None,
     ) -> None:
-        if not isinstance(path, (str, Path)) or not str(path):
-            reject("path", type(path).__name__ if path != "" else "an empty one", "the path of a file")
+        self.location: Location = locate(path)
         if not isinstance(reuse, str) and all(isinstance(reason, str) and reason for reason in reuse):
             reuse = frozenset(reuse)
         elif reuse not in ("replies", "verdicts"):
@@ -79,21 +90,23 @@ class VerdictStore:
             reject("lease_s", lease_s, "seconds above 0")
         if not open_s > 0:
             reject("open_s", open_s, "seconds above 0")
-        self.path = Path(path).absolute()
         self.reuse: Reuse = reuse
         self.lease_s = lease_s
         self.clock: Clock = clock or SystemClock()
-        open_database(
-            self.path, busy_s=open_s
-        ).close()  # what is wrong with the file is told here, not at the first call
+        self.location.check(open_s)  # what is wrong with it is told here, not at the first call
         self._start_anew()
 
     def __repr__(self) -> str:
-        return f"VerdictStore({str(self.path)!r}, reuse={self.reuse!r})"
+        return f"VerdictStore({str(self.location)!r}, reuse={self.reuse!r})"
+
+    @property
+    def path(self) -> Path | str:
+        """Of the file, absolute; or the URL."""
+        return self.location.path if isinstance(self.location, SqliteFile) else str(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Settings only: a copy in another process opens the file for itself."""
-        return {name: self.__dict__[name] for name in ("path", "reuse", "lease_s", "clock")}
+        """Settings only: a copy in another process opens the store for itself."""
+        return {name: self.__dict__[name] for name in ("location", "reuse", "lease_s", "clock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -105,7 +118,7 @@ class VerdictStore:
         """The stored answer, without a call and without waiting for one under way; ``None`` if there is none.
 
         Raises:
-            StoreError: the file cannot be read.
+            StoreError: the store cannot be read.
         """
         return self._submit(Find(question.key)).result()
 
@@ -115,7 +128,7 @@ class VerdictStore:
         That is ``reply``, unless an earlier one holds a verdict already; its usage stays that of ``reply``.
 
         Raises:
-            StoreError: the file cannot be written.
+            StoreError: the store cannot be written.
         """
         return self._submit(Record(question, reply)).result()
 
@@ -125,14 +138,14 @@ class VerdictStore:
         """The answer to ``question``: the stored one, that of an equal question under way, or else that of ``ask()``.
 
         ``ask`` is awaited at most once. What it returns is committed before it is returned, also if this call is
-        cancelled in between; if the file cannot be written (a full disk), it is returned all the same, since it is
+        cancelled in between; if the store cannot be written (a full disk), it is returned all the same, since it is
         paid for, and the error is logged. A reply under way that fails is shared like any other, unless it failed only
         for its own deadline.
 
         Args:
             question: what is asked.
             ask: puts it to the judge.
-            timeout_s: longest wait for *other* askers and for the file; ``ask`` keeps its own time. ``None``: no
+            timeout_s: longest wait for *other* askers and for the database; ``ask`` keeps its own time. ``None``: no
                 limit. A reply that could not be committed by then is returned all the same and committed later.
 
         Returns:
@@ -140,8 +153,8 @@ class VerdictStore:
             passed while others were asking.
 
         Raises:
-            StoreError: the file cannot be read or claimed, by ``timeout_s`` where others keep it locked. Nothing was
-                asked then.
+            StoreError: the store cannot be read, or the question not claimed, by ``timeout_s`` where others keep it
+                locked or it is out of reach. Nothing was asked then.
             BaseException: what ``ask`` raises, cancellation included.
         """
         self._check_process()
@@ -159,7 +172,7 @@ class VerdictStore:
                 return shared.as_hit()
 
     def close(self) -> None:
-        """Commit what is waiting and close the file. The store can be used again; it then opens the file anew."""
+        """Commit what is waiting and close the database. The store can be used again; it then opens it anew."""
         self._check_process()
         with self._lock:
             writer = self._writer
@@ -211,7 +224,8 @@ class VerdictStore:
                 kept = await self._by(job, until)
             except TimeoutError:
                 _logger.warning(
-                    "%s: a verdict is handed out before its row is written: others keep it locked", self.path
+                    "%s: a verdict is handed out before its row is written: it is locked by others, or out of reach",
+                    self.location,
                 )
                 kept = own
             except StoreError as error:
@@ -236,7 +250,7 @@ class VerdictStore:
             try:
                 found = await self._by(self._submit(Claim(key)), until)
             except TimeoutError:
-                raise StoreError(f"{self.path}: locked by others until the deadline") from None
+                raise StoreError(f"{self.location}: locked by others, or out of reach, until the deadline") from None
             if found is not BUSY:
                 return found
             left = delay if until is None else until - loop.time()
@@ -261,7 +275,8 @@ class VerdictStore:
         self._check_process()
         with self._lock:
             if self._writer is None:
-                self._writer = Writer(self.path, self.reuse, self.lease_s, self.clock)
+                connect = partial(self.location.connect, self.lease_s, self.clock)
+                self._writer = Writer(str(self.location), connect, self.reuse, self.lease_s)
                 # At exit too: what is in the queue then is paid for.
                 weakref.finalize(self, self._writer.stop)
             return self._writer.submit(job)

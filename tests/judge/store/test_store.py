@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -44,19 +45,17 @@ TIMEOUT = reply(None, "timeout", replied=False)
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "verdicts.db"
+def rows(execute):
+    def rows(place, columns="*", table="calls"):
+        return execute(place, f"SELECT {columns} FROM {table} ORDER BY 1")
+
+    return rows
 
 
 @pytest.fixture
-def store(path):
+def file_store(path):
     with VerdictStore(path) as store:
         yield store
-
-
-def rows(path, columns="*", table="calls"):
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        return database.execute(f"SELECT {columns} FROM {table}").fetchall()
 
 
 async def never():
@@ -75,10 +74,10 @@ def test_what_was_put_comes_back_as_a_hit(store):
     assert (found.text, found.labels, found.currency) == ("raw", {"win": "A"}, "EUR")
 
 
-def test_a_row_can_be_audited(store, path):
+def test_a_row_can_be_audited(file_store, path):
     asked = question([{"role": "user", "content": "q"}], "x", "y")
-    store.put(asked, reply(text="raw", labels={"win": "QQ", "loss": "RR", "tie": "SS"}, sanitised=2))
-    store.close()
+    file_store.put(asked, reply(text="raw", labels={"win": "QQ", "loss": "RR", "tie": "SS"}, sanitised=2))
+    file_store.close()
     with contextlib.closing(open_database(path, read_only=True)) as database:
         database.row_factory = sqlite3.Row
         row = dict(database.execute("SELECT * FROM calls JOIN judges ON judges.id = calls.judge").fetchone())
@@ -95,15 +94,15 @@ def test_a_row_can_be_audited(store, path):
     assert row["at"].endswith("+00:00")
 
 
-def test_a_call_without_a_price_has_no_cost(store, path):
+def test_a_call_without_a_price_has_no_cost(rows, store, place):
     unpriced = Verdict(1.0, usage=JudgeUsage(calls=1, attempts=1, unpriced_calls=1))
     store.put(question(), Reply(unpriced, True))
-    assert rows(path, "cost") == [(None,)]
+    assert rows(place, "cost") == [(None,)]
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.tuples(*[st.text(alphabet=st.characters()) | st.text("\x00\ud800\udfff\x1b'\"\\é🙂")] * 4))
-def test_any_text_comes_back_as_it_was(store, texts):
+def test_any_text_comes_back_as_it_was(rows, store, texts):
     # Two halves of a surrogate pair are the character they spell, here as in the question on the wire.
     prompt, first, second, said = texts = [json.loads(json.dumps(text)) for text in texts]
     asked = question(prompt, first, second, model=repr(texts))
@@ -113,17 +112,17 @@ def test_any_text_comes_back_as_it_was(store, texts):
     assert set(texts[:3]) <= {json.loads(body) for (body,) in rows(store.path, "body", "texts")}
 
 
-def test_a_long_reply_is_cut_and_the_cut_is_recorded(store, path):
+def test_a_long_reply_is_cut_and_the_cut_is_recorded(rows, store, place):
     store.put(question(), reply(text="x" * (MAX_REPLY + 5)))
     assert store.get(question()).text == "x" * MAX_REPLY
-    assert rows(path, "reply_cut") == [(5,)]
+    assert rows(place, "reply_cut") == [(5,)]
 
 
-def test_texts_and_judges_stand_in_the_file_once(store, path):
+def test_texts_and_judges_stand_in_the_file_once(rows, file_store, path):
     long = "word " * 20_000
     for k in range(50):
-        store.put(question(long, long, f"answer {k}"), reply())
-    store.close()
+        file_store.put(question(long, long, f"answer {k}"), reply())
+    file_store.close()
     assert len(rows(path, "id", "texts")) == 51
     assert len(rows(path, "id", "judges")) == 1
     assert path.stat().st_size < 4 * len(long)
@@ -212,19 +211,19 @@ def test_reply_text(choice, text):
 # -- what is reused --------------------------------------------------------------------------------------------------
 
 
-def test_replies_without_a_verdict_are_reused_unless_told_otherwise(path):
-    with VerdictStore(path) as store, VerdictStore(path, reuse="verdicts") as strict:
+def test_replies_without_a_verdict_are_reused_unless_told_otherwise(rows, place):
+    with VerdictStore(place) as store, VerdictStore(place, reuse="verdicts") as strict:
         store.put(question(), REFUSAL)
         assert store.get(question()).verdict.reason == "refusal"
         assert strict.get(question()) is None
         strict.put(question(), reply(1.0))
         assert store.get(question()).verdict.preference == 1.0
-        assert len(rows(path)) == 2
+        assert len(rows(place)) == 2
 
 
-def test_failures_on_the_way_are_logged_and_never_reused(store, path):
+def test_failures_on_the_way_are_logged_and_never_reused(rows, store, place):
     store.put(question(), TIMEOUT)
-    assert rows(path, "reason, replied") == [("timeout", 0)]
+    assert rows(place, "reason, replied") == [("timeout", 0)]
     assert store.get(question()) is None
 
 
@@ -238,14 +237,14 @@ def test_the_first_verdict_stands(store):
     assert store.get(question()).verdict.preference == 1.0
 
 
-def test_nothing_sent_is_no_call(store, path):
+def test_nothing_sent_is_no_call(rows, store, place):
     unsent = Reply(Verdict.none("no_api_key"))
 
     async def ask():
         return unsent
 
     assert asyncio.run(store.once(question(), ask)) == unsent
-    assert rows(path) == []
+    assert rows(place) == []
 
 
 # -- one flight ------------------------------------------------------------------------------------------------------
@@ -281,7 +280,7 @@ def test_tasks_share_a_call(store):
     assert usages.count(HIT) == 7
 
 
-def test_a_cancelled_asker_takes_nobody_along(store, path):
+def test_a_cancelled_asker_takes_nobody_along(rows, store, place):
     async def run():
         first, second = Endpoint(), Endpoint()
         leader = asyncio.create_task(store.once(question(), first))
@@ -298,7 +297,7 @@ def test_a_cancelled_asker_takes_nobody_along(store, path):
     first, second, results = asyncio.run(run())
     assert (first, second) == (1, 1)
     assert [type(result).__name__ for result in results] == ["CancelledError", "CancelledError", "Reply", "Reply"]
-    assert rows(path, "key", "claims") == []
+    assert rows(place, "key", "claims") == []
 
 
 def test_a_reply_that_came_is_kept_though_its_asker_is_cancelled(store):
@@ -367,7 +366,7 @@ def test_waiting_for_others_has_an_end(store):
     assert found.verdict.preference == 1.0
 
 
-def test_threads_and_their_loops_share_calls(store, path):
+def test_threads_and_their_loops_share_calls(rows, store, place):
     asked: Counter[int] = Counter()
     lock = threading.Lock()
 
@@ -388,15 +387,15 @@ def test_threads_and_their_loops_share_calls(store, path):
         results = [job.result() for job in [pool.submit(asyncio.run, everything()) for _ in range(4)]]
     assert results == [[-1.0, 1.0] * 30] * 4
     assert asked == Counter(range(60))
-    assert len(rows(path)) == 60
+    assert len(rows(place)) == 60
 
 
 # -- several stores of one file --------------------------------------------------------------------------------------
 
 
-def test_another_store_waits_for_a_claim(path):
+def test_another_store_waits_for_a_claim(place):
     async def run():
-        with VerdictStore(path) as one, VerdictStore(path) as other:
+        with VerdictStore(place) as one, VerdictStore(place) as other:
             endpoint = Endpoint()
             leader = asyncio.create_task(one.once(question(), endpoint))
             await endpoint.asked.wait()
@@ -409,9 +408,9 @@ def test_another_store_waits_for_a_claim(path):
     assert asyncio.run(run()) == [PAID, HIT]
 
 
-def test_a_claim_that_is_given_up_is_free_at_once(path):
+def test_a_claim_that_is_given_up_is_free_at_once(place):
     async def run():
-        with VerdictStore(path) as one, VerdictStore(path) as other:
+        with VerdictStore(place) as one, VerdictStore(place) as other:
             first, second = Endpoint(), Endpoint()
             second.open.set()
             leader = asyncio.create_task(one.once(question(), first))
@@ -432,13 +431,17 @@ class Later(SystemClock):
         return super().wall() + 100
 
 
-def test_the_claim_of_one_who_gives_no_sign_of_life_ends(path):
+def test_the_claim_of_one_who_gives_no_sign_of_life_ends(rows, place):
+    # A server has leases by its own clock, which nobody can set here.
+    late = {"lease_s": 99, "clock": Later()} if isinstance(place, Path) else {"lease_s": 0.05}
+
     async def run():
-        with VerdictStore(path) as asleep, VerdictStore(path, lease_s=99, clock=Later()) as other:
+        with VerdictStore(place) as asleep, VerdictStore(place, **late) as other:
             stuck, works = Endpoint(), Endpoint(reply(-1.0))
             works.open.set()
             leader = asyncio.create_task(asleep.once(question(), stuck))
             await stuck.asked.wait()
+            await asyncio.sleep(0 if isinstance(place, Path) else 0.1)
             taken = await other.once(question(), works)
             # The sleeper wakes up with an answer of its own: it is logged, and the first one stands.
             stuck.open.set()
@@ -447,17 +450,17 @@ def test_the_claim_of_one_who_gives_no_sign_of_life_ends(path):
     taken, woken = asyncio.run(run())
     assert (taken.verdict.preference, taken.verdict.usage) == (-1.0, PAID)
     assert (woken.verdict.preference, woken.verdict.usage) == (-1.0, PAID)
-    assert sorted(rows(path, "preference")) == [(-1.0,), (1.0,)]
+    assert sorted(rows(place, "preference")) == [(-1.0,), (1.0,)]
 
 
-def test_a_living_owner_renews_its_lease_while_it_asks(path):
+def test_a_living_owner_renews_its_lease_while_it_asks(rows, place):
     async def run():
-        with VerdictStore(path, lease_s=0.04) as store:
+        with VerdictStore(place, lease_s=0.04) as store:
             endpoint = Endpoint()
             leader = asyncio.create_task(store.once(question(), endpoint))
             await endpoint.asked.wait()
-            ((begun,),) = rows(path, "beat", "owners")
-            while rows(path, "beat", "owners") == [(begun,)]:
+            ((begun,),) = rows(place, "beat", "owners")
+            while rows(place, "beat", "owners") == [(begun,)]:
                 await asyncio.sleep(0.005)
             endpoint.open.set()
             await leader
@@ -479,7 +482,7 @@ asyncio.run(VerdictStore(sys.argv[1]).once(question(), ask))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a dead owner's claim ends with its lease")
-def test_the_claim_of_a_killed_process_ends_at_once(path, tmp_path):
+def test_the_claim_of_a_killed_process_ends_at_once(place, tmp_path):
     (tmp_path / "tests_store.py").write_text(
         "from rmcore.judge.store.records import Question\n"
         "def question():\n"
@@ -487,12 +490,12 @@ def test_the_claim_of_a_killed_process_ends_at_once(path, tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", CLAIMER, str(path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", CLAIMER, str(place)], stdout=subprocess.PIPE, text=True, env=environment
     ) as child:
         assert child.stdout.readline() == "asking\n"
 
         async def run():
-            with VerdictStore(path) as store:
+            with VerdictStore(place) as store:
                 assert await store.once(question(), never, timeout_s=0.05) is None
                 child.send_signal(signal.SIGKILL)
                 child.wait()
@@ -503,13 +506,13 @@ def test_the_claim_of_a_killed_process_ends_at_once(path, tmp_path):
         assert asyncio.run(run()).verdict.usage == PAID
 
 
-def test_the_loop_runs_on_while_another_process_holds_the_file(store, path):
+def test_the_loop_runs_on_while_another_process_holds_the_file(file_store, path):
     async def run():
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
         endpoint = Endpoint()
         endpoint.open.set()
-        task = asyncio.create_task(store.once(question(), endpoint))
+        task = asyncio.create_task(file_store.once(question(), endpoint))
         for _ in range(20):  # the loop turns, the answer waits
             await asyncio.sleep(0.001)
         assert not task.done()
@@ -569,7 +572,7 @@ def test_arguments(tmp_path, monkeypatch, arguments, name):
         VerdictStore(path, **dict(zip(("reuse", "lease_s"), rest, strict=False)))
 
 
-def test_a_full_disk_costs_no_verdict(store, monkeypatch, caplog):
+def test_a_full_disk_costs_no_verdict(file_store, monkeypatch, caplog):
     def full(*_):
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -577,20 +580,18 @@ def test_a_full_disk_costs_no_verdict(store, monkeypatch, caplog):
         return reply()
 
     with monkeypatch.context() as patch:
-        patch.setattr("rmcore.judge.store.writer.insert_call", full)
-        assert asyncio.run(store.once(question(), ask)).verdict.preference == 1.0
+        patch.setattr("rmcore.judge.store.sqlite.insert_call", full)
+        assert asyncio.run(file_store.once(question(), ask)).verdict.preference == 1.0
         assert "disk is full" in caplog.text
-    assert store.get(question()) is None
-    assert asyncio.run(store.once(question(), ask)).verdict.usage == PAID
-    assert asyncio.run(store.once(question(), never)).verdict.usage == HIT
+    assert file_store.get(question()) is None
+    assert asyncio.run(file_store.once(question(), ask)).verdict.usage == PAID
+    assert asyncio.run(file_store.once(question(), never)).verdict.usage == HIT
 
 
-def test_a_row_that_cannot_be_read_harms_nobody_else(store, path):
+def test_a_row_that_cannot_be_read_harms_nobody_else(execute, store, place):
     store.put(question("p"), reply())
     store.put(question("q"), reply())
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("UPDATE calls SET critique = 'no json' WHERE key = ?", (question("p").key,))
-        database.commit()
+    execute(place, f"UPDATE calls SET critique = 'no json' WHERE key = '{question('p').key}'")
 
     async def both():
         return await asyncio.gather(
@@ -609,7 +610,7 @@ def test_a_closed_store_can_be_used_again(store):
     assert store.get(question()).verdict.preference == 1.0
 
 
-def test_what_is_queued_is_committed_at_exit(path):
+def test_what_is_queued_is_committed_at_exit(rows, place):
     code = (
         "import sys\n"
         "from rmcore.judge import VerdictStore, Verdict, JudgeUsage\n"
@@ -620,9 +621,9 @@ def test_what_is_queued_is_committed_at_exit(path):
         "    q = Question.of('j', 'm', {}, 't', f'p{k}', 'a', 'b')\n"
         "    store._submit(Record(q, Reply(Verdict(1.0, usage=JudgeUsage(calls=1, attempts=1)), True)))\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
-    assert len(rows(path)) == 300
-    assert rows(path, "id", "owners") == []
+    subprocess.run([sys.executable, "-c", code, str(place)], check=True)
+    assert len(rows(place)) == 300
+    assert rows(place, "id", "owners") == []
 
 
 def test_a_copy_in_another_process_opens_the_file_for_itself(store):
@@ -634,7 +635,7 @@ def test_a_copy_in_another_process_opens_the_file_for_itself(store):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_has_a_connection_of_its_own(store, path):
+def test_a_forked_child_has_a_connection_of_its_own(rows, store, place):
     store.put(question("parent"), reply())
     child = os.fork()
     if child == 0:
@@ -650,13 +651,13 @@ def test_a_forked_child_has_a_connection_of_its_own(store, path):
     assert os.waitstatus_to_exitcode(status) == 0
     assert store.get(question("child")) is not None
     store.put(question("after"), reply())
-    assert rows(path, "count(*)") == [(3,)]
+    assert rows(place, "count(*)") == [(3,)]
 
 
 # -- behind a judge --------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_asks_what_the_store_does_not_know(ask, mock_judge, chat_reply, path):
+def test_a_judge_asks_what_the_store_does_not_know(ask, mock_judge, chat_reply, place):
     requests = []
 
     def handler(request):
@@ -664,19 +665,19 @@ def test_a_judge_asks_what_the_store_does_not_know(ask, mock_judge, chat_reply, 
         return chat_reply(request, "fine\n<verdict>$win</verdict>")
 
     pair = Pair("p", "a", "b")
-    first = ask(mock_judge(handler, store=path), pair, Pair("p", "b", "a"))
-    again = ask(mock_judge(handler, store=path), pair, Pair("p", "b", "a"))
+    first = ask(mock_judge(handler, store=place), pair, Pair("p", "b", "a"))
+    again = ask(mock_judge(handler, store=place), pair, Pair("p", "b", "a"))
     assert len(requests) == 2  # both pairs are the same two questions
     assert [v.preference for v in first] == [v.preference for v in again] == [0, 0]
     assert sum(v.usage.calls for v in first) == 2
     assert [v.usage for v in again] == [JudgeUsage(cache_hits=2)] * 2
     assert again[0].critique == first[0].critique
     assert {v.judge for v in again} == {"judge-model"}
-    ask(mock_judge(handler, store=path, temperature=0.5), pair)
+    ask(mock_judge(handler, store=place, temperature=0.5), pair)
     assert len(requests) == 4
 
 
-def test_a_judge_that_moved_keeps_its_verdicts_under_its_name(ask, mock_judge, chat_reply, path):
+def test_a_judge_that_moved_keeps_its_verdicts_under_its_name(ask, mock_judge, chat_reply, place):
     requests = []
 
     def handler(request):
@@ -684,21 +685,21 @@ def test_a_judge_that_moved_keeps_its_verdicts_under_its_name(ask, mock_judge, c
         return chat_reply(request, "<verdict>$win</verdict>")
 
     for port in (1, 2):
-        ask(mock_judge(handler, base_url=f"http://127.0.0.1:{port}/v1", judge_id="local", store=path))
+        ask(mock_judge(handler, base_url=f"http://127.0.0.1:{port}/v1", judge_id="local", store=place))
     assert len(requests) == 2
-    ask(mock_judge(handler, base_url="http://127.0.0.1:2/v1", store=path))
+    ask(mock_judge(handler, base_url="http://127.0.0.1:2/v1", store=place))
     assert len(requests) == 4
 
 
-def test_canaries_are_marked(ask, mock_judge, chat_reply, path):
-    judge = mock_judge(lambda request: chat_reply(request, "<verdict>$win</verdict>"), store=path, orders="one")
+def test_canaries_are_marked(rows, ask, mock_judge, chat_reply, place):
+    judge = mock_judge(lambda request: chat_reply(request, "<verdict>$win</verdict>"), store=place, orders="one")
     ask(judge, Pair("p", "a", "b", id="canary:constant:1"), Pair("q", "a", "b", id="mine"))
-    assert sorted(rows(path, "canary")) == [(0,), (1,)]
+    assert sorted(rows(place, "canary")) == [(0,), (1,)]
 
 
-def test_a_pickled_judge_takes_its_store_along(mock_judge, make_judge, path):
-    judge = pickle.loads(pickle.dumps(make_judge(store=path, clock=SystemClock())))
-    assert judge.store.path == path
+def test_a_pickled_judge_takes_its_store_along(mock_judge, make_judge, place):
+    judge = pickle.loads(pickle.dumps(make_judge(store=place, clock=SystemClock())))
+    assert judge.store.path == place
     judge.close()
 
 
@@ -724,17 +725,17 @@ def test_no_key_gets_into_the_file(ask, mock_judge, chat_reply, path, secret):
     assert all(secret.encode() not in file.read_bytes() for file in path.parent.iterdir())
 
 
-def test_finished_verdicts_outlive_a_cancelled_batch(mock_judge, chat_reply, path):
+def test_finished_verdicts_outlive_a_cancelled_batch(rows, mock_judge, chat_reply, place):
     async def handler(request):
         if "slow" in request.content.decode():
             await asyncio.Event().wait()
         return chat_reply(request, "<verdict>$win</verdict>")
 
-    judge = mock_judge(handler, store=VerdictStore(path))
+    judge = mock_judge(handler, store=VerdictStore(place))
 
     async def run():
         batch = asyncio.create_task(judge.judge([Pair("quick", "a", "b"), Pair("slow", "a", "b")]))
-        while len(rows(path)) < 2:
+        while len(rows(place)) < 2:
             await asyncio.sleep(0.005)
         batch.cancel()
         with pytest.raises(asyncio.CancelledError):

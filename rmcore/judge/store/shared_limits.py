@@ -1,0 +1,417 @@
+"""Limits that hold over all machines: requests and tokens per minute, and what a whole run may ask, in PostgreSQL.
+
+    limits = SharedLimits("postgresql://db/rm", "judge", requests_per_minute=600, run="ppo-7", max_requests=50_000)
+    ChatJudge(url, model, client=ClientOptions(limits=limits), store="postgresql://db/rm")
+
+**What is guaranteed**, for all processes that give the same database and ``name`` together: what
+:mod:`rmcore._base.client.limits` says for one. Every admission is a row, written in a transaction that holds the name's
+lock, with the database's clock, so in every window of a minute there are never more than ``requests_per_minute`` of
+them, and at each admission the tokens of the last minute, each taken as the reply told or else as reserved, are at most
+``tokens_per_minute``. A server's ``retry-after`` and ``x-ratelimit-*`` hold everybody.
+
+For all processes that give the same ``run`` together: never more than ``max_requests`` are sent (those that fail and
+those that are tried again included), and tokens reserved and used are at most ``max_tokens`` as long as no reply
+reports more than was reserved. What is then refused has the reason ``over_budget``. A process that dies leaves its
+reservations counted: what is unknown counts as reserved, never as nothing.
+
+Within a process admission is first come, first served; between processes the database's lock decides. While the
+database cannot be reached nobody is admitted; calls end with ``deadline``, or with ``limits`` if they have none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from rmcore._base.client.limits import LimitsState, held_by
+from rmcore._base.clock import Clock, SystemClock
+from rmcore._base.errors import reject
+from rmcore.judge.store.postgres_url import PostgresUrl
+from rmcore.judge.store.protocol import StoreError
+
+if TYPE_CHECKING:
+    from rmcore.judge.store.postgres_connection import Connection
+
+__all__ = ["SharedAdmission", "SharedLimits"]
+
+_logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 1.0  # longest sleep: others may give tokens back
+_PATIENCE_S: Final = 30.0
+_CLOSE_S: Final = 6.0
+_RUN: Final = "run:"
+
+_LOCK: Final = """
+    SELECT name, greatest(0, extract(epoch FROM held_until - clock_timestamp()))::float8, requests, tokens
+    FROM rmcore.limits WHERE name = ANY(%s) ORDER BY name FOR UPDATE"""
+_WINDOW: Final = """
+    SELECT count(*), coalesce(sum(tokens), 0)::bigint FROM rmcore.admissions
+    WHERE name = %s AND at > clock_timestamp() - %s * interval '1 s'"""
+# The oldest admission that must leave the window before another one has room.
+_READY: Final = """
+    SELECT greatest(0, extract(epoch FROM min(at) + %s * interval '1 s' - clock_timestamp()))::float8 FROM (
+        SELECT at, count(*) OVER w AS requests, sum(tokens) OVER w AS tokens FROM rmcore.admissions
+        WHERE name = %s AND at > clock_timestamp() - %s * interval '1 s'
+        WINDOW w AS (ORDER BY at, id)) AS entries
+    WHERE requests >= %s AND tokens >= %s"""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Somebody waits to be admitted, until ``until`` on the process's monotonic clock."""
+
+    tokens: int
+    until: float
+    future: Future[Any] = field(default_factory=Future)
+
+
+class SharedAdmission:
+    """One admitted request; see :class:`~rmcore._base.client.limits.Admission`."""
+
+    __slots__ = ("_owner", "id", "tokens")
+
+    def __init__(self, owner: SharedLimits, id: str, tokens: int) -> None:
+        self._owner, self.id, self.tokens = owner, id, tokens
+
+    def settle(self, tokens: int) -> None:
+        """Count what the reply says was used, from now on."""
+        if tokens != self.tokens:
+            self.tokens = tokens
+            self._owner._later(lambda connection, names: _settle(connection, names, self.id, tokens))
+
+    def withdraw(self) -> None:
+        """Count it no longer."""
+        self._owner._later(lambda connection, names: _withdraw(connection, names, self.id))
+
+
+class SharedLimits:
+    """Give it to :class:`~rmcore._base.client.options.ClientOptions` as ``limits``, on every machine; see the module.
+
+    Args:
+        url: of the database, as for a store.
+        name: of what is limited: mostly an endpoint's key.
+        requests_per_minute, tokens_per_minute: ``None``: no limit.
+        run: of the budget; without it, that of ``name``.
+        max_requests, max_tokens: in the whole run, over all processes; ``None``: no limit.
+        max_hold_s: longest pause that a server's header can bring about.
+        window_s: the window's length.
+        clock: the one that deadlines are on.
+
+    Raises:
+        InputError: an argument is unusable.
+        StoreError: the database cannot be used.
+        MissingPackageError: psycopg is not installed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        run: str = "",
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        max_hold_s: float = 60.0,
+        window_s: float = 60.0,
+        clock: Clock | None = None,
+    ) -> None:
+        numbers = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+        for argument, value in (numbers | {"max_requests": max_requests, "max_tokens": max_tokens}).items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                reject(argument, repr(value), "a positive integer, or None")
+        for argument, word in (("name", name), ("run", run)):
+            if not isinstance(word, str) or "\0" in word or (argument == "name" and not word):
+                reject(argument, repr(word)[:80], "a name")
+        if not 0 < window_s < math.inf:
+            reject("window_s", window_s, "seconds above 0")
+        if not max_hold_s >= 0:
+            reject("max_hold_s", max_hold_s, "seconds, at least 0")
+        self.location = PostgresUrl.of(url)
+        self.name, self.run = name, run or name
+        self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.max_hold_s, self.window_s = max_hold_s, window_s
+        self.clock: Clock = clock or SystemClock()
+        self.location.check(30.0)
+        self._start_anew()
+
+    def __repr__(self) -> str:
+        return f"SharedLimits({str(self.location)!r}, {self.name!r}, run={self.run!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings only: a copy in another process has a connection of its own, to the same limits."""
+        own = ("_lock", "_asked", "_orders", "_wake", "_thread", "_connection", "_seen", "_process", "_closing")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_anew()
+
+    @property
+    def state(self) -> LimitsState:
+        """As this process saw it last."""
+        requests, tokens, held = self._seen
+        return LimitsState(requests, tokens, len(self._asked), max(0.0, held - time.monotonic()), None, None)
+
+    async def acquire(self, tokens: int = 0, *, until: float | None = None) -> SharedAdmission | str:
+        """Leave to send one request now, or ``deadline``, ``over_token_limit``, ``over_budget``, ``limits``."""
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+            reject("tokens", repr(tokens), "a non-negative integer")
+        if self.tokens_per_minute is not None and tokens > self.tokens_per_minute:
+            return "over_token_limit"
+        left = math.inf if until is None else until - self.clock.now()
+        if left < 0:
+            return "deadline"
+        asked = _Asked(tokens, time.monotonic() + left)
+        self._begin(lambda: self._asked.append(asked))
+        try:
+            async with asyncio.timeout(None if until is None else left):
+                admitted: SharedAdmission | str = await asyncio.shield(asyncio.wrap_future(asked.future))
+                return admitted
+        except BaseException as error:
+            asked.until = -math.inf
+            asked.future.add_done_callback(_give_back)  # it may be admitted at this very moment
+            if isinstance(error, TimeoutError):
+                return "deadline"
+            raise
+
+    def observe(self, headers: Mapping[str, str]) -> None:
+        """Read the ``x-ratelimit-*`` headers of a reply: where nothing remains, everybody is held until the reset."""
+        seconds = held_by(headers)
+        if seconds is not None:
+            self.hold(seconds)
+
+    def hold(self, seconds: float) -> None:
+        """Admit nobody anywhere for ``seconds``, at most ``max_hold_s``."""
+        seconds = min(seconds, self.max_hold_s)
+        self._later(lambda connection, names: _hold(connection, names, seconds))
+
+    def close(self) -> None:
+        """Write what is waiting and close the connection. The limits can be used again."""
+        with self._lock:
+            thread, self._closing = self._thread, True
+            self._wake.notify()
+        if thread is not None and thread is not threading.current_thread() and self._process == os.getpid():
+            thread.join(_CLOSE_S)
+
+    # -- the thread that talks to the database -----------------------------------------------------------------------
+
+    def _start_anew(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._asked: deque[_Asked] = deque()
+        self._orders: deque[Callable[[Connection, list[str]], None]] = deque()
+        self._seen: tuple[int, int, float] = (0, 0, -math.inf)
+        self._connection: Connection | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def _later(self, order: Callable[[Connection, list[str]], None]) -> None:
+        self._begin(lambda: self._orders.append(order))
+
+    def _begin(self, add: Callable[[], None]) -> None:
+        if self._process != os.getpid():  # forked: the thread stayed behind
+            self._start_anew()
+        with self._lock:
+            add()
+            if self._thread is None:
+                self._closing = False
+                self._thread = threading.Thread(target=self._work, name="rmcore-limits", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def _work(self) -> None:
+        pause, down_since = 0.0, math.inf
+        while True:
+            with self._lock:
+                if pause or not (self._asked or self._orders):
+                    if self._closing and not self._orders:
+                        break
+                    self._wake.wait(pause or None)
+                self._drop_late()
+                asked, orders = list(self._asked), list(self._orders)
+                if self._closing and not orders and not asked:
+                    break
+            try:
+                done, pause = self._step(asked, orders)
+            except StoreError as error:
+                down_since = min(down_since, time.monotonic())
+                pause = 0.2
+                if time.monotonic() - down_since > _PATIENCE_S or self._closing:
+                    _logger.error("%s", error)
+                    self._refuse_patient()
+                    if self._closing:
+                        break
+                continue
+            down_since = math.inf
+            with self._lock:
+                for _ in orders:
+                    self._orders.popleft()
+                for one, _ in done:
+                    self._asked.remove(one)
+            for one, answer in done:  # without the lock: whoever gave up meanwhile gives it back at once
+                one.future.set_result(answer)
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._thread = None
+            connection, self._connection = self._connection, None
+            left, self._asked = self._asked, deque()
+        for one in left:
+            one.future.set_result("limits")
+        if connection is not None:
+            connection.close()
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        for one in [one for one in self._asked if one.until < now]:
+            self._asked.remove(one)
+            one.future.set_result("deadline")
+
+    def _refuse_patient(self) -> None:
+        """Who has no deadline waits no longer for a database that is gone."""
+        with self._lock:
+            for one in [one for one in self._asked if one.until == math.inf]:
+                self._asked.remove(one)
+                one.future.set_result("limits")
+
+    def _step(
+        self, asked: list[_Asked], orders: list[Callable[[Connection, list[str]], None]]
+    ) -> tuple[list[tuple[_Asked, SharedAdmission | str]], float]:
+        """One transaction: the orders, then as many admissions as there is room for.
+
+        Returns:
+            Who got what, and after how many seconds to look again (0: as soon as somebody asks).
+        """
+        import psycopg
+
+        from rmcore.judge.store.postgres_connection import connect, in_transaction, meaning
+
+        names = sorted({self.name, _RUN + self.run})
+        try:
+            if self._connection is None:
+                self._connection = connect(str(self.location))
+                insert = "INSERT INTO rmcore.limits (name) VALUES (%s) ON CONFLICT (name) DO NOTHING"
+                for name in names:
+                    self._connection.execute(insert, (name,))
+            with in_transaction(self._connection):
+                rows = {row[0]: row[1:] for row in self._connection.execute(_LOCK, (names,))}
+                for order in orders:
+                    order(self._connection, [self.name, _RUN + self.run])
+                return self._admit(self._connection, asked, rows)
+        except psycopg.Error as error:
+            broken, self._connection = self._connection, None
+            if broken is not None:
+                broken.close()
+            raise meaning(error, str(self.location)) from None
+
+    def _admit(
+        self, connection: Connection, asked: list[_Asked], rows: Mapping[str, tuple[Any, ...]]
+    ) -> tuple[list[tuple[_Asked, SharedAdmission | str]], float]:
+        if not asked:
+            return [], 0.0
+        (total_requests, total_tokens) = _totals(connection, _RUN + self.run)
+        held = rows[self.name][0] or 0.0
+        ((requests, tokens),) = connection.execute(_WINDOW, (self.name, self.window_s)).fetchall()
+        self._seen = (requests, tokens, time.monotonic() + held)
+        done: list[tuple[_Asked, SharedAdmission | str]] = []
+        admitted: list[SharedAdmission] = []
+        pause = 0.0
+        for one in asked:
+            if _over(total_requests + 1, self.max_requests) or _over(total_tokens + one.tokens, self.max_tokens):
+                done.append((one, "over_budget"))
+                continue
+            if held:
+                pause = held
+                break
+            if _over(requests + 1, self.requests_per_minute) or _over(tokens + one.tokens, self.tokens_per_minute):
+                pause = self._ready(connection, requests, tokens, one.tokens) if not admitted else 0.001
+                break
+            admission = SharedAdmission(self, str(uuid.uuid4()), one.tokens)
+            admitted.append(admission)
+            done.append((one, admission))
+            requests, tokens = requests + 1, tokens + one.tokens
+            total_requests, total_tokens = total_requests + 1, total_tokens + one.tokens
+        if admitted:
+            self._write(connection, admitted)
+        return done, min(pause, _POLL_S)
+
+    def _write(self, connection: Connection, admitted: list[SharedAdmission]) -> None:
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO rmcore.admissions (id, name, at, tokens) VALUES (%s, %s, clock_timestamp(), %s)",
+                [(one.id, self.name, one.tokens) for one in admitted],
+            )
+        _add(connection, _RUN + self.run, len(admitted), sum(one.tokens for one in admitted))
+        # Those that left every window are of no use; a run's sums are kept apart.
+        connection.execute(
+            "DELETE FROM rmcore.admissions WHERE name = %s AND at < clock_timestamp() - %s * interval '2 s'",
+            (self.name, max(self.window_s, 600.0)),
+        )
+
+    def _ready(self, connection: Connection, requests: int, tokens: int, more: int) -> float:
+        """Seconds until there is room for a request of ``more`` tokens, unless others give some back."""
+        too_many = 0 if self.requests_per_minute is None else requests + 1 - self.requests_per_minute
+        too_much = 0 if self.tokens_per_minute is None else tokens + more - self.tokens_per_minute
+        values = (self.window_s, self.name, self.window_s, too_many, too_much)
+        ((seconds,),) = connection.execute(_READY, values).fetchall()
+        return _POLL_S if seconds is None else max(float(seconds), 0.001)
+
+
+def _over(value: int, limit: int | None) -> bool:
+    return limit is not None and value > limit
+
+
+def _give_back(future: Future[Any]) -> None:
+    if not future.cancelled() and isinstance(future.result(), SharedAdmission):
+        future.result().withdraw()
+
+
+def _totals(connection: Connection, run: str) -> tuple[int, int]:
+    ((requests, tokens),) = connection.execute(
+        "SELECT requests, tokens FROM rmcore.limits WHERE name = %s", (run,)
+    ).fetchall()
+    return requests, tokens
+
+
+def _add(connection: Connection, run: str, requests: int, tokens: int) -> None:
+    connection.execute(
+        "UPDATE rmcore.limits SET requests = requests + %s, tokens = tokens + %s WHERE name = %s",
+        (requests, tokens, run),
+    )
+
+
+def _settle(connection: Connection, names: list[str], id: str, tokens: int) -> None:
+    """Done twice it is done once, in case a connection was lost in the middle."""
+    before = connection.execute("SELECT tokens FROM rmcore.admissions WHERE id = %s", (id,)).fetchone()
+    if before is not None:  # else it left the window long ago, and its reservation stays counted
+        connection.execute("UPDATE rmcore.admissions SET tokens = %s WHERE id = %s", (tokens, id))
+        _add(connection, names[1], 0, tokens - before[0])
+
+
+def _withdraw(connection: Connection, names: list[str], id: str) -> None:
+    gone = connection.execute("DELETE FROM rmcore.admissions WHERE id = %s RETURNING tokens", (id,)).fetchone()
+    if gone is not None:
+        _add(connection, names[1], -1, -gone[0])
+
+
+def _hold(connection: Connection, names: list[str], seconds: float) -> None:
+    connection.execute(
+        "UPDATE rmcore.limits SET held_until = greatest(held_until, clock_timestamp() + %s * interval '1 s') "
+        "WHERE name = %s",
+        (seconds, names[0]),
+    )

@@ -1,0 +1,53 @@
+"""Where verdicts are kept and what all machines together may ask, as the command line names it."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from rmcore._base.errors import InputError
+from rmcore.cli import app
+from rmcore.cli.build_engine import make_budgets, make_judge
+from rmcore.cli.options import Asking, Judging, store_file
+
+ENDPOINT = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "m", "judge_key_env": ""}
+
+
+def test_limits_of_one_process():
+    judge = make_judge(Asking(**ENDPOINT, judge_requests_per_minute=7, judge_tokens_per_minute=900))
+    options = judge.client.options
+    assert (options.requests_per_minute, options.tokens_per_minute, options.limits) == (7, 900, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (ENDPOINT | {"run": "r"}, "--run: got without a --store in PostgreSQL"),
+        (ENDPOINT | {"run": "r", "store": "v.db"}, "--run: got without a --store in PostgreSQL"),
+        (ENDPOINT | {"run": "r", "store": "postgresql://h/d"}, "--run: got without --max-calls and --max-tokens"),
+        (ENDPOINT | {"store": "postgresql://u:hunter2@h/d"}, "store: got one with a password"),
+        ({"judge_requests_per_minute": 5}, "without --judge-url"),
+    ],
+)
+def test_what_cannot_be_is_said(given, says):
+    with pytest.raises(InputError) as caught:
+        make_judge(Asking(**given))
+    assert says in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_budget_of_all_machines_needs_no_router_of_its_own():
+    assert [budget.limit for budget in make_budgets(Judging(**ENDPOINT, max_calls=5, run="r"))] == [5]
+
+
+def test_a_url_is_no_file_that_an_output_could_overwrite(tmp_path):
+    assert store_file("postgresql://h/d") is None
+    assert store_file(None) is None
+    assert store_file(str(tmp_path / "v.db")) == tmp_path / "v.db"
+
+
+def test_reading_a_url_repeats_no_password():
+    told = CliRunner().invoke(app, ["verdicts", "stats", "postgresql://u:hunter2@h/d"])
+    assert told.exit_code == 2
+    assert "PGPASSWORD" in told.stderr
+    assert "hunter2" not in told.output

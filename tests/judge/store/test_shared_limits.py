@@ -1,0 +1,174 @@
+"""Limits that many processes share: none is ever broken, and deadlines hold whatever happens to the database."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rmcore._base.errors import InputError
+
+pytestmark = pytest.mark.postgres
+
+
+@pytest.fixture
+def make(database):
+    from rmcore.judge.store.shared_limits import SharedLimits
+
+    made = []
+
+    def make(name="judge", **how) -> SharedLimits:
+        made.append(SharedLimits(database, name, **how))
+        return made[-1]
+
+    yield make
+    for limits in made:
+        limits.close()
+
+
+def admitted(results) -> int:
+    return sum(not isinstance(result, str) for result in results)
+
+
+def test_requests_of_two_processes_worth_of_limits_count_together(make, execute, database):
+    async def run():
+        one, other = make(requests_per_minute=6, window_s=0.6), make(requests_per_minute=6, window_s=0.6)
+        return await asyncio.gather(*(limits.acquire(1) for limits in [one, other] * 8))
+
+    results = asyncio.run(run())
+    assert admitted(results) == 16
+    times = [row[0] for row in execute(database, "SELECT extract(epoch FROM at)::float8 FROM admissions ORDER BY at")]
+    assert all(late - early > 0.6 for early, late in zip(times, times[6:], strict=False))
+
+
+def test_tokens_are_reserved_settled_and_given_back(make):
+    async def run():
+        limits = make(tokens_per_minute=100)
+        first = await limits.acquire(80)
+        now = limits.clock.now()
+        assert await limits.acquire(101) == "over_token_limit"
+        assert await limits.acquire(30, until=now + 0.2) == "deadline"
+        first.settle(20)
+        second = await limits.acquire(80, until=limits.clock.now() + 5)
+        assert limits.state.tokens == 20  # before the latest admission
+        second.withdraw()
+        third = await limits.acquire(70, until=limits.clock.now() + 5)
+        return first, second, third
+
+    assert admitted(asyncio.run(run())) == 3
+
+
+def test_a_run_has_a_budget_whatever_the_endpoint(make):
+    async def run():
+        one, other = make("a", run="r", max_requests=5, max_tokens=100), make("b", run="r", max_requests=5)
+        results = [await limits.acquire(10) for limits in (one, other) * 4]
+        free = await make("a", run="s", max_requests=5).acquire(10)
+        results[0].withdraw()
+        again = await one.acquire(10)
+        return results, free, again, await one.acquire(101)
+
+    results, free, again, large = asyncio.run(run())
+    assert admitted(results) == 5
+    assert set(results[5:]) == {"over_budget"}
+    assert admitted([free, again]) == 2
+    assert large == "over_budget"
+
+
+def test_a_server_that_asks_for_patience_holds_everybody(make):
+    async def run():
+        one, other = make(), make()
+        await one.acquire()
+        one.observe({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "400ms"})
+        one.hold(0.1)  # an earlier, longer one stays
+        await asyncio.sleep(0.1)
+        assert await other.acquire(until=other.clock.now() + 0.05) == "deadline"
+        began = time.monotonic()
+        await other.acquire()
+        return time.monotonic() - began
+
+    assert 0.05 < asyncio.run(run()) < 5
+
+
+def test_one_who_gave_up_takes_no_place(make):
+    async def run():
+        limits = make(requests_per_minute=1, window_s=0.3, max_requests=3)
+        await limits.acquire()
+        gone = asyncio.create_task(limits.acquire())
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        return [await limits.acquire(), await limits.acquire()]
+
+    assert admitted(asyncio.run(run())) == 2
+
+
+def test_a_hanging_or_missing_database_admits_nobody_and_keeps_no_deadline_waiting(make, server):
+    async def run():
+        limits = make()
+        await limits.acquire()
+        with server.frozen():
+            began = time.monotonic()
+            hung = await limits.acquire(until=limits.clock.now() + 0.5)
+            waited = time.monotonic() - began
+        server.stop()
+        gone = await limits.acquire(until=limits.clock.now() + 0.5)
+        server.start()
+        return hung, gone, waited, await limits.acquire(until=limits.clock.now() + 20)
+
+    hung, gone, waited, back = asyncio.run(run())
+    assert (hung, gone) == ("deadline", "deadline")
+    assert waited < 3
+    assert admitted([back]) == 1
+
+
+PROCESS = """
+import asyncio, sys
+from rmcore.judge.store.shared_limits import SharedLimits
+
+async def run():
+    limits = SharedLimits(sys.argv[1], "judge", requests_per_minute=40, window_s=1.0, max_requests=150)
+    results = await asyncio.gather(*(limits.acquire(1) for _ in range(60)))
+    print(sum(not isinstance(result, str) for result in results))
+    limits.close()
+
+asyncio.run(run())
+"""
+
+
+def test_four_processes_keep_one_limit_and_one_budget(database, execute):
+    children = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, database], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    counts = [int(child.communicate(timeout=60)[0]) for child in children]
+    assert sum(counts) == 150
+    times = [row[0] for row in execute(database, "SELECT extract(epoch FROM at)::float8 FROM admissions ORDER BY at")]
+    assert len(times) == 150
+    assert all(late - early > 1.0 for early, late in zip(times, times[40:], strict=False))
+
+
+def test_a_judge_asks_them(make, mock_judge, chat_reply, ask):
+    from rmcore.judge import Pair
+
+    limits = make(max_requests=3)
+    judge = mock_judge(
+        lambda request: chat_reply(request, "<verdict>$win</verdict>"), limits=limits, orders="one", clock=limits.clock
+    )
+    verdicts = ask(judge, *(Pair(f"p{k}", "a", "b") for k in range(5)))
+    assert sorted(verdict.reason for verdict in verdicts) == ["", "", "", "over_budget", "over_budget"]
+    copy = pickle.loads(pickle.dumps(limits))
+    assert asyncio.run(copy.acquire()) == "over_budget"
+    copy.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [({"requests_per_minute": 0}, "requests_per_minute"), ({"max_tokens": 1.5}, "max_tokens"), ({"window_s": 0}, "w")],
+)
+def test_arguments(make, how, names):
+    with pytest.raises(InputError, match=names):
+        make(**how)
