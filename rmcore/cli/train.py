@@ -12,6 +12,7 @@ import typer
 
 from rmcore._base.errors import reject
 from rmcore.cli import options
+from rmcore.cli.ai_labels import encode_ai, fit_mixture, mix, parse_weight
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors, training_progress
 
@@ -64,6 +65,16 @@ def train(
     calibrate: Annotated[
         str | None, typer.Option(help="Held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
     ] = None,
+    ai_labels: Annotated[
+        str | None, typer.Option(help="Preferences of a judge (rmcore label), to learn from besides.")
+    ] = None,
+    ai_weight: Annotated[
+        str,
+        typer.Option(
+            help="What a pair of --ai-labels counts, where one of people's counts 1; auto: the best on people's pairs "
+            "left out, and a table says whether the judge's labels help."
+        ),
+    ] = "auto",
     dtype: Dtype = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
     overlong: Overlong = "error",
@@ -100,12 +111,14 @@ def train(
     """
     kept = Kept()
     with reported_errors(kept):
+        from rmcore._base.prompt import content_key
         from rmcore.head.config import HeadConfig
         from rmcore.head.fit import fit, fit_amplitude
         from rmcore.head.sngp import SNGPHead
+        from rmcore.model.ai_weight import EncodedPairs
         from rmcore.model.backbone import BackboneConfig
         from rmcore.model.data import parse_columns, read_preferences
-        from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of
+        from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of, informative
         from rmcore.model.training import train_layer
         from rmcore.model.tune import tune as choose
 
@@ -118,6 +131,11 @@ def train(
                 reject(option, count, "0 or more")
         if not (math.isfinite(lr_backbone) and lr_backbone > 0):
             reject("--lr-backbone", lr_backbone, "a positive number")
+        if ai_labels is not None and (epochs or finetune_epochs):
+            reject("--ai-labels", "with --epochs or --finetune-epochs", "it alone: weights are tried on fixed states")
+        weight = parse_weight(ai_weight)
+        if ai_labels is None and ai_weight != "auto":
+            reject("--ai-weight", "without --ai-labels", "together with it")
         config = HeadConfig(
             1,  # the backbone's width, once it is known; all else is checked now
             num_features=features,
@@ -130,13 +148,16 @@ def train(
             seed=seed,
         )
         check_model_folder(
-            out, overwrite=overwrite, inputs=[backbone, preferences, *([] if calibrate is None else [calibrate])]
+            out, overwrite=overwrite, inputs=[one for one in (backbone, preferences, calibrate, ai_labels) if one]
         )
         check_device(device)
         names = parse_columns(columns or [])
         items = list(read_preferences(preferences, names))
         if not items:
             reject("preferences", "no lines", "at least one")
+        judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
+        if ai_labels is not None and not judged:
+            reject("--ai-labels", "no lines", "at least one")
         held_out = [] if calibrate is None else list(read_preferences(calibrate, names))
         if calibrate is not None and not held_out:
             reject("--calibrate", "no lines", "at least one")
@@ -172,6 +193,8 @@ def train(
                     progress=watch,
                     report_loss=loss,
                 )
+            if judged:  # prompts are needed by pair, so those that teach nothing go first
+                items = [items[k] for k in informative(spine, items, mode)]
             hidden, labels, pairs = encode_preferences(spine, items, mode, progress=encoding_progress(bar))
             if tune:
                 config, trials = choose(config, hidden, labels, pairs, seed=seed)
@@ -179,7 +202,13 @@ def train(
             if epochs:
                 watch, _ = training_progress(bar, "training the layer")
                 train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed, progress=watch)
-            frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
+            mixture = None
+            if judged:
+                people = EncodedPairs(hidden, labels, pairs, [content_key(item.prompt) for item in items])
+                mixture = mix(config, people, encode_ai(spine, judged, mode, encoding_progress(bar)), weight, seed)
+                frozen, report = fit_mixture(config, mixture, _dtype(dtype))
+            else:
+                frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
             if held_out:
                 unseen, outcomes, unseen_pairs = encode_preferences(
                     spine, held_out, mode, progress=encoding_progress(bar)
@@ -194,22 +223,27 @@ def train(
                     frozen = calibrated
             prior = None
             if error_prior and not epochs and not finetune_epochs:
-                prior = error_prior_of(frozen.config, items, hidden, labels, pairs)
+                with_ai = None if mixture is None else mixture.fitted(config)
+                prior = error_prior_of(frozen.config, items, hidden, labels, pairs, fitted=with_ai)
             elif error_prior and held_out:  # trained layers have seen every pair but these
                 unknown = (frozen.config, held_out, unseen, outcomes, unseen_pairs)
                 prior = error_prior_of(*unknown, held_out_of=(frozen, hidden))
         if tune:
             notes.print(_tuned(config, trials), markup=False, highlight=False)
+        if mixture is not None and mixture.report is not None:
+            notes.print(mixture.report.to_markdown(), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
         logit, _ = _scored(frozen, hidden, pairs)
         used = len(labels if mode == "difference" else labels[::2])
         right = float(((logit > 0) == (labels > 0.5)).float().mean())
+        beside = "" if mixture is None else f" and {len(mixture.ai)} of a judge at weight {mixture.weight:g}"
         amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out else ""
         notes.print(
-            f"{used} pairs, {spine.stats.tokens} tokens; Newton {'converged' if report.converged else 'stopped'} "
-            f"after {report.passes} passes; training accuracy {100 * right:.1f}%; {amplitude}wrote {out}"
+            f"{used} pairs{beside}, {spine.stats.tokens} tokens; "
+            + f"Newton {'converged' if report.converged else 'stopped'} after {report.passes} passes; "
+            + f"training accuracy {100 * right:.1f}%; {amplitude}wrote {out}"
         )
 
 

@@ -60,6 +60,7 @@ __all__ = [
     "encode_pairs",
     "encode_preferences",
     "error_prior_of",
+    "informative",
     "preference_texts",
 ]
 
@@ -728,6 +729,20 @@ def encode_pairs(
     Pairs whose two inputs are equal, or one of which is unread, teach nothing: they are left out, with a warning that
     says how many and why. Raises InputError where no other is left.
     """
+    pairs, kept = _informative(backbone, preferences, mode)
+    kept = training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
+    return kept, [pairs[k] for k in kept]
+
+
+def informative(backbone: Backbone, preferences: Sequence[Preference], mode: str) -> list[int]:
+    """Which pairs :func:`encode_preferences` keeps, by position. Raises InputError as it does."""
+    return list(_informative(backbone, preferences, mode)[1])
+
+
+def _informative(
+    backbone: Backbone, preferences: Sequence[Preference], mode: str
+) -> tuple[list[tuple[EncodedText, EncodedText]], Sequence[int]]:
+    """The texts of all pairs, and which pairs teach something."""
     pairs: list[tuple[EncodedText, EncodedText]] = []
     for k, item in enumerate(preferences):
         if not isinstance(item, Preference):
@@ -746,8 +761,7 @@ def encode_pairs(
             pairs.append(encode_pair(backbone, item.prompt, item.chosen, item.rejected, mode))
         except InputError as error:
             raise InputError(f"preferences[{k}]: {error}") from error
-    kept = training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
-    return kept, [pairs[k] for k in kept]
+    return pairs, training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
 
 
 def encode_pair(

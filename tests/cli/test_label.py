@@ -184,3 +184,24 @@ def test_soft_labels_train_a_model_and_evaluation_tells_how_near_it_comes(tmp_pa
     content = json.loads((tmp_path / "e" / "report.json").read_text())
     assert content["soft_labels"]["soft"] == 80
     assert 0 < content["soft_labels"]["divergence"] < content["soft_labels"]["cross_entropy"]
+
+
+def test_a_judges_labels_beside_peoples(tmp_path, backbone_path):
+    given = ["--backbone", backbone_path, "--pooling", "mean", "--features", 64, "--no-error-prior", "--no-cache"]
+    people = write(tmp_path / "p.jsonl", preference_rows(40))
+    ai = write(tmp_path / "ai.jsonl", [row | {"label": 0.8} for row in preference_rows(40, seed=5)])
+    auto = call("train", people, "--ai-labels", ai, *given, "-o", tmp_path / "auto")
+    assert auto.exit_code == 0, auto.stderr
+    assert "weight of a judge's pair" in auto.stderr
+    assert "of a judge at weight" in auto.stderr
+    fixed = call("train", people, "--ai-labels", ai, "--ai-weight", 0.5, *given, "-o", tmp_path / "fixed")
+    assert "40 of a judge at weight 0.5" in fixed.stderr, fixed.stderr
+    for arguments, says in (
+        (["--ai-labels", ai, "--ai-weight", "-1"], "a number above 0"),
+        (["--ai-weight", "2"], "together with it"),
+        (["--ai-labels", ai, "--layer-size", 8, "--epochs", 1], "it alone"),
+        (["--ai-labels", write(tmp_path / "empty.jsonl", [])], "no lines"),
+    ):
+        wrong = call("train", people, *arguments, *given, "-o", tmp_path / "no")
+        assert wrong.exit_code == 2
+        assert says in wrong.stderr
