@@ -39,6 +39,9 @@ __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEnco
 
 log = logging.getLogger(__name__)
 
+# Masks and types would be lists as long as the ids, and are not used.
+_IDS_ONLY: dict[str, Any] = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
+_IDS_ONLY["verbose"] = False
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
 
 
@@ -322,7 +325,7 @@ class TextEncoder:
         if not text:
             return ()
         with self._lock:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+            encoded = self.tokenizer(text, split_special_tokens=False, **_IDS_ONLY)
         return tuple(encoded["input_ids"])
 
     def _tokenize_content(self, text: str) -> tuple[int, ...]:
@@ -330,7 +333,7 @@ class TextEncoder:
             return ()
         split = self.split_special_tokens
         with self._lock:
-            encoded = self.tokenizer(_clean(text), add_special_tokens=False, split_special_tokens=split, verbose=False)
+            encoded = self.tokenizer(_clean(text), split_special_tokens=split, **_IDS_ONLY)
         return tuple(encoded["input_ids"])
 
     def _special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,9 +6,12 @@ What is asserted is where the work is done and how large its pieces are; times d
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import threading
+import time
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -164,6 +167,81 @@ def test_json_is_read_in_pieces_as_it_is_in_one(value, ascii_only, indent, data)
                 assert _json_or_error(large.read_json, one, object_pairs_hook=hook) == _json_or_error(
                     json.loads, one, object_pairs_hook=hook
                 )
+
+
+TOKEN = {"token": " a\ud800", "logprob": -0.5, "bytes": [32, 97], "top_logprobs": [{"token": " a", "logprob": -0.5}]}
+
+
+@given(JSON, st.integers(0, 40), st.booleans())
+def test_what_is_left_unread_is_whole(value, size, nested):
+    """Of long lists only, and only objects with the field."""
+    entry = {"7": {"logprob": -1.0, "rank": 1}} if nested else TOKEN
+    whole = {"a": [value, *[entry] * size], "b": entry}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "PIECE", 64)
+        found = large.read_json(json.dumps(whole), unread="logprob")
+    assert found["b"] == entry, "in no list"
+    left = [one for one in found["a"] if isinstance(one, bytes)]
+    assert len(left) == size or len(json.dumps(whole)) <= 64 or len(json.dumps(whole["a"])) <= 64
+    assert [json.loads(one) if isinstance(one, bytes) else one for one in found["a"]] == whole["a"]
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", '""', "null", "[[]]", '{"a": []}'])
+def test_a_large_text_of_too_many_values_is_refused_early(unit, monkeypatch):
+    monkeypatch.setattr(large, "PIECE", 1024)
+    for most in (100, 5000):
+        few, many = (f"[{unit}{f', {unit}' * n}]" for n in (most // 3, 3 * most))
+        assert large.read_json(few, most_values=most) == json.loads(few)
+        if len(many) > 1024:
+            with pytest.raises(large.TooManyValuesError, match=f"more than {most} lists and objects"):
+                large.read_json(many, most_values=most)
+
+
+def test_numbers_are_no_values_to_the_collector():
+    numbers = [0, -1, 2.5, 1e-7] * 100_000
+    assert large.read_json(json.dumps({"data": numbers}), most_values=10) == {"data": numbers}
+
+
+def test_log_probabilities_of_a_long_answer_do_not_become_objects():
+    """Objects by the hundred thousand make the collector look at every object of the process, in one piece."""
+    body = json.dumps({"choices": [{"logprobs": {"content": [TOKEN] * 3000}}]}).encode()
+    gc.collect()
+    collections: list[int] = []
+
+    def note(phase, info):
+        if phase == "start":
+            collections.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        found = error_body.read_reply(body)
+    finally:
+        gc.callbacks.remove(note)
+    assert isinstance(found, dict)
+    assert len(collections) < 10 and 2 not in collections, "39,000 objects would be 55 collections"
+
+
+def test_large_work_is_done_one_after_the_other_and_huge_work_apart():
+    running: Counter[bool] = Counter()
+    most: Counter[bool] = Counter()
+    beside = []
+
+    def work(text):
+        huge = len(text) >= large.HUGE
+        running[huge] += 1
+        most[huge] = max(most[huge], running[huge])
+        beside.append(running[not huge])
+        time.sleep(0.01)
+        running[huge] -= 1
+
+    async def run():
+        texts = ["x" * LARGE, "x" * large.HUGE] * 4
+        await asyncio.gather(*(large.call(work, text) for text in texts))
+
+    asyncio.run(run())
+    asyncio.run(run())  # another loop has lanes of its own
+    assert most == {False: 1, True: 1}
+    assert any(beside), "a huge text does not keep the others waiting"
 
 
 @given(st.lists(st.sampled_from(["\\ud83d", "\\ude00", "\\\\", "u", "\\u0041", "\ud83d", "\ude00", "d8", "\\n"])))

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 
 from rmcore._base.client.secrets import without_secret
-from rmcore._base.large import read_json
+from rmcore._base.large import TooManyValuesError, read_json
 
-__all__ = ["embedded_status", "error_code", "error_detail", "error_words", "load_json", "scrub"]
+__all__ = ["embedded_status", "error_code", "error_detail", "error_words", "load_json", "read_reply", "scrub"]
 
 _MAX_DETAIL = 300
 _MAX_WORDS = 4_096
+_MOST_VALUES = 20_000  # log-probabilities aside, a reply has a few dozen
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
 
 
@@ -82,13 +83,29 @@ def scrub(text: str, key: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def load_json(body: bytes) -> object:
-    """The JSON value of ``body``, ``None`` if it is none (or one so deep that the parser gives up)."""
+def read_reply(body: bytes) -> object:
+    """The JSON value of ``body``, ``None`` if it is none (or one so deep that the parser gives up).
+
+    Log-probabilities of many tokens are left as JSON in ``bytes`` (:func:`~rmcore._base.large.read_json`).
+
+    Raises:
+        TooManyValuesError: it holds more lists and objects than any reply needs.
+    """
     try:
-        value: object = read_json(body)
+        value: object = read_json(body, unread="logprob", most_values=_MOST_VALUES)
+    except TooManyValuesError:
+        raise
     except (ValueError, RecursionError):
         return None
     return value
+
+
+def load_json(body: bytes) -> object:
+    """:func:`read_reply`, and ``None`` for too many values too."""
+    try:
+        return read_reply(body)
+    except TooManyValuesError:
+        return None
 
 
 def _error(body: bytes) -> object:

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
-from rmcore._base.large import LARGE, read_json
+from rmcore._base.large import LARGE, TooManyValuesError, read_json
 from rmcore.integrations.server.schema import GroupsBody, MemberRequest, RewardRequest
 
 __all__ = ["BodyRoute"]
@@ -62,6 +62,9 @@ def _read(path: str, content: bytes) -> object:
     """The body as the route's handler takes it; raises RequestValidationError as FastAPI does."""
     try:
         value = read_json(content)
+    except TooManyValuesError as problem:
+        error = {"type": "too_many_values", "loc": ("body",), "msg": f"{problem}; send several requests", "input": {}}
+        raise RequestValidationError([error]) from None
     except (ValueError, RecursionError):
         error = {"type": "json_invalid", "loc": ("body",), "msg": "JSON decode error", "input": {}}
         raise RequestValidationError([error]) from None

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rmcore._base.client.causes import not_a_completion
-from rmcore._base.client.error_body import error_code, error_detail, error_words, load_json, scrub
+from rmcore._base.client.error_body import error_code, error_detail, error_words, read_reply, scrub
 from rmcore._base.client.overflow import Overflow, read_overflow
+from rmcore._base.large import TooManyValuesError
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["Completion", "read_completion"]
@@ -44,7 +45,10 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
 
     The content type is ignored: what parses counts, and what does not is ``not_json``.
     """
-    reply = load_json(body)
+    try:
+        reply = read_reply(body)
+    except TooManyValuesError as error:
+        return Completion(None, "reply_too_large", str(error), usage)
     if not isinstance(reply, Mapping):
         detail = "a JSON value that is no object" if reply is not None else scrub(not_a_completion(body), key)
         return Completion(None, "not_json", detail, usage)

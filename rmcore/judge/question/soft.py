@@ -12,6 +12,7 @@ the critique, so a judge that has argued for its verdict is mostly near ±1.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
     entries = _entries(choice)
     if not entries:
         return Soft(None, reason="no_logprobs")
-    pieces = [_bytes(entry) for entry in entries]
+    pieces = [_bytes(_read(entry)) for entry in entries]
     stream = b"".join(pieces)
     # Latin-1 gives one character a byte, so places in the text are places in the stream; labels are ASCII.
     places = [s.start for s in statements(stream.decode("latin-1"), labels) if s.outcome == outcome]
@@ -75,7 +76,7 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
         index += 1
     lead = pieces[index][: at - start].rstrip(_DECORATION)
     mass = dict.fromkeys(_OUTCOMES, 0.0)
-    for token, probability in _alternatives(entries[index]).items():
+    for token, probability in _alternatives(_read(entries[index])).items():
         if token.startswith(lead):
             begun = token[len(lead) :].lstrip(_DECORATION).upper()
             for word in _OUTCOMES:
@@ -93,13 +94,19 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
     return Soft((mass["win"] - mass["loss"]) / total, min(total, 1.0))
 
 
-def _entries(choice: object) -> Sequence[Mapping[str, object]]:
+def _entries(choice: object) -> Sequence[Mapping[str, object] | bytes]:
     """The tokens of a choice, empty if they are not all of the form they should be."""
     logprobs = choice.get("logprobs") if isinstance(choice, Mapping) else None
     content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
     if not isinstance(content, list) or len(content) > _MAX_TOKENS:
         return []
-    return content if all(isinstance(entry, Mapping) for entry in content) else []
+    return content if all(isinstance(entry, (Mapping, bytes)) for entry in content) else []
+
+
+def _read(entry: Mapping[str, object] | bytes) -> Mapping[str, object]:
+    """An entry; of a long answer they are left as JSON, and read one at a time."""
+    found: Mapping[str, object] = json.loads(entry) if isinstance(entry, bytes) else entry
+    return found
 
 
 def _bytes(entry: Mapping[str, object]) -> bytes:

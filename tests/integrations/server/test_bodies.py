@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from functools import partial
 
 import pytest
 
-from rmcore._base.large import LARGE
+from rmcore._base.large import LARGE, read_json
 from rmcore.integrations.server import bodies, schema
 
 JSON = {"content-type": "application/json"}
@@ -97,3 +98,15 @@ def test_a_conversation_has_a_number_of_messages_at_most(make_app, talk, echo_en
     reply = talk(make_app(echo_engine), main)
     assert reply.status_code == 422
     assert f"at most {schema.MAX_MESSAGES}" in reply.text
+
+
+def test_a_large_body_has_a_number_of_values_at_most(make_app, talk, echo_engine, monkeypatch):
+    monkeypatch.setattr(bodies, "read_json", partial(read_json, most_values=500))
+
+    async def main(client):
+        value = {"prompt": "p", "responses": ["x" * 1000] * 600}
+        return await client.post("/v1/groups", json=value)
+
+    reply = talk(make_app(echo_engine), main)
+    assert reply.status_code in (400, 422)
+    assert "more than 500 lists and objects; send several requests" in reply.text

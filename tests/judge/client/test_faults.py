@@ -49,6 +49,7 @@ FAULTS = {
     "compressed": (Fault(body=b"\x1f\x8b", headers={"Content-Encoding": "gzip"}), "bad_encoding"),
     "empty choices": (Fault(body=b'{"choices": []}'), "no_choices"),
     "10 MB reply": (Fault(body=b" " * (10 << 20)), "reply_too_large"),
+    "a million empty lists": (Fault(body=b'{"choices": [' + b"[]," * 1_000_000 + b"[]]}"), "reply_too_large"),
     "null content": (Fault(message={"content": None}), "no_content"),
     "refusal": (Fault(message={"content": None, "refusal": "I would rather not."}), "refusal"),
     "content filter": (Fault(finish_reason="content_filter"), "filter"),

@@ -33,7 +33,7 @@ def token(text, probability=1.0, others=None, as_bytes=None):
 
 def choice(*entries):
     return {
-        "message": {"content": "".join(e["token"] for e in entries)},
+        "message": {"content": "".join(e["token"] for e in entries if isinstance(e, dict))},
         "finish_reason": "stop",
         "logprobs": {"content": list(entries)},
     }
@@ -52,6 +52,13 @@ def test_two_labels():
     assert soft.preference == pytest.approx((0.6 - 0.2) / 0.8)
     assert soft.preference == pytest.approx(2 * (0.6 / 0.8) - 1)
     assert soft.mass == pytest.approx(0.8)
+
+
+def test_entries_left_as_json_are_read_alike():
+    """As those of long replies are."""
+    entries = [*TAG, token("K", 0.5, {"P": 0.2, "W": 0.3}), *END]
+    assert read(*(json.dumps(entry).encode() for entry in entries)) == read(*entries)
+    assert read(entries[0], *(json.dumps(entry).encode() for entry in entries[1:])) == read(*entries)
 
 
 def test_a_tie_has_its_share():
