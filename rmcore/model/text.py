@@ -40,8 +40,12 @@ __all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEnco
 log = logging.getLogger(__name__)
 
 # Masks and types would be lists as long as the ids, and are not used.
-_IDS_ONLY: dict[str, Any] = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
-_IDS_ONLY["verbose"] = False
+_IDS_ONLY: dict[str, Any] = {
+    "add_special_tokens": False,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,
+}
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
 
 
