@@ -88,7 +88,7 @@ test-live: $(VENV)/.dev
 	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py tests/model/test_remote_live.py
 
 test-distributed: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli tests/integrations
 
 # The package pins a transformers that rmcore cannot have: its own environment, and of what it asks for what its scoring imports.
 REWARDBENCH := $(VENV)-rewardbench

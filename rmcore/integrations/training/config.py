@@ -18,8 +18,8 @@ class PairwiseRewardConfig(TrainingArguments):  # type: ignore[misc]
     """transformers' ``TrainingArguments``, and what a head wants besides.
 
     ``learning_rate``, ``weight_decay`` and ``max_grad_norm`` are the backbone's; the head has its own optimiser, an
-    AdamW in float32 that follows the same schedule, clipped to the same norm by itself. ``bf16`` is the backbone's
-    arithmetic: the head runs in float32 in any case. ``fp16``, whose loss is scaled, is refused.
+    AdamW in float32 with the same betas, epsilon and schedule, clipped to the same norm by itself. ``bf16`` is the
+    backbone's arithmetic: the head runs in float32 in any case. ``fp16``, whose loss is scaled, is refused.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of the backbone."})

@@ -37,6 +37,8 @@ class ReplicatedHead:
         lr: learning rate at the schedule's peak.
         weight_decay: of W and of the loss's matrices.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        betas, eps: AdamW's. A gradient that is zero but for rounding (β₀'s at the start of concat mode) makes a step of
+            rounding's sign unless ``eps`` is above it.
         accelerator: of accelerate, which knows the ranks.
     """
 
@@ -49,6 +51,8 @@ class ReplicatedHead:
         weight_decay: float,
         max_grad_norm: float,
         accelerator: Any,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ) -> None:
         self.head = head.eval()
         self.loss = loss if isinstance(loss, nn.Module) else None
@@ -65,6 +69,8 @@ class ReplicatedHead:
                 {"params": self.parameters[len(matrices) :], "weight_decay": 0.0},
             ],
             lr=lr,
+            betas=betas,
+            eps=eps,
         )
 
     def begin(self) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,8 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
             weight_decay=args.head_weight_decay,
             max_grad_norm=args.max_grad_norm,
             accelerator=self.accelerator,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
         )
         self._covariance = EpochCovariance(self.head.config, self.args.device) if args.posterior == "training" else None
         self._feature_map: Any = None
@@ -418,21 +420,13 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
 
     def _write_model(self, folder: Path) -> None:
         model = self.reward_model
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-        weights = self._whole_weights() if sharded else None
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        weights = dict(self.accelerator.get_state_dict(self.model_wrapped)) if sharded else None
         if self.args.should_save:
-            embed = weights is not None or self.backbone.changed or not self.backbone.config.name
-            model.save_pretrained(folder, backbone="embed" if embed else "name", state_dict=weights)
+            model.save_pretrained(folder, backbone="embed", state_dict=weights)
+        elif self.is_distributed_loading_by_transformers:  # transformers gathers while it writes, with all ranks
+            self.model.save_pretrained(folder, is_main_process=False)
         self.accelerator.wait_for_everyone()
-
-    def _whole_weights(self) -> dict[str, Tensor]:
-        """The backbone's weights, gathered from the ranks that share them; all ranks take part."""
-        if self.is_distributed_loading_by_transformers:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            return cast("dict[str, Tensor]", get_model_state_dict(self.model, options=options))
-        return dict(self.accelerator.get_state_dict(self.model_wrapped))
 
     def push_to_hub(
         self,
