@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rmcore._base.errors import InputError, RmcoreError
+from rmcore._base.errors import InputError, RankError, RmcoreError
 
 __all__ = [
     "count_lines",
@@ -139,6 +139,10 @@ def reported_errors(kept: object = None) -> Iterator[None]:
         raise typer.Exit(130) from None
     except (InputError, OSError) as error:
         _fail(error, 2)
+    except RankError as error:
+        if notes.quiet:  # rank 0 says it, and the rank that failed its own error
+            raise typer.Exit(1) from error
+        _fail(error, 1)
     except RmcoreError as error:
         _fail(error, 1)
 

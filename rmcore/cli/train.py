@@ -15,6 +15,7 @@ from rmcore.cli import options
 from rmcore.cli.ai_labels import encode_ai, fit_mixture, mix, parse_weight
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors, training_progress
+from rmcore.cli.ranks import check_count, part_of, started_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from rmcore.head.config import HeadConfig
     from rmcore.head.frozen import FrozenHead
+    from rmcore.head.ranks import Ranks
     from rmcore.model.backbone import Backbone, BackboneConfig
     from rmcore.model.tune import Trial
 
@@ -107,13 +109,17 @@ def train(
     The backbone stays as it is unless --finetune-epochs is given. Texts are encoded once; β is fitted by Newton's
     method in a few passes, and the posterior that gives uncertainties falls out of the last one.
 
+    Under `torchrun --nproc-per-node 8 -m rmcore.cli train ...` each process reads and encodes its part of the data, and
+    all fit one head.
+
     Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
     """
     kept = Kept()
-    with reported_errors(kept):
+    with reported_errors(kept), started_ranks() as ranks:
         from rmcore._base.prompt import content_key
         from rmcore.head.config import HeadConfig
         from rmcore.head.fit import fit, fit_amplitude
+        from rmcore.head.ranks import working
         from rmcore.head.sngp import SNGPHead
         from rmcore.model.ai_weight import EncodedPairs
         from rmcore.model.backbone import BackboneConfig
@@ -124,6 +130,10 @@ def train(
 
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        if finetune_epochs and ranks is not None:
+            reject("--finetune-epochs", f"with {ranks.size} processes", "one process, or 0: states encoded over all")
+        if ai_labels is not None and ranks is not None:
+            reject("--ai-labels", f"with {ranks.size} processes", "one process, or no labels of a judge")
         if tune and (epochs or finetune_epochs):
             reject("--tune", "with --epochs or --finetune-epochs", "it alone: layers are trained for one configuration")
         for option, count in (("--epochs", epochs), ("--finetune-epochs", finetune_epochs)):
@@ -152,15 +162,14 @@ def train(
         )
         check_device(device)
         names = parse_columns(columns or [])
-        items = list(read_preferences(preferences, names))
-        if not items:
-            reject("preferences", "no lines", "at least one")
+        with working(ranks, "reading"):
+            items = list(read_preferences(preferences, names, part=part_of(ranks)))
+            held_out = [] if calibrate is None else list(read_preferences(calibrate, names, part=part_of(ranks)))
+        check_count("preferences", len(items), ranks)
+        held_out_count = 0 if calibrate is None else check_count("--calibrate", len(held_out), ranks)
         judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
         if ai_labels is not None and not judged:
             reject("--ai-labels", "no lines", "at least one")
-        held_out = [] if calibrate is None else list(read_preferences(calibrate, names))
-        if calibrate is not None and not held_out:
-            reject("--calibrate", "no lines", "at least one")
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
@@ -195,55 +204,62 @@ def train(
                 )
             if judged:  # prompts are needed by pair, so those that teach nothing go first
                 items = [items[k] for k in informative(spine, items, mode)]
-            hidden, labels, pairs = encode_preferences(spine, items, mode, progress=encoding_progress(bar))
+            with working(ranks, "encoding"):
+                hidden, labels, pairs = encode_preferences(
+                    spine, items, mode, progress=encoding_progress(bar), may_be_empty=ranks is not None
+                )
             if tune:
-                config, trials = choose(config, hidden, labels, pairs, seed=seed)
+                config, trials = choose(config, hidden, labels, pairs, seed=seed, ranks=ranks)
                 head = SNGPHead(config).to(spine.device)
             if epochs:
                 watch, _ = training_progress(bar, "training the layer")
-                train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed, progress=watch)
+                train_layer(head, hidden, labels, pairs=pairs, epochs=epochs, seed=seed, progress=watch, ranks=ranks)
             mixture = None
             if judged:
                 people = EncodedPairs(hidden, labels, pairs, [content_key(item.prompt) for item in items])
                 mixture = mix(config, people, encode_ai(spine, judged, mode, encoding_progress(bar)), weight, seed)
                 frozen, report = fit_mixture(config, mixture, _dtype(dtype))
             else:
-                frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype))
-            if held_out:
-                unseen, outcomes, unseen_pairs = encode_preferences(
-                    spine, held_out, mode, progress=encoding_progress(bar)
-                )
-                calibrated = fit_amplitude(frozen, *_scored(frozen, unseen, unseen_pairs), outcomes)
+                frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=_dtype(dtype), ranks=ranks)
+            if held_out_count:
+                with working(ranks, "encoding --calibrate"):
+                    unseen, outcomes, unseen_pairs = encode_preferences(
+                        spine, held_out, mode, progress=encoding_progress(bar), may_be_empty=ranks is not None
+                    )
+                calibrated = fit_amplitude(frozen, *_scored(frozen, unseen, unseen_pairs), outcomes, ranks=ranks)
                 if calibrated.config.resolved_amplitude == 0:
                     notes.print(
-                        f"--calibrate: {len(held_out)} pairs want amplitude 0, which makes u = 1 everywhere and leaves "
-                        f"routers nothing to go by; it stays {frozen.config.resolved_amplitude:.3g}"
+                        f"--calibrate: {held_out_count} pairs want amplitude 0, which makes u = 1 everywhere and "
+                        f"leaves routers nothing to go by; it stays {frozen.config.resolved_amplitude:.3g}"
                     )
                 else:
                     frozen = calibrated
             prior = None
             if error_prior and not epochs and not finetune_epochs:
                 with_ai = None if mixture is None else mixture.fitted(config)
-                prior = error_prior_of(frozen.config, items, hidden, labels, pairs, fitted=with_ai)
-            elif error_prior and held_out:  # trained layers have seen every pair but these
+                known = (frozen.config, items, hidden, labels, pairs)
+                prior = error_prior_of(*known, fitted=with_ai, ranks=ranks)
+            elif error_prior and held_out_count:  # trained layers have seen every pair but these
                 unknown = (frozen.config, held_out, unseen, outcomes, unseen_pairs)
-                prior = error_prior_of(*unknown, held_out_of=(frozen, hidden))
+                prior = error_prior_of(*unknown, held_out_of=(frozen, hidden), ranks=ranks)
         if tune:
             notes.print(_tuned(config, trials), markup=False, highlight=False)
         if mixture is not None and mixture.report is not None:
             notes.print(mixture.report.to_markdown(), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
-        save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
+        if ranks is None or ranks.rank == 0:
+            with working(ranks, "saving"):
+                save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
         logit, _ = _scored(frozen, hidden, pairs)
-        used = len(labels if mode == "difference" else labels[::2])
-        right = float(((logit > 0) == (labels > 0.5)).float().mean())
+        counts = int(((logit > 0) == (labels > 0.5)).sum()), len(labels), spine.stats.tokens
+        right, rows, tokens = _totals(ranks, *counts)
         beside = "" if mixture is None else f" and {len(mixture.ai)} of a judge at weight {mixture.weight:g}"
-        amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out else ""
+        amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if held_out_count else ""
         notes.print(
-            f"{used} pairs{beside}, {spine.stats.tokens} tokens; "
-            + f"Newton {'converged' if report.converged else 'stopped'} after {report.passes} passes; "
-            + f"training accuracy {100 * right:.1f}%; {amplitude}wrote {out}"
+            f"{rows if mode == 'difference' else rows // 2} pairs{beside}, {tokens} tokens; "
+            f"Newton {'converged' if report.converged else 'stopped'} after {report.passes} passes; "
+            f"training accuracy {100 * right / rows:.1f}%; {amplitude}wrote {out}"
         )
 
 
@@ -270,9 +286,13 @@ def upgrade(
     trust_remote_code: options.TrustRemoteCode = False,
     no_cache: options.NoCache = False,
 ) -> None:
-    """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them."""
+    """Give an existing reward model uncertainties. Its scores do not change; only a posterior is fitted around them.
+
+    Under `torchrun --nproc-per-node 8 -m rmcore.cli upgrade ...` each process reads and encodes its part of the pairs.
+    """
     kept = Kept()
-    with reported_errors(kept):
+    with reported_errors(kept), started_ranks() as ranks:
+        from rmcore.head.ranks import working
         from rmcore.model.backbone import Backbone
         from rmcore.model.data import parse_columns, read_preferences
         from rmcore.model.reward_model import RewardModel
@@ -281,9 +301,9 @@ def upgrade(
             reject("--ridge", ridge, "a positive finite number")
         check_model_folder(out, overwrite=overwrite, inputs=[model, pairs])
         check_device(device)
-        items = list(read_preferences(pairs, parse_columns(columns or [])))
-        if not items:
-            reject("pairs", "no lines", "at least one")
+        with working(ranks, "reading"):
+            items = list(read_preferences(pairs, parse_columns(columns or []), part=part_of(ranks)))
+        check_count("pairs", len(items), ranks)
         spine = Backbone.from_reward_model(
             model,
             family=family,
@@ -303,10 +323,21 @@ def upgrade(
                 dtype=_dtype(dtype),
                 error_prior=error_prior,
                 progress=encoding_progress(bar),
+                ranks=ranks,
             )
         how: Literal["name", "embed"] = "embed" if embed_backbone else "name"
-        save_or_say(out, lambda path: upgraded.save_pretrained(path, backbone=how), kept)
-        notes.print(f"{len(items)} pairs, {spine.stats.tokens} tokens; wrote {out}")
+        if ranks is None or ranks.rank == 0:
+            with working(ranks, "saving"):
+                save_or_say(out, lambda path: upgraded.save_pretrained(path, backbone=how), kept)
+        count, tokens = _totals(ranks, len(items), spine.stats.tokens)
+        notes.print(f"{count} pairs, {tokens} tokens; wrote {out}")
+
+
+def _totals(ranks: Ranks | None, *mine: int) -> list[int]:
+    """Whole numbers, summed over all ranks."""
+    import torch
+
+    return list(mine) if ranks is None else [int(n) for n in ranks.total(torch.tensor(mine, dtype=torch.float64))]
 
 
 def _tuned(config: HeadConfig, trials: Sequence[Trial]) -> str:
@@ -333,6 +364,8 @@ def _scored(head: FrozenHead, hidden: Tensor, pairs: Tensor | None) -> tuple[Ten
     """Logit and variance of every pair, as ``encode_preferences`` gives them."""
     import torch
 
+    if not len(hidden):
+        return hidden.new_empty(0), hidden.new_empty(0)
     if pairs is None:
         scores = head.score(hidden)
         return scores.logit, scores.variance

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rmcore._base.errors import reject
 from rmcore.head.frozen import FrozenHead
+from rmcore.head.ranks import Ranks
 from rmcore.ops import reference
 
 __all__ = ["fit_amplitude"]
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Tensor) -> FrozenHead:
+def fit_amplitude(
+    head: FrozenHead, logit: Tensor, variance: Tensor, labels: Tensor, *, ranks: Ranks | None = None
+) -> FrozenHead:
     """The same head with the amplitude a ≥ 0 that minimises the held-out NLL of σ(g / √(1 + a v)).
 
     Args:
@@ -27,11 +30,27 @@ def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Ten
         logit: (N,) g of held-out pairs.
         variance: (N,) v of the same pairs.
         labels: (N,) in [0, 1].
+        ranks: each of which gives its part of these; all get one amplitude.
 
     The NLL is unimodal in log a for all practical data; a grid brackets it and golden section refines it. A held-out
     set the head gets mostly wrong wants a → ∞ (say nothing); the search stops at 10⁴ / median v and logs a warning.
     """
     g, v, y = logit.double(), variance.double(), labels.double()
+    if ranks is not None:
+        with ranks.work("the amplitude"):
+            counts = ranks.counts(len(g))
+            own = torch.arange(len(g)) + sum(counts[: ranks.rank])
+            g, v, y = ranks.rows(torch.stack([g, v, y], dim=1), own, sum(counts)).T
+            found = _amplitude(g, v, y) if ranks.rank == 0 else None
+            amplitude = float(ranks.share(values={"amplitude": found}).values["amplitude"])
+    else:
+        amplitude = _amplitude(g, v, y)
+    config = replace(head.config, amplitude=amplitude)
+    weights = replace(head.weights, amplitude=amplitude)
+    return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights, rows=head.rows)
+
+
+def _amplitude(g: Tensor, v: Tensor, y: Tensor) -> float:
     if not len(g):
         reject("logit", "0 held-out pairs", "at least one")
 
@@ -63,6 +82,4 @@ def fit_amplitude(head: FrozenHead, logit: Tensor, variance: Tensor, labels: Ten
             len(g),
             wrong,
         )
-    config = replace(head.config, amplitude=amplitude)
-    weights = replace(head.weights, amplitude=amplitude)
-    return FrozenHead(config, head.feature_map, head.beta, head.beta0, head.posterior, weights, rows=head.rows)
+    return amplitude

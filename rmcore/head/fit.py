@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from rmcore.head.config import HeadConfig
 from rmcore.head.degenerate import warn_if_degenerate
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior, check_finite
-from rmcore.head.ranks import Ranks, Shared
+from rmcore.head.ranks import Ranks, Shared, working
 from rmcore.head.rows import RowPosterior, counted_rows
 from rmcore.head.shards import check_alike, one_feature_map, one_head, one_length_scale
 from rmcore.head.sngp import SNGPHead
@@ -112,7 +111,7 @@ def fit(
         FactorizationError: P is not positive definite; the message says what to change.
         RankError: another rank died, or raised one of these.
     """
-    with nullcontext() if ranks is None else ranks.work("the fit"):
+    with working(ranks, "the fit"):
         return _fit(
             head,
             hidden,
@@ -298,7 +297,7 @@ def upgrade(
         labels = torch.ones(len(hidden if pairs is None else pairs), dtype=torch.float32, device=hidden.device)
     if beta.shape != (config.hidden_size,):
         reject("beta", f"shape {tuple(beta.shape)}", f"({config.hidden_size},)")
-    with nullcontext() if ranks is None else ranks.work("the upgrade"):
+    with working(ranks, "the upgrade"):
         check_data(config, hidden, labels, pairs, ranks=ranks)
         warn_if_degenerate(hidden, labels, pairs, ranks)
         head = SNGPHead(config).to(hidden.device)

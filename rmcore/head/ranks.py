@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,7 @@ from rmcore._base.errors import RankError, reject
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["Ranks", "Shared"]
+__all__ = ["Ranks", "Shared", "working"]
 
 _FOREVER = timedelta(days=30)
 """Of a transfer: who is waited for is watched by heartbeat, not by a limit on how long its work may take."""
@@ -275,3 +275,8 @@ class Ranks:
                     store.compare_set(
                         "gone", "", json.dumps([silent, f"{names} gave no sign of life for {self.patience:g} s"])
                     )
+
+
+def working(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.work`, which is nothing for one process."""
+    return nullcontext() if ranks is None else ranks.work(what)

@@ -23,7 +23,16 @@ from rmcore.ops import reference
 from rmcore.ops.quantize import ColumnRange
 from rmcore.ops.weights import FeatureMap
 
-__all__ = ["check_alike", "one_feature_map", "one_head", "one_length_scale", "summed_columns"]
+__all__ = [
+    "check_alike",
+    "one_feature_map",
+    "one_head",
+    "one_layer",
+    "one_length_scale",
+    "sampled_pairs",
+    "sampled_rows",
+    "summed_columns",
+]
 
 
 def check_alike(config: HeadConfig, ranks: Ranks) -> None:
@@ -35,16 +44,18 @@ def check_alike(config: HeadConfig, ranks: Ranks) -> None:
         reject("head.config", f"another on ranks {others} than on rank 0", "the same on all")
 
 
+def sampled_rows(hidden: Tensor, most: int, ranks: Ranks) -> Tensor:
+    """At most ``most`` of all ranks' rows (R, h), on every rank: those that ``reference.median_rows`` names."""
+    counts = ranks.counts(len(hidden))
+    chosen = reference.median_rows(sum(counts), max_rows=most)
+    start = sum(counts[: ranks.rank])
+    mine = (chosen >= start) & (chosen < start + len(hidden))
+    return ranks.rows(hidden[(chosen[mine] - start).to(hidden.device)], mine.nonzero()[:, 0], len(chosen))
+
+
 def one_length_scale(head: SNGPHead, hidden: Tensor, ranks: Ranks | None) -> None:
     """Set a head's length-scale by the median rule over the rows (R, h) of all ranks, those one process would take."""
-    if ranks is not None:
-        counts = ranks.counts(len(hidden))
-        chosen = reference.median_rows(sum(counts))
-        start = sum(counts[: ranks.rank])
-        mine = (chosen >= start) & (chosen < start + len(hidden))
-        own = hidden[(chosen[mine] - start).to(hidden.device)]
-        hidden = ranks.rows(own, mine.nonzero()[:, 0], len(chosen))
-    head.set_length_scale(hidden)
+    head.set_length_scale(hidden if ranks is None else sampled_rows(hidden, reference.MEDIAN_ROWS, ranks))
 
 
 def summed_columns(hidden: Tensor, ranks: Ranks) -> ColumnRange:
@@ -84,6 +95,18 @@ def one_feature_map(head: SNGPHead, dtype: torch.dtype | None, hidden: Tensor, r
     )
 
 
+@torch.no_grad()
+def one_layer(head: SNGPHead, ranks: Ranks | None) -> None:
+    """Give every rank's head what rank 0's has learned, or begins with."""
+    if ranks is None:
+        return
+    learned: dict[str, Tensor] = dict(head.named_parameters())
+    learned |= {"right_vector": head.right_vector, "length_scale": head.length_scale}
+    told = ranks.share(learned).tensors
+    for name, tensor in learned.items():
+        tensor.copy_(told[name])
+
+
 def one_head(made: Callable[[], FrozenHead], ranks: Ranks | None) -> FrozenHead:
     """The head that ``made`` makes on rank 0, bit for bit, on every rank."""
     if ranks is None or ranks.rank == 0:
@@ -92,3 +115,42 @@ def one_head(made: Callable[[], FrozenHead], ranks: Ranks | None) -> FrozenHead:
             ranks.share(*checkpoint.head_state(head))
         return head
     return checkpoint.head_of_state(*ranks.share())
+
+
+def sampled_pairs(
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    columns: Tensor,
+    most: int,
+    ranks: Ranks,
+    *,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """At most ``most`` pairs of all ranks', on every rank and in random order, for what one process does with a few.
+
+    Args:
+        hidden: this rank's rows; in concat mode 2k and 2k + 1 are the two orders of pair k.
+        labels: (N,), or (2N,) in concat mode.
+        pairs: (N, 2) rows, or None in concat mode.
+        columns: (N, c) further numbers of each pair.
+        most: how many.
+        ranks: all of which call this.
+        seed: of the order, which is the first part of ``torch.randperm`` over all pairs.
+
+    Returns:
+        Rows (2n, h), labels, pairs or None, and columns of n pairs.
+    """
+    width, count = hidden.shape[1], len(columns)
+    counts = ranks.counts(count)
+    chosen = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))[:most]
+    start = sum(counts[: ranks.rank])
+    mine = (chosen >= start) & (chosen < start + count)
+    own = (chosen[mine] - start).to(hidden.device)
+    orders = 1 if pairs is not None else 2
+    rows = (hidden.view(-1, 2, width) if pairs is None else hidden[pairs])[own].reshape(len(own), 2 * width)
+    told = [rows, labels.view(-1, orders)[own], columns.to(hidden.device)[own]]
+    flat = ranks.rows(torch.cat([part.double() for part in told], dim=1), mine.nonzero()[:, 0], len(chosen))
+    rows, labels_of, others = flat.split([2 * width, orders, columns.shape[1]], dim=1)
+    where = None if pairs is None else torch.arange(2 * len(chosen), device=hidden.device).view(-1, 2)
+    return rows.reshape(-1, width).to(hidden), labels_of.flatten().to(labels), where, others.to(columns)

@@ -28,11 +28,13 @@ from rmcore.head.ascent import learn
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import fit
 from rmcore.head.frozen import FrozenHead
+from rmcore.head.ranks import Ranks
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops import reference
 
 __all__ = [
     "FEATURES",
+    "MOST_PAIRS",
     "ErrorPrior",
     "asked_about",
     "error_features",
@@ -41,6 +43,7 @@ __all__ = [
     "part_of_pairs",
     "read_error_prior",
     "row_distance",
+    "shared_error_prior",
     "sketch_rows",
     "write_error_prior",
 ]
@@ -52,6 +55,9 @@ product of two others, standardised: far from the training data a large margin s
 
 Fitted: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], FrozenHead]
 """Makes a head of hidden rows, labels and pairs (None in concat mode)."""
+
+MOST_PAIRS = 2000
+"""A sample of that many is learned from where there are more: the fits then cost no more than one of all."""
 
 _PRIOR_SD = 0.5
 _FILE = "error_prior.safetensors"
@@ -159,8 +165,8 @@ def fit_error_prior(
     *,
     folds: int = 5,
     sketch: int = 256,
-    most_pairs: int = 2000,
-    seed: int = 0,
+    most_pairs: int = MOST_PAIRS,
+    seed: int | None = 0,
     fitted: Fitted | None = None,
 ) -> ErrorPrior:
     """Learn where a head of this configuration errs on pairs that it was not fitted on.
@@ -175,7 +181,7 @@ def fit_error_prior(
         folds: parts that are left out in turn.
         sketch: rows to keep.
         most_pairs: a sample of that many is taken where there are more: the fits then cost no more than one of all.
-        seed: of the split.
+        seed: of the split; None for pairs that are in random order already.
         fitted: makes the head of some of the pairs, given as the whole is; default: a head of the configuration. For
             one whose β is given, or whose layer is trained too.
 
@@ -186,7 +192,10 @@ def fit_error_prior(
     if count < 2 * folds:
         reject("pairs", f"{count} pairs", f"at least {2 * folds}, two for each of {folds} folds")
     config = replace(config, row_ridge=None)  # nobody asks these heads for novelty
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most_pairs]
+    order = torch.arange(count)
+    if seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = order[:most_pairs]
     features, wrong = [], []
     for fold in range(folds):
         held_out = order[fold::folds]
@@ -266,6 +275,16 @@ def _prior(raw: Tensor, errors: Tensor, sketch: Tensor) -> ErrorPrior:
         len(errors),
         float(errors.mean()),
     )
+
+
+def shared_error_prior(prior: ErrorPrior | None, ranks: Ranks) -> ErrorPrior:
+    """Rank 0's, on every rank; the others give None."""
+    told = ranks.share() if prior is None else ranks.share(prior.tensors(), _numbers(prior))
+    return prior or ErrorPrior(**told.tensors, **told.values)  # type: ignore[arg-type]
+
+
+def _numbers(prior: ErrorPrior) -> dict[str, Any]:
+    return {"pairs": prior.pairs, "error_rate": prior.error_rate}
 
 
 def part_of_pairs(

@@ -32,17 +32,21 @@ from rmcore.head.config import HeadConfig, PairMode
 from rmcore.head.estimators import PairEstimator, estimator_named, read_estimators, write_estimators
 from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
+from rmcore.head.ranks import Ranks, working
+from rmcore.head.shards import sampled_pairs, sampled_rows
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.error_prior import (
+    MOST_PAIRS,
     ErrorPrior,
     Fitted,
     error_prior_on,
     fit_error_prior,
     read_error_prior,
+    shared_error_prior,
     write_error_prior,
 )
 from rmcore.model.folder_files import folder_digests
@@ -124,6 +128,7 @@ class RewardModel:
         dtype: torch.dtype | None = None,
         error_prior: bool = False,
         progress: Progress | None = None,
+        ranks: Ranks | None = None,
         **kwargs: Any,
     ) -> tuple[RewardModel, FitReport]:
         """Encode preferences once and fit a head on them (:func:`rmcore.head.fit.fit`).
@@ -136,19 +141,25 @@ class RewardModel:
             error_prior: find out where the head errs on pairs it was not fitted on, for routers that learn: five more
                 fits, on at most 2,000 of the pairs.
             progress: progress callback.
+            ranks: all of which call this, each with its own part of the preferences (none, if it must), which it
+                encodes; all get one head, to the bit.
             **kwargs: fields of the head's configuration to override.
 
         Raises InputError, NonFiniteError or FactorizationError as :func:`rmcore.head.fit.fit`.
         """
-        if not preferences:
+        if not preferences and ranks is None:
             reject("preferences", "an empty list", "at least one pair")
         config = replace(config or HeadConfig(backbone.hidden_size), **kwargs)
-        hidden, labels, pairs = encode_preferences(backbone, preferences, config.mode, progress=progress)
+        with working(ranks, "encoding"):
+            hidden, labels, pairs = encode_preferences(
+                backbone, preferences, config.mode, progress=progress, may_be_empty=ranks is not None
+            )
         note = None if progress is None else (lambda _line: progress("fitting", 0, 0))
-        head, report = fit(SNGPHead(config).to(hidden.device), hidden, labels, pairs=pairs, dtype=dtype, progress=note)
-        model = cls(backbone, head)
+        head = SNGPHead(config).to(hidden.device)
+        frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=dtype, progress=note, ranks=ranks)
+        model = cls(backbone, frozen)
         if error_prior:
-            model.error_prior = error_prior_of(head.config, preferences, hidden, labels, pairs)
+            model.error_prior = error_prior_of(frozen.config, preferences, hidden, labels, pairs, ranks=ranks)
         return model, report
 
     @classmethod
@@ -161,6 +172,7 @@ class RewardModel:
         dtype: torch.dtype | None = None,
         error_prior: bool = False,
         progress: Progress | None = None,
+        ranks: Ranks | None = None,
     ) -> RewardModel:
         """Make an existing scalar reward model uncertainty-aware: its head is kept as β, only P is fitted.
 
@@ -170,23 +182,32 @@ class RewardModel:
         makes of them.
 
         ``error_prior`` as in :meth:`fit`: its own scores, with a posterior of the other four fifths of the pairs.
+        ``ranks`` as in :meth:`fit` too.
         """
-        if not preferences:
+        if not preferences and ranks is None:
             reject("preferences", "an empty list", "at least one pair")
-        if not backbone.pairwise:
-            require_same_tokens(backbone.encoder, ((p.prompt, p.chosen) for p in preferences[:16]))
         beta, beta0 = backbone.scalar_head()
         mode: PairMode = "concat" if backbone.pairwise else "difference"
-        hidden, labels, pairs = encode_preferences(backbone, preferences, mode, progress=progress)
+        with working(ranks, "encoding"):
+            if not backbone.pairwise:
+                require_same_tokens(backbone.encoder, ((p.prompt, p.chosen) for p in preferences[:16]))
+            hidden, labels, pairs = encode_preferences(
+                backbone, preferences, mode, progress=progress, may_be_empty=ranks is not None
+            )
         own: dict[str, Any] = {"mode": mode, "features": "linear", "order_mean": backbone.order_mean}
         config = HeadConfig(backbone.hidden_size, ridge=ridge, **own)
 
-        def fitted(rows: Tensor, own_labels: Tensor, own_pairs: Tensor | None) -> FrozenHead:
-            return upgrade(rows, own_pairs, beta.to(rows.device), beta0, labels=own_labels, config=config, dtype=dtype)
+        def fitted(
+            rows: Tensor, own_labels: Tensor, own_pairs: Tensor | None, ranks: Ranks | None = None
+        ) -> FrozenHead:
+            return upgrade(
+                rows, own_pairs, beta.to(rows), beta0, labels=own_labels, config=config, dtype=dtype, ranks=ranks
+            )
 
-        model = cls(backbone, fitted(hidden, labels, pairs))
+        model = cls(backbone, fitted(hidden, labels, pairs, ranks))
         if error_prior:
-            model.error_prior = error_prior_of(model.head.config, preferences, hidden, labels, pairs, fitted=fitted)
+            given = (model.head.config, preferences, hidden, labels, pairs)
+            model.error_prior = error_prior_of(*given, fitted=fitted, ranks=ranks)
         return model
 
     @classmethod
@@ -669,10 +690,18 @@ class RewardModel:
 
 
 def encode_preferences(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, progress: Progress | None = None
+    backbone: Backbone,
+    preferences: Sequence[Preference],
+    mode: str,
+    *,
+    progress: Progress | None = None,
+    may_be_empty: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden, labels, pairs) of training pairs: one row a response with pairs, or in concat mode a row an order."""
-    texts, labels = preference_texts(backbone, preferences, mode)
+    """(hidden, labels, pairs) of training pairs: one row a response with pairs, or in concat mode a row an order.
+
+    ``may_be_empty`` as in :func:`preference_texts`.
+    """
+    texts, labels = preference_texts(backbone, preferences, mode, may_be_empty=may_be_empty)
     hidden = backbone.hidden(texts, progress=_tokens(progress))
     pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
     return hidden, labels.to(hidden.device), pairs
@@ -687,34 +716,52 @@ def error_prior_of(
     *,
     fitted: Fitted | None = None,
     held_out_of: tuple[FrozenHead, Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> ErrorPrior | None:
     """The error prior of a head fitted on what :func:`encode_preferences` made of these preferences.
 
     ``fitted`` as in :func:`~rmcore.model.error_prior.fit_error_prior`. With ``held_out_of``, a head and the rows it was
     fitted on, the preferences are such that neither head nor backbone has seen.
 
+    Of several ``ranks`` each gives its own part; rank 0 learns from a sample of all, :data:`MOST_PAIRS` at most, and
+    gives all what it found.
+
     None, with a warning, where there are too few to leave any out, or some of them were left out as silent, so that
     rows and texts do not match.
     """
     lengths = [[text_length(canonical_response(text)) for text in (item.chosen, item.rejected)] for item in preferences]
-    if len(lengths) != len(labels if pairs is not None else labels[::2]) or len(lengths) < 10:
+    size = torch.tensor(lengths, dtype=torch.float64).view(-1, 2).log1p()
+    ratio = size[:, 0] - size[:, 1]
+    counted, fits = len(lengths), len(lengths) == len(labels if pairs is not None else labels[::2])
+    if ranks is not None:
+        told = ranks.each(torch.tensor([counted, fits], dtype=torch.float64))
+        counted, fits = int(told[:, 0].sum()), bool(told[:, 1].all())
+    if not fits or counted < 10:
         log.warning("no error prior: it needs ten pairs, and all of them with different inputs")
         return None
-    size = torch.tensor(lengths, dtype=torch.float64).log1p()
-    ratio = size[:, 0] - size[:, 1]
-    if held_out_of is not None:
-        return error_prior_on(*held_out_of, hidden, labels, pairs, ratio)
-    return fit_error_prior(config, hidden, labels, pairs, ratio, fitted=fitted)
+    if ranks is None:
+        if held_out_of is not None:
+            return error_prior_on(*held_out_of, hidden, labels, pairs, ratio)
+        return fit_error_prior(config, hidden, labels, pairs, ratio, fitted=fitted)
+    with ranks.work("the error prior"):
+        hidden, labels, pairs, columns = sampled_pairs(hidden, labels, pairs, ratio[:, None], MOST_PAIRS, ranks)
+        seen = None if held_out_of is None else sampled_rows(held_out_of[1], 2 * MOST_PAIRS, ranks)
+        prior = None
+        if ranks.rank == 0 and held_out_of is not None and seen is not None:
+            prior = error_prior_on(held_out_of[0], seen, hidden, labels, pairs, columns[:, 0])
+        elif ranks.rank == 0:
+            prior = fit_error_prior(config, hidden, labels, pairs, columns[:, 0], fitted=fitted, seed=None)
+        return shared_error_prior(prior, ranks)
 
 
 def preference_texts(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str
+    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, may_be_empty: bool = False
 ) -> tuple[list[EncodedText], Tensor]:
     """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order.
 
-    Pairs are left out as by :func:`encode_pairs`. Raises InputError where none is left.
+    Pairs are left out as by :func:`encode_pairs`. Raises InputError where none is left, unless it ``may_be_empty``.
     """
-    kept, pairs = encode_pairs(backbone, preferences, mode)
+    kept, pairs = encode_pairs(backbone, preferences, mode, may_be_empty=may_be_empty)
     labels = [preferences[k].label for k in kept]
     if mode == "concat":
         labels = [value for label in labels for value in (label, 1 - label)]
@@ -722,26 +769,25 @@ def preference_texts(
 
 
 def encode_pairs(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str
+    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, may_be_empty: bool = False
 ) -> tuple[list[int], list[tuple[EncodedText, EncodedText]]]:
     """The two texts of each pair that can be learned from, after the numbers of those pairs.
 
     Pairs whose two inputs are equal, or one of which is unread, teach nothing: they are left out, with a warning that
-    says how many and why. Raises InputError where no other is left.
+    says how many and why. Raises InputError where no other is left, unless it ``may_be_empty``: one rank's part.
     """
-    pairs, kept = _informative(backbone, preferences, mode)
-    kept = training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
+    pairs, kept = _informative(backbone, preferences, mode, may_be_empty=may_be_empty)
     return kept, [pairs[k] for k in kept]
 
 
 def informative(backbone: Backbone, preferences: Sequence[Preference], mode: str) -> list[int]:
     """Which pairs :func:`encode_preferences` keeps, by position. Raises InputError as it does."""
-    return list(_informative(backbone, preferences, mode)[1])
+    return _informative(backbone, preferences, mode)[1]
 
 
 def _informative(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str
-) -> tuple[list[tuple[EncodedText, EncodedText]], Sequence[int]]:
+    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, may_be_empty: bool = False
+) -> tuple[list[tuple[EncodedText, EncodedText]], list[int]]:
     """The texts of all pairs, and which pairs teach something."""
     pairs: list[tuple[EncodedText, EncodedText]] = []
     for k, item in enumerate(preferences):
@@ -761,7 +807,8 @@ def _informative(
             pairs.append(encode_pair(backbone, item.prompt, item.chosen, item.rejected, mode))
         except InputError as error:
             raise InputError(f"preferences[{k}]: {error}") from error
-    return pairs, training_signal([(item.chosen, item.rejected) for item in preferences], pairs, mode)
+    responses = [(item.chosen, item.rejected) for item in preferences]
+    return pairs, training_signal(responses, pairs, mode, may_be_empty=may_be_empty)
 
 
 def encode_pair(

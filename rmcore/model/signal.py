@@ -75,11 +75,15 @@ def fill_unread(hidden: Tensor, groups: Sequence[Sequence[EncodedText]]) -> Tens
 
 
 def training_signal(
-    responses: Sequence[tuple[Response, Response]], pairs: Sequence[tuple[EncodedText, EncodedText]], mode: str
+    responses: Sequence[tuple[Response, Response]],
+    pairs: Sequence[tuple[EncodedText, EncodedText]],
+    mode: str,
+    *,
+    may_be_empty: bool = False,
 ) -> list[int]:
     """Numbers of the pairs that a head can learn from; the others are counted in a warning.
 
-    Raises InputError where none is left.
+    Raises InputError where none is left, unless it ``may_be_empty``.
     """
     reasons: Counter[str] = Counter()
     kept = []
@@ -97,7 +101,7 @@ def training_signal(
     if not reasons:
         return kept
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-    if not kept:
+    if not kept and not may_be_empty:
         reject(
             "preferences", f"{len(pairs)} pairs that carry no signal ({told})", "pairs that the model can tell apart"
         )

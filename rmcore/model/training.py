@@ -24,7 +24,10 @@ from torch import Tensor, nn
 
 from rmcore._base.errors import InputError, NonFiniteError, reject
 from rmcore.head.fit import check_data
+from rmcore.head.ranks import Ranks, working
+from rmcore.head.shards import one_layer, one_length_scale
 from rmcore.head.sngp import SNGPHead
+from rmcore.model.batches import Batches
 from rmcore.model.reward_model import Progress
 
 __all__ = ["RunRecord", "TrainReport", "train_layer"]
@@ -66,6 +69,7 @@ def train_layer(
     validation: tuple[Tensor, Tensor, Tensor | None] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainReport:
     """Train W, b_s and β (and β₀ in concat mode) on fixed hidden states; call :func:`rmcore.head.fit.fit` afterwards.
 
@@ -84,54 +88,86 @@ def train_layer(
         validation: held-out (hidden, labels, pairs); the weights of the epoch with the least loss there are kept.
         seed: of the order of the data.
         progress: called with ("training", steps done, steps in all) after each step.
+        ranks: all of which call this, each with its part of the data (and of ``validation``), which may be empty. The
+            steps are those of one process with all the data, whose gradients are added in rank order; the weights are
+            rank 0's, to the bit.
 
     Returns:
-        A :class:`TrainReport`.
+        A :class:`TrainReport`, the same on all ranks.
 
     Raises:
         InputError: shapes, labels, mode or a setting do not fit; a head without a layer.
         NonFiniteError: a hidden row holds NaN or Inf, or the loss became so; the head is back at its best weights, or
             at its first without validation data.
+        RankError: another rank died, or raised one of these.
     """
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+    with working(ranks, "the training"):
+        return _train_layer(head, hidden, labels, pairs, validation, seed, progress, ranks, **settings)
+
+
+def _train_layer(
+    head: SNGPHead,
+    hidden: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None,
+    validation: tuple[Tensor, Tensor, Tensor | None] | None,
+    seed: int,
+    progress: Progress | None,
+    ranks: Ranks | None,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+) -> TrainReport:
     if head.weight is None:
         reject(
             "head", "layer_size=None", "a head with a layer to train", "Use rmcore.head.fit.fit, which finds β directly"
         )
-    check_data(head.config, hidden, labels, pairs)
+    check_data(head.config, hidden, labels, pairs, ranks=ranks)
     if hidden.device != head.beta.device:
         reject("hidden", f"device {hidden.device}", f"the head's device {head.beta.device}")
     _check_positive(epochs=epochs, batch_size=batch_size, lr=lr)
     _check_not_negative(weight_decay=weight_decay)
     if validation is not None:
         try:
-            check_data(head.config, *validation)
+            check_data(head.config, *validation, ranks=ranks)
         except InputError as error:
             raise InputError(f"validation: {error}") from error
-    _prepare(head, hidden)
-    optimizer = torch.optim.AdamW(_head_groups(head, lr, weight_decay))
+    _prepare(head, hidden, ranks)
+    groups = _head_groups(head, lr, weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    parameters = [p for group in groups for p in group["params"]]
     run = RunRecord([head], keep=True)
     generator = torch.Generator().manual_seed(seed)
-    total = epochs * math.ceil(len(labels) / batch_size)
+    batches = Batches(len(labels), ranks)
+    total = epochs * math.ceil(batches.count / batch_size)
     with _training(head):
         if validation is not None:
-            run.validate(_head_loss(head, *validation))
+            run.validate(_head_loss(head, *validation, ranks))
         for _ in range(epochs):
-            order = torch.randperm(len(labels), generator=generator).to(hidden.device)
             losses = []
-            for index in torch.split(order, batch_size):
+            for index, size in batches.epoch(batch_size, generator, hidden.device):
                 rows = index if pairs is None else pairs[index].flatten()
-                loss = _loss(head, hidden[rows], labels[index], pairs is not None)
+                if len(index):
+                    loss = _loss(head, hidden[rows], labels[index], pairs is not None) * (len(index) / size)
+                else:
+                    loss = head(hidden[rows].to(head.beta.dtype)).sum()  # 0, and a step of power iteration as elsewhere
                 optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss + _prior(head, len(labels)))
+                first = ranks is None or ranks.rank == 0  # the prior is one datum, not one a rank
+                torch.autograd.backward(loss + _prior(head, batches.count) if first else loss)
+                losses.append(batches.summed(parameters, loss.detach()) * size)
                 optimizer.step()
-                losses.append(loss.detach() * len(index))
                 run.steps += 1
                 if progress is not None:
                     progress("training", run.steps, total)
-            run.finish_epoch(float(torch.stack(losses).sum()) / len(labels))
+            run.finish_epoch(float(torch.stack(losses).sum()) / batches.count)
             if validation is not None:
-                run.validate(_head_loss(head, *validation))
-    return run.report()
+                run.validate(_head_loss(head, *validation, ranks))
+    report = run.report()
+    one_layer(head, ranks)
+    return report
 
 
 # -- loss ------------------------------------------------------------------------------------------------------------
@@ -150,15 +186,20 @@ def _prior(head: SNGPHead, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _head_loss(head: SNGPHead, hidden: Tensor, labels: Tensor, pairs: Tensor | None) -> float:
-    """Mean loss in eval mode; the head is left in training mode."""
+def _head_loss(
+    head: SNGPHead, hidden: Tensor, labels: Tensor, pairs: Tensor | None, ranks: Ranks | None = None
+) -> float:
+    """Mean loss of all ranks' data in eval mode; the head is left in training mode."""
     head.eval()
     total = 0.0
     for index in torch.split(torch.arange(len(labels), device=hidden.device), _EVALUATION_ROWS):
         rows = index if pairs is None else pairs[index].flatten()
         total += float(_loss(head, hidden[rows], labels[index], pairs is not None)) * len(index)
     head.train()
-    return total / len(labels)
+    if ranks is None:
+        return total / len(labels)
+    loss, count = ranks.total(torch.tensor([total, len(labels)], dtype=torch.float64)).tolist()
+    return loss / count
 
 
 # -- the head --------------------------------------------------------------------------------------------------------
@@ -178,11 +219,12 @@ def _has_length_scale(head: SNGPHead) -> bool:
 
 
 @torch.no_grad()
-def _prepare(head: SNGPHead, hidden: Tensor) -> None:
+def _prepare(head: SNGPHead, hidden: Tensor, ranks: Ranks | None) -> None:
     """Set the length-scale, if unset, and let the power iteration settle, so that the first W̄ is under its bound."""
     if not _has_length_scale(head):
-        head.set_length_scale(hidden)
+        one_length_scale(head, hidden, ranks)
     head.step_power_iteration(_SETTLE_ITERATIONS)
+    one_layer(head, ranks)
 
 
 # -- bookkeeping -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ and what is best of it kept before the next: length-scale, kernel scale, ridge, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from rmcore._base.errors import FactorizationError, reject
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import fit
+from rmcore.head.ranks import Ranks
+from rmcore.head.shards import sampled_pairs
 from rmcore.head.sngp import SNGPHead
 from rmcore.model.error_prior import asked_about, part_of_pairs
 from rmcore.ops import reference
@@ -55,7 +57,8 @@ def tune(
     *,
     folds: int = 3,
     most_pairs: int = 1500,
-    seed: int = 0,
+    seed: int | None = 0,
+    ranks: Ranks | None = None,
 ) -> tuple[HeadConfig, list[Trial]]:
     """The best configuration found, and all that were tried, in order.
 
@@ -67,15 +70,26 @@ def tune(
         pairs: (N, 2); None in concat mode.
         folds: parts that are left out in turn.
         most_pairs: a sample of that many is taken where there are more.
-        seed: of the folds.
+        seed: of the folds; None for pairs that are in random order already.
+        ranks: each of which gives its part of the data; rank 0 tries, and all get what it found.
 
     Raises:
         InputError: fewer than ten pairs a fold.
     """
     count = len(labels) if pairs is not None else len(labels) // 2
+    if ranks is not None:
+        with ranks.work("tuning"):
+            nothing = torch.empty(count, 0)
+            sample = sampled_pairs(hidden, labels, pairs, nothing, most_pairs, ranks, seed=seed or 0)[:3]
+            found = tune(config, *sample, folds=folds, most_pairs=most_pairs, seed=None) if ranks.rank == 0 else None
+            told = ranks.share(values=found and {"config": found[0].to_dict(), "trials": [asdict(t) for t in found[1]]})
+            return HeadConfig.from_dict(told.values["config"]), [Trial(**trial) for trial in told.values["trials"]]
     if count < 10 * folds:
         reject("pairs", f"{count} pairs", f"at least {10 * folds}, ten for each of {folds} folds")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most_pairs]
+    order = torch.arange(count)
+    if seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = order[:most_pairs]
 
     def tried(candidate: HeadConfig, setting: str = "", value: float = 0.0) -> Trial:
         try:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "MEDIAN_ROWS",
     "TILE",
     "Activation",
     "Likelihood",
@@ -163,7 +164,11 @@ def draw_features(
     return omega.to(rounding).to(dtype), b.to(rounding).to(dtype)
 
 
-def median_length_scale(z: Tensor, *, max_rows: int = 2048, seed: int = 0) -> Tensor:
+MEDIAN_ROWS = 2048
+"""Rows that a length-scale is taken from."""
+
+
+def median_length_scale(z: Tensor, *, max_rows: int = MEDIAN_ROWS, seed: int = 0) -> Tensor:
     """ℓ by the median rule: the median distance between distinct rows of ``z`` (N, m), over at most ``max_rows``.
 
     Raises ValueError where no two rows differ (there is no scale to take).
@@ -177,7 +182,7 @@ def median_length_scale(z: Tensor, *, max_rows: int = 2048, seed: int = 0) -> Te
     return distances.median().to(z.dtype)
 
 
-def median_rows(count: int, *, max_rows: int = 2048, seed: int = 0) -> Tensor:
+def median_rows(count: int, *, max_rows: int = MEDIAN_ROWS, seed: int = 0) -> Tensor:
     """Numbers of the rows, of ``count``, that :func:`median_length_scale` measures; all of them where they are few."""
     if count <= max_rows:
         return torch.arange(count)

@@ -31,6 +31,7 @@ keys are ignored. ``columns`` maps other names: ``{"prompt": "question"}`` takes
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,12 +44,14 @@ from rmcore.model.data import groups, preferences
 from rmcore.model.data.columns import map_columns, parse_columns
 from rmcore.model.data.groups import Group, parse_group
 from rmcore.model.data.lines import TABLE, Row, opened, read_json
+from rmcore.model.data.parts import WHOLE, Part, count_lines
 from rmcore.model.data.preferences import parse_preference, parse_preferences, unused_columns
 from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, saved_rows
 from rmcore.model.reward_model import Preference
 
 __all__ = [
     "Group",
+    "Part",
     "PreferenceRow",
     "Row",
     "Source",
@@ -81,17 +84,24 @@ class PreferenceRow:
     number: int
 
 
-def read_preferences(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Preference]:
-    """Yield preferences; raises DataError at the first bad row, naming it. Says once what columns are not used."""
-    for row in read_preference_rows(source, columns):
+def read_preferences(
+    source: Source, columns: Mapping[str, str] | None = None, *, part: Part = WHOLE
+) -> Iterator[Preference]:
+    """Yield preferences; raises DataError at the first bad row, naming it. Says once what columns are not used.
+
+    Of one ``part`` of the rows only, where several processes share a source.
+    """
+    for row in read_preference_rows(source, columns, part=part):
         yield from row.pairs
 
 
-def read_preference_rows(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[PreferenceRow]:
+def read_preference_rows(
+    source: Source, columns: Mapping[str, str] | None = None, *, part: Part = WHOLE
+) -> Iterator[PreferenceRow]:
     """The same by rows, each with what its column ``subset`` or ``section`` holds; raises as read_preferences."""
     told: set[str] = set()
     name = _name(source)
-    for row in read_rows(source):
+    for row in read_rows(source, part):
         try:
             value = map_columns(row.value, columns or {}, preferences.COLUMNS)
             pairs = tuple(parse_preferences(value))
@@ -144,17 +154,22 @@ def _name(source: Source) -> str:
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
-def read_rows(source: Source) -> Iterator[Row]:
-    """The objects of a source as they stand, each with its number; raises DataError for what is none."""
+def read_rows(source: Source, part: Part = WHOLE) -> Iterator[Row]:
+    """The objects of a source as they stand, each with its number; raises DataError for what is none.
+
+    Of one ``part`` only those: of JSON Lines the others are counted and not parsed, of Parquet and of datasets they are
+    not read. Raises InputError for a part of what can be read once only, such as standard input.
+    """
+    part.check(source)
     if not isinstance(source, (str, Path)):
-        yield from object_rows(source, _name(source))
+        yield from object_rows(source, _name(source), part)
         return
     name = str(source)
     if name.startswith(HUB):
-        yield from hub_rows(name)
+        yield from hub_rows(name, part)
         return
     if name != "-" and Path(source).is_dir():
-        yield from saved_rows(Path(source))
+        yield from saved_rows(Path(source), part)
         return
     suffixes = [suffix.lower() for suffix in Path(name).suffixes[-2:]]  # .csv.gz too
     if (what := next((_TABLES[suffix] for suffix in suffixes if suffix in _TABLES), None)) is not None:
@@ -162,5 +177,17 @@ def read_rows(source: Source) -> Iterator[Row]:
         raise DataError(f"{name}: {what} is not read. {how}")
     if (scheme := _URL.match(name)) is not None:
         reject("data", f"{name!r:.200}, a URL", "a file, - or hf://org/name", f"Download it first ({scheme[1]})")
+    wanted, array = None, False
+    if part.of > 1:
+        with opened(source) as (stream, head):
+            array = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            if not head.startswith(b"PAR1") and not array:
+                wanted = part.bounds(count_lines(stream))
     with opened(source) as (stream, head):
-        yield from parquet_rows(stream, name) if head.startswith(b"PAR1") else read_json(stream, name)
+        if head.startswith(b"PAR1"):
+            yield from parquet_rows(stream, name, part)
+        elif array:
+            rows = list(read_json(stream, name))
+            yield from itertools.islice(rows, *part.bounds(len(rows)))
+        else:
+            yield from read_json(stream, name, wanted)

@@ -118,12 +118,13 @@ def optional_module(name: str, source: object, what: str) -> Any:
         ) from error
 
 
-def read_json(stream: BinaryIO, source: str) -> Iterator[Row]:
+def read_json(stream: BinaryIO, source: str, wanted: tuple[int, int] | None = None) -> Iterator[Row]:
     """The objects of JSON Lines, or of one array; raises DataError naming the line, or the array's row.
 
-    Blank lines are skipped but counted.
+    Blank lines are skipped but counted. Of the others only those from the first number of ``wanted`` up to before the
+    second are parsed.
     """
-    number, begun = 0, False
+    number, begun, place = 0, False, 0
     try:
         for number, line in enumerate(stream, 1):
             if not begun and (what := foreign(line)):
@@ -134,7 +135,9 @@ def read_json(stream: BinaryIO, source: str) -> Iterator[Row]:
                 return
             if not line.strip():
                 continue
-            begun = True
+            begun, place = True, place + 1
+            if wanted is not None and not wanted[0] < place <= wanted[1]:
+                continue
             try:
                 # surrogatepass: half a surrogate pair is taken as it is from "\ud83d", and as bytes.
                 value = json.loads(line.decode("utf-8", "surrogatepass"), object_pairs_hook=_members)

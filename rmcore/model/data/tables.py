@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore.model.data.lines import Row, optional_module
+from rmcore.model.data.parts import WHOLE, Part, rows_of
 
 __all__ = ["HUB", "hub_rows", "object_rows", "parquet_rows", "saved_rows"]
 
@@ -20,22 +21,29 @@ _HUB_NAME = re.compile(
 )
 
 
-def parquet_rows(stream: BinaryIO, source: str) -> Iterator[Row]:
-    """The rows of a Parquet file, a few hundred at a time."""
+def parquet_rows(stream: BinaryIO, source: str, part: Part = WHOLE) -> Iterator[Row]:
+    """The rows of a Parquet file, a few hundred at a time; row groups that hold none of ``part`` are not read."""
     parquet = optional_module("pyarrow.parquet", source, "a Parquet file")
     arrow = optional_module("pyarrow", source, "a Parquet file")
     number = 0
     try:
         file = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
-        for batch in file.iter_batches(batch_size=256):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(number, value, "row")
+        low, high = part.bounds(file.metadata.num_rows)
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if number >= high or number + size <= low:
+                number += size
+                continue
+            for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                for value in batch.to_pylist():
+                    number += 1
+                    if low < number <= high:
+                        yield Row(number, value, "row")
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"not a whole Parquet file ({error})", source=source, line=number + 1, unit="row") from error
 
 
-def object_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Row]:
+def object_rows(rows: Iterable[Any], source: str = "rows", part: Part = WHOLE) -> Iterator[Row]:
     """The rows of a ``datasets.Dataset``, or of any iterable of mappings.
 
     Raises:
@@ -48,7 +56,7 @@ def object_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Row]:
         reject("data", "a pandas.DataFrame", "rows", "frame.to_dict('records') gives them")
     if isinstance(rows, Mapping):
         reject(source, f"{type(rows).__name__} with {sorted(map(str, rows))[:8]}", "one split of it, or a list of rows")
-    for number, value in enumerate(rows, 1):
+    for number, value in rows_of(rows, part):
         if not isinstance(value, Mapping):
             raise DataError(
                 f"got a {type(value).__name__}, expected a mapping of columns", source=source, line=number, unit="row"
@@ -56,7 +64,7 @@ def object_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Row]:
         yield Row(number, dict(value), "row")
 
 
-def saved_rows(folder: Path) -> Iterator[Row]:
+def saved_rows(folder: Path, part: Part = WHOLE) -> Iterator[Row]:
     """The rows of a folder written by ``Dataset.save_to_disk``."""
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         reject("path", f"{str(folder)!r}, a folder", "a file, or a folder that Dataset.save_to_disk wrote")
@@ -65,10 +73,10 @@ def saved_rows(folder: Path) -> Iterator[Row]:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # many kinds, depending on what is damaged
         raise DataError(f"{folder}: not readable by datasets ({type(error).__name__}: {error})") from error
-    return object_rows(found, str(folder))
+    return object_rows(found, str(folder), part)
 
 
-def hub_rows(source: str) -> Iterator[Row]:
+def hub_rows(source: str, part: Part = WHOLE) -> Iterator[Row]:
     """The rows of ``hf://org/name[@revision][/config][:split]``, through the cache of the ``datasets`` library."""
     match = _HUB_NAME.fullmatch(source)
     if match is None:
@@ -87,4 +95,4 @@ def hub_rows(source: str) -> Iterator[Row]:
         raise
     except Exception as error:  # of the hub, of the network, of the data set's own files
         raise DataError(f"{source}: {type(error).__name__}: {error}") from error
-    return object_rows(found, source)
+    return object_rows(found, source, part)
