@@ -192,7 +192,7 @@ def _head_loss(
     """Mean loss of all ranks' data in eval mode; the head is left in training mode."""
     head.eval()
     total = 0.0
-    for index in torch.split(torch.arange(len(labels), device=hidden.device), _EVALUATION_ROWS):
+    for index in torch.arange(len(labels), device=hidden.device).split(_EVALUATION_ROWS) if len(labels) else ():
         rows = index if pairs is None else pairs[index].flatten()
         total += float(_loss(head, hidden[rows], labels[index], pairs is not None)) * len(index)
     head.train()

@@ -61,9 +61,9 @@ def test_all_ranks_have_one_head(heads, alone):
                 assert (other[name] / file).read_bytes() == (folder / file).read_bytes(), (name, file)
 
 
-ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5}
-"""Of β and P against one process, relative to their largest entry, for float64 and float32 rows: sums in another order,
-and of float32 rows features that are products of other shapes."""
+ROUNDING = {"float32": 1e-5, "layer": 1e-3}
+"""Of β and P against one process, relative to their largest entry, where it is more than 1e-13, that of sums in another
+order: float32 rows have features that are products of other shapes, and W is float32, trained in 8 steps."""
 
 
 def test_it_is_the_head_of_one_process(heads, alone):
@@ -77,9 +77,12 @@ def test_it_is_the_head_of_one_process(heads, alone):
             *([] if got.rows is None else [(got.rows.posterior.precision, expected.rows.posterior.precision)]),
         ):
             error = float((a - b).abs().max()) / float(b.abs().max())
-            assert error <= ROUNDING[torch.float32 if name == "float32" else torch.float64], name
+            assert error <= ROUNDING.get(name, 1e-13), name
         for field, tensor in expected.feature_map.tensors().items():
-            assert torch.equal(getattr(got.feature_map, field), tensor), (name, field)
+            if name == "layer":
+                torch.testing.assert_close(getattr(got.feature_map, field), tensor, rtol=1e-4, atol=1e-6)
+            else:
+                assert torch.equal(getattr(got.feature_map, field), tensor), (name, field)
         assert got.feature_map.input_scale == expected.feature_map.input_scale
 
 

@@ -23,6 +23,7 @@ from rmcore.head.checkpoint import save_head
 from rmcore.head.fit import FitReport, fit, upgrade
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.ranks import Ranks
+from rmcore.model.training import train_layer
 
 SIZE, PAIRS = 12, 150
 SHARES = {2: (0.3, 0.7), 4: (0.4, 0.0, 0.5, 0.1), 1: (1.0,)}
@@ -58,6 +59,12 @@ def fits(rank: int, size: int, ranks: Ranks | None) -> dict[str, tuple[FrozenHea
         hidden, labels, pairs, weight = part(rank, size, many=many)
         hidden = hidden.to(rows)
         head = SNGPHead(SIZE, num_features=40, kernel_scale=3.0, **config)
+        if config.get("layer_size"):
+            data = (hidden, labels, pairs)
+            report = train_layer(head, *data, epochs=2, batch_size=40, validation=data, ranks=ranks)
+            assert report.steps == 8
+            assert report.losses[1] < report.losses[0] < 1
+            assert report.validation_losses[2] < report.validation_losses[0] < 1
         if rank > 0:
             with torch.no_grad():
                 head.beta.fill_(rank)  # rank 0's start is taken
