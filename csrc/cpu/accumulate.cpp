@@ -118,8 +118,8 @@ size_t accumulate_chunks(const Map& map, const Rows& rows, const AccumulateTask&
   const int64_t depth = round_up(chunk, 2);
 
   Workspace workspace(memory);
-  const auto buffers = take_feature_buffers<W>(workspace, map, two_terms<W>(map, rows), from_rows ? chunk : 1,
-                                               from_rows ? task_rows : kPanel, threads);
+  const auto buffers =
+      take_feature_buffers<W>(workspace, map, rows, from_rows ? chunk : 1, from_rows ? task_rows : kPanel, threads);
   float* c = from_rows ? workspace.take<float>(chunk * stride) : nullptr;
   auto* logits = workspace.take<float>(panels * chunk);  // (panel, row)
   auto* root = workspace.take<float>(chunk);

@@ -110,38 +110,29 @@ void store_feature(typename W::Act* out, Vec c) {
   }
 }
 
-// True where rows are worth two terms each, bf16 or int8: they hold more than one, and the product that takes them is
-// the lesser part of the work. A property of the head and the dtype of its rows, never of how many there are.
+// True where what the products take, bf16 or int8, holds less than the rows do.
+template <class W>
+bool rounds(const Rows& rows) {
+  return Same<W, I8>::value || (!Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16);
+}
+
+// True where rows are worth two terms each: they hold more than one, and the product that takes them is the lesser part
+// of the work. A property of the head and the dtype of its rows, never of how many there are.
 template <class W>
 bool two_terms(const Map& map, const Rows& rows) {
-  const bool rounds = Same<W, I8>::value || (!Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16);
-  return rounds && 2 * map.hidden <= map.features;
+  return rounds<W>(rows) && 2 * map.hidden <= map.features;
 }
 
-// Row `row` times `scale`, rounded to Act, zeros up to a whole panel.
-template <class Act>
-void load_row(const Rows& rows, int64_t row, int64_t columns, float scale, Act* out, int64_t low) {
-  const int64_t start = row * rows.row_stride;
-  const Vec factor = splat(scale);
-  int64_t i = 0;
-  if (rows.col_stride == 1) {
-    for (; i + kWidth <= columns; i += kWidth) store_act(out + i, low, mul(load_elements(rows, start + i), factor));
-  }
-  for (; i < round_up(columns, kPanel); i += kWidth) {
-    float buffer[kWidth];
-    for (int j = 0; j < kWidth; ++j) {
-      buffer[j] = i + j < columns ? element(rows, start + (i + j) * rows.col_stride) : 0.0f;
-    }
-    store_act(out + i, low, mul(load(buffer), factor));
-  }
-}
+// Row `row` of the map's input, shifted and scaled by column: kWidth columns at a time, zeros behind the last.
+struct RowValues {
+  const Map& map;
+  const Rows& rows;
+  int64_t start;
 
-// Row `row` of the map's input, shifted and scaled by column, as whole numbers and outliers; returns the row's factor.
-template <class Act>
-float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int64_t low, Outliers& outliers) {
-  const int64_t start = row * rows.row_stride;
-  const bool centred = map.hidden_shift != nullptr;
-  const auto values = [&](int64_t i) {
+  RowValues(const Map& map, const Rows& rows, int64_t row) : map(map), rows(rows), start(row * rows.row_stride) {}
+
+  Vec operator()(int64_t i) const {
+    const bool centred = map.hidden_shift != nullptr;
     Vec x, shift = zero(), scale = splat(map.input_scale);
     if (rows.col_stride == 1 && i + kWidth <= map.hidden) {
       x = load_elements(rows, start + i);
@@ -161,8 +152,33 @@ float load_row_int8(const Map& map, const Rows& rows, int64_t row, Act* out, int
       scale = load(scales);
     }
     return mul(sub(x, shift), scale);
-  };
-  return quantize_row(round_up(map.hidden, kPanel), out, low, values, &outliers);
+  }
+};
+
+// A row rounded to Act, zeros up to a whole panel; where `outliers` is given they go there and are zeros in the row.
+template <class Act>
+void load_row(const RowValues& values, int64_t columns, Act* out, int64_t low, Outliers* outliers) {
+  const int64_t whole = round_up(columns, kPanel);
+  if (outliers != nullptr) {
+    Vec most = zero(), sizes = zero();
+    for (int64_t i = 0; i < whole; i += kWidth) {
+      const Vec size = abs(values(i));
+      most = larger(most, size);
+      sizes = add(sizes, size);
+    }
+    take_outliers(whole, Extent{largest(most), sum(sizes)}, values, *outliers);
+  }
+  for (int64_t i = 0; i < whole; i += kWidth) store_act(out + i, low, values(i));
+  for (int k = 0; outliers != nullptr && k < outliers->count; ++k) {
+    out[outliers->columns[k]] = Act(0);
+    if (low != 0) out[low + outliers->columns[k]] = Act(0);
+  }
+}
+
+// A row as whole numbers and outliers; returns the row's factor.
+template <class Act>
+float load_row_int8(const RowValues& values, int64_t columns, Act* out, int64_t low, Outliers& outliers) {
+  return quantize_row(round_up(columns, kPanel), out, low, values, &outliers);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ size_t features_chunks(const Map& map, const Rows& rows, float* out, int64_t out
   const int64_t total = rows.count, chunk = ceil_div(total, ceil_div(total, kChunkRows));
   const int64_t task_rows = choose_task_rows(chunk, panels_of(map.features), threads);
   Workspace workspace(memory);
-  const auto buffers = take_feature_buffers<W>(workspace, map, two_terms<W>(map, rows), chunk, task_rows, threads);
+  const auto buffers = take_feature_buffers<W>(workspace, map, rows, chunk, task_rows, threads);
   if (workspace.counting()) return workspace.used();
 
   parallel(threads, [&](Team& team) {

@@ -1,7 +1,7 @@
-// Outliers of int8 rows: the few columns so far beyond the rest of their row that whole numbers would leave the rest
-// nothing. They are taken out of the row before it is rounded, and join the product in float32 (Dettmers et al. 2022,
-// arXiv:2208.07339, who choose columns of a batch; here each row has its own, so that rows do not depend on each
-// other):
+// Outliers of rows that are rounded, to int8 or bf16: the few columns so far beyond the rest of their row that whole
+// numbers would leave the rest nothing, and that the 8 bits of a bf16 are wrong by more than the rest holds. They are
+// taken out of the row before it is rounded, and join the product in float32 (Dettmers et al. 2022, arXiv:2208.07339,
+// who choose columns of a batch; here each row has its own, so that rows do not depend on each other):
 //
 //   x projectionᵀ = x' projectionᵀ + Σ_k x_k projection[:, k]      x' = x without its outliers k
 //
@@ -65,14 +65,19 @@ Extent take_outliers(int64_t columns, Extent extent, Values&& values, Outliers& 
   return extent;
 }
 
-// acc (rows × 64) += the outliers of each row times their columns of one panel, int8 as quads, and its scales.
-inline void add_outliers(int rows, const Outliers* outliers, const int8_t* panel, const float* scale, float* acc) {
+inline float weight_value(int8_t weight) { return static_cast<float>(weight); }
+inline float weight_value(uint16_t weight) { return bf16_to_float(weight); }
+
+// acc (rows × 64) += the outliers of each row times their columns of one panel of W's, int8 with its scales.
+template <class W>
+void add_outliers(int rows, const Outliers* outliers, const typename W::Store* panel, const float* scale, float* acc) {
   for (int r = 0; r < rows; ++r) {
     const Outliers& own = outliers[r];
     for (int k = 0; k < own.count; ++k) {
-      const int8_t* weights = panel + own.columns[k] / 4 * (4 * kPanel) + own.columns[k] % 4;
+      const auto* weights = panel + own.columns[k] / W::kStep * (W::kStep * kPanel) + own.columns[k] % W::kStep;
       for (int c = 0; c < kPanel; ++c) {
-        acc[r * kPanel + c] += own.values[k] * (static_cast<float>(weights[4 * c]) * scale[c]);
+        const float weight = weight_value(weights[W::kStep * c]);
+        acc[r * kPanel + c] += own.values[k] * (scale == nullptr ? weight : weight * scale[c]);
       }
     }
   }

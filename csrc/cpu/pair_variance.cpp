@@ -83,7 +83,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
   }
 
   Workspace workspace(memory);
-  const auto buffers = take_feature_buffers<W>(workspace, map, two_terms<W>(map, rows), most_rows, most_rows, threads);
+  const auto buffers = take_feature_buffers<W>(workspace, map, rows, most_rows, most_rows, threads);
   const int64_t stride = act_stride<Act>(map.features);
   auto* delta = workspace.take<Act>(most_rows * stride);
   auto* row_logits = workspace.take<float>(panels * most_rows);  // (panel, row)

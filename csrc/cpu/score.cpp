@@ -42,7 +42,7 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
   const int64_t task_rows = choose_task_rows(chunk, panels, threads);
 
   Workspace workspace(memory);
-  const auto buffers = take_feature_buffers<W>(workspace, map, two_terms<W>(map, rows), chunk, task_rows, threads);
+  const auto buffers = take_feature_buffers<W>(workspace, map, rows, chunk, task_rows, threads);
   const int64_t stride = act_stride<Act>(map.features);
   auto* c = workspace.take<Act>(chunk * stride);
   auto* logits = workspace.take<float>(chunk * panels);     // (panel, row)

@@ -31,26 +31,27 @@ struct FeatureBuffers {
   int64_t hidden_stride, layer_stride, activated_stride;
   float* hidden_factor;                                   // (rows), int8 only
   float* hidden_low_factor;                               // (rows), of their low terms
-  Outliers* outliers;                                     // (rows), int8 only
+  Outliers* outliers;                                     // (rows), nullptr where nothing is rounded
   Workspace::PerThread<float> acc;                        // (rows of a task, 64)
   Workspace::PerThread<typename Wide<W>::Store> scratch;  // (kConvertDepth, 64)
   Workspace::PerThread<float> low_acc;                    // (rows of a task, 64), int8 in two terms only
 };
 
 template <class W>
-FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, bool two, int64_t rows, int64_t task_rows,
-                                       int threads) {
+FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, const Rows& hidden, int64_t rows,
+                                       int64_t task_rows, int threads) {
   using Act = typename W::Act;
   FeatureBuffers<W> b{};
+  const bool two = two_terms<W>(map, hidden);
   b.hidden_stride = act_stride<Act>(map.hidden);
   b.hidden_low = two ? rows * b.hidden_stride : 0;
   b.hidden = workspace.take<Act>(rows * b.hidden_stride * (two ? 2 : 1));
   if (Same<W, I8>::value) {
     b.hidden_factor = workspace.take<float>(rows);
     b.hidden_low_factor = workspace.take<float>(rows);
-    b.outliers = workspace.take<Outliers>(rows);
     if (two) b.low_acc = workspace.take_each<float>(threads, task_rows * kPanel);
   }
+  if (rounds<W>(hidden)) b.outliers = workspace.take<Outliers>(rows);
   if (map.layer != nullptr) {
     b.layer_stride = act_stride<float>(map.layer_size);
     b.activated_stride = act_stride<Act>(map.layer_size);
@@ -123,6 +124,15 @@ Scales scales_of(const Quantized& matrix, int64_t panel, const float* row_factor
   }
 }
 
+// acc += what was taken out of rows first … first + rows of hidden states.
+template <class W>
+void join_outliers(const FeatureBuffers<W>& b, int rows, int64_t first, const typename W::Store* weights,
+                   const float* scale, float* acc) {
+  if constexpr (!Same<typename W::Act, float>::value) {
+    if (b.outliers != nullptr) add_outliers<W>(rows, b.outliers + first, weights, scale, acc);
+  }
+}
+
 // Walks one group of rows through the stages up to c. `emit(tile, panel, first, n)` receives c of rows first..first+n
 // (within the group) for one panel of 64 columns, (n, 64) contiguous, in the claiming thread; every (row, panel) once.
 // `task_rows` bounds n. Ends with all threads met.
@@ -153,11 +163,13 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
 
   team.each(count, [&](int64_t r) {
     Act* row = b.hidden + r * b.hidden_stride;
+    const RowValues values(map, rows, start + r);
+    Outliers* outliers = b.outliers == nullptr ? nullptr : b.outliers + r;
     if constexpr (Same<W, I8>::value) {
-      b.hidden_factor[r] = load_row_int8(map, rows, start + r, row, b.hidden_low, b.outliers[r]);
+      b.hidden_factor[r] = load_row_int8(values, map.hidden, row, b.hidden_low, *outliers);
       b.hidden_low_factor[r] = b.hidden_factor[r] * kLowTerm;
     } else {
-      load_row(rows, start + r, map.hidden, map.input_scale, row, b.hidden_low);
+      load_row(values, map.hidden, row, b.hidden_low, outliers);
     }
   });
 
@@ -173,6 +185,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       const auto* weights = static_cast<const typename W::Store*>(map.layer) + panel * k * kPanel;
       panel_product<W>(static_cast<int>(n), input + first * input_stride, input_stride, low, weights, k, {}, acc,
                        scratch, nullptr);
+      join_outliers<W>(b, static_cast<int>(n), first, weights, nullptr, acc);
       for (int64_t r = 0; r < n; ++r) {
         for (int c = 0; c < kPanel; c += kWidth) {
           const Vec z = add(load(acc + r * kPanel + c), load(map.layer_bias + panel * kPanel + c));
@@ -223,8 +236,9 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     } else {
       product(0, low, b.hidden_factor, acc, next);
     }
-    if constexpr (Same<W, I8>::value) {
-      add_outliers(static_cast<int>(n), b.outliers + first, weights, map.projection_int8.scale + panel * kPanel, acc);
+    if (map.layer == nullptr) {  // outliers are those of the hidden states
+      const float* scale = Same<W, I8>::value ? map.projection_int8.scale + panel * kPanel : nullptr;
+      join_outliers<W>(b, static_cast<int>(n), first, weights, scale, acc);
     }
     finish_features(map, panel, static_cast<int>(n), acc);
     emit(acc, panel, first, n);

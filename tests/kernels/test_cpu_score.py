@@ -202,6 +202,28 @@ def test_a_bf16_head_loses_nothing_of_float32_rows_where_that_is_cheap():
     assert torch.equal(run(hidden, weights), run(hidden.float(), weights))
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("kind", ["folded", "tanh", "linear, layer, projected"])
+def test_massive_activations_cost_a_bf16_head_nothing(isa, kind):
+    """In 8 bits 1e5 is wrong by 200, where the other columns hold 1: such columns are multiplied in float32."""
+    _cpu.set_isa(isa)
+    for h, d in ((385, 129), (128, 600), (1000, 700)):
+        weights = make_head(h, d, torch.bfloat16, **KINDS[kind])
+        plain = draw(9, h, seed=4)
+        hidden = plain.clone()
+        hidden[::2, 3], hidden[1::2, 7], hidden[1::2, h - 1] = 1e5, 80.0, -3000.0
+        error, usual = (float((run(x, weights)[0] - truth(x, weights)[0]).abs().max()) for x in (hidden, plain))
+        first = weights.map.layer_weight if weights.map.projection is None else weights.map.projection
+        assert first is not None
+        # Phases of thousands of turns keep few digits in float32; what that costs the features adds up as noise does.
+        turns = 2 * math.pi * 1e5 * float(first.float().abs().max()) * 2**-23 * float(weights.beta.norm())
+        assert error <= 2 * usual + turns, (h, d)
+        for row in range(3):  # alone as among others
+            assert torch.equal(run(hidden[row : row + 1], weights)[0], run(hidden, weights)[0, row : row + 1])
+        for strided in (hidden.double(), hidden.mT.contiguous().mT, hidden.repeat_interleave(2, 1)[:, ::2]):
+            assert torch.equal(run(strided, weights), run(hidden, weights))
+
+
 def test_input_scale_brings_massive_activations_into_range():
     weights = make_head(100, 130, torch.float16, input_scale=2.0**-7)
     hidden = draw(9, 100) * 2.0**7
