@@ -216,7 +216,7 @@ def test_massive_activations_cost_a_bf16_head_nothing(isa, kind):
         first = weights.map.layer_weight if weights.map.projection is None else weights.map.projection
         assert first is not None
         # Phases of thousands of turns keep few digits in float32; what that costs the features adds up as noise does.
-        turns = 2 * math.pi * 1e5 * float(first.float().abs().max()) * 2**-23 * float(weights.beta.norm())
+        turns = 2 * math.pi * 1e5 * float(first.float().abs().max()) * 2**-21 * float(weights.beta.norm())
         assert error <= 2 * usual + turns, (h, d)
         for row in range(3):  # alone as among others
             assert torch.equal(run(hidden[row : row + 1], weights)[0], run(hidden, weights)[0, row : row + 1])
