@@ -129,8 +129,8 @@ def calibrate_cascade(
         seed: of the draw of one pair a prompt, and of the router's.
 
     Raises:
-        InputError: arguments do not fit, or a tier has a band of its own.
-        As :meth:`~rmcore.engine.RewardEngine.score`.
+        InputError: arguments do not fit, or a tier has a band of its own; and what
+            :meth:`~rmcore.engine.RewardEngine.score` raises.
     """
     check_risk(alpha, delta, method)
     given = TieredJudge(tiers)  # checks them
