@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from rmcore._base import tracing
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore._base.loop import background_loop
@@ -25,6 +26,7 @@ from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
+from rmcore.engine.monitor import note_scores
 from rmcore.engine.options import check_engine_options
 from rmcore.engine.overlap import run_alongside, run_alongside_async
 from rmcore.engine.routing import LearnedRouter, NeverRoute, Router, is_budgeted
@@ -409,19 +411,21 @@ class RewardEngine:
 
     def _run(self, call: ScoreCall) -> GroupScores:
         try:
-            if self._may_ask:
-                call.queue = self._judge_queue(call, background_loop())
-            run_alongside(functools.partial(self._work, call), call.queue)
-            return call.result(self.epsilon)
+            with tracing.span("rmcore.score") as span:
+                if self._may_ask:
+                    call.queue = self._judge_queue(call, background_loop())
+                run_alongside(functools.partial(self._work, call), call.queue)
+                return note_scores(span, call.result(self.epsilon))
         finally:
             self._settle(call)
 
     async def _run_async(self, call: ScoreCall) -> GroupScores:
         try:
-            if self._may_ask:
-                call.queue = self._judge_queue(call, asyncio.get_running_loop())
-            await run_alongside_async(functools.partial(self._work, call), call.queue, call.unwanted)
-            return call.result(self.epsilon)
+            with tracing.span("rmcore.score") as span:
+                if self._may_ask:
+                    call.queue = self._judge_queue(call, asyncio.get_running_loop())
+                await run_alongside_async(functools.partial(self._work, call), call.queue, call.unwanted)
+                return note_scores(span, call.result(self.epsilon))
         finally:
             self._settle(call)
 

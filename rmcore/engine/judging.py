@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rmcore._base import tracing
 from rmcore._base.clock import Clock
 from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, isolated_verdicts, log_judge_error
 
@@ -119,7 +120,9 @@ class JudgeQueue:
 
     async def _answer(self, submission: Submission) -> None:
         started = self._clock.now()
-        verdicts, reported = await self._verdicts(submission.new)
+        with tracing.span("rmcore.judge", rmcore__questions=len(submission.new)) as span:
+            verdicts, reported = await self._verdicts(submission.new)
+            span.set(rmcore__failed=sum(verdict.failed for verdict in verdicts))
         self.spans.append((started, self._clock.now()))
         for slot, verdict in zip(submission.new_slots, verdicts, strict=True):
             self.verdicts[slot] = verdict

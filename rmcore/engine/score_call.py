@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from rmcore._base import tracing
 from rmcore._base.clock import Clock
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Prompt, Response, canonical_group, canonical_groups, check_nesting
@@ -337,7 +338,8 @@ class ScoreCall:
         self.stop_if_unwanted()
         began = self.clock.now()
         try:
-            yield
+            with tracing.span(f"rmcore.{stage}"):
+                yield
         finally:
             self.spans.setdefault(stage, []).append((began, self.clock.now()))
 

@@ -25,6 +25,7 @@ from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
+from rmcore.engine.monitor import monitored
 from rmcore.engine.options import check_engine_options
 from rmcore.engine.routing import BudgetedRouter, Router, StatefulRouter
 from rmcore.engine.selection import member_uncertainties
@@ -399,4 +400,4 @@ def _metrics(scores: GroupScores | None) -> dict[str, float]:
         "judge_cost": math.nan if cost is None else float(cost),  # an unknown price is no number, never 0
         "judge_hidden_s": float(summary.get("overlap", {}).get("hidden_s", 0.0)),
         "uncertainty": float(u.get("mean", math.nan)) if u else 1.0,
-    }
+    } | monitored(scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import pickle
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from rmcore._base.errors import InputError
 from rmcore.engine import RewardEngine
 from rmcore.engine.routing import BudgetRouter
+from rmcore.integrations.monitor import RewardMonitor
 from rmcore.integrations.rows import GroupingError
 from rmcore.integrations.trl import PairwiseReward, check_trl_config
 from rmcore.judge.base import Verdict
@@ -23,6 +25,8 @@ trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'rmco
 datasets = pytest.importorskip("datasets")
 
 METRICS = ["judge_failed", "judge_flips", "judge_calls", "judge_cache_hits", "judge_cost", "judge_hidden_s"]
+METRICS += ["uncertainty_p50", "uncertainty_p90", "uncertainty_p99", "judged", "judge_disagreement"]
+METRICS += ["judge_disagreement_expected"]
 PROMPTS = ["red tree house", "blue river stone", "green cloud", "house river red tree"]
 
 
@@ -63,8 +67,9 @@ class Spy:
 def train(kind, policy, tokenizer, reward, args, data) -> tuple[Any, Spy]:
     trainer_class = trl.GRPOTrainer if kind == "grpo" else trl.RLOOTrainer
     trainer = trainer_class(
-        model=str(policy), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer
-    )
+        model=str(policy), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer,
+        callbacks=[RewardMonitor()],
+    )  # fmt: skip
     spy = Spy(trainer, reward)
     trainer.train()
     return trainer, spy
@@ -97,6 +102,9 @@ def test_a_trainers_advantages_are_the_engines(
     assert 0 < logged[0]["rmcore/judge_rate"] <= 0.5
     assert logged[0]["rmcore/uncertainty"] >= 1
     assert {f"rmcore/{name}" for name in METRICS} <= logged[0].keys()
+    kept = [json.loads(line) for line in (tmp_path / "rmcore_monitor.jsonl").read_text().splitlines()]
+    assert [row["rmcore/judged"] for row in kept] == [entry["rmcore/judged"] for entry in logged]
+    assert (tmp_path / "rmcore_monitor.png").stat().st_size > 1000
 
 
 def test_a_synchronous_wrapper_gives_the_same(policy_path, tokenizer_of, reward_model, tmp_path):

@@ -22,6 +22,7 @@ from rmcore._base.prompt import Canonical, Prompt, Response, canonical_groups, t
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, GroupScores
 from rmcore.integrations.server.assembly import BusyError
+from rmcore.integrations.server.stream import StreamStats
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["BatchScorer", "BatchStats", "ScoredGroup"]
@@ -66,6 +67,7 @@ class BatchStats:
     unscorable_responses: int = 0
     unaccounted_questions: int = 0
     usage: JudgeUsage = field(default_factory=JudgeUsage)
+    stream: StreamStats = field(default_factory=StreamStats)
 
 
 @dataclass(eq=False)
@@ -367,6 +369,7 @@ class BatchScorer:
         stats.batches += 1
         stats.groups += len(results)
         stats.unaccounted_questions += scores.unaccounted_questions
+        stats.stream.add(scores)
         for result in results:
             group = result.group
             stats.responses += group.size

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rmcore._base.version import __version__
 from rmcore.integrations.server.assembly import GroupAssembly
 from rmcore.integrations.server.batching import BatchScorer
 from rmcore.integrations.server.guard import Guard
@@ -30,6 +31,7 @@ class CountedService(Protocol):
     replies: ReplyStore
     guard: Guard | None
     draining: bool
+    model: str
 
 
 class ServerMetrics(Collector):
@@ -71,10 +73,12 @@ class ServerMetrics(Collector):
         """The counts and gauges as they are now."""
         service = self._service
         yield _gauge("rmcore_ready", "1 unless the server is going down.", float(not service.draining))
+        yield from _identity(service)
         yield from _requests(service)
         yield from _batches(service)
         yield from _assembly(service)
         yield from _judge(service)
+        yield from _stream(service)
 
 
 def _gauge(name: str, help: str, value: float) -> Metric:
@@ -162,3 +166,34 @@ def _judge(service: CountedService) -> Iterator[Metric]:
     yield _counter("rmcore_judge_unpriced_calls", "Calls that have none.", usage.unpriced_calls)
     unknown = stats.unaccounted_questions
     yield _counter("rmcore_judge_unaccounted_questions", "Questions of unknown cost.", unknown)
+
+
+def _identity(service: CountedService) -> Iterator[Metric]:
+    """Which rmcore, which model, and which version of a head that learns."""
+    info = GaugeMetricFamily("rmcore_build_info", "1; what serves.", labels=("version", "model"))
+    info.add_metric((__version__, service.model), 1.0)
+    yield info
+    learner = getattr(service.scorer.engine, "learner", None)  # an engine of one's own may have none
+    yield _gauge(
+        "rmcore_head_version", "Of a head that learns; 0 of one that does not.", learner.version if learner else 0
+    )
+
+
+def _stream(service: CountedService) -> Iterator[Metric]:
+    """What a policy that outgrows its reward model shows first."""
+    stats = service.scorer.stats
+    stream, pairs = stats.stream, stats.pairs
+    routed = pairs["judge"] + pairs["judge_failed"]
+    yield _counter("rmcore_routed_pairs", "Pairs that were to be judged.", routed)
+    yield HistogramMetricFamily(
+        "rmcore_pair_uncertainty", "u of each pair.", buckets=stream.buckets(), sum_value=stream.total
+    )
+    recent = GaugeMetricFamily("rmcore_recent_uncertainty", "Quantiles of the latest 4,096.", labels=("quantile",))
+    for level, value in stream.recent_quantiles().items():
+        recent.add_metric((level,), value)
+    yield recent
+    seen = stream.agreement
+    yield _counter("rmcore_judged_weight", "Verdicts with a side, by their strength.", seen.judged)
+    yield _counter("rmcore_judge_disagreement", "Of those, where the head has the other side.", seen.disagreed)
+    expected = "What a calibrated head and a judge without errors would give."
+    yield _counter("rmcore_judge_disagreement_expected", expected, seen.expected)

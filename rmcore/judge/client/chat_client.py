@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import urllib.parse
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rmcore._base import large
+from rmcore._base import large, tracing
 from rmcore._base.client.address import Address
 from rmcore._base.client.client import Client
 from rmcore._base.client.exchange import Attempt, HttpExchange
@@ -65,6 +66,15 @@ class ChatClient(Client):
         # ASCII: a lone surrogate is escaped instead of failing here.
         body = await large.call(_encoded, payload)
         tokens = self._tokens(payload, body) if tokens_estimate is None else tokens_estimate
+        model = str(payload.get("model", ""))
+        with tracing.span(f"chat {model}", client=True, **self._asked(payload, model)) as span:
+            completion = await self._completed(payload, body, key, deadline, tokens)
+            _note(span, completion)
+        return completion
+
+    async def _completed(
+        self, payload: Mapping[str, object], body: bytes, key: str, deadline: float | None, tokens: int
+    ) -> Completion:
         call = await self.call(payload, body, key, deadline=deadline, tokens=tokens)
         last, attempts, seconds = call.last, call.attempts, call.seconds
         usage = JudgeUsage(calls=1, attempts=attempts, seconds=seconds, latencies_s=(seconds,))
@@ -77,6 +87,21 @@ class ChatClient(Client):
         completion = replace(completion, usage=believable(completion.usage, payload, len(body), len(last.body)))
         self._settle(last, completion.usage)
         return completion
+
+    def _asked(self, payload: Mapping[str, object], model: str) -> dict[str, str | float | None]:
+        """What a span says of the question, by OpenTelemetry's conventions for generative models."""
+        limits = (payload.get(name) for name in ("max_tokens", "max_completion_tokens", "temperature"))
+        most, other, temperature = (value if isinstance(value, (int, float)) else None for value in limits)
+        url = urllib.parse.urlsplit(self.exchange.place)
+        return {
+            "gen_ai__operation__name": "chat",
+            "gen_ai__provider__name": "openai",  # whose interface it is
+            "gen_ai__request__model": model,
+            "gen_ai__request__max_tokens": most or other,
+            "gen_ai__request__temperature": temperature,
+            "server__address": url.hostname,
+            "server__port": url.port,
+        }
 
     def _tokens(self, payload: Mapping[str, object], body: bytes) -> int:
         """What one attempt may use, from above rather than from below."""
@@ -93,6 +118,19 @@ class ChatClient(Client):
             attempt.reservation.settle(used)
             with self._completions_lock:
                 self._completions.append(usage.completion_tokens)
+
+
+def _note(span: tracing.Span, completion: Completion) -> None:
+    """What a span says of the answer."""
+    usage = completion.usage
+    span.set(
+        gen_ai__response__model=completion.model or None,
+        gen_ai__usage__input_tokens=usage.prompt_tokens or None,
+        gen_ai__usage__output_tokens=usage.completion_tokens or None,
+        rmcore__attempts=usage.attempts,
+    )
+    if completion.reason:
+        span.fail(completion.reason)
 
 
 def _encoded(payload: Mapping[str, object]) -> bytes:
