@@ -219,6 +219,8 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
     if not rationale and template is not None:
         reject("--no-rationale, --judge-template", "both", "at most one: a template says itself what is to be written")
+    if not rationale and judging.judge_output != "text":
+        reject("--no-rationale, --judge-output json_schema", "both", "at most one: the schema has a critique")
     if url is None:
         if judging.store is not None or judging.prices is not None:
             reject("--store, --prices", "without --judge-url", "together with it")
@@ -249,6 +251,7 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         client=client,
         orders=judging.judge_orders,
         prompt=prompt,
+        output=judging.judge_output,
         constitution=constitution,
         max_tokens=judging.judge_max_tokens or None,
         context_tokens=judging.judge_context,

@@ -76,6 +76,13 @@ JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]
 JudgeKeyEnv = Annotated[str, typer.Option(help="Environment variable with its key; empty for none.")]
 JudgeOrders = Annotated[Literal["both", "one"], typer.Option(help="Ask both orders of a pair, or one.")]
 JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
+JudgeOutput = Annotated[
+    Literal["text", "json_schema"],
+    typer.Option(
+        help="How the judge answers: text that ends with its verdict, or a JSON object under a strict schema "
+        "(response_format), in text after all where the endpoint refuses that."
+    ),
+]
 JudgeTemplate = Annotated[Path | None, typer.Option(help="Text file with the question's template.")]
 JudgeMaxTokens = Annotated[
     int, typer.Option(help="Longest answer in tokens, reasoning included; 0 leaves it to the endpoint.", min=0)
@@ -154,6 +161,7 @@ class Asking:
     judge_model: JudgeModel = ""
     judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY"
     judge_orders: JudgeOrders = "both"
+    judge_output: JudgeOutput = "text"
     judge_soft: JudgeSoft = False
     judge_template: JudgeTemplate = None
     judge_max_tokens: JudgeMaxTokens = 2048

@@ -19,6 +19,7 @@ from rmcore.head.config import PairMode
 from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.labelling import Keep
 from rmcore.judge.orders import Orders
+from rmcore.judge.question.contract import Output
 from rmcore.judge.store.database import Reuse
 from rmcore.model.backbone import Deterministic
 from rmcore.model.backbone_config import BackboneConfig, Pooling
@@ -64,6 +65,7 @@ CHOICES = {
         for name in ("score", "serve", "best-of", "filter")
     },
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ASKING},
+    **{(name, "judge_output"): typing.get_args(Output) for name in ASKING},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ASKING},
     ("evaluate", "risk_method"): typing.get_args(RiskMethod),
     ("label", "hard"): typing.get_args(Keep),

@@ -53,6 +53,24 @@ def test_options_reach_the_client_and_the_request():
     assert make_judge(judging(judge_max_tokens=0))._parameters == {}
     assert make_judge(judging(judge_context=4096)).context.limit == 4096
     assert make_judge(judging())._parameters == {"max_tokens": 2048}
+    assert make_judge(judging()).prompt.output == "text"
+    assert make_judge(judging(judge_output="json_schema")).prompt.output == "json_schema"
+
+
+def test_a_judge_is_asked_for_json_under_a_schema(model):
+    rows = [{"prompt": "red tree house", "first": a, "second": b, "verdict": "win"} for a, b in combinations(TEXTS, 2)]
+    for how, refused in (([], False), (["--judge-output", "json_schema"], True)):
+        for refuses in ((), ("response_format",)):
+            with ReplayServer(RecordedJudge.from_rows(rows), refuses=refuses) as server:
+                result = scored(model, server, LINE + "\n", *how)
+            assert result.exit_code == 0, result.stderr
+            assert server.statuses[200] == 6, "both orders of three pairs"
+            assert (server.statuses[400] > 0) == (refused and bool(refuses)), "in text after all"
+
+
+def test_no_words_and_a_schema_that_has_some_exclude_each_other():
+    with pytest.raises(InputError, match="the schema has a critique"):
+        make_judge(judging(judge_output="json_schema"), rationale=False)
 
 
 def test_reuse_reaches_the_store(tmp_path):
