@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from rmcore.head.attributes.ensemble import AttributeEnsemble, EnsembleScores, fit_ensemble
+from rmcore.head.attributes.ensemble import AttributeEnsemble, EnsembleScores, fit_ensemble, fit_heads
 from rmcore.head.attributes.fit import FitOptions, PairStates, fit_attributes, fit_gate, fit_pairs
 from rmcore.head.attributes.gating import GateConfig
 from rmcore.head.attributes.head import HELPSTEER2, URM_WEIGHTS, AttributeConfig, AttributeHead
@@ -30,6 +30,7 @@ __all__ = [
     "fit_attributes",
     "fit_ensemble",
     "fit_gate",
+    "fit_heads",
     "fit_pairs",
     "load_attributes",
     "read_published",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from rmcore.head.attributes.head import AttributeConfig, AttributeHead
 from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.posterior import check_finite
 
-__all__ = ["AttributeEnsemble", "EnsembleScores", "Measure", "fit_ensemble"]
+__all__ = ["AttributeEnsemble", "EnsembleScores", "Measure", "fit_ensemble", "fit_heads"]
 
 Measure: TypeAlias = Literal["gap", "covariance"]
 
@@ -40,8 +41,8 @@ class EnsembleScores:
 
     @property
     def epistemic(self) -> Tensor:
-        """(N,) variance of the M rewards (divided by M − 1): in the reward's units, to be added to aleatoric ones."""
-        return self.rewards.var(0)
+        """(N,) variance of the M rewards (over M, as of a mixture), in their units: aleatoric ones can be added."""
+        return self.rewards.var(0, correction=0)
 
     @property
     def score_variance(self) -> Tensor | None:
@@ -105,7 +106,7 @@ class AttributeEnsemble:
     def scores(self, hidden: Tensor, gate_hidden: Tensor | None = None) -> EnsembleScores:
         """Of states (N, h), and those (N, h) that gates read where they are others."""
         members = tuple(head.scores(hidden, gate_hidden) for head in self.heads)
-        rewards = torch.stack([(member.attributes * member.attribute_weights).sum(1) for member in members])
+        rewards = torch.stack([member.score for member in members])
         return EnsembleScores(members, rewards)
 
 
@@ -120,8 +121,32 @@ def fit_ensemble(
     options: FitOptions | None = None,
     gate_options: FitOptions | None = None,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> AttributeEnsemble:
-    """Train ``size`` heads, each with a start and mini-batches of its own.
+    """Train ``size`` heads, each with a start and mini-batches of its own; arguments as of :func:`fit_heads`.
+
+    Raises InputError as that, and for a size below 2.
+    """
+    if size < 2:
+        reject("size", size, "at least 2")
+    how: dict[str, Any] = {"objective": objective, "options": options, "gate_options": gate_options, "seed": seed}
+    return AttributeEnsemble(fit_heads(config, hidden, labels, size=size, pairs=pairs, progress=progress, **how))
+
+
+def fit_heads(
+    config: AttributeConfig,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    size: int = 1,
+    pairs: PairStates | None = None,
+    objective: Objective | None = None,
+    options: FitOptions | None = None,
+    gate_options: FitOptions | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[AttributeHead, ...]:
+    """Train heads, each with a start and mini-batches of its own: stage 1 on labels, stage 2 on pairs.
 
     Args:
         config: of each head.
@@ -133,6 +158,7 @@ def fit_ensemble(
         options: of stage 1; each head's seed is ``seed`` and its number.
         gate_options: of stage 2, likewise.
         seed: first of the heads' seeds.
+        progress: called with (what is trained, steps done, steps in all).
 
     Raises InputError as :func:`fit_attributes` and :func:`fit_gate` do, and for pairs without a gate or the reverse.
     """
@@ -143,11 +169,14 @@ def fit_ensemble(
     scale = float(hidden.double().square().mean().sqrt())
     heads = []
     for member in range(size):
+        which = f" of head {member + 1} of {size}" if size > 1 else ""
         head = AttributeHead(config, seed=seed + member, state_scale=scale)
         first = replace(options or default_options(config.spread), seed=seed + member)
-        fit_attributes(head, hidden, labels, objective=objective, options=first)
+        told = None if progress is None else partial(progress, f"attributes{which}")
+        fit_attributes(head, hidden, labels, objective=objective, options=first, progress=told)
         if pairs is not None:
             second = replace(gate_options or FitOptions(lr=1e-3), seed=seed + member)
-            fit_gate(head, pairs, options=second)
-        heads.append(head)
-    return AttributeEnsemble(heads)
+            told = None if progress is None else partial(progress, f"gate{which}")
+            fit_gate(head, pairs, options=second, progress=told)
+        heads.append(head.eval())
+    return tuple(heads)

@@ -26,6 +26,7 @@ _CHECKS = 20
 _CONJUGATE_STEPS = 15
 
 Objective: TypeAlias = Literal["mle", "regression", "pinball"]
+Steps: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,33 @@ class PairStates:
         chosen: (P, h).
         rejected: (P, h).
         gate: (P, h) states that a gate reads, as ArmoRM's reads the prompt's; None where it reads each response's own.
+        weight: (P,) how much each counts; None for all alike.
     """
 
     chosen: Tensor
     rejected: Tensor
     gate: Tensor | None = None
+    weight: Tensor | None = None
+
+    @classmethod
+    def of_labels(cls, hidden: Tensor, labels: Tensor, pairs: Tensor) -> PairStates:
+        """Pairs (N, 2) int64 of rows (R, h) whose first is better with probability ``labels`` (N,).
+
+        A label strictly between 0 and 1 becomes both orders, weighted by it and its rest: its cross-entropy.
+        """
+        first, second = hidden[pairs[:, 0]], hidden[pairs[:, 1]]
+        if bool(((labels == 0) | (labels == 1)).all()):
+            won = (labels == 1)[:, None]
+            return cls(torch.where(won, first, second), torch.where(won, second, first))
+        keep, chosen, rejected = torch.cat([labels, 1 - labels]), torch.cat([first, second]), torch.cat([second, first])
+        counted = keep > 0
+        return cls(chosen[counted], rejected[counted], weight=keep[counted])
 
     def __post_init__(self) -> None:
+        if self.weight is not None and not (
+            self.weight.shape == self.chosen.shape[:1] and bool((self.weight.isfinite() & (self.weight > 0)).all())
+        ):
+            reject("weight", f"shape {tuple(self.weight.shape)}", f"({len(self.chosen)},) positive finite numbers")
         parts = {"chosen": self.chosen, "rejected": self.rejected, "gate": self.gate}
         for name, part in parts.items():
             if part is None:
@@ -101,6 +122,7 @@ def fit_attributes(
     *,
     objective: Objective | None = None,
     options: FitOptions | None = None,
+    progress: Steps | None = None,
 ) -> float:
     """Stage 1: train the value head in place; the gate stays.
 
@@ -115,6 +137,7 @@ def fit_attributes(
         objective: ``mle`` (Eq. 4) is what keeps σ; ``regression`` (Eq. 5) drives it to nothing; ``pinball`` is of
             quantiles. None: ``mle``, or ``pinball`` for a head of quantiles.
         options: None for the defaults.
+        progress: called with (steps done, steps in all).
 
     Returns:
         The loss over all labelled rows after training.
@@ -151,19 +174,22 @@ def fit_attributes(
             found = loss(head.outputs(hidden[at]), labels[at])
             return found if penalty is None else found + penalty()
 
-        _train([weight], len(hidden), step_loss, options)
+        _train([weight], len(hidden), step_loss, options, progress)
         with torch.no_grad():
             value = float(loss(head.outputs(hidden), labels))
     return _finite(value)
 
 
-def fit_gate(head: AttributeHead, pairs: PairStates, *, options: FitOptions | None = None) -> float:
+def fit_gate(
+    head: AttributeHead, pairs: PairStates, *, options: FitOptions | None = None, progress: Steps | None = None
+) -> float:
     """Stage 2: train the gate in place by Bradley-Terry on Σ w_k(x) μ_k (Eq. 6); the value head stays as it is.
 
     Args:
         head: with a gate.
         pairs: whose chosen responses should win.
         options: None for 1,000 steps of 256 pairs at a learning rate of 1e-3, as ArmoRM's.
+        progress: called with (steps done, steps in all).
 
     Returns:
         The loss over all pairs after training.
@@ -178,19 +204,20 @@ def fit_gate(head: AttributeHead, pairs: PairStates, *, options: FitOptions | No
     options = options or FitOptions(lr=1e-3)
     weight = head.value.weight
     chosen, rejected = pairs.chosen.to(weight), pairs.rejected.to(weight)
-    shared = None if pairs.gate is None else pairs.gate.to(weight)
+    shared, counted = (None if part is None else part.to(weight) for part in (pairs.gate, pairs.weight))
     with torch.no_grad():
         means = head.means(chosen), head.means(rejected)
 
     def loss(at: Tensor | slice) -> Tensor:
         if shared is not None:
-            return bradley_terry((gate(shared[at]) * (means[0][at] - means[1][at])).sum(1))
-        logit = (gate(chosen[at]) * means[0][at]).sum(1) - (gate(rejected[at]) * means[1][at]).sum(1)
-        return bradley_terry(logit)
+            logit = (gate(shared[at]) * (means[0][at] - means[1][at])).sum(1)
+        else:
+            logit = (gate(chosen[at]) * means[0][at]).sum(1) - (gate(rejected[at]) * means[1][at]).sum(1)
+        return bradley_terry(logit, None if counted is None else counted[at])
 
     with _seeded_dropout(options.seed):
         gate.train()
-        _train(gate.parameters(), len(chosen), loss, options)
+        _train(gate.parameters(), len(chosen), loss, options, progress)
     gate.eval()
     with torch.no_grad():
         return _finite(float(loss(slice(None))))
@@ -219,6 +246,7 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
     head.check_states("pairs", pairs.chosen)
     weight = head.value.weight
     sides = torch.stack([pairs.chosen, pairs.rejected]).to(weight)
+    counted = None if pairs.weight is None else pairs.weight.to(weight)
     with torch.no_grad():
         gates = torch.stack([head.attribute_weights(side, pairs.gate) for side in sides])
     with _whitened(head, sides.flatten(0, 1)) as whiten:
@@ -228,7 +256,7 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
             (c, r), (wc, wr) = (head.outputs(sides[0, at]), head.outputs(sides[1, at])), gates[:, at]
             difference = (wc * c[..., 0]).sum(1) - (wr * r[..., 0]).sum(1)
             variance = (wc * c[..., 1].exp()).square().sum(1) + (wr * r[..., 1].exp()).square().sum(1)
-            return bradley_terry(purm_logit(difference, variance))
+            return bradley_terry(purm_logit(difference, variance), None if counted is None else counted[at])
 
         _train([weight], sides.shape[1], loss, options)
         with torch.no_grad():
@@ -334,7 +362,13 @@ def _least_squares(weight: Tensor, hidden: Tensor, labels: Tensor) -> None:
         weight[2 * k].copy_(found)
 
 
-def _train(parameters: Iterable[Tensor], count: int, loss: Callable[[Tensor], Tensor], options: FitOptions) -> None:
+def _train(
+    parameters: Iterable[Tensor],
+    count: int,
+    loss: Callable[[Tensor], Tensor],
+    options: FitOptions,
+    progress: Steps | None = None,
+) -> None:
     parameters = list(parameters)
     device = parameters[0].device
     # With β₂ = 0.999 the first gradients, which go as exp(−2 log σ), would set the pace of all that follow.
@@ -354,7 +388,10 @@ def _train(parameters: Iterable[Tensor], count: int, loss: Callable[[Tensor], Te
             parameter.grad = gradient
         optimiser.step()
         schedule.step()
-        if split and (step % every == 0 or step == options.steps):
+        told = step % every == 0 or step == options.steps
+        if told and progress is not None:
+            progress(step, options.steps)
+        if split and told:
             with torch.no_grad():
                 value = float(loss(held))
             if value < best:

@@ -42,6 +42,11 @@ class AttributeScores:
     bins: Tensor | None = None
 
     @property
+    def score(self) -> Tensor:
+        """(N,) Σ_k w_k μ_k."""
+        return (self.attributes * self.attribute_weights).sum(1)
+
+    @property
     def score_quantiles(self) -> Tensor | None:
         """(N, Q) the score at each level: the weights' sum of the attributes' quantile functions, as QRM has it."""
         return None if self.quantiles is None else (self.attribute_weights[..., None] * self.quantiles).sum(1)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
 from rmcore.head.attributes.head import AttributeConfig, AttributeHead
 from rmcore.head.checkpoint import CONFIG_FILE, read_config, write_config
 
-__all__ = ["load_attributes", "save_attributes"]
+__all__ = ["head_tensors", "heads_of", "load_attributes", "save_attributes"]
 
 KIND = "attributes"
 TENSOR_FILE = "attributes.safetensors"
@@ -25,15 +26,30 @@ def save_attributes(heads: Sequence[AttributeHead], path: str | os.PathLike[str]
 
     if not heads:
         reject("heads", "none", "at least one")
-    tensors = {
-        f"{k}.{name}": tensor.detach().cpu().contiguous()
-        for k, head in enumerate(heads)
-        for name, tensor in head.state_dict().items()
-    }
+    tensors = head_tensors(heads)
     with atomic_folder(path, marker=CONFIG_FILE) as folder:
         save_file(tensors, folder / TENSOR_FILE)
         values = {"heads": [head.config.to_dict() for head in heads], "sha256": digest_file(folder / TENSOR_FILE)}
         write_config(folder, {"kind": KIND, KIND: values})
+
+
+def head_tensors(heads: Sequence[AttributeHead]) -> dict[str, Tensor]:
+    """All heads' tensors by the number of the head and their names, on the CPU."""
+    return {
+        f"{k}.{name}": tensor.detach().cpu().contiguous()
+        for k, head in enumerate(heads)
+        for name, tensor in head.state_dict().items()
+    }
+
+
+def heads_of(configs: Sequence[AttributeConfig], tensors: Mapping[str, Tensor]) -> tuple[AttributeHead, ...]:
+    """The inverse of :func:`head_tensors`, for serving. Raises RuntimeError for tensors missing or of other shapes."""
+    heads = tuple(AttributeHead(one) for one in configs)
+    for k, head in enumerate(heads):
+        own = f"{k}."
+        head.load_state_dict({n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)})
+        head.eval()
+    return heads
 
 
 def load_attributes(path: str | os.PathLike[str]) -> tuple[AttributeHead, ...]:
@@ -53,11 +69,7 @@ def load_attributes(path: str | os.PathLike[str]) -> tuple[AttributeHead, ...]:
     try:
         tensors = load_file(file)
         configs = [AttributeConfig.from_dict(one) for one in values["heads"]]
-        heads = tuple(AttributeHead(one) for one in configs)
-        for k, head in enumerate(heads):
-            own = f"{k}."
-            head.load_state_dict({n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)})
-            head.eval()
+        heads = heads_of(configs, tensors)
     except (SafetensorError, InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: got heads that do not fit together ({error})") from error
     stray = [

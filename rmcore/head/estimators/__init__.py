@@ -15,16 +15,20 @@ from typing import TypeAlias
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
 from rmcore._base.version import __version__
+from rmcore.head.estimators.attributes import URM, URME, AttributeLabels
 from rmcore.head.estimators.dropout import Dropout
 from rmcore.head.estimators.ensembles import Ensemble
 from rmcore.head.estimators.laplace import Laplace, LaplaceDiagonal, LaplaceKronecker
-from rmcore.head.estimators.protocol import PairEstimate, PairEstimator, VarianceKind
+from rmcore.head.estimators.protocol import PairEstimate, PairEstimator, VarianceKind, of_kind
 from rmcore.head.estimators.sngp import SNGP
 
 __all__ = [
     "ESTIMATORS",
     "SNGP",
+    "URM",
+    "URME",
     "AnyEstimator",
+    "AttributeLabels",
     "Dropout",
     "Ensemble",
     "Laplace",
@@ -35,15 +39,16 @@ __all__ = [
     "VarianceKind",
     "estimator_named",
     "load_estimator",
+    "of_kind",
     "read_estimators",
     "save_estimator",
     "write_estimators",
 ]
 
-AnyEstimator: TypeAlias = SNGP | Laplace | Dropout | Ensemble
+AnyEstimator: TypeAlias = SNGP | Laplace | Dropout | Ensemble | URM | URME
 
 ESTIMATORS: dict[str, type[AnyEstimator]] = {
-    kind.name: kind for kind in (SNGP, Laplace, LaplaceKronecker, LaplaceDiagonal, Dropout, Ensemble)
+    kind.name: kind for kind in (SNGP, Laplace, LaplaceKronecker, LaplaceDiagonal, Dropout, Ensemble, URM, URME)
 }
 """Name → class."""
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training, check_width, refuse_update
 from rmcore.head.estimators.samples import RewardNetworks, Training, sampled_estimate, train_networks
-from rmcore.head.estimators.tensors import read_tensors, write_tensors
 
 __all__ = ["Dropout"]
 
@@ -89,17 +88,15 @@ class Dropout:
         refuse_update(self.name)
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """The network's tensors; the masks are drawn again."""
-        stored = write_tensors(folder, self.networks.tensors() | {"masks": (self.masks > 0).to(torch.uint8)})
-        return {"rate": self.rate, "seed": self.seed, "layers": len(self.networks.biases), **stored}
+        """The network's tensors and which inputs each mask keeps."""
+        kept = (self.masks > 0).to(torch.uint8)
+        return {"rate": self.rate, "seed": self.seed, **self.networks.write(folder, masks=kept)}
 
     @classmethod
     def read(cls, folder: Path, values: dict[str, Any]) -> Dropout:
         """The inverse of :meth:`write`."""
-        layers, rate = int(values["layers"]), float(values["rate"])
-        tensors = read_tensors(folder, values, [*RewardNetworks.names(layers), "masks"])
-        kept = tensors.pop("masks")
-        networks = RewardNetworks.of_tensors(tensors, layers)
+        networks, beside = RewardNetworks.read(folder, values, "masks")
+        rate, kept = float(values["rate"]), beside["masks"].float()
         found = cls(networks, rate=rate, masks=len(kept), seed=int(values["seed"]))
-        found.masks = kept.float() / (1 - rate)
+        found.masks = kept / (1 - rate)
         return found

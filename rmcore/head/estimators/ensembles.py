@@ -14,7 +14,6 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training, check_width, refuse_update
 from rmcore.head.estimators.samples import RewardNetworks, Training, sampled_estimate, train_networks
-from rmcore.head.estimators.tensors import read_tensors, write_tensors
 
 __all__ = ["Ensemble"]
 
@@ -77,10 +76,9 @@ class Ensemble:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """The networks' tensors in float32."""
-        return {"layers": len(self.networks.biases), **write_tensors(folder, self.networks.tensors())}
+        return self.networks.write(folder)
 
     @classmethod
     def read(cls, folder: Path, values: dict[str, Any]) -> Ensemble:
         """The inverse of :meth:`write`."""
-        layers = int(values["layers"])
-        return cls(RewardNetworks.of_tensors(read_tensors(folder, values, RewardNetworks.names(layers)), layers))
+        return cls(RewardNetworks.read(folder, values)[0])

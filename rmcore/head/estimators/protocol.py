@@ -10,7 +10,7 @@ The v of every estimator here is the variance of a *difference* of per-response 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -27,8 +27,10 @@ __all__ = [
     "check_training",
     "check_width",
     "gaussian_estimate",
+    "of_kind",
     "refuse_update",
     "row_differences",
+    "row_sums",
 ]
 
 VarianceKind: TypeAlias = Literal["epistemic", "aleatoric", "total"]
@@ -46,12 +48,16 @@ class PairEstimate(NamedTuple):
             g / √(1 + a·v) where it is normal.
         information: (Q,) nats that the pair's label would tell of the weights (BALD, Houlsby et al. 2011); None where
             the estimator has no samples.
+        epistemic: (Q,) the part of the variance that more data would take away; None where the estimator tells none.
+        aleatoric: (Q,) the part that is the answers' own, expected over what the fit does not know; None likewise.
     """
 
     logit: Tensor
     variance: Tensor
     preference: Tensor
     information: Tensor | None = None
+    epistemic: Tensor | None = None
+    aleatoric: Tensor | None = None
 
 
 class PairEstimator(Protocol):
@@ -86,16 +92,47 @@ class PairEstimator(Protocol):
 
 def row_differences(rows: Tensor, group_sizes: Tensor) -> Tensor:
     """(R, ...) → (Q, ...): first less second of every pair of every group, in the rows' dtype."""
+    first, second = _pair_rows(rows, group_sizes)
+    return rows[first] - rows[second]
+
+
+def row_sums(rows: Tensor, group_sizes: Tensor) -> Tensor:
+    """(R, ...) → (Q, ...): first and second of every pair of every group, in the rows' dtype."""
+    first, second = _pair_rows(rows, group_sizes)
+    return rows[first] + rows[second]
+
+
+def _pair_rows(rows: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
     layout = PairLayout(group_sizes)
     if layout.responses != len(rows):
         reject("group_sizes", f"sum {layout.responses}", f"{len(rows)}, the number of rows")
-    return rows[layout.first.to(rows.device)] - rows[layout.second.to(rows.device)]
+    return layout.first.to(rows.device), layout.second.to(rows.device)
 
 
 def gaussian_estimate(logit: Tensor, variance: Tensor) -> PairEstimate:
-    """Of a normal logit: p̃ by the mean field with a = π/8."""
+    """Of a normal logit whose variance is epistemic: p̃ by the mean field with a = π/8."""
     u = reference.uncertainty(variance, reference.mean_field_amplitude())
-    return PairEstimate(logit, variance, reference.preference(logit, u))
+    return PairEstimate(logit, variance, reference.preference(logit, u), epistemic=variance)
+
+
+def of_kind(found: PairEstimate, kind: VarianceKind, own: VarianceKind, name: str) -> PairEstimate:
+    """The estimate with the variance of ``kind`` in the place of its ``own``, and p̃ = g / √(1 + π/8·v) of that.
+
+    Raises InputError, by the estimator's ``name``, for a part that it does not tell.
+    """
+    if kind not in get_args(VarianceKind):
+        reject("variance", repr(kind), "'epistemic', 'aleatoric' or 'total'")
+    if kind == own:
+        return found
+    parts = {"epistemic": found.epistemic, "aleatoric": found.aleatoric}
+    missing = [part for part, v in parts.items() if v is None and kind in (part, "total")]
+    if missing:
+        told = ", ".join(part for part, v in parts.items() if v is not None) or "none of the two"
+        reject("variance", f"{kind!r} of {name!r}", f"what it tells: {told}")
+    (v, *more) = [part for which, part in parts.items() if part is not None and kind in (which, "total")]
+    variance = v + more[0] if more else v
+    u = reference.uncertainty(variance, reference.mean_field_amplitude())
+    return found._replace(variance=variance, preference=reference.preference(found.logit, u))
 
 
 def check_width(hidden: Tensor, width: int) -> None:

@@ -9,34 +9,53 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from rmcore._base.errors import reject
-from rmcore.head.estimators.protocol import PairEstimate, row_differences
+from rmcore.head.estimators.protocol import PairEstimate, row_differences, row_sums
+from rmcore.head.estimators.tensors import read_tensors, write_tensors
 from rmcore.ops import reference
 
 __all__ = ["RewardNetworks", "Training", "sampled_estimate", "train_networks"]
 
 
-def sampled_estimate(rewards: Tensor, group_sizes: Tensor) -> PairEstimate:
-    """Pairs from M samples of each row's reward, (R, M) → columns of (Q,), all moments over the M samples.
+def sampled_estimate(rewards: Tensor, group_sizes: Tensor, noise: Tensor | None = None) -> PairEstimate:
+    """Pairs from M samples of each row's reward → columns of (Q,), all moments over the M samples.
 
-    g and v are mean and variance (of M, not M − 1) of a sample's r_i − r_j; p̃ the log-odds of the mean of σ(r_i − r_j),
-    from log-sigmoids, so that it is right where σ has rounded to 0 or 1; information H(mean σ) − mean H(σ).
+    g is the mean of a sample's logits d = r_i − r_j, their variance (of M, not M − 1) the epistemic part. With noise
+    the aleatoric part is the mean of a = n_i + n_j, and the variance of the mixture their sum (law of total variance).
+    p̃ is the log-odds of the mean of p = σ(d / √(1 + π/8·a)), from log-sigmoids, so that it is right where σ has rounded
+    to 0 or 1; information H(mean p) − mean H(p).
+
+    Args:
+        rewards: (R, M).
+        group_sizes: (G,) summing to R.
+        noise: (R, M) the variance that each sample itself sees in a row's reward; None for none known.
     """
     logits = row_differences(rewards.double(), group_sizes)
+    aleatoric = None if noise is None else row_sums(noise.double(), group_sizes)
+    served = (
+        logits if aleatoric is None else logits / reference.uncertainty(aleatoric, reference.mean_field_amplitude())
+    )
     log_sigmoid = torch.nn.functional.logsigmoid
-    win, loss = log_sigmoid(logits), log_sigmoid(-logits)
+    win, loss = log_sigmoid(served), log_sigmoid(-served)
     count = math.log(logits.shape[1])
     mean_win, mean_loss = win.logsumexp(1) - count, loss.logsumexp(1) - count
     information = _entropy(mean_win, mean_loss) - _entropy(win, loss).mean(1)
+    epistemic = logits.var(1, correction=0)
+    aleatoric = None if aleatoric is None else aleatoric.mean(1)
     return PairEstimate(
         logits.mean(1),
-        logits.var(1, correction=0),
+        epistemic if aleatoric is None else epistemic + aleatoric,
         mean_win - mean_loss,
         information.clamp_min(0.0),  # Jensen: below 0 it is rounding
+        epistemic,
+        aleatoric,
     )
 
 
@@ -87,16 +106,19 @@ class RewardNetworks:
         named |= {f"weight_{k}": weight for k, weight in enumerate(self.weights)}
         return named | {f"bias_{k}": bias for k, bias in enumerate(self.biases)}
 
-    @staticmethod
-    def names(layers: int) -> list[str]:
-        """Of :meth:`tensors`, with so many ReLU layers."""
-        return ["center", "scale", *(f"weight_{k}" for k in range(layers + 1)), *(f"bias_{k}" for k in range(layers))]
+    def write(self, folder: Path, **beside: Tensor) -> dict[str, Any]:
+        """Write :meth:`tensors` and others ``beside``; returns the JSON values that :meth:`read` wants."""
+        return {"layers": len(self.biases), **write_tensors(folder, self.tensors() | beside)}
 
     @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor], layers: int) -> RewardNetworks:
-        """The inverse of :meth:`tensors`."""
+    def read(cls, folder: Path, values: dict[str, Any], *beside: str) -> tuple[RewardNetworks, dict[str, Tensor]]:
+        """The inverse of :meth:`write`: the networks, and the tensors beside them by their names."""
+        layers = int(values["layers"])
+        names = ["center", "scale", *(f"weight_{k}" for k in range(layers + 1)), *(f"bias_{k}" for k in range(layers))]
+        tensors = read_tensors(folder, values, [*names, *beside])
         weights = tuple(tensors[f"weight_{k}"] for k in range(layers + 1))
-        return cls(weights, tuple(tensors[f"bias_{k}"] for k in range(layers)), tensors["center"], tensors["scale"])
+        biases = tuple(tensors[f"bias_{k}"] for k in range(layers))
+        return cls(weights, biases, tensors["center"], tensors["scale"]), {name: tensors[name] for name in beside}
 
 
 @dataclass(frozen=True)
@@ -164,22 +186,20 @@ def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, 
 
 
 class _Adam:
-    """Adam (Kingma & Ba 2015), as torch.optim's, which costs seconds to import: it brings torch's compiler along."""
+    """torch's Adam by its functional form: the class brings torch's compiler along, seconds of imports."""
 
     def __init__(self, trained: Sequence[Tensor], rate: float) -> None:
-        self.trained, self.rate, self.steps = trained, rate, 0
+        self.trained, self.rate = list(trained), rate
         self.first = [torch.zeros_like(tensor) for tensor in trained]
         self.second = [torch.zeros_like(tensor) for tensor in trained]
+        self.steps = [torch.zeros(()) for _ in trained]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
         """One step down."""
-        self.steps += 1
-        bias_1, bias_2 = 1 - 0.9**self.steps, 1 - 0.999**self.steps
-        for tensor, gradient, m, v in zip(self.trained, gradients, self.first, self.second, strict=True):
-            m.mul_(0.9).add_(gradient, alpha=0.1)
-            v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            tensor.addcdiv_(m, v.sqrt().div_(math.sqrt(bias_2)).add_(1e-8), value=-self.rate / bias_1)
+        how: dict[str, Any] = {"amsgrad": False, "weight_decay": 0.0, "maximize": False, "foreach": False}
+        how |= {"beta1": 0.9, "beta2": 0.999, "lr": self.rate, "eps": 1e-8}
+        adam(self.trained, list(gradients), self.first, self.second, [], self.steps, **how)
 
 
 def _initial(rows: Tensor, members: int, layers: Sequence[int], generator: torch.Generator) -> RewardNetworks:

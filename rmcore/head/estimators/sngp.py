@@ -52,7 +52,7 @@ class SNGP:
     def pairs(self, hidden: Tensor, group_sizes: Tensor) -> PairEstimate:
         """As :meth:`rmcore.head.estimators.protocol.PairEstimator.pairs`."""
         scores = self.head.score_pairs(hidden, group_sizes, dtype=torch.float64)
-        return PairEstimate(scores.logit, scores.variance, scores.preference)
+        return PairEstimate(scores.logit, scores.variance, scores.preference, epistemic=scores.variance)
 
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Add pairs to the posterior at the present β (:meth:`FrozenHead.update`)."""

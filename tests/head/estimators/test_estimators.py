@@ -7,6 +7,7 @@ import torch
 
 from rmcore._base.errors import CheckpointError, InputError, NonFiniteError
 from rmcore.head import HeadConfig
+from rmcore.head.attributes import FitOptions
 from rmcore.head.estimators import ESTIMATORS, Dropout, Ensemble, estimator_named, load_estimator, save_estimator
 from rmcore.head.estimators.laplace import Laplace, LaplaceDiagonal, LaplaceKronecker, log_evidence
 from rmcore.head.estimators.samples import _Adam, sampled_estimate
@@ -16,7 +17,13 @@ SMALL = {
     "sngp": {"config": HeadConfig(WIDTH, num_features=32), "dtype": torch.float32},
     "dropout": {"layers": (8,), "masks": 16, "epochs": 3},
     "ensemble": {"layers": (8,), "members": 3, "epochs": 3},
+    "urm": {"options": FitOptions(steps=40)},
+    "urme": {"options": FitOptions(steps=40)},
 }
+
+
+def _equal(one, other):
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +170,7 @@ def test_ensembles_are_their_members_and_go_by_their_seed(data, fitted):
     other = Ensemble.fit(*data, **SMALL["ensemble"], seed=1)
     rows, sizes = data[0][:5], torch.tensor([2, 3])
     first = fitted["ensemble"].pairs(rows, sizes)
-    assert all(torch.equal(a, b) for a, b in zip(first, again.pairs(rows, sizes), strict=True))
+    assert _equal(first, again.pairs(rows, sizes))
     assert not torch.equal(first.logit, other.pairs(rows, sizes).logit)
     networks = again.networks
     z = (rows.float() - networks.center) / networks.scale
@@ -204,8 +211,7 @@ def test_saved_and_loaded_each_scores_as_before(name, data, fitted, tmp_path):
     loaded = load_estimator(tmp_path / "it")
     assert type(loaded) is ESTIMATORS[name]
     before, after = (e.pairs(data[0][:6], sizes) for e in (estimator, loaded))
-    for a, b in zip(before, after, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    assert _equal(before, after)
     assert before.logit.shape == (4,)
     assert bool((before.variance > 0).all())
     file = next((tmp_path / "it").glob("*.safetensors"))
@@ -222,13 +228,17 @@ def test_pairs_change_sign_with_their_order_and_equal_rows_have_nothing_between_
     torch.testing.assert_close(one.preference, -other.preference)
     torch.testing.assert_close(one.variance, other.variance)
     same = fitted[name].pairs(rows[[0, 0]], sizes)
-    assert float(same.variance[0]) == pytest.approx(0, abs=1e-12)
+    if same.aleatoric is None:
+        assert float(same.variance[0]) == pytest.approx(0, abs=1e-12)
+    else:  # two answers, each with a spread of its own
+        assert float(same.variance[0]) == pytest.approx(float(same.aleatoric[0]))
+        assert same.epistemic is None or float(same.epistemic[0]) == pytest.approx(0, abs=1e-12)
     assert float(same.preference[0]) == pytest.approx(0, abs=1e-7)
 
 
 def test_what_cannot_be_is_refused_by_name(data, fitted, tmp_path):
     hidden, labels, pairs = data
-    for name in ("laplace-kron", "laplace-diag", "dropout", "ensemble"):
+    for name in ("laplace-kron", "laplace-diag", "dropout", "ensemble", "urm", "urme"):
         with pytest.raises(InputError, match=name):
             fitted[name].update(hidden, labels, pairs)
     with pytest.raises(InputError, match="laplace-kron"):
