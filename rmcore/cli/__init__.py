@@ -33,6 +33,7 @@ from rmcore.cli import (
     select,
     serve,
     train,
+    train_attributes,
     verdicts,
 )
 from rmcore.cli.commands import add_commands, installed_commands
@@ -56,6 +57,7 @@ app.command("best-of", cls=ManyColumns)(best_of.best_of_command)
 app.command("filter", cls=ManyColumns)(best_of.filter_command)
 app.command("train", cls=ManyColumns)(train.train)
 app.command("upgrade", cls=ManyColumns)(train.upgrade)
+app.command("export")(train_attributes.export)
 app.command("families")(families.families)
 app.command("score", cls=ManyColumns)(score.score)
 app.command("label", cls=ManyColumns)(label.label)

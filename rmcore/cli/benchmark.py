@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from rmcore.evaluation.benchmarks.routing_table import RoutingTable
     from rmcore.evaluation.benchmarks.scoring import Answers
     from rmcore.evaluation.benchmarks.verdicts import Verdicts
+    from rmcore.head.estimators import VarianceKind
     from rmcore.judge.base import Judge
     from rmcore.model.error_prior import ErrorPrior
     from rmcore.model.reward_model import RewardModel
 
 __all__ = ["benchmark"]
 
+_SERVED = ""
+"""The uncertainty that a model is served with, which is not known before it is loaded."""
 _FORMS = ("md", "tex", "csv", "json", "png")
 
 
@@ -52,13 +55,16 @@ def benchmark(
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and report.md.")] = None,
-    estimator: Annotated[
-        str,
+    uncertainty: Annotated[
+        str | None,
         typer.Option(
-            help="What makes g and v of the model's hidden states, by name: head, or what "
-            "was fitted beside it (RewardModel.add_estimator); several with commas between them are compared."
+            "--uncertainty",
+            "--estimator",
+            help="What makes g and v of the model's hidden states, by name: head, or what was fitted beside it (rmcore "
+            "train --uncertainty); several with commas between them are compared. Default: what it is served with.",
         ),
-    ] = "head",
+    ] = None,
+    variance: options.Variance = None,
     routing: Routing,
     replicates: Annotated[
         int, typer.Option(help="Bootstrap replicates, clustered by prompt; 0 for no intervals.")
@@ -82,7 +88,8 @@ def benchmark(
         if show_list:
             _list()
             return
-        job = _checked(names, data, out, estimator, routing, replicates, asking, loading, overwrite)
+        job = _checked(names, data, out, uncertainty, routing, replicates, asking, loading, overwrite)
+        job.variance = variance
         with _judge_of(job, asking) as verdicts:
             kept.store = asking.store
             _run(job, verdicts, routing, lambda model: load_model(model, loading, kept, deterministic=deterministic))
@@ -104,6 +111,7 @@ class _Job:
     files: list[Path]
     tables: list[Path]
     wanted: Wanted
+    variance: VarianceKind | None = None
 
 
 def _list() -> None:
@@ -117,7 +125,7 @@ def _checked(
     names: list[str] | None,
     data: str | None,
     out: Path | None,
-    estimator: str,
+    estimator: str | None,
     routing: Routing,
     replicates: int,
     asking: options.Asking,
@@ -136,10 +144,10 @@ def _checked(
     *models, name = names
     if len(set(models)) < len(models):
         reject("MODEL", f"{models}", "each model once")
-    estimators = [word.strip() for word in estimator.split(",")]
+    estimators = [_SERVED] if estimator is None else [word.strip() for word in estimator.split(",")]
     for word in estimators:
-        if word not in ESTIMATORS or estimators.count(word) > 1:
-            reject("--estimator", repr(estimator)[:60], f"each once, of {', '.join(ESTIMATORS)}")
+        if word != _SERVED and (word not in ESTIMATORS or estimators.count(word) > 1):
+            reject("--uncertainty", repr(estimator)[:60], f"each once, of {', '.join(ESTIMATORS)}")
     asked = find_benchmark(name)
     if replicates < 0:
         reject("--replicates", replicates, "at least 0")
@@ -157,7 +165,7 @@ def _checked(
     if (routed or more) and (several := len(models) * len(estimators)) > 1:
         what = "models" if len(models) > 1 else "estimators"
         reject("--budgets, --thresholds, --verdicts, --judge-url", f"{several} {what}", "one, for a routing table")
-    wanted = replace(wanted_tables(routing), estimator=estimators[0])
+    wanted = replace(wanted_tables(routing), estimator=estimators[0] or "head")
     files = [] if out is None else [out / "report.json", out / "report.md"]
     tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
     further = [] if out is None else [out / f"{name}.{kind}" for name in more for kind in _FORMS]
@@ -240,7 +248,8 @@ def _run(job: _Job, verdicts: Verdicts | None, routing: Routing, load: Callable[
         loaded = load(model)
         prior = loaded.error_prior
         for estimator in job.estimators:
-            name = model if job.estimators == ["head"] else f"{model}, {estimator}"
+            estimator = estimator or loaded.uncertainty or "head"
+            name = model if job.estimators in (["head"], [_SERVED]) else f"{model}, {estimator}"
             answers[name] = _answers(loaded, job, name, estimator)
             text, report = _report(job, name, loaded.mode, answers[name])
             print_markdown(text)
@@ -313,7 +322,11 @@ def _answers(model: RewardModel, job: _Job, name: str, estimator: str) -> Answer
     with progress_bar() as bar:
         task = bar.add_task(title, total=len(job.items))
         return score_items(
-            model, job.items, estimator=estimator, progress=lambda done, _all: bar.update(task, completed=done)
+            model,
+            job.items,
+            estimator=estimator,
+            variance=job.variance,
+            progress=lambda done, _all: bar.update(task, completed=done),
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device
-from rmcore.cli.options import Asking, Judging
+from rmcore.cli.options import Asking, Doubting, Judging
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
@@ -39,6 +39,7 @@ def make_engine(
     max_length: int | None = None,
     overlong: OverlongPolicy | None = None,
     design: str = "all",
+    doubting: Doubting | None = None,
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
@@ -49,6 +50,7 @@ def make_engine(
     from rmcore.model.reward_model import RewardModel
 
     parse_design(design)
+    doubting = doubting or Doubting()
     adaptive = _adaptive_router(judging)
     router = _router(judging, adaptive)
     judge = make_judge(judging)
@@ -77,6 +79,8 @@ def make_engine(
         backend=backend,
         judge_deadline_s=judging.judge_deadline,
         design=design,
+        uncertainty=doubting.uncertainty,
+        variance=doubting.variance,
     )
 
     saving = threading.Lock()  # or of two batches that end at once the older state may be written last

@@ -38,6 +38,7 @@ def evaluate(
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
     loading: options.Loading,
+    doubting: options.Doubting,
     deterministic: options.Deterministic = None,
 ) -> None:
     """Evaluate on held-out preferences: accuracy, calibration, and what routing by u is worth beside its controls.
@@ -91,7 +92,15 @@ def evaluate(
                     loaded.mode,
                     progress=encoding_progress(bar),
                 )
-        scored = scored_pairs(loaded.head, states, pairs, train=known, apart=deterministic == "batch")
+        scored = scored_pairs(
+            loaded.head,
+            states,
+            pairs,
+            train=known,
+            apart=deterministic == "batch",
+            uncertainty=loaded.estimator_named(doubting.uncertainty),
+            variance=doubting.variance,
+        )
         report = evaluate_pairs(scored, replicates=replicates)
         risk = None
         if alpha is not None:

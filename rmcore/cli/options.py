@@ -45,6 +45,21 @@ Overlong = Annotated[
 ]
 Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]
 
+Uncertainty = Annotated[
+    Literal["head", "sngp", "laplace", "laplace-kron", "laplace-diag", "dropout", "ensemble", "urm", "urme"] | None,
+    typer.Option(
+        help="Whose g, v and preference: the model's head, or one fitted beside it (rmcore train --uncertainty). "
+        "Default: what the model is served with."
+    ),
+]
+Variance = Annotated[
+    Literal["epistemic", "aleatoric", "total"] | None,
+    typer.Option(
+        help="Which part of the variance u is made of: what more data would tell, what is in the answers, or both. "
+        "Default: all that the uncertainty tells by itself."
+    ),
+]
+
 Columns = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=COLUMN ...", help="Other names of columns: prompt=question chosen=good."),
@@ -148,6 +163,14 @@ class Loading:
     no_cache: NoCache = False
     max_length: MaxLength = None
     overlong: Overlong = None
+
+
+@dataclass(frozen=True)
+class Doubting:
+    """The options of every command in which an uncertainty counts."""
+
+    uncertainty: Uncertainty = None
+    variance: Variance = None
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def _scoring(
     ] = False,
     columns: options.Columns = None,
     judging: options.Judging,
+    doubting: options.Doubting,
     batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
     design: Annotated[
         str, typer.Option(help="Pairs of a group to compare: all, circular, regular:4 or swiss:3. For large groups.")
@@ -93,6 +94,7 @@ def _scoring(
         max_length=max_length,
         overlong=overlong,
         design=design,
+        doubting=doubting,
     )
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()

@@ -34,6 +34,7 @@ def select(
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
     loading: options.Loading,
+    uncertainty: options.Uncertainty = None,
 ) -> None:
     """Choose the pairs that a label would teach the head most about, best first: for people, or for a judge.
 
@@ -59,11 +60,12 @@ def select(
             reject(
                 "model", f"a head in {loaded.mode} mode", "one in difference mode, whose posterior is over responses"
             )
+        knows = loaded.estimator_named(uncertainty)
         encoded = loaded.encode_groups([g.prompt for g in items], [g.responses for g in items])
         with progress_bar() as bar:
             hidden = fill_unread(loaded.hidden_rows(encoded, progress=encoding_progress(bar)), encoded)
             layout = PairLayout([len(g.responses) for g in items])
-            every = pair_pool(loaded.head, hidden, layout.sizes)
+            every = pair_pool(loaded.head, hidden, layout.sizes, uncertainty=knows)
             signal = pair_signals([t for g in encoded for t in g], layout.pair_rows("difference"), "difference")
             pool = every[signal == PairSignal.PRESENT]
             if not len(pool):

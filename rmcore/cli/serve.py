@@ -59,6 +59,7 @@ def serve(
     max_responses: Annotated[int, typer.Option(help="Responses in a group.")] = 64,
     max_chars: Annotated[int, typer.Option(help="Characters of a prompt or a response.")] = 200_000,
     judging: ServeJudging,
+    doubting: options.Doubting,
     backend: options.Backend = "auto",
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
@@ -114,6 +115,7 @@ def serve(
             deterministic=deterministic,
             max_length=max_length,
             overlong=overlong,
+            doubting=doubting,
         )
         if settings.answer_within_s >= 180:
             notes.print(

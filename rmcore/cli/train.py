@@ -16,6 +16,7 @@ from rmcore.cli.ai_labels import encode_ai, fit_mixture, mix, parse_weight
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors, training_progress
 from rmcore.cli.ranks import check_count, part_of, started_ranks
+from rmcore.cli.train_attributes import AttributeOptions, AttributePlan, plan_progress, told
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,9 @@ Dtype = Annotated[
 ]
 
 
+@options.with_options
 def train(
+    *,
     preferences: Annotated[
         str, typer.Argument(help="Preferences (prompt, chosen, rejected): a file, - or hf://org/name:split.")
     ],
@@ -96,6 +99,14 @@ def train(
             "fits, or after --epochs and --finetune-epochs on the pairs of --calibrate."
         ),
     ] = True,
+    uncertainty: Annotated[
+        str | None,
+        typer.Option(
+            help="Fit others beside the head, on the same pairs, and serve the model with the first: laplace, "
+            "laplace-kron, laplace-diag, dropout, ensemble, urm, urme, with commas between them."
+        ),
+    ] = None,
+    by_attributes: AttributeOptions,
     seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0,
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,
@@ -112,12 +123,16 @@ def train(
     Under `torchrun --nproc-per-node 8 -m rmcore.cli train ...` each process reads and encodes its part of the data, and
     all fit one head.
 
+    With --attributes it is a model of several attributes (URM, with --members URME): stage 1 learns their means and σ
+    from labelled responses, stage 2 the gate from pairs; the head is fitted on the pairs, for routers.
+
     Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
     """
     kept = Kept()
     with reported_errors(kept), started_ranks() as ranks:
         from rmcore._base.prompt import content_key
         from rmcore.head.config import HeadConfig
+        from rmcore.head.estimators import ESTIMATORS
         from rmcore.head.fit import fit, fit_amplitude
         from rmcore.head.ranks import working
         from rmcore.head.sngp import SNGPHead
@@ -128,8 +143,13 @@ def train(
         from rmcore.model.training import train_layer
         from rmcore.model.tune import tune as choose
 
+        further = _beside(uncertainty, mode)
+        if by_attributes.attributes is None and by_attributes != AttributeOptions():
+            reject("--pairs, --members and what goes with them", "without --attributes", "together with it")
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        if further and (ranks is not None or ai_labels is not None):
+            reject("--uncertainty", "with --ai-labels or several processes", "one process, and people's labels alone")
         if finetune_epochs and ranks is not None:
             reject("--finetune-epochs", f"with {ranks.size} processes", "one process, or 0: states encoded over all")
         if ai_labels is not None and ranks is not None:
@@ -158,14 +178,26 @@ def train(
             seed=seed,
         )
         check_model_folder(
-            out, overwrite=overwrite, inputs=[one for one in (backbone, preferences, calibrate, ai_labels) if one]
+            out,
+            overwrite=overwrite,
+            inputs=[one for one in (backbone, preferences, calibrate, ai_labels, by_attributes.pairs) if one],
         )
         check_device(device)
         names = parse_columns(columns or [])
+        plan = None
+        if by_attributes.attributes is not None:
+            others = (tune, epochs, finetune_epochs, further, calibrate, ai_labels)
+            if any(other not in (None, 0, False, []) for other in others) or ranks is not None:
+                what = (
+                    "--tune, --epochs, --finetune-epochs, --calibrate, --uncertainty, --ai-labels or several processes"
+                )
+                reject("--attributes", f"with {what}", "alone")
+            plan = AttributePlan.read(by_attributes, preferences, names, mode)
         with working(ranks, "reading"):
-            items = list(read_preferences(preferences, names, part=part_of(ranks)))
+            items = [] if plan else list(read_preferences(preferences, names, part=part_of(ranks)))
             held_out = [] if calibrate is None else list(read_preferences(calibrate, names, part=part_of(ranks)))
-        check_count("preferences", len(items), ranks)
+        if plan is None:
+            check_count("preferences", len(items), ranks)
         held_out_count = 0 if calibrate is None else check_count("--calibrate", len(held_out), ranks)
         judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
         if ai_labels is not None and not judged:
@@ -186,6 +218,10 @@ def train(
         )
         config = replace(config, hidden_size=spine.hidden_size)
         kept.use(spine, cache=not no_cache)
+        if plan is not None:
+            line = _train_attributes(plan, spine, config, dtype, out, kept, embed=embed_backbone, seed=seed)
+            notes.print(f"{line}; {spine.stats.tokens} tokens; wrote {out}")
+            return
         with progress_bar() as bar:
             head = SNGPHead(config).to(spine.device)
             if finetune_epochs:
@@ -247,6 +283,10 @@ def train(
         if mixture is not None and mixture.report is not None:
             notes.print(mixture.report.to_markdown(), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
+        for name in further:
+            assert pairs is not None
+            model.estimators[name] = ESTIMATORS[name].fit(hidden.cpu(), labels.cpu(), pairs.cpu())
+            model.uncertainty = further[0]
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
         if ranks is None or ranks.rank == 0:
             with working(ranks, "saving"):
@@ -261,6 +301,53 @@ def train(
             f"Newton {'converged' if report.converged else 'stopped'} after {report.passes} passes; "
             f"training accuracy {100 * right / rows:.1f}%; {amplitude}wrote {out}"
         )
+
+
+def _beside(names: str | None, mode: str) -> list[str]:
+    """The estimators to fit beside the head; raises InputError for words that are none."""
+    from rmcore.head.estimators import ESTIMATORS
+
+    words = [] if names is None else [word.strip() for word in names.split(",")]
+    for word in words:
+        if word not in ESTIMATORS or word == "sngp" or words.count(word) > 1:
+            expected = f"each once, of {', '.join(name for name in ESTIMATORS if name != 'sngp')}"
+            reject("--uncertainty", repr(names)[:60], expected, "sngp is the head itself")
+    if words and mode != "difference":
+        reject("--uncertainty", f"given with --mode {mode}", "difference, whose pairs share the responses' rows")
+    return words
+
+
+def _train_attributes(
+    plan: AttributePlan,
+    spine: Backbone,
+    config: HeadConfig,
+    dtype: str | None,
+    out: Path,
+    kept: Kept,
+    *,
+    embed: bool,
+    seed: int,
+) -> str:
+    """Train by attributes and save; returns a line about it."""
+    from rmcore.model.attribute_training import fit_attribute_model
+
+    with progress_bar() as bar:
+        model, found = fit_attribute_model(
+            spine,
+            plan.rows,
+            plan.names,
+            preferences=plan.preferences,
+            prefer=plan.prefer,
+            members=plan.members,
+            config=config,
+            dtype=_dtype(dtype),
+            seed=seed,
+            progress=plan_progress(bar),
+            **plan.training,
+        )
+    how: Literal["name", "embed"] = "embed" if embed else "name"
+    save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
+    return told(found, plan)
 
 
 def upgrade(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.head.estimators import PairEstimator
 from rmcore.head.frozen import FrozenHead
 from rmcore.ops.pair_layout import PairLayout
 
@@ -98,32 +99,39 @@ class PairPool:
         return (self.whitened**2).sum(1)
 
 
-def pair_pool(head: FrozenHead, hidden: Tensor, group_sizes: Tensor) -> PairPool:
+def pair_pool(
+    head: FrozenHead, hidden: Tensor, group_sizes: Tensor, *, uncertainty: PairEstimator | None = None
+) -> PairPool:
     """All pairs i < j of each group, from difference-mode hidden rows (ΣK, h), group after group.
 
+    Args:
+        head: whose posterior says what is known.
+        hidden: the rows.
+        group_sizes: K of each group.
+        uncertainty: an estimator that says it instead (:mod:`rmcore.head.estimators`). Its pairs' covariance is taken
+            as that of normals, and the hidden rows themselves stand in for φ (``coreset``).
+
     Raises:
-        InputError: the head is of another mode, has no posterior, or the sizes do not fit.
+        InputError: the head is of another mode, has no posterior, or the sizes do not fit; an estimator without an
+            epistemic part.
     """
     if head.config.mode != "difference":
         reject("head.mode", head.config.mode, "a difference-mode head")
-    if head.posterior is None:
-        reject("head.posterior", "none", "a head fitted here or saved with include_posterior=True")
     layout = PairLayout(group_sizes)
     if layout.responses != len(hidden):
         reject("group_sizes", f"a sum of {layout.responses}", f"{len(hidden)}, one a hidden row")
+    first, second, columns = layout.first, layout.second, (layout.group, layout.i, layout.j)
+    if uncertainty is not None:
+        rows = hidden.double().cpu()
+        y, logit = uncertainty.deviations(rows).cpu(), uncertainty.pairs(rows, layout.sizes).logit.cpu()
+        return PairPool(rows[first] - rows[second], y[first] - y[second], logit, *columns, 1.0)
+    if head.posterior is None:
+        reject("head.posterior", "none", "a head fitted here or saved with include_posterior=True")
     phi = head.feature_map(hidden.to(head.device)).double() * head.feature_map.feature_scale
-    first, second = layout.first.to(phi.device), layout.second.to(phi.device)
-    difference = (phi[first] - phi[second]).cpu()
-    factor = head.posterior.factor().cpu()
-    return PairPool(
-        difference,
-        difference @ factor.mT,
-        difference @ head.beta.cpu(),
-        layout.group,
-        layout.i,
-        layout.j,
-        head.config.resolved_amplitude / _LINK,
-    )
+    difference = (phi[first.to(phi.device)] - phi[second.to(phi.device)]).cpu()
+    whitened = difference @ head.posterior.factor().cpu().mT
+    scale = head.config.resolved_amplitude / _LINK
+    return PairPool(difference, whitened, difference @ head.beta.cpu(), *columns, scale)
 
 
 def select_pairs(

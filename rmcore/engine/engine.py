@@ -27,7 +27,7 @@ from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
 from rmcore.engine.monitor import note_scores
-from rmcore.engine.options import check_engine_options
+from rmcore.engine.options import check_engine_options, check_estimator_goes
 from rmcore.engine.overlap import run_alongside, run_alongside_async
 from rmcore.engine.routing import LearnedRouter, NeverRoute, Router, is_budgeted
 from rmcore.engine.routing.state import write_state
@@ -35,12 +35,13 @@ from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group
 from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
 from rmcore.engine.state import engine_state, load_engine_file, load_engine_state
 from rmcore.engine.steps import plan, route, score_pairs
-from rmcore.head.estimators import PairEstimator
+from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
 from rmcore.model.backbone import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.text import OverlongPolicy
+from rmcore.model.uncertainties import find_estimator
 from rmcore.ops.dispatch import Backend
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
@@ -80,8 +81,12 @@ class RewardEngine:
             ``regular:4`` or ``swiss:3``. Only these may be routed, in concat mode only these are encoded, and the
             advantages are those of least squares over them. For large K.
         uncertainty: where g, v and p̃ come from instead of the head (:mod:`rmcore.head.estimators`): the name of an
-            estimator that the model has (:meth:`RewardModel.add_estimator`), or an estimator. u is √(1 + π/8·v) then.
-            Difference mode, without a learner.
+            estimator that the model has (:meth:`RewardModel.add_estimator`), ``head``, or an estimator. u is
+            √(1 + π/8·v) then. Difference mode, without a learner. None: what the model is served with.
+        variance: which part of that variance u is made of, and with it routing, selection and filters: ``epistemic``
+            (what more data would tell), ``aleatoric`` (in the answers themselves) or ``total``, their sum. None: all
+            that the uncertainty tells by itself, which of the head is the epistemic part. Both parts are in the results
+            where both are known: URME's, and of a published model that scores attributes beside its posterior.
         learner: lets the head learn from verdicts by :meth:`update`; without one it never changes. The engine takes
             over the learner's head, and results keep their hidden rows.
         clock: of deadlines and of the seconds reported; a seam for tests.
@@ -102,6 +107,7 @@ class RewardEngine:
         novelty: bool | None = None,
         design: str = "all",
         uncertainty: str | PairEstimator | None = None,
+        variance: VarianceKind | None = None,
         learner: VerdictLearner | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -119,6 +125,7 @@ class RewardEngine:
             novelty=novelty,
             design=design,
             uncertainty=uncertainty,
+            variance=variance,
             learner=learner,
             clock=clock,
         )
@@ -146,7 +153,12 @@ class RewardEngine:
             reject("design", repr(design), "another in concat mode, where a standing takes all pairs to begin with")
         if novelty or (judge is not None and getattr(router, "by", None) == "novelty"):
             self.head.check_novelty()
-        self.estimator = None if uncertainty is None else self._estimator(uncertainty)
+        self.estimator, self.variance = self._estimator(uncertainty), variance
+        if self.estimator is not None:
+            named = f"{self.estimator.name!r}, which the model is served with," if uncertainty is None else "given"
+            check_estimator_goes("uncertainty", named, learner=learner, nonfinite=nonfinite)
+        elif variance in ("aleatoric", "total") and (self.model is None or not self.model.tells_attributes):
+            reject("variance", repr(variance), "'epistemic': the head alone tells no other part")
         self.clock: Clock = clock or SystemClock()
         self.learner = learner
         self._publishing = threading.Lock()
@@ -154,18 +166,17 @@ class RewardEngine:
             learner.check_head(self.head)
             self._serve_head_of(learner)
 
-    def _estimator(self, uncertainty: str | PairEstimator) -> PairEstimator:
+    def _estimator(self, uncertainty: str | PairEstimator | None) -> PairEstimator | None:
+        if uncertainty is None or isinstance(uncertainty, str):
+            known, default = ({}, None) if self.model is None else (self.model.estimators, self.model.uncertainty)
+            uncertainty = find_estimator(uncertainty, self.head, known, default)
+        if uncertainty is None:
+            return None
         if self.head.config.mode != "difference":
             reject("uncertainty", "given in concat mode", "None, or a model in difference mode")
         if self.model is not None and self.model.deterministic == "batch":
             reject("uncertainty", "given with deterministic='batch'", "None: estimators score all pairs together")
-        if not isinstance(uncertainty, str):
-            return uncertainty
-        known = {} if self.model is None else self.model.estimators
-        if uncertainty not in known:
-            has = ", ".join(known) or "none"
-            reject("uncertainty", repr(uncertainty), f"one that the model has: {has}", "add_estimator fits one")
-        return known[uncertainty]
+        return uncertainty
 
     # -- public verbs ------------------------------------------------------------------------------------------------
 
@@ -402,6 +413,7 @@ class RewardEngine:
             on_error=on_error,
             design=self.design,
             estimator=self.estimator,
+            variance=self.variance,
             novelty=self._may_ask and self.head.rows is not None if self.novelty is None else self.novelty,
         )
         call.kept = None if self.learner is None else []

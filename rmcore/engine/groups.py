@@ -68,6 +68,9 @@ class GroupScore:
         compared: (K, K) bool, symmetric: which pairs the engine's ``design`` compared; the others have NaN in every
             matrix. None where all were.
         shared_rows: difference mode: pairs share the responses' hidden rows, so that their v determine the covariance.
+        epistemic: symmetric, the part of the variance of a pair's logit that more data would take away; None where the
+            engine's uncertainty tells no parts.
+        aleatoric: symmetric, the part that is in the answers themselves; None likewise.
     """
 
     preference: Tensor
@@ -80,6 +83,8 @@ class GroupScore:
     response_novelty: Tensor | None = None
     compared: Tensor | None = None
     shared_rows: bool = False
+    epistemic: Tensor | None = None
+    aleatoric: Tensor | None = None
 
     @property
     def novelty(self) -> Tensor | None:
@@ -142,6 +147,7 @@ class GroupScore:
             "uncertainty": _plain(self.uncertainty),
             "logit": _plain(self.logit),
             "variance": _plain(self.variance),
+            **{name: _plain(part) for name in _PARTS if (part := getattr(self, name)) is not None},
             "routed": self.routed.tolist(),
             "decisions": [_decision_record(decision) for decision in self.decisions],
             "one_order": self.one_order,
@@ -322,6 +328,7 @@ class GroupScores(Sequence[GroupScore]):
         }
 
 
+_PARTS = ("epistemic", "aleatoric")
 _BUDGET = "budget"
 """The reason of a pair that nobody was asked about."""
 
@@ -392,6 +399,10 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
     table = PairTable(layout, torch.stack(values).double(), one_order)
     novelty = [group.response_novelty for group in groups if group.response_novelty is not None]
     table.row_novelty = torch.cat(novelty) if len(novelty) == len(groups) else None
+    for name in _PARTS:
+        own = [part for group in groups if (part := getattr(group, name)) is not None]
+        if len(own) == len(groups):
+            table.parts[name] = layout.flat(own).double()
     table.shared = all(group.shared_rows for group in groups)
     for number, group in enumerate(groups):
         for decision in group.decisions:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
 from rmcore.engine.comparisons import parse_design
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.routing import NeverRoute, Router
-from rmcore.head.estimators import PairEstimator, estimator_named
+from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.judge.base import Judge
+from rmcore.model.uncertainties import HEAD, check_uncertainty
 from rmcore.ops.dispatch import Backend, explain
 
-__all__ = ["check_engine_options"]
+__all__ = ["check_engine_options", "check_estimator_goes"]
 
 
 def check_engine_options(
@@ -30,6 +31,7 @@ def check_engine_options(
     novelty: bool | None = None,
     design: str = "all",
     uncertainty: str | PairEstimator | None = None,
+    variance: VarianceKind | None = None,
     learner: VerdictLearner | None = None,
     clock: Clock | None = None,
 ) -> None:
@@ -65,16 +67,23 @@ def check_engine_options(
     if novelty is False and getattr(router, "by", None) == "novelty":
         reject("novelty", "False", "True or None, since the router goes by it")
     parse_design(design)
-    if uncertainty is not None:
-        if isinstance(uncertainty, str):
-            estimator_named(uncertainty)
-        elif not callable(getattr(uncertainty, "pairs", None)):
-            reject("uncertainty", type(uncertainty).__name__, "an estimator's name, an object with pairs, or None")
-        if learner is not None:
-            reject("uncertainty", "given beside a learner", "None, since what learns is the head")
-        if nonfinite == "route":
-            reject("uncertainty", "given with nonfinite='route'", "'raise': estimators take finite rows only")
+    if isinstance(uncertainty, str):
+        check_uncertainty(uncertainty)
+    elif uncertainty is not None and not callable(getattr(uncertainty, "pairs", None)):
+        reject("uncertainty", type(uncertainty).__name__, "an estimator's name, an object with pairs, or None")
+    if variance is not None and variance not in get_args(VarianceKind):
+        reject("variance", repr(variance), "'epistemic', 'aleatoric' or 'total', or None")
+    if uncertainty is not None and uncertainty != HEAD:
+        check_estimator_goes("uncertainty", "given", learner=learner, nonfinite=nonfinite)
     if learner is not None and not isinstance(learner, VerdictLearner):
         reject("learner", type(learner).__name__, "a VerdictLearner, or None")
     if clock is not None and not callable(getattr(clock, "now", None)):
         reject("clock", type(clock).__name__, "an object with now, wall and sleep")
+
+
+def check_estimator_goes(name: str, got: str, *, learner: VerdictLearner | None, nonfinite: str) -> None:
+    """Raise InputError where an estimator cannot stand in the head's place."""
+    if learner is not None:
+        reject(name, f"{got} beside a learner", "None, since what learns is the head")
+    if nonfinite == "route":
+        reject(name, f"{got} with nonfinite='route'", "'raise': estimators take finite rows only")

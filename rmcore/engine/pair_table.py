@@ -66,6 +66,8 @@ class PairTable:
         silent: known on the host: ``signal`` has something else than ``PRESENT``.
         row_novelty: (ΣK,) float64 on the head's device, each response's distance from the training data
             (:mod:`rmcore.head.rows`), NaN where it has none; None where the head was not asked, or knows of none.
+        parts: (Q,) float64 on the head's device by name: ``epistemic`` and ``aleatoric`` variance of a pair's logit, as
+            far as they are told apart.
         shared: difference mode: v is the variance of a difference of two rows' scores, which a group's pairs share.
     """
 
@@ -79,6 +81,7 @@ class PairTable:
         self.verdicts: dict[int, Verdict] = {}
         self.complete = self.silent = False
         self.row_novelty: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
         self.shared = False
 
     def __len__(self) -> int:
@@ -138,6 +141,8 @@ class PairTable:
         result.silent = any(table.silent for table in tables)
         known = [table.row_novelty for table in tables if table.row_novelty is not None]
         result.row_novelty = torch.cat(known) if len(known) == len(tables) else None
+        named = set.intersection(*(set(table.parts) for table in tables))
+        result.parts = {name: torch.cat([table.parts[name] for table in tables]) for name in sorted(named)}
         result.shared = all(table.shared for table in tables)
         start = 0
         for table in tables:
@@ -156,6 +161,7 @@ class PairTable:
             layout = PartialLayout(sizes, [self.layout.edges[k] for k in keep.nonzero()[:, 0].tolist()])
         table = PairTable(layout, self.values[:, pairs.to(self.values.device)], self.one_order)
         table.shared = self.shared
+        table.parts = {name: part[pairs.to(part.device)] for name, part in self.parts.items()}
         if self.row_novelty is not None:
             rows = torch.repeat_interleave(keep, self.layout.sizes)
             table.row_novelty = self.row_novelty[rows.to(self.row_novelty.device)]
@@ -163,7 +169,9 @@ class PairTable:
 
     def narrowed(self, layout: PartialLayout) -> PairTable:
         """A table of all pairs that has not been routed yet, with some pairs only."""
-        table = PairTable(layout, self.values[:, layout.among_all().to(self.values.device)], self.one_order)
+        left = layout.among_all().to(self.values.device)
+        table = PairTable(layout, self.values[:, left], self.one_order)
+        table.parts = {name: part[left] for name, part in self.parts.items()}
         table.complete, table.row_novelty, table.shared = self.complete, self.row_novelty, self.shared
         return table
 
@@ -214,6 +222,7 @@ class PairTable:
         self.state[same] = PairState.IDENTICAL
         decided = self.values.new_tensor([0.0, 0.0, 1.0, 0.0])[:, None]
         self.values = torch.where(same.to(self.values.device), decided, self.values)
+        self.parts = {name: part.masked_fill(same.to(part.device), 0.0) for name, part in self.parts.items()}
 
     def silence(self, signal: Tensor) -> None:
         """Take back what the head says of pairs whose inputs tell nothing: p̃ becomes NaN and u Inf.
@@ -231,6 +240,7 @@ class PairTable:
         self.signal = torch.where(self.state == PairState.IDENTICAL, int(PairSignal.PRESENT), signal)
         told = self.values.new_tensor([torch.nan, torch.nan, torch.inf, torch.nan])[:, None]
         self.values = torch.where(unread.to(self.values.device), told, self.values)
+        self.parts = {name: part.masked_fill(unread.to(part.device), torch.nan) for name, part in self.parts.items()}
         silent = (self.signal != PairSignal.PRESENT).to(self.values.device)
         self.values[2:] = torch.where(silent, told[2:], self.values[2:])
 
@@ -310,7 +320,7 @@ class PairTable:
             "logit": (g, -1, 0.0),
             "variance": (v, 1, 0.0),
             "routed": (self.routed, 1, False),
-        }
+        } | {name: (part.cpu(), 1, 0.0) for name, part in self.parts.items()}
         for block in self.layout.blocks:
             made = [squares(column, block, sign=sign, diagonal=own) for column, sign, own in columns.values()]
             for number, *of_group in zip(block.groups.tolist(), *made, strict=True):

@@ -24,7 +24,7 @@ from rmcore.engine.overlap import StoppedError
 from rmcore.engine.pair_table import PairTable
 from rmcore.engine.routing import Candidates, Reservation
 from rmcore.engine.usage import Overlap, Span, tally_by_judge
-from rmcore.head.estimators import PairEstimator
+from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import all_finite, check_finite
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
@@ -157,6 +157,8 @@ class ScoreCall:
     """Which pairs of a group are compared."""
     estimator: PairEstimator | None = None
     """What scores pairs in the head's place."""
+    variance: VarianceKind | None = None
+    """Which part of the variance u is made of."""
     novelty: bool = False
     """Whether the head is asked how far each response is from its training data."""
     prompts: Sequence[Prompt] | None = None
@@ -375,8 +377,9 @@ class ScoreCall:
                 mask = torch.tensor(unread, device=table.row_novelty.device)
                 table.row_novelty = table.row_novelty.masked_fill(mask, torch.nan)
         elif self.responses is not None and mode == "difference":
-            # Hidden rows from elsewhere: v = ‖U(φ_i − φ_j)‖² is 0 where they are equal.
-            signal = (table.variance == 0).cpu().to(torch.uint8) * int(PairSignal.EQUAL_INPUTS)
+            # Hidden rows from elsewhere: v = ‖U(φ_i − φ_j)‖² is 0 where they are equal; answers' own spread is not.
+            nothing = table.logit == 0 if "aleatoric" in table.parts else table.variance == 0
+            signal = nothing.cpu().to(torch.uint8) * int(PairSignal.EQUAL_INPUTS)
         else:
             return
         table.silence(signal)

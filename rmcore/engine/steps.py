@@ -17,11 +17,12 @@ from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import Candidates, Router, is_budgeted
 from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
 from rmcore.head.apart import pairs_apart, rows_apart
-from rmcore.head.estimators import PairEstimator
+from rmcore.head.estimators import PairEstimate, PairEstimator, of_kind
 from rmcore.head.frozen import PairScores
 from rmcore.head.posterior import check_finite
 from rmcore.model.error_prior import row_distance
 from rmcore.model.signal import PairSignal, fill_unread
+from rmcore.model.uncertainties import HEAD, head_estimate, told_apart
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout, PartialLayout
 
@@ -53,7 +54,7 @@ def plan(call: ScoreCall, *, overlap: bool, tokens: int | None) -> list[MicroBat
 
 def score_pairs(call: ScoreCall, batch: MicroBatch, sketch: Tensor | None = None) -> ScoredPart:
     """A micro-batch's pairs as the head sees them, with their distance from ``sketch`` where a router wants that."""
-    hidden, groups = _hidden_rows(call, batch), list(range(batch.first, batch.stop))
+    (hidden, noise), groups = _hidden_rows(call, batch), list(range(batch.first, batch.stop))
     contain = call.on_error == "return" and call.nonfinite == "raise"
     try:
         if contain:
@@ -63,7 +64,8 @@ def score_pairs(call: ScoreCall, batch: MicroBatch, sketch: Tensor | None = None
             check_finite(hidden)  # the head looks at the pairs, and the row of a group of one is in none
         hidden = hidden.to(call.head.device)
         with call.time("head"):
-            table = _table(call, hidden, layout, "keep" if contain or call.nonfinite == "route" else "raise")
+            own = None if noise is None else torch.cat([noise[k - batch.first] for k in groups])
+            table = _table(call, hidden, layout, "keep" if contain or call.nonfinite == "route" else "raise", own)
     except NonFiniteError as error:
         raise _renumbered(error, batch) from None
     if contain:
@@ -93,47 +95,81 @@ def _columns(call: ScoreCall, part: ScoredPart, rows: Tensor) -> dict[str, Tenso
     return columns
 
 
-def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> Tensor:
-    """The hidden rows of a micro-batch, as they come from the caller or the backbone."""
+def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> tuple[Tensor, list[Tensor] | None]:
+    """The hidden rows of a micro-batch, from the caller or the backbone, and the answers' own variance, a group each.
+
+    The latter of a published model of several attributes whose head is asked; else None.
+    """
     if call.hidden is not None:
-        return call.hidden
+        return call.hidden, None
     assert call.model is not None
     with call.time("backbone"):
         groups = call.encoded[batch.first : batch.stop]
-        hidden = call.model.hidden_rows(groups, progress=call.encoding_progress(batch), stats=call.encoding)
+        progress = call.encoding_progress(batch)
+        if call.estimator is None and call.model.tells_attributes:
+            hidden, said = call.model.hidden_rows_and_attributes(groups, progress=progress, stats=call.encoding)
+        else:
+            hidden, said = call.model.hidden_rows(groups, progress=progress, stats=call.encoding), None
         hidden = fill_unread(hidden, groups)
         if hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()  # or its time would count as the head's
-    return hidden
+    noise = None if said is None else said.score_variance
+    return hidden, None if noise is None else list(noise.split([len(group) for group in groups]))
 
 
-def _table(call: ScoreCall, hidden: Tensor, layout: PairLayout, nonfinite: Literal["raise", "keep"]) -> PairTable:
+def _table(
+    call: ScoreCall,
+    hidden: Tensor,
+    layout: PairLayout,
+    nonfinite: Literal["raise", "keep"],
+    noise: Tensor | None = None,
+) -> PairTable:
     head, backend = call.head, call.backend
     apart = call.model is not None and call.model.deterministic == "batch"
     if head.config.mode == "difference":
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
+        found: PairEstimate | None = None
         if call.estimator is not None:
-            pairs = _estimated(call, call.estimator, hidden, layout)
+            pairs, found = _estimated(call, call.estimator, hidden, layout)
         else:
             pairs = score_pairs(
                 hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
             )
+        if call.estimator is None and noise is not None:
+            found = head_estimate(head, pairs.logit, pairs.variance, layout.sizes, noise)
+            if call.variance in ("aleatoric", "total"):
+                pairs = _with_columns(of_kind(found, call.variance, "epistemic", HEAD), pairs)
         table = PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
+        table.parts = {name: part.to(hidden.device) for name, part in told_apart(found).items()}
         return table if call.design == "all" else table.narrowed(_compared(call, table))
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)
     return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
 
 
-def _estimated(call: ScoreCall, estimator: PairEstimator, hidden: Tensor, layout: PairLayout) -> PairScores:
+def _estimated(
+    call: ScoreCall, estimator: PairEstimator, hidden: Tensor, layout: PairLayout
+) -> tuple[PairScores, PairEstimate]:
     """An estimator's pairs, on the head's device; novelty is the head's all the same."""
     found = estimator.pairs(hidden.cpu(), layout.sizes)
-    u = reference.uncertainty(found.variance, reference.mean_field_amplitude())
-    columns = (found.logit, found.variance, u, found.preference)
-    scores = PairScores(*(column.to(hidden.device) for column in columns))
+    if call.variance is not None:
+        found = of_kind(found, call.variance, estimator.kind, estimator.name)
+    scores = _with_columns(found, device=hidden.device)
     if call.novelty:
         scores.row_novelty = call.head.novelty(hidden, backend=call.backend).double()
         scores.novelty = reference.pair_novelty(scores.row_novelty, layout.first, layout.second)
+    return scores, found
+
+
+def _with_columns(
+    found: PairEstimate, novelty_of: PairScores | None = None, device: torch.device | None = None
+) -> PairScores:
+    """An estimate as the four columns that a table wants, with another's novelty."""
+    u = reference.uncertainty(found.variance, reference.mean_field_amplitude())
+    columns = (found.logit, found.variance, u, found.preference)
+    scores = PairScores(*(column if device is None else column.to(device) for column in columns))
+    if novelty_of is not None:
+        scores.novelty, scores.row_novelty = novelty_of.novelty, novelty_of.row_novelty
     return scores
 
 

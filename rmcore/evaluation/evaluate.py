@@ -37,11 +37,14 @@ from rmcore.evaluation.statistics import (
 )
 from rmcore.evaluation.streams import StreamPair
 from rmcore.head.apart import pairs_apart, rows_apart
+from rmcore.head.estimators import PairEstimate, PairEstimator, VarianceKind, of_kind
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import Progress, encode_pair
 from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
+from rmcore.model.uncertainties import HEAD, head_estimate
+from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout
 
 __all__ = ["PairStates", "encode_pairs", "evaluate_head", "evaluate_pairs", "recorded_preference", "scored_pairs"]
@@ -58,11 +61,14 @@ class PairStates:
         tokens: (N, 2) content tokens of the two texts encoded.
         silent: (N,) bool, True where the inputs tell nothing (:mod:`rmcore.model.signal`): two different responses
             whose texts are equal, or an unread one. Default: nowhere.
+        noise: (N, 2) the variance that a published model of several attributes sees in each response itself, NaN where
+            it is unread; None for all others.
     """
 
     hidden: Tensor
     tokens: Tensor
     silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.silent):
@@ -70,7 +76,8 @@ class PairStates:
 
     def __getitem__(self, index: Tensor | Sequence[int]) -> PairStates:
         rows = torch.as_tensor(index, dtype=torch.long)
-        return PairStates(self.hidden[rows], self.tokens[rows], self.silent[rows])
+        noise = None if self.noise is None else self.noise[rows]
+        return PairStates(self.hidden[rows], self.tokens[rows], self.silent[rows], noise)
 
 
 def encode_pairs(
@@ -87,9 +94,16 @@ def encode_pairs(
         except InputError as error:
             raise InputError(f"pairs[{k}]: {error}") from error
     note = None if progress is None else (lambda done, total: progress("encoding", done, total))
-    hidden = fill_unread(backbone.hidden(texts, progress=note), [texts[k : k + 2] for k in range(0, len(texts), 2)])
+    rows, said = backbone.hidden_and_attributes(texts, progress=note)
+    hidden = fill_unread(rows, [texts[k : k + 2] for k in range(0, len(texts), 2)])
+    noise = None if said is None or mode != "difference" else said.score_variance
     tokens = torch.tensor([text.content_tokens for text in texts], dtype=torch.float64)
-    return PairStates(hidden.view(len(pairs), 2, -1), tokens.view(-1, 2), torch.tensor(silent, dtype=torch.bool))
+    return PairStates(
+        hidden.view(len(pairs), 2, -1),
+        tokens.view(-1, 2),
+        torch.tensor(silent, dtype=torch.bool),
+        None if noise is None else noise.view(-1, 2),
+    )
 
 
 def _equal(pair: StreamPair, texts: Sequence[EncodedText]) -> bool:
@@ -135,13 +149,25 @@ def scored_pairs(
     train: Tensor | None = None,
     judge: Sequence[float] | None = None,
     apart: bool = False,
+    uncertainty: PairEstimator | None = None,
+    variance: VarianceKind | None = None,
 ) -> ScoredPairs:
     """What a head says of labelled pairs, with the controls; arguments as of :func:`evaluate_head`.
 
-    ``apart`` calls the head a pair at a time, so that no bit of a pair's score depends on the others.
+    ``apart`` calls the head a pair at a time, so that no bit of a pair's score depends on the others. ``uncertainty``
+    is an estimator that says it in the head's place, ``variance`` which part of it.
+
+    Raises InputError for a part that is not told, and for either in concat mode.
     """
-    count = len(pairs)
-    if head.config.mode == "difference":
+    count, served = len(pairs), None
+    if uncertainty is not None or variance in ("aleatoric", "total"):
+        if head.config.mode != "difference" or apart:
+            reject("uncertainty", "given in concat mode, or with apart", "the head's own")
+        found = _estimated(head, states, uncertainty, variance)
+        g, u = found.logit, reference.uncertainty(found.variance, reference.mean_field_amplitude())
+        novelty = _as_seen(head, states)
+        served = torch.sigmoid(found.preference).clamp(_TINY, 1 - _TINY)
+    elif head.config.mode == "difference":
         sizes = torch.full((count,), 2, dtype=torch.int64)
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
         scores = score_pairs(states.hidden.flatten(0, 1), sizes, novelty=head.rows is not None)
@@ -156,6 +182,7 @@ def scored_pairs(
         silent = states.silent.to(u.device)
         g, u = g.masked_fill(silent, 0.0), _as_the_most(u, silent)
         novelty = None if novelty is None else _as_the_most(novelty, silent)
+        served = None if served is None else served.masked_fill(silent, 0.5)
     labels = np.array([pair.label for pair in pairs])
     decided = np.where(labels == 0.5, 0.0, np.sign(labels - 0.5))
     clusters = {key: k for k, key in enumerate(dict.fromkeys(str(pair.prompt) for pair in pairs))}
@@ -165,9 +192,32 @@ def scored_pairs(
         uncertainty=u.cpu().numpy(),
         cluster=np.array([clusters[str(pair.prompt)] for pair in pairs]),
         judge=decided if judge is None else np.asarray(judge, dtype=np.float64),
+        probability=None if served is None else served.cpu().numpy(),
         controls=_controls(states, train, head.config.mode),
         novelty=None if novelty is None else novelty.cpu().numpy(),
     )
+
+
+_TINY = float(np.finfo(np.float64).eps)  # σ may round to 0 or 1, of which no log-odds are left
+
+
+def _estimated(
+    head: FrozenHead, states: PairStates, estimator: PairEstimator | None, kind: VarianceKind | None
+) -> PairEstimate:
+    rows, sizes = states.hidden.flatten(0, 1), torch.full((len(states.hidden),), 2, dtype=torch.int64)
+    if estimator is not None:
+        found = estimator.pairs(rows.cpu(), sizes)
+        return found if kind is None else of_kind(found, kind, estimator.kind, estimator.name)
+    scores = head.score_pairs(rows, sizes)
+    noise = None if states.noise is None else states.noise.flatten().nan_to_num()  # unread ones are silent
+    found = head_estimate(head, scores.logit.cpu(), scores.variance.cpu(), sizes, noise)
+    return found if kind is None else of_kind(found, kind, "epistemic", HEAD)
+
+
+def _as_seen(head: FrozenHead, states: PairStates) -> Tensor | None:
+    if head.rows is None:
+        return None
+    return head.novelty(states.hidden.flatten(0, 1)).double().view(-1, 2).mean(1).cpu()
 
 
 def _as_the_most(score: Tensor, silent: Tensor) -> Tensor:

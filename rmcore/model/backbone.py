@@ -613,11 +613,20 @@ class Backbone:
         """
         return self._narrow(self._rows(texts, progress, stats), texts)
 
+    @property
+    def tells_spread(self) -> bool:
+        """Whether it is a published model that gives attributes with a spread (:meth:`hidden_and_attributes`)."""
+        return self.published is not None and self.published.head.spec.attributes != "outputs"
+
     def hidden_and_attributes(
-        self, texts: Sequence[EncodedText], *, progress: Callable[[int, int], None] | None = None
+        self,
+        texts: Sequence[EncodedText],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        stats: EncodingStats | None = None,
     ) -> tuple[Tensor, AttributeScores | None]:
         """:meth:`hidden`, and of the same forward passes the attributes of a reward model that has several."""
-        rows = self._rows(texts, progress, None)
+        rows = self._rows(texts, progress, stats)
         hidden = self._narrow(rows, texts)
         if self.published is None:
             return hidden, None

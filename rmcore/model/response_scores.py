@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,9 @@ class ResponseScores:
         position_bias: concat mode with both orders: (K, K) symmetric, logits, what is added to the preference for
             whichever response is shown first, (p_ij + p_ji)/2: the two orders contradict each other where it is larger
             than the preference. NaN where there is none. None in difference mode, and for one order.
+        epistemic: (K, K) symmetric, the part of the variance of a pair's logit that more data would take away, as far
+            as the model tells parts; None where it tells none. With the default amplitude it is ``variance``.
+        aleatoric: (K, K) symmetric, the part that is in the answers themselves; None likewise.
     """
 
     preference: Tensor
@@ -48,6 +51,8 @@ class ResponseScores:
     scores: Tensor | None = None
     attributes: AttributeScores | None = None
     position_bias: Tensor | None = None
+    epistemic: Tensor | None = None
+    aleatoric: Tensor | None = None
 
     @property
     def rewards(self) -> Tensor:
@@ -96,6 +101,8 @@ def pair_squares(
     scores: Tensor | None = None,
     ranked: bool = False,
     attributes: AttributeScores | None = None,
+    preference: Tensor | None = None,
+    parts: Mapping[str, Tensor] | None = None,
 ) -> list[ResponseScores]:
     """One result a group from the head's flat pairs, all groups of equal K at once.
 
@@ -112,6 +119,8 @@ def pair_squares(
         ranked: a model of pairs whose authors give a response the mean over its group of what it has against each, in
             both orders: LLM-Blender's ``rank``.
         attributes: of the same.
+        preference: (Q,) p̃ of an estimator that makes its own; None for g / u.
+        parts: (Q,) ``epistemic`` and ``aleatoric`` variance, those that are known.
     """
     layout = PairLayout([len(group) for group in responses])
     kind: PairMode = "concat" if mode == "concat" else "difference"
@@ -122,7 +131,7 @@ def pair_squares(
     same = _equal_texts(responses, layout)
     g, v = g.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
     u = reference.uncertainty(v, amplitude)
-    p = reference.preference(g, u)
+    p = reference.preference(g, u) if preference is None else preference.double().cpu()[None].masked_fill(same, 0.0)
     bias = p.mean(0) if ordered else None
     g, p = (reference.mean_of_orders(x[0], x[1], mean) if ordered else x[0] for x in (g, p))
     v, u = (x.mean(0) for x in (v, u))
@@ -132,10 +141,12 @@ def pair_squares(
     silent = unread | ((signal == PairSignal.EQUAL_INPUTS) & ~same)
     p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
     g, v = g.masked_fill(unread, torch.nan), v.masked_fill(unread, torch.nan)
+    told = {name: part.double().cpu().masked_fill(same, 0.0) for name, part in (parts or {}).items()}
+    told = {name: part.masked_fill(unread, torch.nan) for name, part in told.items()}
     own = _by_group(scores, encoded)
-    parts: list[AttributeScores | None] = [None] * len(encoded)
+    by_attribute: list[AttributeScores | None] = [None] * len(encoded)
     if attributes is not None:
-        parts[:] = attributes.split([len(group) for group in encoded])
+        by_attribute[:] = attributes.split([len(group) for group in encoded])
     bias = None if bias is None else bias.masked_fill(silent, torch.nan)
     result: dict[int, ResponseScores] = {}
     for block in layout.blocks:
@@ -146,9 +157,13 @@ def pair_squares(
             squares(v, block, sign=1),
         ]
         biases = [None] * len(block.groups) if bias is None else squares(bias, block, sign=1)
-        for group, p_of, u_of, g_of, v_of, b_of in zip(block.groups.tolist(), *columns, biases, strict=True):
+        spread = {name: squares(part, block, sign=1) for name, part in told.items()}
+        for k, (group, p_of, u_of, g_of, v_of, b_of) in enumerate(
+            zip(block.groups.tolist(), *columns, biases, strict=True)
+        ):
             alone = 2 * g_of.mean(1) if ranked else own[group]
-            result[group] = ResponseScores(p_of, u_of, g_of, v_of, alone, parts[group], b_of)
+            more = {name: part[k] for name, part in spread.items()}
+            result[group] = ResponseScores(p_of, u_of, g_of, v_of, alone, by_attribute[group], b_of, **more)
     return [result[group] for group in range(len(responses))]
 
 

@@ -29,7 +29,15 @@ from rmcore.head import checkpoint
 from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.config import HeadConfig, PairMode
-from rmcore.head.estimators import PairEstimator, estimator_named, read_estimators, write_estimators
+from rmcore.head.estimators import (
+    URM,
+    URME,
+    PairEstimator,
+    VarianceKind,
+    estimator_named,
+    read_estimators,
+    write_estimators,
+)
 from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.ranks import Ranks, working
@@ -53,8 +61,10 @@ from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.signal import fill_unread, training_signal
 from rmcore.model.text import EncodedText, OverlongPolicy, TextLimit
+from rmcore.model.uncertainties import estimate_pairs, find_estimator, head_estimate, told_apart
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
+from rmcore.ops.reference import mean_field_amplitude
 
 __all__ = [
     "Preference",
@@ -94,9 +104,11 @@ class RewardModel:
 
     Attributes:
         estimators: other uncertainties fitted for the same backbone, by name (:meth:`add_estimator`); saved with it.
+        uncertainty: which of them the model is served with where nobody says; None: its head's. Saved with it.
     """
 
     error_prior: ErrorPrior | None = None
+    uncertainty: str | None = None
 
     def __init__(self, backbone: Backbone, head: FrozenHead, error_prior: ErrorPrior | None = None) -> None:
         if head.config.hidden_size != backbone.hidden_size:
@@ -234,6 +246,8 @@ class RewardModel:
         backend: Backend = "auto",
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
+        uncertainty: str | None = None,
+        variance: VarianceKind | None = None,
         progress: Progress | None = None,
     ) -> ResponseScores: ...
     @overload
@@ -246,6 +260,8 @@ class RewardModel:
         backend: Backend = "auto",
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
+        uncertainty: str | None = None,
+        variance: VarianceKind | None = None,
         progress: Progress | None = None,
     ) -> list[ResponseScores]: ...
     def score(
@@ -257,6 +273,8 @@ class RewardModel:
         backend: Backend = "auto",
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
+        uncertainty: str | None = None,
+        variance: VarianceKind | None = None,
         progress: Progress | None = None,
     ) -> ResponseScores | list[ResponseScores]:
         """Score responses with the model alone: rewards, and a preference and an uncertainty for every pair.
@@ -271,6 +289,10 @@ class RewardModel:
             backend: of the head's kernels.
             max_length: most tokens of a text in this call; None is the backbone's own limit.
             overlong: what happens to longer ones (:data:`~rmcore.model.text.OverlongPolicy`); None is the backbone's.
+            uncertainty: whose g, v and p̃: ``head``, or an estimator that the model has (difference mode). None: what
+                the model is served with (:attr:`uncertainty`).
+            variance: ``epistemic``, ``aleatoric`` or ``total``: which of it u is made of; None: all that it tells by
+                itself, which of the head is the epistemic part.
             progress: called with ("encoding", tokens done, tokens in all).
 
         Returns:
@@ -294,6 +316,8 @@ class RewardModel:
                 backend=backend,
                 max_length=max_length,
                 overlong=overlong,
+                uncertainty=uncertainty,
+                variance=variance,
                 progress=progress,
             )[0]
         if orders not in ("both", "one"):
@@ -305,7 +329,8 @@ class RewardModel:
         texts = [text for group in encoded for text in group]
         hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
         hidden = fill_unread(hidden, encoded)
-        return self.scores_of(hidden, encoded, groups, orders=orders, backend=backend, attributes=attributes)
+        how: dict[str, Any] = {"orders": orders, "backend": backend, "uncertainty": uncertainty, "variance": variance}
+        return self.scores_of(hidden, encoded, groups, attributes=attributes, **how)
 
     def scores_of(
         self,
@@ -315,6 +340,8 @@ class RewardModel:
         *,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
+        uncertainty: str | None = None,
+        variance: VarianceKind | None = None,
         pairs: tuple[Tensor, Tensor] | None = None,
         attributes: AttributeScores | None = None,
     ) -> list[ResponseScores]:
@@ -326,26 +353,47 @@ class RewardModel:
             responses: the groups' responses.
             orders: as in :meth:`score`.
             backend: of the head's kernels.
-            pairs: g and v (Q,) of another estimator of uncertainty on the same rows, in the order in which the head
-                gives them: pairs i < j in difference mode, a value a row in concat mode. None: the head's own.
+            uncertainty: as in :meth:`score`, as is the next.
+            variance: which part of it.
+            pairs: g and v (Q,) of something else on the same rows, in the order in which the head gives them: pairs
+                i < j in difference mode, a value a row in concat mode.
             attributes: of a published reward model that scores several, for all rows.
         """
         sizes = torch.tensor([len(group) for group in responses])
-        if pairs is None:
-            pairs = self.head_pairs(hidden, sizes, backend=backend)
+        estimator = None if pairs is not None else self.estimator_named(uncertainty)
+        shape: dict[str, Any] = {
+            "ordered": self.mode == "concat" and orders == "both",
+            "mean": self.head.config.order_mean,
+            "ranked": self.backbone.ranked and orders == "both",
+        }
         scores = self.row_scores(hidden) if self.mode == "difference" else None
-        return pair_squares(
-            *pairs,
-            responses,
-            self.head.weights.amplitude,
-            encoded,
-            self.mode,
-            ordered=self.mode == "concat" and orders == "both",
-            mean=self.head.config.order_mean,
-            scores=scores,
-            ranked=self.backbone.ranked and orders == "both",
-            attributes=attributes,
-        )
+        if isinstance(estimator, (URM, URME)):
+            scores, attributes = estimator.rewards(hidden.cpu()), estimator.attributes(hidden.cpu())
+        if self.mode == "concat" and variance not in (None, "epistemic"):
+            reject("variance", repr(variance), "'epistemic' in concat mode, where answers have no spread of their own")
+        shape["attributes"] = attributes
+        if pairs is not None or (estimator is None and variance in (None, "epistemic")):
+            g, v = self.head_pairs(hidden, sizes, backend=backend) if pairs is None else pairs
+            told = None
+            if attributes is not None and self.mode == "difference" and pairs is None:
+                told = head_estimate(self.head, g, v, sizes, attributes.score_variance)
+            amplitude = self.head.weights.amplitude
+            shape["parts"] = told_apart(told)
+            return pair_squares(g, v, responses, amplitude, encoded, self.mode, scores=scores, **shape)
+        found = estimate_pairs(self, hidden, sizes, estimator, variance=variance, attributes=attributes)
+        shape |= {"preference": found.preference, "parts": told_apart(found)}
+        amplitude = mean_field_amplitude()
+        return pair_squares(*found[:2], responses, amplitude, encoded, self.mode, scores=scores, **shape)
+
+    def estimator_named(self, uncertainty: str | None = None) -> PairEstimator | None:
+        """The estimator of a name, or what the model is served with; None for the head itself.
+
+        Raises InputError for one that the model has not, and for any beside the head in concat mode.
+        """
+        found = find_estimator(uncertainty, self.head, self.estimators, self.uncertainty)
+        if found is not None and self.mode != "difference":
+            reject("uncertainty", f"{found.name!r} in concat mode", "'head', or a model in difference mode")
+        return found
 
     def head_pairs(self, hidden: Tensor, sizes: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
         """The head's g and v (Q,): of all pairs i < j of groups of ``sizes`` rows, or in concat mode of each row."""
@@ -454,6 +502,22 @@ class RewardModel:
         """
         return self.backbone.hidden([t for group in groups for t in group], progress=_tokens(progress), stats=stats)
 
+    def hidden_rows_and_attributes(
+        self,
+        groups: Sequence[Sequence[EncodedText]],
+        *,
+        progress: Progress | None = None,
+        stats: EncodingStats | None = None,
+    ) -> tuple[Tensor, AttributeScores | None]:
+        """:meth:`hidden_rows`, and of the same passes the attributes of a published model that scores several."""
+        texts = [t for group in groups for t in group]
+        return self.backbone.hidden_and_attributes(texts, progress=_tokens(progress), stats=stats)
+
+    @property
+    def tells_attributes(self) -> bool:
+        """Whether the body is a published model of several attributes whose spread is known (difference mode)."""
+        return self.mode == "difference" and self.backbone.tells_spread
+
     def hidden_states(
         self,
         prompts: Sequence[Prompt],
@@ -521,6 +585,9 @@ class RewardModel:
             values["error_prior"] = write_error_prior(self.error_prior, folder)
         if self.estimators:
             values["estimators"] = write_estimators(self.estimators, folder)
+        if self.uncertainty is not None:
+            self.estimator_named()
+            values["uncertainty"] = self.uncertainty
         checkpoint.write_config(folder, values)
 
     def push_to_hub(
@@ -652,11 +719,13 @@ class RewardModel:
         prior = None if known is None else read_error_prior(folder, known, head.config.hidden_size)
         try:
             beside = read_estimators(folder, values.get("estimators", {}))
-        except (InputError, AttributeError) as error:
+            default = values.get("uncertainty")
+            find_estimator(default, head, beside)
+        except (InputError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{name}: got an estimators section that does not fit ({error})") from error
         if backbone is not None:
             model = cls(backbone, head, prior)
-            model.estimators = beside
+            model.estimators, model.uncertainty = beside, default
             checkpoint.check_digest(folder, values)
             return model
         try:
@@ -680,7 +749,7 @@ class RewardModel:
                     loaded.config.date,
                 )
             model = cls(loaded, head, prior)
-            model.estimators = beside
+            model.estimators, model.uncertainty = beside, default
             checkpoint.check_digest(folder, values)
             return model
         except (InputError, KeyError, TypeError) as error:

@@ -179,10 +179,10 @@ def test_estimators_beside_the_heads_own(
     assert "| wide | u |" in (tmp_path / "one" / "detection.md").read_text()
     for more, told in (
         (
-            ("--estimator", "oracle"),
-            f"--estimator: got 'oracle', expected each once, of {', '.join(ESTIMATORS)}",
+            ("--uncertainty", "oracle"),
+            f"--uncertainty: got 'oracle', expected each once, of {', '.join(ESTIMATORS)}",
         ),
-        (("--estimator", "wide,wide"), "--estimator: got 'wide,wide'"),
+        (("--estimator", "wide,wide"), "--uncertainty: got 'wide,wide'"),
         (("--estimator", "head,wide", "--budgets", 0.1), "got 2 estimators, expected one, for a routing table"),
     ):
         refused = call("benchmark", "no model", "judgebench", "--data", data, *more)

@@ -15,7 +15,10 @@ from rmcore.engine.acquisition import Acquisition
 from rmcore.engine.routing import LearnedScore, RankBy
 from rmcore.engine.routing.risk_bounds import RiskMethod
 from rmcore.evaluation.benchmarks.routing import RouteBy
+from rmcore.head.attributes import GateConfig
+from rmcore.head.attributes.fit import Objective
 from rmcore.head.config import PairMode
+from rmcore.head.estimators import VarianceKind
 from rmcore.integrations.server.settings import Baseline
 from rmcore.judge.labelling import Keep
 from rmcore.judge.orders import Orders
@@ -25,6 +28,7 @@ from rmcore.model.backbone import Deterministic
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.remote import ServerKind
 from rmcore.model.text import OverlongPolicy
+from rmcore.model.uncertainties import UNCERTAINTIES
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.reference import Likelihood
 from rmcore.ops.weights import SERVING_DTYPES
@@ -67,6 +71,13 @@ CHOICES = {
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ASKING},
     **{(name, "judge_output"): typing.get_args(Output) for name in ASKING},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ASKING},
+    **{(name, "uncertainty"): UNCERTAINTIES for name in ("score", "serve", "best-of", "filter", "evaluate", "select")},
+    **{
+        (name, "variance"): typing.get_args(VarianceKind)
+        for name in ("score", "serve", "best-of", "filter", "evaluate", "benchmark")
+    },
+    ("train", "objective"): tuple(word for word in typing.get_args(Objective) if word != "pinball"),  # of quantiles
+    ("train", "gate"): (*typing.get_args(typing.get_type_hints(GateConfig)["kind"]), "none"),
     ("evaluate", "risk_method"): typing.get_args(RiskMethod),
     ("label", "hard"): typing.get_args(Keep),
     ("label", "one_order"): typing.get_args(Keep),

@@ -58,7 +58,7 @@ def test_a_router_goes_by_it_and_bad_groups_are_left_out(data, estimators, hand_
     ).sqrt()
     assert scores.table.routed.tolist() == (u > 1.5).tolist() == [False, True, True]
     assert engine.score(["q"], texts[1:], on_error="return").outcomes()[0] is not None
-    with pytest.raises(InputError, match="that the model has: laplace"):
+    with pytest.raises(InputError, match="that the model has: head, laplace"):
         RewardEngine(model, uncertainty="ensemble")
 
 
@@ -72,7 +72,7 @@ def test_what_does_not_go_with_it_is_refused(estimators, hand_head, scripted_jud
         check_engine_options(uncertainty=3)
     with pytest.raises(InputError, match="finite rows"):
         check_engine_options(scripted_judge(lambda pair: Verdict.of("win")), uncertainty=laplace, nonfinite="route")
-    with pytest.raises(InputError, match="none"):
+    with pytest.raises(InputError, match="has: head"):
         RewardEngine(hand_head([1.0, 0.0]), uncertainty="laplace")
     with pytest.raises(InputError, match="hidden"):
         RewardEngine(hand_head([1.0, 0.0, 0.0]), uncertainty=laplace).score_hidden(torch.zeros(2, 3), [2])

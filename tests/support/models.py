@@ -257,7 +257,8 @@ class TableModel(RewardModel):
 
     def __init__(self, head: FrozenHead, table: Callable[..., Sequence[float]]) -> None:
         self.head = head
-        self.backbone: Any = SimpleNamespace(tokens_per_batch=8192, deterministic=None)
+        self.backbone: Any = SimpleNamespace(tokens_per_batch=8192, deterministic=None, tells_spread=False)
+        self.estimators = {}
         self.table = table
 
     def encode_group(self, prompt, responses, *, orders="both", limit=None, compared=None) -> list[Any]:

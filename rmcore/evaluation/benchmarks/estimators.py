@@ -2,7 +2,7 @@
 
 An estimator is made for a model once and then asked for groups of rows, so that several of them share one pass of the
 backbone. :data:`ESTIMATORS` has them by name, ``head`` and those of :mod:`rmcore.head.estimators`; what it holds
-``rmcore benchmark --estimator`` knows.
+``rmcore benchmark --uncertainty`` knows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.head import estimators
 from rmcore.model.reward_model import RewardModel
+from rmcore.model.uncertainties import HEAD, UNCERTAINTIES
 
 __all__ = ["ESTIMATORS", "HEAD", "Estimator", "make_estimator"]
 
@@ -23,18 +23,11 @@ Estimator: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Hidden rows (R, h) and group sizes (G,) → g and v (Q,) of all pairs: i < j, group after group, in difference mode;
 one a row in concat mode, where a row is a pair. v ≥ 0 is on the scale of a logit's variance."""
 
-HEAD = "head"
 
-
-def _head(model: RewardModel) -> Estimator:
-    return model.head_pairs
-
-
-def _beside(model: RewardModel, *, name: str) -> Estimator:
-    known = model.estimators.get(name)
+def _of_model(model: RewardModel, *, name: str) -> Estimator:
+    known = model.estimator_named(name)
     if known is None:
-        has = ", ".join([HEAD, *model.estimators])
-        reject("estimator", repr(name), f"one that the model has: {has}", "RewardModel.add_estimator fits one")
+        return model.head_pairs
 
     def pairs(hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         found = known.pairs(hidden.cpu(), sizes.cpu())
@@ -44,8 +37,7 @@ def _beside(model: RewardModel, *, name: str) -> Estimator:
 
 
 ESTIMATORS: dict[str, Callable[[RewardModel], Estimator]] = {
-    HEAD: _head,
-    **{name: partial(_beside, name=name) for name in estimators.ESTIMATORS},
+    name: partial(_of_model, name=name) for name in UNCERTAINTIES
 }
 """Name → what makes it for a model; it raises InputError for a model that has it not."""
 

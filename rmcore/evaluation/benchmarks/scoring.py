@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,13 @@ from rmcore.evaluation.benchmarks.estimators import HEAD, make_estimator
 from rmcore.evaluation.benchmarks.item import Benchmark, CountedPairs, Item, Matrix, Score
 from rmcore.evaluation.benchmarks.report import BenchmarkReport, ScoreLine
 from rmcore.evaluation.statistics import Interval, bootstrap_bounds
+from rmcore.head.estimators import VarianceKind
 from rmcore.model.error_prior import row_distance
 from rmcore.model.response_scores import ResponseScores
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.signal import fill_unread
 from rmcore.model.text import EncodedText
+from rmcore.model.uncertainties import UNCERTAINTIES
 
 __all__ = ["Answers", "benchmark_report", "score_items", "score_lines"]
 
@@ -74,7 +77,8 @@ def score_items(
     model: RewardModel,
     items: Sequence[Item],
     *,
-    estimator: str = HEAD,
+    estimator: str | None = None,
+    variance: VarianceKind | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Score all responses: one pass over each of them in difference mode, over all ordered pairs in concat mode.
@@ -82,14 +86,15 @@ def score_items(
     Args:
         model: its backbone's state cache is used where it has one.
         items: of one benchmark.
-        estimator: of pairs' g and v (:mod:`.estimators`).
+        estimator: of pairs' g and v (:mod:`.estimators`); None for what the model is served with.
+        variance: which part of it; None for all that it tells by itself.
         progress: called with (items done, items in all).
 
     Raises:
         InputError: naming the item: a response is too long under the policy ``error``, or left unread under
             ``no-reward``: a benchmark's rules need a score of each. Or an estimator that there is not.
     """
-    reader = _Reader(model, estimator)
+    reader = _Reader(model, estimator or model.uncertainty or HEAD, variance)
     for start in range(0, len(items), CHUNK):
         reader.read(items[start : start + CHUNK])
         if progress is not None:
@@ -100,9 +105,10 @@ def score_items(
 class _Reader:
     """Collects a model's answers chunk by chunk."""
 
-    def __init__(self, model: RewardModel, estimator: str) -> None:
-        self.model, self.head = model, estimator == HEAD
+    def __init__(self, model: RewardModel, estimator: str, variance: VarianceKind | None) -> None:
+        self.model, self.name, self.variance = model, estimator, variance
         self.estimate = make_estimator(model, estimator)
+        self.head = estimator in UNCERTAINTIES and model.estimator_named(estimator) is None
         self.knows_novelty = model.mode == "difference" and model.head.rows is not None
         prior = model.error_prior
         self.sketch = prior.sketch if prior is not None and model.mode == "difference" else None
@@ -114,9 +120,12 @@ class _Reader:
     def read(self, items: Sequence[Item]) -> None:
         begun = time.perf_counter()
         encoded, groups = self._encoded(items)
-        hidden = fill_unread(self.model.hidden_rows(encoded), encoded)
-        pairs = None if self.head else self.estimate(hidden, torch.tensor([len(group) for group in groups]))
-        found = self.model.scores_of(hidden, encoded, groups, pairs=pairs)
+        hidden, attributes = self.model.backbone.hidden_and_attributes([text for group in encoded for text in group])
+        hidden = fill_unread(hidden, encoded)
+        how: dict[str, Any] = {"uncertainty": self.name, "variance": self.variance, "attributes": attributes}
+        if self.name not in UNCERTAINTIES:
+            how = {"pairs": self.estimate(hidden, torch.tensor([len(group) for group in groups]))}
+        found = self.model.scores_of(hidden, encoded, groups, **how)
         rows = self._row_columns(hidden, [len(group) for group in groups])
         for k, (item, said) in enumerate(zip(items, found, strict=True)):
             own, margin = _numbers(item, said, own_scores=self.head, pairwise=self.model.mode == "concat")

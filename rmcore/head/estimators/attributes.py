@@ -24,10 +24,10 @@ from rmcore.head.attributes.head import AttributeConfig, AttributeHead
 from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.attributes.storage import head_tensors, heads_of
 from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training, check_width, refuse_update
-from rmcore.head.estimators.samples import sampled_estimate
+from rmcore.head.estimators.samples import sample_deviations, sampled_estimate
 from rmcore.head.estimators.tensors import read_tensors, write_tensors
 
-__all__ = ["URM", "URME", "AttributeLabels"]
+__all__ = ["URM", "URME", "AttributeLabels", "HeadTraining"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +99,41 @@ class _OfHeads:
         return found if len(members) > 1 else found._replace(information=None, epistemic=None)
 
     @torch.no_grad()
-    def scores(self, hidden: Tensor) -> AttributeScores:
-        """What the first head says of rows (R, h), attribute by attribute."""
+    def attributes(self, hidden: Tensor) -> AttributeScores:
+        """What the heads say of rows (R, h), attribute by attribute; of several each number is the members' mean.
+
+        The mean of products is not the product of means: the score of several is :meth:`rewards`, not that of this.
+        """
         check_width(hidden, self.width)
-        return self.heads[0].scores(hidden)
+        members = [head.scores(hidden) for head in self.heads]
+        if len(members) == 1:
+            return members[0]
+
+        def mean(name: str) -> Tensor | None:
+            found = [getattr(member, name) for member in members]
+            return None if found[0] is None else torch.stack(found).mean(0)
+
+        means, weights = mean("attributes"), mean("attribute_weights")
+        assert means is not None
+        assert weights is not None
+        std = [m.attribute_std.square() for m in members if m.attribute_std is not None]
+        spread = torch.stack(std).mean(0).sqrt() if std else None
+        own = {"attribute_std": spread, "quantiles": mean("quantiles"), "levels": members[0].levels}
+        return AttributeScores(members[0].names, means, weights, **own)
+
+    @torch.no_grad()
+    def rewards(self, hidden: Tensor) -> Tensor:
+        """(R,) float64: the mean of the heads' rewards Σ w μ of rows (R, h)."""
+        check_width(hidden, self.width)
+        return torch.stack([head.scores(hidden).score for head in self.heads]).mean(0)
+
+    def deviations(self, hidden: Tensor) -> Tensor:
+        """As of the protocol; refused by one head, whose variance no label takes away."""
+        if len(self.heads) == 1:
+            reject("uncertainty", f"{self.name!r}, which tells the aleatoric part alone", "one with an epistemic part")
+        check_width(hidden, self.width)
+        with torch.no_grad():
+            return sample_deviations(torch.stack([head.scores(hidden).score for head in self.heads], 1))
 
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Refused: a head's weights have no posterior that single verdicts could be added to."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rmcore._base.errors import reject
 from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training, check_width, refuse_update
-from rmcore.head.estimators.samples import RewardNetworks, Training, sampled_estimate, train_networks
+from rmcore.head.estimators.samples import RewardNetworks, Training, sample_deviations, sampled_estimate, train_networks
 
 __all__ = ["Dropout"]
 
@@ -79,9 +79,17 @@ class Dropout:
     @torch.no_grad()
     def pairs(self, hidden: Tensor, group_sizes: Tensor) -> PairEstimate:
         """As :meth:`rmcore.head.estimators.protocol.PairEstimator.pairs`."""
+        return sampled_estimate(self._rewards(hidden), group_sizes)
+
+    @torch.no_grad()
+    def deviations(self, hidden: Tensor) -> Tensor:
+        """As :meth:`rmcore.head.estimators.protocol.PairEstimator.deviations`: d = T."""
+        return sample_deviations(self._rewards(hidden))
+
+    def _rewards(self, hidden: Tensor) -> Tensor:
         check_width(hidden, self.networks.width)
         features = self.networks.features(self.networks.standardised(hidden))[0]
-        return sampled_estimate(features @ (self.masks * self.networks.weights[-1][0]).T, group_sizes)
+        return features @ (self.masks * self.networks.weights[-1][0]).T
 
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Refused: a network's weights have no posterior that single verdicts could be added to."""

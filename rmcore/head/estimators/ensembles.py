@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmcore._base.errors import reject
 from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training, check_width, refuse_update
-from rmcore.head.estimators.samples import RewardNetworks, Training, sampled_estimate, train_networks
+from rmcore.head.estimators.samples import RewardNetworks, Training, sample_deviations, sampled_estimate, train_networks
 
 __all__ = ["Ensemble"]
 
@@ -69,6 +69,12 @@ class Ensemble:
         """As :meth:`rmcore.head.estimators.protocol.PairEstimator.pairs`."""
         check_width(hidden, self.networks.width)
         return sampled_estimate(self.networks.rewards(hidden), group_sizes)
+
+    @torch.no_grad()
+    def deviations(self, hidden: Tensor) -> Tensor:
+        """As :meth:`rmcore.head.estimators.protocol.PairEstimator.deviations`: d = M."""
+        check_width(hidden, self.networks.width)
+        return sample_deviations(self.networks.rewards(hidden))
 
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Refused: as of dropout."""

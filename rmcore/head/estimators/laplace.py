@@ -93,6 +93,13 @@ class Laplace:
         return gaussian_estimate(delta @ self.beta, v)
 
     @torch.no_grad()
+    def deviations(self, hidden: Tensor) -> Tensor:
+        """As :meth:`rmcore.head.estimators.protocol.PairEstimator.deviations`: Ux."""
+        check_width(hidden, len(self.beta))
+        rows = hidden.double()
+        return rows @ self.factor.mT if self.factor.dim() == 2 else rows * self.factor
+
+    @torch.no_grad()
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Learn from labelled pairs one after the other, each an online Laplace step of O(h²); exact for one pair.
 

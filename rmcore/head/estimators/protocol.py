@@ -79,6 +79,12 @@ class PairEstimator(Protocol):
             NonFiniteError: a row holds NaN or Inf.
         """
 
+    def deviations(self, hidden: Tensor) -> Tensor:
+        """(R, h) → (R, d) float64 y with ‖y_i − y_j‖² the epistemic variance of the pair: all pairs' covariance.
+
+        Raises InputError, by name, where there is none.
+        """
+
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Learn from verdicts; arguments as of ``fit``. Raises InputError, by name, where that has no meaning."""
 

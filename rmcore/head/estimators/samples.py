@@ -21,7 +21,7 @@ from rmcore.head.estimators.protocol import PairEstimate, row_differences, row_s
 from rmcore.head.estimators.tensors import read_tensors, write_tensors
 from rmcore.ops import reference
 
-__all__ = ["RewardNetworks", "Training", "sampled_estimate", "train_networks"]
+__all__ = ["RewardNetworks", "Training", "sample_deviations", "sampled_estimate", "train_networks"]
 
 
 def sampled_estimate(rewards: Tensor, group_sizes: Tensor, noise: Tensor | None = None) -> PairEstimate:
@@ -57,6 +57,11 @@ def sampled_estimate(rewards: Tensor, group_sizes: Tensor, noise: Tensor | None 
         epistemic,
         aleatoric,
     )
+
+
+def sample_deviations(rewards: Tensor) -> Tensor:
+    """(R, M) samples of rewards → (R, M) y, with ‖y_i − y_j‖² the variance of r_i − r_j over the M."""
+    return (rewards.double() - rewards.double().mean(1, keepdim=True)) / math.sqrt(rewards.shape[1])
 
 
 def _entropy(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.head import checkpoint
 from rmcore.head.config import HeadConfig
-from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training
+from rmcore.head.estimators.protocol import PairEstimate, VarianceKind, check_training, check_width
 from rmcore.head.fit import fit
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
@@ -53,6 +53,15 @@ class SNGP:
         """As :meth:`rmcore.head.estimators.protocol.PairEstimator.pairs`."""
         scores = self.head.score_pairs(hidden, group_sizes, dtype=torch.float64)
         return PairEstimate(scores.logit, scores.variance, scores.preference, epistemic=scores.variance)
+
+    def deviations(self, hidden: Tensor) -> Tensor:
+        """As :meth:`rmcore.head.estimators.protocol.PairEstimator.deviations`: Uφ, of a head that has its posterior."""
+        head = self.head
+        if head.posterior is None:
+            reject("head.posterior", "none", "a head fitted here or saved with include_posterior=True")
+        check_width(hidden, head.config.hidden_size)
+        phi = head.feature_map(hidden.to(head.device)).double() * head.feature_map.feature_scale
+        return (phi @ head.posterior.factor().mT).cpu()
 
     def update(self, hidden: Tensor, labels: Tensor, pairs: Tensor) -> None:
         """Add pairs to the posterior at the present β (:meth:`FrozenHead.update`)."""

@@ -24,6 +24,9 @@ scores beside a pair are not used, and a warning says so once.
 
 **Groups**, one a row: ``{"id": ..., "prompt": ..., "responses": ["...", ...]}``.
 
+**Attributes**, a response a row as in HelpSteer2: ``{"prompt": ..., "response": ..., "helpfulness": 3, ...}``; null for
+what nobody labelled.
+
 Prompts and responses are read as :mod:`rmcore._base.prompt` has them, from text to conversations with tool calls. Other
 keys are ignored. ``columns`` maps other names: ``{"prompt": "question"}`` takes the prompt from ``question``, and
 ``{"prompt": "input.text"}`` from inside ``input``.
@@ -33,14 +36,16 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rmcore._base.errors import DataError, InputError, reject
-from rmcore.model.data import groups, preferences
+from rmcore.model.data import attributes, groups, preferences
+from rmcore.model.data.attributes import AttributeRow, parse_attributes
 from rmcore.model.data.columns import map_columns, parse_columns
 from rmcore.model.data.groups import Group, parse_group
 from rmcore.model.data.lines import TABLE, Row, opened, read_json
@@ -50,15 +55,18 @@ from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, s
 from rmcore.model.reward_model import Preference
 
 __all__ = [
+    "AttributeRow",
     "Group",
     "Part",
     "PreferenceRow",
     "Row",
     "Source",
+    "parse_attributes",
     "parse_columns",
     "parse_group",
     "parse_preference",
     "parse_preferences",
+    "read_attributes",
     "read_groups",
     "read_lines",
     "read_preference_rows",
@@ -134,6 +142,30 @@ def read_groups(source: Source, columns: Mapping[str, str] | None = None) -> Ite
         except InputError as error:
             raise DataError(str(error), source=_name(source), line=row.number, unit=row.unit) from error
         yield Group(group.prompt, group.responses, group.id, row.number)
+
+
+def read_attributes(
+    source: Source,
+    names: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+) -> Iterator[AttributeRow]:
+    """Yield responses with their attributes' labels (:func:`~rmcore.model.data.attributes.parse_attributes`).
+
+    Raises DataError at the first bad row, naming it. Says how many have no label at all.
+    """
+    attributes.check_attributes(names, limits)
+    empty, known = 0, attributes.COLUMNS | set(names)
+    for row in read_rows(source):
+        try:
+            found = parse_attributes(map_columns(row.value, columns or {}, known), names, limits)
+        except InputError as error:
+            raise DataError(str(error), source=_name(source), line=row.number, unit=row.unit) from error
+        empty += all(math.isnan(label) for label in found.labels)
+        yield replace(found, line=row.number)
+    if empty:
+        log.warning("%s: %d rows have no label of %s", _name(source), empty, ", ".join(names))
 
 
 def read_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:

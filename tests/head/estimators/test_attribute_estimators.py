@@ -115,7 +115,7 @@ def test_it_learns_from_attribute_labels_and_pairs_or_from_pairs_alone():
     for estimator, least in ((taught, 0.85), (alone, 0.85)):
         found = estimator.pairs(rows, torch.full((300,), 2))
         assert float(((found.logit > 0) == (wins > 0.5)).double().mean()) > least
-    std = taught.scores(hidden).attribute_std
+    std = taught.attributes(hidden).attribute_std
     assert std is not None
     assert float(std[:, 0].median()) < 0.5 < float(std[:, 1].median()) < 1.5
     assert [head.config.names for head in (*taught.heads, *alone.heads)] == [("first", "second"), *[("reward",)] * 2]

@@ -1,0 +1,106 @@
+"""Which uncertainty a model's pairs have: that of its head, or one fitted beside it (:mod:`rmcore.head.estimators`).
+
+All of them in logits: the head's v is scaled by its amplitude, V = v · a / (π/8), so that u = √(1 + π/8·V) is the
+head's own and V can be added to the spread that a model of attributes sees in the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rmcore._base.errors import reject
+from rmcore.head.attributes.scores import AttributeScores
+from rmcore.head.estimators import ESTIMATORS, PairEstimate, PairEstimator, VarianceKind, of_kind
+from rmcore.head.estimators.protocol import row_sums
+from rmcore.head.frozen import FrozenHead
+from rmcore.ops import reference
+
+if TYPE_CHECKING:
+    from rmcore.model.reward_model import RewardModel
+
+__all__ = [
+    "HEAD",
+    "UNCERTAINTIES",
+    "check_uncertainty",
+    "estimate_pairs",
+    "find_estimator",
+    "head_estimate",
+    "told_apart",
+]
+
+HEAD = "head"
+UNCERTAINTIES = (HEAD, *ESTIMATORS)
+"""Names that ``uncertainty`` takes; ``sngp`` is the head too, where that is one and none was fitted beside it."""
+
+
+def check_uncertainty(name: str, what: str = "uncertainty") -> None:
+    """Raise InputError for a name that there is not."""
+    if name not in UNCERTAINTIES:
+        reject(what, repr(name)[:60], f"one of {', '.join(UNCERTAINTIES)}")
+
+
+def find_estimator(
+    name: str | None, head: FrozenHead, estimators: Mapping[str, PairEstimator], default: str | None = None
+) -> PairEstimator | None:
+    """The estimator of a name, or of the ``default`` without one; None for the head itself.
+
+    Raises InputError for a name that there is not, or that the model has not.
+    """
+    name = name or default or HEAD
+    check_uncertainty(name)
+    if name in estimators:
+        return estimators[name]
+    if name != HEAD and (name != "sngp" or head.config.features != "rff"):
+        has = ", ".join([HEAD, *estimators])
+        remedy = "add_estimator fits one, or train --uncertainty"
+        reject("uncertainty", repr(name), f"one that the model has: {has}", remedy)
+    return None
+
+
+def head_estimate(
+    head: FrozenHead, logit: Tensor, variance: Tensor, sizes: Tensor, noise: Tensor | None = None
+) -> PairEstimate:
+    """The head's g and v (Q,) as an estimate, with the variance ``noise`` (R,) that answers have by themselves."""
+    v = variance.double() * (head.config.resolved_amplitude / reference.mean_field_amplitude())
+    u = reference.uncertainty(v, reference.mean_field_amplitude())
+    spread = None if noise is None else row_sums(noise.double().to(v.device), sizes)
+    g = logit.double()
+    return PairEstimate(g, v, reference.preference(g, u), epistemic=v, aleatoric=spread)
+
+
+def estimate_pairs(
+    model: RewardModel,
+    hidden: Tensor,
+    sizes: Tensor,
+    estimator: PairEstimator | None,
+    *,
+    variance: VarianceKind | None = None,
+    attributes: AttributeScores | None = None,
+) -> PairEstimate:
+    """All pairs i < j of groups of rows, difference mode.
+
+    Args:
+        model: whose rows they are.
+        hidden: (R, h).
+        sizes: (G,) summing to R.
+        estimator: of :func:`find_estimator`; None for the head.
+        variance: which part of it; None for the estimator's own kind, epistemic for the head.
+        attributes: of a published model of several attributes, for the aleatoric part beside its head.
+    """
+    if estimator is not None:
+        found = estimator.pairs(hidden.cpu(), sizes.cpu())
+        return found if variance is None else of_kind(found, variance, estimator.kind, estimator.name)
+    noise = None if attributes is None else attributes.score_variance
+    found = head_estimate(model.head, *model.head_pairs(hidden, sizes), sizes, noise)
+    return found if variance is None else of_kind(found, variance, "epistemic", HEAD)
+
+
+def told_apart(found: PairEstimate | None) -> dict[str, Tensor]:
+    """The (Q,) parts of a variance by name, where an aleatoric one is told; epistemic alone is the variance itself."""
+    if found is None or found.aleatoric is None:
+        return {}
+    parts = {"epistemic": found.epistemic, "aleatoric": found.aleatoric}
+    return {name: part for name, part in parts.items() if part is not None}
