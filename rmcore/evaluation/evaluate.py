@@ -37,13 +37,13 @@ from rmcore.evaluation.statistics import (
 )
 from rmcore.evaluation.streams import StreamPair
 from rmcore.head.apart import pairs_apart, rows_apart
-from rmcore.head.estimators import PairEstimate, PairEstimator, VarianceKind, of_kind
+from rmcore.head.estimators import PairEstimate, PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import Progress, encode_pair
 from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
-from rmcore.model.uncertainties import HEAD, head_estimate
+from rmcore.model.uncertainties import estimate_pairs
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout
 
@@ -205,13 +205,13 @@ def _estimated(
     head: FrozenHead, states: PairStates, estimator: PairEstimator | None, kind: VarianceKind | None
 ) -> PairEstimate:
     rows, sizes = states.hidden.flatten(0, 1), torch.full((len(states.hidden),), 2, dtype=torch.int64)
-    if estimator is not None:
-        found = estimator.pairs(rows.cpu(), sizes)
-        return found if kind is None else of_kind(found, kind, estimator.kind, estimator.name)
-    scores = head.score_pairs(rows, sizes)
     noise = None if states.noise is None else states.noise.flatten().nan_to_num()  # unread ones are silent
-    found = head_estimate(head, scores.logit.cpu(), scores.variance.cpu(), sizes, noise)
-    return found if kind is None else of_kind(found, kind, "epistemic", HEAD)
+
+    def own(hidden: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        scores = head.score_pairs(hidden, groups)
+        return scores.logit.cpu(), scores.variance.cpu()
+
+    return estimate_pairs(head, rows, sizes, estimator, own, variance=kind, noise=noise)
 
 
 def _as_seen(head: FrozenHead, states: PairStates) -> Tensor | None:

@@ -380,7 +380,9 @@ class RewardModel:
             amplitude = self.head.weights.amplitude
             shape["parts"] = told_apart(told)
             return pair_squares(g, v, responses, amplitude, encoded, self.mode, scores=scores, **shape)
-        found = estimate_pairs(self, hidden, sizes, estimator, variance=variance, attributes=attributes)
+        noise = None if attributes is None else attributes.score_variance
+        own = partial(self.head_pairs, backend=backend)
+        found = estimate_pairs(self.head, hidden, sizes, estimator, own, variance=variance, noise=noise)
         shape |= {"preference": found.preference, "parts": told_apart(found)}
         amplitude = mean_field_amplitude()
         return pair_squares(*found[:2], responses, amplitude, encoded, self.mode, scores=scores, **shape)

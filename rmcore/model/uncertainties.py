@@ -6,20 +6,15 @@ head's own and V can be added to the spread that a model of attributes sees in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.estimators import ESTIMATORS, PairEstimate, PairEstimator, VarianceKind, of_kind
 from rmcore.head.estimators.protocol import row_sums
 from rmcore.head.frozen import FrozenHead
 from rmcore.ops import reference
-
-if TYPE_CHECKING:
-    from rmcore.model.reward_model import RewardModel
 
 __all__ = [
     "HEAD",
@@ -72,29 +67,30 @@ def head_estimate(
 
 
 def estimate_pairs(
-    model: RewardModel,
+    head: FrozenHead,
     hidden: Tensor,
     sizes: Tensor,
     estimator: PairEstimator | None,
+    own: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     *,
     variance: VarianceKind | None = None,
-    attributes: AttributeScores | None = None,
+    noise: Tensor | None = None,
 ) -> PairEstimate:
     """All pairs i < j of groups of rows, difference mode.
 
     Args:
-        model: whose rows they are.
+        head: of the model.
         hidden: (R, h).
         sizes: (G,) summing to R.
         estimator: of :func:`find_estimator`; None for the head.
+        own: gives the head's g and v of rows and sizes.
         variance: which part of it; None for the estimator's own kind, epistemic for the head.
-        attributes: of a published model of several attributes, for the aleatoric part beside its head.
+        noise: (R,) the variance that answers have by themselves, beside the head.
     """
     if estimator is not None:
         found = estimator.pairs(hidden.cpu(), sizes.cpu())
         return found if variance is None else of_kind(found, variance, estimator.kind, estimator.name)
-    noise = None if attributes is None else attributes.score_variance
-    found = head_estimate(model.head, *model.head_pairs(hidden, sizes), sizes, noise)
+    found = head_estimate(head, *own(hidden, sizes), sizes, noise)
     return found if variance is None else of_kind(found, variance, "epistemic", HEAD)
 
 
