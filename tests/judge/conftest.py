@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -60,15 +60,19 @@ def pairs(rows) -> list[Pair]:
 
 
 @pytest.fixture
-def make_judge(clock) -> Callable[..., ChatJudge]:
-    """A keyless judge at a URL, on the fake clock, with foreseeable random words."""
+def make_judge(clock) -> Iterator[Callable[..., ChatJudge]]:
+    """A keyless judge at a URL, on the fake clock, with foreseeable random words; closed when the test is over."""
+    made: list[ChatJudge] = []
 
     def make(base_url: str = "http://127.0.0.1:9/v1", **kwargs: object) -> ChatJudge:
         given = {"api_key_env": None, "clock": clock, "random_source": random.Random(0)} | kwargs
         options = {name: given.pop(name) for name in [f.name for f in fields(ClientOptions)] if name in given}
-        return ChatJudge(base_url, "judge-model", client=ClientOptions(**options), **given)
+        made.append(ChatJudge(base_url, "judge-model", client=ClientOptions(**options), **given))
+        return made[-1]
 
-    return make
+    yield make
+    for judge in made:
+        judge.close()
 
 
 @pytest.fixture
