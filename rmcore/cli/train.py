@@ -17,6 +17,16 @@ from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_sa
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors, training_progress
 from rmcore.cli.ranks import check_count, part_of, started_ranks
 from rmcore.cli.train_attributes import AttributeOptions, AttributePlan, plan_progress, told
+from rmcore.cli.train_backbone import (
+    main_process,
+    many_processes,
+    prepared_data,
+    save_from_all,
+    train_backbone,
+    trainer_process,
+    trains_backbone,
+)
+from rmcore.cli.train_config import read_config, run_settings
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +53,24 @@ Dtype = Annotated[
 @options.with_options
 def train(
     *,
-    preferences: Annotated[
-        str, typer.Argument(help="Preferences (prompt, chosen, rejected): a file, - or hf://org/name:split.")
-    ],
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model to.")],
     backbone: Annotated[str, typer.Option(help="Hugging Face model: hub name or folder.")],
+    preferences: Annotated[
+        str | None, typer.Argument(help="Preferences (prompt, chosen, rejected): a file, - or hf://org/name:split.")
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            is_eager=True,
+            callback=read_config,
+            help="YAML, in TRL's style: these options, data sources, and transformers' TrainingArguments.",
+        ),
+    ] = None,
+    settings_given: Annotated[
+        list[str] | None, typer.Option("--set", help="A TrainingArguments field, name=value; over --config's.")
+    ] = None,
     mode: Annotated[
         Literal["difference", "concat"], typer.Option(help="A row a response, or a row a pair.")
     ] = "difference",
@@ -58,7 +81,9 @@ def train(
     features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 1024,
     layer_size: Annotated[int | None, typer.Option(help="Width of a spectral-normalised layer.")] = None,
     epochs: Annotated[int, typer.Option(help="AdamW epochs over the layer first; needs --layer-size.")] = 0,
-    finetune_epochs: Annotated[int, typer.Option(help="AdamW epochs over backbone and head first; stores both.")] = 0,
+    finetune_epochs: Annotated[
+        int, typer.Option(help="Epochs over backbone and head first, on transformers' Trainer; stores both.")
+    ] = 0,
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the backbone.")] = 2e-5,
     ridge: Annotated[float, typer.Option(help="Prior precision of β.")] = 1.0,
     kernel_scale: Annotated[float, typer.Option(help="κ; 3 suits difference mode.")] = 3.0,
@@ -117,8 +142,9 @@ def train(
 ) -> None:
     """Train an uncertainty-aware reward model from preferences.
 
-    The backbone stays as it is unless --finetune-epochs is given. Texts are encoded once; β is fitted by Newton's
-    method in a few passes, and the posterior that gives uncertainties falls out of the last one.
+    The backbone stays as it is unless --finetune-epochs is given, or num_train_epochs or max_steps in --config. Texts
+    are encoded once; β is fitted by Newton's method in a few passes, and the posterior that gives uncertainties falls
+    out of the last one. Under `accelerate launch -m rmcore train ...` or torchrun all processes train one backbone.
 
     Under `torchrun --nproc-per-node 8 -m rmcore.cli train ...` each process reads and encodes its part of the data, and
     all fit one head.
@@ -129,7 +155,11 @@ def train(
     Example: `rmcore train prefs.jsonl --backbone Qwen/Qwen3-0.6B --pooling mean -o my-rm`
     """
     kept = Kept()
-    with reported_errors(kept), started_ranks() as ranks:
+    with reported_errors(kept):
+        settings = run_settings(context, settings_given)
+        finetunes = trains_backbone(settings, finetune_epochs)
+    # A backbone's processes are accelerate's: each reads all of the data.
+    with reported_errors(kept), trainer_process() if finetunes else started_ranks() as ranks:
         from rmcore._base.prompt import content_key
         from rmcore.head.config import HeadConfig
         from rmcore.head.estimators import ESTIMATORS
@@ -148,20 +178,24 @@ def train(
             reject("--pairs, --members and what goes with them", "without --attributes", "together with it")
         if epochs and layer_size is None:
             reject("--epochs", epochs, "0 without --layer-size, since there is no layer to train")
+        if settings.arguments and not finetunes:
+            reject("--config", f"{sorted(settings.arguments)} without training", "num_train_epochs or max_steps too")
         if further and (ranks is not None or ai_labels is not None):
             reject("--uncertainty", "with --ai-labels or several processes", "one process, and people's labels alone")
-        if finetune_epochs and ranks is not None:
-            reject("--finetune-epochs", f"with {ranks.size} processes", "one process, or 0: states encoded over all")
+        if (settings.datasets is not None or settings.held_out is not None) and ranks is not None:
+            reject("datasets, held_out", f"with {ranks.size} processes and no backbone to train", "one process")
+        if further and finetunes and many_processes():
+            reject("--uncertainty", "with several processes", "one process")
         if ai_labels is not None and ranks is not None:
             reject("--ai-labels", f"with {ranks.size} processes", "one process, or no labels of a judge")
-        if tune and (epochs or finetune_epochs):
+        if tune and (epochs or finetunes):
             reject("--tune", "with --epochs or --finetune-epochs", "it alone: layers are trained for one configuration")
         for option, count in (("--epochs", epochs), ("--finetune-epochs", finetune_epochs)):
             if count < 0:
                 reject(option, count, "0 or more")
         if not (math.isfinite(lr_backbone) and lr_backbone > 0):
             reject("--lr-backbone", lr_backbone, "a positive number")
-        if ai_labels is not None and (epochs or finetune_epochs):
+        if ai_labels is not None and (epochs or finetunes):
             reject("--ai-labels", "with --epochs or --finetune-epochs", "it alone: weights are tried on fixed states")
         weight = parse_weight(ai_weight)
         if ai_labels is None and ai_weight != "auto":
@@ -186,19 +220,27 @@ def train(
         names = parse_columns(columns or [])
         plan = None
         if by_attributes.attributes is not None:
-            others = (tune, epochs, finetune_epochs, further, calibrate, ai_labels)
+            others = (tune, epochs, finetunes, further, calibrate, ai_labels, settings.datasets, settings.held_out)
             if any(other not in (None, 0, False, []) for other in others) or ranks is not None:
                 what = (
-                    "--tune, --epochs, --finetune-epochs, --calibrate, --uncertainty, --ai-labels or several processes"
+                    "--tune, --epochs, --finetune-epochs, --calibrate, --uncertainty, --ai-labels, --config's data or "
+                    "several processes"
                 )
                 reject("--attributes", f"with {what}", "alone")
+            if preferences is None:
+                reject("preferences", "none", "at least one")
             plan = AttributePlan.read(by_attributes, preferences, names, mode)
+        named = preferences is not None and plan is None
         with working(ranks, "reading"):
-            items = [] if plan else list(read_preferences(preferences, names, part=part_of(ranks)))
+            items = list(read_preferences(preferences, names, part=part_of(ranks))) if named and preferences else []
             held_out = [] if calibrate is None else list(read_preferences(calibrate, names, part=part_of(ranks)))
-        if plan is None:
+        if plan is None and (named or settings.datasets is None):
             check_count("preferences", len(items), ranks)
         held_out_count = 0 if calibrate is None else check_count("--calibrate", len(held_out), ranks)
+        if settings.datasets is not None or settings.held_out is not None:
+            items, unseen_prompts = prepared_data(settings, items if named else None, seed)
+            held_out = unseen_prompts if calibrate is None else held_out
+            held_out_count = len(held_out)
         judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
         if ai_labels is not None and not judged:
             reject("--ai-labels", "no lines", "at least one")
@@ -224,20 +266,14 @@ def train(
             return
         with progress_bar() as bar:
             head = SNGPHead(config).to(spine.device)
-            if finetune_epochs:
-                from rmcore.integrations.training.finetune import finetune
-
-                watch, loss = training_progress(bar, "fine-tuning")
-                finetune(
-                    spine,
-                    head,
-                    items,
-                    epochs=finetune_epochs,
-                    lr_backbone=lr_backbone,
-                    seed=seed,
-                    progress=watch,
-                    report_loss=loss,
-                )
+            if finetunes:
+                own = {"epochs": finetune_epochs, "lr": lr_backbone, "seed": seed, "dtype": dtype}
+                trainer = train_backbone(spine, head, items, held_out, settings, bar, out=out, **own)
+                if many_processes():
+                    told = save_from_all(trainer, held_out, out)
+                    if main_process():
+                        notes.print(told)
+                    return
             if judged:  # prompts are needed by pair, so those that teach nothing go first
                 items = [items[k] for k in informative(spine, items, mode)]
             with working(ranks, "encoding"):
@@ -271,7 +307,7 @@ def train(
                 else:
                     frozen = calibrated
             prior = None
-            if error_prior and not epochs and not finetune_epochs:
+            if error_prior and not epochs and not finetunes:
                 with_ai = None if mixture is None else mixture.fitted(config)
                 known = (frozen.config, items, hidden, labels, pairs)
                 prior = error_prior_of(*known, fitted=with_ai, ranks=ranks)
@@ -287,7 +323,7 @@ def train(
             assert pairs is not None
             model.estimators[name] = ESTIMATORS[name].fit(hidden.cpu(), labels.cpu(), pairs.cpu())
             model.uncertainty = further[0]
-        how: Literal["name", "embed"] = "embed" if embed_backbone or finetune_epochs else "name"
+        how: Literal["name", "embed"] = "embed" if embed_backbone or finetunes else "name"
         if ranks is None or ranks.rank == 0:
             with working(ranks, "saving"):
                 save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.head.amplitude import fit_amplitude
 from rmcore.head.config import HeadConfig, PairMode
 from rmcore.head.fit import FitReport, fit
 from rmcore.head.frozen import FrozenHead
@@ -24,7 +25,7 @@ from rmcore.head.shards import one_length_scale
 from rmcore.head.sngp import SNGPHead
 from rmcore.ops.weights import FeatureMap
 
-__all__ = ["EpochCovariance", "PairRows", "fit_pairs", "scored", "set_length_scale"]
+__all__ = ["EpochCovariance", "PairRows", "calibrated", "fit_pairs", "scored", "set_length_scale"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,25 @@ def fit_pairs(head: SNGPHead, rows: PairRows, dtype: torch.dtype | None = None) 
         if ranks is not None and weights is None:  # on another rank they may not be equal
             weights = torch.ones_like(labels)
         return fit(head, hidden, labels, pairs=pairs, sample_weight=weights, dtype=dtype, ranks=ranks)
+
+
+def calibrated(head: FrozenHead, rows: PairRows) -> FrozenHead:
+    """The head with the amplitude that all ranks' rows want; as it was where they want none. Called by every rank."""
+    hidden, labels, pairs, _ = rows.data(head.config.mode)
+    if pairs is None:
+        single = head.score(hidden.to(head.device))
+        found = torch.stack([single.logit.cpu(), single.variance.cpu(), labels], 1).double()
+    else:
+        both = head.score_pairs(hidden.to(head.device), torch.full((len(pairs),), 2, dtype=torch.int64))
+        found = torch.stack([both.logit.cpu(), both.variance.cpu(), labels], 1).double()
+    with every_rank() as ranks:
+        if ranks is not None:
+            counts = ranks.counts(len(found))
+            at = torch.arange(len(found)) + sum(counts[: ranks.rank])
+            found = ranks.rows(found, at, sum(counts))
+    logit, variance, labels = found.unbind(1)
+    new = fit_amplitude(head, logit, variance, labels)
+    return head if new.config.resolved_amplitude == 0 else new
 
 
 def set_length_scale(head: SNGPHead, rows: PairRows) -> None:

@@ -34,7 +34,14 @@ from rmcore.integrations.training.config import PairwiseRewardConfig
 from rmcore.integrations.training.dataset import EncodedPairs, PairCollator, StreamedPairs, pairs_of
 from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
 from rmcore.integrations.training.metrics import pair_metrics
-from rmcore.integrations.training.posterior import EpochCovariance, PairRows, fit_pairs, scored, set_length_scale
+from rmcore.integrations.training.posterior import (
+    EpochCovariance,
+    PairRows,
+    calibrated,
+    fit_pairs,
+    scored,
+    set_length_scale,
+)
 from rmcore.integrations.training.prepare import check_trainable, freeze_unread, with_adapters
 from rmcore.integrations.training.replicated_head import ReplicatedHead
 from rmcore.model.backbone import Backbone
@@ -291,13 +298,14 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         return found
 
     @torch.no_grad()
-    def rows(self, model: nn.Module | None = None, most: int | None = None) -> PairRows:
+    def rows(self, model: nn.Module | None = None, most: int | None = None, *, of: Any = None) -> PairRows:
         """States of this rank's block of the training pairs, in their order, on the CPU; called by every rank.
 
         ``most`` is for a sample of the pairs. Of a stream those are the first, by default as many as are trained on.
+        ``of`` is for other pairs than those of training.
         """
         model = self.model_wrapped if model is None else model
-        data = self._sample(most)
+        data = self._sample(most) if of is None else self._pairs(of)
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = range(len(data) * rank // ranks, len(data) * (rank + 1) // ranks)
         # As many forward passes on every rank, since sharded layers are gathered in each: the last text once more.
@@ -341,6 +349,15 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         """
         self.frozen, report = fit_pairs(self.head, self.rows(most=most), self._dtype)
         log.info("Newton %s after %d passes", "converged" if report.converged else "stopped", report.passes)
+        return self.frozen
+
+    def calibrate(self, held_out: Any) -> FrozenHead:
+        """The amplitude of u = √(1 + a v) on pairs that were not trained on (:func:`~rmcore.head.fit.fit_amplitude`).
+
+        It stays as it was, with a warning, where they want none. Called by every rank.
+        """
+        frozen = self.frozen or self.fit_posterior()
+        self.frozen = calibrated(frozen, self.rows(of=held_out))
         return self.frozen
 
     # -- evaluation ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,207 @@
+"""The part of ``rmcore train`` that trains a backbone: the trainer from a configuration, alone or on one of many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+from rmcore._base.errors import InputError, reject
+from rmcore.cli.console import notes, training_progress
+from rmcore.cli.train_config import RunSettings
+
+if TYPE_CHECKING:
+    from rmcore.head.sngp import SNGPHead
+    from rmcore.integrations.training import PairwiseRewardConfig, PairwiseRewardTrainer
+    from rmcore.model.backbone import Backbone
+    from rmcore.model.reward_model import Preference
+
+__all__ = [
+    "main_process",
+    "many_processes",
+    "prepared_data",
+    "save_from_all",
+    "train_backbone",
+    "trainer_process",
+    "trains_backbone",
+]
+
+_DEFAULTS = {
+    "per_device_train_batch_size": 16,
+    "weight_decay": 1e-2,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,  # a share of the steps
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+
+def many_processes() -> bool:
+    """Whether accelerate or torchrun started several of us."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def main_process() -> bool:
+    """Whether this is the one that writes and talks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def trainer_process() -> Iterator[None]:
+    """One of the processes that accelerate or torchrun started: with a GPU of its own, and quiet unless the main one."""
+    if not many_processes():
+        yield
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    quiet, notes.quiet = notes.quiet, notes.quiet or not main_process()
+    try:
+        yield
+    finally:
+        notes.quiet = quiet
+
+
+def trains_backbone(settings: RunSettings, finetune_epochs: int) -> bool:
+    """Whether there is a backbone to train: epochs or steps are given."""
+    return finetune_epochs > 0 or any(name in settings.arguments for name in ("num_train_epochs", "max_steps"))
+
+
+def prepared_data(
+    settings: RunSettings, pairs: Sequence[Preference] | None, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """(train, held out) of a configuration's sources, or of ``pairs``, with a report of what was left out."""
+    from rmcore.model.data.mixture import mix, sources_of, split_by_prompt
+
+    share = settings.held_out
+    if settings.datasets is not None:
+        if pairs is not None:
+            reject("datasets", "beside preferences on the command line", "one of them")
+        train, held, report = mix(sources_of(settings.datasets), held_out=share, seed=seed)
+    elif share is not None:
+        train, held, report = split_by_prompt(pairs or [], share, seed=seed)
+    else:
+        return list(pairs or []), []
+    if main_process():
+        notes.print(report.to_markdown(), markup=False, highlight=False)
+    return train, held
+
+
+def train_backbone(
+    spine: Backbone,
+    head: SNGPHead,
+    items: Sequence[Preference],
+    held_out: Sequence[Preference],
+    settings: RunSettings,
+    bar: Progress,
+    *,
+    out: Path,
+    **options: Any,
+) -> PairwiseRewardTrainer:
+    """Train, and leave the posterior to the caller unless there are several ranks.
+
+    Args:
+        spine: trained in place.
+        head: likewise.
+        items: training pairs.
+        held_out: for evaluations, where ``eval_strategy`` asks for any.
+        settings: of the configuration.
+        bar: shows how far it has got.
+        out: the model's folder; checkpoints go beside it unless ``output_dir`` says where.
+        **options: the command's own: ``epochs``, ``lr``, ``seed``, ``dtype``.
+    """
+    from transformers import PrinterCallback
+
+    from rmcore.integrations.training import PairwiseRewardTrainer
+
+    args = _arguments(spine, settings, out, evaluates=bool(held_out), **options)
+    trainer = PairwiseRewardTrainer(
+        spine,
+        args,
+        head=head,
+        train_dataset=list(items),
+        eval_dataset=list(held_out) or None,
+        peft_config=_adapters(settings.lora),
+        callbacks=[_bar_callback(bar)] if main_process() else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True", True) else resume or None)
+    return trainer
+
+
+def save_from_all(trainer: PairwiseRewardTrainer, held_out: Sequence[Preference], out: Path) -> str:
+    """Calibrate and write the model from all ranks; what to say of it."""
+    told = ""
+    if held_out:
+        trainer.calibrate(held_out)
+        assert trainer.frozen is not None
+        told = f"amplitude {trainer.frozen.config.resolved_amplitude:.3g}; "
+    trainer.save_model(str(out))
+    ranks, pairs = trainer.accelerator.num_processes, len(trainer.train_dataset)
+    return f"{pairs} pairs on {ranks} processes, {trainer.state.global_step} steps; {told}wrote {out}"
+
+
+def _arguments(
+    spine: Backbone, settings: RunSettings, out: Path, *, evaluates: bool, epochs: int, lr: float, seed: int, dtype: Any
+) -> PairwiseRewardConfig:
+    from rmcore.integrations.training import PairwiseRewardConfig
+
+    known = {f.name for f in fields(PairwiseRewardConfig)}
+    unknown = sorted(set(settings.arguments) - known)
+    if unknown:
+        reject("--config", f"unknown keys {unknown}", "options of rmcore train, or fields of TrainingArguments")
+    values = {**_DEFAULTS, "learning_rate": lr, "seed": seed, "head_dtype": dtype, **settings.arguments}
+    values["use_cpu"] = values.get("use_cpu", spine.device.type == "cpu")
+    values.setdefault("posterior", "pass" if many_processes() else "none")
+    values.setdefault("head_weight_decay", values["weight_decay"])
+    if epochs and "num_train_epochs" not in settings.arguments:
+        values["num_train_epochs"] = epochs
+    values.setdefault("output_dir", str(out.with_name(f"{out.name}.run")))
+    if values.get("eval_strategy", "no") != "no" and not evaluates:
+        reject(
+            "eval_strategy", values["eval_strategy"], "held-out pairs: --calibrate, or held_out in the configuration"
+        )
+    try:
+        return PairwiseRewardConfig(**values)
+    except InputError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"--config: {error}") from error
+
+
+def _adapters(lora: dict[str, Any] | None) -> Any:
+    if lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError("use_peft: got true, expected peft to be installed: pip install 'rmcore[train]'") from error
+    own = {name.removeprefix("lora_") if name != "lora_alpha" else name: value for name, value in lora.items()}
+    return LoraConfig(
+        r=own["r"], lora_alpha=own["lora_alpha"], lora_dropout=own["dropout"], target_modules=own["target_modules"]
+    )
+
+
+def _bar_callback(bar: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    watch, report = training_progress(bar, "training")
+
+    class Bar(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in (logs or {}):
+                report(logs["loss"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch("training", state.global_step, state.max_steps)
+
+    return Bar()

@@ -1,0 +1,94 @@
+"""``rmcore train --config train.yaml``: one flat file, in TRL's style, for the command's options and the trainer's.
+
+A key that is one of the command's options stands for it (``layer_size: 64`` is ``--layer-size 64``, and an option on
+the command line wins). ``datasets`` and ``held_out`` say what is trained on, ``use_peft`` and ``lora_*`` are TRL's
+names, and every other key is a field of :class:`~rmcore.integrations.training.config.PairwiseRewardConfig`, so of
+transformers' ``TrainingArguments``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from rmcore._base.errors import InputError, reject
+
+__all__ = ["RunSettings", "read_config", "run_settings"]
+
+_KEY = "rmcore.train"
+_LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a configuration says beside the command's options.
+
+    Attributes:
+        arguments: of the trainer.
+        lora: of the adapters, None without.
+        datasets: sources, where not a single one is named on the command line.
+        held_out: share of the prompts that is not trained on.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    datasets: Any = None
+    held_out: float | None = None
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """An eager option's callback: the file's options become the command's defaults, the rest is kept for later."""
+    if path is None:
+        return None
+    try:
+        values = _yaml(path)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+    options = {p.name for p in context.command.params}
+    own = {key.replace("-", "_"): value for key, value in values.items()}
+    context.default_map = {**(context.default_map or {}), **{k: v for k, v in own.items() if k in options}}
+    context.meta[_KEY] = {k: v for k, v in own.items() if k not in options}
+    return path
+
+
+def run_settings(context: typer.Context, given: list[str] | None) -> RunSettings:
+    """Of the configuration, with ``--set name=value`` over it; raises InputError for a name there is not."""
+    values = dict(context.meta.get(_KEY, {}))
+    for one in given or []:
+        name, equals, value = one.partition("=")
+        if not equals or not name:
+            reject("--set", repr(one), "name=value")
+        values[name.strip().replace("-", "_")] = _scalar(value)
+    datasets, held_out = values.pop("datasets", None), values.pop("held_out", None)
+    if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, (int, float))):
+        reject("held_out", repr(held_out), "a share of the prompts")
+    use_lora = values.pop("use_peft", False)
+    lora = {name: values.pop(name, default) for name, default in _LORA.items()}
+    return RunSettings(values, lora if use_lora else None, datasets, held_out)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError("--config: expected pyyaml to read it: pip install 'rmcore[train]'") from error
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config: got {str(path)!r}, which cannot be read as YAML ({error})") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise InputError(f"--config: got {str(path)!r} with no mapping of names to values")
+    return found
+
+
+def _scalar(text: str) -> Any:
+    import yaml
+
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 takes 1e-5 for a word
+    except ValueError:
+        return value

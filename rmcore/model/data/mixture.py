@@ -1,0 +1,200 @@
+"""Several sources of preferences as one set: weights, duplicates, held-out prompts, and a report of what went where.
+
+Nothing is dropped silently: :class:`DataReport` counts what each source had, what was left out and why, and what of it
+is trained on. Over-long texts are the backbone's matter (its policy says what happens to them, and a warning counts
+them).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rmcore._base.errors import reject
+from rmcore._base.prompt import content_key
+from rmcore.model.data import read_preferences
+from rmcore.model.reward_model import Preference
+
+__all__ = ["DataReport", "DataSource", "SourceReport", "mix", "sources_of", "split_by_prompt", "stream"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where pairs come from, and how much they count.
+
+    Attributes:
+        path: a file, or ``hf://org/name``.
+        weight: how often a pair is taken: 2 is each pair twice, 0.5 a random half of them. In a stream the share of
+            pairs that come from here, against the other sources' weights.
+        columns: other names of its columns.
+        most: pairs taken of it at most, the first ones.
+    """
+
+    path: str
+    weight: float = 1.0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1e6:
+            reject(f"{self.path}: weight", self.weight, "a positive number")
+        if self.most is not None and (isinstance(self.most, bool) or self.most < 1):
+            reject(f"{self.path}: most", self.most, "at least 1")
+
+
+@dataclass
+class SourceReport:
+    """What became of a source's pairs: ``read`` = ``duplicates`` + distinct ones; ``taken`` to train on, by weight."""
+
+    path: str
+    weight: float
+    read: int = 0
+    duplicates: int = 0
+    contradicted: int = 0
+    taken: int = 0
+
+
+@dataclass
+class DataReport:
+    """Of each source, and of the split: ``trained`` and ``held_out`` pairs, of so many ``prompts``."""
+
+    sources: list[SourceReport]
+    trained: int = 0
+    held_out: int = 0
+    held_out_prompts: int = 0
+
+    def to_markdown(self) -> str:
+        """A table, and what it means."""
+        lines = [
+            "| source | weight | read | duplicates, dropped | contradicted, kept | taken |",
+            "|---|---|---|---|---|---|",
+        ]
+        for one in self.sources:
+            numbers = f"{one.read} | {one.duplicates} | {one.contradicted} | {one.taken}"
+            lines.append(f"| {one.path} | {one.weight:g} | {numbers} |")
+        told = f"{self.trained} pairs to train on, {self.held_out} held out ({self.held_out_prompts} prompts)."
+        return "\n".join([*lines, "", told]) if lines else told
+
+
+def sources_of(given: Any) -> list[DataSource]:
+    """Sources from configuration: names, or mappings with DataSource's fields; raises InputError naming a wrong one."""
+    if not isinstance(given, list) or not given:
+        reject("datasets", type(given).__name__, "a list of files or hf:// names, or of mappings with a path")
+    found = []
+    for k, one in enumerate(given):
+        if isinstance(one, str):
+            one = {"path": one}
+        known = {"path", "weight", "columns", "most"}
+        if not isinstance(one, Mapping) or "path" not in one or set(one) - known:
+            reject(
+                f"datasets[{k}]", repr(one)[:80], f"a name, or a mapping with path and of {', '.join(sorted(known))}"
+            )
+        found.append(DataSource(**one))
+    return found
+
+
+def mix(
+    sources: Sequence[DataSource], *, held_out: float | None = None, seed: int = 0
+) -> tuple[list[Preference], list[Preference], DataReport]:
+    """(train, held out, report) of all sources' pairs: distinct ones, then the split, then weights of those to train.
+
+    A pair whose prompt and responses have been seen, in this source or one before it, is a duplicate and left out. One
+    that was seen the other way round is kept and counted: people disagree. ``held_out`` as :func:`split_by_prompt`.
+
+    Raises DataError for a row that is no preference; InputError where no pair is left.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    distinct: list[list[Preference]] = []
+    report = DataReport([])
+    for source in sources:
+        found = SourceReport(source.path, source.weight)
+        own: list[Preference] = []
+        for item in _first(read_preferences(source.path, source.columns), source.most):
+            found.read += 1
+            key, other = _keys(item)
+            if key in seen:
+                found.duplicates += 1
+                continue
+            found.contradicted += other in seen
+            seen.add(key)
+            own.append(item)
+        distinct.append(own)
+        report.sources.append(found)
+    if not any(distinct):
+        reject("datasets", "no pairs", "at least one")
+    chosen: set[str] = set()
+    if held_out is not None:
+        chosen = _held_out_prompts((item for own in distinct for item in own), held_out, seed)
+    train: list[Preference] = []
+    for k, (found, own) in enumerate(zip(report.sources, distinct, strict=True)):
+        left = [item for item in own if _prompt(item) not in chosen]
+        taken = _weighed(left, found.weight, random.Random(f"{seed}-{k}"))
+        found.taken = len(taken)
+        train += taken
+    held = [item for own in distinct for item in own if _prompt(item) in chosen]
+    report.trained, report.held_out, report.held_out_prompts = len(train), len(held), len(chosen)
+    return train, held, report
+
+
+def split_by_prompt(
+    pairs: Sequence[Preference], share: float, *, seed: int = 0
+) -> tuple[list[Preference], list[Preference], DataReport]:
+    """(train, held out, report): a random ``share`` of the prompts, with all of their pairs, is held out.
+
+    Raises InputError where nothing would be held out, or nothing left to train on.
+    """
+    chosen = _held_out_prompts(pairs, share, seed)
+    held = [item for item in pairs if _prompt(item) in chosen]
+    train = [item for item in pairs if _prompt(item) not in chosen]
+    return train, held, DataReport([], len(train), len(held), len(chosen))
+
+
+def stream(sources: Sequence[DataSource], *, seed: int = 0) -> Iterator[Preference]:
+    """Pairs of all sources as they come, each drawn from one source at random by weight, until all have ended.
+
+    Nothing is held in memory, so duplicates are not looked for.
+    """
+    left = [iter(_first(read_preferences(source.path, source.columns), source.most)) for source in sources]
+    weights = [source.weight for source in sources]
+    draw = random.Random(seed)
+    while left:
+        k = draw.choices(range(len(left)), weights)[0]
+        try:
+            yield next(left[k])
+        except StopIteration:
+            del left[k], weights[k]
+
+
+def _prompt(item: Preference) -> str:
+    return repr(content_key(item.prompt))
+
+
+def _held_out_prompts(pairs: Iterable[Preference], share: float, seed: int) -> set[str]:
+    if not 0 < share < 1:
+        reject("held_out", share, "a share of the prompts in (0, 1)")
+    prompts = sorted({_prompt(item) for item in pairs})
+    count = round(share * len(prompts))
+    if not 0 < count < len(prompts):
+        reject("held_out", f"{share} of {len(prompts)} prompts", "a share that leaves prompts on both sides")
+    return set(random.Random(seed).sample(prompts, count))
+
+
+def _keys(item: Preference) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    prompt, a, b = (content_key(text) for text in (item.prompt, item.chosen, item.rejected))
+    return (prompt, a, b), (prompt, b, a)
+
+
+def _weighed(pairs: list[Preference], weight: float, draw: random.Random) -> list[Preference]:
+    whole = int(weight)
+    more = round((weight - whole) * len(pairs))
+    chosen = set(draw.sample(range(len(pairs)), more))
+    return [item for k, item in enumerate(pairs) for _ in range(whole + (k in chosen))]
+
+
+def _first(pairs: Iterable[Preference], most: int | None) -> Iterator[Preference]:
+    for k, item in enumerate(pairs):
+        if k == most:
+            return
+        yield item

@@ -1,0 +1,120 @@
+"""`rmcore train --config`: one YAML file for options, data and the trainer; several processes train one model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from rmcore.cli import app
+from rmcore.model import RewardModel
+
+yaml = pytest.importorskip("yaml", reason="pyyaml is not installed (pip install 'rmcore[train]')")
+pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'rmcore[train]')")
+
+runner = CliRunner()
+
+
+def call(*arguments: object) -> Result:
+    return runner.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path, backbone_path: Path, preferences: Path, held_out: Path):
+    """``config(**changes)``: a file, with a value of None to leave a key out."""
+
+    def write(**changes: object) -> Path:
+        values = {
+            "backbone": str(backbone_path), "pooling": "mean", "out": str(tmp_path / "model"), "features": 64,
+            "layer-size": 8, "device": "cpu", "max_steps": 4, "per_device_train_batch_size": 8, "logging_steps": 1,
+            "learning_rate": 1e-3, "datasets": [{"path": str(preferences), "weight": 1.5}, str(held_out)],
+            "held_out": 0.2, "error-prior": False,
+        }  # fmt: skip
+        path = tmp_path / "train.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None}))
+        return path
+
+    return write
+
+
+def test_a_run_from_a_file(config, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    path = config(report_to="tensorboard", eval_strategy="steps", eval_steps=2)
+    result = call("train", "--config", path, "--set", "max_steps=6", "--layer-size", 16)
+    assert result.exit_code == 0, result.stderr
+    assert "| source | weight | read |" in result.stderr
+    head = json.loads((tmp_path / "model" / "rmcore.json").read_text())["head"]["config"]
+    assert (head["layer_size"], head["num_features"]) == (16, 64)  # the command line wins over the file
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [2, 4, 6]
+    model = RewardModel.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.float32)
+    assert model.score("red tree house", ["good clear", "bad rude"]).preference.isfinite().all()
+
+
+def test_adapters_from_a_file(config, preferences, tmp_path):
+    pytest.importorskip("peft")
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["query", "value"]}
+    result = call("train", preferences, "--config", config(**lora, datasets=None, held_out=None))
+    assert result.exit_code == 0, result.stderr
+    told = json.loads((tmp_path / "model" / "backbone" / "adapter_config.json").read_text())
+    assert told["r"] == 2
+    assert not (tmp_path / "model" / "backbone" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"learnin_rate": 1e-3}, "unknown keys ['learnin_rate']"),
+        ({"max_steps": None}, "num_train_epochs or max_steps too"),
+        ({"eval_strategy": "epoch", "held_out": None}, "eval_strategy"),
+        ({"held_out": "a tenth"}, "held_out"),
+        ({"datasets": [{"file": "x"}]}, "datasets[0]"),
+        ({"fp16": True}, "fp16"),
+        ({"covariance_momentum": 0.9}, "covariance_momentum"),
+        ({"datasets": None}, "preferences"),
+    ],
+)
+def test_what_does_not_fit_is_named(config, changes, told):
+    result = call("train", "--config", config(**changes))
+    assert result.exit_code == 2, result.stderr
+    assert told in result.stderr
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "train.yaml"
+    for text in ("- a\n- b\n", "a: [", "1: 2\n"):
+        path.write_text(text)
+        result = call("train", "--config", path, "-o", tmp_path / "out", "--backbone", "x")
+        assert result.exit_code == 2
+        assert "--config" in result.stderr
+    result = call("train", "x.jsonl", "-o", tmp_path / "out", "--backbone", "x", "--set", "max_steps")
+    assert result.exit_code == 2
+    assert "name=value" in result.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_train_one_model(launcher, config, tmp_path):
+    how = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
+                     "--rdzv-endpoint=127.0.0.1:0", "-m", "rmcore"],
+        "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+                       "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "rmcore"],
+    }[launcher]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, *how, "train", "--config", str(config())]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("on 2 processes") == 1
+    model = RewardModel.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.float32)
+    assert model.score("red tree house", ["good clear", "bad rude"]).preference.isfinite().all()
