@@ -108,7 +108,7 @@ def test_two_processes_train_one_model(launcher, config, tmp_path):
     how = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
                      "--rdzv-endpoint=127.0.0.1:0", "-m", "rmcore"],
-        "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+        "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
                        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "rmcore"],
     }[launcher]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())}
