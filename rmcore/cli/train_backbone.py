@@ -55,7 +55,7 @@ def main_process() -> bool:
 
 @contextmanager
 def trainer_process() -> Iterator[None]:
-    """One of the processes that accelerate or torchrun started: with a GPU of its own, and quiet unless the main one."""
+    """One of the processes that accelerate or torchrun started: a GPU of its own, and quiet unless the main one."""
     if not many_processes():
         yield
         return
