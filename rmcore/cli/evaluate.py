@@ -36,6 +36,7 @@ def evaluate(
         Literal["fixed-sequence", "conformal"], typer.Option(help="With --alpha: which guarantee.")
     ] = "fixed-sequence",
     columns: options.Columns = None,
+    critiques: options.Critiques = False,
     overwrite: options.Overwrite = False,
     loading: options.Loading,
     doubting: options.Doubting,
@@ -67,7 +68,7 @@ def evaluate(
         for file in files:
             check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False)
         names = parse_columns(columns or [])
-        rows = list(read_preference_rows(preferences, names))
+        rows = list(read_preference_rows(preferences, names, critiques=critiques))
         items = [(pair, row) for row in rows for pair in row.pairs]
         if not items:
             reject("preferences", "no lines", "at least one")
@@ -83,7 +84,8 @@ def evaluate(
             for p, row in items
         ]
         with progress_bar() as bar:
-            states = encode_pairs(loaded.backbone, pairs, loaded.mode, progress=encoding_progress(bar))
+            said = [pair.critiques or ((), ()) for pair, _ in items] if critiques else None
+            states = encode_pairs(loaded.backbone, pairs, loaded.mode, critiques=said, progress=encoding_progress(bar))
             known = None
             if train_data is not None:
                 known, _, _ = encode_preferences(

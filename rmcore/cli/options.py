@@ -64,6 +64,12 @@ Columns = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=COLUMN ...", help="Other names of columns: prompt=question chosen=good."),
 ]
+Critiques = Annotated[
+    bool,
+    typer.Option(
+        "--critiques", help="Read each response behind its critiques, the column critiques (rmcore critique writes it)."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
 
 Threshold = Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")]

@@ -48,6 +48,7 @@ def _scoring(
         bool, typer.Option("--resume", help="Go on where the results in --out end, of an interrupted run too.")
     ] = False,
     columns: options.Columns = None,
+    critiques: options.Critiques = False,
     judging: options.Judging,
     doubting: options.Doubting,
     batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
@@ -102,9 +103,9 @@ def _scoring(
     def run(line: Line) -> None:
         try:
             with opened_output(out, resume=resume) as output:
-                todo = _not_done(read_groups(groups, names), output.last, out)
+                todo = _not_done(read_groups(groups, names, critiques=critiques), output.last, out)
                 stream = (engine, _chunks(todo, batch), output, booked, line, save, judged)
-                done, failed = _score_stream(*stream, lines=count_lines(groups))
+                done, failed = _score_stream(*stream, lines=count_lines(groups), critiques=critiques)
         finally:
             close_engine(engine)
             if judged or not sys.exc_info()[0]:  # what was spent is told however the run ends
@@ -117,6 +118,8 @@ def _scoring(
                 highlight=False,
                 soft_wrap=True,
             )
+        if judged["without critiques"]:
+            notes.print(f"rmcore: {judged['without critiques']} of {done} groups have no critiques", markup=False)
         if failed:
             raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
         if judged["failed"] and not judged["judge"]:
@@ -173,6 +176,7 @@ def _score_stream(
     judged: Counter[str],
     *,
     lines: int | None = None,
+    critiques: bool = False,
 ) -> tuple[int, int]:
     """Score groups batch by batch; how many there were, and how many could not be scored.
 
@@ -184,7 +188,7 @@ def _score_stream(
         task = bar.add_task("groups" if lines is None else "lines", total=lines)
         for chunk, error in chunks:
             if chunk:
-                failed += _score_chunk(engine, chunk, output, accounts, line, judged)
+                failed += _score_chunk(engine, chunk, output, accounts, line, judged, critiques=critiques)
                 done += len(chunk)
                 bar.update(task, completed=done if lines is None else chunk[-1].line)
                 after()
@@ -215,10 +219,21 @@ def _not_done(groups: Iterator[Group], last: dict[str, Any] | None, out: str) ->
 
 
 def _score_chunk(
-    engine: RewardEngine, chunk: list[Group], output: Output, accounts: Accounts, line: Line, judged: Counter[str]
+    engine: RewardEngine,
+    chunk: list[Group],
+    output: Output,
+    accounts: Accounts,
+    line: Line,
+    judged: Counter[str],
+    *,
+    critiques: bool,
 ) -> int:
     """Score groups together, write those that can be scored and name the others; how many these are."""
-    scores = engine.score([g.prompt for g in chunk], [g.responses for g in chunk], on_error="return")
+    given = None
+    if critiques:
+        given = [g.critiques or ((),) * len(g.responses) for g in chunk]
+        judged["without critiques"] += sum(not any(own) for own in given)
+    scores = engine.score([g.prompt for g in chunk], [g.responses for g in chunk], critiques=given, on_error="return")
     if len(scores):
         summary = scores.summary()
         accounts.add(summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,6 +28,7 @@ from rmcore.cli.train_backbone import (
     trains_backbone,
 )
 from rmcore.cli.train_config import read_config, run_settings
+from rmcore.cli.train_critiques import check_critiques, train_critiques
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +97,7 @@ def train(
     calibrate: Annotated[
         str | None, typer.Option(help="Held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
     ] = None,
+    critiques: options.Critiques = False,
     ai_labels: Annotated[
         str | None, typer.Option(help="Preferences of a judge (rmcore label), to learn from besides.")
     ] = None,
@@ -232,8 +235,9 @@ def train(
             plan = AttributePlan.read(by_attributes, preferences, names, mode)
         named = preferences is not None and plan is None
         with working(ranks, "reading"):
-            items = list(read_preferences(preferences, names, part=part_of(ranks))) if named and preferences else []
-            held_out = [] if calibrate is None else list(read_preferences(calibrate, names, part=part_of(ranks)))
+            reading = partial(read_preferences, columns=names, part=part_of(ranks), critiques=critiques)
+            items = list(reading(preferences)) if named and preferences else []
+            held_out = [] if calibrate is None else list(reading(calibrate))
         if plan is None and (named or settings.datasets is None):
             check_count("preferences", len(items), ranks)
         held_out_count = 0 if calibrate is None else check_count("--calibrate", len(held_out), ranks)
@@ -244,6 +248,9 @@ def train(
         judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
         if ai_labels is not None and not judged:
             reject("--ai-labels", "no lines", "at least one")
+        if critiques:
+            others = (tune, epochs, finetunes, further, ai_labels, by_attributes.attributes, ranks, settings.datasets)
+            check_critiques(items, mode, others)
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
@@ -262,6 +269,12 @@ def train(
         kept.use(spine, cache=not no_cache)
         if plan is not None:
             line = _train_attributes(plan, spine, config, dtype, out, kept, embed=embed_backbone, seed=seed)
+            notes.print(f"{line}; {spine.stats.tokens} tokens; wrote {out}")
+            return
+        if critiques:
+            with progress_bar() as bar:
+                own_data = (items, held_out, config, _dtype(dtype), encoding_progress(bar))
+                line = train_critiques(spine, *own_data, out, kept, embed=embed_backbone)
             notes.print(f"{line}; {spine.stats.tokens} tokens; wrote {out}")
             return
         with progress_bar() as bar:

@@ -39,6 +39,7 @@ from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
 from rmcore.model.backbone import EncodingStats
+from rmcore.model.critiques import Critiques
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.text import OverlongPolicy
 from rmcore.model.uncertainties import find_estimator
@@ -185,6 +186,7 @@ class RewardEngine:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        critiques: Critiques | None = None,
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
         on_error: OnError = "raise",
@@ -202,6 +204,8 @@ class RewardEngine:
             responses: one sequence of K ≥ 1 responses a prompt, each text or messages (:mod:`rmcore._base.prompt`); K
                 may differ. Equal responses are decided by rule: 0. Different ones whose inputs are equal (cut to the
                 limit, say) have no preference, u = Inf, unless the judge decides: they are first in line.
+            critiques: difference mode: for each response its critiques, each a text that is read behind it
+                (:mod:`rmcore.model.critiques`). Preferences are means over them, and u counts how far they differ.
             max_length: most tokens of a text in this call; None is the backbone's own limit.
             overlong: what happens to longer ones (:data:`~rmcore.model.text.OverlongPolicy`); None is the backbone's.
                 With ``no-reward`` such a response has no preference but what a judge says, and its siblings are scored
@@ -219,13 +223,14 @@ class RewardEngine:
                 before a judge is asked and before a step of the router begins.
             NonFiniteError: the backbone produced NaN or Inf and ``nonfinite`` is ``raise``.
         """
-        return self._run(self._call_with_texts(prompts, responses, max_length, overlong, on_error, progress))
+        return self._run(self._call_with_texts(prompts, responses, critiques, max_length, overlong, on_error, progress))
 
     async def score_async(
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        critiques: Critiques | None = None,
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
         on_error: OnError = "raise",
@@ -237,7 +242,7 @@ class RewardEngine:
         CancelledError comes out, neither a thread nor a task is left.
         """
         return await self._run_async(
-            self._call_with_texts(prompts, responses, max_length, overlong, on_error, progress)
+            self._call_with_texts(prompts, responses, critiques, max_length, overlong, on_error, progress)
         )
 
     def score_hidden(
@@ -365,6 +370,7 @@ class RewardEngine:
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
+        critiques: Critiques | None,
         max_length: int | None,
         overlong: OverlongPolicy | None,
         on_error: OnError,
@@ -377,6 +383,8 @@ class RewardEngine:
         if (max_length, overlong) != (None, None):
             call.limit = self.model.backbone.text_limit(max_length, overlong)
         call.check_texts(prompts, responses)
+        if critiques is not None:
+            call.check_critiques(critiques)
         return call
 
     def _call_with_rows(

@@ -29,6 +29,7 @@ from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import all_finite, check_finite
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.model.backbone import EncodingStats
+from rmcore.model.critiques import StateCounts, merged_texts, read_critiques
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText, TextLimit
@@ -163,6 +164,8 @@ class ScoreCall:
     """Whether the head is asked how far each response is from its training data."""
     prompts: Sequence[Prompt] | None = None
     responses: Sequence[Sequence[Response]] | None = None
+    critiques: list[list[tuple[str, ...]]] | None = None
+    """Of each group's responses, where these are scored behind critiques."""
     progress: Progress | None = None
     limit: TextLimit | None = None
     """Of this call's texts, instead of the backbone's own."""
@@ -215,6 +218,21 @@ class ScoreCall:
         self.sizes = sizes
         self.numbers = self.numbers or list(range(len(sizes)))
 
+    def check_critiques(self, critiques: object) -> None:
+        """Take critiques of the texts there are; raises InputError for what is none, or what cannot go with them."""
+        _, responses = self._texts()
+        if self.head.config.mode != "difference":
+            reject("critiques", "some in concat mode", "None, or a model in difference mode")
+        if self.kept is not None:
+            reject(
+                "critiques", "some for an engine with a learner", "None: verdicts teach a head of one state a response"
+            )
+        if self.errors:
+            if not isinstance(critiques, Sequence) or isinstance(critiques, str):
+                reject("critiques", type(critiques).__name__, "a list with one list a prompt")
+            critiques = [own for k, own in enumerate(critiques) if k not in self.errors]
+        self.critiques = read_critiques(critiques, responses)
+
     def check_hidden(self, hidden: Tensor) -> None:
         """Check that hidden rows fit the head and the groups."""
         config = self.head.config
@@ -237,13 +255,16 @@ class ScoreCall:
         if self.design != "all" and model.mode == "concat":
             settings["compared"] = self.design_of
         prompts, responses = self._texts()
+        critiques = self.critiques
         with self.time("backbone"):
             if self.on_error == "raise":
-                self.encoded = model.encode_groups(prompts, responses, **settings)
+                self.encoded = model.encode_groups(prompts, responses, critiques=critiques, **settings)
                 return
+            left = iter(critiques or ())
 
             def encode(prompt: Prompt, group: Sequence[Response]) -> None:
-                self.encoded.append(model.encode_group(prompt, group, **settings))
+                own: dict[str, Any] = {} if critiques is None else {"critiques": next(left)}
+                self.encoded.append(model.encode_group(prompt, group, **own, **settings))
 
             errors = _errors(encode, prompts, responses)
         self.take_out(errors)
@@ -261,6 +282,8 @@ class ScoreCall:
         self.numbers = [self.numbers[k] for k in left]
         if self.sizes:
             self.sizes = [self.sizes[k] for k in left]
+        if self.critiques is not None:
+            self.critiques = [self.critiques[k] for k in left]
         prompts, responses = self._texts()
         self.prompts, self.responses = [prompts[k] for k in left], [responses[k] for k in left]
 
@@ -329,7 +352,14 @@ class ScoreCall:
             self._designs[size] = design_pairs(size, self.design)
         return self._designs[size]
 
+    def states_of(self, groups: list[int]) -> StateCounts | None:
+        """How many hidden rows each response of some of the groups has; None: one each."""
+        return None if self.critiques is None else StateCounts.of([self.critiques[k] for k in groups])
+
     def _row_counts(self, groups: list[int]) -> Tensor:
+        states = self.states_of(groups)
+        if states is not None:
+            return states.rows
         return self.layout_of(groups).row_counts(self.head.config.mode, one_order=self.one_order)
 
     # -- while it runs -----------------------------------------------------------------------------------------------
@@ -372,6 +402,9 @@ class ScoreCall:
         table, mode = part.table, self.head.config.mode
         if self.encoded:
             texts = [text for k in part.groups for text in self.encoded[k]]
+            states = self.states_of(part.groups)
+            if states is not None:
+                texts = merged_texts(texts, states.flat.tolist())
             signal = pair_signals(texts, table.layout.pair_rows(mode, one_order=self.one_order), mode)
             if table.row_novelty is not None and any(unread := [text.unread for text in texts]):
                 mask = torch.tensor(unread, device=table.row_novelty.device)

@@ -20,6 +20,7 @@ from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.estimators import PairEstimate, PairEstimator, of_kind
 from rmcore.head.frozen import PairScores
 from rmcore.head.posterior import check_finite
+from rmcore.model.critiques import StateCounts
 from rmcore.model.error_prior import row_distance
 from rmcore.model.signal import PairSignal, fill_unread
 from rmcore.model.uncertainties import HEAD, head_estimate, told_apart
@@ -65,20 +66,24 @@ def score_pairs(call: ScoreCall, batch: MicroBatch, sketch: Tensor | None = None
         hidden = hidden.to(call.head.device)
         with call.time("head"):
             own = None if noise is None else torch.cat([noise[k - batch.first] for k in groups])
-            table = _table(call, hidden, layout, "keep" if contain or call.nonfinite == "route" else "raise", own)
+            keep: Literal["raise", "keep"] = "keep" if contain or call.nonfinite == "route" else "raise"
+            table = _table(call, hidden, groups, layout, keep, own)
     except NonFiniteError as error:
         raise _renumbered(error, batch) from None
     if contain:
         hidden, groups, table = call.without_overflows(hidden, groups, table)
     if call.kept is not None:
         call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
-    return ScoredPart(groups, table, None if sketch is None else _distance(call, hidden, table, sketch))
+    return ScoredPart(groups, table, None if sketch is None else _distance(call, hidden, groups, table, sketch))
 
 
-def _distance(call: ScoreCall, hidden: Tensor, table: PairTable, sketch: Tensor) -> Tensor:
+def _distance(call: ScoreCall, hidden: Tensor, groups: list[int], table: PairTable, sketch: Tensor) -> Tensor:
     """(Q,) float64 on the CPU: the mean of a pair's hidden rows' distances from the nearest of the sketch."""
     with call.time("head"):
         rows = row_distance(hidden, sketch).double().cpu()
+        states = call.states_of(groups)
+        if states is not None:
+            rows = states.mean(rows)
         return rows[table.layout.pair_rows(call.head.config.mode, one_order=call.one_order)].mean(1)
 
 
@@ -120,6 +125,7 @@ def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> tuple[Tensor, list[Tenso
 def _table(
     call: ScoreCall,
     hidden: Tensor,
+    groups: list[int],
     layout: PairLayout,
     nonfinite: Literal["raise", "keep"],
     noise: Tensor | None = None,
@@ -128,14 +134,18 @@ def _table(
     apart = call.model is not None and call.model.deterministic == "batch"
     if head.config.mode == "difference":
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
+        states = call.states_of(groups)
+        rows = layout if states is None else PairLayout(states.rows)
         found: PairEstimate | None = None
         if call.estimator is not None:
-            pairs, found = _estimated(call, call.estimator, hidden, layout)
+            pairs, found = _estimated(call, call.estimator, hidden, rows)
         else:
             pairs = score_pairs(
-                hidden, layout.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
+                hidden, rows.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
             )
-        if call.estimator is None and noise is not None:
+        if states is not None:
+            pairs, found = _of_responses(call, pairs, states, layout), None
+        elif call.estimator is None and noise is not None:
             found = head_estimate(head, pairs.logit, pairs.variance, layout.sizes, noise)
             if call.variance in ("aleatoric", "total"):
                 pairs = _with_columns(of_kind(found, call.variance, "epistemic", HEAD), pairs)
@@ -145,6 +155,18 @@ def _table(
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)
     return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
+
+
+def _of_responses(call: ScoreCall, pairs: PairScores, states: StateCounts, layout: PairLayout) -> PairScores:
+    """Pairs of responses from pairs of their states, one for each critique (:mod:`rmcore.model.critiques`)."""
+    found = states.pairs(pairs.logit, pairs.variance)
+    amplitude = call.head.weights.amplitude if call.estimator is None else reference.mean_field_amplitude()
+    u = reference.uncertainty(found.variance, amplitude)
+    scores = PairScores(found.logit, found.variance, u, reference.preference(found.logit, u))
+    if pairs.row_novelty is not None:
+        scores.row_novelty = states.mean(pairs.row_novelty.double())
+        scores.novelty = reference.pair_novelty(scores.row_novelty, layout.first, layout.second)
+    return scores
 
 
 def _estimated(

@@ -40,6 +40,7 @@ from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.estimators import PairEstimate, PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
+from rmcore.model.critiques import StateCounts, critiqued_texts, merged_texts, read_critiques
 from rmcore.model.reward_model import Progress, encode_pair
 from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
@@ -59,6 +60,8 @@ class PairStates:
     Attributes:
         hidden: (N, 2, h): first and second response (difference mode), or both orders of the pair (concat mode).
         tokens: (N, 2) content tokens of the two texts encoded.
+        states: with critiques how many states each pair's two responses have; ``hidden`` is (R, h) then, all states of
+            the first pair, then of the second, and so on.
         silent: (N,) bool, True where the inputs tell nothing (:mod:`rmcore.model.signal`): two different responses
             whose texts are equal, or an unread one. Default: nowhere.
         noise: (N, 2) the variance that a published model of several attributes sees in each response itself, NaN where
@@ -69,21 +72,52 @@ class PairStates:
     tokens: Tensor
     silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     noise: Tensor | None = None
+    states: StateCounts | None = None
 
     def __post_init__(self) -> None:
         if not len(self.silent):
-            object.__setattr__(self, "silent", torch.zeros(len(self.hidden), dtype=torch.bool))
+            object.__setattr__(self, "silent", torch.zeros(len(self.tokens), dtype=torch.bool))
+
+    @property
+    def flat(self) -> Tensor:
+        """(R, h) all rows."""
+        return self.hidden if self.states is not None else self.hidden.flatten(0, 1)
+
+    @property
+    def pairs(self) -> Tensor:
+        """(N, 2, h): of several states of a response their mean, for what looks at distances."""
+        if self.states is None:
+            return self.hidden
+        counts = self.states.flat.to(self.hidden.device)
+        owner = torch.repeat_interleave(counts)
+        total = torch.zeros(len(counts), self.hidden.shape[1], dtype=self.hidden.dtype, device=self.hidden.device)
+        return (total.index_add_(0, owner, self.hidden) / counts[:, None]).view(-1, 2, self.hidden.shape[1])
 
     def __getitem__(self, index: Tensor | Sequence[int]) -> PairStates:
         rows = torch.as_tensor(index, dtype=torch.long)
         noise = None if self.noise is None else self.noise[rows]
-        return PairStates(self.hidden[rows], self.tokens[rows], self.silent[rows], noise)
+        if self.states is None:
+            return PairStates(self.hidden[rows], self.tokens[rows], self.silent[rows], noise)
+        parts = self.hidden.split(self.states.rows.tolist())
+        hidden = torch.cat([parts[k] for k in rows.tolist()])
+        return PairStates(hidden, self.tokens[rows], self.silent[rows], noise, self.states.part(rows.tolist()))
 
 
 def encode_pairs(
-    backbone: Backbone, pairs: Sequence[StreamPair], mode: str, *, progress: Progress | None = None
+    backbone: Backbone,
+    pairs: Sequence[StreamPair],
+    mode: str,
+    *,
+    critiques: Sequence[Sequence[Sequence[str]]] | None = None,
+    progress: Progress | None = None,
 ) -> PairStates:
-    """Encode labelled pairs; a text that occurs in several of them is encoded once."""
+    """Encode labelled pairs; a text that occurs in several of them is encoded once.
+
+    With ``critiques``, of each pair those of its first and of its second response, each response is read behind each
+    of its own (difference mode, :mod:`rmcore.model.critiques`).
+    """
+    if critiques is not None:
+        return _encode_critiqued(backbone, pairs, mode, critiques, progress)
     texts: list[EncodedText] = []
     silent: list[bool] = []
     for k, pair in enumerate(pairs):
@@ -103,6 +137,34 @@ def encode_pairs(
         tokens.view(-1, 2),
         torch.tensor(silent, dtype=torch.bool),
         None if noise is None else noise.view(-1, 2),
+    )
+
+
+def _encode_critiqued(
+    backbone: Backbone,
+    pairs: Sequence[StreamPair],
+    mode: str,
+    critiques: Sequence[Sequence[Sequence[str]]],
+    progress: Progress | None,
+) -> PairStates:
+    if mode != "difference":
+        reject("critiques", f"some for a head in {mode} mode", "None, or a head in difference mode")
+    said = read_critiques(critiques, [(pair.first, pair.second) for pair in pairs])
+    states = StateCounts.of(said)
+    texts: list[list[EncodedText]] = []
+    silent, tokens = [], []
+    for k, (pair, own, counts) in enumerate(zip(pairs, said, states.counts, strict=True)):
+        try:
+            texts.append(critiqued_texts(backbone.encoder, pair.prompt, (pair.first, pair.second), own))
+        except InputError as error:
+            raise InputError(f"pairs[{k}]: {error}") from error
+        both = merged_texts(texts[-1], counts)
+        silent.append(pair_signal(both, mode) != PairSignal.PRESENT and not _equal(pair, both))
+        tokens.append([text.content_tokens for text in both])
+    note = None if progress is None else (lambda done, total: progress("encoding", done, total))
+    hidden = fill_unread(backbone.hidden([text for own in texts for text in own], progress=note), texts)
+    return PairStates(
+        hidden, torch.tensor(tokens, dtype=torch.float64), torch.tensor(silent, dtype=torch.bool), states=states
     )
 
 
@@ -161,18 +223,23 @@ def scored_pairs(
     """
     count, served = len(pairs), None
     if uncertainty is not None or variance in ("aleatoric", "total"):
-        if head.config.mode != "difference" or apart:
-            reject("uncertainty", "given in concat mode, or with apart", "the head's own")
+        if head.config.mode != "difference" or apart or states.states is not None:
+            reject("uncertainty", "given in concat mode, with apart or with critiques", "the head's own")
         found = _estimated(head, states, uncertainty, variance)
         g, u = found.logit, reference.uncertainty(found.variance, reference.mean_field_amplitude())
         novelty = _as_seen(head, states)
         served = torch.sigmoid(found.preference).clamp(_TINY, 1 - _TINY)
     elif head.config.mode == "difference":
-        sizes = torch.full((count,), 2, dtype=torch.int64)
+        sizes = torch.full((count,), 2, dtype=torch.int64) if states.states is None else states.states.rows
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
-        scores = score_pairs(states.hidden.flatten(0, 1), sizes, novelty=head.rows is not None)
+        scores = score_pairs(states.flat, sizes, novelty=head.rows is not None)
         g, u = scores.logit.double(), scores.uncertainty.double()
         novelty = None if scores.novelty is None else scores.novelty.double()
+        if states.states is not None:
+            mixed = states.states.pairs(scores.logit, scores.variance)
+            g, u = mixed.logit, reference.uncertainty(mixed.variance, head.config.resolved_amplitude)
+            if scores.row_novelty is not None:
+                novelty = states.states.mean(scores.row_novelty.double()).view(-1, 2).mean(1)
     else:
         rows = (partial(rows_apart, head) if apart else head.score)(states.hidden.flatten(0, 1))
         table = PairTable.of_concat(rows, PairLayout([2] * count), "both", head.config.order_mean)
@@ -284,7 +351,7 @@ def recorded_preference(pair: StreamPair) -> float:
 
 
 def _controls(states: PairStates, train: Tensor | None, mode: str) -> dict[str, np.ndarray]:
-    hidden = states.hidden.double()
+    hidden = states.pairs.double()
     controls = {}
     if train is not None:
         nearest = torch.cdist(hidden.flatten(0, 1), train.double().to(hidden.device)).amin(dim=1).view(-1, 2)

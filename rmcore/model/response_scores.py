@@ -42,6 +42,8 @@ class ResponseScores:
         epistemic: (K, K) symmetric, the part of the variance of a pair's logit that more data would take away, as far
             as the model tells parts; None where it tells none. With the default amplitude it is ``variance``.
         aleatoric: (K, K) symmetric, the part that is in the answers themselves; None likewise.
+        critique_variance: (K, K) symmetric, the part of ``variance`` that hangs on which critiques were read; None
+            without critiques.
     """
 
     preference: Tensor
@@ -53,6 +55,7 @@ class ResponseScores:
     position_bias: Tensor | None = None
     epistemic: Tensor | None = None
     aleatoric: Tensor | None = None
+    critique_variance: Tensor | None = None
 
     @property
     def rewards(self) -> Tensor:
@@ -120,7 +123,7 @@ def pair_squares(
             both orders: LLM-Blender's ``rank``.
         attributes: of the same.
         preference: (Q,) p̃ of an estimator that makes its own; None for g / u.
-        parts: (Q,) ``epistemic`` and ``aleatoric`` variance, those that are known.
+        parts: (Q,) ``epistemic`` and ``aleatoric`` variance, those that are known, and ``critique_variance``.
     """
     layout = PairLayout([len(group) for group in responses])
     kind: PairMode = "concat" if mode == "concat" else "difference"

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -46,6 +46,7 @@ from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
+from rmcore.model.critiques import Critiques, StateCounts, critiqued_texts, merged_texts, read_critiques
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.error_prior import (
     MOST_PAIRS,
@@ -92,6 +93,8 @@ class Preference:
     chosen: Response
     rejected: Response
     label: float = 1.0
+    critiques: tuple[tuple[str, ...], tuple[str, ...]] | None = field(default=None, kw_only=True)
+    """Of the chosen and of the rejected response, where they are to be read (:mod:`rmcore.model.critiques`)."""
 
 
 class RewardModel:
@@ -242,6 +245,7 @@ class RewardModel:
         prompts: str,
         responses: Sequence[Response],
         *,
+        critiques: Sequence[str | Sequence[str]] | None = None,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
         max_length: int | None = None,
@@ -256,6 +260,7 @@ class RewardModel:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        critiques: Critiques | None = None,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
         max_length: int | None = None,
@@ -269,6 +274,7 @@ class RewardModel:
         prompts: str | Sequence[Prompt],
         responses: Sequence[Response] | Sequence[Sequence[Response]],
         *,
+        critiques: Critiques | Sequence[str | Sequence[str]] | None = None,
         orders: Literal["both", "one"] = "both",
         backend: Backend = "auto",
         max_length: int | None = None,
@@ -285,6 +291,8 @@ class RewardModel:
             prompts: one prompt a group, each a text or a list of messages; or one text.
             responses: K ≥ 1 responses a prompt, K may differ; or those of the one prompt. Equal responses of a group
                 are decided by rule: nothing between them.
+            critiques: difference mode: for each response its critiques, each a text read behind it
+                (:mod:`rmcore.model.critiques`): the scores are means over them, and their spread is part of v.
             orders: concat mode: score ``both`` orders of a pair and average, or ``one`` (i < j).
             backend: of the head's kernels.
             max_length: most tokens of a text in this call; None is the backbone's own limit.
@@ -309,9 +317,11 @@ class RewardModel:
                 if isinstance(response, (list, tuple)) and response and isinstance(response[0], str):
                     reject(f"responses[{k}]", "a list of texts", "a response, since prompts is one text")
             one: Any = [responses]
+            said: Any = None if critiques is None else [critiques]
             return self.score(
                 [prompts],
                 one,
+                critiques=said,
                 orders=orders,
                 backend=backend,
                 max_length=max_length,
@@ -325,12 +335,45 @@ class RewardModel:
         given: Any = responses
         prompts, groups = canonical_groups(prompts, given)
         limit = self.backbone.text_limit(max_length, overlong)
+        if critiques is not None:
+            if uncertainty not in (None, "head") or variance is not None:
+                reject("uncertainty, variance", "given with critiques", "None: v is the head's, and the critiques'")
+            read = read_critiques(critiques, groups)
+            return self._score_critiqued(prompts, groups, read, backend=backend, limit=limit, progress=progress)
         encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
         texts = [text for group in encoded for text in group]
         hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
         hidden = fill_unread(hidden, encoded)
         how: dict[str, Any] = {"orders": orders, "backend": backend, "uncertainty": uncertainty, "variance": variance}
         return self.scores_of(hidden, encoded, groups, attributes=attributes, **how)
+
+    def _score_critiqued(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[Sequence[Response]],
+        critiques: Sequence[Sequence[Sequence[str]]],
+        *,
+        backend: Backend,
+        limit: TextLimit,
+        progress: Progress | None,
+    ) -> list[ResponseScores]:
+        states = StateCounts.of(critiques)
+        encoded = self.encode_groups(prompts, groups, limit=limit, critiques=critiques)
+        hidden = self.backbone.hidden([text for group in encoded for text in group], progress=_tokens(progress))
+        hidden = fill_unread(hidden, encoded)
+        found = states.pairs(*self.head_pairs(hidden, states.rows, backend=backend))
+        merged = [merged_texts(*one) for one in zip(encoded, states.counts, strict=True)]
+        return pair_squares(
+            found.logit,
+            found.variance,
+            groups,
+            self.head.weights.amplitude,
+            merged,
+            self.mode,
+            ordered=False,
+            scores=states.mean(self.row_scores(hidden)),
+            parts={"critique_variance": found.between},
+        )
 
     def scores_of(
         self,
@@ -450,12 +493,18 @@ class RewardModel:
         orders: Literal["both", "one"] = "both",
         limit: TextLimit | None = None,
         compared: Callable[[int], Tensor] | None = None,
+        critiques: Sequence[Sequence[str]] | None = None,
     ) -> list[EncodedText]:
         """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``).
 
-        ``compared`` gives for K the pairs (P, 2), i < j, that are wanted; None are all.
+        With ``critiques`` each response is there once for each of its own (difference mode). ``compared`` gives for K
+        the pairs (P, 2), i < j, that are wanted; None are all.
         """
         encode = self.backbone.encoder.encode
+        if critiques is not None:
+            if self.mode != "difference":
+                reject("critiques", "some for a concat-mode model", "None, or a model in difference mode")
+            return critiqued_texts(self.backbone.encoder, prompt, responses, critiques, limit)
         if self.mode == "difference":
             return [encode(prompt, response, limit=limit) for response in responses]
         wanted = None if compared is None else {(i, j) for i, j in compared(len(responses)).tolist()}
@@ -474,13 +523,15 @@ class RewardModel:
         orders: Literal["both", "one"] = "both",
         limit: TextLimit | None = None,
         compared: Callable[[int], Tensor] | None = None,
+        critiques: Sequence[Sequence[Sequence[str]]] | None = None,
     ) -> list[list[EncodedText]]:
         """:meth:`encode_group` of every group. An InputError names the group by its place among ``prompts``."""
         encode = self.encode_group if compared is None else partial(self.encode_group, compared=compared)
         groups = []
         for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+            own: dict[str, Any] = {} if critiques is None else {"critiques": critiques[k]}
             try:
-                groups.append(encode(prompt, group, orders=orders, limit=limit))
+                groups.append(encode(prompt, group, orders=orders, limit=limit, **own))
             except InputError as error:
                 raise InputError(f"group {k}: {error}") from error
         return groups

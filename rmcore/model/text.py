@@ -35,7 +35,16 @@ from rmcore.model.encoding.limits import OverlongPolicy, Run, TextLimit, shorten
 from rmcore.model.encoding.whole import WholeText
 from rmcore.model.template_date import parse_date, pinned_template
 
-__all__ = ["EncodedText", "OverlongPolicy", "PairTemplate", "Segment", "TextEncoder", "TextLimit"]
+__all__ = [
+    "CRITIQUE_TEXT",
+    "CRITIQUE_TURN",
+    "EncodedText",
+    "OverlongPolicy",
+    "PairTemplate",
+    "Segment",
+    "TextEncoder",
+    "TextLimit",
+]
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +55,19 @@ _IDS_ONLY: dict[str, Any] = {
     "return_token_type_ids": False,
     "verbose": False,
 }
-_FIELD = re.compile(r"\{(prompt|first|second)\}")
+_FIELD = re.compile(r"\{(prompt|first|second|critique)\}")
+
+CRITIQUE_TURN = (
+    "The following is a break down on the correctness and usefulness of the assistant's response to my question: "
+)
+"""How a user turn with a critique begins, behind the response that it is of: CLoud's words (Ankner et al. 2024)."""
+
+CRITIQUE_TEXT = "\n\n### Critique\n{critique}"
+"""The same where no chat template is used."""
 
 
 class Segment(NamedTuple):
-    """A named run of token ids: ``prompt``, ``first`` or ``second``, template text included where it belongs."""
+    """A named run of token ids: ``prompt``, ``first``, ``second`` or ``critique``, template text included."""
 
     name: str
     ids: tuple[int, ...]
@@ -168,13 +185,23 @@ class TextEncoder:
         return self.limit.max_length
 
     def encode(
-        self, prompt: Prompt, first: Response, second: Response | None = None, *, limit: TextLimit | None = None
+        self,
+        prompt: Prompt,
+        first: Response,
+        second: Response | None = None,
+        *,
+        critique: str | None = None,
+        limit: TextLimit | None = None,
     ) -> EncodedText:
         """Tokenise one response (difference mode) or, with ``second``, one ordered pair (concat mode).
 
         A response of messages is rendered by the chat template in difference mode. Where there is no chat template, two
         responses share a turn, or the template refuses the response's roles, it is one text
         (:func:`~rmcore._base.prompt.response_text`).
+
+        ``critique`` stands behind the response that it is of, in a user turn of CLoud's where there is a chat template
+        (:data:`CRITIQUE_TURN`, :data:`CRITIQUE_TEXT` elsewhere); the tokens before it are those of the response alone.
+        It is hostile text as they are, and the first to be cut, from its end, whatever the policy.
 
         ``limit`` is for this text, instead of the encoder's own.
 
@@ -188,12 +215,19 @@ class TextEncoder:
         texts = {"first": response_text(first, "first")}
         if second is not None:
             texts["second"] = response_text(second, "second")
+        if critique is not None:
+            if second is not None:
+                reject("critique", "one beside two responses", "one response and its critique (difference mode)")
+            if not isinstance(critique, str):
+                reject("critique", type(critique).__name__, "a text")
+            texts["critique"] = critique
+            template += CRITIQUE_TEXT
         if not self._uses_chat(asked, second is not None):
             if second is None and self.two_texts:
-                return self._assemble(self._from_pieces(_two_text_pieces(asked, texts["first"]), texts), texts, limit)
+                return self._assemble(self._from_pieces(_two_text_pieces(asked, texts), texts), texts, limit)
             return self._assemble(self._from_pieces(self._plain_pieces(asked, template), texts), texts, limit)
         turn = template.split("{prompt}", 1)[1].lstrip("\n")
-        if turn == "{first}":
+        if turn.removesuffix(CRITIQUE_TEXT) == "{first}":
             return self._assemble(self._conversation(asked, answer, texts), texts, limit)
         return self._assemble(self._from_pieces(self._chat_pieces(asked, turn), texts), texts, limit)
 
@@ -260,8 +294,9 @@ class TextEncoder:
         messages = _as_messages(prompt)
         one: list[dict[str, Any]] = [{"role": "assistant", "content": texts["first"]}]
         turns = [one] if isinstance(answer, str) else [answer, one]
+        more = [{"role": "user", "content": CRITIQUE_TURN + texts["critique"]}] if "critique" in texts else []
         for turn in turns:
-            whole = [_clean(message) for message in (*messages, *turn)]
+            whole = [_clean(message) for message in (*messages, *turn, *more)]
             try:
                 special = self._whole.spells_special
                 rendering = render_conversation(
@@ -277,7 +312,7 @@ class TextEncoder:
                     raise
                 self._notice("the roles of a response: shown as text within the messages instead")
                 continue
-            return self._whole.runs(rendering, len(messages))
+            return self._whole.runs(rendering, len(messages), len(messages) + len(turn) if more else None)
         raise AssertionError
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
@@ -312,15 +347,16 @@ class TextEncoder:
         excess = 0 if limit.max_length is None else sum(len(ids) for *_, ids in runs) - limit.max_length
         if excess > 0 and limit.overlong == "no-reward":
             return EncodedText((), content, unread=True, limit=limit)
-        whole = [_content_of(runs, name) for name in texts] if len(texts) == 2 else []
+        pair = "second" in texts
+        whole = [_content_of(runs, name) for name in texts] if pair else []
         if excess > 0:
             runs = shorten(runs, limit, self.positions)
         segments: list[Segment] = []
-        for name in ("prompt", "first", "second"):
+        for name in ("prompt", "first", "second", "critique"):
             ids = tuple(chain.from_iterable(part for run, _, part in runs if run == name))
             if ids:
                 segments.append(Segment(name, ids))
-        equal = len(whole) == 2 and _nothing_between(whole, [_content_of(runs, name) for name in texts])
+        equal = pair and _nothing_between(whole, [_content_of(runs, name) for name in texts])
         return EncodedText(
             tuple(segments), content, max(excess, 0), equal_responses=equal, limit=limit if excess > 0 else None
         )
@@ -387,11 +423,12 @@ def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, 
     return pieces
 
 
-def _two_text_pieces(prompt: Canonical, response: str) -> list[tuple[str, str, str]]:
-    if not response:  # transformers makes one text of it
+def _two_text_pieces(prompt: Canonical, texts: dict[str, str]) -> list[tuple[str, str, str]]:
+    critique = _template_pieces(CRITIQUE_TEXT, None) if "critique" in texts else []
+    if not texts["first"] and not critique:  # transformers makes one text of it
         return [("prompt", "ids", "prefix"), ("", "content", _one_text(prompt)), ("", "ids", "suffix")]
     pieces = [("prompt", "ids", "start"), ("", "content", _one_text(prompt)), ("", "ids", "between")]
-    return [*pieces, ("first", "field", "first"), ("", "ids", "end")]
+    return [*pieces, ("first", "field", "first"), *critique, ("", "ids", "end")]
 
 
 def _one_text(prompt: Canonical) -> str:

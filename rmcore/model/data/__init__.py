@@ -93,18 +93,19 @@ class PreferenceRow:
 
 
 def read_preferences(
-    source: Source, columns: Mapping[str, str] | None = None, *, part: Part = WHOLE
+    source: Source, columns: Mapping[str, str] | None = None, *, part: Part = WHOLE, critiques: bool = False
 ) -> Iterator[Preference]:
     """Yield preferences; raises DataError at the first bad row, naming it. Says once what columns are not used.
 
-    Of one ``part`` of the rows only, where several processes share a source.
+    Of one ``part`` of the rows only, where several processes share a source. With ``critiques`` those that stand
+    beside the responses too (:mod:`rmcore.model.data.critiques`).
     """
-    for row in read_preference_rows(source, columns, part=part):
+    for row in read_preference_rows(source, columns, part=part, critiques=critiques):
         yield from row.pairs
 
 
 def read_preference_rows(
-    source: Source, columns: Mapping[str, str] | None = None, *, part: Part = WHOLE
+    source: Source, columns: Mapping[str, str] | None = None, *, part: Part = WHOLE, critiques: bool = False
 ) -> Iterator[PreferenceRow]:
     """The same by rows, each with what its column ``subset`` or ``section`` holds; raises as read_preferences."""
     told: set[str] = set()
@@ -112,7 +113,7 @@ def read_preference_rows(
     for row in read_rows(source, part):
         try:
             value = map_columns(row.value, columns or {}, preferences.COLUMNS)
-            pairs = tuple(parse_preferences(value))
+            pairs = tuple(parse_preferences(value, critiques=critiques))
             subset = _subset(value)
         except InputError as error:
             raise DataError(str(error), source=name, line=row.number, unit=row.unit) from error
@@ -134,14 +135,16 @@ def _subset(value: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_groups(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[Group]:
-    """Yield groups; raises DataError at the first bad row, naming it."""
+def read_groups(
+    source: Source, columns: Mapping[str, str] | None = None, *, critiques: bool = False
+) -> Iterator[Group]:
+    """Yield groups, with ``critiques`` theirs too; raises DataError at the first bad row, naming it."""
     for row in read_rows(source):
         try:
-            group = parse_group(map_columns(row.value, columns or {}, groups.COLUMNS))
+            group = parse_group(map_columns(row.value, columns or {}, groups.COLUMNS), critiques=critiques)
         except InputError as error:
             raise DataError(str(error), source=_name(source), line=row.number, unit=row.unit) from error
-        yield Group(group.prompt, group.responses, group.id, row.number)
+        yield replace(group, line=row.number)
 
 
 def read_attributes(

@@ -9,10 +9,11 @@ from typing import Any
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.model.data.conversations import with_roles
+from rmcore.model.data.critiques import critiques_of_group
 
 __all__ = ["COLUMNS", "Group", "parse_group"]
 
-COLUMNS = frozenset({"prompt", "responses", "id", "chosen", "rejected", "context", "completions"})
+COLUMNS = frozenset({"prompt", "responses", "id", "chosen", "rejected", "context", "completions", "critiques"})
 """Every name that a column can be mapped to."""
 
 
@@ -26,10 +27,12 @@ class Group:
     responses: tuple[Canonical, ...]
     id: str | int | None = None
     line: int = 0
+    critiques: tuple[tuple[str, ...], ...] | None = None
+    """Of each response; None where the row has none."""
 
 
-def parse_group(value: Mapping[str, Any]) -> Group:
-    """A group from one row; raises InputError saying which key is wrong.
+def parse_group(value: Mapping[str, Any], *, critiques: bool = False) -> Group:
+    """A group from one row, its critiques too where asked for; raises InputError saying which key is wrong.
 
     Besides ``prompt`` and ``responses``, RewardBench 2's lists of ``chosen`` and ``rejected`` are read (the chosen ones
     come first), and NeMo RL's ``context`` and ``completions``.
@@ -55,7 +58,7 @@ def parse_group(value: Mapping[str, Any]) -> Group:
     if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
         reject("id", _kind(name), "a string or an integer")
     texts = tuple(canonical_response(with_roles(r), f"{where}[{k}]") for k, r in enumerate(responses))
-    return Group(prompt, texts, name)
+    return Group(prompt, texts, name, critiques=critiques_of_group(value, len(texts)) if critiques else None)
 
 
 def _lists(*values: Any) -> bool:

@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import canonical_prompt, canonical_response
 from rmcore.model.data.conversations import split_conversations, with_roles
+from rmcore.model.data.critiques import COLUMNS as CRITIQUE_COLUMNS
+from rmcore.model.data.critiques import critiques_of_preference
 from rmcore.model.reward_model import Preference
 
 __all__ = ["COLUMNS", "FORMS", "SUBSETS", "parse_preference", "parse_preferences", "unused_columns"]
@@ -42,21 +44,28 @@ def parse_preference(value: Mapping[str, Any]) -> Preference:
     return found[0]
 
 
-def parse_preferences(value: Mapping[str, Any]) -> list[Preference]:
-    """The preferences of one row, in any of :data:`FORMS`; raises InputError saying which key is wrong."""
+def parse_preferences(value: Mapping[str, Any], *, critiques: bool = False) -> list[Preference]:
+    """The preferences of one row, in any of :data:`FORMS`, their critiques too where asked for
+    (:mod:`rmcore.model.data.critiques`); raises InputError saying which key is wrong.
+    """
     form = _form_of(value)
+    said = critiques_of_preference(value) if critiques else None
     for name in _MEDIA:
         if value.get(name):
             reject(name, "images, video or sound", "text only: what a response is about would be left out")
-    return [
+    found = [
         Preference(
             canonical_prompt(with_roles(prompt)),
             canonical_response(with_roles(better, "chosen"), "chosen"),
             canonical_response(with_roles(worse, "rejected"), "rejected"),
             probability,
+            critiques=said,
         )
         for prompt, better, worse, probability in form.read(value)
     ]
+    if said is not None and len(found) > 1:
+        reject("critiques", f"those of one pair in a row of {len(found)} pairs", "a row a pair")
+    return found
 
 
 def unused_columns(value: Mapping[str, Any]) -> list[str]:
@@ -271,7 +280,16 @@ SUBSETS = ("subset", "section")
 """Columns that say which part of its data a row is of, for reports by part."""
 
 COLUMNS = frozenset(
-    {*SUBSETS, "label", "system", "history", "id", "responses", *(name for form in FORMS for name in form.columns)}
+    {
+        *SUBSETS,
+        *CRITIQUE_COLUMNS,
+        "label",
+        "system",
+        "history",
+        "id",
+        "responses",
+        *(name for form in FORMS for name in form.columns),
+    }
 )
 """Every name that a column can be mapped to."""
 

@@ -17,6 +17,7 @@ for all responses of the text together, then the prompt's end. ``truncate-longes
 longest, prompt or response, until all fits. ``no-reward``: leave such a text unread; its pairs have no preference, and
 the other responses of its group are as they would be without it.
 
+A critique behind a response is the first to be cut, from its end and to nothing if need be, by every policy that cuts.
 No policy cuts a response to nothing: a text of which no token of a response would be left is refused."""
 
 _POLICIES = get_args(OverlongPolicy)
@@ -26,7 +27,9 @@ _LEAST_SHARE = 4
 
 
 class Run(NamedTuple):
-    """Consecutive token ids of one kind: whose they are (``prompt``, ``first``, ``second``), and may they be cut."""
+    """Consecutive token ids of one kind: whose they are (``prompt``, ``first``, ``second``, ``critique``), and may they
+    be cut.
+    """
 
     name: str
     cuttable: bool
@@ -69,6 +72,9 @@ def shorten(runs: Sequence[Run], limit: TextLimit, positions: int | None) -> lis
     # A unit is what is shortened as one: a response, or all messages of the prompt.
     own = {name: [k for k, run in enumerate(runs) if run[0] == name and run[1]] for name in ("first", "second")}
     units = [unit for unit in own.values() if unit]
+    critique = [k for k, run in enumerate(runs) if run[0] == "critique" and run[1]]
+    if critique:
+        excess -= _level([critique], sizes, right, excess, [0])
     if limit.overlong == "truncate-prompt-left":
         for k in prompts:
             left[k] = min(sizes[k], excess)

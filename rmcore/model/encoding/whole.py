@@ -73,23 +73,25 @@ class WholeText:
         self._border = _any_of(safe)
         self.spells_special = _any_of(list(special.values())) if split_special_tokens else None
 
-    def runs(self, rendering: Rendering, answer: int) -> list[Run]:
+    def runs(self, rendering: Rendering, answer: int, critique: int | None = None) -> list[Run]:
         """The tokens of a rendered conversation.
 
         Args:
             rendering: of it.
             answer: number of the message that the response begins with; what stands before its text is the prompt's.
+            critique: number of the message that is the response's critique, if there is one.
         """
         places = rendering.places
         if not self.has_offsets:
-            return self._runs_without_offsets(rendering, answer)
-        begin = next((k for k, place in enumerate(places) if place.message >= answer), len(places))
+            return self._runs_without_offsets(rendering, answer, critique)
+        begin = _first_place(places, answer)
+        second = None if critique is None else _first_place(places, critique)
         tokens = self._cut_and_tokenize(rendering.text, places, begin)
         if len(self._special):
             tokens = self._as_text(tokens, rendering)
-        return _runs(tokens, rendering, begin)
+        return _runs(tokens, rendering, begin, second)
 
-    def _runs_without_offsets(self, rendering: Rendering, answer: int) -> list[Run]:
+    def _runs_without_offsets(self, rendering: Rendering, answer: int, critique: int | None) -> list[Run]:
         """A text's tokens are those between the tokens that the text before it, and it with that, begin with alike."""
         if rendering.spelt:
             reject(
@@ -103,8 +105,10 @@ class WholeText:
         done = 0
         for place in rendering.places:
             name = "first" if place.message >= answer else "prompt"
+            if critique is not None and place.message >= critique:
+                name = "critique"
             low, high = (max(done, _alike(ids, self._ids(rendering.text[:end]))) for end in (place.start, place.stop))
-            before = "first" if runs and runs[-1].name == "first" else "prompt"
+            before = runs[-1].name if runs else "prompt"
             runs += [Run(before, False, ids[done:low]), Run(name, True, ids[low:high])]
             done = max(high, low)
         last = runs[-1].name if runs else "prompt"
@@ -171,8 +175,13 @@ class WholeText:
         return _Tokens(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _runs(tokens: _Tokens, rendering: Rendering, begin: int) -> list[Run]:
-    """Tokens by whose they are; ``begin`` is the number of the response's first place.
+def _first_place(places: tuple[Place, ...], message: int) -> int:
+    return next((k for k, place in enumerate(places) if place.message >= message), len(places))
+
+
+def _runs(tokens: _Tokens, rendering: Rendering, begin: int, critique: int | None) -> list[Run]:
+    """Tokens by whose they are; ``begin`` and ``critique`` are the numbers of the response's and its critique's first
+    places.
 
     A token is a text's, so that it may be cut, if all of its characters are but spaces. The response begins with the
     first token that has a character of it.
@@ -181,13 +190,21 @@ def _runs(tokens: _Tokens, rendering: Rendering, begin: int) -> list[Run]:
     ids = tuple(tokens.ids.tolist())
     starts = np.maximum.accumulate(tokens.starts)
     ends = np.minimum.accumulate(tokens.ends[::-1])[::-1]
-    border = int(np.searchsorted(ends, places[begin].start, side="right")) if begin < len(places) else len(ids)
+
+    def border_at(place: int | None) -> int:
+        if place is None or place >= len(places):
+            return len(ids)
+        return int(np.searchsorted(ends, places[place].start, side="right"))
+
+    border, border2 = border_at(begin), border_at(critique)
     runs: list[Run] = []
     done = 0
 
     def add(stop: int, cuttable: bool) -> None:
         nonlocal done
-        for low, high, name in ((done, min(stop, border), "prompt"), (max(done, border), stop, "first")):
+        parts = ((0, border, "prompt"), (border, border2, "first"), (border2, len(ids), "critique"))
+        for begins, ends_at, name in parts:
+            low, high = max(done, begins), min(stop, ends_at)
             if low < high:
                 runs.append(Run(name, cuttable, ids[low:high]))
         done = max(done, stop)

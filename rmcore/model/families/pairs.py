@@ -32,9 +32,17 @@ class PairTextEncoder(TextEncoder):
     form: str = ""
 
     def encode(
-        self, prompt: Prompt, first: Response, second: Response | None = None, *, limit: TextLimit | None = None
+        self,
+        prompt: Prompt,
+        first: Response,
+        second: Response | None = None,
+        *,
+        critique: str | None = None,
+        limit: TextLimit | None = None,
     ) -> EncodedText:
-        """As :meth:`TextEncoder.encode`. Raises InputError without a second response."""
+        """As :meth:`TextEncoder.encode`. Raises InputError without a second response, and for a critique."""
+        if critique is not None:
+            reject("critique", "one", "None, since this model scores pairs")
         if second is None:
             reject("second", "None", "a second response, since this model scores pairs")
         asked = canonical_prompt(prompt)

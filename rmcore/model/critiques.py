@@ -1,0 +1,240 @@
+"""Responses with critiques: K critiques of a response give K hidden states, and these one reward and one variance.
+
+Each state is that of the text (prompt, response, critique), as CLoud scores it (Ankner et al. 2024, arXiv:2408.11791).
+Which critique a critic happened to write is a source of chance beside what the head does not know, so for a pair of
+responses i and j, over all K_i·K_j pairs of their critiques, each as likely,
+
+    g_ij = mean g        v_ij = mean v + Var g        (the law of total variance)
+
+with g and v the head's own for two states. A response's reward is the mean of its states'. Without critiques a response
+has one state, that of an empty critique, so that nothing is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import InputError, reject
+from rmcore._base.prompt import Prompt, Response
+from rmcore.model.signal import training_signal
+from rmcore.model.text import EncodedText, TextEncoder, TextLimit
+from rmcore.ops.pair_layout import PairLayout
+
+if TYPE_CHECKING:
+    from rmcore.model.backbone import Backbone
+    from rmcore.model.reward_model import Preference
+
+__all__ = [
+    "CritiquedData",
+    "CritiquedPairs",
+    "Critiques",
+    "StateCounts",
+    "critiqued_texts",
+    "encode_critiqued",
+    "merged_texts",
+    "read_critiques",
+]
+
+Critiques: TypeAlias = Sequence[Sequence[str | Sequence[str]]]
+"""For each group and response its critiques: a list of texts, or one text."""
+
+
+def read_critiques(critiques: object, responses: Sequence[Sequence[Response]]) -> list[list[tuple[str, ...]]]:
+    """Critiques as tuples of texts, one a response; raises InputError, naming the place, for anything else."""
+    if isinstance(critiques, str) or not isinstance(critiques, Sequence) or len(critiques) != len(responses):
+        got = f"{len(critiques)} groups" if isinstance(critiques, (list, tuple)) else type(critiques).__name__
+        reject("critiques", got, f"a list of {len(responses)} lists, one a group")
+    found = []
+    for g, (own, group) in enumerate(zip(critiques, responses, strict=True)):
+        if isinstance(own, str) or not isinstance(own, Sequence) or len(own) != len(group):
+            got = f"{len(own)} responses" if isinstance(own, (list, tuple)) else type(own).__name__
+            reject(f"critiques[{g}]", got, f"a list of {len(group)}, one a response")
+        found.append([_texts(said, f"critiques[{g}][{k}]") for k, said in enumerate(own)])
+    return found
+
+
+def _texts(said: object, name: str) -> tuple[str, ...]:
+    texts = (said,) if isinstance(said, str) else said
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        reject(name, type(said).__name__, "a text, or a list of texts")
+    return tuple(texts)
+
+
+def critiqued_texts(
+    encoder: TextEncoder,
+    prompt: Prompt,
+    responses: Sequence[Response],
+    critiques: Sequence[Sequence[str]],
+    limit: TextLimit | None = None,
+) -> list[EncodedText]:
+    """The texts of one group, response after response; one without critiques has one, of an empty critique."""
+    return [
+        encoder.encode(prompt, response, critique=critique, limit=limit)
+        for response, own in zip(responses, critiques, strict=True)
+        for critique in (own or ("",))
+    ]
+
+
+@dataclass(frozen=True)
+class CritiquedPairs:
+    """Pairs of responses from pairs of states; (Q,) each, in the order of :class:`~rmcore.ops.pair_layout.PairLayout`.
+
+    Attributes:
+        logit: g, the mean over pairs of critiques.
+        within: mean v: what the head does not know.
+        between: Var g: what hangs on the critiques.
+    """
+
+    logit: Tensor
+    within: Tensor
+    between: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """The total: within + between."""
+        return self.within + self.between
+
+
+@dataclass(frozen=True)
+class StateCounts:
+    """How many states each response has.
+
+    Attributes:
+        counts: for each group, of each response; 1 or more.
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, critiques: Sequence[Sequence[Sequence[str]]]) -> StateCounts:
+        """Of critiques as :func:`read_critiques` gives them."""
+        return cls(tuple(tuple(max(len(own), 1) for own in group) for group in critiques))
+
+    def part(self, groups: Sequence[int]) -> StateCounts:
+        """Those of some of the groups."""
+        return StateCounts(tuple(self.counts[k] for k in groups))
+
+    @property
+    def flat(self) -> Tensor:
+        """(ΣK,) int64, of all responses."""
+        return torch.tensor([count for group in self.counts for count in group], dtype=torch.int64)
+
+    @property
+    def rows(self) -> Tensor:
+        """(G,) int64 states of each group."""
+        return torch.tensor([sum(group) for group in self.counts], dtype=torch.int64)
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """(ΣK,) the mean over a response's states of a value a state (R,)."""
+        counts = self.flat.to(rows.device)
+        owner = torch.repeat_interleave(counts)
+        return torch.zeros(len(counts), dtype=rows.dtype, device=rows.device).index_add_(0, owner, rows) / counts
+
+    def pairs(self, logit: Tensor, variance: Tensor) -> CritiquedPairs:
+        """Pairs of responses from all pairs of states of each group, as a head gives them for groups of :attr:`rows`.
+
+        Args:
+            logit: (P,) g.
+            variance: (P,) v.
+        """
+        states, responses = PairLayout(self.rows), PairLayout([len(group) for group in self.counts])
+        owner = torch.repeat_interleave(self.flat)
+        first, second = owner[states.first], owner[states.second]
+        apart = first != second
+        # Pairs of responses are in order, so their place is found by number.
+        total = max(len(self.flat), 1)
+        place = torch.searchsorted(responses.first * total + responses.second, first[apart] * total + second[apart]).to(
+            logit.device
+        )
+        apart = apart.to(logit.device)
+        g, v = logit[apart].double(), variance[apart].double()
+        count = (self.flat[responses.first] * self.flat[responses.second]).to(g)
+
+        def mean(values: Tensor) -> Tensor:
+            return (
+                torch.zeros(responses.pairs, dtype=values.dtype, device=values.device).index_add_(0, place, values)
+                / count
+            )
+
+        center = mean(g)
+        # Around the mean, not as a difference of squares: never negative, and right where critiques hardly differ.
+        return CritiquedPairs(center, mean(v), mean((g - center[place]).square()))
+
+
+def merged_texts(texts: Sequence[EncodedText], counts: Sequence[int]) -> list[EncodedText]:
+    """A text a response for :func:`~rmcore.model.signal.pair_signals`: equal for equal states, unread if one is."""
+    found, start = [], 0
+    for count in counts:
+        own = texts[start : start + count]
+        segments = tuple(segment for text in own for segment in text.segments)
+        found.append(replace(own[0], segments=segments, unread=any(text.unread for text in own)))
+        start += count
+    return found
+
+
+@dataclass(frozen=True)
+class CritiquedData:
+    """Pairs of responses as pairs of their states, as :func:`rmcore.head.fit.fit` takes them.
+
+    Attributes:
+        hidden: (R, h) states: of each pair those of its chosen response, then those of its rejected one.
+        labels: (N,) float32, a pair of states each.
+        pairs: (N, 2) int64 rows of ``hidden``.
+        weights: (N,) float32: those of one pair of responses sum to 1, so that one with more critiques counts no more.
+        states: how many states each response has; a group is a pair of responses.
+        kept: which of the preferences these are: the others' inputs are equal, or one is unread.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    pairs: Tensor
+    weights: Tensor
+    states: StateCounts
+    kept: tuple[int, ...]
+
+
+def encode_critiqued(
+    backbone: Backbone, preferences: Sequence[Preference], *, progress: Callable[[int, int], None] | None = None
+) -> CritiquedData:
+    """Encode preferences behind their critiques. Raises InputError as ``encode_preferences`` does.
+
+    A pair's states are matched: critique k of one response with critique k of the other, the shorter list from its
+    beginning again, since all K_i·K_j pairs of states are no more evidence than the states are.
+    """
+    texts: list[list[EncodedText]] = []
+    counts: list[tuple[int, int]] = []
+    for k, item in enumerate(preferences):
+        own = item.critiques or ((), ())
+        try:
+            texts.append(critiqued_texts(backbone.encoder, item.prompt, (item.chosen, item.rejected), own))
+        except InputError as error:
+            raise InputError(f"preferences[{k}]: {error}") from error
+        counts.append((max(len(own[0]), 1), max(len(own[1]), 1)))
+    merged = [merged_texts(own, count) for own, count in zip(texts, counts, strict=True)]
+    kept = training_signal([(p.chosen, p.rejected) for p in preferences], [(a, b) for a, b in merged], "difference")
+    hidden = backbone.hidden([text for k in kept for text in texts[k]], progress=progress)
+    rows: list[tuple[int, int]] = []
+    labels: list[float] = []
+    weights: list[float] = []
+    start = 0
+    for k in kept:
+        first, second = counts[k]
+        matched = max(first, second)
+        rows += [(start + n % first, start + first + n % second) for n in range(matched)]
+        labels += [preferences[k].label] * matched
+        weights += [1 / matched] * matched
+        start += first + second
+    device = hidden.device
+    return CritiquedData(
+        hidden,
+        torch.tensor(labels, dtype=torch.float32, device=device),
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
+        StateCounts(tuple(counts[k] for k in kept)),
+        tuple(kept),
+    )
