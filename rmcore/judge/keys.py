@@ -10,7 +10,7 @@ from rmcore._base.errors import reject
 from rmcore._base.large import ascii_json
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 
-__all__ = ["CALL_KEY_VERSION", "KEY_VERSION", "call_key", "pair_key"]
+__all__ = ["CALL_KEY_VERSION", "CRITIC_VERSION", "KEY_VERSION", "call_key", "pair_key"]
 
 KEY_VERSION = 1
 """Part of every key. It changes if, and only if, plain texts and plain ``{role, content}`` messages would get another
@@ -22,6 +22,10 @@ message with its name is a new question, with a key that nothing stored has, and
 
 CALL_KEY_VERSION = 1
 """As :data:`KEY_VERSION`, for :func:`call_key`."""
+
+CRITIC_VERSION = "critic:"
+"""How the template's version of a critic's question begins: it shows one response, the other is empty, and what comes
+of it is no verdict."""
 
 
 def pair_key(prompt: Prompt, first: Response, second: Response) -> str:

@@ -25,6 +25,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
@@ -163,6 +164,8 @@ class JudgePrompt:
     max_response_chars: int | None = None
     special_tokens: tuple[str, ...] = ()
     principles: tuple[str, ...] = ()
+    untrusted: ClassVar[tuple[str, ...]] = _UNTRUSTED
+    contracts: ClassVar[Mapping[Output, str]] = CONTRACTS
 
     def __post_init__(self) -> None:
         if self.output not in CONTRACTS:
@@ -175,7 +178,10 @@ class JudgePrompt:
             if not isinstance(token, str) or len(token) < 2 or ESCAPE in token:
                 reject("special_tokens", repr(token)[:80], f"texts of at least 2 characters without {ESCAPE}")
         system, user = _fields(self.system, "system"), _fields(self.user, "user")
-        for name in _UNTRUSTED:
+        for name in set(_UNTRUSTED).difference(self.untrusted):
+            if name in system + user:
+                reject("template", f"${name}", f"no fields but {', '.join(self.untrusted)} for texts")
+        for name in self.untrusted:
             if name in system or user.count(name) != 1:
                 reject(
                     "template",
@@ -184,13 +190,13 @@ class JudgePrompt:
                 )
         if (system + user).count("contract") != 1:
             reject("template", f"$contract {(system + user).count('contract')} times", "exactly once")
-        if "contract" in user and user.index("contract") > min(user.index(name) for name in _UNTRUSTED):
+        if "contract" in user and user.index("contract") > min(user.index(name) for name in self.untrusted):
             # A text before the contract could write a contract of its own.
             reject("template", "$contract after an untrusted text", "$contract before $prompt, $first and $second")
         object.__setattr__(self, "principles", tuple(self.principles))
         if (system + user).count("principles") > 1:
             reject("template", f"$principles {(system + user).count('principles')} times", "at most once")
-        if "principles" in user and user.index("principles") > min(user.index(name) for name in _UNTRUSTED):
+        if "principles" in user and user.index("principles") > min(user.index(name) for name in self.untrusted):
             reject("template", "$principles after an untrusted text", "$principles before $prompt, $first and $second")
 
     @classmethod
@@ -226,7 +232,7 @@ class JudgePrompt:
         sanitised, and the principles.
         """
         limit = str(self.max_response_chars)
-        content = "\0".join([self.system, self.user, CONTRACTS[self.output], LABEL_STYLE, limit, RULES])
+        content = "\0".join([self.system, self.user, self.contracts[self.output], LABEL_STYLE, limit, RULES])
         content += "".join("\0" + token for token in sorted(self.special_tokens))
         content += "".join("\1" + principle for principle in self.principles)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -276,7 +282,7 @@ class JudgePrompt:
             return "\n".join(segment(*part) for part in parts) + (f"\n[cut: {cut} characters]" if cut else "")
 
         trusted = {"label_first": labels.win, "label_second": labels.loss, "label_tie": labels.tie}
-        contract = string.Template(CONTRACTS[self.output])
+        contract = string.Template(self.contracts[self.output])
         trusted["contract"] = contract.substitute(token=token, win=labels.win, loss=labels.loss, tie=labels.tie)
         texts = {
             "prompt": joined(turns, cut.prompt),

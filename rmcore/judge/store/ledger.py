@@ -18,6 +18,7 @@ from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, Prompt, canonical_prompt, canonical_response
 from rmcore._base.quantile import quantiles
 from rmcore.judge.base import JudgeUsage, Verdict
+from rmcore.judge.keys import CRITIC_VERSION
 from rmcore.judge.orders import combine_orders, exchanged
 from rmcore.judge.store.location import locate
 from rmcore.judge.store.prices import PriceTable, answering_model, price_call
@@ -267,7 +268,8 @@ class VerdictLedger:
             unreadable: called with the error of a row that cannot be read, which is then left out. Without it the
                 error is raised.
         """
-        where = ([] if canaries else ["canary = 0"]) + ([] if model is None else ["model = ?"])
+        where = [f"substr(template, 1, {len(CRITIC_VERSION)}) <> '{CRITIC_VERSION}'"]  # a critic compares nothing
+        where += ([] if canaries else ["canary = 0"]) + ([] if model is None else ["model = ?"])
         query = f"{self._select}{_where(where)} ORDER BY calls.judge, pair, calls.id"
         calls = self._calls(query, *([] if model is None else [model]), unreadable=unreadable)
         for _, group in groupby(calls, key=lambda call: (call.asked, call.pair)):
@@ -293,14 +295,19 @@ class VerdictLedger:
         latencies: list[float] = []
         keys: set[str] = set()
         first = last = None
-        cut = 0
+        cut = critiques = 0
         for call in self._calls(f"{self._select} ORDER BY calls.id", unreadable=unreadable):
             keys.add(call.key)
             first, last = first or call.at, call.at
             counts["models"][call.answering] += 1
-            counts["outcomes"][call.outcome] += 1
             cut += any(call.characters_cut)
-            if call.preference is None:
+            if call.template.startswith(CRITIC_VERSION):
+                critiques += call.replied
+            else:
+                counts["outcomes"][call.outcome] += 1
+            if call.template.startswith(CRITIC_VERSION) and call.replied:
+                pass  # a text, which is all that was asked for
+            elif call.preference is None:
                 counts["reasons"][call.reason] += 1
             elif not call.canary:
                 counts["shown_first"][{"win": "preferred", "loss": "not preferred", "tie": "tie"}[call.outcome]] += 1
@@ -318,6 +325,7 @@ class VerdictLedger:
             **total.to_json(),
             "questions": len(keys),
             "cut": cut,
+            "critiques": critiques,
             **{name: dict(counter.most_common()) for name, counter in counts.items()},
             "pairs": {name: pairs[name] for name in ("judged", "both_orders", "decided", "flips", "ties", "failed")},
             "latency_s": dict(zip(("p50", "p95"), quantiles(latencies, (0.5, 0.95)), strict=True))
