@@ -72,7 +72,7 @@ class PairStates:
     tokens: Tensor
     silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     noise: Tensor | None = None
-    states: StateCounts | None = None
+    states: StateCounts | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not len(self.silent):
@@ -100,7 +100,7 @@ class PairStates:
             return PairStates(self.hidden[rows], self.tokens[rows], self.silent[rows], noise)
         parts = self.hidden.split(self.states.rows.tolist())
         hidden = torch.cat([parts[k] for k in rows.tolist()])
-        return PairStates(hidden, self.tokens[rows], self.silent[rows], noise, self.states.part(rows.tolist()))
+        return PairStates(hidden, self.tokens[rows], self.silent[rows], noise, states=self.states.part(rows.tolist()))
 
 
 def encode_pairs(
