@@ -45,7 +45,7 @@ def train_critiques(
     """Encode, fit, calibrate on ``held_out`` if there is any, save; what to say of it."""
     from rmcore.head.fit import fit, fit_amplitude
     from rmcore.head.sngp import SNGPHead
-    from rmcore.model.critiques import encode_critiqued
+    from rmcore.model.critiqued_data import encode_critiqued
     from rmcore.model.reward_model import RewardModel
 
     def note(done: int, total: int) -> None:

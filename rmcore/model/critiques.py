@@ -12,33 +12,19 @@ has one state, that of an empty critique, so that nothing is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import InputError, reject
+from rmcore._base.errors import reject
 from rmcore._base.prompt import Prompt, Response
-from rmcore.model.signal import training_signal
 from rmcore.model.text import EncodedText, TextEncoder, TextLimit
 from rmcore.ops.pair_layout import PairLayout
 
-if TYPE_CHECKING:
-    from rmcore.model.backbone import Backbone
-    from rmcore.model.reward_model import Preference
-
-__all__ = [
-    "CritiquedData",
-    "CritiquedPairs",
-    "Critiques",
-    "StateCounts",
-    "critiqued_texts",
-    "encode_critiqued",
-    "merged_texts",
-    "read_critiques",
-]
+__all__ = ["CritiquedPairs", "Critiques", "StateCounts", "critiqued_texts", "merged_texts", "read_critiques"]
 
 Critiques: TypeAlias = Sequence[Sequence[str | Sequence[str]]]
 """For each group and response its critiques: a list of texts, or one text."""
@@ -175,66 +161,3 @@ def merged_texts(texts: Sequence[EncodedText], counts: Sequence[int]) -> list[En
         found.append(replace(own[0], segments=segments, unread=any(text.unread for text in own)))
         start += count
     return found
-
-
-@dataclass(frozen=True)
-class CritiquedData:
-    """Pairs of responses as pairs of their states, as :func:`rmcore.head.fit.fit` takes them.
-
-    Attributes:
-        hidden: (R, h) states: of each pair those of its chosen response, then those of its rejected one.
-        labels: (N,) float32, a pair of states each.
-        pairs: (N, 2) int64 rows of ``hidden``.
-        weights: (N,) float32: those of one pair of responses sum to 1, so that one with more critiques counts no more.
-        states: how many states each response has; a group is a pair of responses.
-        kept: which of the preferences these are: the others' inputs are equal, or one is unread.
-    """
-
-    hidden: Tensor
-    labels: Tensor
-    pairs: Tensor
-    weights: Tensor
-    states: StateCounts
-    kept: tuple[int, ...]
-
-
-def encode_critiqued(
-    backbone: Backbone, preferences: Sequence[Preference], *, progress: Callable[[int, int], None] | None = None
-) -> CritiquedData:
-    """Encode preferences behind their critiques. Raises InputError as ``encode_preferences`` does.
-
-    A pair's states are matched: critique k of one response with critique k of the other, the shorter list from its
-    beginning again, since all K_i·K_j pairs of states are no more evidence than the states are.
-    """
-    texts: list[list[EncodedText]] = []
-    counts: list[tuple[int, int]] = []
-    for k, item in enumerate(preferences):
-        own = item.critiques or ((), ())
-        try:
-            texts.append(critiqued_texts(backbone.encoder, item.prompt, (item.chosen, item.rejected), own))
-        except InputError as error:
-            raise InputError(f"preferences[{k}]: {error}") from error
-        counts.append((max(len(own[0]), 1), max(len(own[1]), 1)))
-    merged = [merged_texts(own, count) for own, count in zip(texts, counts, strict=True)]
-    kept = training_signal([(p.chosen, p.rejected) for p in preferences], [(a, b) for a, b in merged], "difference")
-    hidden = backbone.hidden([text for k in kept for text in texts[k]], progress=progress)
-    rows: list[tuple[int, int]] = []
-    labels: list[float] = []
-    weights: list[float] = []
-    start = 0
-    for k in kept:
-        first, second = counts[k]
-        matched = max(first, second)
-        rows += [(start + n % first, start + first + n % second) for n in range(matched)]
-        labels += [preferences[k].label] * matched
-        weights += [1 / matched] * matched
-        start += first + second
-    device = hidden.device
-    return CritiquedData(
-        hidden,
-        torch.tensor(labels, dtype=torch.float32, device=device),
-        torch.tensor(rows, dtype=torch.int64, device=device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
-        StateCounts(tuple(counts[k] for k in kept)),
-        tuple(kept),
-    )

@@ -18,7 +18,8 @@ from rmcore.head.config import HeadConfig
 from rmcore.head.fit import fit
 from rmcore.head.sngp import SNGPHead
 from rmcore.judge import Verdict
-from rmcore.model.critiques import StateCounts, encode_critiqued, merged_texts, read_critiques
+from rmcore.model.critiqued_data import encode_critiqued
+from rmcore.model.critiques import StateCounts, merged_texts, read_critiques
 from rmcore.model.data import read_groups, read_preferences
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.signal import PairSignal, pair_signals

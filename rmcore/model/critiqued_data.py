@@ -1,0 +1,81 @@
+"""Preferences behind their critiques as data for a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rmcore._base.errors import InputError
+from rmcore.model.backbone import Backbone
+from rmcore.model.critiques import StateCounts, critiqued_texts, merged_texts
+from rmcore.model.reward_model import Preference
+from rmcore.model.signal import training_signal
+from rmcore.model.text import EncodedText
+
+__all__ = ["CritiquedData", "encode_critiqued"]
+
+
+@dataclass(frozen=True)
+class CritiquedData:
+    """Pairs of responses as pairs of their states, as :func:`rmcore.head.fit.fit` takes them.
+
+    Attributes:
+        hidden: (R, h) states: of each pair those of its chosen response, then those of its rejected one.
+        labels: (N,) float32, a pair of states each.
+        pairs: (N, 2) int64 rows of ``hidden``.
+        weights: (N,) float32: those of one pair of responses sum to 1, so that one with more critiques counts no more.
+        states: how many states each response has; a group is a pair of responses.
+        kept: which of the preferences these are: the others' inputs are equal, or one is unread.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    pairs: Tensor
+    weights: Tensor
+    states: StateCounts
+    kept: tuple[int, ...]
+
+
+def encode_critiqued(
+    backbone: Backbone, preferences: Sequence[Preference], *, progress: Callable[[int, int], None] | None = None
+) -> CritiquedData:
+    """Encode preferences behind their critiques. Raises InputError as ``encode_preferences`` does.
+
+    A pair's states are matched: critique k of one response with critique k of the other, the shorter list from its
+    beginning again, since all K_i·K_j pairs of states are no more evidence than the states are.
+    """
+    texts: list[list[EncodedText]] = []
+    counts: list[tuple[int, int]] = []
+    for k, item in enumerate(preferences):
+        own = item.critiques or ((), ())
+        try:
+            texts.append(critiqued_texts(backbone.encoder, item.prompt, (item.chosen, item.rejected), own))
+        except InputError as error:
+            raise InputError(f"preferences[{k}]: {error}") from error
+        counts.append((max(len(own[0]), 1), max(len(own[1]), 1)))
+    merged = [merged_texts(own, count) for own, count in zip(texts, counts, strict=True)]
+    kept = training_signal([(p.chosen, p.rejected) for p in preferences], [(a, b) for a, b in merged], "difference")
+    hidden = backbone.hidden([text for k in kept for text in texts[k]], progress=progress)
+    rows: list[tuple[int, int]] = []
+    labels: list[float] = []
+    weights: list[float] = []
+    start = 0
+    for k in kept:
+        first, second = counts[k]
+        matched = max(first, second)
+        rows += [(start + n % first, start + first + n % second) for n in range(matched)]
+        labels += [preferences[k].label] * matched
+        weights += [1 / matched] * matched
+        start += first + second
+    device = hidden.device
+    return CritiquedData(
+        hidden,
+        torch.tensor(labels, dtype=torch.float32, device=device),
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
+        StateCounts(tuple(counts[k] for k in kept)),
+        tuple(kept),
+    )
