@@ -36,7 +36,11 @@ def smollm2(tmp_path_factory) -> Path:
 
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     folder = tmp_path_factory.mktemp("smollm2")
-    model = AutoModel.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModel.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read.config.quantization_config = None  # they are floats by now, which transformers does not save as such
+    del read.config.quantization_config
+    model = AutoModel.from_config(read.config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
