@@ -1,4 +1,4 @@
-"""What training a backbone takes: parameters, memory a GPU, FLOP and hours, before anything is loaded (``rmcore plan``).
+"""What training a backbone takes: parameters, memory, FLOP and hours, before anything is loaded (``rmcore plan``).
 
 Read from the configuration alone. Parameters are counted on a model without storage. Activations are counted, not
 guessed: a model of one and of two layers runs on fake tensors, with the arithmetic that training has, and what autograd
@@ -129,8 +129,8 @@ class Plan:
         lines.append(f"| **peak** | **{self.memory / 1e9:.2f}** |")
         share = "all" if self.trained >= self.parameters else f"{self.trained / 1e6:.1f} M"
         lines.append(
-            f"\n{self.parameters / 1e9:.3g} G parameters, {share} trained; {self.flop:.3g} FLOP in {self.steps} forward "
-            f"passes a GPU; {self.hours:.3g} hours"
+            f"\n{self.parameters / 1e9:.3g} G parameters, {share} trained; {self.flop:.3g} FLOP, {self.steps} forward "
+            f"passes a GPU, {self.hours:.3g} hours"
         )
         return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive at once, as torch allocates and frees them: what a GPU's allocator would have to hold."""
+"""Bytes of tensors that are alive at once, as torch allocates and frees them: what an allocator has to hold."""
 
 from __future__ import annotations
 
