@@ -214,7 +214,7 @@ def _router(judging: Judging, adaptive: AdaptiveRouter | None, prior: ErrorPrior
 
 def make_judge(judging: Asking, *, constitution: Constitution | None = None, rationale: bool = True) -> Judge | None:
     """The judge the options name, or None; it compares in words before its verdict unless ``rationale`` is off."""
-    from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, RecordedJudge, RetryPolicy
+    from rmcore.judge import ChatJudge, ClientOptions, GenRMJudge, JudgePrompt, RecordedJudge, RetryPolicy
 
     url, verdicts, template = judging.judge_url, judging.verdicts, judging.judge_template
     if url is not None and verdicts is not None:
@@ -243,6 +243,28 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         max_reply_bytes=judging.judge_max_reply,
         **_limits(judging, url),
     )
+    if judging.judge_kind == "genrm":
+        if template is not None or judging.judge_soft or not rationale:
+            reject(
+                "--judge-kind genrm",
+                "with a template, --judge-soft or --no-rationale",
+                "none of them: its form is its own",
+            )
+        return GenRMJudge(
+            url,
+            judging.judge_model,
+            judging.judge_key_env or None,
+            client=client,
+            orders=judging.judge_orders,
+            principle=judging.judge_principle,
+            constitution=constitution,
+            max_tokens=judging.judge_max_tokens or None,
+            context_tokens=judging.judge_context,
+            store=_store(judging),
+            prices=make_prices(judging),
+        )
+    if judging.judge_principle:
+        reject("--judge-principle", "without --judge-kind genrm", "together with it")
     prompt = None if template is None else JudgePrompt.from_file(template)
     if not rationale:
         from rmcore.judge.question.prompt import VERDICT_ONLY_USER

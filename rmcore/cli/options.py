@@ -95,6 +95,11 @@ RankBy = Annotated[
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL of the judge.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]
 JudgeKeyEnv = Annotated[str, typer.Option(help="Environment variable with its key; empty for none.")]
+JudgeKind = Annotated[
+    Literal["chat", "genrm"],
+    typer.Option(help="genrm: a generative reward model with the roles response_1 and response_2 (NeMo-Gym)."),
+]
+JudgePrinciple = Annotated[str, typer.Option(help="With --judge-kind genrm: what to judge by, in its role principle.")]
 JudgeOrders = Annotated[Literal["both", "one"], typer.Option(help="Ask both orders of a pair, or one.")]
 JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
 JudgeOutput = Annotated[
@@ -189,6 +194,8 @@ class Asking:
     judge_url: JudgeUrl = None
     judge_model: JudgeModel = ""
     judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY"
+    judge_kind: JudgeKind = "chat"
+    judge_principle: JudgePrinciple = ""
     judge_orders: JudgeOrders = "both"
     judge_output: JudgeOutput = "text"
     judge_soft: JudgeSoft = False

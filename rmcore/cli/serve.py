@@ -58,6 +58,15 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20,
     max_responses: Annotated[int, typer.Option(help="Responses in a group.")] = 64,
     max_chars: Annotated[int, typer.Option(help="Characters of a prompt or a response.")] = 200_000,
+    nemo_gym: Annotated[
+        bool,
+        typer.Option(
+            "--nemo-gym", help="Also speak NeMo-Gym's genrm_compare: /compare, /verify in cohorts of --group-size."
+        ),
+    ] = False,
+    design: Annotated[
+        str, typer.Option(help="Which pairs of a group are compared: all, circular, regular:k, swiss:k.")
+    ] = "all",
     judging: ServeJudging,
     doubting: options.Doubting,
     backend: options.Backend = "auto",
@@ -104,6 +113,7 @@ def serve(
             max_body=max_body,
             max_responses=max_responses,
             max_chars=max_chars,
+            nemo_gym=nemo_gym,
         )
         engine, save_router = make_engine(
             model,
@@ -116,6 +126,7 @@ def serve(
             max_length=max_length,
             overlong=overlong,
             doubting=doubting,
+            design=design,
         )
         if settings.answer_within_s >= 180:
             notes.print(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rmcore._base.client.limits import RateLimits
     from rmcore._base.loop import run_sync
     from rmcore.judge.chat import ChatJudge
+    from rmcore.judge.genrm import GenRMJudge
     from rmcore.judge.store.prices import Price, PriceTable
     from rmcore.judge.store.shared_limits import SharedLimits
     from rmcore.judge.store.store import StoreError, VerdictStore
@@ -56,6 +57,7 @@ __all__ = [
     "CompletionFunction",
     "DisagreementAlarm",
     "Fault",
+    "GenRMJudge",
     "Judge",
     "JudgePrompt",
     "JudgeUsage",
@@ -96,6 +98,7 @@ __getattr__, __dir__, _ = lazy.attach(
         "rmcore._base.loop": ("run_sync",),
         "rmcore.judge.chat": ("ChatJudge",),
         "rmcore._base.client.limits": ("RateLimits",),
+        "rmcore.judge.genrm": ("GenRMJudge",),
         "rmcore.judge.store.prices": ("Price", "PriceTable"),
         "rmcore.judge.store.shared_limits": ("SharedLimits",),
         "rmcore.judge.store.store": ("StoreError", "VerdictStore"),

@@ -336,16 +336,24 @@ class ChatJudge:
             return await call()
         how = {**self._parameters, "soft": True} if self.soft else self._parameters
         canary = str(pair.id).startswith(CANARY_ID)
-        version = replace(self.prompt, principles=principles).version if principles else self.prompt.version
         texts = (pair.prompt, first, second)
         question = await large.call(
-            partial(Question.of, canary=canary, cut=cut), self.judge_id, self.model, how, version, *texts
+            partial(Question.of, canary=canary, cut=cut),
+            self.judge_id,
+            self.model,
+            how,
+            self._version(principles),
+            *texts,
         )
         left = None if deadline is None else max(0.0, deadline - self.client.clock.now())
         reply = await self.store.once(question, call, timeout_s=left)
         if reply is None:
             return Reply(Verdict.none("deadline"))
         return replace(reply, verdict=replace(reply.verdict, judge=answering_model(self.model, reply.model)))
+
+    def _version(self, principles: tuple[str, ...]) -> str:
+        """Of the question's form, for the store's keys."""
+        return replace(self.prompt, principles=principles).version if principles else self.prompt.version
 
     async def _call(
         self,

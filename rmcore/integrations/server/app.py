@@ -90,6 +90,10 @@ def create_app(
     app.state.service = service
     app.router.route_class = BodyRoute
     _add_routes(app, service)
+    if settings.nemo_gym:
+        from rmcore.integrations.server.nemo_gym import add_nemo_gym_routes
+
+        add_nemo_gym_routes(app, service)
     _add_handlers(app)
     app.openapi = lambda: describe(FastAPI.openapi(app), settings)  # type: ignore[method-assign]
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))

@@ -58,6 +58,8 @@ class ServeSettings:
         max_queue: groups that may wait for a batch.
         batch_groups, batch_wait_s, batches_in_flight: as in :class:`~rmcore.integrations.server.batching.BatchScorer`.
         replay_bytes: memory for answers that are kept for ``Idempotency-Key``.
+        nemo_gym: also speak NeMo-Gym's ``genrm_compare`` (:mod:`rmcore.integrations.server.nemo_gym`); ``group_size``
+            is its ``num_rollouts_per_prompt``.
         hosts: names by which a server without a token may be called, besides ``host``; others are refused, since a web
             page can make a browser call any name.
     """
@@ -85,6 +87,7 @@ class ServeSettings:
     batch_wait_s: float = 0.004
     batches_in_flight: int = 4
     replay_bytes: int = 128 * 2**20
+    nemo_gym: bool = False
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,145 @@
+"""How generative reward models of NeMo-Gym's kind are asked and answer: roles of their own, and scores as JSON.
+
+The conversation comes as it is, then, in roles that the model's chat template knows, an optional ``principle`` and the
+responses as ``response_1`` and ``response_2``. The answer holds a JSON object (perhaps under ``overall``)::
+
+    {"score_1": 1 to 5, "score_2": 1 to 5, "ranking": 1 (the first is much better) to 6 (the second is)}
+
+A reply without such an object is no verdict. It is never filled up: a missing score is not 3, no ranking not 3.5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response, message_text, response_text
+from rmcore.judge.question.cut import Cut, ends
+from rmcore.judge.question.sanitise import sanitise
+from rmcore.judge.question.verdict import Labels, parse_verdict
+
+__all__ = ["GENRM_VERSION", "GenRMScores", "genrm_messages", "read_scores", "scores_of"]
+
+GENRM_VERSION: Final = "genrm-1"
+"""Of the form of the question, part of a store's keys."""
+
+_NUMBER = re.compile(r"\s*\d{1,3}(?:\.\d{1,9})?\s*", re.ASCII)
+_NO_LABELS = Labels("\0win", "\0loss", "\0tie")  # in no reply: its final answer is read, and no verdict of ours in it
+_GONE = "\n[… {} characters are not shown …]\n"
+_TIE_BREAK = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenRMScores:
+    """What a generative reward model says of two responses: helpfulness 1 to 5 each, ranking 1 to 6."""
+
+    score_1: float
+    score_2: float
+    ranking: float
+
+    @property
+    def preference(self) -> float:
+        """J in [−1, 1] from the first response's side.
+
+        The difference of the scores over its range; equal scores are decided by the ranking, which then counts for a
+        quarter at most, as much as one step of the scores.
+        """
+        if self.score_1 != self.score_2:
+            return (self.score_1 - self.score_2) / 4
+        return (3.5 - self.ranking) / _TIE_BREAK
+
+
+def scores_of(preference: float) -> GenRMScores:
+    """The scores that say ``preference`` (J in [−1, 1]): as far apart, around 3, since their level is not known."""
+    return GenRMScores(3 + 2 * preference, 3 - 2 * preference, 3.5 - 2.5 * preference)
+
+
+def genrm_messages(
+    prompt: Prompt, first: Response, second: Response, principle: str = "", cut: Cut | None = None
+) -> tuple[list[dict[str, str]], int]:
+    """The messages of one question, and how many control sequences were broken up in the texts.
+
+    Raises:
+        InputError: the texts are refused.
+    """
+    cut = cut or Cut()
+    turns = canonical_prompt(prompt)
+    spoken = [("user", turns)] if isinstance(turns, str) else [(turn["role"], message_text(turn)) for turn in turns]
+    if cut.prompt:  # of several messages the longest gives way
+        longest = max(range(len(spoken)), key=lambda k: len(spoken[k][1]))
+        spoken[longest] = (spoken[longest][0], _shortened(spoken[longest][1], cut.prompt))
+    spoken += [("principle", principle)] if principle else []
+    for role, response, gone in (("response_1", first, cut.first), ("response_2", second, cut.second)):
+        spoken.append((role, _shortened(response_text(canonical_response(response)), gone)))
+    messages, broken = [], 0
+    for role, text in spoken:
+        clean, count = (text, 0) if role == "principle" else sanitise(text)
+        messages.append({"role": role, "content": clean})
+        broken += count
+    return messages, broken
+
+
+def read_scores(choice: Mapping[str, object]) -> tuple[GenRMScores | None, str, str]:
+    """The scores of a reply, or ``None`` and why there are none; and the final answer.
+
+    Only the final answer counts, as with every judge (:func:`~rmcore.judge.question.verdict.parse_verdict`). Objects
+    that contradict each other, and scores whose ranking says the opposite, are ``conflicting``. Total.
+    """
+    parsed = parse_verdict(choice, _NO_LABELS)
+    if parsed.reason != "unparsable":
+        return None, parsed.reason, parsed.critique
+    found = {scores for scores in map(_scores, _objects(parsed.critique)) if scores is not None}
+    if not found:
+        return None, "unparsable", parsed.critique
+    if len(found) > 1:
+        return None, "conflicting", parsed.critique
+    (scores,) = found
+    if (scores.score_1 - scores.score_2) * (3.5 - scores.ranking) < 0:
+        return None, "conflicting", parsed.critique
+    return scores, "", parsed.critique
+
+
+def _scores(value: Any) -> GenRMScores | None:
+    """Of an object that has all three, each a number in its range."""
+    overall = value.get("overall") if isinstance(value, dict) else None
+    fields = overall if isinstance(overall, dict) else value
+    numbers = [_number(fields.get(name)) for name in ("score_1", "score_2", "ranking")]
+    first, second, ranking = numbers
+    if first is None or second is None or ranking is None:
+        return None
+    if not (1 <= first <= 5 and 1 <= second <= 5 and 1 <= ranking <= 6):
+        return None
+    return GenRMScores(first, second, ranking)
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The outermost JSON objects in ``text``, wherever they stand."""
+    decoder, found, at = json.JSONDecoder(), [], text.find("{")
+    tries = 0
+    while at >= 0 and tries < 64:  # a text full of braces costs no more than that
+        try:
+            value, end = decoder.raw_decode(text, at)
+            found.append(value)
+        except (ValueError, RecursionError):
+            end, tries = at + 1, tries + 1
+        at = text.find("{", end)
+    return found
+
+
+def _shortened(text: str, gone: int) -> str:
+    if not gone:
+        return text
+    head, tail = ends(text, gone)
+    return head + _GONE.format(len(text) - len(head) - len(tail)) + tail
