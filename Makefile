@@ -20,7 +20,7 @@ APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), 
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live test-postgres test-distributed test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-distributed  heads fitted over several processes: torchrun, gloo"
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
 	@echo "make test-postgres  the judge's store over PostgreSQL: processes killed, sessions cut, the server restarted and frozen"
+	@echo "make test-nemo-gym  the group server against NeMo-Gym's own client, in an environment of its own (Python 3.12)"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -112,6 +113,17 @@ test-rewardbench: $(VENV)/.dev $(REWARDBENCH)/.done
 # (apt-get install postgresql), is started in a temporary folder, and is skipped aloud where there is none.
 test-postgres: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -rs -m postgres tests
+
+# NeMo-Gym wants Python 3.12 (0.4) or 3.13.14 (0.7).
+NEMO_GYM := $(VENV)-nemo-gym
+$(NEMO_GYM)/.done:
+	@echo "== nemo-gym 0.4.0 in $(NEMO_GYM)"
+	@$(GPU_PYTHON) -m venv $(NEMO_GYM)
+	@$(NEMO_GYM)/bin/pip install -qq nemo-gym==0.4.0
+	@touch $@
+
+test-nemo-gym: $(VENV)/.dev $(NEMO_GYM)/.done
+	RMCORE_NEMO_GYM_PYTHON=$(NEMO_GYM)/bin/python $(BIN)/python -m pytest -v -rs tests/integrations/server/test_nemo_gym.py
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev
