@@ -244,10 +244,10 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         **_limits(judging, url),
     )
     if judging.judge_kind == "genrm":
-        if template is not None or judging.judge_soft or not rationale:
+        if template is not None or judging.judge_soft or not rationale or judging.judge_output != "text":
             reject(
                 "--judge-kind genrm",
-                "with a template, --judge-soft or --no-rationale",
+                "with --judge-template, --judge-soft, --judge-output or --no-rationale",
                 "none of them: its form is its own",
             )
         return GenRMJudge(

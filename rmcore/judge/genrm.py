@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from rmcore._base import large
 from rmcore._base.client.options import ClientOptions
@@ -17,7 +17,10 @@ from rmcore.judge.question.genrm import GENRM_VERSION, genrm_messages, read_scor
 from rmcore.judge.store.prices import price_call
 from rmcore.judge.store.records import Reply, reply_text
 
-__all__ = ["GenRMJudge"]
+__all__ = ["GenRMJudge", "JudgeKind"]
+
+JudgeKind: TypeAlias = Literal["chat", "genrm"]
+"""How a judge is asked: in words, or as a generative reward model."""
 
 
 class GenRMJudge(ChatJudge):

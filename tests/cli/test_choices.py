@@ -20,6 +20,7 @@ from rmcore.head.attributes.fit import Objective
 from rmcore.head.config import PairMode
 from rmcore.head.estimators import VarianceKind
 from rmcore.integrations.server.settings import Baseline
+from rmcore.judge.genrm import JudgeKind
 from rmcore.judge.labelling import Keep
 from rmcore.judge.orders import Orders
 from rmcore.judge.question.contract import Output
@@ -69,6 +70,7 @@ CHOICES = {
         for name in ("score", "serve", "best-of", "filter")
     },
     **{(name, "judge_orders"): typing.get_args(Orders) for name in ASKING},
+    **{(name, "judge_kind"): typing.get_args(JudgeKind) for name in ASKING},
     **{(name, "judge_output"): typing.get_args(Output) for name in ASKING},
     **{(name, "reuse"): typing.get_args(REUSE_WORDS) for name in ASKING},
     **{(name, "uncertainty"): UNCERTAINTIES for name in ("score", "serve", "best-of", "filter", "evaluate", "select")},

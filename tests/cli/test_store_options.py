@@ -9,6 +9,7 @@ from rmcore._base.errors import InputError
 from rmcore.cli import app
 from rmcore.cli.build_engine import make_budgets, make_judge
 from rmcore.cli.options import Asking, Judging, store_file
+from rmcore.judge import GenRMJudge
 
 ENDPOINT = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "m", "judge_key_env": ""}
 
@@ -51,3 +52,13 @@ def test_reading_a_url_repeats_no_password():
     assert told.exit_code == 2
     assert "PGPASSWORD" in told.stderr
     assert "hunter2" not in told.output
+
+
+def test_a_generative_reward_model_is_a_kind_of_judge():
+    judge = make_judge(Asking(**ENDPOINT, judge_kind="genrm", judge_principle="Be brief.", judge_orders="one"))
+    assert isinstance(judge, GenRMJudge)
+    assert (judge.principle, judge.orders) == ("Be brief.", "one")
+    with pytest.raises(InputError, match="--judge-principle"):
+        make_judge(Asking(**ENDPOINT, judge_principle="Be brief."))
+    with pytest.raises(InputError, match="--judge-kind genrm"):
+        make_judge(Asking(**ENDPOINT, judge_kind="genrm", judge_soft=True))
