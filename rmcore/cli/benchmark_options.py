@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -109,6 +110,15 @@ def wanted_tables(routing: Routing) -> Wanted:
     price = numbers_of("--judge-price", routing.judge_price)
     if price and len(price) != 2:
         reject("--judge-price", repr(routing.judge_price), "two prices, of prompt and completion tokens, as in 2.5,10")
+    for option, values in (
+        ("--judge-params", (routing.judge_params,)),
+        ("--model-params", (routing.model_params,)),
+        ("--judge-price", price),
+        ("--model-price", (routing.model_price,)),
+    ):
+        for value in values:
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                reject(option, value, "a finite number, at least 0")
     return Wanted(
         scores=tuple(scores),  # type: ignore[arg-type]  # checked above
         keep=keep,

@@ -266,6 +266,10 @@ def test_further_tables_are_written_in_all_forms(models: dict[str, Path], tmp_pa
         ("--keep=2", "--keep: got 2.0"),
         ("--penalties=-1", "--penalties: got -1.0"),
         ("--judge-price=3", "--judge-price: got '3', expected two prices"),
+        ("--judge-price=nan,1", "--judge-price: got nan, expected a finite number"),
+        ("--judge-params=-1", "--judge-params: got -1.0, expected a finite number"),
+        ("--model-params=inf", "--model-params: got inf"),
+        ("--model-price=-1", "--model-price: got -1.0"),
     ):
         refused = call("benchmark", "no model", "rewardbench2", "--data", data, option)
         assert refused.exit_code == 2

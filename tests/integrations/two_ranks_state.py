@@ -34,7 +34,7 @@ def train(policy: str, model: str, out: str, rows: int, partial_groups: str) -> 
         {"prompt": prompts, "prompt_id": list(range(len(prompts))), "reference_completion": ["odd"] * len(prompts)}
     )
     try:
-        for steps in (3, 6):
+        for steps in (2, 4):
             limit = 5 + 4 * rank  # so that the ranks' states differ and must not be mixed up
             router = AdaptiveRouter(1.0, Budget(limit, "calls", max_per_pair=1), warmup=0)
             reward = PairwiseReward(
@@ -49,7 +49,7 @@ def train(policy: str, model: str, out: str, rows: int, partial_groups: str) -> 
             trainer = trl.RLOOTrainer(
                 model=policy, reward_funcs=reward, args=args, train_dataset=data, processing_class=word_tokenizer()
             )
-            trainer.train(resume_from_checkpoint=steps > 3)
+            trainer.train(resume_from_checkpoint=steps > 2)
             calls.append(judge.calls)
             metrics = [e["rmcore/win_rate_over_reference"] for e in trainer.state.log_history if "loss" in e]
         return {"calls": calls, "win_rates": metrics}

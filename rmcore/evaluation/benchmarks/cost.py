@@ -63,11 +63,12 @@ class CostModel:
         for name, value in (
             ("model_params", self.model_params or 0.0),
             ("judge_params", self.judge_params or 0.0),
-            ("judge_price", min(prices)),
+            ("judge_price", prices[0]),
+            ("judge_price", prices[1]),
             ("model_price", self.model_price),
             ("answer_tokens", self.answer_tokens),
         ):
-            if not (math.isfinite(value) and value >= 0) or not math.isfinite(max(prices)):
+            if not (math.isfinite(value) and value >= 0):
                 reject(name, value, "a finite number, at least 0")
 
     @property

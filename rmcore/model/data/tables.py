@@ -94,5 +94,9 @@ def hub_rows(source: str, part: Part = WHOLE) -> Iterator[Row]:
     except InputError:
         raise
     except Exception as error:  # of the hub, of the network, of the data set's own files
-        raise DataError(f"{source}: {type(error).__name__}: {error}") from error
+        said = f"{source}: {type(error).__name__}: {error}"
+        if isinstance(error, ConnectionError):
+            name = match["name"]
+            said += f". Where there is a network: hf download {name} --repo-type dataset --local-dir DIR; give DIR then"
+        raise DataError(said) from error
     return object_rows(found, source, part)

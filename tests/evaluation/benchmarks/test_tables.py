@@ -224,8 +224,9 @@ def test_equal_cost_by_hand() -> None:
     assert "as it reported" in text
     with pytest.raises(InputError, match="neither parameters nor prices"):
         cost_table(draw, chosen, CostModel(), "FLOP", mode="difference", by="u")
-    with pytest.raises(InputError, match="judge_params"):
-        CostModel(judge_params=-1.0)
+    for wrong in ({"judge_params": -1.0}, {"judge_price": (math.nan, 1.0)}, {"judge_price": (1.0, math.inf)}):
+        with pytest.raises(InputError, match=f"^{next(iter(wrong))}: got"):
+            CostModel(model_params=1.0, **wrong)  # type: ignore[arg-type]
 
 
 def test_tokens_that_nobody_reported_are_estimated_and_that_is_said() -> None:

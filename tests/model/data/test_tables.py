@@ -89,6 +89,8 @@ class Hub:
         self.asked.append((name, config, split, revision))
         if name == "org/gone":
             raise FileNotFoundError("no such data set")
+        if name == "org/far":
+            raise ConnectionError("Couldn't reach it")
         return self.dataset
 
 
@@ -114,6 +116,10 @@ def test_hub_errors_name_what_was_asked(datasets: Any, monkeypatch: pytest.Monke
         list(read_preferences("hf://o/n"))
     with pytest.raises(DataError, match="hf://org/gone:train: FileNotFoundError: no such data set"):
         list(read_preferences("hf://org/gone:train"))
+    with pytest.raises(
+        DataError, match=r"Couldn't reach it\. Where .*: hf download org/far --repo-type dataset --local-dir"
+    ):
+        list(read_preferences("hf://org/far:train"))
     with pytest.raises(InputError, match="expected hf://org/name"):
         list(read_preferences("hf://name"))
 
