@@ -9,6 +9,8 @@ What its columns hold is in :mod:`rmcore.judge.store.rows`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import sqlite3
@@ -64,6 +66,12 @@ SCHEMA_VERSION: Final = len(_MIGRATIONS)
 """The version this release writes, in the file's ``user_version``."""
 
 
+_REMEDY = (
+    "It is damaged, or no store, and is left as it is: name another file for new verdicts; what of it can be read "
+    "`sqlite3 FILE .recover | sqlite3 NEW` may save"
+)
+
+
 def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
     """Open a store, made with mode 0600 and brought to this release's version unless ``read_only``.
 
@@ -84,7 +92,13 @@ def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = 
     except OSError as error:
         raise StoreError(f"{path}: cannot be opened ({error.strerror or type(error).__name__})") from None
     except sqlite3.Error as error:
-        raise StoreError(f"{path}: no usable verdict store ({error})") from None
+        raise StoreError(f"{path}: no usable verdict store ({error}){remedy(error)}") from None
+
+
+def remedy(error: sqlite3.Error) -> str:
+    """What to do about a damaged file, to go behind the error; empty for errors of another kind."""
+    damaged = any(words in str(error) for words in ("malformed", "not a database", "no such table", "no such column"))
+    return f". {_REMEDY}" if damaged else ""
 
 
 def _open(path: Path, read_only: bool, busy_s: float) -> sqlite3.Connection:
@@ -96,11 +110,13 @@ def _open(path: Path, read_only: bool, busy_s: float) -> sqlite3.Connection:
         if read_only:
             if not version:
                 raise StoreError(f"{path}: got an empty file, expected a verdict store")
+            _check_schema(database, path, version)
             return database
         _begin_wal(database, path, until)
         if version < SCHEMA_VERSION:
             _wait_until(database, until)
             _migrate(database, path)
+        _check_schema(database, path, SCHEMA_VERSION)
         database.execute(f"PRAGMA busy_timeout = {int(busy_s * 1000)}")
     except BaseException:
         database.close()
@@ -154,6 +170,29 @@ def _check_owner(database: sqlite3.Connection, path: Path) -> int:
             f"{path}: got version {version}, expected at most {SCHEMA_VERSION}. It was written by a later rmcore"
         )
     return int(version)
+
+
+def _check_schema(database: sqlite3.Connection, path: Path, version: int) -> None:
+    """All tables and columns are there: else the first reply would be bought before it is known that none is kept."""
+    missing = sorted(_columns_of(version) - _columns(database))
+    if missing:
+        raise StoreError(f"{path}: got a store without {', '.join(missing[:3])}, expected them. {_REMEDY}")
+
+
+def _columns(database: sqlite3.Connection) -> frozenset[str]:
+    """``table.column`` of all tables."""
+    query = "SELECT m.name || '.' || p.name FROM sqlite_master m, pragma_table_info(m.name) p WHERE m.type = 'table'"
+    return frozenset(str(name) for (name,) in database.execute(query))
+
+
+@functools.cache
+def _columns_of(version: int) -> frozenset[str]:
+    """What a store of that version has."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        for step in _MIGRATIONS[:version]:
+            for statement in step.split(";"):
+                database.execute(statement)
+        return _columns(database)
 
 
 def _begin_wal(database: sqlite3.Connection, path: Path, until: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from rmcore._base.clock import Clock
 from rmcore._base.version import __version__
-from rmcore.judge.store.database import find_reply, insert_call, open_database
+from rmcore.judge.store.database import find_reply, insert_call, open_database, remedy
 from rmcore.judge.store.owner import Owner, is_dead
 from rmcore.judge.store.protocol import BUSY, Claim, Record, Release, Reuse, StoreError, UnreachableStoreError, Write
 from rmcore.judge.store.records import Reply
@@ -65,7 +65,7 @@ class SqliteReader:
         try:
             yield from self._database.execute(query, values)
         except sqlite3.Error as error:
-            raise StoreError(f"{self._path}: cannot be read ({error})") from None
+            raise StoreError(f"{self._path}: cannot be read ({error}){remedy(error)}") from None
 
     def size(self) -> int:
         """Bytes of the file."""
@@ -154,8 +154,8 @@ class SqliteDatabase:
         except (StoreError, sqlite3.Error) as error:
             # "locked" is by another process, which may be done soon; a full disk or a file gone bad is not.
             kind = UnreachableStoreError if "locked" in str(error) else StoreError
-            text = str(error)
-            raise kind(text if isinstance(error, StoreError) else f"{self._path}: {text}") from None
+            text = str(error) if isinstance(error, StoreError) else f"{self._path}: {error}{remedy(error)}"
+            raise kind(text) from None
 
     def _rescue(self, database: sqlite3.Connection) -> None:
         """Write what ``database`` still holds to a file again: under its name, or beside a file that took its place.
