@@ -1,4 +1,4 @@
-"""gzip, bzip2 and xz files of one member or several, read as far as they are whole.
+"""gzip, bzip2, xz and zstd files of one member or several, read as far as they are whole.
 
 Python's own readers lose what stands before an error (they read ahead), and bzip2's and xz's stop without a word at
 whatever follows a member that is none, a damaged second member for one.
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-__all__ = ["Members"]
+__all__ = ["Members", "Zstd"]
 
 _STEP, _TAKEN = 65_536, 512
 _MAKE: dict[str, Callable[[], Any]] = {
@@ -92,3 +92,55 @@ class Members(io.RawIOBase):
     def _more_waits(self) -> bool:
         self._given = self._more()
         return bool(self._given)
+
+
+class Zstd(io.RawIOBase):
+    """The bytes of a zstd file, as :class:`Members` gives those of others.
+
+    Args:
+        stream: the compressed bytes, from their beginning.
+        reader: ``pyarrow.CompressedInputStream``.
+
+    Raises:
+        OSError: on reading what is damaged or breaks off, or is no further frame; it names the byte.
+    """
+
+    def __init__(self, stream: BinaryIO, reader: Callable[[Any, str], Any]) -> None:
+        super().__init__()
+        self._taken = _Taken(stream)
+        self._inner = reader(self._taken, "zstd")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` or the beginning of it; 0 at the end."""
+        try:
+            data = self._inner.read(len(buffer))
+        except OSError as error:
+            ends = "Truncated" in str(error)
+            place = f"it breaks off after byte {self._taken.at}" if ends else f"in or after byte {self._taken.begins}"
+            raise OSError(f"{error}; {place}") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Taken(io.RawIOBase):
+    """The bytes of a stream, counted as they are taken, few at a time."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self.begins = self.at = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Some bytes."""
+        found = self._stream.read(_TAKEN if size < 0 else min(size, _TAKEN))
+        if found:
+            self.begins, self.at = self.at, self.at + len(found)
+        return found

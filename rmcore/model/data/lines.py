@@ -6,6 +6,7 @@ where a compressed file breaks off is read.
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import io
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from rmcore._base.errors import DataError
-from rmcore.model.data.compressed import Members
+from rmcore.model.data.compressed import Members, Zstd
 
 __all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 
@@ -73,13 +74,30 @@ def opened(path: str | Path) -> Iterator[tuple[BinaryIO, bytes]]:
         try:
             head = inner.peek(8)[:8]
         except _BROKEN as error:
-            raise DataError(f"not a complete {kind or 'plain'} file ({error})", source=str(path), line=1) from error
+            said = f"not a complete {kind or 'plain'} file ({error}); no row was read"
+            raise DataError(said, source=str(path), line=1) from error
+        if not kind:
+            _check_name(path, plain.peek(64)[:64])
         yield inner, head
     finally:
         if wrapped:
             plain.detach()  # or stdin would be closed with it
         if str(path) != "-":
             stream.close()
+
+
+def _check_name(path: str | Path, head: bytes) -> None:
+    """What is named as a compressed file and begins as none must be text; a name alone says nothing."""
+    kind = _NAMES.get(Path(path).suffix.lower())
+    if kind is None or foreign(head):
+        return
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head.removeprefix(_MARK))
+    except UnicodeDecodeError:
+        magic = next(magic for magic, name in _MAGIC.items() if name == kind)
+        said = f"no {kind} file, as its name says: it begins with the bytes {head[:4].hex(' ')}, expected "
+        said += f"{magic[:4].hex(' ')}; and no text either. No row was read"
+        raise DataError(f"{path}: {said}", source=str(path)) from None
 
 
 def _stdin() -> BinaryIO:
@@ -89,7 +107,8 @@ def _stdin() -> BinaryIO:
 
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# What Members and pyarrow raise.
+_NAMES = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
+# What Members and Zstd raise.
 _BROKEN = (OSError, EOFError)
 
 
@@ -102,7 +121,7 @@ def _decompressed(stream: Any, kind: str, path: str | Path) -> Any:
     if kind in ("gzip", "bzip2", "xz"):
         return io.BufferedReader(Members(stream, kind))
     if kind == "zstd":
-        return io.BufferedReader(optional_module("pyarrow", path, "a zstd file").CompressedInputStream(stream, "zstd"))
+        return io.BufferedReader(Zstd(stream, optional_module("pyarrow", path, "a zstd file").CompressedInputStream))
     return stream
 
 
@@ -151,7 +170,8 @@ def read_json(stream: BinaryIO, source: str, wanted: tuple[int, int] | None = No
             yield Row(number, value)
     except _BROKEN as error:
         raise DataError(
-            f"the compressed file breaks off or is damaged, not a complete gzip, bzip2, xz or zstd file ({error})",
+            f"the compressed file breaks off or is damaged, not a complete gzip, bzip2, xz or zstd file ({error}); "
+            f"{place} rows before that are whole",
             source=source,
             line=number + 1,
         ) from error

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import pickle
+import random
 import re
 import tarfile
 from collections.abc import Callable
@@ -245,6 +246,52 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         list(read_preferences(tmp_path / "rows.csv"))
     with pytest.raises(ValueError, match=r"a folder, expected a file, or a folder that Dataset\.save_to_disk wrote"):
         list(read_preferences(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("g.jsonl.gz", "gzip", "1f 8b"),
+        ("g.zst", "zstd", "28 b5 2f fd"),
+        ("g.xz", "xz", "fd 37 7a 58"),
+        ("g.bz2", "bzip2", "42"),
+    ],
+)
+def test_what_is_named_as_a_compressed_file_and_is_garbage(name: str, kind: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    for garbage in (b"\xf8\xf9\xfa\xfb" * 200, b"\x80", b"{\xff"):
+        path.write_bytes(garbage)
+        with pytest.raises(DataError) as error:
+            list(read_groups(path))
+        said = str(error.value)
+        assert f"{path}: no {kind} file, as its name says: it begins with the bytes {garbage[:4].hex(' ')}" in said
+        assert f"expected {expected}" in said
+        assert "No row was read" in said
+    path.write_bytes(ROW)  # the content decides, not the name
+    assert len(list(read_groups(path))) == 1
+    path.write_bytes("é".encode() * 100 + b"\n")  # cut in the middle of a letter where it is looked at
+    with pytest.raises(DataError, match=":1: not JSON"):
+        list(read_groups(path))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+def test_the_byte_of_a_damage_and_the_rows_before_it(pack, tmp_path: Path) -> None:
+    path, source = tmp_path / "g", random.Random(0)
+    rows = [
+        json.dumps({"prompt": source.randbytes(30).hex(), "responses": ["a", "b"]}).encode() + b"\n"
+        for _ in range(2000)
+    ]
+    whole = pack(b"".join(rows))
+    for data, most in ((whole[: len(whole) // 2], len(whole) // 2), (whole + b"garbage behind it", len(whole) + 20)):
+        path.write_bytes(data)
+        read, error = rows_then_error(path)
+        found, said = len(read), str(error)
+        assert f"; {found} rows before that are whole" in said or (found == 0 and "no row was read" in said)
+        assert 0 < int(re.search(r"after byte (\d+)", said)[1]) <= most, said
+        assert int(re.search(r"after byte (\d+)", said)[1]) >= most - 1000, said
+    path.write_bytes(whole[:6] + b"\xff" * 100)
+    with pytest.raises(DataError, match=r"not a complete \w+ file \(.*after byte \d+.*; no row was read"):
+        list(read_groups(path))
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
