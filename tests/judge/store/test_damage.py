@@ -1,4 +1,4 @@
-"""A store that was damaged from outside: the error names the file and the remedy, nothing is bought, nothing changed."""
+"""A store damaged from outside: the error names the file and the remedy, nothing is bought, nothing changed."""
 
 from __future__ import annotations
 
