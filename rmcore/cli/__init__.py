@@ -25,6 +25,7 @@ from rmcore.cli import (
     benchmark,
     best_of,
     check,
+    critique,
     demo,
     evaluate,
     families,
@@ -62,6 +63,7 @@ app.command("plan")(plan.plan)
 app.command("export")(train_attributes.export)
 app.command("families")(families.families)
 app.command("score", cls=ManyColumns)(score.score)
+app.command("critique", cls=ManyColumns)(critique.critique)
 app.command("label", cls=ManyColumns)(label.label)
 app.command("select", cls=ManyColumns)(select.select)
 app.command("accounts")(accounts.show_accounts)

@@ -36,7 +36,7 @@ from rmcore.ops.weights import SERVING_DTYPES
 
 BACKBONE = typing.get_type_hints(BackboneConfig)
 REUSE_WORDS = typing.get_args(Reuse)[0]  # besides sets of reasons, which are --ask-again
-ASKING = ("score", "serve", "best-of", "filter", "benchmark", "label")  # commands that may ask a judge
+ASKING = ("score", "serve", "best-of", "filter", "benchmark", "label", "critique")  # commands that may ask a judge
 CHOICES = {
     ("train", "mode"): typing.get_args(PairMode),
     ("train", "pooling"): tuple(
@@ -130,6 +130,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "check": [missing],
         "select": [missing, missing, "1"],
         "label": [missing],
+        "critique": [missing],
         "benchmark": [missing, "rmb"],
     }
     result = CliRunner().invoke(app, [name, *needed[name], flag, "abacus"], env={"COLUMNS": "500", "TERM": "dumb"})

@@ -19,6 +19,8 @@ from rmcore.judge.question.prompt import JudgePrompt, Output
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from rmcore.judge.store.store import VerdictStore
+
 __all__ = ["ChatCritic", "CriticPrompt"]
 
 _SYSTEM = """\
@@ -146,6 +148,11 @@ class ChatCritic:
     def client(self) -> Any:
         """The client that all samples share."""
         return self._askers[0].client
+
+    @property
+    def store(self) -> VerdictStore | None:
+        """The store that all samples share."""
+        return self._askers[0].store
 
     async def critiques(self, items: Sequence[tuple[Prompt, Response]]) -> list[tuple[Critique, ...]]:
         """``samples`` critiques of each (prompt, response), in order; one that failed says why in ``reason``."""

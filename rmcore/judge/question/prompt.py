@@ -25,7 +25,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response
@@ -200,7 +200,7 @@ class JudgePrompt:
             reject("template", "$principles after an untrusted text", "$principles before $prompt, $first and $second")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> JudgePrompt:
+    def from_file(cls, path: str | Path) -> Self:
         """Read a template from a UTF-8 text file in the form that this module's documentation shows.
 
         The lines ``--- system ---`` and ``--- user ---`` begin the two parts, each at most once. A file without such

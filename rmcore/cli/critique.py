@@ -1,0 +1,314 @@
+"""``rmcore critique``: critiques of responses, beside them in their rows, for ``--critiques`` elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmcore._base.errors import DataError, InputError, JudgeError, reject
+from rmcore.cli import options
+from rmcore.cli.build_engine import check_key, make_budgets, make_judge
+from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
+from rmcore.cli.output import check_apart, check_file, opened_output
+
+if TYPE_CHECKING:
+    from rmcore._base.prompt import Canonical
+    from rmcore.engine.routing import Budget
+    from rmcore.judge.critics.critique import Critic, Critique
+    from rmcore.model.data import Row
+
+__all__ = ["critique"]
+
+_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Critics:
+    """Who writes them, besides an endpoint (``--judge-url``)."""
+
+    from_store: Annotated[
+        Path | None, typer.Option(help="Take what is written in this verdict store, of judges and critics; no call.")
+    ] = None
+    generate: Annotated[
+        str | None, typer.Option(help="A causal language model, in this process: hub name, folder or GGUF file.")
+    ] = None
+    samples: Annotated[int, typer.Option(help="Critiques a response.", min=1)] = 1
+    max_chars: Annotated[int, typer.Option(help="Longest critique, in characters; more is cut and counted.", min=1)] = (
+        4096
+    )
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling; default: the endpoint's, 0.7 with --generate.", min=0)
+    ] = None
+    max_tokens_generated: Annotated[
+        int,
+        typer.Option(help="Longest critique in tokens with --generate (of an endpoint: --judge-max-tokens).", min=1),
+    ] = 256
+    drop_junk: Annotated[
+        bool, typer.Option("--drop-junk", help="Leave out critiques that are empty, a few words, a loop or an echo.")
+    ] = False
+    seed: Annotated[int, typer.Option(help="Of sampling with --generate.")] = 0
+
+
+@dataclass(frozen=True)
+class CriticAsking(options.Asking):
+    """The judge's options, with a shorter answer by default."""
+
+    judge_max_tokens: options.JudgeMaxTokens = 512
+
+
+@options.with_options
+def critique(
+    *,
+    rows: Annotated[
+        str, typer.Argument(help="Prompts with responses, or preferences: a file, - or hf://org/name:split.")
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where rows go; - for stdout.")] = "-",
+    overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the rows in --out end, of an interrupted run too.")
+    ] = False,
+    columns: options.Columns = None,
+    critics: Critics,
+    asking: CriticAsking,
+    device: options.Device = None,
+) -> None:
+    """Write critiques of responses: by an endpoint, out of a verdict store, or by a language model in this process.
+
+    Each row is written as it came, with `critiques` beside its responses. What failed and what is junk is counted; a
+    row is written whatever became of its critiques. An endpoint's are kept in --store and bought once.
+
+    Example: `rmcore critique groups.jsonl --judge-url http://localhost:8000/v1 --judge-model critic --judge-key-env ''
+    --store critiques.db -o with-critiques.jsonl`, then `rmcore score my-rm with-critiques.jsonl --critiques`
+    """
+    with reported_errors():
+        from rmcore.model.data import parse_columns, read_rows
+
+        kept = [asking.store, critics.from_store]
+        check_file(out, inputs=[rows, *kept], overwrite=overwrite, resume=resume)
+        check_apart("--store", asking.store, [rows, out])
+        names = parse_columns(columns or [])
+        critic, budgets = _critic(critics, asking, device)
+        told = _Told()
+        try:
+            with opened_output(out, resume=resume) as output, progress_bar() as bar, judge_progress(bar, critic):
+                task = bar.add_task("rows", total=None)
+                for row, parts in _criticised(
+                    _not_done(read_rows(rows), output.last, out), names, critic, budgets, told
+                ):
+                    output.write(_written(row, parts, told, critics.drop_junk))
+                    output.flush()
+                    bar.update(task, completed=output.count)
+                if told.left:
+                    raise JudgeError("the budget ended before the rows did; --resume goes on, with another budget")
+        finally:
+            _close(critic)
+            told.say()
+        if told.responses and not told.texts:
+            raise JudgeError(f"no critique of any of {told.responses} responses")
+
+
+@dataclass
+class _Told:
+    """What became of everything."""
+
+    responses: int = 0
+    texts: int = 0
+    cut: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    junk: Counter[str] = field(default_factory=Counter)
+    usages: list[Any] = field(default_factory=list)
+    left: bool = False
+
+    def note(self, found: Sequence[Critique]) -> None:
+        self.responses += 1
+        self.reasons.update(one.reason for one in found if one.reason)
+        self.reasons.update(["nothing stored"] * (not found))
+        self.junk.update(one.junk for one in found if one.junk)
+        self.texts += sum(not one.failed for one in found)
+        self.cut += sum(one.cut > 0 for one in found)
+        self.usages += [one.usage for one in found]
+
+    def say(self) -> None:
+        from rmcore.judge.base import JudgeUsage
+
+        usage = JudgeUsage.total(self.usages)
+        parts = [f"{self.texts} critiques of {self.responses} responses"]
+        for name, counts in (("notes", self.reasons), ("junk", self.junk)):
+            if counts:
+                parts.append(f"{name}: " + ", ".join(f"{count} {why}" for why, count in counts.most_common()))
+        if self.cut:
+            parts.append(f"{self.cut} cut to --max-chars")
+        parts.append(
+            f"{usage.calls} calls ({usage.cache_hits} from the store), {usage.prompt_tokens} prompt and "
+            f"{usage.completion_tokens} completion tokens, cost {usage.cost:.6g}"
+            + f" and {usage.unpriced_calls} calls of unknown cost"
+            * bool(usage.unpriced_calls)
+        )
+        notes.print("; ".join(parts), markup=False, highlight=False, soft_wrap=True)
+
+
+def _critic(critics: Critics, asking: CriticAsking, device: str | None) -> tuple[Critic, list[Budget]]:
+    """The one critic that the options name, and what it may cost."""
+    given = [asking.judge_url, critics.from_store, critics.generate]
+    if sum(one is not None for one in given) != 1:
+        got = "none" if not any(given) else "several"
+        reject("--judge-url, --from-store, --generate", got, "one of them")
+    if asking.verdicts is not None or asking.judge_soft or asking.judge_orders != "both":
+        reject("--verdicts, --judge-soft, --judge-orders", "given", "none: a critic gives no verdict")
+    if asking.judge_url is None and (asking.max_calls, asking.max_tokens, asking.max_cost) != (None, None, None):
+        reject("--max-calls, --max-tokens, --max-cost", "without --judge-url", "together with it")
+    if critics.from_store is not None:
+        from rmcore.judge.critics.stored import StoredCritiques
+
+        model = asking.judge_model or None
+        samples = critics.samples if critics.samples > 1 else None
+        return StoredCritiques(critics.from_store, model=model, samples=samples, max_chars=critics.max_chars), []
+    if critics.generate is not None:
+        return _own(critics, critics.generate, device), []
+    check_key(asking)
+    return _chat(critics, asking), make_budgets(replace(asking, judge_orders="one"))
+
+
+def _chat(critics: Critics, asking: CriticAsking) -> Critic:
+    from rmcore.judge.critics.chat import ChatCritic, CriticPrompt
+
+    template = asking.judge_template
+    prompt = CriticPrompt() if template is None else CriticPrompt.from_file(template)
+    judge: Any = make_judge(replace(asking, judge_template=None))  # checks the options, and makes what is shared
+    return ChatCritic(
+        asking.judge_url,
+        asking.judge_model,
+        asking.judge_key_env or None,
+        samples=critics.samples,
+        prompt=prompt,
+        max_chars=critics.max_chars,
+        client=judge.client.options,
+        store=judge.store,
+        prices=judge.prices,
+        context_tokens=asking.judge_context,
+        max_tokens=asking.judge_max_tokens or None,
+        temperature=critics.temperature if critics.temperature is not None or critics.samples == 1 else 1.0,
+    )
+
+
+def _own(critics: Critics, name: str, device: str | None) -> Critic:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rmcore.engine.own_critic import OwnCritic
+    from rmcore.model.devices import checked_device
+    from rmcore.model.text import TextEncoder
+
+    place, more = name, {}
+    if name.endswith(".gguf"):
+        place, more = str(Path(name).parent), {"gguf_file": Path(name).name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, **more).to(checked_device(device))
+        tokenizer = AutoTokenizer.from_pretrained(place, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"--generate: got {name!r}, which cannot be loaded ({str(error)[:300]})") from error
+    temperature = 0.7 if critics.temperature is None else critics.temperature
+    return OwnCritic(
+        model,
+        TextEncoder(tokenizer),
+        samples=critics.samples,
+        max_new_tokens=critics.max_tokens_generated,
+        temperature=temperature,
+        seed=critics.seed,
+        max_chars=critics.max_chars,
+    )
+
+
+def _close(critic: Critic) -> None:
+    from rmcore._base.loop import run_sync
+
+    close = getattr(critic, "aclose", None)
+    if close is not None:
+        run_sync(close())
+    store = getattr(critic, "store", None)
+    if store is not None:
+        store.close()
+
+
+def _criticised(
+    rows: Iterator[Row],
+    names: dict[str, str],
+    critic: Critic,
+    budgets: list[Budget],
+    told: _Told,
+) -> Iterator[tuple[Row, tuple[_Parts, list[tuple[Critique, ...]]]]]:
+    """Rows with the critiques of their responses, as far as the budgets go."""
+    from rmcore._base.loop import run_sync
+    from rmcore.judge.base import JudgeUsage
+
+    while chunk := list(islice(rows, _CHUNK)):
+        read = [_parts_of(row, names) for row in chunk]
+        items = [(prompt, response) for parts in read for prompt, response in parts.items]
+        samples = getattr(critic, "samples", None) or 1
+        held = [budget.reserve(len(items) * samples) for budget in budgets]
+        granted = min([len(items) * samples, *(one.pairs for one in held)])
+        if granted < len(items) * samples:
+            for budget, one in zip(budgets, held, strict=True):
+                budget.settle(one, JudgeUsage())
+            told.left = True
+            return
+        found = run_sync(critic.critiques(items))
+        usage = JudgeUsage.total(one.usage for own in found for one in own)
+        for budget, one in zip(budgets, held, strict=True):
+            budget.settle(one, usage)
+        left = iter(found)
+        for row, parts in zip(chunk, read, strict=True):
+            yield row, (parts, list(islice(left, len(parts.items))))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The responses of a row, in order."""
+
+    items: tuple[tuple[Canonical, Canonical], ...]
+    group: bool
+
+
+def _parts_of(row: Row, names: dict[str, str]) -> _Parts:
+    from rmcore._base.prompt import canonical_prompt, canonical_response
+    from rmcore.model.data import groups, parse_group, parse_preferences, preferences
+    from rmcore.model.data.columns import map_columns
+
+    try:
+        value = map_columns(row.value, names, groups.COLUMNS | preferences.COLUMNS)
+        if "responses" in value:
+            group = parse_group(value)
+            return _Parts(tuple((group.prompt, response) for response in group.responses), True)
+        found = parse_preferences(value)
+        if len(found) != 1:
+            reject("chosen, rejected", f"{len(found)} pairs", "one pair a row")
+    except InputError as error:
+        raise DataError(str(error), source="rows", line=row.number, unit=row.unit) from error
+    item = found[0]
+    prompt = canonical_prompt(item.prompt)
+    return _Parts(tuple((prompt, canonical_response(one)) for one in (item.chosen, item.rejected)), False)
+
+
+def _written(
+    row: Row, parts: tuple[_Parts, list[tuple[Critique, ...]]], told: _Told, drop_junk: bool
+) -> dict[str, Any]:
+    read, found = parts
+    texts = []
+    for own in found:
+        told.note(own)
+        texts.append([one.text for one in own if one.text and not (drop_junk and one.junk)])
+    critiques: Any = texts if read.group else dict(zip(("chosen", "rejected"), texts, strict=True))
+    return {**row.value, "critiques": critiques, "line": row.number}
+
+
+def _not_done(rows: Iterator[Row], last: dict[str, Any] | None, out: str) -> Iterator[Row]:
+    """The rows behind that of the ``last`` result."""
+    line = 0 if last is None else last.get("line")
+    if isinstance(line, bool) or not isinstance(line, int):
+        raise DataError(f"{out}: got rows that do not say of which line they are, which --resume cannot go on from")
+    return (row for row in rows if row.number > line)
