@@ -140,6 +140,62 @@ def stats(
     damage.report()
 
 
+@app.command()
+def quality(
+    stores: Annotated[list[str], typer.Argument(help="Verdict stores; those of several judges together.")],
+    replicates: Annotated[int, typer.Option(help="Bootstrap replicates, over pairs.", min=0)] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Measure judges without knowing the answers: both orders, their own repetitions, and each other.
+
+    Accuracy is Dawid & Skene's estimate from pairs that three judges or more voted on; judges that share their mistakes
+    look better than they are.
+
+    Example: `rmcore verdicts quality gpt.db llama.db qwen.db`
+    """
+    from rmcore.cli.console import print_markdown
+    from rmcore.evaluation.judge_quality import judge_quality, stored_votes
+
+    damage = _Damage()
+    votes = []
+    for store in stores:
+        with _opened(store) as ledger:
+            votes += stored_votes(ledger, unreadable=damage)
+    with reported_errors():
+        if not votes:
+            raise InputError(f"STORE: got {len(stores)} without a verdict, expected at least one verdict")
+        told = judge_quality(votes, replicates=replicates)
+    if as_json:
+        typer.echo(json.dumps(told.to_dict(), indent=2, allow_nan=False))
+    else:
+        print_markdown(told.to_markdown())
+    damage.report()
+
+
+@app.command("critique-stats")
+def critique_stats(
+    store: Store,
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, keys of contradictions too.")] = False,
+) -> None:
+    """Count what judges and critics wrote: length, sections, repeats, junk, and words that contradict their verdict.
+
+    A contradiction is a comparison that says "the first response is better" beside a verdict for the second. Most
+    critiques say no such sentence: they are silent.
+    """
+    damage = _Damage()
+    with _opened(store) as ledger:
+        from rmcore.judge.critics.stats import stored_critique_stats
+
+        found = stored_critique_stats(ledger, model=model, unreadable=damage)
+        if as_json:
+            typer.echo(json.dumps({name: own.to_dict() for name, own in found.items()}, indent=2, allow_nan=False))
+        else:
+            for name, own in found.items():
+                _print_critiques(name, own.to_dict())
+    damage.report()
+
+
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +356,24 @@ def _print_stats(told: dict[str, Any]) -> None:
         table.add_row(Text(printable(day)), *(Text(printable(number)) for number in numbers))
     if told["days"]:
         results_console(160).print(table)
+
+
+def _print_critiques(name: str, told: dict[str, Any]) -> None:
+    def spread(values: dict[str, float | None]) -> str:
+        shown = {word: "–" if value is None else f"{value:.0f}" for word, value in values.items()}
+        return f"mean {shown['mean']}, median {shown['p50']}, 95% below {shown['p95']}"
+
+    rows = {
+        "model": name or "not said",
+        "critiques": f"{told['critiques']}, and {told['empty']} answers without one; {told['repeated']} said before",
+        "words": spread(told["words"]),
+        "sections": spread(told["sections"]),
+        "junk": _counts(told["junk"]),
+        "beside verdict": _counts(told["stated"]),
+    }
+    for title, value in rows.items():
+        typer.echo(f"{title + ':':<15} {printable(value)}")
+    typer.echo("")
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -412,3 +412,33 @@ def test_one_call_that_cannot_be_read_is_named(path):
     result = call("show", path, key)
     assert result.exit_code == 2
     assert "call " in result.stderr
+
+
+def test_quality_and_critique_stats_of_stores(tmp_path):
+    paths = []
+    for judge, wrong in (("a", ()), ("b", range(2)), ("c", range(4, 8))):
+        paths.append(tmp_path / f"{judge}.db")
+        with VerdictStore(paths[-1]) as store:
+            for k in range(12):
+                for first, second in (("x", "y"), ("y", "x")):
+                    likes = ("x" if k % 2 else "y") if k not in wrong else ("y" if k % 2 else "x")
+                    question = Question.of(judge, judge, {}, "t", f"p{k}", first, second)
+                    preference = 1.0 if first == likes else -1.0
+                    critique = (
+                        "The first response is better, as far as one can see." if k < 6 else "Both are short texts."
+                    )
+                    verdict = Verdict(preference, critique=critique, usage=JudgeUsage(calls=1))
+                    store.put(question, Reply(verdict, replied=True, text=critique))
+    result = call("quality", *paths, "--replicates", "20")
+    assert result.exit_code == 0, result.stderr
+    assert "12 pairs, 12 of them" in result.stdout
+    told = json.loads(call("quality", *paths, "--json", "--replicates", "20").stdout)
+    accuracy = [judge["accuracy"]["point"] for judge in told["judges"]]
+    assert accuracy[0] > accuracy[1] > accuracy[2]
+    counted = json.loads(call("critique-stats", paths[0], "--json").stdout)["a"]
+    assert counted["stated"] == {"agrees": 6, "contradicts": 6, "both": 0, "silent": 12}
+    assert len(counted["contradictions"]) == 6
+    assert "beside verdict" in call("critique-stats", paths[0]).stdout
+    with VerdictStore(tmp_path / "empty.db"):
+        pass
+    assert call("quality", tmp_path / "empty.db").exit_code == 2
