@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from rmcore._base.errors import DataError, JudgeError
 from rmcore.cli.console import notes, reported_errors, results_console
 
-__all__ = ["print_accounts", "show_accounts"]
+if TYPE_CHECKING:
+    from rmcore.engine.accounts import Accounts
+
+__all__ = ["book", "judge_outcome", "print_accounts", "show_accounts"]
 
 
 def show_accounts(
@@ -45,3 +50,35 @@ def print_accounts(totals: dict[str, Any], console: Console) -> None:
     for name, value in account_lines(totals):
         table.add_row(name, value)
     console.print(table)
+
+
+def book(summary: dict[str, Any], accounts: Accounts, judged: Counter[str]) -> None:
+    """Add a batch's summary to the accounts, and to the counts that :func:`judge_outcome` goes by."""
+    accounts.add(summary)
+    by = summary["decided_by"]
+    judged["alone"] += summary["single_response_groups"]
+    judged.update({name: by.get(key, 0) for name, key in (("judge", "judge"), ("failed", "judge_failed"))})
+
+
+def judge_outcome(judged: Counter[str], done: int, failed: int) -> None:
+    """What a run that came to its end has to say: of groups of one, of those not scored, of a judge that gave nothing.
+
+    Raises:
+        DataError: some groups could not be scored.
+        JudgeError: no pair that went to the judge got a verdict.
+    """
+    if judged["alone"]:
+        notes.print(
+            f"rmcore: {judged['alone']} of {done} groups have one response, which has nothing to be compared with: "
+            "its reward is 0. A prompt's responses belong in one row",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if failed:
+        raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
+    if judged["failed"] and not judged["judge"]:
+        raise JudgeError(
+            f"no verdict for any of the {judged['failed']} pairs that went to the judge; the results are those of "
+            "the model alone"
+        )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rmcore.model.text import OverlongPolicy
     from rmcore.ops.dispatch import Backend
 
-__all__ = ["check_key", "close_engine", "make_budgets", "make_engine", "make_judge", "make_prices"]
+__all__ = ["check_key", "check_routing", "close_engine", "make_budgets", "make_engine", "make_judge", "make_prices"]
 
 
 def make_engine(
@@ -40,10 +40,12 @@ def make_engine(
     overlong: OverlongPolicy | None = None,
     design: str = "all",
     doubting: Doubting | None = None,
+    shared_judge: Judge | None = None,
 ) -> tuple[RewardEngine, Callable[[], None]]:
     """The engine, and what saves its router's state where --router-state asks for that.
 
     What is wrong with the options is found before the model is loaded. :func:`close_engine` is the caller's to call.
+    ``shared_judge`` stands for the judge they name, which somebody else has made.
     """
     from rmcore.engine.comparisons import parse_design
     from rmcore.engine.engine import RewardEngine
@@ -53,7 +55,7 @@ def make_engine(
     doubting = doubting or Doubting()
     adaptive = _adaptive_router(judging)
     router = _router(judging, adaptive)
-    judge = make_judge(judging)
+    judge = make_judge(judging) if shared_judge is None else shared_judge
     _check_together(judging, judge, router)
     check_device(device)
     check_backend(model, backend, device)
@@ -106,6 +108,14 @@ def _check_together(judging: Judging, judge: Judge | None, router: Router) -> No
     if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
         reject("--judge-deadline", deadline, "seconds above 0")
     check_key(judging)
+
+
+def check_routing(judging: Judging, asks: bool) -> None:
+    """What :func:`make_engine` finds wrong with the options of routing, before anything is started elsewhere."""
+    from rmcore.judge import RecordedJudge
+
+    router = _router(judging, _adaptive_router(judging))
+    _check_together(judging, RecordedJudge({}) if asks else None, router)
 
 
 def check_key(judging: Asking) -> None:

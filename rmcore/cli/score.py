@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from rmcore._base.errors import DataError, InputError, JudgeError, reject
+from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
-from rmcore.cli.accounts import print_accounts
+from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_parent
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
+from rmcore.cli.score_ray import score_on_ray
 
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
@@ -65,6 +66,13 @@ def _scoring(
     deterministic: options.Deterministic = None,
     max_length: options.MaxLength = None,
     overlong: options.Overlong = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Score on a Ray cluster: auto, its address, or local for this machine."),
+    ] = None,
+    ray_actors: Annotated[int, typer.Option(help="With --ray: models loaded, each in an actor.", min=1)] = 1,
+    ray_gpus: Annotated[float, typer.Option(help="With --ray: GPUs of an actor; 0.5 puts two on one.", min=0)] = 0.0,
+    ray_cpus: Annotated[float, typer.Option(help="With --ray: CPUs of an actor.", min=0)] = 1.0,
 ) -> Run:
     """Make the engine the options name."""
     from rmcore.engine.accounts import Accounts
@@ -84,19 +92,23 @@ def _scoring(
     if accounts is not None:
         check_parent(accounts, "--accounts")
     names = parse_columns(columns or [])
-    engine, save = make_engine(
-        model,
-        judging,
-        backend=backend,
-        device=device,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        deterministic=deterministic,
-        max_length=max_length,
-        overlong=overlong,
-        design=design,
-        doubting=doubting,
-    )
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "device": device,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "deterministic": deterministic,
+        "max_length": max_length,
+        "overlong": overlong,
+        "design": design,
+        "doubting": doubting,
+    }
+    if ray is not None:
+        if critiques:
+            reject("--critiques", "with --ray", "one of the two")
+        pool = {"size": ray_actors, "num_gpus": ray_gpus, "num_cpus": ray_cpus}
+        return score_on_ray(ray, groups, model, judging, settings, out, accounts, names, batch, resume, pool)
+    engine, save = make_engine(model, judging, **settings)
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()
 
@@ -110,23 +122,9 @@ def _scoring(
             close_engine(engine)
             if judged or not sys.exc_info()[0]:  # what was spent is told however the run ends
                 print_accounts(booked.totals(), notes)
-        if judged["alone"]:
-            notes.print(
-                f"rmcore: {judged['alone']} of {done} groups have one response, which has nothing to be compared with: "
-                "its reward is 0. A prompt's responses belong in one row",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
         if judged["without critiques"]:
             notes.print(f"rmcore: {judged['without critiques']} of {done} groups have no critiques", markup=False)
-        if failed:
-            raise DataError(f"{failed} of {done} groups could not be scored; the others are written")
-        if judged["failed"] and not judged["judge"]:
-            raise JudgeError(
-                f"no verdict for any of the {judged['failed']} pairs that went to the judge; the results are those of "
-                "the model alone"
-            )
+        judge_outcome(judged, done, failed)
 
     return run
 
@@ -235,11 +233,7 @@ def _score_chunk(
         judged["without critiques"] += sum(not any(own) for own in given)
     scores = engine.score([g.prompt for g in chunk], [g.responses for g in chunk], critiques=given, on_error="return")
     if len(scores):
-        summary = scores.summary()
-        accounts.add(summary)
-        by = summary["decided_by"]
-        judged["alone"] += summary["single_response_groups"]
-        judged.update({name: by.get(key, 0) for name, key in (("judge", "judge"), ("failed", "judge_failed"))})
+        book(scores.summary(), accounts, judged)
     failed = 0
     try:
         for group, outcome in zip(chunk, scores.outcomes(), strict=True):

@@ -136,10 +136,12 @@ def _subset(value: Mapping[str, Any]) -> str | None:
 
 
 def read_groups(
-    source: Source, columns: Mapping[str, str] | None = None, *, critiques: bool = False
+    source: Source, columns: Mapping[str, str] | None = None, *, critiques: bool = False, part: Part = WHOLE
 ) -> Iterator[Group]:
-    """Yield groups, with ``critiques`` theirs too; raises DataError at the first bad row, naming it."""
-    for row in read_rows(source):
+    """Yield groups, with ``critiques`` theirs too, of one ``part`` of the rows; raises DataError at the first bad row,
+    naming it.
+    """
+    for row in read_rows(source, part):
         try:
             group = parse_group(map_columns(row.value, columns or {}, groups.COLUMNS), critiques=critiques)
         except InputError as error:

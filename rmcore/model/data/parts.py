@@ -19,10 +19,14 @@ class Part(NamedTuple):
 
     which: int = 0
     of: int = 1
+    unit: int = 1
+    """Rows that stay together: parts begin at multiples of it, and differ by one of it at most."""
 
     def bounds(self, count: int) -> tuple[int, int]:
         """The rows of this part, of ``count``: from the first up to before the second number."""
-        return count * self.which // self.of, count * (self.which + 1) // self.of
+        units = -(-count // self.unit)
+        low, high = units * self.which // self.of, units * (self.which + 1) // self.of
+        return min(low * self.unit, count), min(high * self.unit, count)
 
     def check(self, source: object) -> None:
         """Raise InputError for a part there is not, or of a source that can be read once only."""

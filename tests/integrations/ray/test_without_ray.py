@@ -1,0 +1,166 @@
+"""What the actors run, in this process and without ray: the shared judge, the scorer, the chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rmcore._base.errors import InputError, MissingPackageError
+from rmcore.engine import RewardEngine
+from rmcore.engine.routing import Budget, BudgetRouter
+from rmcore.integrations.ray import ActorJudge, Scorer, SharedJudge, connect
+from rmcore.integrations.ray.bulk import Chunk, ChunkScorer, read_chunks
+from rmcore.judge.base import JudgeUsage, Pair, Verdict
+
+PAIRS = [Pair("p", f"first {k}", "second") for k in range(6)]
+
+
+class Slow:
+    """Says "win" after a moment, at the price of a call a pair; fails on what is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[Pair] = []
+        self.failing: set[str] = set()
+
+    async def judge(self, pairs):
+        self.asked += pairs
+        await asyncio.sleep(0.01)
+        return [
+            Verdict.none("down", JudgeUsage(calls=1)) if pair.first in self.failing
+            else Verdict.of("win", usage=JudgeUsage(calls=1)) for pair in pairs
+        ]  # fmt: skip
+
+
+def test_a_question_is_asked_once_whoever_asks():
+    judge = Slow()
+    judge.failing = {"first 1"}
+
+    async def scenario():
+        shared = SharedJudge(lambda: judge)
+        killed = asyncio.ensure_future(shared.judge(PAIRS[:3]))
+        await asyncio.sleep(0.001)
+        killed.cancel()  # its actor was killed: what it asked is paid for
+        both = await asyncio.gather(shared.judge(PAIRS[:3]), shared.judge([*PAIRS[2:5], PAIRS[4]]))
+        judge.failing = set()
+        return shared, both, await shared.judge(PAIRS[:3])
+
+    shared, (one, two), again = asyncio.run(scenario())
+    assert [verdict.preference for verdict in one] == [1.0, None, 1.0]
+    assert [verdict.preference for verdict in two] == [1.0] * 4
+    assert [verdict.usage.calls for verdict in two] == [0, 1, 1, 0]
+    assert [verdict.preference for verdict in again] == [1.0] * 3
+    assert sorted(pair.first for pair in judge.asked) == sorted(["first 1", *(f"first {k}" for k in range(5))])
+    assert shared.stats()["usage"]["calls"] == shared.stats()["asked"] == 6
+
+
+def test_a_budget_holds_over_all_and_over_a_restart(tmp_path):
+    file = tmp_path / "budget.json"
+
+    def started():
+        return SharedJudge(Slow, lambda: [Budget(4, "calls", max_per_pair=1)], file)
+
+    async def ask(shared, pairs):
+        return [verdict.reason for verdict in await shared.judge(pairs)]
+
+    first = started()
+    assert asyncio.run(ask(first, PAIRS[:3])) == [""] * 3
+    second = started()
+    assert asyncio.run(ask(second, PAIRS[3:])) == ["", "budget", "budget"]
+    assert second.stats()["refused"] == 2
+    assert json.loads(file.read_text())[0]["total"] == 4
+    with pytest.raises(InputError, match="the state of 0 budgets"):
+        SharedJudge(Slow, state=file)
+
+
+def test_a_deadline_is_carried_as_seconds_from_now():
+    sent = []
+
+    class Method:
+        def remote(self, pairs):
+            sent.extend(pairs)
+            return asyncio.sleep(0, [Verdict.of("win")] * len(pairs))
+
+    class Actor:
+        judge = Method()
+
+    pair = replace(PAIRS[0], deadline=time.monotonic() + 5)
+    assert asyncio.run(ActorJudge(Actor()).judge([pair, PAIRS[1]]))[0].preference == 1
+    assert 4 < sent[0].deadline <= 5
+    assert sent[1].deadline is None
+    judge = Slow()
+    asyncio.run(SharedJudge(lambda: judge).judge(sent))
+    assert 4 < judge.asked[0].deadline - time.monotonic() <= 5
+
+
+GROUPS = [
+    {"id": k, "prompt": f"red {word}", "responses": ["good clear", f"bad {word}", "right odd wrong"][: 2 + k % 2]}
+    for k, word in enumerate(["tree", "house", "river", "stone", "cloud"])
+]
+
+
+def engine(reward_model):
+    return RewardEngine(reward_model, Slow(), BudgetRouter(fraction=0.5, by="u"))
+
+
+def test_a_batch_of_columns_is_scored_as_the_engine_does(reward_model):
+    batch = {
+        "prompt": np.array([row["prompt"] for row in GROUPS] + [None], dtype=object),
+        "responses": np.array([np.array(row["responses"], dtype=object) for row in GROUPS] + [["x"]], dtype=object),
+        "kept": np.arange(6),
+    }
+    found = Scorer(lambda: engine(reward_model), outputs=("rewards", "preference", "routed"))(batch)
+    expected = engine(reward_model).score(*zip(*((row["prompt"], row["responses"]) for row in GROUPS), strict=True))
+    for k, group in enumerate(expected):
+        record = group.to_record()
+        assert {name: found[name][k] for name in ("rewards", "preference", "routed")} == {
+            name: record[name] for name in ("rewards", "preference", "routed")
+        }
+    assert found["rewards"][5] is None
+    assert list(found["error"])[:5] == [None] * 5
+    assert "prompt" in found["error"][5]
+    assert list(found["kept"]) == list(range(6))
+    with pytest.raises(InputError, match="expected one named 'responses'"):
+        Scorer(lambda: engine(reward_model))({"prompt": batch["prompt"]})
+    with pytest.raises(InputError, match="outputs: got"):
+        Scorer(lambda: engine(reward_model), outputs=("reward",))
+    with pytest.raises(InputError, match="they are the engine's"):
+        Scorer(lambda: engine(reward_model), Slow())
+
+
+def test_chunks_are_the_batches_of_one_process(reward_model, tmp_path):
+    file = tmp_path / "groups.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in GROUPS) + '{"prompt": "bad"}\n')
+
+    def chunks(of, after=0):
+        rows = [row for part in range(of) for row in read_chunks(str(file), {}, 2, (part, of), after)]
+        scorer = ChunkScorer(lambda: engine(reward_model), lambda _, score: score.to_record())
+        return [Chunk(**json.loads(scorer(row)["chunk"])) for row in rows]
+
+    whole = chunks(1)
+    assert [chunk.last for chunk in whole] == [2, 4, 5]
+    assert [chunk.ends is None for chunk in whole] == [True, True, False]
+    assert f"{file}:6: responses: missing" in whole[2].ends
+    records = [record for chunk in whole for record in chunk.records]
+    for start in (0, 2, 4):
+        rows = GROUPS[start : start + 2]
+        scores = engine(reward_model).score([row["prompt"] for row in rows], [row["responses"] for row in rows])
+        for k, group in enumerate(scores):
+            assert records[start + k] == {"id": start + k, "line": start + k + 1, **group.to_record()}
+    without = [replace(chunk, summary={}) for chunk in whole]  # which says how long it took
+    assert [replace(chunk, summary={}) for chunk in chunks(3)] == without
+    assert [chunk.last for chunk in chunks(2, after=3)] == [4, 5]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
+def test_without_ray_the_extra_is_named():
+    with (
+        pytest.raises(MissingPackageError, match=r"ray is not installed; pip install 'rmcore\[ray\]'"),
+        connect("local"),
+    ):
+        pass
