@@ -18,9 +18,12 @@ APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), 
 # A worker of the tests a core, each with one thread: the tests that are about threads set their number themselves.
 # Compiled files are kept, whatever the environment says: else every worker and every child compiles rmcore and the tests.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
+# Has the environment in $(VENV)/ray find what is in $(VENV) too, editable installs among it.
+BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
+  p.Path(own.replace("$(VENV)/", "$(VENV)/ray/"), "beside.pth").write_text(f"import site; site.addsitedir({own!r})\n")'
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-ray test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -30,6 +33,7 @@ help:
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
 	@echo "make test-postgres  the judge's store over PostgreSQL: processes killed, sessions cut, the server restarted and frozen"
 	@echo "make test-nemo-gym  the group server against NeMo-Gym's own client, in an environment of its own (Python 3.12)"
+	@echo "make test-ray  bulk scoring on a Ray cluster of two nodes on this machine, from an environment of its own"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -124,6 +128,12 @@ $(NEMO_GYM)/.done:
 
 test-nemo-gym: $(VENV)/.dev $(NEMO_GYM)/.done
 	RMCORE_NEMO_GYM_PYTHON=$(NEMO_GYM)/bin/python $(BIN)/python -m pytest -v -rs tests/integrations/server/test_nemo_gym.py
+
+# Ray in an environment of its own, over the other's packages: it is large, and nothing else needs it.
+test-ray: $(VENV)/.dev
+	@test -d $(VENV)/ray || ($(BIN)/python -m venv $(VENV)/ray && $(BIN)/python -c $(BESIDE) && \
+	  $(VENV)/ray/bin/python -m pip install -qq 'ray[data,serve]>=2.51')
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV)/ray/bin/python -m pytest -v -rs -m ray tests/integrations/ray
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

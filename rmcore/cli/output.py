@@ -2,13 +2,15 @@
 
 A file's results are written to ``NAME.partial`` beside it, which takes the name when the command has come to the end of
 its input. After an error or an interrupt the partial file stays, with every result up to there, and whatever had the
-name before is as it was. ``--resume`` goes on with it.
+name before is as it was. ``--resume`` goes on with it. Results are JSON Lines; of a NAME that ends in ``.parquet`` the
+partial file is, and the file that it becomes is a table of the same rows.
 """
 
 from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from rmcore._base.errors import DataError, reject
-from rmcore._base.files import is_inside, replace_file, same_file
+from rmcore._base.files import atomic_file, is_inside, replace_file, same_file
 from rmcore.cli.checks import check_parent
 from rmcore.cli.console import notes
 
@@ -161,7 +163,34 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
         except BaseException:
             _keep(output, path, partial, nothing=fresh and output.count == count)
             raise
-        replace_file(partial, path)
+        if path.suffix == ".parquet":
+            _write_parquet(partial, path)
+        else:
+            replace_file(partial, path)
+
+
+_ROWS_AT_ONCE = 1000
+
+
+def _write_parquet(partial: Path, path: Path) -> None:
+    """Make a Parquet file of JSON Lines: once through them for the types, once for the rows."""
+    from rmcore.model.data.lines import optional_module
+
+    arrow = optional_module("pyarrow", path, "a Parquet file to write")
+    parquet = optional_module("pyarrow.parquet", path, "a Parquet file to write")
+
+    def tables(schema: Any) -> Iterator[Any]:
+        with partial.open("rb") as stream:
+            while rows := [json.loads(line) for line in itertools.islice(stream, _ROWS_AT_ONCE)]:
+                yield arrow.Table.from_pylist(rows, schema=schema)
+
+    schema = arrow.unify_schemas(
+        [arrow.schema([]), *(table.schema for table in tables(None))], promote_options="permissive"
+    )
+    with atomic_file(path) as work, parquet.ParquetWriter(work, schema) as writer:
+        for table in tables(schema):
+            writer.write_table(table)
+    partial.unlink()
 
 
 def use_utf8() -> None:

@@ -458,3 +458,19 @@ def test_margins_are_told_once_where_a_command_reads_them(model: Path, tmp_path:
     _, errors = done.communicate()
     assert done.returncode == 0, errors
     assert errors.count("the column margin is not used") == 1
+
+
+def test_a_parquet_file_has_the_rows_that_lines_would_have(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"id": k, "rewards": [0.5, None][: 1 + k % 2], "decisions": [{"by": "head", "note": None}] * (k % 3)}
+            for k in range(2300)]  # fmt: skip
+    rows[2200]["decisions"] = [{"by": "judge", "note": "late"}]  # what no row before has a type for
+    with opened_output(str(tmp_path / "out.parquet")) as output:
+        for row in rows:
+            output.write(row)
+        assert json.loads((tmp_path / "out.parquet.partial").read_bytes().partition(b"\n")[0]) == rows[0]
+    assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows
+    assert not (tmp_path / "out.parquet.partial").exists()
+    with opened_output(str(tmp_path / "none.parquet")):
+        pass
+    assert parquet.read_table(tmp_path / "none.parquet").num_rows == 0
