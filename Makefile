@@ -116,7 +116,7 @@ test-rewardbench: $(VENV)/.dev $(REWARDBENCH)/.done
 # The store's suite over PostgreSQL too, and all that can happen to processes and servers. The server comes from the system
 # (apt-get install postgresql), is started in a temporary folder, and is skipped aloud where there is none.
 test-postgres: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -rs -m postgres tests
+	$(BIN)/python -m pytest -q -rs -m postgres tests/judge/store
 
 # NeMo-Gym wants Python 3.12 (0.4) or 3.13.14 (0.7).
 NEMO_GYM := $(VENV)-nemo-gym

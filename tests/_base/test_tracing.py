@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -37,6 +36,7 @@ def answer(request):
     message = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage, "model": "m-1"}
     return httpx.Response(200, json=message)
 
+torch.set_num_threads(1)
 torch.manual_seed(0)
 hidden = torch.randn(40, 8)
 pairs = torch.randint(40, (60, 2))
@@ -65,11 +65,12 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def spans():
+def spans(warm_python):
     pytest.importorskip("opentelemetry.sdk", reason="no opentelemetry-sdk: pip install 'rmcore[otel]'")
-    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    child = warm_python.start(CHILD, modules=("torch", "rmcore.engine.engine", "rmcore.head.fit", "rmcore.judge"))
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    return json.loads(out.splitlines()[-1])
 
 
 def test_the_stages_of_a_call_are_under_one_span_whatever_thread_or_loop_they_run_on(spans):

@@ -1,8 +1,7 @@
 """A verdict store in PostgreSQL: :class:`~rmcore.judge.store.protocol.Database` for the processes of many machines.
 
-A batch of jobs is a handful of statements over all its keys, whatever its size, so a store a millisecond away still
-takes thousands of verdicts a second. Rows are locked in the order of their keys, so batches do not wait for each other
-in a circle.
+A batch of jobs is a handful of statements over all its keys, whatever its size, so that round trips are few. Rows are
+locked in the order of their keys, so batches do not wait for each other in a circle.
 
 - A claim is a row that was inserted: of two who try at once the database lets one. Its owner's heartbeat is by the
   database's clock, so machines need not agree on the time, and after a restart of the server everybody is given a lease

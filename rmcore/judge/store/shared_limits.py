@@ -21,12 +21,14 @@ database cannot be reached nobody is admitted; calls end with ``deadline``, or w
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
 import os
 import threading
 import time
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -231,6 +233,7 @@ class SharedLimits:
                 self._closing = False
                 self._thread = threading.Thread(target=self._work, name="rmcore-limits", daemon=True)
                 self._thread.start()
+                _running.add(self)
             self._wake.notify()
 
     def _work(self) -> None:
@@ -370,6 +373,16 @@ class SharedLimits:
         values = (self.window_s, self.name, self.window_s, too_many, too_much)
         ((seconds,),) = connection.execute(_READY, values).fetchall()
         return _POLL_S if seconds is None else max(float(seconds), 0.001)
+
+
+_running: weakref.WeakSet[SharedLimits] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """What calls used, and is not written yet, is: or their reservations would stay counted."""
+    for limits in list(_running):
+        limits.close()
 
 
 def _over(value: int, limit: int | None) -> bool:

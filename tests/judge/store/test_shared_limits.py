@@ -172,3 +172,39 @@ def test_a_judge_asks_them(make, mock_judge, chat_reply, ask):
 def test_arguments(make, how, names):
     with pytest.raises(InputError, match=names):
         make(**how)
+
+
+def test_the_command_lines_options_make_them(database, execute):
+    """Two processes' worth of judges of one run, as --store, --run, --max-calls and the rates name them."""
+    from rmcore.cli.build_engine import make_judge
+    from rmcore.cli.options import Asking
+    from rmcore.judge import Pair, RecordedJudge, ReplayServer
+
+    rows = [{"prompt": f"p{k}", "first": "a", "second": "b", "verdict": "win"} for k in range(10)]
+    with ReplayServer(RecordedJudge.from_rows(rows, orders="one")) as server:
+        asking = Asking(
+            judge_url=server.base_url, judge_model="m", judge_key_env="", judge_orders="one", store=database,
+            run="r", max_calls=4, judge_requests_per_minute=100,
+        )  # fmt: skip
+        reasons = []
+        for first in (0, 5):
+            judge = make_judge(asking)
+            verdicts = judge.judge_sync([Pair(f"p{k}", "a", "b") for k in range(first, first + 5)])
+            reasons += [verdict.reason for verdict in verdicts]
+            judge.close()
+            judge.client.options.limits.close()
+    assert reasons.count("over_budget") == 6
+    assert server.requests == 4
+    assert execute(database, "SELECT count(*) FROM calls") == [(4,)]
+    assert execute(database, "SELECT requests FROM limits WHERE name = 'run:r'") == [(4,)]
+
+
+def test_what_is_not_written_yet_is_at_exit(database, execute):
+    code = (
+        "import asyncio, sys\n"
+        "from rmcore.judge.store.shared_limits import SharedLimits\n"
+        "limits = SharedLimits(sys.argv[1], 'judge')\n"
+        "asyncio.run(limits.acquire(1000)).settle(7)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, database], check=True, timeout=60)
+    assert execute(database, "SELECT requests, tokens FROM limits WHERE name = 'run:judge'") == [(1, 7)]
