@@ -128,6 +128,11 @@ def fit_attribute_model(
     head, _ = fit(SNGPHead(config).to(hidden.device), hidden, labels, pairs=pairs, dtype=dtype, progress=note)
     model = RewardModel(backbone, head)
     states = (hidden.cpu(), labels.cpu(), pairs.cpu())
+    prompts: dict[Hashable, int] = {}
+    groups = torch.tensor([prompts.setdefault(content_key(item.prompt), len(prompts)) for item in preferences])
+    if len(groups) != len(pairs):  # some told nothing and were left out
+        groups = torch.arange(len(pairs))
+    training = {"groups": groups, **training}
     how = {"attributes": said, "seed": seed, "progress": progress, **training}
     estimator = URM.fit(*states, **how) if members == 1 else URME.fit(*states, members=members, **how)
     model.estimators[estimator.name], model.uncertainty = estimator, estimator.name

@@ -86,6 +86,12 @@ class EnsembleScores:
             reject("threshold", threshold, "a number")
         return self.uncertainty(measure) <= threshold
 
+    def kept_pairs(self, pairs: Tensor, threshold: float, measure: Measure = "gap") -> Tensor:
+        """(P,) bool of pairs (P, 2) of the N responses: the paper's filter, which drops one where either u is above."""
+        if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+            reject("pairs", f"{tuple(pairs.shape)} {pairs.dtype}", "(P, 2) int64")
+        return self.kept(threshold, measure)[pairs].all(1)
+
 
 class AttributeEnsemble:
     """M heads of the same attributes over the same states.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,9 @@ class FitOptions:
         batch_size: rows a step, drawn without repetition until all have been seen.
         lr: the first learning rate. Normals' means start at a ridge regression, so steps are for σ and the rest.
         weight_decay: AdamW's; of the value head in whitened coordinates.
-        spread_prior: variance over the states that the prior of log σ gives it, for ``mle``; inf for none.
+        spread_prior: variance over the states that the prior of log σ gives it, for ``mle`` and from pairs alone; inf
+            for none.
+        mean_prior: likewise of the reward, from pairs alone.
         holdout: share of the rows kept out of training; of the weights at each twentieth of the steps those with the
             least loss on them are kept. 0 trains on all rows and keeps the last weights.
         seed: of the rows kept out, the mini-batches and sampled rewards.
@@ -49,6 +52,7 @@ class FitOptions:
     lr: float = 1e-3
     weight_decay: float = 0.0
     spread_prior: float = 0.1
+    mean_prior: float = 1.0
     holdout: float = 0.1
     seed: int = 0
 
@@ -60,8 +64,9 @@ class FitOptions:
             reject("lr", self.lr, "a positive finite number")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             reject("weight_decay", self.weight_decay, "a finite number, at least 0")
-        if not self.spread_prior > 0:
-            reject("spread_prior", self.spread_prior, "a positive number, or inf")
+        for name in ("spread_prior", "mean_prior"):
+            if not getattr(self, name) > 0:
+                reject(name, getattr(self, name), "a positive number, or inf")
         if not 0 <= self.holdout < 1:
             reject("holdout", self.holdout, "a number in [0, 1)")
 
@@ -75,32 +80,39 @@ class PairStates:
         rejected: (P, h).
         gate: (P, h) states that a gate reads, as ArmoRM's reads the prompt's; None where it reads each response's own.
         weight: (P,) how much each counts; None for all alike.
+        group: (P,) int64, of the prompt: pairs of one group are held out of training together, since what is learned of
+            one tells of the others. None: each by itself.
     """
 
     chosen: Tensor
     rejected: Tensor
     gate: Tensor | None = None
     weight: Tensor | None = None
+    group: Tensor | None = None
 
     @classmethod
-    def of_labels(cls, hidden: Tensor, labels: Tensor, pairs: Tensor) -> PairStates:
+    def of_labels(cls, hidden: Tensor, labels: Tensor, pairs: Tensor, group: Tensor | None = None) -> PairStates:
         """Pairs (N, 2) int64 of rows (R, h) whose first is better with probability ``labels`` (N,).
 
-        A label strictly between 0 and 1 becomes both orders, weighted by it and its rest: its cross-entropy.
+        A label strictly between 0 and 1 becomes both orders, weighted by it and its rest: its cross-entropy. Without
+        ``group`` (N,), pairs that share rows, directly or by others, are one.
         """
+        group = _connected(pairs, len(hidden)) if group is None else group
         first, second = hidden[pairs[:, 0]], hidden[pairs[:, 1]]
         if bool(((labels == 0) | (labels == 1)).all()):
             won = (labels == 1)[:, None]
-            return cls(torch.where(won, first, second), torch.where(won, second, first))
+            return cls(torch.where(won, first, second), torch.where(won, second, first), group=group)
         keep, chosen, rejected = torch.cat([labels, 1 - labels]), torch.cat([first, second]), torch.cat([second, first])
         counted = keep > 0
-        return cls(chosen[counted], rejected[counted], weight=keep[counted])
+        return cls(chosen[counted], rejected[counted], weight=keep[counted], group=torch.cat([group, group])[counted])
 
     def __post_init__(self) -> None:
         if self.weight is not None and not (
             self.weight.shape == self.chosen.shape[:1] and bool((self.weight.isfinite() & (self.weight > 0)).all())
         ):
             reject("weight", f"shape {tuple(self.weight.shape)}", f"({len(self.chosen)},) positive finite numbers")
+        if self.group is not None and (self.group.shape != self.chosen.shape[:1] or self.group.dtype != torch.int64):
+            reject("group", f"{tuple(self.group.shape)} {self.group.dtype}", f"({len(self.chosen)},) int64")
         parts = {"chosen": self.chosen, "rejected": self.rejected, "gate": self.gate}
         for name, part in parts.items():
             if part is None:
@@ -168,11 +180,11 @@ def fit_attributes(
         if head.config.spread == "normal":
             _, rows_seen = _split(len(hidden), options)
             _least_squares(weight, hidden[rows_seen], labels[rows_seen])
-        penalty = _spread_penalty(weight, len(hidden), options.spread_prior) if objective == "mle" else None
+        penalty = _penalty(weight[1::2], len(hidden), options.spread_prior) if objective == "mle" else None
 
         def step_loss(at: Tensor) -> Tensor:
             found = loss(head.outputs(hidden[at]), labels[at])
-            return found if penalty is None else found + penalty()
+            return found if penalty is None else found + penalty(weight[1::2])
 
         _train([weight], len(hidden), step_loss, options, progress)
         with torch.no_grad():
@@ -217,7 +229,7 @@ def fit_gate(
 
     with _seeded_dropout(options.seed):
         gate.train()
-        _train(gate.parameters(), len(chosen), loss, options, progress)
+        _train(gate.parameters(), len(chosen), loss, options, progress, pairs.group)
     gate.eval()
     with torch.no_grad():
         return _finite(float(loss(slice(None))))
@@ -226,7 +238,10 @@ def fit_gate(
 def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | None = None) -> float:
     """Train means and log σ in place from pairs alone, as PURM does: −log E σ(r_c − r_r), rewards normal.
 
-    The reward's variance is Σ w² σ², with the weights as they are.
+    The reward's variance is Σ w² σ², with the weights as they are. Means and log σ have normal priors around their
+    start, of ``options.mean_prior`` and ``spread_prior``: pairs say little of a single answer's σ, and few pairs little
+    of wide states. So heads of other starts are draws around their anchors (Pearce et al. 2020), and one that starts at
+    means of 0 is the most probable one.
 
     Args:
         head: of normals; PURM's has one attribute with the weight 1.
@@ -251,6 +266,10 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
         gates = torch.stack([head.attribute_weights(side, pairs.gate) for side in sides])
     with _whitened(head, sides.flatten(0, 1)) as whiten:
         sides = whiten(sides.flatten(0, 1)).view_as(sides)
+        priors = [
+            _penalty(weight[k::2], sides.shape[1], variance)
+            for k, variance in enumerate((options.mean_prior, options.spread_prior))
+        ]
 
         def loss(at: Tensor | slice) -> Tensor:
             (c, r), (wc, wr) = (head.outputs(sides[0, at]), head.outputs(sides[1, at])), gates[:, at]
@@ -258,17 +277,20 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
             variance = (wc * c[..., 1].exp()).square().sum(1) + (wr * r[..., 1].exp()).square().sum(1)
             return bradley_terry(purm_logit(difference, variance), None if counted is None else counted[at])
 
-        _train([weight], sides.shape[1], loss, options)
+        def penalised(at: Tensor) -> Tensor:
+            return loss(at) + priors[0](weight[0::2]) + priors[1](weight[1::2])
+
+        _train([weight], sides.shape[1], penalised, options, group=pairs.group)
         with torch.no_grad():
             value = float(loss(slice(None)))
     return _finite(value)
 
 
-def _spread_penalty(weight: Tensor, rows: int, variance: float) -> Callable[[], Tensor]:
-    """−log N(w; start, variance / h) of log σ's whitened weights w, over the number of rows, as the loss is."""
-    start = weight[1::2].detach().clone()
-    factor = weight.shape[1] / (2 * rows * variance)
-    return lambda: factor * (weight[1::2] - start).square().sum()
+def _penalty(start: Tensor, rows: int, variance: float) -> Callable[[Tensor], Tensor]:
+    """−log N(w; start, variance / h) of whitened weights (..., h), over the number of rows, as the loss is."""
+    start = start.detach().clone()
+    factor = start.shape[-1] / (2 * rows * variance)
+    return lambda weight: factor * (weight - start).square().sum()
 
 
 def _objective(
@@ -332,11 +354,29 @@ class _seeded_dropout:  # noqa: N801
         self._fork.__exit__(None, None, None)
 
 
-def _split(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
-    """(rows kept out, rows to train on), by the seed."""
-    rows = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
-    split = int(options.holdout * count)
-    return rows[:split], rows[split:]
+def _connected(pairs: Tensor, rows: int) -> Tensor:
+    """(N,) int64 of pairs (N, 2): the connected part of the graph of rows that a pair is in."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    first, second = pairs.cpu().numpy().T
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(rows, rows))
+    return torch.from_numpy(connected_components(graph, directed=False)[1])[pairs[:, 0].cpu()].long()
+
+
+def _split(count: int, options: FitOptions, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(rows kept out, rows to train on), by the seed; whole groups, as many as stay within the share."""
+    generator = torch.Generator().manual_seed(options.seed)
+    if group is None:
+        rows = torch.randperm(count, generator=generator)
+        split = int(options.holdout * count)
+        return rows[:split], rows[split:]
+    _, number, sizes = group.cpu().unique(return_inverse=True, return_counts=True)
+    order = torch.randperm(len(sizes), generator=generator)
+    out = order[sizes[order].cumsum(0) <= options.holdout * count]
+    held = torch.isin(number, out)
+    mixed = torch.randperm(count, generator=generator)
+    return mixed[held[mixed]], mixed[~held[mixed]]
 
 
 @torch.no_grad()
@@ -368,6 +408,7 @@ def _train(
     loss: Callable[[Tensor], Tensor],
     options: FitOptions,
     progress: Steps | None = None,
+    group: Tensor | None = None,
 ) -> None:
     parameters = list(parameters)
     device = parameters[0].device
@@ -375,7 +416,7 @@ def _train(
     optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
     generator = torch.Generator().manual_seed(options.seed + 1)
-    held, rows = _split(count, options)
+    held, rows = _split(count, options, group)
     held, split = held.to(device), len(held)
     batch, every = min(options.batch_size, len(rows)), max(options.steps // _CHECKS, 1)
     order, best, kept = torch.empty(0, dtype=torch.long), math.inf, [p.detach().clone() for p in parameters]

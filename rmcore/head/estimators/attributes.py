@@ -55,6 +55,7 @@ class HeadTraining:
         objective: of stage 1; None for maximum likelihood.
         options: of stage 1, or of the training from pairs alone.
         gate_options: of stage 2.
+        groups: (N,) int64, the prompt of each pair; None: pairs that share rows are of one.
         seed: of the first head.
         progress: called with (what is trained, steps done, steps in all).
     """
@@ -64,6 +65,7 @@ class HeadTraining:
     objective: Objective | None = None
     options: FitOptions | None = None
     gate_options: FitOptions | None = None
+    groups: Tensor | None = None
     seed: int = 0
     progress: Callable[[str, int, int], None] | None = None
 
@@ -242,7 +244,7 @@ def _fit_heads(
     members: int, hidden: Tensor, labels: Tensor, pairs: Tensor, attributes: AttributeLabels | None, how: HeadTraining
 ) -> tuple[AttributeHead, ...]:
     check_training(hidden, labels, pairs)
-    width, states = hidden.shape[1], PairStates.of_labels(hidden, labels, pairs)
+    width, states = hidden.shape[1], PairStates.of_labels(hidden, labels, pairs, how.groups)
     if attributes is not None:
         config = AttributeConfig(width, attributes.names, weights=how.weights, gate=how.gate)
         return fit_heads(
@@ -262,6 +264,9 @@ def _fit_heads(
     heads = []
     for seed in range(how.seed, how.seed + members):
         head = AttributeHead(config, seed=seed, state_scale=scale)
-        fit_pairs(head, states, options=replace(how.options or FitOptions(lr=1e-2), seed=seed))
+        if members == 1:  # not a draw around a random anchor, but the most probable one
+            with torch.no_grad():
+                head.value.weight[0::2] = 0.0
+        fit_pairs(head, states, options=replace(how.options or FitOptions(steps=300, lr=1e-2), seed=seed))
         heads.append(head.eval())
     return tuple(heads)

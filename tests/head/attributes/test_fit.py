@@ -151,6 +151,8 @@ def test_an_ensemble_is_less_sure_away_from_its_data():
     torch.testing.assert_close(far.penalised(0.5), far.mean - 0.5 * far.gap)
     cut = float(near.gap.quantile(0.95))
     assert float(near.kept(cut).double().mean()) > 0.9 > 0.5 > float(far.kept(cut).double().mean())
+    both = near.kept_pairs(torch.tensor([[0, 1], [2, 2]]), float(near.gap[:2].amax()))
+    assert both.tolist() == [True, bool(near.gap[2] <= near.gap[:2].amax())]
     again = fit_ensemble(AttributeConfig(24, NAMES), hidden, labels, size=3, options=QUICK)
     assert torch.equal(again.scores(away).rewards, far.rewards)
 

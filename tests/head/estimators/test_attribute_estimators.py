@@ -9,6 +9,7 @@ import torch
 
 from rmcore._base.errors import InputError
 from rmcore.head.attributes import URM_WEIGHTS, AttributeConfig, AttributeHead, FitOptions, GateConfig, PairStates
+from rmcore.head.attributes.fit import _split
 from rmcore.head.attributes.losses import bradley_terry
 from rmcore.head.estimators import URM, URME, AttributeLabels, Laplace, of_kind
 from rmcore.head.estimators.samples import sampled_estimate
@@ -137,3 +138,20 @@ def test_a_fractional_label_is_both_orders_by_its_weight():
     assert torch.equal(hard.chosen, hidden[[1, 2, 4]])
     with pytest.raises(InputError, match="weight"):
         PairStates(hidden, hidden, weight=torch.zeros(6))
+
+
+def test_pairs_that_share_rows_are_held_out_together():
+    pairs = torch.tensor([[0, 1], [2, 3], [1, 4], [5, 6], [6, 3]])
+    states = PairStates.of_labels(drawn(7, 3), torch.ones(5, dtype=torch.float64), pairs)
+    assert states.group is not None
+    number = states.group.tolist()
+    assert number[0] == number[2]
+    assert number[1] == number[3] == number[4]
+    assert number[0] != number[1]
+    group = torch.arange(40) // 4
+    held, rest = _split(40, FitOptions(holdout=0.25), group)
+    assert sorted([*held.tolist(), *rest.tolist()]) == list(range(40))
+    assert len(held) == 8
+    assert not set(group[held].tolist()) & set(group[rest].tolist())
+    with pytest.raises(InputError, match="group"):
+        PairStates(drawn(3, 2), drawn(3, 2), group=torch.zeros(3))
