@@ -114,6 +114,36 @@ Head make_head(const Map& map, uintptr_t beta, uintptr_t factor, float beta0, fl
           pointer<const float>(factor_diagonal)};
 }
 
+AttributeHead make_attribute_head(const std::string& dtype, int64_t hidden, int64_t members, int64_t attributes,
+                                  int64_t per, bool normal, bool softmax, float temperature, float input_scale,
+                                  uintptr_t value, int64_t depth, uintptr_t widths, uintptr_t layers, uintptr_t biases,
+                                  uintptr_t last, uintptr_t offset, uintptr_t softmax_scale) {
+  require(hidden > 0 && members > 0 && attributes > 0 && per > 0, "attribute head: expected positive sizes");
+  require(value != 0 && offset != 0, "attribute head: null pointer");
+  require(!normal || per == 2, "attribute head: a normal has a mean and a log σ");
+  require(depth >= 0 && (depth > 0) == (last != 0), "attribute head: a gate has hidden layers and a last one");
+  require(depth == 0 || (widths != 0 && layers != 0 && biases != 0), "attribute head: null pointer");
+  const Dtype type = weight_dtype(dtype);
+  require(type != Dtype::i8, "attribute head: no int8 weights");
+  return {type,
+          hidden,
+          members,
+          attributes,
+          per,
+          normal,
+          softmax,
+          temperature,
+          input_scale,
+          pointer<const void>(value),
+          depth,
+          pointer<const int64_t>(widths),
+          pointer<const uint64_t>(layers),
+          pointer<const uint64_t>(biases),
+          pointer<const float>(last),
+          pointer<const float>(offset),
+          pointer<const float>(softmax_scale)};
+}
+
 // Asks for large pages: panels are read in long runs, and small pages stop the hardware's prefetch every 4 KB.
 void advise_huge(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -152,6 +182,12 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init(&make_head), py::kw_only(), py::arg("map"), py::arg("beta"), py::arg("factor"), py::arg("beta0"),
            py::arg("factor_scale"), py::arg("amplitude"), py::arg("factor_row_scale") = 0,
            py::arg("factor_row_sum") = 0, py::arg("factor_diagonal") = 0);
+
+  py::class_<AttributeHead>(m, "AttributeHead", "Attribute heads in packed form; the caller keeps their tensors alive.")
+      .def(py::init(&make_attribute_head), py::kw_only(), py::arg("dtype"), py::arg("hidden"), py::arg("members"),
+           py::arg("attributes"), py::arg("per"), py::arg("normal"), py::arg("softmax"), py::arg("temperature"),
+           py::arg("input_scale"), py::arg("value"), py::arg("depth"), py::arg("widths"), py::arg("layers"),
+           py::arg("biases"), py::arg("last"), py::arg("offset"), py::arg("softmax_scale"));
 
   m.def("advise_huge", &advise_huge, py::arg("address"), py::arg("bytes"), "Wish for large pages here.");
   m.def(
@@ -261,6 +297,22 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("weight"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
       py::arg("iterations"), py::arg("vector"), py::arg("sigma"), py::arg("threads"), py::arg("workspace"),
       py::arg("workspace_bytes"));
+  m.def(
+      "score_attributes",
+      [](const AttributeHead& head, uintptr_t data, const std::string& dtype, int64_t count, int64_t row_stride,
+         int64_t col_stride, uintptr_t gate_data, int64_t gate_row_stride, int64_t gate_col_stride, uintptr_t summary,
+         uintptr_t outputs, uintptr_t weights, int threads, uintptr_t workspace, size_t workspace_bytes) {
+        const Rows rows = make_rows(data, dtype, count, row_stride, col_stride);
+        const Rows gate_rows{pointer<const void>(gate_data), rows.dtype, count, gate_row_stride, gate_col_stride};
+        const AttributeOut out{pointer<float>(summary), pointer<float>(outputs), pointer<float>(weights)};
+        return run(workspace, workspace_bytes, [&](void* memory) {
+          return kernels().score_attributes(head, rows, gate_rows, out, threads, memory);
+        });
+      },
+      py::arg("head"), py::arg("data"), py::arg("dtype"), py::arg("count"), py::arg("row_stride"),
+      py::arg("col_stride"), py::kw_only(), py::arg("gate_data"), py::arg("gate_row_stride"),
+      py::arg("gate_col_stride"), py::arg("summary"), py::arg("outputs"), py::arg("weights"), py::arg("threads"),
+      py::arg("workspace"), py::arg("workspace_bytes"));
   m.def(
       "read_all",
       [](uintptr_t data, int64_t bytes, int threads) {

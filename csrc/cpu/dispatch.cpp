@@ -2,9 +2,9 @@
 #include "isa.h"
 #include "kernels.h"
 
-#define RMCORE_KERNELS_OF(isa)                                                \
-  {isa::pack_panels, isa::pack_factor,   isa::score,           isa::features, \
-   isa::accumulate,  isa::pair_variance, isa::power_iteration, isa::multiply_all}
+#define RMCORE_KERNELS_OF(isa)                                                                                        \
+  {isa::pack_panels,     isa::pack_factor,      isa::score,       isa::features, isa::accumulate, isa::pair_variance, \
+   isa::power_iteration, isa::score_attributes, isa::multiply_all}
 
 namespace rmcore::cpu {
 

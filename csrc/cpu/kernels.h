@@ -76,18 +76,49 @@ struct AccumulateTask {
   double* log_likelihood;  // (1)
 };
 
+// AttributeWeights in packed form: M heads of A attributes with `per` outputs each. Without a gate `depth` is 0, `last`
+// is nullptr and `offset` holds the fixed weights. What is said to be padded is padded with zeros to whole panels.
+struct AttributeHead {
+  Dtype dtype;
+  int64_t hidden;      // h
+  int64_t members;     // M
+  int64_t attributes;  // A
+  int64_t per;         // outputs an attribute
+  bool normal;         // mean and log σ, else quantiles
+  bool softmax;        // ReLU between the gates' layers and a softmax behind them, else SELU
+  float temperature;
+  float input_scale;
+  const void* value;           // panels of (M · A · per, h)
+  int64_t depth;               // hidden layers of a gate
+  const int64_t* widths;       // (depth)
+  const uint64_t* layers;      // (depth) addresses: panels of (M · padded width, width before)
+  const uint64_t* biases;      // (depth) addresses: (M, padded width) float
+  const float* last;           // (M, A, padded width)
+  const float* offset;         // (M, A)
+  const float* softmax_scale;  // (M) or nullptr
+};
+
+// What score_attributes writes: (5, N), (N, M · A · per), (N, M · A).
+struct AttributeOut {
+  float* summary;
+  float* outputs;
+  float* weights;
+};
+
 // Every kernel writes through its pointers and keeps its temporaries in `workspace`; with a null workspace it touches
 // nothing. All return the bytes of workspace these arguments need; multiply_all has none, and returns operations.
-#define RMCORE_DECLARE_KERNELS                                                                                        \
-  void pack_panels(const void* matrix, Dtype dtype, int64_t rows, int64_t cols, void* panels, int threads);           \
-  void pack_factor(const void* tiles, Dtype dtype, int64_t size, void* panels, int threads);                          \
-  size_t score(const Head& head, const Rows& rows, float* out, int threads, void* workspace);                         \
-  size_t features(const Map& map, const Rows& rows, float* out, int64_t out_stride, int threads, void* workspace);    \
-  size_t accumulate(const Map& map, const Rows& rows, const AccumulateTask& task, int threads, void* workspace);      \
-  size_t pair_variance(const Head& head, const Rows& rows, const int64_t* group_sizes, int64_t groups, float* logits, \
-                       float* variances, int threads, void* workspace);                                               \
-  size_t power_iteration(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride,             \
-                         int iterations, float* vector, float* sigma, int threads, void* workspace);                  \
+#define RMCORE_DECLARE_KERNELS                                                                                         \
+  void pack_panels(const void* matrix, Dtype dtype, int64_t rows, int64_t cols, void* panels, int threads);            \
+  void pack_factor(const void* tiles, Dtype dtype, int64_t size, void* panels, int threads);                           \
+  size_t score(const Head& head, const Rows& rows, float* out, int threads, void* workspace);                          \
+  size_t features(const Map& map, const Rows& rows, float* out, int64_t out_stride, int threads, void* workspace);     \
+  size_t accumulate(const Map& map, const Rows& rows, const AccumulateTask& task, int threads, void* workspace);       \
+  size_t pair_variance(const Head& head, const Rows& rows, const int64_t* group_sizes, int64_t groups, float* logits,  \
+                       float* variances, int threads, void* workspace);                                                \
+  size_t power_iteration(const void* weight, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride,              \
+                         int iterations, float* vector, float* sigma, int threads, void* workspace);                   \
+  size_t score_attributes(const AttributeHead& head, const Rows& rows, const Rows& gate_rows, const AttributeOut& out, \
+                          int threads, void* workspace);                                                               \
   size_t multiply_all(Dtype dtype, int64_t rounds, int threads);
 
 namespace scalar {
@@ -115,6 +146,7 @@ struct Kernels {
   decltype(&scalar::accumulate) accumulate;
   decltype(&scalar::pair_variance) pair_variance;
   decltype(&scalar::power_iteration) power_iteration;
+  decltype(&scalar::score_attributes) score_attributes;
   decltype(&scalar::multiply_all) multiply_all;
 };
 

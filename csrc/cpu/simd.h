@@ -230,5 +230,22 @@ inline Vec cos_turns(Vec t) {
   return mul(p, q);
 }
 
+// e^x − 1 for x ≤ 0, to 1e-7: 2ⁿ (e^r − 1) + (2ⁿ − 1) with |r| ≤ ln 2 / 2, so that nothing cancels near 0. Below −87 it
+// is −1; a NaN may give a number.
+inline Vec exp_less_one(Vec x) {
+  x = larger(x, splat(-87.0f));
+  const Vec n = nearest(mul(x, splat(1.44269504f)));
+  const Vec r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+  Vec p = fma(splat(1.0f / 5040), r, splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(mul(p, r), r, r);
+  // n + 1.5·2²³ has n in its last bits, where it is moved to become an exponent.
+  const Vec power = (Vec)(((Ints)add(n, splat(12582912.0f)) - (0x4b400000 - 127)) << 23);
+  return fma(power, p, sub(power, splat(1.0f)));
+}
+
 }  // namespace
 }  // namespace rmcore::cpu::RMCORE_ISA

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import BackendError, reject
+from rmcore.ops.attribute_weights import AttributeWeights
 from rmcore.ops.self_check import refusal
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
@@ -20,8 +21,9 @@ __all__ = ["OPS", "Backend", "Explanation", "explain", "select"]
 
 log = logging.getLogger(__name__)
 
+Weights: TypeAlias = FeatureMap | HeadWeights | AttributeWeights | Tensor
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "cuda"]
-OPS = ("score", "accumulate", "pair_variance", "power_iteration")
+OPS = ("score", "accumulate", "pair_variance", "power_iteration", "score_attributes")
 
 # Fastest first, by device type. On CPUs the order is measured (bench/results/cpu.json). On GPUs it is by design, not
 # yet by measurement: one launch with grid barriers for small batches, GEMM-shaped kernels for the rest.
@@ -49,12 +51,12 @@ def explain(
     backend: Backend = "auto",
     *,
     rows: int | None = None,
-    weights: FeatureMap | HeadWeights | Tensor | None = None,
+    weights: Weights | None = None,
 ) -> Explanation:
     """Which backend ``op`` would run on, and why the others would not.
 
     Args:
-        op: ``score``, ``accumulate``, ``pair_variance`` or ``power_iteration``.
+        op: ``score``, ``accumulate``, ``pair_variance``, ``power_iteration`` or ``score_attributes``.
         device: of the tensors.
         dtype: of the head, or of the matrix.
         backend: as the operation would be called.
@@ -77,7 +79,7 @@ def _first(
     dtype: torch.dtype,
     backend: Backend,
     rows: int | None,
-    weights: FeatureMap | HeadWeights | Tensor | None,
+    weights: Weights | None,
 ) -> tuple[str, dict[str, str]]:
     """The first backend of the order that can run, or ``none``, and why those before it cannot."""
     order = _order(op, device, dtype, rows) if backend == "auto" else (backend,)
@@ -119,7 +121,7 @@ def select(
     tensor: Tensor,
     dtype: torch.dtype,
     backend: Backend,
-    weights: FeatureMap | HeadWeights | Tensor | None = None,
+    weights: Weights | None = None,
 ) -> Any:
     """The backend module that runs ``op`` on ``tensor``; raises BackendError where the named one cannot."""
     if backend == "auto" and tensor.dtype == torch.float64:

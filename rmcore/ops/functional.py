@@ -1,7 +1,8 @@
 """One function per kernel, and the choice of who runs it.
 
-``score``, ``accumulate``, ``pair_variance`` and ``power_iteration`` take the tensors of :mod:`rmcore.ops.weights` and
-hand them to a backend of :mod:`rmcore.ops.backends`. ``backend="auto"`` takes the first of a table's order that can
+``score``, ``accumulate``, ``pair_variance``, ``power_iteration`` and ``score_attributes`` take the tensors of
+:mod:`rmcore.ops.weights` and :mod:`rmcore.ops.attribute_weights` and hand them to a backend of
+:mod:`rmcore.ops.backends`. ``backend="auto"`` takes the first of a table's order that can
 run; a backend named explicitly runs or raises :class:`~rmcore._base.errors.BackendError` saying why not.
 :func:`explain` tells without running.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import plans
+from rmcore.ops.attribute_weights import AttributeWeights
 from rmcore.ops.dispatch import Backend, select
 from rmcore.ops.library import OPERATIONS
 from rmcore.ops.reference import Likelihood
@@ -29,13 +31,22 @@ from rmcore.ops.tasks import (
     AccumulateTask,
     PairVarianceTask,
     PowerIterationTask,
+    ScoreAttributesTask,
     ScoreTask,
     check_hidden,
     check_out,
 )
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
-__all__ = ["Scores", "accumulate", "pair_variance", "power_iteration", "score"]
+__all__ = [
+    "AttributeOutputs",
+    "Scores",
+    "accumulate",
+    "pair_variance",
+    "power_iteration",
+    "score",
+    "score_attributes",
+]
 
 
 class Scores(NamedTuple):
@@ -49,6 +60,29 @@ class Scores(NamedTuple):
 
 _score, _accumulate = OPERATIONS["score"], OPERATIONS["accumulate"]
 _pair_variance, _power_iteration = OPERATIONS["pair_variance"], OPERATIONS["power_iteration"]
+_score_attributes = OPERATIONS["score_attributes"]
+
+
+class AttributeOutputs(NamedTuple):
+    """What M attribute heads say of N rows; the first five (N,) are views of one tensor.
+
+    Attributes:
+        mean: mean reward of the heads; of one head its reward Σ w μ.
+        variance: mean of Σ w² σ², the reward's own (aleatoric) variance.
+        epistemic: variance of the heads' rewards, over M − 1; 0 for one head.
+        gap: largest difference of two rewards (URME, Eq. 7).
+        norm: largest ‖Σ‖_F of a head (URME, Eq. 8); NaN for quantiles.
+        outputs: (N, M, A · per) of the value heads.
+        weights: (N, M, A).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    epistemic: Tensor
+    gap: Tensor
+    norm: Tensor
+    outputs: Tensor
+    weights: Tensor
 
 
 def score(hidden: Tensor, weights: HeadWeights, *, backend: Backend = "auto", out: Tensor | None = None) -> Scores:
@@ -160,3 +194,26 @@ def power_iteration(
     """
     sigma, right = _power_iteration(PowerIterationTask(weight, vector, iterations), backend)
     return sigma, right
+
+
+def score_attributes(
+    hidden: Tensor, weights: AttributeWeights, *, gate_hidden: Tensor | None = None, backend: Backend = "auto"
+) -> AttributeOutputs:
+    """Score rows by one multi-attribute head or an ensemble of them: URM, URME, QRM, PURM, ArmoRM's gate (design 6).
+
+    Args:
+        hidden: (N, h), any float dtype, any strides; N may be 0. Read once, however many heads there are.
+        weights: the heads (formulas in :mod:`rmcore.ops.attribute_weights`).
+        gate_hidden: (N, h) states that the gates read where they are others, as a prompt's are; in hidden's dtype.
+        backend: who computes.
+
+    Returns:
+        :class:`AttributeOutputs`, float32 (float64 for float64 rows on torch).
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, or states for a gate that is not there.
+        BackendError: the named backend cannot run here.
+    """
+    summary, outputs, gate = _score_attributes(ScoreAttributesTask(hidden, weights, gate_hidden), backend)
+    mean, variance, epistemic, gap, norm = summary.unbind(0)
+    return AttributeOutputs(mean, variance, epistemic, gap, norm, outputs, gate)

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.ops.attribute_weights import AttributeWeights
 from rmcore.ops.dispatch import Backend, select
-from rmcore.ops.tasks import AccumulateTask, PairVarianceTask, PowerIterationTask, ScoreTask, Task
+from rmcore.ops.tasks import (
+    AccumulateTask,
+    PairVarianceTask,
+    PowerIterationTask,
+    ScoreAttributesTask,
+    ScoreTask,
+    Task,
+)
 from rmcore.ops.weights import FeatureMap, HeadWeights, from_handle
 
 __all__ = ["OPERATIONS", "Operation"]
@@ -30,7 +38,9 @@ _KINDS: dict[object, str] = {
     float: "float",
     HeadWeights: "int",
     FeatureMap: "int",
+    AttributeWeights: "int",
 }
+_HANDLED = (FeatureMap, HeadWeights, AttributeWeights)
 
 
 class Operation:
@@ -67,7 +77,7 @@ class Operation:
     def checked(self, task: Task, backend: Backend) -> Any:
         """The same for a task whose tensors are known to fit."""
         if torch.compiler.is_compiling():
-            return self.operator(*[v.handle if isinstance(v, (FeatureMap, HeadWeights)) else v for v in task], backend)
+            return self.operator(*[v.handle if isinstance(v, _HANDLED) else v for v in task], backend)
         return self.run(task, backend)
 
     def run(self, task: Task, backend: Backend) -> Any:
@@ -88,19 +98,19 @@ class Operation:
     def _implementation(self, *arguments: Any) -> Any:
         *values, backend = arguments
         kinds = zip(self._fields.values(), values, strict=True)
-        task = self.task(*(_weights(v, kind) if kind in (HeadWeights, FeatureMap) else v for kind, v in kinds))
+        task = self.task(*(_weights(v, kind) if kind in _HANDLED else v for kind, v in kinds))
         return _fresh(self.run(task, backend), values)
 
     def _fake(self, *arguments: Any) -> Any:
         return self.task(*arguments[:-1]).fake()
 
 
-def _weights(handle: int, kind: type) -> FeatureMap | HeadWeights:
+def _weights(handle: int, kind: Any) -> Any:
     weights = from_handle(handle)
-    if kind is FeatureMap:
-        return weights.map if isinstance(weights, HeadWeights) else weights
-    if not isinstance(weights, HeadWeights):
-        reject("handle", f"{handle}, of a FeatureMap", "the handle of HeadWeights")
+    if kind is FeatureMap and isinstance(weights, HeadWeights):
+        return weights.map
+    if not isinstance(weights, kind):
+        reject("handle", f"{handle}, of a {type(weights).__name__}", f"the handle of {kind.__name__}")
     return weights
 
 
@@ -121,6 +131,7 @@ OPERATIONS = {
         Operation("accumulate", AccumulateTask, "Tensor", mutates=("precision", "gradient")),
         Operation("pair_variance", PairVarianceTask, "(Tensor, Tensor)"),
         Operation("power_iteration", PowerIterationTask, "(Tensor, Tensor)"),
+        Operation("score_attributes", ScoreAttributesTask, "(Tensor, Tensor, Tensor)"),
     )
 }
 """By the name the operation has in :mod:`rmcore.ops`."""

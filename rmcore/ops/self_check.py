@@ -165,7 +165,7 @@ def check(backend: Any, op: str, device: torch.device, dtype: torch.dtype = torc
 
     Args:
         backend: a module of :mod:`rmcore.ops.backends`, or anything with its functions.
-        op: ``score``, ``accumulate``, ``pair_variance`` or ``power_iteration``.
+        op: one of :data:`rmcore.ops.OPS`.
         device: where.
         dtype: of the weights.
     """
@@ -281,11 +281,41 @@ def _power_iteration(backend: Any, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
+def _score_attributes(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    from rmcore.ops.attribute_weights import SUMMARY, AttributeWeights
+    from rmcore.ops.backends import torch as plain
+
+    members, attributes = 2, 5
+    for softmax, rows in (*((False, n) for n in ROWS[::2]), (True, ROWS[1])):
+        layers = [_random(members, 96, k, seed=20 + k) / k**0.5 for k in (_H, 96)]
+        heads = AttributeWeights.build(
+            _random(members, 2 * attributes, _H, seed=12) / _H**0.5, dtype=dtype, layers=tuple(layers),
+            biases=(_random(members, 96, seed=13), _random(members, 96, seed=14)),
+            last=_random(members, attributes, 96, seed=15) / 8, last_bias=_random(members, attributes, seed=16),
+            softmax=softmax,
+        ).to(device)  # fmt: skip
+        hidden = _random(rows, _H, seed=rows).to(dtype).to(device)
+        want = plain.score_attributes(hidden.double(), heads, None)
+        summary, outputs, weights = first = backend.score_attributes(hidden, heads, None)
+        for name, a, b in (
+            *zip(SUMMARY, summary, want[0], strict=True),
+            ("outputs", outputs, want[1]),
+            ("weights", weights, want[2]),
+        ):
+            if why := _compare(f"score_attributes of {rows} rows, {name}", a, b):
+                return why
+        for _ in range(REPEATS - 1):
+            if not all(map(torch.equal, first, backend.score_attributes(hidden, heads, None))):
+                return f"score_attributes of {rows} rows: bits move from call to call"
+    return None
+
+
 _CHECKS = {
     "score": _score,
     "accumulate": _accumulate,
     "pair_variance": _pair_variance,
     "power_iteration": _power_iteration,
+    "score_attributes": _score_attributes,
 }
 
 

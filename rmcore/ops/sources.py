@@ -22,6 +22,7 @@ LAUNCHED = {
     "accumulate": ("features", "gram"),
     "pair_variance": ("features", "pair_tail", "pair_variance", "variance"),
     "power_iteration": ("power_iteration",),
+    "score_attributes": ("score_attributes",),
 }
 """The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from."""
 

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore.ops.attribute_weights import SUMMARY, AttributeWeights
 from rmcore.ops.reference import Likelihood
-from rmcore.ops.weights import FeatureMap, HeadWeights
+from rmcore.ops.weights import FeatureMap, HeadWeights, from_handle
 
 __all__ = [
     "AccumulateTask",
     "PairVarianceTask",
     "PowerIterationTask",
+    "ScoreAttributesTask",
     "ScoreTask",
     "Served",
     "Task",
@@ -37,10 +39,10 @@ class Served(NamedTuple):
 
     tensor: Tensor
     dtype: torch.dtype
-    weights: FeatureMap | HeadWeights | Tensor
+    weights: FeatureMap | HeadWeights | AttributeWeights | Tensor
 
 
-Result: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
+Result: TypeAlias = Tensor | tuple[Tensor, ...] | None
 
 
 class Task(Protocol):
@@ -68,8 +70,8 @@ class Task(Protocol):
         """A result of the right shapes and dtypes from tensors without data; weights are handles here."""
 
 
-def check_hidden(hidden: Tensor, feature_map: FeatureMap, name: str = "hidden") -> None:
-    """Raise InputError unless ``hidden`` is (rows, h), floating-point, on the map's device."""
+def check_hidden(hidden: Tensor, feature_map: FeatureMap | AttributeWeights, name: str = "hidden") -> None:
+    """Raise InputError unless ``hidden`` is (rows, h), floating-point, on the weights' device."""
     if not isinstance(hidden, Tensor):
         reject(name, type(hidden).__name__, "a torch.Tensor")
     if hidden.dim() != 2 or hidden.shape[1] != feature_map.hidden_size:
@@ -288,3 +290,49 @@ class PowerIterationTask(NamedTuple):
         """The result without data."""
         kind = torch.promote_types(torch.promote_types(self.weight.dtype, self.vector.dtype), torch.float32)
         return self.weight.new_empty((), dtype=kind), self.vector.new_empty(self.vector.shape, dtype=kind)
+
+
+class ScoreAttributesTask(NamedTuple):
+    """hidden (N, h) → a summary (5, N), outputs of the value heads (N, M, A · per), weights (N, M, A)."""
+
+    hidden: Tensor
+    weights: AttributeWeights
+    gate_hidden: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise InputError where a shape, dtype or device does not fit."""
+        check_hidden(self.hidden, self.weights)
+        if self.gate_hidden is None:
+            return
+        if self.weights.fixed is not None:
+            reject("gate_hidden", "states", "None: the heads have no gate")
+        check_hidden(self.gate_hidden, self.weights, "gate_hidden")
+        if len(self.gate_hidden) != len(self.hidden) or self.gate_hidden.dtype != self.hidden.dtype:
+            got = f"{len(self.gate_hidden)} rows of {self.gate_hidden.dtype}"
+            reject("gate_hidden", got, f"{len(self.hidden)} of {self.hidden.dtype}, one a row of hidden")
+
+    def check_values(self) -> None:
+        """Nothing to look at."""
+
+    def ready(self) -> ScoreAttributesTask:
+        """The task as backends take it."""
+        return self
+
+    def served(self) -> Served:
+        """What decides the backend."""
+        return Served(self.hidden, self.weights.dtype, self.weights)
+
+    def run(self, backend: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, computed by this backend module."""
+        summary, outputs, weights = backend.score_attributes(*self)
+        return summary, outputs, weights
+
+    def fake(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The result without data."""
+        heads = self.weights if isinstance(self.weights, AttributeWeights) else from_handle(self.weights)
+        assert isinstance(heads, AttributeWeights)
+        n, m = self.hidden.shape[0], heads.members
+        kind = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        sizes = ((len(SUMMARY), n), (n, m, heads.attributes * heads.per), (n, m, heads.attributes))
+        summary, outputs, weights = (self.hidden.new_empty(size, dtype=kind) for size in sizes)
+        return summary, outputs, weights

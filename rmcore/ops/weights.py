@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,19 +31,35 @@ from rmcore.ops import reference
 from rmcore.ops.quantize import dequantize_rows, quantize_rows
 from rmcore.ops.reference import TILE, Activation
 
-__all__ = ["SERVING_DTYPES", "FeatureMap", "HeadWeights", "default_dtype", "from_handle", "power_of_two_scale"]
+__all__ = [
+    "SERVING_DTYPES",
+    "FeatureMap",
+    "HeadWeights",
+    "default_dtype",
+    "from_handle",
+    "power_of_two_scale",
+    "register",
+]
 
-_handles: weakref.WeakValueDictionary[int, FeatureMap | HeadWeights] = weakref.WeakValueDictionary()
+_handles: weakref.WeakValueDictionary[int, Handled] = weakref.WeakValueDictionary()
 _next_handle = itertools.count(1)
 
 
-def _register(weights: FeatureMap | HeadWeights) -> None:
+class Handled(Protocol):
+    """Weights that a compiled graph can name."""
+
+    @property
+    def handle(self) -> int: ...
+
+
+def register(weights: Handled) -> None:
+    """Give new weights a handle, and keep it as long as they live."""
     handle = next(_next_handle)
     object.__setattr__(weights, "handle", handle)
     _handles[handle] = weights
 
 
-def from_handle(handle: int) -> FeatureMap | HeadWeights:
+def from_handle(handle: int) -> Handled:
     """The live weights with this handle: how registered operators name weights in a compiled graph.
 
     Raises InputError where they are gone: a compiled function must not outlive the head it was compiled with.
@@ -121,7 +137,7 @@ class FeatureMap:
     handle: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _register(self)
+        register(self)
 
     @property
     def folded(self) -> bool:
@@ -246,7 +262,7 @@ class HeadWeights:
     handle: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _register(self)
+        register(self)
 
     @classmethod
     def build(

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,9 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         yield functools.partial(_power, 4096, single)
         yield functools.partial(_score, square[single], 128, single)
         yield functools.partial(_score, square[half], 8192, torch.bfloat16)
+        for rows in (16, 8192):
+            yield functools.partial(_score_attributes, _heads(4096, half), rows, half)
+        yield functools.partial(_score_attributes, _heads(4096, half, per=19, softmax=True, depth=3), 128, half)
         return
     for dtype, weights in square.items():
         for rows in limits(dtype):
@@ -90,6 +94,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         yield functools.partial(_pair_variance, weights, dtype, (8, 16, 32, 128, 512))
         for h in (1024, 4096, 5120, 16384):
             yield functools.partial(_power, h, dtype)
+    yield from _attribute_calls(limits)
     for dtype, foreign in ((half, torch.bfloat16), (single, half)):
         tanh = _weights(4096, 4096, dtype, layer=4096, activation="tanh")
         for rows in limits(dtype):
@@ -108,6 +113,21 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         yield functools.partial(_accumulate, odd, torch.float32, dtype, 1001, weighted=True)
         yield functools.partial(_score, _weights(4096, 4096, dtype, projection=False), 64, dtype)
         yield functools.partial(_score, _weights(4096, 4096, dtype, features="linear"), 64, dtype)
+
+
+def _attribute_calls(limits: Callable[[torch.dtype], list[int]]) -> Iterator[Callable[[], None]]:
+    """Gates of either kind at every row of the table; heads without one, and of sizes that are no whole tiles."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        gated = _heads(4096, dtype)
+        for rows in limits(dtype):
+            yield functools.partial(_score_attributes, gated, rows, dtype)
+            yield functools.partial(_score_attributes, _heads(4096, dtype, 3, softmax=True, width=1024), rows, dtype)
+        foreign = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        for rows in (16, 100, 1024):
+            yield functools.partial(_score_attributes, gated, rows, foreign)
+            yield functools.partial(_score_attributes, _heads(1003, dtype, 2, per=19, depth=1, width=333), rows, dtype)
+        yield functools.partial(_score_attributes, _heads(4096, dtype, depth=0), 64, dtype)
+        yield functools.partial(_score_attributes, gated, 64, dtype, prompts=True)
 
 
 def _other_forms(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
@@ -176,6 +196,30 @@ def _score(weights: Any, rows: int, dtype: torch.dtype) -> None:
 
     hidden = torch.empty(rows, weights.hidden_size, dtype=dtype, device="meta")
     backend.score(hidden, weights, torch.empty(4, rows, device="meta"))
+
+
+def _heads(
+    h: int, dtype: torch.dtype, members: int = 1, *, per: int = 2, softmax: bool = False, depth: int = 2, width: int = 0
+) -> Any:
+    from rmcore.ops import AttributeWeights
+
+    meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
+    sizes = [h, *[width or h] * depth]
+    return AttributeWeights(
+        meta(members, 5 * per, h, dtype=dtype), "normal" if per == 2 else "quantiles", per,
+        fixed=None if depth else meta(members, 5),
+        layers=tuple(meta(members, n, k, dtype=dtype) for k, n in pairwise(sizes)),
+        biases=tuple(meta(members, n) for n in sizes[1:]),
+        last=meta(members, 5, sizes[-1]) if depth else None, last_bias=meta(members, 5) if depth else None,
+        softmax=softmax, scale=meta(members) if softmax else None,
+    )  # fmt: skip
+
+
+def _score_attributes(heads: Any, rows: int, dtype: torch.dtype, *, prompts: bool = False) -> None:
+    from rmcore.ops.backends import triton as backend
+
+    hidden = torch.empty(rows, heads.hidden_size, dtype=dtype, device="meta")
+    backend.score_attributes(hidden, heads, torch.empty_like(hidden) if prompts else None)
 
 
 def _accumulate(

@@ -38,15 +38,22 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
     builds = json.loads((tmp_path / "builds").read_text())
     assert {build["arch"] for build in builds} == ARCHS
     kernels = {
-        "add_kernel", "centre_kernel", "column_kernel", "column_pair_kernel", "column_score_kernel", "copy_kernel",
-        "fold_kernel", "gram_kernel", "group_kernel", "join_kernel", "last_kernel", "layernorm_kernel", "pair_kernel",
-        "piece_kernel", "piece_score_kernel", "project_kernel", "score_kernel", "square_kernel", "step_kernel",
-        "weigh_kernel",
+        "add_kernel", "attributes_kernel", "centre_kernel", "column_kernel", "column_pair_kernel",
+        "column_score_kernel", "copy_kernel", "fold_kernel", "gate_kernel", "gram_kernel", "group_kernel",
+        "join_kernel", "last_kernel", "layernorm_kernel", "pair_kernel", "piece_kernel", "piece_score_kernel",
+        "project_kernel", "score_kernel", "square_kernel", "step_kernel", "weigh_kernel",
     }  # fmt: skip
     assert {build["kernel"] for build in builds} == kernels
     # Hopper's own matrix instructions where the tiles are large enough for them, which faults() insists on.
     large = {build["kernel"] for build in builds if build["unit"] == "wgmma"}
-    assert {"project_kernel", "column_kernel", "gram_kernel", "column_pair_kernel", "column_score_kernel"} <= large
+    assert {
+        "project_kernel",
+        "gate_kernel",
+        "column_kernel",
+        "gram_kernel",
+        "column_pair_kernel",
+        "column_score_kernel",
+    } <= large
     counting = {build["kernel"] for build in builds if build["counts"]}
     assert counting == {"piece_score_kernel", "column_score_kernel", "column_pair_kernel"}
 

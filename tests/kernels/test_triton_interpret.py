@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton
 import triton.language as tl
 import triton_checks as checks
+from support.attribute_checks import ATTRIBUTE_HEADS, check_scores, make_heads
 
 from rmcore import ops
-from rmcore.kernels import common, heuristics, pair_variance
+from rmcore.kernels import common, heuristics, pair_variance, score_attributes
 from rmcore.kernels.heuristics import Tile
 from rmcore.ops import plans
 from rmcore.ops.backends import triton as backend
@@ -628,3 +629,41 @@ def test_the_self_check_passes(op, monkeypatch):
     monkeypatch.setattr(self_check, "REPEATS", 2)
     monkeypatch.setattr(self_check, "ROWS", (1, 17, 130))
     assert self_check.check(backend, op, torch.device("cpu")) is None
+
+
+# -- multi-attribute heads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTE_HEADS)
+def test_attribute_heads_of_every_kind(kind):
+    for dtype, h, rows in ((torch.float16, 64, 70), (torch.float32, 67, 3)):
+        heads = make_heads(h, dtype, **ATTRIBUTE_HEADS[kind])
+        check_scores(backend, torch.randn(rows, h), heads)
+        assert backend.score_attributes(torch.randn(0, h), heads, None)[0].shape == (5, 0)
+
+
+def test_attribute_heads_at_the_edges(monkeypatch):
+    heads = make_heads(64, torch.float16, members=2, widths=(300, 130))
+    check_scores(backend, torch.randn(5, 64), heads, torch.randn(5, 64))  # gates that read rows of their own
+    check_scores(backend, torch.randn(130, 128, dtype=torch.float16)[::2, ::2], heads)
+    scaled = make_heads(64, torch.float16, widths=(64,), input_scale=2.0**-10)
+    check_scores(backend, torch.randn(3, 64) * 1024, scaled)
+    hidden = torch.randn(300, 64)
+    whole = backend.score_attributes(hidden, heads, None)
+    monkeypatch.setattr(backend, "WORKSPACE", 1)  # chunks of 256 rows
+    for a, b in zip(backend.score_attributes(hidden, heads, None), whole, strict=True):
+        assert torch.equal(a, b)
+    hidden[3] = -math.inf
+    spoilt = backend.score_attributes(hidden[:8], heads, None)
+    keep = torch.arange(8) != 3
+    assert not bool(spoilt[0][:4, 3].isfinite().any())
+    for a, b, dim in zip(spoilt, whole, (1, 0, 0), strict=True):
+        others = a.movedim(dim, 0)[keep], b.movedim(dim, 0)[:8][keep]
+        assert bool((others[0] - others[1]).abs().amax() < 1e-5)  # other tiles for other numbers of rows
+
+
+@pytest.mark.parametrize("cols", [64, 128, 256])
+def test_a_wide_tile_of_attribute_heads_is_finished_in_quarters(monkeypatch, cols):
+    narrow = min(cols, 128)
+    monkeypatch.setattr(score_attributes, "_tile", lambda *key: Tile(64, narrow if key[-1] else cols, 64, 4, 1))
+    check_scores(backend, torch.randn(65, 64), make_heads(64, torch.float16, members=2, widths=(256, 260)))

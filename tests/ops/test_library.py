@@ -17,6 +17,13 @@ def rows(count: int) -> torch.Tensor:
     return torch.randn(count, H, generator=torch.Generator().manual_seed(2))
 
 
+HEADS = ops.AttributeWeights.build(
+    torch.randn(2, 6, H, generator=torch.Generator().manual_seed(3)),
+    layers=(torch.randn(2, 7, H, generator=torch.Generator().manual_seed(4)),), biases=(torch.zeros(2, 7),),
+    last=torch.ones(2, 3, 7), last_bias=torch.zeros(2, 3),
+)  # fmt: skip
+
+
 def arguments(op: str, weights: HeadWeights, backend: str) -> tuple[object, ...]:
     sums = torch.zeros(D, D), torch.zeros(D)
     pairs = torch.tensor([[0, 1], [2, 0], [4, 3]])
@@ -28,11 +35,19 @@ def arguments(op: str, weights: HeadWeights, backend: str) -> tuple[object, ...]
                                 pairs, torch.ones(3), 0.5, "gaussian", backend),
         "pair_variance": (rows(6), torch.tensor([3, 1, 2]), weights.handle, backend),
         "power_iteration": (torch.randn(4, 3), torch.ones(3), 2, backend),
+        "score_attributes": (rows(5), HEADS.handle, None, backend),
+        "score_attributes with prompts": (rows(5), HEADS.handle, rows(5) + 1, backend),
     }[op]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("op", ["score", "accumulate", "accumulate of pairs", "pair_variance", "power_iteration"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "score", "accumulate", "accumulate of pairs", "pair_variance", "power_iteration", "score_attributes",
+        "score_attributes with prompts",
+    ],
+)  # fmt: skip
 def test_every_operator_passes_torchs_own_checks(weights: HeadWeights, op: str, backend: str) -> None:
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic (and data-dependent) shapes."""
     operator = OPERATIONS[op.split()[0]].operator
@@ -64,6 +79,9 @@ def test_the_registry_holds_every_operation() -> None:
          "rmcore::pair_variance(Tensor hidden, Tensor group_sizes, int weights, str backend) -> (Tensor, Tensor)"),
         ("power_iteration",
          "rmcore::power_iteration(Tensor weight, Tensor vector, int iterations, str backend) -> (Tensor, Tensor)"),
+        ("score_attributes",
+         "rmcore::score_attributes(Tensor hidden, int weights, Tensor? gate_hidden, str backend) "
+         "-> (Tensor, Tensor, Tensor)"),
     ],
 )  # fmt: skip
 def test_a_tasks_fields_are_its_operators_signature(op: str, schema: str) -> None:
@@ -83,6 +101,10 @@ def test_operators_give_what_the_functions_give(weights: HeadWeights) -> None:
 def test_the_handle_must_be_of_a_head(weights: HeadWeights) -> None:
     with pytest.raises(InputError, match=r"^handle: got \d+, of a FeatureMap"):
         OPERATIONS["score"].operator(rows(5), weights.map.handle, torch.empty(4, 5), "torch")
+    with pytest.raises(
+        InputError, match=r"^handle: got \d+, of a HeadWeights, expected the handle of AttributeWeights"
+    ):
+        OPERATIONS["score_attributes"].operator(rows(5), weights.handle, None, "torch")
 
 
 def test_an_unchanged_vector_comes_back_in_memory_of_its_own() -> None:

@@ -48,6 +48,11 @@ class Broken:
         sigma, new = torch_backend.power_iteration(weight, vector, iterations)
         return self.harm(sigma, 1), new
 
+    def score_attributes(self, hidden, weights, gate_hidden):
+        summary, outputs, gates = torch_backend.score_attributes(hidden, weights, gate_hidden)
+        self.calls += 1
+        return self.harm(summary, self.calls), outputs, gates
+
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", [torch_backend, cpu_backend], ids=["torch", "cpu"])
@@ -77,6 +82,8 @@ def test_wrong_kernels_do_not(op, harm, says):
 def test_bits_that_move_are_a_race():
     why = self_check.check(Broken(lambda x, n: x + 1e-5 * (n == 7)), "score", CPU)
     assert why == "score of 1 rows: bits move from call to call"
+    why = self_check.check(Broken(lambda x, n: x + 1e-5 * (n == 7)), "score_attributes", CPU)
+    assert why == "score_attributes of 1 rows: bits move from call to call"
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import reference
+from rmcore.ops.attribute_weights import SUMMARY, AttributeWeights
 from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, FeatureMap, HeadWeights
@@ -38,7 +39,7 @@ except ImportError as error:  # pragma: no cover - a build without the native mo
     _cpu = None
     _missing = str(error)
 
-__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
+__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "score_attributes", "unavailable"]
 
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
@@ -208,6 +209,49 @@ def _pack_head(weights: HeadWeights) -> _Packed:
     return _Packed(view, (feature_map, beta, factor, scale, sums, diagonal))
 
 
+def _stacked(weight: Tensor) -> Tensor:
+    """(M, n, k) as (M · n', k), n' = n rounded up to whole panels."""
+    padding = -weight.shape[1] % _cpu.PANEL
+    return torch.nn.functional.pad(weight, (0, 0, 0, padding)).flatten(0, 1) if padding else weight.flatten(0, 1)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+
+
+def _pack_attributes(weights: AttributeWeights) -> _Packed:
+    value = _panels(weights.value.flatten(0, 1))
+    layers = [_panels(_stacked(layer)) for layer in weights.layers]
+    padding = [-layer.shape[1] % _cpu.PANEL for layer in weights.layers]
+    biases = [torch.nn.functional.pad(b, (0, n)).contiguous() for b, n in zip(weights.biases, padding, strict=True)]
+    last, offset = None, weights.fixed
+    if weights.last is not None:
+        last, offset = torch.nn.functional.pad(weights.last, (0, padding[-1])).contiguous(), weights.last_bias
+    widths = torch.tensor([layer.shape[1] for layer in weights.layers], dtype=torch.int64)
+    kept = [layer for layer in layers if layer is not None]
+    tables = widths, _addresses(kept), _addresses(biases)
+    view = _cpu.AttributeHead(
+        dtype=_WEIGHT_NAMES[weights.dtype],
+        hidden=weights.hidden_size,
+        members=weights.members,
+        attributes=weights.attributes,
+        per=weights.per,
+        normal=weights.spread == "normal",
+        softmax=weights.softmax,
+        temperature=weights.temperature,
+        input_scale=weights.input_scale,
+        value=_address(value),
+        depth=len(kept),
+        widths=_address(tables[0] if kept else None),
+        layers=_address(tables[1] if kept else None),
+        biases=_address(tables[2] if kept else None),
+        last=_address(last),
+        offset=_address(offset),
+        softmax_scale=_address(weights.scale),
+    )
+    return _Packed(view, (value, *kept, *biases, last, offset, weights.scale, *tables))
+
+
 def _map(feature_map: FeatureMap) -> Any:
     return _once(feature_map.cache, lambda: _pack_map(feature_map)).view
 
@@ -356,3 +400,30 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Te
         )
     )
     return sigma.to(vector.dtype), v.to(vector.dtype)
+
+
+def score_attributes(
+    hidden: Tensor, weights: AttributeWeights, gate_hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(5, N) summary, (N, M, A · per) outputs, (N, M, A) weights. See :func:`rmcore.ops.score_attributes`."""
+    hidden, rows = _rows(hidden)
+    gate, gate_rows = (None, (0, "", 0, 0, 0)) if gate_hidden is None else _rows(gate_hidden)
+    n, m, a = len(hidden), weights.members, weights.attributes
+    summary = torch.empty(len(SUMMARY), n)
+    outputs, attribute_weights = torch.empty(n, m, a * weights.per), torch.empty(n, m, a)
+    _run(
+        functools.partial(
+            _cpu.score_attributes,
+            _once(weights.cache, lambda: _pack_attributes(weights)).view,
+            *rows,
+            gate_data=gate_rows[0],
+            gate_row_stride=gate_rows[3],
+            gate_col_stride=gate_rows[4],
+            summary=summary.data_ptr(),
+            outputs=outputs.data_ptr(),
+            weights=attribute_weights.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+    )
+    del gate
+    return summary, outputs, attribute_weights

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import reference
+from rmcore.ops.attribute_weights import AttributeWeights, reference_scores
 from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import HeadWeights
 
-__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "unavailable"]
+__all__ = ["accumulate", "pair_variance", "power_iteration", "score", "score_attributes", "unavailable"]
 
 _CHUNK_ROWS = 4096
 """Rows taken at a time: bounds the (rows, D) temporaries to 64 MB at D = 4096."""
@@ -104,3 +105,17 @@ def _group_chunks(sizes: list[int]) -> Iterator[list[int]]:
 def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """σ(W) and the new right vector. See :func:`rmcore.ops.power_iteration`."""
     return reference.power_iteration(weight, vector, iterations)
+
+
+def score_attributes(
+    hidden: Tensor, weights: AttributeWeights, gate_hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(5, N) summary, (N, M, A · per) outputs, (N, M, A) weights. See :func:`rmcore.ops.score_attributes`."""
+    gates = [None] if gate_hidden is None else gate_hidden.split(_CHUNK_ROWS)
+    chunks = hidden.split(_CHUNK_ROWS)
+    gates = [None] * len(chunks) if gate_hidden is None else gate_hidden.split(_CHUNK_ROWS)
+    parts = [reference_scores(x, weights, gate) for x, gate in zip(chunks, gates, strict=True)]
+    if len(parts) == 1:
+        return parts[0]
+    summary, outputs, attribute_weights = zip(*parts, strict=True)
+    return torch.cat(summary, 1), torch.cat(outputs), torch.cat(attribute_weights)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rmcore.ops import plans
+from rmcore.ops.attribute_weights import SUMMARY, AttributeWeights
 from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from rmcore.kernels.heuristics import Device
     from rmcore.kernels.pair_variance import Rows
 
-__all__ = ["accumulate", "pair_variance", "plan", "power_iteration", "score", "unavailable"]
+__all__ = ["accumulate", "pair_variance", "plan", "power_iteration", "score", "score_attributes", "unavailable"]
 
 WORKSPACE = 256 << 20
 """Bytes of features held at a time. 32,768 rows at D = 4096 in 16 bits: thousands of tiles, so chunks cost nothing."""
@@ -347,3 +348,34 @@ def power_iteration(weight: Tensor, vector: Tensor, iterations: int) -> tuple[Te
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         sigma, v = power_iteration.power_iteration(weight, vector, iterations, _device(weight.device))
     return sigma.to(vector.dtype), v.to(vector.dtype)
+
+
+# -- score_attributes ------------------------------------------------------------------------------------------------
+
+
+def score_attributes(
+    hidden: Tensor, weights: AttributeWeights, gate_hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(5, N) summary, (N, M, A · per) outputs, (N, M, A) weights. See :func:`rmcore.ops.score_attributes`."""
+    from rmcore.kernels import score_attributes as kernels
+
+    n, m, a, device = hidden.shape[0], weights.members, weights.attributes, hidden.device
+    widest = max([layer.shape[1] for layer in weights.layers], default=1)
+    parts = list(hidden.split(_chunk(WORKSPACE, m * widest, 2 * weights.dtype.itemsize))) if n else []
+    summaries = [torch.empty(len(SUMMARY), len(part), dtype=torch.float32, device=device) for part in parts]
+    outputs = torch.empty(n, m, a * weights.per, dtype=torch.float32, device=device)
+    attribute_weights = torch.empty(n, m, a, dtype=torch.float32, device=device)
+    start = 0
+    with _on(hidden):
+        for part, summary in zip(parts, summaries, strict=True):
+            rows = slice(start, start + len(part))
+            gate = None if gate_hidden is None else gate_hidden[rows]
+            kernels.score(part, gate, weights, summary, outputs[rows], attribute_weights[rows], _device(device))
+            start += len(part)
+    if len(summaries) == 1:
+        return summaries[0], outputs, attribute_weights
+    return (
+        torch.cat([hidden.new_empty(len(SUMMARY), 0, dtype=torch.float32), *summaries], 1),
+        outputs,
+        attribute_weights,
+    )
