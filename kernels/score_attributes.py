@@ -281,11 +281,11 @@ def score(
 
 def _tile(device: Device, element: int, rows: int, last: bool) -> Tile:
     """The tile of a layer: a plain product's, or one that leaves activation and last sums more registers: narrower in
-    16 bits, of more threads in 32.
+    16 bits; in 32 of more threads, or less deep.
     """
     tile = heuristics.project(device, element, rows)
     if element == 4:
-        return tile._replace(warps=2 * tile.warps)
+        return tile._replace(warps=8) if tile.rows < 64 else heuristics.product(device, element, rows)
     narrow = tile.cols > 128 and (last or device.kind not in _WIDE)
     return heuristics.product(device, element, 512) if narrow else tile
 

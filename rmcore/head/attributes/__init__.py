@@ -3,7 +3,7 @@
 - ``head``: the module; ``gating``: its weights; ``losses``: what it is trained by.
 - ``fit``: stage 1 on attribute labels, stage 2 the gate on pairs; ``ensemble``: several heads.
 - ``storage``: a folder of one's own; ``published``: URM's layout.
-- ``scores``: what a head says of responses.
+- ``scores``: what a head says of responses; ``serving``: the head as :func:`rmcore.ops.score_attributes` takes it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rmcore.head.attributes.gating import GateConfig
 from rmcore.head.attributes.head import HELPSTEER2, URM_WEIGHTS, AttributeConfig, AttributeHead
 from rmcore.head.attributes.published import read_published, write_published
 from rmcore.head.attributes.scores import AttributeScores
+from rmcore.head.attributes.serving import serving_weights
 from rmcore.head.attributes.storage import load_attributes, save_attributes
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "load_attributes",
     "read_published",
     "save_attributes",
+    "serving_weights",
     "write_published",
 ]

@@ -15,7 +15,9 @@ from rmcore._base.errors import reject
 from rmcore.head.attributes.fit import FitOptions, Objective, PairStates, default_options, fit_attributes, fit_gate
 from rmcore.head.attributes.head import AttributeConfig, AttributeHead
 from rmcore.head.attributes.scores import AttributeScores
+from rmcore.head.attributes.serving import alike, weights_of
 from rmcore.head.posterior import check_finite
+from rmcore.ops import score_attributes
 
 __all__ = ["AttributeEnsemble", "EnsembleScores", "Measure", "fit_ensemble", "fit_heads"]
 
@@ -109,9 +111,26 @@ class AttributeEnsemble:
             reject("heads", "heads of different configurations", "one width, one list of attributes, one spread")
         self.heads = tuple(heads)
 
-    def scores(self, hidden: Tensor, gate_hidden: Tensor | None = None) -> EnsembleScores:
-        """Of states (N, h), and those (N, h) that gates read where they are others."""
-        members = tuple(head.scores(hidden, gate_hidden) for head in self.heads)
+    @torch.no_grad()
+    def scores(
+        self, hidden: Tensor, gate_hidden: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> EnsembleScores:
+        """Of states (N, h), and those (N, h) that gates read where they are others; ``dtype`` as of a single head.
+
+        Heads of one form are scored by one call, which reads the states once.
+        """
+        if alike(self.heads):
+            first = self.heads[0]
+            first.check_rows(hidden, gate_hidden)
+            weight = first.value.weight
+            found = score_attributes(
+                hidden.to(weight), weights_of(self, self.heads, dtype),
+                gate_hidden=None if gate_hidden is None else gate_hidden.to(weight),
+            )  # fmt: skip
+            parts = zip(found.outputs.unbind(1), found.weights.unbind(1), strict=True)
+            members = tuple(first.scores_of(outputs, weights) for outputs, weights in parts)
+        else:
+            members = tuple(head.scores(hidden, gate_hidden, dtype=dtype) for head in self.heads)
         rewards = torch.stack([member.score for member in members])
         return EnsembleScores(members, rewards)
 

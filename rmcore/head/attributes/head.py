@@ -13,6 +13,8 @@ from rmcore._base.errors import reject
 from rmcore.head.attributes.gating import GateConfig, GatingNetwork
 from rmcore.head.attributes.losses import quantile_levels
 from rmcore.head.attributes.scores import AttributeScores
+from rmcore.head.attributes.serving import weights_of
+from rmcore.ops import score_attributes
 
 __all__ = ["HELPSTEER2", "URM_WEIGHTS", "AttributeConfig", "AttributeHead"]
 
@@ -128,15 +130,10 @@ class AttributeHead(nn.Module):
 
     def attribute_weights(self, hidden: Tensor, gate_hidden: Tensor | None = None) -> Tensor:
         """(N, A) weights; ``gate_hidden`` (N, h) are the gate's states where they are others, as a prompt's are."""
+        self.check_rows(hidden, gate_hidden)
         if self.gate is None:
-            if gate_hidden is not None:
-                reject("gate_hidden", "states", "None: the head has no gate")
             return self.weights.to(self.value.weight).expand(len(hidden), -1)
-        states = hidden if gate_hidden is None else gate_hidden
-        self.check_states("gate_hidden", states)
-        if len(states) != len(hidden):
-            reject("gate_hidden", f"{len(states)} rows", f"{len(hidden)}, one a response")
-        weights: Tensor = self.gate(states.to(self.value.weight))
+        weights: Tensor = self.gate((hidden if gate_hidden is None else gate_hidden).to(self.value.weight))
         return weights
 
     def forward(self, hidden: Tensor, gate_hidden: Tensor | None = None) -> Tensor:
@@ -144,21 +141,44 @@ class AttributeHead(nn.Module):
         return (self.attribute_weights(hidden, gate_hidden) * self.means(hidden)).sum(1)
 
     @torch.no_grad()
-    def scores(self, hidden: Tensor, gate_hidden: Tensor | None = None) -> AttributeScores:
+    def scores(
+        self, hidden: Tensor, gate_hidden: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> AttributeScores:
         """All that the head says of states (N, h): means, weights, spread; see :class:`AttributeScores`.
 
-        ``aleatoric`` of it is URM's Σ σ², ``score_variance`` the reward's own Σ w² σ².
+        ``aleatoric`` of it is URM's Σ σ², ``score_variance`` the reward's own Σ w² σ². Computed by
+        :func:`rmcore.ops.score_attributes` with large weights in ``dtype``: None keeps the head's own, 16 bits halve
+        what is read. A gate's dropout is not applied.
         """
-        outputs = self.outputs(hidden)
-        weights = self.attribute_weights(hidden, gate_hidden).double().cpu()
-        means = self.means_of(outputs.double()).cpu()
+        self.check_rows(hidden, gate_hidden)
+        weight = self.value.weight
+        found = score_attributes(
+            hidden.to(weight), weights_of(self, [self], dtype),
+            gate_hidden=None if gate_hidden is None else gate_hidden.to(weight),
+        )  # fmt: skip
+        return self.scores_of(found.outputs[:, 0], found.weights[:, 0])
+
+    def scores_of(self, outputs: Tensor, weights: Tensor) -> AttributeScores:
+        """:meth:`scores` of the value head's outputs (N, A · per) and the weights (N, A)."""
+        outputs = outputs.double().view(len(outputs), len(self.config.names), self.config.per)
+        means, weights = self.means_of(outputs).cpu(), weights.double().cpu()
         if self.config.spread == "normal":
-            std = outputs[..., 1].double().exp().cpu()
-            return AttributeScores(self.config.names, means, weights, attribute_std=std)
+            return AttributeScores(self.config.names, means, weights, attribute_std=outputs[..., 1].exp().cpu())
         levels = quantile_levels(self.config.quantiles)
-        return AttributeScores(self.config.names, means, weights, quantiles=outputs.double().cpu(), levels=levels)
+        return AttributeScores(self.config.names, means, weights, quantiles=outputs.cpu(), levels=levels)
 
     def check_states(self, name: str, hidden: Tensor) -> None:
         """Raise InputError for states that are not (N, h)."""
         if hidden.dim() != 2 or hidden.shape[1] != self.config.hidden_size:
             reject(name, f"shape {tuple(hidden.shape)}", f"(N, {self.config.hidden_size})")
+
+    def check_rows(self, hidden: Tensor, gate_hidden: Tensor | None) -> None:
+        """Raise InputError for states, or those of a gate, that do not fit the head or one another."""
+        self.check_states("hidden", hidden)
+        if gate_hidden is None:
+            return
+        if self.gate is None:
+            reject("gate_hidden", "states", "None: the head has no gate")
+        self.check_states("gate_hidden", gate_hidden)
+        if len(gate_hidden) != len(hidden):
+            reject("gate_hidden", f"{len(gate_hidden)} rows", f"{len(hidden)}, one a response")
