@@ -20,7 +20,11 @@ from rmcore.ops import reference
 from rmcore.ops.quantize import quantize_projection, quantize_rows
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
-__all__ = ["PEERS", "Peer", "Problem", "make_problem", "ours", "peer_truth", "truth"]
+__all__ = ["PEERS", "TOLERANCE", "Peer", "Problem", "make_problem", "ours", "peer_truth", "truth"]
+
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3, torch.int8: 4e-2}
+"""Largest error of v over the largest v at which a timed variant counts as right: a sanity bound, looser than the
+tests', since peers round where they like."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ score            one pass g, v, u, p over B rows, ours and peers, cold
 accumulate       the covariance pass over N rows
 power_iteration  one step of σ(W)
 pair_variance    all pairs of G groups of K
+attributes       multi-attribute heads with gates, one and an ensemble of three
 eager            the host's time before a score's kernels start
 engine           score_hidden(...).rewards beside the kernel it is built on
 share            the head's part of a whole scoring step, hidden states at hand and behind a backbone
@@ -26,20 +27,17 @@ from rmcore import ops
 from rmcore.ops import Backend, reference
 from rmcore.ops.weights import FeatureMap
 
+from .attributes import attributes
 from .eager import eager
 from .encode import encode
 from .engine import engine
 from .harness import Timing, as_dict, left_out, relative_error, rotations, synchronize, time_calls
-from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
+from .peers import PEERS, TOLERANCE, Peer, Problem, make_problem, ours, peer_truth, truth
 from .setup import Row, Setup
 
 __all__ = ["SUITES"]
 
 COMPILED_BATCHES = (1, 16, 64, 256, 1024, 4096)
-
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3, torch.int8: 4e-2}
-"""Largest error of v over the largest v at which a timed variant counts as right: a sanity bound, looser than the
-tests', since peers round where they like."""
 
 
 def _backends(op: str, setup: Setup, dtype: torch.dtype, rows: int, weights: Any) -> list[Backend]:
@@ -481,6 +479,7 @@ SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "accumulate": accumulate,
     "power_iteration": power_iteration,
     "pair_variance": pair_variance,
+    "attributes": attributes,
     "eager": eager,
     "engine": engine,
     "share": share,
