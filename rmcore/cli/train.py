@@ -282,7 +282,7 @@ def train(
             if finetunes:
                 own = {"epochs": finetune_epochs, "lr": lr_backbone, "seed": seed, "dtype": dtype}
                 trainer = train_backbone(spine, head, items, held_out, settings, bar, out=out, **own)
-                if many_processes():
+                if many_processes() or settings.streaming:
                     told = save_from_all(trainer, held_out, out)
                     if main_process():
                         notes.print(told)

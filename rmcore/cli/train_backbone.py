@@ -81,6 +81,8 @@ def prepared_data(
     """(train, held out) of a configuration's sources, or of ``pairs``, with a report of what was left out."""
     from rmcore.model.data.mixture import mix, sources_of, split_by_prompt
 
+    if settings.streaming:
+        return [], []
     share = settings.held_out
     if settings.datasets is not None:
         if pairs is not None:
@@ -127,7 +129,7 @@ def train_backbone(
         spine,
         args,
         head=head,
-        train_dataset=list(items),
+        train_dataset=_streamed(spine, settings, head.config.mode, args.seed) if settings.streaming else list(items),
         eval_dataset=list(held_out) or None,
         peft_config=_adapters(settings.lora),
         callbacks=[_bar_callback(bar)] if main_process() else [],
@@ -146,8 +148,17 @@ def save_from_all(trainer: PairwiseRewardTrainer, held_out: Sequence[Preference]
         assert trainer.frozen is not None
         told = f"amplitude {trainer.frozen.config.resolved_amplitude:.3g}; "
     trainer.save_model(str(out))
-    ranks, pairs = trainer.accelerator.num_processes, len(trainer.train_dataset)
-    return f"{pairs} pairs on {ranks} processes, {trainer.state.global_step} steps; {told}wrote {out}"
+    data, ranks = trainer.train_dataset, trainer.accelerator.num_processes
+    pairs = f"{len(data)} pairs" if hasattr(data, "__len__") else f"a stream ({data.dropped} pairs left out)"
+    return f"{pairs} on {ranks} processes, {trainer.state.global_step} steps; {told}wrote {out}"
+
+
+def _streamed(spine: Backbone, settings: RunSettings, mode: str, seed: int) -> Any:
+    from rmcore.integrations.training import StreamedPairs
+    from rmcore.model.data.mixture import sources_of, stream
+
+    sources = sources_of(settings.datasets)
+    return StreamedPairs(spine, lambda: stream(sources, seed=seed), mode)
 
 
 def _arguments(
@@ -161,7 +172,7 @@ def _arguments(
         reject("--config", f"unknown keys {unknown}", "options of rmcore train, or fields of TrainingArguments")
     values = {**_DEFAULTS, "learning_rate": lr, "seed": seed, "head_dtype": dtype, **settings.arguments}
     values["use_cpu"] = values.get("use_cpu", spine.device.type == "cpu")
-    values.setdefault("posterior", "pass" if many_processes() else "none")
+    values.setdefault("posterior", "pass" if many_processes() or settings.streaming else "none")
     values.setdefault("head_weight_decay", values["weight_decay"])
     if epochs and "num_train_epochs" not in settings.arguments:
         values["num_train_epochs"] = epochs

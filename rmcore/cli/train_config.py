@@ -1,9 +1,9 @@
 """``rmcore train --config train.yaml``: one flat file, in TRL's style, for the command's options and the trainer's.
 
 A key that is one of the command's options stands for it (``layer_size: 64`` is ``--layer-size 64``, and an option on
-the command line wins). ``datasets`` and ``held_out`` say what is trained on, ``use_peft`` and ``lora_*`` are TRL's
-names, and every other key is a field of :class:`~rmcore.integrations.training.config.PairwiseRewardConfig`, so of
-transformers' ``TrainingArguments``.
+the command line wins). ``datasets``, ``held_out`` and ``streaming`` say what is trained on, ``use_peft`` and
+``lora_*`` are TRL's names, and every other key is a field of
+:class:`~rmcore.integrations.training.config.PairwiseRewardConfig`, so of transformers' ``TrainingArguments``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class RunSettings:
         lora: of the adapters, None without.
         datasets: sources, where not a single one is named on the command line.
         held_out: share of the prompts that is not trained on.
+        streaming: sources are read as they are trained on, for data that do not fit into memory.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     datasets: Any = None
     held_out: float | None = None
+    streaming: bool = False
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -65,9 +67,14 @@ def run_settings(context: typer.Context, given: list[str] | None) -> RunSettings
     datasets, held_out = values.pop("datasets", None), values.pop("held_out", None)
     if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, (int, float))):
         reject("held_out", repr(held_out), "a share of the prompts")
+    streaming = bool(values.pop("streaming", False))
+    if streaming and (datasets is None or held_out is not None or "max_steps" not in values):
+        reject(
+            "streaming", True, "datasets and max_steps beside it, and no held_out", "--calibrate takes held-out pairs"
+        )
     use_lora = values.pop("use_peft", False)
     lora = {name: values.pop(name, default) for name, default in _LORA.items()}
-    return RunSettings(values, lora if use_lora else None, datasets, held_out)
+    return RunSettings(values, lora if use_lora else None, datasets, held_out, streaming)
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -71,6 +71,14 @@ def test_adapters_from_a_file(config, preferences, tmp_path):
     assert not (tmp_path / "model" / "backbone" / "model.safetensors").exists()
 
 
+def test_sources_are_streamed(config, preferences, held_out, tmp_path):
+    path = config(streaming=True, held_out=None, calibrate=str(held_out))
+    result = call("train", "--config", path)
+    assert result.exit_code == 0, result.stderr
+    assert "a stream (" in result.stderr
+    assert (tmp_path / "model" / "backbone" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -82,6 +90,7 @@ def test_adapters_from_a_file(config, preferences, tmp_path):
         ({"fp16": True}, "fp16"),
         ({"covariance_momentum": 0.9}, "covariance_momentum"),
         ({"datasets": None}, "preferences"),
+        ({"streaming": True}, "streaming"),
     ],
 )
 def test_what_does_not_fit_is_named(config, changes, told):

@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     {
         "rmcore.integrations.training.config": ["PairwiseRewardConfig"],
         "rmcore.integrations.training.dataset": [
-            "EncodedPairs",
+            "PairDataset",
             "StreamedPairs",
             "TrainingPair",
             "read_training_pairs",

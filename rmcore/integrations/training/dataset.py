@@ -21,7 +21,7 @@ from rmcore.model.data.columns import map_columns
 from rmcore.model.data.preferences import COLUMNS
 from rmcore.model.reward_model import Preference, encode_pairs
 
-__all__ = ["EncodedPairs", "PairCollator", "Row", "StreamedPairs", "TrainingPair", "pairs_of", "read_training_pairs"]
+__all__ = ["PairCollator", "PairDataset", "Row", "StreamedPairs", "TrainingPair", "pairs_of", "read_training_pairs"]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def pairs_of(source: Source | Sequence[Preference]) -> list[Preference]:
     return list(read_preferences(source))  # type: ignore[arg-type]
 
 
-class EncodedPairs(Dataset[Row]):
+class PairDataset(Dataset[Row]):
     """Pairs encoded up front: 4 bytes a token, and what carries no signal left out with a warning that counts it.
 
     Args:
@@ -148,7 +148,7 @@ class StreamedPairs(IterableDataset[Row]):
         if not chunk:
             return
         try:
-            pairs = EncodedPairs(self.backbone, chunk, self.mode)
+            pairs = PairDataset(self.backbone, chunk, self.mode)
         except InputError as error:
             if "carry no signal" not in str(error):
                 raise

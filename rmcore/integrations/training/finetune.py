@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.head.sngp import SNGPHead
 from rmcore.integrations.training.config import PairwiseRewardConfig
-from rmcore.integrations.training.dataset import EncodedPairs
+from rmcore.integrations.training.dataset import PairDataset
 from rmcore.integrations.training.trainer import PairwiseRewardTrainer
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import Preference, Progress
@@ -98,7 +98,7 @@ def finetune(
     mode = head.training
     try:
         with _random_state_kept(backbone.device), tempfile.TemporaryDirectory() as folder:
-            data = EncodedPairs(backbone, preferences, head.config.mode)
+            data = PairDataset(backbone, preferences, head.config.mode)
             steps = epochs * math.ceil(math.ceil(len(data) / batch_pairs) / accumulation)
             args = PairwiseRewardConfig(
                 output_dir=folder,

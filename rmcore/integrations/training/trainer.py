@@ -31,7 +31,7 @@ from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
 from rmcore.integrations.training.config import PairwiseRewardConfig
-from rmcore.integrations.training.dataset import EncodedPairs, PairCollator, StreamedPairs, pairs_of
+from rmcore.integrations.training.dataset import PairCollator, PairDataset, StreamedPairs, pairs_of
 from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
 from rmcore.integrations.training.metrics import pair_metrics
 from rmcore.integrations.training.posterior import (
@@ -144,11 +144,11 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def _pairs(self, source: Any) -> Any:
-        if source is None or isinstance(source, (EncodedPairs, StreamedPairs, Subset)):
+        if source is None or isinstance(source, (PairDataset, StreamedPairs, Subset)):
             return source
         if isinstance(source, IterableDataset) or type(source).__name__ == "IterableDataset":
             return StreamedPairs(self.backbone, lambda: iter(_streamed(source)), self.mode)
-        return EncodedPairs(self.backbone, pairs_of(source), self.mode)
+        return PairDataset(self.backbone, pairs_of(source), self.mode)
 
     def _eval_pairs(self, source: Any) -> Any:
         if isinstance(source, dict):

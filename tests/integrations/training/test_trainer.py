@@ -14,7 +14,7 @@ from rmcore.model import RewardModel
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'rmcore[train]')")
 
-from rmcore.integrations.training import EncodedPairs, PairBatch, StreamedPairs, TrainingPair, bradley_terry
+from rmcore.integrations.training import PairBatch, PairDataset, StreamedPairs, TrainingPair, bradley_terry
 from rmcore.integrations.training.replicated_head import HEAD_STATE_FILE
 from rmcore.integrations.trl import PairwiseRewardTrainer
 
@@ -57,7 +57,7 @@ def test_exchanging_the_responses_of_a_pair_changes_nothing(mode, backbone_of, c
     torch.nn.init.normal_(trainer.head.beta, generator=torch.Generator().manual_seed(1))
     found = []
     for given in (pairs, turned(pairs)):
-        data = EncodedPairs(trainer.backbone, given, mode)
+        data = PairDataset(trainer.backbone, given, mode)
         trainer.head.zero_grad()
         loss = trainer.compute_loss(trainer.model, trainer.data_collator([data[k] for k in range(4)]))
         loss.backward()
@@ -91,7 +91,7 @@ def test_a_weight_of_two_is_the_pair_twice_and_none_is_no_pair(backbone_of, conf
     weighed.append(TrainingPair(r.prompt, r.chosen, r.rejected, weight=0.0))
     sums = []
     for pairs in (weighed, [p, p, q]):
-        data = EncodedPairs(trainer.backbone, pairs, "difference")
+        data = PairDataset(trainer.backbone, pairs, "difference")
         batch = trainer.data_collator([data[k] for k in range(3)])
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=1)
@@ -395,7 +395,7 @@ def test_margins_and_weights_are_checked(backbone_of, config_of, preferences):
     for name, values in {"weight": (-1.0, math.nan, "2"), "margin": (math.inf, True)}.items():
         for value in values:
             with pytest.raises(InputError, match=rf"^preferences\[0\]\.{name}"):
-                EncodedPairs(
+                PairDataset(
                     backbone_of(), [TrainingPair(p.prompt, p.chosen, p.rejected, **{name: value})], "difference"
                 )
 
