@@ -1,0 +1,75 @@
+"""CLoud's joint loss (Ankner et al. 2024, arXiv:2408.11791): Bradley–Terry behind a critique, and its tokens.
+
+    loss = −log σ(r_chosen − r_rejected) + λ · mean over both of the critique's mean −log p(token)
+
+Its recipe: fine-tune the language model on an oracle's critiques (``rmcore critique`` with a strong ``--judge-url``),
+have it write its own (``--generate``), then train body and head on those with this loss. λ is 1.25 for their 8B model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rmcore._base.errors import reject
+from rmcore.integrations.training.losses import PairBatch, bradley_terry
+
+__all__ = ["CRITIQUE_NLL", "CloudLoss", "critique_nll"]
+
+CRITIQUE_NLL = "critique_nll"
+"""The column of :class:`~rmcore.integrations.training.losses.PairBatch` with (B, 2) :func:`critique_nll`."""
+
+_CHUNK = 1024
+
+
+def critique_nll(hidden: Tensor, lm_head: Tensor, input_ids: Tensor, critique: Tensor) -> Tensor:
+    """(N,) float32, mean −log p of the critique's tokens of each text, each given all before it; 0 without any.
+
+    Logits are made for the critique's tokens alone, a thousand at a time, and not for whole texts over the vocabulary.
+
+    Args:
+        hidden: (N, T, h) last hidden states, of the forward pass that the rewards come from too.
+        lm_head: (V, h) the language model's output weights.
+        input_ids: (N, T) int64.
+        critique: (N, T) bool, which tokens are a critique's. The first token of a text has nothing before it.
+
+    Raises InputError for shapes that do not fit, or a critique that begins a text.
+    """
+    if hidden.dim() != 3 or input_ids.shape != hidden.shape[:2] or critique.shape != input_ids.shape:
+        reject("hidden", f"shape {tuple(hidden.shape)}", f"(N, T, h) for ids {tuple(input_ids.shape)}")
+    if lm_head.dim() != 2 or lm_head.shape[1] != hidden.shape[2]:
+        reject("lm_head", f"shape {tuple(lm_head.shape)}", f"(V, {hidden.shape[2]})")
+    if bool(critique[:, 0].any()):
+        reject("critique", "a text's first token", "tokens that have one before them")
+    text, place = critique.nonzero(as_tuple=True)
+    total = torch.zeros(len(hidden), device=hidden.device)
+    for rows, at in zip(text.split(_CHUNK), place.split(_CHUNK), strict=True):
+        logits = (hidden[rows, at - 1] @ lm_head.T).float()
+        total = total.index_add(0, rows, cross_entropy(logits, input_ids[rows, at], reduction="none"))
+    return total / critique.sum(1).clamp_min(1)
+
+
+class CloudLoss:
+    """Bradley–Terry plus λ times the critiques' own loss, a number a pair; a loss as the trainers take them.
+
+    Args:
+        lm_weight: λ ≥ 0.
+
+    The column :data:`CRITIQUE_NLL` holds the critiques' losses; without it a call raises InputError.
+    """
+
+    def __init__(self, lm_weight: float = 1.25) -> None:
+        if not (math.isfinite(lm_weight) and lm_weight >= 0):
+            reject("lm_weight", lm_weight, "a finite number, 0 or more")
+        self.lm_weight = lm_weight
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        """(B,) losses."""
+        nll = batch.columns.get(CRITIQUE_NLL)
+        if nll is None or nll.shape != (len(batch.labels), 2):
+            got = "no column" if nll is None else f"shape {tuple(nll.shape)}"
+            reject(CRITIQUE_NLL, got, f"({len(batch.labels)}, 2)")
+        return bradley_terry(batch) + self.lm_weight * nll.mean(1)
