@@ -193,6 +193,11 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _colour(number: int) -> str:
+    """The plot's own colours, then black and grey."""
+    return (*COLOURS, "#000000", "#767676")[number]
+
+
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Uplift with intervals, and log-loss, by stream."""
     names = list(figures["estimators"])
@@ -208,9 +213,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
                 points = np.array(own["uplift"])
                 x = np.arange(len(points)) + 0.12 * (k - (len(names) - 1) / 2)
                 error = np.abs(points[:, 1:].T - points[:, 0])
-                style = {"color": COLOURS[k], "markersize": 4, "elinewidth": 1}
+                style = {"color": _colour(k), "markersize": 4, "elinewidth": 1}
                 top.errorbar(x, points[:, 0], yerr=error, fmt="o", label=name, **style)
-                bottom.plot([own["log_loss"]], [k], "o", color=COLOURS[k], markersize=5)
+                bottom.plot([own["log_loss"]], [k], "o", color=_colour(k), markersize=5)
             top.set_xticks(range(len(figures["fractions"])), [f"{100 * f:.0f}%" for f in figures["fractions"]])
             top.set_xlabel("pairs judged, by variance")
             bottom.axvline(math.log(2), color="#767676", linewidth=1, linestyle=(0, (2, 2)))

@@ -23,6 +23,7 @@ from rmcore.head.posterior import check_finite
 __all__ = ["FitOptions", "Objective", "PairStates", "fit_attributes", "fit_gate", "fit_pairs"]
 
 _RIDGE = 1e-3
+_RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 _CHECKS = 20
 _CONJUGATE_STEPS = 15
 
@@ -178,8 +179,7 @@ def fit_attributes(
     with _whitened(head, hidden) as whiten:
         hidden = whiten(hidden)
         if head.config.spread == "normal":
-            _, rows_seen = _split(len(hidden), options)
-            _least_squares(weight, hidden[rows_seen], labels[rows_seen])
+            _least_squares(weight, hidden, labels, *_split(len(hidden), options))
         penalty = _penalty(weight[1::2], len(hidden), options.spread_prior) if objective == "mle" else None
 
         def step_loss(at: Tensor) -> Tensor:
@@ -316,7 +316,9 @@ class _whitened:  # noqa: N801  # a context, named like one
     """The value head for L⁻¹ x, with L Lᵀ = XᵀX / N + ε I, and back: inside, the same function of other coordinates.
 
     AdamW goes as fast in every direction there, and a direction in which no state lies keeps its random start, by
-    which an ensemble's members disagree. ε is a thousandth of the mean square of an entry.
+    which an ensemble's members disagree. ε is a share (h / N)², between a thousandth and all, of the mean square of an
+    entry: with few rows a direction that is small in all of them is not small in others, and AdamW's steps there, which
+    do not shrink with the gradient, must not be blown up.
     """
 
     def __init__(self, head: AttributeHead, hidden: Tensor) -> None:
@@ -325,7 +327,8 @@ class _whitened:  # noqa: N801  # a context, named like one
         level = float(gram.diagonal().mean())
         if level == 0:
             reject("hidden", "zeros", "states that differ from 0")
-        gram.diagonal().add_(_RIDGE * level)
+        share = min(max(_RIDGE, (x.shape[1] / len(x)) ** 2), 1.0)
+        gram.diagonal().add_(share * level)
         self._weight, self._factor = head.value.weight, torch.linalg.cholesky(gram)
 
     def __enter__(self) -> Callable[[Tensor], Tensor]:
@@ -380,26 +383,40 @@ def _split(count: int, options: FitOptions, group: Tensor | None = None) -> tupl
 
 
 @torch.no_grad()
-def _least_squares(weight: Tensor, hidden: Tensor, labels: Tensor) -> None:
-    """Means by ridge regression of what their random start leaves over: conjugate gradients, whitened states."""
+def _least_squares(weight: Tensor, hidden: Tensor, labels: Tensor, held: Tensor, rows: Tensor) -> None:
+    """Means by ridge regression of what their random start leaves over: conjugate gradients, whitened states.
+
+    The penalty is that of least error on the rows held out: states wider than there are rows would otherwise be fitted
+    to the last label. Without such rows it is the width over their number, or ``_RIDGE`` where there are many.
+    """
     for k in range(labels.shape[1]):
         known = ~labels[:, k].isnan()
-        x, y = hidden[known].double(), labels[known, k].double()
+        x, y = (part[rows][known[rows]].double() for part in (hidden, labels[:, k]))
+        unseen, wanted = (part[held][known[held]].double() for part in (hidden, labels[:, k]))
         if not len(x):
             continue
-        found = weight[2 * k].double()
-        residual = x.T @ (y - x @ found) / len(x)
-        direction = residual.clone()
-        for _ in range(_CONJUGATE_STEPS):
-            square = residual @ residual
-            if float(square) < 1e-12:
-                break
-            image = x.T @ (x @ direction) / len(x) + _RIDGE * direction
-            step = square / (direction @ image)
-            found = found + step * direction
-            residual = residual - step * image
-            direction = residual + (residual @ residual / square) * direction
-        weight[2 * k].copy_(found)
+        ratio = x.shape[1] / len(x)
+        ridges = _RIDGES if len(unseen) else (ratio if ratio > 0.1 else _RIDGE,)
+        start = weight[2 * k].double()
+        found = [_ridge_regression(x, y, start, ridge) for ridge in ridges]
+        errors = torch.stack([(unseen @ one - wanted).square().sum() for one in found])
+        weight[2 * k].copy_(found[int(errors.argmin())])
+
+
+def _ridge_regression(x: Tensor, y: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """(h,) weights near ``start``."""
+    found, residual = start, x.T @ (y - x @ start) / len(x)
+    direction = residual.clone()
+    for _ in range(_CONJUGATE_STEPS):
+        square = residual @ residual
+        if float(square) < 1e-12:
+            break
+        image = x.T @ (x @ direction) / len(x) + ridge * direction
+        step = square / (direction @ image)
+        found = found + step * direction
+        residual = residual - step * image
+        direction = residual + (residual @ residual / square) * direction
+    return found
 
 
 def _train(
