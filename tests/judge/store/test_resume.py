@@ -20,6 +20,7 @@ import pytest
 from support.warm import WarmProcess, WarmPython
 
 from rmcore.judge import Outcome, Pair, RecordedJudge, ReplayServer, Verdict, pair_key
+from rmcore.judge.store.location import is_url
 
 GROUPS, K = 50, 5
 PAIRS = GROUPS * K * (K - 1) // 2
@@ -130,22 +131,29 @@ def quiet(server: ReplayServer) -> None:
         time.sleep(0.05)
 
 
-def kept(store: Path) -> list[str]:
-    """The questions of all committed rows, as keys of the order shown; the file must be whole."""
-    if not store.exists():
+def kept(store: Path | str) -> list[str]:
+    """The questions of all committed rows, as keys of the order shown; a file must be whole."""
+    query = """SELECT p.body, a.body, b.body FROM calls
+        JOIN texts p ON p.id = calls.prompt JOIN texts a ON a.id = first JOIN texts b ON b.id = second"""
+    if is_url(store):
+        import psycopg
+
+        with psycopg.connect(store, options="-c search_path=rmcore") as database:
+            there = database.execute("SELECT to_regclass('rmcore.calls')").fetchone() != (None,)
+            rows = database.execute(query).fetchall() if there else []
+    elif not store.exists():
         return []
-    with contextlib.closing(sqlite3.connect(store)) as database:
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        query = """SELECT p.body, a.body, b.body FROM calls
-            JOIN texts p ON p.id = calls.prompt JOIN texts a ON a.id = first JOIN texts b ON b.id = second"""
-        return [pair_key(*(text.strip('"') for text in row)) for row in database.execute(query)]
+    else:
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            rows = database.execute(query).fetchall()
+    return [pair_key(*(text.strip('"') for text in row)) for row in rows]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_run_goes_on_and_buys_nothing_twice(asked, tmp_path, uninterrupted, warm_python):
-    source = random.Random(20)
-    store = tmp_path / "verdicts.db"
+def test_a_killed_run_goes_on_and_buys_nothing_twice(asked, place, tmp_path, uninterrupted, warm_python):
+    source, store = random.Random(20), place
     lost: list[str] = []
     # The first kill comes among the very first verdicts, the others anywhere up to near the end.
     moments = [source.randrange(1, 20), *sorted(source.randrange(50, 900) for _ in range(2))]
