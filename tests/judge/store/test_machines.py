@@ -231,6 +231,28 @@ def test_a_reply_that_comes_while_the_server_hangs_is_handed_out_and_written_lat
     assert execute(database, "SELECT count(*) FROM calls") == [(1,)]
 
 
+def test_a_commit_whose_answer_is_lost_is_one_row(database, execute, monkeypatch):
+    import psycopg
+
+    from rmcore.judge.store import postgres
+
+    commit, lost = postgres.in_transaction, []
+
+    @contextlib.contextmanager
+    def forgetful(connection):
+        with commit(connection):
+            yield
+        if not lost:
+            lost.append(1)
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    with VerdictStore(database) as store:
+        monkeypatch.setattr(postgres, "in_transaction", forgetful)
+        assert store.put(question("p"), reply()) == reply()
+    assert lost
+    assert execute(database, "SELECT count(*) FROM calls") == [(1,)]
+
+
 def test_a_process_that_is_stopped_in_the_middle_holds_nobody_up(database, execute):
     """It keeps locks of an open transaction; the server ends that after three seconds."""
     import psycopg
