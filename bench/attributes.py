@@ -23,7 +23,7 @@ from .harness import as_dict, left_out, relative_error, rotations, time_calls
 from .peers import TOLERANCE
 from .setup import Row, Setup
 
-__all__ = ["attributes"]
+__all__ = ["attribute_heads", "attributes"]
 
 ATTRIBUTES = 5
 MEMBERS = (1, 3)
@@ -36,10 +36,11 @@ def attributes(setup: Setup) -> Iterator[Row]:
     for h, _ in setup.sizes:
         for members in MEMBERS:
             for dtype in (d for d in setup.dtypes if d.is_floating_point):
-                yield from _measured(setup, _heads(h, members).to(setup.device), dtype)
+                yield from _measured(setup, attribute_heads(h, members).to(setup.device), dtype)
 
 
-def _heads(h: int, members: int) -> AttributeWeights:
+def attribute_heads(h: int, members: int, dtype: torch.dtype = torch.float32) -> AttributeWeights:
+    """URM heads of about unit means and weights, gates as wide as the states."""
     g = torch.Generator().manual_seed(members)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -49,7 +50,7 @@ def _heads(h: int, members: int) -> AttributeWeights:
     value = normal(members, 2 * a, h, scale=narrow)
     value[:, 1::2] *= 0.3
     return AttributeWeights.build(
-        value, layers=(normal(members, h, h, scale=narrow), normal(members, h, h, scale=narrow)),
+        value, dtype=dtype, layers=(normal(members, h, h, scale=narrow), normal(members, h, h, scale=narrow)),
         biases=(normal(members, h, scale=0.1), normal(members, h, scale=0.1)),
         last=normal(members, a, h, scale=narrow), last_bias=normal(members, a),
     )  # fmt: skip

@@ -107,6 +107,7 @@ def second_part(device: str, size: int) -> list[Step]:
         Step("ncu", 70, (*NCU, "-k", kernels, "-c", "24", *smoke)),
         Step("versus", 70, _probe("versus", *common, "--size", str(size))),
         Step("tune", 100, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
+        Step("tiles", 30, _probe("tiles", *common, "--size", str(size))),
         Step("forms-launch", 30, _probe("forms", *common, "--size", str(size), "--forms", "launch")),
         Step("size-8192", 50, _probe("score", "--size", "8192", "--rows", "1", "16", "64", "256", "4096")),
         Step("size-1024", 30, _probe("score", "--size", "1024", "--rows", "1", "16", "64", "256", "4096")),
@@ -367,6 +368,7 @@ def report(path: Path, results: Path | None, table: Path | None = None) -> int:
     for row in rows:
         if "rc" in row or "skipped" in row:
             print(f"{row['step']:14} " + (f"rc={row['rc']} {row['seconds']} s" if "rc" in row else row["skipped"]))
+    print("\n".join(choices(rows)))
     if results is None:
         return 0
     environment = next((row for row in rows if row.get("case") == "environment" and "name" in row), None)
@@ -396,7 +398,34 @@ def _not_repeated(file: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, 
     return [row for row in before if key(row) not in again and row["case"] != "environment"]
 
 
-OPS = ("score", "accumulate", "pair_variance", "power_iteration")
+def choices(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of every form and tile that was timed beside others, which was fastest: lines for ``kernels/heuristics.py``.
+
+    Only of those that gave right results whose bits stayed the same. What decides stays what it is until somebody
+    commits another row.
+    """
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        words = str(row.get("case", "")).partition(",")[0].split(maxsplit=2)
+        sound = row.get("bits_repeat") and row.get("finite", True) and "us" in row
+        sound = sound and all(row.get(name, 0.0) < limit for name, limit in LIMITS.items())
+        if len(words) == 3 and words[0] in ("form", "tile") and sound:
+            groups.setdefault((words[0], words[1], row.get("rows", row.get("k"))), {})[words[2]] = row
+    lines = []
+    for (kind, name, count), found in groups.items():
+        best, *others = sorted(found, key=lambda which: found[which]["us"])
+        if not others:
+            continue
+        us = {which: f"{found[which]['us']:.1f} µs" for which in found}
+        at = f"k={count}" if name == "pairs" else f"B={count}"
+        line = f"{kind} {name} {at}: {best} {us[best]}, " + ", ".join(f"{which} {us[which]}" for which in others)
+        if kind == "tile" and best == "named":
+            line += f" -> ({count}, {found[best]['tile']}),  # measured: {us[best]}, {us['table']} with what was here"
+        lines.append(line)
+    return lines
+
+
+OPS = ("score", "accumulate", "pair_variance", "power_iteration", "score_attributes")
 LIMITS = {"err_g": 0.02, "err_v": 0.05, "err": 0.01, "err_diagonal": 0.02}
 """16-bit products of a thousand terms are right to a few thousandths; a wrong kernel is wrong by far more."""
 

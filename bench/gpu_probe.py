@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from rmcore import ops
 from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
+from rmcore.bench.attributes import attribute_heads
 from rmcore.bench.suites import head_bytes, head_flop
 from rmcore.ops.dispatch import OPS
 from rmcore.ops.sources import sources
@@ -214,6 +216,10 @@ def other(probe: Probe) -> None:
     for backend in probe.runnable("power_iteration"):
         for dtype in (torch.float16, torch.float32):
             probe.attempt(f"power_iteration {backend} {dtype}", partial(_power, probe, backend, dtype))
+    heads = attribute_heads(min(probe.size, 4096), 1, probe.dtype).to(probe.device)
+    for rows in (1, 64, 1024) if probe.device.type == "cuda" else (1, 4):
+        for backend in probe.runnable("score_attributes", rows, heads):
+            probe.attempt(f"score_attributes {backend}", partial(_attributes, probe, heads, backend, rows), rows=rows)
     for backend in probe.runnable("pair_variance"):
         for k in (4, 8):
             probe.attempt(f"pair_variance {backend}", partial(_pairs, probe, weights, backend, k), groups=64, k=k)
@@ -260,6 +266,22 @@ def _power(probe: Probe, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
         [partial(ops.power_iteration, matrix, vector, 20, backend=backend)], device, budget_s=probe.budget_s
     )
     return facts | _timed(timing) | {"us_per_iteration_of_20_warm": 1e6 * twenty.median / 20}
+
+
+def _attributes(probe: Probe, heads: Any, backend: Any, rows: int) -> dict[str, Any]:
+    hidden = torch.randn(rows, heads.hidden_size, device=probe.device, dtype=probe.dtype)
+    found = ops.score_attributes(hidden, heads, backend=backend)
+    want = ops.score_attributes(hidden[:64].double(), heads, backend="torch")
+    facts = {
+        "err_g": harness.relative_error(found.mean[:64], want.mean),
+        "err_v": harness.relative_error(found.variance[:64], want.variance),
+        "finite": bool(found.mean.isfinite().all() and found.variance.isfinite().all()),
+        "bits_repeat": _repeats(probe, lambda: ops.score_attributes(hidden, heads, backend=backend)[:4]),
+    }
+    copies = [heads, *(heads.clone() for _ in range(harness.rotations(heads.nbytes(), probe.device) - 1))]
+    calls = [partial(ops.score_attributes, hidden, copy, backend=backend) for copy in copies]
+    timing = harness.time_calls(calls, probe.device, budget_s=probe.budget_s)
+    return facts | _timed(timing) | {"GBs": heads.nbytes() / timing.median / 1e9, "copies": len(copies)}
 
 
 def _pairs(probe: Probe, weights: Any, backend: Any, k: int) -> dict[str, Any]:
@@ -324,6 +346,28 @@ def forms(probe: Probe) -> None:
                     probe.attempt(f"form {name} {form}, score", case, rows=rows, copies=len(copies))
 
 
+TILES: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("project", 64, {"rows": 64, "cols": 32, "depth": 128, "warps": 4, "stages": 5}),
+    ("project", 16, {"rows": 16, "cols": 64, "depth": 256, "warps": 4, "stages": 3}),
+    ("product", 16, {"rows": 16, "cols": 128, "depth": 128, "warps": 4, "stages": 3, "group": 32, "fill": 1.25}),
+)
+"""Tiles that the tuner found as good as the table's or better in one run: (function of ``heuristics``, rows, tile)."""
+
+
+def tiles(probe: Probe) -> None:
+    """Each of :data:`TILES` in place of the table's, in whole calls of ``score``, side by side on the same inputs."""
+    from rmcore.kernels import heuristics
+
+    problem, device = probe.problem(), heuristics.device(probe.device)
+    for kernel, rows, named in TILES:
+        table = getattr(heuristics, kernel)(device, probe.dtype.itemsize, rows)
+        for which, tile in (("table", table), ("named", heuristics.Tile(**named))):
+            with mock.patch.object(heuristics, kernel, return_value=tile):
+                copies = _copies(probe, problem)
+                case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "triton", True)
+                probe.attempt(f"tile {kernel} {which}, score", case, rows=rows, copies=len(copies), tile=str(tile))
+
+
 def _copies(probe: Probe, problem: Any) -> list[Any]:
     """The head as often as it takes to be cold; new ones, since what was planned for a head was for one form."""
     weights = peers.ours(problem)
@@ -337,7 +381,7 @@ def card(probe: Probe) -> None:
 
 
 STEPS: dict[str, Callable[[Probe], None]] = {
-    step.__name__: step for step in (card, environment, limits, smoke, score, versus, other, eager, forms)
+    step.__name__: step for step in (card, environment, limits, smoke, score, versus, other, eager, forms, tiles)
 }
 
 

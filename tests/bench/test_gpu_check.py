@@ -262,3 +262,64 @@ def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
         ("3.9.0", "abc", True),
     ]
     assert len(json.loads(table.read_text())) == 6
+
+
+def test_what_was_timed_side_by_side_becomes_lines_for_the_table(tmp_path: Path, capsys):
+    good = {
+        "bits_repeat": True,
+        "finite": True,
+        "err_g": 1e-4,
+        "err_v": 1e-4,
+        "step": "tiles",
+        "size": 4096,
+        "dtype": "",
+    }
+    tile = "Tile(rows=64, cols=32)"
+    cases = [
+        {"case": "form tail apart, score", "rows": 16, "us": 30.0},
+        {"case": "form tail last, score", "rows": 16, "us": 25.0},
+        {"case": "form pairs by pairs", "k": 4, "us": 9.0},
+        {"case": "form pairs by groups", "k": 4, "us": 8.0, "bits_repeat": False},
+        {"case": "form pairs in the product", "k": 4, "us": 8.5},
+        {"case": "tile project table, score", "rows": 64, "us": 18.3, "tile": "Tile(rows=64, cols=64)"},
+        {"case": "tile project named, score", "rows": 64, "us": 17.0, "tile": tile},
+        {"case": "tile product table, score", "rows": 16, "us": 11.0, "tile": "Tile(rows=16, cols=128)"},
+        {"case": "tile product named, score", "rows": 16, "us": 1.0, "tile": tile, "err_v": 0.5},
+        {"case": "tile gram table, score", "rows": 1, "failed": "CUDA error"},
+    ]
+    rows = [good | case for case in cases]
+    told = [
+        "form tail B=16: last 25.0 µs, apart 30.0 µs",
+        "form pairs k=4: in the product 8.5 µs, by pairs 9.0 µs",
+        "tile project B=64: named 17.0 µs, table 18.3 µs"
+        f" -> (64, {tile}),  # measured: 17.0 µs, 18.3 µs with what was here",
+    ]
+    assert gpu_check.choices(rows) == told
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gpu_check.report(path, None) == 0
+    assert told[2] in capsys.readouterr().out
+
+
+def test_named_tiles_are_timed_beside_the_tables(tmp_path: Path, monkeypatch):
+    pytest.importorskip("triton")
+    from rmcore.bench import gpu_probe
+    from rmcore.kernels import heuristics
+
+    seen = []
+
+    def once(*_: object) -> dict[str, object]:
+        seen.append(
+            {name: getattr(heuristics, name)(heuristics.Device("sm90", 132), 2, 16) for name in ("project", "product")}
+        )
+        return {"us": 1.0}
+
+    monkeypatch.setattr(gpu_probe, "_score_once", once)
+    assert gpu_probe.main(["tiles", "--device", "cpu", "--size", "128", "--out", str(tmp_path / "rows")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert len(rows) == len(seen) == 2 * len(gpu_probe.TILES)
+    for k, (kernel, count, named) in enumerate(gpu_probe.TILES):
+        assert rows[2 * k + 1]["tile"] == str(heuristics.Tile(**named))
+        assert rows[2 * k]["rows"] == rows[2 * k + 1]["rows"] == count
+        assert seen[2 * k + 1][kernel] == heuristics.Tile(**named)
+    assert {row["step"] for row in rows} == {"tiles"}

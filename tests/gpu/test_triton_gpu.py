@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import triton_checks as checks
+from support.attribute_checks import ATTRIBUTE_HEADS, check_scores, make_heads
 
 from rmcore import ops
 from rmcore.kernels import heuristics
@@ -314,3 +315,17 @@ def test_ops_choose_it_for_large_batches():
     named = ops.score(hidden, weights, backend="triton")
     chosen = ops.score(hidden, weights)
     assert all(torch.equal(a, b) for a, b in zip(named, chosen, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attribute_heads_at_every_row_of_the_tables(dtype):
+    for kind, options in ATTRIBUTE_HEADS.items():
+        heads = make_heads(384, dtype, **options).to("cuda")
+        for rows in ROWS if kind == "selu" else ROWS[::4]:
+            hidden = rows_of(rows, 384, dtype)
+            first = check_scores(backend, hidden, heads)
+            for _ in range(5):
+                again = backend.score_attributes(hidden, heads, None)
+                assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, again, strict=True))
+    gated = make_heads(384, dtype, **ATTRIBUTE_HEADS["softmax"]).to("cuda")
+    check_scores(backend, rows_of(70, 384, dtype), gated, rows_of(70, 384, dtype))

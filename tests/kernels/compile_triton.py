@@ -155,6 +155,13 @@ def _other_forms(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
             for rows in (16, 64, 1024):
                 other = functools.partial(_score, _weights(4096, 4096, dtype), rows, dtype)
                 yield functools.partial(chosen, other, tail="last")
+    if arch == 90 and not quick:
+        from rmcore.bench import gpu_probe
+
+        for kernel, rows, named in gpu_probe.TILES:
+            tile = heuristics.Tile(**named)
+            with_tile = mock.patch.object(heuristics, kernel, lambda *_, tile=tile: tile)
+            yield with_tile(functools.partial(_score, weights, rows, half))
     if arch >= 90:
         for rows in (1, 64, 256, 1024):
             yield functools.partial(chosen, functools.partial(_score, weights, rows, half), launch="overlapped")
