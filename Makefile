@@ -29,7 +29,7 @@ help:
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
-	@echo "make test-distributed  heads fitted over several processes: torchrun, gloo"
+	@echo "make test-distributed  heads fitted and backbones trained over several processes: torchrun, gloo"
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
 	@echo "make test-postgres  the judge's store over PostgreSQL: processes killed, sessions cut, the server restarted and frozen"
 	@echo "make test-nemo-gym  the group server against NeMo-Gym's own client, in an environment of its own (Python 3.12)"

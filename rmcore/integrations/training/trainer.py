@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.head.config import HeadConfig
@@ -444,6 +445,14 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         elif self.is_distributed_loading_by_transformers:  # transformers gathers while it writes, with all ranks
             self.model.save_pretrained(folder, is_main_process=False)
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A checkpoint is no model that serves: it has no posterior. With "every_save", Trainer's default, its weights
+        # would lie beside the model that is pushed at the end.
+        if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            log.info("%s is not pushed: a model is, by save_model or push_to_hub", checkpoint_folder)
+            return
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(
         self,

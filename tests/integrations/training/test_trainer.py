@@ -371,12 +371,14 @@ def test_settings_that_do_not_fit_are_named(settings, name, config_of):
 
 def test_push_to_hub_pushes_what_from_pretrained_opens(backbone_of, config_of, preferences, fake_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    trainer = PairwiseRewardTrainer(
-        backbone_of(), config_of(hub_model_id="me/mine"), head=HEAD, train_dataset=preferences
-    )
+    args = config_of(hub_model_id="me/mine", push_to_hub=True, save_strategy="steps", save_steps=2)
+    trainer = PairwiseRewardTrainer(backbone_of(), args, head=HEAD, train_dataset=preferences)
     trainer.train()
-    assert "me/mine" in trainer.push_to_hub()
-    assert {"rmcore.json", "backbone/model.safetensors", "README.md"} <= set(fake_hub.repos["me/mine"].files())
+    assert not fake_hub.repos["me/mine"].refs or "model.safetensors" not in fake_hub.repos["me/mine"].files()
+    trainer.save_model()
+    files = set(fake_hub.repos["me/mine"].files())
+    assert {"rmcore.json", "backbone/model.safetensors", "README.md"} <= files
+    assert "model.safetensors" not in files
     with pytest.raises(InputError, match=r"^token"):
         trainer.push_to_hub(token="hf_secret")
 
