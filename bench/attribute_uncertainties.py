@@ -26,7 +26,7 @@ from rmcore.head.estimators import ESTIMATORS, URM, URME, AnyEstimator, Attribut
 from rmcore.model.backbone import Backbone
 from rmcore.model.data import AttributeRow, read_attributes
 
-__all__ = ["NAMES", "attribute_figures", "calculations", "read_data"]
+__all__ = ["NAMES", "attribute_figures", "attribute_lines", "calculations", "read_data"]
 
 NAMES = ("understandability", "naturalness", "coherence", "engagingness", "groundedness", "overall")
 MEASURES = ("gap", "covariance")
@@ -233,3 +233,45 @@ def _bounds(values: np.ndarray, cluster: np.ndarray, replicates: int, seed: int)
     chosen = draw.integers(len(count), size=(replicates, len(count)))
     means = total[chosen].sum(1) / count[chosen].sum(1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def attribute_lines(figures: dict[str, Any]) -> list[str]:
+    """The figures as lines of Markdown."""
+    about = (
+        f"{figures['responses']} responses to {figures['prompts']} prompts, {figures['pairs']} pairs, "
+        f"{figures['folds']} folds by prompt"
+    )
+    lines = [f"### Attributes (Topical-Chat, USR), {about}", ""]
+    lines += ["| | accuracy, % | log-loss | ECE | Brier | AUROC of errors by v / margin | AURC, % |", "|---" * 7 + "|"]
+    for name, own in figures["estimators"].items():
+        point, low, high = own["accuracy"]
+        lines.append(
+            f"| {name} | {point:.1f} [{low:.1f}, {high:.1f}] | {own['log_loss']:.3f} | {own['ece']:.3f} | "
+            f"{own['brier']:.3f} | {own['auroc_by_variance']:.3f} / {own['auroc_by_margin']:.3f} | {own['aurc']:.1f} |"
+        )
+    lines += ["", f"### URME of {figures['members']} heads", ""]
+    lines += [
+        "| filter: pairs kept, % | threshold of gap | accuracy, % | threshold of ‖Σ‖ | accuracy, % |",
+        "|---" * 5 + "|",
+    ]
+    for gap, norm in zip(*(figures["filter"][measure] for measure in MEASURES), strict=True):
+        cells = [f"{100 * gap['share']:.0f}"]
+        for one in (gap, norm):
+            cells += [f"{one['threshold']:.2f}", f"{one['accuracy']:.1f} [{one['low']:.1f}, {one['high']:.1f}]"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| best of 6, penalty λ | by mean − λ·gap: overall above the mean | by mean − λ·‖Σ‖ |",
+        "|---" * 3 + "|",
+    ]
+    for penalty in figures["best_of"]["gap"]:
+        cells = [penalty]
+        for measure in MEASURES:
+            own = figures["best_of"][measure][penalty]
+            cells.append(f"{own['gain']:+.2f} [{own['low']:+.2f}, {own['high']:+.2f}]")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| numeric calculations | held-out responses | calculations | AUROC |", "|---" * 4 + "|"]
+    for measure in MEASURES:
+        own = figures["numeric"][measure]
+        lines.append(f"| {measure} | {own['held_out']:.2f} | {own['numeric']:.2f} | {own['auroc']:.3f} |")
+    return lines

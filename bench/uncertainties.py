@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,24 @@ from torch import Tensor
 
 import rmcore
 from rmcore._base.files import write_atomic
+from rmcore.bench.attribute_uncertainties import attribute_figures, attribute_lines, calculations, read_data
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.confidence import BETAS, brier_score, confident_score
 from rmcore.evaluation.evaluate import PairStates, encode_pairs, evaluate_pairs
 from rmcore.evaluation.plots import COLOURS, new_figure, plot_style, save_figure
 from rmcore.evaluation.report import ScoredPairs
+from rmcore.evaluation.statistics import correctness, risk_coverage
 from rmcore.evaluation.streams import StreamPair, find_data, load_corpus
 from rmcore.head import HeadConfig
 from rmcore.head.estimators import ESTIMATORS, AnyEstimator, save_estimator
+from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import encode_preferences
 from rmcore.ops.reference import mean_field_amplitude, uncertainty
 
 __all__ = ["fit_estimator", "main", "measure", "run", "table"]
 
 FRACTIONS = (0.10, 0.25, 0.45)
+COVERAGES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 GROUPS, SIZE = 64, 8
 
 
@@ -70,6 +75,7 @@ def measure(
     )
     report = evaluate_pairs(scored, fractions=FRACTIONS, replicates=replicates, seed=seed)
     by_v, by_margin = report.score("u"), report.score("margin")
+    curve = risk_coverage(v, correctness(g, label))
     return {
         "accuracy": [100 * x for x in (report.accuracy.point, report.accuracy.low, report.accuracy.high)],
         "log_loss": float(np.logaddexp(0, np.where(label == 1, -p, p)).mean()),
@@ -80,6 +86,8 @@ def measure(
         "uplift": [[step.point, step.low, step.high] for step in by_v.uplift],
         "uplift_by_margin": [[step.point, step.low, step.high] for step in by_margin.uplift],
         "confident": [confident_score(g, v, label, beta) for beta in BETAS],
+        "risk": [100 * float(curve.risk[max(0, round(share * len(g)) - 1)]) for share in COVERAGES],
+        "aurc": 100 * curve.aurc,
     }
 
 
@@ -108,6 +116,7 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
                 figures = measure(fitted[name], rows, stream.pairs, replicates=replicates, seed=seed)
                 found[name][stream.name].append(figures)
         print(f"seed {seed} done", flush=True)
+    attributes = _attributes(data, backbone, replicates)
     score = _score_seconds(fitted, states.hidden.flatten(0, 1))
     return {
         "rmcore": rmcore.__version__,
@@ -121,6 +130,7 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
         "replicates": replicates,
         "fractions": list(FRACTIONS),
         "betas": list(BETAS),
+        "coverages": list(COVERAGES),
         "streams": {s.name: {"title": s.title, "pairs": len(s.pairs)} for s in streams},
         "estimators": {
             name: {
@@ -132,7 +142,16 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
             }
             for name in ESTIMATORS
         },
+        "attributes": attributes,
     }
+
+
+def _attributes(data: Path, backbone: Backbone, replicates: int) -> dict[str, Any]:
+    """The figures on responses with attributes, and their time."""
+    responses = read_data(data, backbone)
+    texts = [backbone.encoder.encode(prompt, answer) for prompt, answer in calculations(200)]
+    measured = partial(measure, replicates=replicates, seed=0)
+    return attribute_figures(responses, backbone.hidden(texts).cpu(), measured, replicates=replicates)
 
 
 def _over_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
@@ -171,7 +190,7 @@ def table(figures: dict[str, Any]) -> str:
         lines += [f"### {about['title']}, {about['pairs']} pairs", ""]
         heads = ["", "accuracy, %", "log-loss", "ECE", "Brier", "AUROC of errors by v / margin"]
         heads += [f"uplift at {100 * f:.0f}%" for f in figures["fractions"]]
-        heads += [f"confident, β = {beta:g}" for beta in figures["betas"]]
+        heads += [*(f"confident, β = {beta:g}" for beta in figures["betas"]), "AURC, %", "errors of the surest half, %"]
         lines += [_row(heads), _row(["---"] * len(heads))]
         for name, estimator in figures["estimators"].items():
             own = estimator["streams"][stream]
@@ -179,14 +198,15 @@ def table(figures: dict[str, Any]) -> str:
             cells = [name, f"{point:.1f} [{low:.1f}, {high:.1f}]", f"{own['log_loss']:.3f}", f"{own['ece']:.3f}"]
             cells += [f"{own['brier']:.3f}", f"{own['auroc_by_variance']:.3f} / {own['auroc_by_margin']:.3f}"]
             cells += [f"{p:+.1f} [{lo:+.1f}, {hi:+.1f}]" for p, lo, hi in own["uplift"]]
-            lines.append(_row([*cells, *(f"{value:+.3f}" for value in own["confident"])]))
+            cells += [f"{value:+.3f}" for value in own["confident"]]
+            lines.append(_row([*cells, f"{own['aurc']:.1f}", f"{own['risk'][4]:.1f}"]))
         lines.append("")
     cost = ["", "fit, s", f"score {GROUPS} groups of {SIZE}, ms", "on disk, KB"]
     lines += ["### Cost", "", _row(cost), _row(["---"] * len(cost))]
     for name, estimator in figures["estimators"].items():
         size = f"{estimator['bytes'] / 1024:.0f}"
         lines.append(_row([name, f"{estimator['fit_s']:.2f}", f"{estimator['score_us'] / 1e3:.2f}", size]))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *attribute_lines(figures["attributes"])]) + "\n"
 
 
 def _row(cells: list[str]) -> str:

@@ -7,11 +7,15 @@ import json
 import pytest
 import torch
 
+from rmcore.bench import attribute_uncertainties
+from rmcore.bench.attribute_uncertainties import NAMES, Responses, attribute_figures, calculations
 from rmcore.bench.uncertainties import fit_estimator, main, measure
 from rmcore.evaluation.evaluate import PairStates
 from rmcore.evaluation.statistics import accuracy, log_loss
 from rmcore.evaluation.streams import StreamPair
+from rmcore.head.attributes import FitOptions
 from rmcore.head.estimators import ESTIMATORS
+from rmcore.model.data import AttributeRow
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +35,69 @@ def test_figures_are_the_estimators(figures):
     found, said, labels = figures
     assert found["accuracy"][0] == pytest.approx(100 * accuracy(said.logit, labels))
     assert found["log_loss"] == pytest.approx(log_loss(said.preference, labels))
+    wrong = (said.logit > 0) != (labels > 0.5)
+    assert found["risk"][-1] == pytest.approx(100 * float(wrong.double().mean()))
+    assert found["risk"][4] == pytest.approx(100 * float(wrong[said.variance.argsort()[:15]].double().mean()))
     assert found["brier"] == pytest.approx(float((torch.sigmoid(said.preference) - labels).square().mean()))
     assert [low <= point <= high for point, low, high in found["uplift"]] == [True] * 3
 
 
-def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(figures, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def attributes():
+    """Twenty prompts of three responses whose first entries say how good they are; calculations lie elsewhere."""
+    generator, count = torch.Generator().manual_seed(1), 60
+    hidden = torch.randn(count, 8, generator=generator)
+    hidden[:, 6:] = 0
+    labels = (2 + hidden[:, :1] + 0.2 * torch.randn(count, len(NAMES), generator=generator)).clamp(0, 5)
+    rows = [AttributeRow("p", "r", tuple(map(float, label))) for label in labels]
+    responses = Responses(rows, hidden, labels, torch.arange(count) // 3)
+    numeric = torch.zeros(10, 8)
+    numeric[:, 6:] = 3.0
+
+    def measured(estimator, states, stream):
+        return measure(estimator, states, stream, replicates=5, seed=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attribute_uncertainties, "ESTIMATORS", {name: ESTIMATORS[name] for name in ("laplace", "urme")})
+        patch.setattr(attribute_uncertainties, "TRAINING", FitOptions(steps=20))
+        return attribute_figures(responses, numeric, measured, replicates=5)
+
+
+def test_figures_on_attributes_are_of_held_out_prompts(attributes):
+    assert (attributes["responses"], attributes["prompts"]) == (60, 20)
+    assert attributes["estimators"]["urme"]["accuracy"][0] > 70
+    assert attributes["numeric"]["gap"]["numeric"] > attributes["numeric"]["gap"]["held_out"]
+    kept = [row["share"] for row in attributes["filter"]["gap"]]
+    assert kept[0] == 1.0
+    assert kept == sorted(kept, reverse=True)
+    assert attributes["best_of"]["gap"]["0"] == attributes["best_of"]["covariance"]["0"]
+    right, wrong = calculations(2)
+    assert eval_sum(right[0]) == int(right[1].rpartition("= ")[2])
+    assert eval_sum(wrong[0]) != int(wrong[1].rpartition("= ")[2])
+
+
+def eval_sum(prompt):
+    a, b, c = (int(part) for part in prompt.removeprefix("Calculate ").rstrip(".").replace("*", "+").split("+"))
+    return a * b + c
+
+
+def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
+    figures, attributes, tmp_path, monkeypatch, capsys
+):
     own = {**figures[0], "uplift_sd_over_seeds": [0.0] * 3}
     document = {
         "streams": {"s": {"title": "a stream", "pairs": 30}},
         "fractions": [0.1, 0.25, 0.45],
         "betas": [0, 0.01, 0.2, 1],
+        "attributes": attributes,
         "estimators": {n: {"fit_s": 1, "score_us": 2, "bytes": 1024, "streams": {"s": own}} for n in ESTIMATORS},
     }
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(arguments, work=lambda data, seeds, replicates: document) == 0
     assert json.loads((tmp_path / "out/uncertainties.json").read_text()) == document
     text = (tmp_path / "out/uncertainties.md").read_text()
-    assert all(text.count(f"| {name} |") == 2 for name in ESTIMATORS)
+    assert all(text.count(f"| {name} |") == (3 if name in attributes["estimators"] else 2) for name in ESTIMATORS)
+    assert "| gap |" in text
     assert (tmp_path / "out/uncertainties.png").stat().st_size > 10_000
     monkeypatch.delenv("RMCORE_DATA", raising=False)
     assert main([]) == 2
