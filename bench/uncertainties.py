@@ -219,13 +219,13 @@ def _colour(number: int) -> str:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Uplift with intervals, and log-loss, by stream."""
+    """Uplift with intervals, errors by coverage, and log-loss, by stream."""
     names = list(figures["estimators"])
     with plot_style():
-        figure = new_figure((10.5, 6.2))
-        axes = figure.subplots(2, len(figures["streams"]), gridspec_kw={"height_ratios": [2, 1]}, squeeze=False)
+        figure = new_figure((10.5, 8.6))
+        axes = figure.subplots(3, len(figures["streams"]), gridspec_kw={"height_ratios": [2, 1.6, 1]}, squeeze=False)
         for column, (stream, about) in enumerate(figures["streams"].items()):
-            top, bottom = axes[0][column], axes[1][column]
+            top, middle, bottom = (row[column] for row in axes)
             top.set_title(about["title"])
             top.axhline(0, color="#767676", linewidth=1, linestyle=(0, (2, 2)))
             for k, name in enumerate(names):
@@ -235,14 +235,17 @@ def draw(figures: dict[str, Any], path: Path) -> None:
                 error = np.abs(points[:, 1:].T - points[:, 0])
                 style = {"color": _colour(k), "markersize": 4, "elinewidth": 1}
                 top.errorbar(x, points[:, 0], yerr=error, fmt="o", label=name, **style)
+                middle.plot(100 * np.array(figures["coverages"]), own["risk"], color=_colour(k), linewidth=1.3)
                 bottom.plot([own["log_loss"]], [k], "o", color=_colour(k), markersize=5)
             top.set_xticks(range(len(figures["fractions"])), [f"{100 * f:.0f}%" for f in figures["fractions"]])
             top.set_xlabel("pairs judged, by variance")
+            middle.set_xlabel("pairs kept, the surest by variance, %")
             bottom.axvline(math.log(2), color="#767676", linewidth=1, linestyle=(0, (2, 2)))
             bottom.set_yticks(range(len(names)), names if column == 0 else [])
             bottom.invert_yaxis()
             bottom.set_xlabel("log-loss (dashed: a coin)")
         axes[0][0].set_ylabel("points over random routing")
+        axes[1][0].set_ylabel("errors among them, %")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(names))
         save_figure(figure, path)

@@ -9,7 +9,7 @@ import torch
 
 from rmcore.bench import attribute_uncertainties
 from rmcore.bench.attribute_uncertainties import NAMES, Responses, attribute_figures, calculations
-from rmcore.bench.uncertainties import fit_estimator, main, measure
+from rmcore.bench.uncertainties import COVERAGES, fit_estimator, main, measure
 from rmcore.evaluation.evaluate import PairStates
 from rmcore.evaluation.statistics import accuracy, log_loss
 from rmcore.evaluation.streams import StreamPair
@@ -90,6 +90,7 @@ def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
         "fractions": [0.1, 0.25, 0.45],
         "betas": [0, 0.01, 0.2, 1],
         "attributes": attributes,
+        "coverages": COVERAGES,
         "estimators": {n: {"fit_s": 1, "score_us": 2, "bytes": 1024, "streams": {"s": own}} for n in ESTIMATORS},
     }
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
