@@ -153,9 +153,15 @@ def _ray_errors() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("ray"):
             raise
-        cause = error.__cause__ or error
-        said = [text for text in str(cause).splitlines() if text.strip()] or [""]
-        raise RmcoreError(f"on the cluster: {type(cause).__name__}: {said[-1].strip()}") from error
+        raise RmcoreError(f"on the cluster: {_last_words(error)}") from error
+
+
+def _last_words(error: BaseException) -> str:
+    """The end of what Ray says, which is the line of the actor's own error; an empty error speaks by its cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines:
+        return lines[-1]
+    return type(error).__name__ if error.__cause__ is None else _last_words(error.__cause__)
 
 
 def _said(stream: Iterator[Chunk]) -> Iterator[Chunk]:
