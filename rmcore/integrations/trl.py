@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from rmcore._base import lazy
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.engine.engine import RewardEngine
@@ -50,13 +51,10 @@ __all__ = ["ConfigIssue", "PairwiseReward", "PairwiseRewardConfig", "PairwiseRew
 log = logging.getLogger(__name__)
 
 
-def __getattr__(name: str) -> Any:
-    # transformers' Trainer takes seconds to import, which a reward need not pay.
-    if name in ("PairwiseRewardConfig", "PairwiseRewardTrainer"):
-        from rmcore.integrations import training
-
-        return getattr(training, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# transformers' Trainer takes seconds to import, which a reward need not pay.
+__getattr__, __dir__, _ = lazy.attach(
+    __name__, {"rmcore.integrations.training": ("PairwiseRewardConfig", "PairwiseRewardTrainer")}
+)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmcore._base import lazy
 from rmcore._base.errors import InputError, NonFiniteError, reject
 from rmcore.head.fit import check_data
 from rmcore.head.ranks import Ranks, working
@@ -314,8 +315,6 @@ def _check_not_negative(**values: float) -> None:
             reject(name, value, "a non-negative number")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "finetune":
-        where = "rmcore.integrations.training.finetune, on transformers' Trainer"
-        raise ImportError(f"{__name__}.finetune has moved: {where}", name=f"{__name__}.finetune")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, _ = lazy.attach(
+    __name__, {}, {"finetune": "rmcore.integrations.training.finetune, on transformers' Trainer"}
+)

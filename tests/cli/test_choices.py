@@ -27,6 +27,7 @@ from rmcore.judge.question.contract import Output
 from rmcore.judge.store.database import Reuse
 from rmcore.model.backbone import Deterministic
 from rmcore.model.backbone_config import BackboneConfig, Pooling
+from rmcore.model.plan import PlanConfig, Strategy
 from rmcore.model.remote import ServerKind
 from rmcore.model.text import OverlongPolicy
 from rmcore.model.uncertainties import UNCERTAINTIES
@@ -78,6 +79,9 @@ CHOICES = {
         (name, "variance"): typing.get_args(VarianceKind)
         for name in ("score", "serve", "best-of", "filter", "evaluate", "benchmark")
     },
+    ("plan", "mode"): typing.get_args(typing.get_type_hints(PlanConfig)["mode"]),
+    ("plan", "precision"): ("bf16", "fp32"),
+    ("plan", "strategy"): typing.get_args(Strategy),
     ("train", "objective"): tuple(word for word in typing.get_args(Objective) if word != "pinball"),  # of quantiles
     ("train", "gate"): (*typing.get_args(typing.get_type_hints(GateConfig)["kind"]), "none"),
     ("evaluate", "risk_method"): typing.get_args(RiskMethod),
