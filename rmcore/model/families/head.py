@@ -253,17 +253,22 @@ class RewardHead:
 
     def rows(self, states: Tensor) -> Tensor:
         """Rows (n, width) float32 of pooled states (n, S, h), with their graph."""
+        return self._rows(states)[0]
+
+    def full_rows(self, states: Tensor) -> Tensor:
+        """Rows (n, full_width) float32: :meth:`rows`, and behind them the gate's weights, where there is a gate."""
+        rows, weights = self._rows(states)
+        return rows if weights is None else torch.cat([rows, weights.float()], dim=1)
+
+    def _rows(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`rows`, and the gate's weights (n, A): nearly all of a gated head's work, so they are computed once."""
         states = states.to(self.dtype)
         entered = [sign * _run(self._layers, states[:, list(places)].flatten(1)) for sign, places in self.spec.terms]
         features = torch.stack(entered).sum(0)
         if self.spec.linear:
-            return features.float()
-        return torch.cat([features.float(), self._scores(features, states)[:, None]], dim=1)
-
-    def full_rows(self, states: Tensor) -> Tensor:
-        """Rows (n, full_width) float32: :meth:`rows`, and behind them the gate's weights, where there is a gate."""
-        rows = self.rows(states)
-        return torch.cat([rows, self._weights(states.to(self.dtype)).float()], dim=1) if self._gate else rows
+            return features.float(), None
+        weights = self._weights(states)
+        return torch.cat([features.float(), self._scores(features, weights)[:, None]], dim=1), weights
 
     def attributes(self, rows: Tensor) -> AttributeScores | None:
         """What the attributes are, from :meth:`full_rows`; None for a head that has one output and no spread."""
@@ -310,11 +315,11 @@ class RewardHead:
             weights = (weights / self._temperature).softmax(-1)
         return weights if self._gate_scale is None else weights * self._gate_scale
 
-    def _scores(self, features: Tensor, states: Tensor) -> Tensor:
+    def _scores(self, features: Tensor, weights: Tensor) -> Tensor:
         attributes = self._means(self._outputs(features))
         if self._transform is not None:
             attributes = attributes @ self._transform
-        score = (self._weights(states) * attributes).sum(-1).float()
+        score = (weights * attributes).sum(-1).float()
         return self.spec.sign * (score - self._shift) / self._scale
 
     def tensors(self, files: TensorFiles) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from rmcore import Preference, RewardModel
 from rmcore.head.attributes.scores import AttributeScores
+from rmcore.model.families.head import RewardHead
 
 ASKED = "what is the capital of France?"
 CHAT = [{"role": "user", "content": ASKED}]
@@ -131,3 +132,18 @@ def test_a_cache_of_states_keeps_the_gates_weights(folders, tmp_path, monkeypatc
     assert first.attributes is not None
     assert second.attributes is not None
     assert torch.equal(first.attributes.attribute_weights, second.attributes.attribute_weights)
+
+
+@pytest.mark.parametrize("name", ["urm-gated", "armorm"])
+def test_a_gate_is_computed_once_for_scores_and_attributes(folders, name, monkeypatch):
+    """It is nearly all of such a head's work: two products as wide as the states, against ten outputs."""
+    calls, compute = [], RewardHead._weights
+
+    def counted(self: RewardHead, states: Tensor) -> Tensor:
+        calls.append(len(states))
+        return compute(self, states)
+
+    model = RewardModel.from_pretrained(folders[name][1], device="cpu")
+    monkeypatch.setattr(RewardHead, "_weights", counted)
+    assert model.score([CHAT], [RESPONSES])[0].attributes is not None
+    assert sum(calls) == len(RESPONSES)
