@@ -134,6 +134,7 @@ def test_another_word_exits_2_with_the_choices_before_anything_is_loaded(name: s
         "check": [missing],
         "select": [missing, missing, "1"],
         "label": [missing],
+        "plan": ["--backbone", missing],
         "critique": [missing],
         "benchmark": [missing, "rmb"],
     }
