@@ -240,13 +240,15 @@ asyncio.run(main())
 @pytest.mark.skipif(
     "RMCORE_NEMO_GYM_PYTHON" not in os.environ, reason="no RMCORE_NEMO_GYM_PYTHON: make test-nemo-gym installs nemo-gym"
 )
-def test_nemo_gyms_own_client_and_models_take_it(judged_engine, make_app, serve_app):
+def test_nemo_gyms_own_client_and_models_take_it(judged_engine, make_app, serve_app, tmp_path):
     """Its ServerClient, GenRMStrategy and reply models, in an environment of their own."""
     members = [member(k, text, _ng_group_id="own") for k, text in enumerate(ANSWERS)]
     python = os.environ["RMCORE_NEMO_GYM_PYTHON"]
     with serve_app(make_app(judged_engine, nemo_gym=True, group_size=4)) as url:
         given = json.dumps([int(url.rpartition(":")[2]), compare(), members])
-        done = subprocess.run([python, "-c", CLIENT], input=given, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [python, "-c", CLIENT], input=given, capture_output=True, text=True, timeout=240, cwd=tmp_path
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["rewards"] == pytest.approx(told["verified"])
