@@ -144,6 +144,7 @@ def test_a_gate_is_computed_once_for_scores_and_attributes(folders, name, monkey
         return compute(self, states)
 
     model = RewardModel.from_pretrained(folders[name][1], device="cpu")
+    model.score([CHAT], [RESPONSES])  # the first call checks the encoding against rows one by one
     monkeypatch.setattr(RewardHead, "_weights", counted)
     assert model.score([CHAT], [RESPONSES])[0].attributes is not None
     assert sum(calls) == len(RESPONSES)
