@@ -88,7 +88,7 @@ class Constitution:
         pair = min(pair_key(prompt, first, second), pair_key(prompt, second, first))
 
         def rank(text: str) -> bytes:
-            content = "\0".join(["rmcore.constitution", str(self.seed), pair, text])
+            content = "\0".join(["constitution", str(self.seed), pair, text])
             return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
         chosen = set(sorted(self.principles, key=rank)[: self.per_question])
