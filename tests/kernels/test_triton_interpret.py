@@ -636,7 +636,7 @@ def test_the_self_check_passes(op, monkeypatch):
 
 @pytest.mark.parametrize("kind", ATTRIBUTE_HEADS)
 def test_attribute_heads_of_every_kind(kind):
-    for dtype, h, rows in ((torch.float16, 64, 70), (torch.float32, 67, 3)):
+    for dtype, h, rows in ((torch.float16, 64, 20), (torch.float32, 67, 3)):
         heads = make_heads(h, dtype, **ATTRIBUTE_HEADS[kind])
         check_scores(backend, torch.randn(rows, h), heads)
         assert backend.score_attributes(torch.randn(0, h), heads, None)[0].shape == (5, 0)
@@ -645,10 +645,10 @@ def test_attribute_heads_of_every_kind(kind):
 def test_attribute_heads_at_the_edges(monkeypatch):
     heads = make_heads(64, torch.float16, members=2, widths=(300, 130))
     check_scores(backend, torch.randn(5, 64), heads, torch.randn(5, 64))  # gates that read rows of their own
-    check_scores(backend, torch.randn(130, 128, dtype=torch.float16)[::2, ::2], heads)
+    check_scores(backend, torch.randn(20, 128, dtype=torch.float16)[::2, ::2], heads)
     scaled = make_heads(64, torch.float16, widths=(64,), input_scale=2.0**-10)
     check_scores(backend, torch.randn(3, 64) * 1024, scaled)
-    hidden = torch.randn(300, 64)
+    heads, hidden = make_heads(64, torch.float16, widths=(70,)), torch.randn(260, 64)
     whole = backend.score_attributes(hidden, heads, None)
     monkeypatch.setattr(backend, "WORKSPACE", 1)  # chunks of 256 rows
     for a, b in zip(backend.score_attributes(hidden, heads, None), whole, strict=True):
@@ -662,8 +662,8 @@ def test_attribute_heads_at_the_edges(monkeypatch):
         assert bool((others[0] - others[1]).abs().amax() < 1e-5)  # other tiles for other numbers of rows
 
 
-@pytest.mark.parametrize("cols", [64, 128, 256])
+@pytest.mark.parametrize("cols", [64, 256])
 def test_a_wide_tile_of_attribute_heads_is_finished_in_quarters(monkeypatch, cols):
     narrow = min(cols, 128)
     monkeypatch.setattr(score_attributes, "_tile", lambda *key: Tile(64, narrow if key[-1] else cols, 64, 4, 1))
-    check_scores(backend, torch.randn(65, 64), make_heads(64, torch.float16, members=2, widths=(256, 260)))
+    check_scores(backend, torch.randn(65, 64), make_heads(64, torch.float16, widths=(256, 260)))
