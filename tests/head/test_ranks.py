@@ -29,7 +29,7 @@ def start(warm_python: WarmPython, tmp_path_factory) -> Job:
 
     def started(scenario: str, size: int, *arguments: object) -> tuple[Path, list[WarmProcess]]:
         folder = tmp_path_factory.mktemp(f"{scenario}-{size}")
-        modules = ["torch", "torch.distributed", "rmcore.head.fit", "safetensors.torch"]
+        modules = ["torch", "torch.distributed", "rmcore.model.training", "safetensors.torch"]
         return folder, [
             warm_python.start(code, rank, size, folder, scenario, *arguments, modules=modules) for rank in range(size)
         ]
