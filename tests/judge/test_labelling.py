@@ -157,7 +157,9 @@ def test_the_judge_is_shown_the_pairs_principles_and_each_draw_is_a_question_of_
 
     store = VerdictStore(tmp_path / "v.db")
     options = ClientOptions(transport=httpx.MockTransport(answer))
-    for seed in (0, 0, 5):
+    draws = {seed: Constitution(PRINCIPLES, seed=seed).drawn(PAIR.prompt, PAIR.first, PAIR.second) for seed in range(9)}
+    other = next(seed for seed, drawn in draws.items() if drawn != draws[0])
+    for seed in (0, 0, other):
         constitution = Constitution(PRINCIPLES, per_question=1, seed=seed)
         judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, client=options, constitution=constitution, store=store)
         labelled(judge, policy=LabelPolicy(hard="keep"))
