@@ -90,7 +90,7 @@ def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
         "fractions": [0.1, 0.25, 0.45],
         "betas": [0, 0.01, 0.2, 1],
         "attributes": attributes,
-        "coverages": COVERAGES,
+        "coverages": list(COVERAGES),
         "estimators": {n: {"fit_s": 1, "score_us": 2, "bytes": 1024, "streams": {"s": own}} for n in ESTIMATORS},
     }
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
