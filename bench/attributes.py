@@ -27,6 +27,7 @@ __all__ = ["attribute_heads", "attributes"]
 
 ATTRIBUTES = 5
 MEMBERS = (1, 3)
+COMPILED_BATCHES = (1, 16, 64, 256, 1024, 4096)
 _BACKENDS: tuple[Backend, ...] = ("triton", "cpu")
 _Run = Callable[[AttributeWeights, Tensor], tuple[Tensor, Tensor]]
 
@@ -88,6 +89,7 @@ def _variants(setup: Setup, dtype: torch.dtype) -> Iterator[tuple[str, torch.dty
             yield f"rmcore {name}", dtype, ours
     yield "torch eager", dtype, _peer
     if setup.compiled:
+        torch.compiler.reset()  # past eight recompilations of a function torch would run it eagerly
         yield "torch.compile", dtype, torch.compile(_peer, dynamic=False)
     if dtype == setup.dtypes[0]:
         yield "torch eager", torch.float32, _peer
@@ -100,6 +102,8 @@ def _measured(setup: Setup, heads: AttributeWeights, dtype: torch.dtype) -> Iter
         copies = [weights, *(weights.clone() for _ in range(rotations(weights.nbytes(), setup.device) - 1))]
         why = ""
         for rows in setup.batches:
+            if variant == "torch.compile" and rows not in COMPILED_BATCHES:
+                continue
             common: Row = {
                 "suite": f"attributes, {members} head{'s' if members > 1 else ''}", "variant": variant,
                 "dtype": str(kind).removeprefix("torch."), "h": h, "d": h, "rows": rows,
