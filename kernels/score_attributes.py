@@ -286,6 +286,8 @@ def _tile(device: Device, element: int, rows: int, last: bool) -> Tile:
     tile = heuristics.project(device, element, rows)
     if element == 4:
         return tile._replace(warps=8) if tile.rows < 64 else heuristics.product(device, element, rows)
+    if last and tile.rows > 64 and device.kind not in ("sm90", "sm100", "interpreter"):
+        return heuristics.product(device, element, 64)
     narrow = tile.cols > 128 and (last or device.kind not in _WIDE)
     return heuristics.product(device, element, 512) if narrow else tile
 
