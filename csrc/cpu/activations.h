@@ -123,33 +123,44 @@ bool two_terms(const Map& map, const Rows& rows) {
   return rounds<W>(rows) && 2 * map.hidden <= map.features;
 }
 
-// Row `row` of the map's input, shifted and scaled by column: kWidth columns at a time, zeros behind the last.
+// Row `row` of a map's input, shifted and scaled by column: kWidth columns at a time, zeros behind the last.
 struct RowValues {
-  const Map& map;
   const Rows& rows;
-  int64_t start;
+  int64_t start, columns;
+  float factor;
+  const float *shifts, *scales;  // by column, or null
 
-  RowValues(const Map& map, const Rows& rows, int64_t row) : map(map), rows(rows), start(row * rows.row_stride) {}
+  RowValues(const Map& map, const Rows& rows, int64_t row)
+      : rows(rows),
+        start(row * rows.row_stride),
+        columns(map.hidden),
+        factor(map.input_scale),
+        shifts(map.hidden_shift),
+        scales(map.hidden_scale) {}
+
+  // Of a head without a map: times one factor.
+  RowValues(const Rows& rows, int64_t row, int64_t columns, float factor)
+      : rows(rows), start(row * rows.row_stride), columns(columns), factor(factor), shifts(nullptr), scales(nullptr) {}
 
   Vec operator()(int64_t i) const {
-    const bool centred = map.hidden_shift != nullptr;
-    Vec x, shift = zero(), scale = splat(map.input_scale);
-    if (rows.col_stride == 1 && i + kWidth <= map.hidden) {
+    const bool centred = shifts != nullptr;
+    Vec x, shift = zero(), scale = splat(factor);
+    if (rows.col_stride == 1 && i + kWidth <= columns) {
       x = load_elements(rows, start + i);
       if (centred) {
-        shift = load(map.hidden_shift + i);
-        scale = mul(scale, load(map.hidden_scale + i));
+        shift = load(shifts + i);
+        scale = mul(scale, load(scales + i));
       }
     } else {
-      float values[kWidth] = {}, shifts[kWidth] = {}, scales[kWidth] = {};
-      for (int j = 0; j < kWidth && i + j < map.hidden; ++j) {
+      float values[kWidth] = {}, less[kWidth] = {}, times[kWidth] = {};
+      for (int j = 0; j < kWidth && i + j < columns; ++j) {
         values[j] = element(rows, start + (i + j) * rows.col_stride);
-        shifts[j] = centred ? map.hidden_shift[i + j] : 0.0f;
-        scales[j] = (centred ? map.hidden_scale[i + j] : 1.0f) * map.input_scale;
+        less[j] = centred ? shifts[i + j] : 0.0f;
+        times[j] = (centred ? scales[i + j] : 1.0f) * factor;
       }
       x = load(values);
-      shift = load(shifts);
-      scale = load(scales);
+      shift = load(less);
+      scale = load(times);
     }
     return mul(sub(x, shift), scale);
   }

@@ -77,9 +77,9 @@ class Attributes {
     for (int64_t start = 0; start < rows_.count; start += chunk_) {
       const int64_t count = minimum(chunk_, rows_.count - start);
       team.each(count, [&](int64_t r) {
-        load_row(rows_, start + r, head_.hidden, head_.input_scale, hidden_ + r * stride_, low_);
+        load_row(values_of(rows_, start + r), head_.hidden, hidden_ + r * stride_, low_, nullptr);
         if (gate_hidden_ != hidden_) {
-          load_row(gate_rows_, start + r, head_.hidden, head_.input_scale, gate_hidden_ + r * stride_, 0);
+          load_row(values_of(gate_rows_, start + r), head_.hidden, gate_hidden_ + r * stride_, 0, nullptr);
         }
       });
       first_stage(team, start, count);
@@ -89,6 +89,8 @@ class Attributes {
   }
 
  private:
+  RowValues values_of(const Rows& rows, int64_t row) const { return {rows, row, head_.hidden, head_.input_scale}; }
+
   // Panels of a layer of all gates, each gate's own.
   int64_t gate_panels(int64_t l) const { return head_.members * panels_of(head_.widths[l]); }
   int depth_of(int64_t columns) const { return static_cast<int>(round_up(columns, W::kStep)); }
