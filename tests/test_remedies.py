@@ -24,9 +24,12 @@ OTHERS = {
     *("--algo", "--reward", "--group-rm", "--custom-rm-path", "--rm-url", "--n-samples-per-prompt"),
     *("--apply-chat-template", "--custom-config-path", "--disable-rewards-normalization"),
     *("--pooler-config", "--enable-return-hidden-states", "--disable-radix-cache", "--embeddings", "--ubatch-size"),
+    *("--repo-type", "--local-dir"),  # hf download
 }
-# Keys of the judge's store and names of what one process keeps.
-NO_IMPORTS = {"rmcore.pair", "rmcore.call", "rmcore.lost", "rmcore.commands"}
+# Keys of the judge's store, names of what one process keeps, of spans.
+NO_IMPORTS = {"rmcore.pair", "rmcore.call", "rmcore.lost", "rmcore.commands", "rmcore.score", "rmcore.train"}
+# Tables of the judge's store in PostgreSQL, whose schema has this name too.
+TABLES = set(re.findall(r"CREATE TABLE (rmcore\.\w+)", (ROOT / "judge/store/postgres_schema.py").read_text()))
 # Arguments of trl, verl, transformers, torch and pandas that messages advise.
 ARGUMENTS = {
     *("beta", "reward_clip_range", "normalize_advantages", "scale_rewards", "reward_weights"),
@@ -117,7 +120,7 @@ def test_names_that_messages_give_can_be_imported() -> None:
             continue
         for name in re.findall(r"(?<![\w./-])rmcore(?:\.[A-Za-z_]\w*)+", text):
             checked += 1
-            if name.endswith(".json") or name == "rmcore._cuda" or resolves(name):
+            if name.endswith(".json") or name == "rmcore._cuda" or name in TABLES or resolves(name):
                 continue
             wrong.append(f"{file.relative_to(ROOT)}:{line}: {name}")
     assert not wrong

@@ -55,7 +55,7 @@ def test_a_question_is_asked_once_whoever_asks():
     assert [verdict.preference for verdict in two] == [1.0] * 4
     assert [verdict.usage.calls for verdict in two] == [0, 1, 1, 0]
     assert [verdict.preference for verdict in again] == [1.0] * 3
-    assert sorted(pair.first for pair in judge.asked) == sorted(["first 1", *(f"first {k}" for k in range(5))])
+    assert sorted(str(pair.first) for pair in judge.asked) == sorted(["first 1", *(f"first {k}" for k in range(5))])
     assert shared.stats()["usage"]["calls"] == shared.stats()["asked"] == 6
 
 
