@@ -154,7 +154,12 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
             reject("--out", f"{out!r}, which another process is writing", "a file of its own")
         raw.seek(0)
         fresh = not (resume and raw.read(1))
-        last, count = _begin(path, raw, resume)
+        try:
+            last, count = _begin(path, raw, resume)
+        except DataError:
+            if not os.fstat(raw.fileno()).st_size:  # it was made here, and would stand beside the file
+                partial.unlink()
+            raise
         stream = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
         output = Output(stream, last, count)
         try:
@@ -221,19 +226,36 @@ def _begin(path: Path, partial: BinaryIO, resume: bool) -> tuple[dict[str, Any] 
         return None, 0
     partial.seek(0)
     data = partial.read()
-    if not data and path.exists():
-        data = path.read_bytes()
-        partial.write(data)
+    file, copied = _partial(path), not data and path.exists()
+    if copied:
+        file, data = path, path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.splitlines()
+    last, count = None, 0
+    for count, line in enumerate(whole.splitlines(), 1):
+        last = _result(line, last, f"{file}: line {count}")
+    if copied:
+        partial.write(whole)
+    partial.truncate(len(whole))  # half a line, where the run was killed
+    return last, count
+
+
+def _result(line: bytes, before: dict[str, Any] | None, where: str) -> dict[str, Any]:
+    """One result of a run that is gone on with. A damaged one would be missing for good: what is behind it counts."""
     try:
-        last = json.loads(lines[-1]) if lines else None
-        if last is not None and not isinstance(last, dict):
+        result = json.loads(line.decode())
+        if not isinstance(result, dict):
             raise ValueError("no object")
     except ValueError as error:
-        raise DataError(f"{path}: not results that --resume can go on from ({error})") from error
-    partial.truncate(len(whole))  # half a line, where the run was killed
-    return last, len(lines)
+        raise DataError(
+            f"{where}: not a result that --resume can go on from ({error}). Cut the file off before that line and "
+            "--resume again, or begin anew with --overwrite"
+        ) from error
+    at, last = result.get("line"), before.get("line") if before else None
+    if isinstance(at, int) and isinstance(last, int) and at <= last:
+        raise DataError(
+            f"{where}: the result of the input's line {at} behind that of line {last}: not one run's results"
+        )
+    return result
 
 
 def _keep(output: Output, path: Path, partial: Path, *, nothing: bool) -> None:

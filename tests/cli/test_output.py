@@ -322,6 +322,27 @@ def test_resume_does_not_mix_results_of_different_inputs(model: Path, tmp_path: 
         assert said in result.stderr
         assert out.read_text() == content
         (tmp_path / "out.jsonl.partial").unlink(missing_ok=True)
+    first, *others = before.splitlines(keepends=True)
+    for place in (out, tmp_path / "out.jsonl.partial"):
+        out.unlink(missing_ok=True)
+        for damaged, said in (
+            ("no json\n", "line 1: not a result"),
+            (first[:40] + "\n", "line 1: not a result"),
+            ("\udcff\udcfe\n", "line 1: not a result"),
+            (others[-1], "line 2: the result of the input's line 2 behind that of line 3"),
+        ):
+            content = (damaged + "".join(others)).encode(errors="surrogateescape")
+            place.write_bytes(content)
+            result = call("score", model, source, "-o", out, "--resume")
+            assert result.exit_code == 2
+            assert f"{place}: {said}" in result.stderr
+            assert place.read_bytes() == content
+            assert [file.name for file in tmp_path.glob("out.jsonl*")] == [place.name], "nothing else is left"
+        # As the message says: cut off before that line, it goes on.
+        place.write_text(first)
+        assert call("score", model, source, "-o", out, "--resume").exit_code == 0
+        assert out.read_text() == before
+        out.write_text(before)
     out.write_text(before)
     (tmp_path / "out.jsonl.partial").write_text("something else\n")
     result = call("score", model, source, "-o", out, "--resume")
