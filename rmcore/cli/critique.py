@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,8 @@ from rmcore._base.errors import DataError, InputError, JudgeError, reject
 from rmcore.cli import options
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
-from rmcore.cli.output import check_apart, check_file, opened_output
+from rmcore.cli.output import check_apart, check_file, json_line, opened_output
+from rmcore.cli.resumed import behind
 
 if TYPE_CHECKING:
     from rmcore._base.prompt import Canonical
@@ -98,9 +100,8 @@ def critique(
         try:
             with opened_output(out, resume=resume) as output, progress_bar() as bar, judge_progress(bar, critic):
                 task = bar.add_task("rows", total=None)
-                for row, parts in _criticised(
-                    _not_done(read_rows(rows), output.last, out), names, critic, budgets, told
-                ):
+                todo = behind(read_rows(rows), output.last, out, lambda row: row.number, _other_row)
+                for row, parts in _criticised(todo, names, critic, budgets, told):
                     output.write(_written(row, parts, told, critics.drop_junk))
                     output.flush()
                     bar.update(task, completed=output.count)
@@ -306,9 +307,9 @@ def _written(
     return {**row.value, "critiques": critiques, "line": row.number}
 
 
-def _not_done(rows: Iterator[Row], last: dict[str, Any] | None, out: str) -> Iterator[Row]:
-    """The rows behind that of the ``last`` result."""
-    line = 0 if last is None else last.get("line")
-    if isinstance(line, bool) or not isinstance(line, int):
-        raise DataError(f"{out}: got rows that do not say of which line they are, which --resume cannot go on from")
-    return (row for row in rows if row.number > line)
+def _other_row(row: Row, last: dict[str, Any]) -> str | None:
+    """How a written row is not this one with critiques, if it is not."""
+    own = {"critiques": last.get("critiques"), "line": last.get("line")}
+    if json.loads(json_line({**row.value, **own})) == last:
+        return None
+    return f"another row for line {row.number}"

@@ -19,6 +19,7 @@ from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_parent
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
+from rmcore.cli.resumed import groups_behind
 from rmcore.cli.score_ray import score_on_ray
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _scoring(
     def run(line: Line) -> None:
         try:
             with opened_output(out, resume=resume) as output:
-                todo = _not_done(read_groups(groups, names, critiques=critiques), output.last, out)
+                todo = groups_behind(read_groups(groups, names, critiques=critiques), output.last, out)
                 stream = (engine, _chunks(todo, batch), output, booked, line, save, judged)
                 done, failed = _score_stream(*stream, lines=count_lines(groups), critiques=critiques)
         finally:
@@ -193,27 +194,6 @@ def _score_stream(
             if error is not None:
                 raise error
     return done, failed
-
-
-def _not_done(groups: Iterator[Group], last: dict[str, Any] | None, out: str) -> Iterator[Group]:
-    """The groups behind that of the ``last`` result. Raises DataError where the results cannot be of these groups."""
-    if last is None:
-        yield from groups
-        return
-    line, seen = last.get("line"), 0
-    if isinstance(line, bool) or not isinstance(line, int):
-        raise DataError(f"{out}: got results that do not say of which line they are, which --resume cannot go on from")
-    for group in groups:
-        seen = group.line
-        if group.line > line:
-            yield group
-        elif group.line == line and group.id != last.get("id"):
-            raise DataError(
-                f"{out}: got the id {last.get('id')!r} for line {line}, which has {group.id!r}: the results "
-                "there are of another input"
-            )
-    if seen < line:
-        raise DataError(f"{out}: got results up to line {line} of an input that ends with line {seen}")
 
 
 def _score_chunk(

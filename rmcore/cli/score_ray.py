@@ -17,6 +17,7 @@ from rmcore.cli.build_engine import check_key, check_routing, make_budgets, make
 from rmcore.cli.console import count_lines, notes, print_error, progress_bar
 from rmcore.cli.options import Judging
 from rmcore.cli.output import opened_output
+from rmcore.cli.resumed import groups_behind, last_line
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
@@ -50,13 +51,16 @@ def score_on_ray(
         from rmcore.engine.accounts import Accounts
         from rmcore.integrations.ray.bulk import Pool, score_in_order
         from rmcore.integrations.ray.cluster import connect
+        from rmcore.model.data import read_groups
 
         booked, judged, done, failed = Accounts(accounts), Counter[str](), 0, 0
         with connect(address), opened_output(out, resume=resume) as output:
+            after = last_line(output.last, out)
+            if after:  # here, since no actor sees the whole input
+                next(groups_behind(read_groups(source, columns), output.last, out), None)
             judge = _start_judge(judging, out) if asks else None
             try:
                 make = functools.partial(_engine, model, own, dict(settings), judge)
-                after = 0 if output.last is None else _last_line(output.last, out)
                 stream = score_in_order(source, make, line, columns=columns, size=batch, pool=Pool(**pool), after=after)
                 lines = count_lines(groups)
                 with progress_bar() as bar:
@@ -136,13 +140,6 @@ def _tell(judge: ActorJudge) -> None:
         f"{stats['refused']} over the budget; {stats['usage']['calls']} calls"
     )
     judge.close()
-
-
-def _last_line(last: dict[str, Any], out: str) -> int:
-    line = last.get("line")
-    if isinstance(line, bool) or not isinstance(line, int):
-        raise DataError(f"{out}: got results that do not say of which line they are, which --resume cannot go on from")
-    return line
 
 
 @contextmanager

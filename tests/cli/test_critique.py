@@ -73,6 +73,21 @@ def test_rows_come_back_with_critiques_and_a_run_goes_on_where_it_was(endpoint, 
     assert [row["line"] for row in found] == list(range(1, 22))
     assert all(row["more"] == "kept" and [len(own) for own in row["critiques"]] == [1, 1] for row in found[:20])
     assert found[20]["critiques"]["chosen"][0].startswith(GOOD)
+    # What is there is of this input, or it is not gone on with.
+    whole = out.read_text()
+    other = [*rows[:20], {**rows[20], "chosen": "of another input"}]
+    for read, said in (
+        (other, "another row for line 21"),
+        (rows[:5], "up to line 21 of an input that ends with line 5"),
+    ):
+        refused = call("critique", write(tmp_path / "other.jsonl", read), *asking, "-o", out, "--resume")
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+        assert out.read_text() == whole
+        assert state["asked"] == 42
+        (tmp_path / "o.jsonl.partial").unlink(missing_ok=True)
+    assert call(*given, "--resume").exit_code == 0
+    assert out.read_text() == whole
     again = call(*given, "--overwrite")
     assert "42 from the store" in again.stderr
     assert lines(out) == found
