@@ -36,6 +36,13 @@ def test_rates_are_those_of_the_instruction_set_in_force(monkeypatch: pytest.Mon
         _cpu.set_isa("auto")
 
 
+def test_rows_that_pass_a_limit_say_that_the_limit_is_wrong() -> None:
+    rows = [{"suite": "score", "variant": f"v{k}", "of_limit": share} for k, share in enumerate((0.4, 1.05, 1.2, 1.7))]
+    assert command._limits_passed([*rows[:2], {"suite": "memory", "variant": "v"}]) == ""
+    told = command._limits_passed(rows)
+    assert told.startswith("2 variants pass the limits measured, score v3 at 170%: the limits are wrong")
+
+
 def test_bad_arguments_of_the_loop_raise() -> None:
     with pytest.raises(ValueError, match="dtype"):
         _cpu.multiply_all("float64", 1, 1)
