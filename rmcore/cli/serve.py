@@ -64,6 +64,16 @@ def serve(
             "--nemo-gym", help="Also speak NeMo-Gym's genrm_compare: /compare, /verify in cohorts of --group-size."
         ),
     ] = False,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="URLs of all servers that share a trainer's members, this one's too, separated by commas. A group is "
+            "put together at one of them, whichever its members come to. The same list and token at each."
+        ),
+    ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="Which URL of --peers this server is. [default: http://HOST:PORT]")
+    ] = None,
     design: Annotated[
         str, typer.Option(help="Which pairs of a group are compared: all, circular, regular:k, swiss:k.")
     ] = "all",
@@ -114,6 +124,8 @@ def serve(
             max_responses=max_responses,
             max_chars=max_chars,
             nemo_gym=nemo_gym,
+            peers=() if peers is None else tuple(url.strip() for url in peers.split(",")),
+            advertise=advertise,
         )
         engine, save_router = make_engine(
             model,

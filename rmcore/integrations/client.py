@@ -24,6 +24,7 @@ from rmcore._base.http import Connections, check_base_url
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError
+from rmcore.integrations.server.placing import group_key, owner, ranked
 
 if TYPE_CHECKING:
     import httpx
@@ -58,6 +59,7 @@ class _Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     text: bytes = b""
     reason: str = ""
+    unreachable: bool = False  # nothing was sent
 
     @property
     def may_turn_out_well(self) -> bool:
@@ -129,7 +131,10 @@ class GroupClient:
     """Asks a server started with ``rmcore serve``. Safe on several event loops; pickles as its settings.
 
     Args:
-        url: as in ``http://127.0.0.1:8400``; http or https, without credentials, query or fragment.
+        url: as in ``http://127.0.0.1:8400``; http or https, without credentials, query or fragment. Of several servers
+            all addresses, in a sequence or with commas between: the members of a group go to the same one, whoever
+            sends them (:func:`~rmcore.integrations.server.placing.owner`); whole groups go to any, and to the next if
+            one cannot be reached. The members of a server that is down wait until it is back.
         token_env: environment variable with the server's bearer token, read at every call and kept nowhere; if it is
             not set, none is sent.
         timeout_s: for a call, all tries and waits together.
@@ -148,7 +153,7 @@ class GroupClient:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         token_env: str = "RMCORE_SERVE_TOKEN",  # noqa: S107 - a variable's name
         timeout_s: float = 600.0,
@@ -157,10 +162,7 @@ class GroupClient:
         clock: Clock | None = None,
         random_source: random.Random | None = None,
     ) -> None:
-        try:
-            self.url, loopback = check_base_url(url)
-        except JudgeError as error:
-            raise InputError(str(error).replace("base_url", "url", 1)) from None
+        self.urls, loopback = _addresses(url)
         if not isinstance(token_env, str) or not _ENV_NAME.fullmatch(token_env):
             # The value is not shown: it may be the token itself, passed by mistake.
             raise InputError("token_env: got no variable name, expected the NAME of an environment variable")
@@ -174,6 +176,11 @@ class GroupClient:
         self._trust_env = not loopback  # a proxy cannot reach this machine's own servers
         self._random = random_source or random.Random()
         self._connect(transport)
+
+    @property
+    def url(self) -> str:
+        """The address; of several, all with commas between, as they were given."""
+        return ",".join(self.urls)
 
     def _connect(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._process = os.getpid()
@@ -206,7 +213,8 @@ class GroupClient:
         # So that a try whose answer was lost is not judged, and paid for, again. Not from the random source: copies of
         # this client in other processes would draw the same keys.
         headers = {"idempotency-key": uuid.uuid4().hex}
-        reply = await self._post("/v1/groups", body, headers)
+        at = ranked(headers["idempotency-key"].encode(), self.urls)
+        reply = await self._post(at, "/v1/groups", body, headers)
         return _read(reply, lambda value: _group_result(value, len(responses)), "/v1/groups")
 
     async def rendezvous(
@@ -237,7 +245,8 @@ class GroupClient:
             "prompt": canonical_prompt(prompt),
             "response": canonical_response(response),
         }
-        return _read(await self._post("/v1/rendezvous", body), _member_part, "/v1/rendezvous")
+        at = [owner(group_key(group_id, attempt), self.urls)]
+        return _read(await self._post(at, "/v1/rendezvous", body), _member_part, "/v1/rendezvous")
 
     async def get_reward(self, query: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
         """OpenRLHF's call: ``{"rewards": [...], "scores": [...], "extra_logs": {...}}``, one value a query.
@@ -250,7 +259,9 @@ class GroupClient:
             for k, text in enumerate(texts):
                 if not isinstance(text, str):  # the query must begin with the prompt, character by character
                     reject(f"{name}[{k}]", type(text).__name__, "text, as the policy's chat template gives it")
-        reply = await self._post("/get_reward", {"query": list(query), "prompts": list(prompts)})
+        body = {"query": list(query), "prompts": list(prompts)}
+        at = [owner(group_key(prompts[0]), self.urls)] if len(prompts) == 1 else ranked(os.urandom(8), self.urls)
+        reply = await self._post(at, "/get_reward", body)
         return _read(reply, lambda value: _reward_reply(value, len(query)), "/get_reward")
 
     async def aclose(self) -> None:
@@ -259,36 +270,42 @@ class GroupClient:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    async def _post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Any:
-        """The JSON of a good answer; tried again until the deadline where that can help."""
+    async def _post(
+        self, at: Sequence[str], path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> Any:
+        """The JSON of a good answer; tried again until the deadline where that can help, at the next server of ``at``
+        where one cannot be reached.
+        """
         if self._process != os.getpid():  # forked: the parent's connections are not ours
             self._connect(self._connections.transport)
         content = json.dumps(body, allow_nan=False).encode("ascii")  # ASCII: a lone surrogate is escaped
         sent = {"content-type": "application/json", "accept": "application/json", **(headers or {})}
         deadline = self.clock.now() + self.timeout_s
-        tries = 0
+        tries = elsewhere = 0
         while True:
             left = deadline - self.clock.now()
-            answer = await self._try(path, content, sent, min(left, self.attempt_timeout_s))
+            url = at[elsewhere % len(at)]
+            answer = await self._try(f"{url}{path}", content, sent, min(left, self.attempt_timeout_s))
             tries += 1
+            elsewhere += answer.unreachable
             if answer.status == 200:
                 try:
                     return json.loads(answer.text)
                 except ValueError:
-                    raise ServerError(f"{self.url}{path}: got a reply that is not JSON", 200) from None
+                    raise ServerError(f"{url}{path}: got a reply that is not JSON", 200) from None
             if answer.status is not None and not answer.may_turn_out_well:
-                raise self._refusal(path, answer)
+                raise self._refusal(f"{url}{path}", answer)
             delay = retry_delay_s(_RETRY, tries - 1, answer.headers, self.clock.wall(), self._random.random())
             if delay is None or self.clock.now() + delay >= deadline:
                 raise ServerError(
-                    f"{self.url}{path}: got {answer.cause} after {tries} {'try' if tries == 1 else 'tries'}, expected "
+                    f"{url}{path}: got {answer.cause} after {tries} {'try' if tries == 1 else 'tries'}, expected "
                     f"an answer within {self.timeout_s:g} s",
                     answer.status,
                 )
             log.info("%s: %s; next try in %.1f s", path, answer.cause, delay)
             await self.clock.sleep(delay)
 
-    async def _try(self, path: str, content: bytes, headers: Mapping[str, str], seconds: float) -> _Answer:
+    async def _try(self, address: str, content: bytes, headers: Mapping[str, str], seconds: float) -> _Answer:
         """One exchange, at most ``seconds`` long. Never raises because of the network or the server."""
         import httpx
 
@@ -297,24 +314,35 @@ class GroupClient:
         try:
             async with asyncio.timeout(max(seconds, 0.0)):
                 with self._connections.here().client() as client:
-                    response = await client.post(
-                        f"{self.url}{path}", content=content, headers=sent, timeout=max(seconds, 1e-3)
-                    )
+                    response = await client.post(address, content=content, headers=sent, timeout=max(seconds, 1e-3))
                     return _Answer(response.status_code, response.headers, response.content)
         except (TimeoutError, httpx.TimeoutException):
             return _Answer(reason="no answer in time")
         except (httpx.TransportError, OSError) as error:
             # The type only: messages of HTTP libraries can quote headers, and one of them holds the token.
-            return _Answer(reason=f"a failed connection ({type(error).__name__})")
+            unreachable = isinstance(error, httpx.ConnectError)
+            return _Answer(reason=f"a failed connection ({type(error).__name__})", unreachable=unreachable)
 
-    def _refusal(self, path: str, answer: _Answer) -> Exception:
-        message = f"{self.url}{path}: got {answer.cause}"
+    def _refusal(self, address: str, answer: _Answer) -> Exception:
+        message = f"{address}: got {answer.cause}"
         if answer.status in _REFUSED:
             return _REFUSED[answer.status](message)
         if answer.status in (401, 403):
             found = "it was refused" if os.environ.get(self.token_env) else "it is not set"
             message += f", expected the server's token in the variable {self.token_env}; {found}"
         return ServerError(message, answer.status)
+
+
+def _addresses(given: str | Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """The addresses, and whether all are this machine's."""
+    urls = [url.strip() for url in given.split(",")] if isinstance(given, str) else list(given)
+    if not urls or len(set(urls)) != len(urls):
+        reject("url", f"{len(urls)} addresses" + " of which some are equal" * bool(urls), "one or more, all different")
+    try:
+        checked = [check_base_url(url) for url in urls]
+    except JudgeError as error:
+        raise InputError(str(error).replace("base_url", "url", 1)) from None
+    return tuple(url for url, _ in checked), all(loopback for _, loopback in checked)
 
 
 def _read(reply: Any, make: Callable[[Any], T], path: str) -> T:

@@ -5,8 +5,12 @@
     --reward.remote_url reward.py                             reward_func = make_reward_func("https://host:8400")
 
 OpenRLHF sends one response a call, without a group's name; the server (``rmcore serve --group-size n``) gathers the n
-siblings by their prompt. Its own HTTP call sends no token and, after five tries, leaves the sample without a reward,
-which stops the run somewhere else; the executor here sends the token and raises where the reward is missing.
+siblings by their prompt. Of several URLs (``--reward.remote_url A,B``) it takes them in turn, so siblings come to
+different servers: those must know each other (``rmcore serve --peers A,B``). Our client sends the members of a group to
+one server by itself.
+
+OpenRLHF's own HTTP call sends no token and, after five tries, leaves the sample without a reward, which stops the run
+somewhere else; the executor here sends the token and raises where the reward is missing.
 
 A ``reward_func`` is called in a thread of the event loop's pool and keeps it until its siblings have come. If the pool
 is smaller than the number of responses under way, threads can wait for siblings that get no thread. So
@@ -29,13 +33,14 @@ from rmcore.integrations.client import GroupClient, ServerError
 __all__ = ["agent_executor", "make_reward_func"]
 
 
-def agent_executor(url: str | None = None, **options: Any) -> type:
+def agent_executor(url: str | Sequence[str] | None = None, **options: Any) -> type:
     """The class OpenRLHF looks for in the file of ``--train.agent_func_path``, by the name ``AgentExecutor``.
 
     It is OpenRLHF's single-turn executor, but for the reward, which comes from the group server.
 
     Args:
-        url: of the server, without a path; default: the environment variable ``RMCORE_SERVE_URL``.
+        url: of the server, without a path; of several, all (:class:`~rmcore.integrations.client.GroupClient`). Default:
+            the environment variable ``RMCORE_SERVE_URL``.
         options: further arguments of :class:`~rmcore.integrations.client.GroupClient`.
 
     Raises:
@@ -51,7 +56,7 @@ def agent_executor(url: str | None = None, **options: Any) -> type:
         """OpenRLHF's single-turn executor with rewards from the group server."""
 
         def __init__(self) -> None:
-            super().__init__(client.url)
+            super().__init__(list(client.urls))
 
         async def execute(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             """Generate one response and wait for its reward; raises where the parent would go on without one."""
@@ -72,11 +77,14 @@ def agent_executor(url: str | None = None, **options: Any) -> type:
     return AgentExecutor
 
 
-def make_reward_func(url: str | None = None, *, threads: int = 1024, **options: Any) -> Callable[..., dict[str, Any]]:
+def make_reward_func(
+    url: str | Sequence[str] | None = None, *, threads: int = 1024, **options: Any
+) -> Callable[..., dict[str, Any]]:
     """``reward_func(queries, prompts, labels)`` for the Python file of ``--reward.remote_url``.
 
     Args:
-        url: of the server, without a path; default: the environment variable ``RMCORE_SERVE_URL``.
+        url: of the server, without a path; of several, all (:class:`~rmcore.integrations.client.GroupClient`). Default:
+            the environment variable ``RMCORE_SERVE_URL``.
         threads: at least as many as an engine has responses under way. OpenRLHF loads the file on its event loop,
             whose thread pool is then replaced by one of this size; off a loop it is ignored.
         options: further arguments of :class:`~rmcore.integrations.client.GroupClient`.
@@ -107,11 +115,12 @@ def make_reward_func(url: str | None = None, *, threads: int = 1024, **options: 
     return reward_func
 
 
-def _client(url: str | None, options: dict[str, Any]) -> GroupClient:
+def _client(url: str | Sequence[str] | None, options: dict[str, Any]) -> GroupClient:
     url = url or os.environ.get("RMCORE_SERVE_URL")
     if not url:
         reject("url", "nothing", "the address of rmcore serve", "Pass it or set RMCORE_SERVE_URL on every node")
-    return GroupClient(url.removesuffix("/get_reward"), **options)
+    urls = url.split(",") if isinstance(url, str) else url
+    return GroupClient([one.strip().removesuffix("/get_reward") for one in urls], **options)
 
 
 def _first(reply: dict[str, Any]) -> dict[str, Any]:

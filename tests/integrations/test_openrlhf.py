@@ -4,11 +4,12 @@ where it is installed (the tests at the end; written with 0.11.2, whose executor
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -200,13 +201,13 @@ class TokenEngine(Engine):
 
 
 @contextmanager
-def listening(engine: RewardEngine, settings: ServeSettings) -> Iterator[str]:
+def listening(engine: RewardEngine, settings: ServeSettings, listener: socket.socket | None = None) -> Iterator[str]:
     """The application on a socket of its own."""
     uvicorn = pytest.importorskip("uvicorn")
     from rmcore.integrations.server import create_app
 
     server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.run, args=(listener and [listener],), daemon=True)
     thread.start()
     try:
         while not server.started:
@@ -242,3 +243,26 @@ def test_openrlhfs_own_executor_gets_the_engines_advantages(way, engine, tmp_pat
     # As SamplesGenerator._process_response_into_experience and the experience maker flatten them.
     rewards = torch.cat([torch.tensor([output["reward"]]).reshape(-1) for output in outputs])
     torch.testing.assert_close(rloo(rewards.tolist()).double(), exact, rtol=0, atol=1e-6)
+
+
+def test_openrlhfs_own_rotation_over_a_list_of_urls_still_makes_whole_groups(engine):
+    """Each call of its executor goes to the next URL; three servers that know each other put the siblings together."""
+    agent = pytest.importorskip("openrlhf.utils.agent", reason="OpenRLHF is not installed")
+    tokenizer = Tokenizer()
+    params = SimpleNamespace(max_tokens=8, logprobs=None)
+    prompts = ["red tree house ", "blue river ", "green stone cloud "]
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        urls = tuple(f"http://127.0.0.1:{one.getsockname()[1]}" for one in listeners)
+        for url, listener in zip(urls, listeners, strict=True):
+            stack.enter_context(listening(engine, ServeSettings(group_size=4, peers=urls, advertise=url), listener))
+        executor = agent.SingleTurnAgentExecutor([f"{url}/get_reward" for url in urls])
+        for prompt in prompts:
+            exact = engine.score([prompt], [TEXTS])[0].advantages
+            outputs = execute(
+                executor, prompt=prompt, sampling_params=params, hf_tokenizer=tokenizer,
+                llm_engine=TokenEngine(tokenizer),
+            )  # fmt: skip
+            rewards = torch.cat([torch.tensor([output["reward"]]).reshape(-1) for output in outputs])
+            # Siblings come in any order, and a text's row changes what float32 makes of it: up to 7e-4 here.
+            torch.testing.assert_close(rloo(rewards.tolist()).double(), exact, rtol=0, atol=2e-3)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
@@ -40,6 +40,9 @@ from rmcore.integrations.server.schema import (
 from rmcore.integrations.server.service import RewardService
 from rmcore.integrations.server.settings import ServeSettings
 
+if TYPE_CHECKING:
+    import httpx
+
 __all__ = ["RewardService", "create_app"]
 
 
@@ -66,6 +69,7 @@ def create_app(
     model: str = "",
     clock: Clock | None = None,
     save_state: Callable[[], None] | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> FastAPI:
     """The application, to be run by any ASGI server (one process: groups are put together in its memory).
 
@@ -75,12 +79,13 @@ def create_app(
         model: a name for ``/health``.
         clock: a seam for tests.
         save_state: called in a thread after each batch, before its answers go out; to keep budgets over a crash.
+        transport: to the other servers of ``settings.peers``, instead of the network; a seam for tests.
 
     Returns:
         The application; ``app.state.service`` is its :class:`RewardService`.
     """
     settings = settings or ServeSettings()
-    service = RewardService(engine, settings, model=model, clock=clock, save_state=save_state)
+    service = RewardService(engine, settings, model=model, clock=clock, save_state=save_state, transport=transport)
     app = FastAPI(
         title="rmcore",
         version=__version__,
@@ -144,7 +149,9 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
         ),
         summary="Join a group as one member and wait for the others",
     )
-    async def join(body: MemberRequest) -> Response:
+    async def join(body: MemberRequest, request: Request) -> Response:
+        if (answer := await service.peers.answer(request, body.group_id, body.attempt)) is not None:
+            return answer
         return json_response(member_reply(body, await service.join(body)))
 
     @app.post(
@@ -155,6 +162,9 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
     )
     async def get_reward(body: RewardRequest, request: Request) -> Response:
         async with asyncio.timeout(service.settings.answer_within_s):
+            # A list's groups are whole, so any server scores it; a single response must meet its siblings.
+            if len(body.prompts) == 1 and (answer := await service.peers.answer(request, body.prompts[0])) is not None:
+                return answer
             rewards, rates = await service.rewards(body, request.scope)
         missing = sum(not math.isfinite(value) for value in (*rewards, *rates))
         if missing:

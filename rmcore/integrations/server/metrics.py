@@ -14,6 +14,7 @@ from rmcore._base.version import __version__
 from rmcore.integrations.server.assembly import GroupAssembly
 from rmcore.integrations.server.batching import BatchScorer
 from rmcore.integrations.server.guard import Guard
+from rmcore.integrations.server.peers import Peers
 from rmcore.integrations.server.replies import ReplyStore
 
 __all__ = ["CountedService", "ServerMetrics"]
@@ -30,6 +31,7 @@ class CountedService(Protocol):
     assembly: GroupAssembly
     replies: ReplyStore
     guard: Guard | None
+    peers: Peers
     draining: bool
     model: str
 
@@ -146,6 +148,10 @@ def _assembly(service: CountedService) -> Iterator[Metric]:
         "failed": stats.failed_groups,
     }
     yield _counters("rmcore_assembled_groups", "Groups put together from members.", "outcome", groups)
+    peers = {
+        outcome: service.peers.members[outcome] for outcome in ("passed_on", "taken_over", "unreachable", "refused")
+    }
+    yield _counters("rmcore_peer_members", "Members that another server has to do with.", "outcome", peers)
 
 
 def _judge(service: CountedService) -> Iterator[Metric]:

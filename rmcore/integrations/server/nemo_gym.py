@@ -20,12 +20,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import Response
 
 from rmcore._base import large
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt
 from rmcore.engine.groups import GroupScore
+from rmcore.integrations.server.members import prompt_digest
 from rmcore.integrations.server.schema import error_response, json_response, win_rates
 from rmcore.integrations.server.service import RewardService
 from rmcore.judge.question.genrm import scores_of
@@ -87,13 +89,17 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
         )
 
     @app.post("/verify")
-    async def verify(body: VerifyRequest) -> Response:
+    async def verify(body: VerifyRequest, request: Request) -> Response:
         _check_principle(service, body.principle)
         size = service.settings.group_size
         if size is None:
             reject("group size", "none", "rmcore serve --group-size N, the rollouts of a prompt")
         prompt = await large.call(_conversation, body.responses_create_params.get("input"))
         response = _output_text(body.response, "response")
+        by_name = body.group_id is not None and body.rollout_index is not None
+        key = (body.group_id, body.group_attempt) if by_name else (prompt_digest(prompt),)
+        if (answer := await service.peers.answer(request, "nemo-gym", *key)) is not None:
+            return answer
         if body.group_id is not None and body.rollout_index is not None:
             if not 0 <= body.rollout_index < size:
                 reject("_ng_rollout_index", body.rollout_index, f"from 0 to {size - 1}")

@@ -1,8 +1,9 @@
 """OpenRLHF's reward calls: what is the response, and which queries make a group.
 
 Read from ``openrlhf/utils/agent.py`` (SingleTurnAgentExecutor): ``query`` is the decoded prompt and action tokens with
-special tokens kept, ``prompts`` the prompt string they came from. With several servers all but the first get empty
-lists. An answer that is no 200 is retried four times, a second apart; then the sample has no reward and the run stops.
+special tokens kept, ``prompts`` the prompt string they came from. Of several servers each call takes the next one, with
+one query (:mod:`rmcore.integrations.server.peers`). An answer that is no 200 is retried four times, a second apart;
+then the sample has no reward and the run stops.
 """
 
 from __future__ import annotations

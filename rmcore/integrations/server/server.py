@@ -22,6 +22,7 @@ from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.server.settings import ServeSettings
 
 if TYPE_CHECKING:
+    import httpx
     import uvicorn
     from fastapi import FastAPI
 
@@ -42,6 +43,7 @@ def create_app(
     model: str = "",
     clock: Clock | None = None,
     save_state: Callable[[], None] | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> FastAPI:
     """:func:`rmcore.integrations.server.app.create_app`, imported when it is needed.
 
@@ -52,7 +54,7 @@ def create_app(
         from rmcore.integrations.server.app import create_app as create
     except ModuleNotFoundError as error:
         raise _missing(error) from error
-    return create(engine, settings, model=model, clock=clock, save_state=save_state)
+    return create(engine, settings, model=model, clock=clock, save_state=save_state, transport=transport)
 
 
 def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from starlette.types import Scope
@@ -20,6 +20,7 @@ from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
 from rmcore.integrations.server.guard import Guard, when_lost
 from rmcore.integrations.server.metrics import ServerMetrics
+from rmcore.integrations.server.peers import Peers
 from rmcore.integrations.server.remote_rm import grouped, prompt_text, response_text
 from rmcore.integrations.server.replies import ReplyStore
 from rmcore.integrations.server.schema import (
@@ -34,6 +35,9 @@ from rmcore.integrations.server.schema import (
     win_rates,
 )
 from rmcore.integrations.server.settings import ServeSettings
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["RewardService"]
 
@@ -50,6 +54,7 @@ class RewardService:
         model: a name for ``/health``.
         clock: of all waits; a seam for tests.
         save_state: called in a thread after each batch: what a crash must not lose is then on disk.
+        transport: to the other servers of ``settings.peers``, instead of the network; a seam for tests.
     """
 
     def __init__(
@@ -60,8 +65,10 @@ class RewardService:
         model: str = "",
         clock: Clock | None = None,
         save_state: Callable[[], None] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings, self.model = settings, model
+        self.peers = Peers(settings, transport)
         self.scorer = BatchScorer(
             engine,
             max_groups=settings.batch_groups,
@@ -90,6 +97,7 @@ class RewardService:
         self.scorer.close()  # open groups are admitted already
         await self.assembly.drain(self.settings.drain_s)
         await self.scorer.drain()
+        await self.peers.aclose()
 
     # -- the routes' verbs -------------------------------------------------------------------------------------------
 
@@ -138,7 +146,7 @@ class RewardService:
             for k, (query, prompt) in enumerate(zip(body.query, body.prompts, strict=True))
         ]
         prompts = [prompt_text(prompt, self.settings, f"prompts[{k}]") for k, prompt in enumerate(body.prompts)]
-        if count == 0:  # what every server but the first gets
+        if count == 0:
             return [], []
         if count == 1 and size is not None:
             result = await self.assembly.join_by_content(prompts[0], responses[0], size)

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from rmcore._base.errors import reject
+from rmcore._base.errors import InputError, JudgeError, reject
+from rmcore._base.http import check_base_url
 
 __all__ = ["END_TOKENS", "Baseline", "ServeSettings", "is_loopback"]
 
@@ -60,6 +61,9 @@ class ServeSettings:
         replay_bytes: memory for answers that are kept for ``Idempotency-Key``.
         nemo_gym: also speak NeMo-Gym's ``genrm_compare`` (:mod:`rmcore.integrations.server.nemo_gym`); ``group_size``
             is its ``num_rollouts_per_prompt``.
+        peers: addresses of all servers that share a trainer's members, this one's included; a group is put together at
+            one of them (:mod:`rmcore.integrations.server.peers`). The same list, and the same token, at each.
+        advertise: which of ``peers`` this server is; None: ``http://host:port``.
         hosts: names by which a server without a token may be called, besides ``host``; others are refused, since a web
             page can make a browser call any name.
     """
@@ -88,6 +92,8 @@ class ServeSettings:
     batches_in_flight: int = 4
     replay_bytes: int = 128 * 2**20
     nemo_gym: bool = False
+    peers: tuple[str, ...] = ()
+    advertise: str | None = None
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
 
     def __post_init__(self) -> None:
@@ -121,6 +127,32 @@ class ServeSettings:
                 reject(name, getattr(self, name), "at least 1")
         if self.max_groups > self.max_queue:
             reject("max_groups", self.max_groups, f"at most max_queue = {self.max_queue}, or it could never be taken")
+        self._check_peers()
+
+    @property
+    def own_address(self) -> str:
+        """What the other servers call this one."""
+        if self.advertise is not None:
+            return self.advertise.rstrip("/")
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def _check_peers(self) -> None:
+        if not self.peers:
+            if self.advertise is not None:
+                reject("advertise", repr(self.advertise), "None, since there are no peers")
+            return
+        urls = [_address(url) for url in self.peers]
+        if len(set(urls)) != len(urls):
+            reject("peers", f"{len(urls)} addresses, some of them equal", "different ones")
+        if self.own_address not in urls:
+            reject("peers", f"none that is this server's, {self.own_address}", "it among them", "Set advertise")
+
+
+def _address(url: str) -> str:
+    try:
+        return check_base_url(url)[0]
+    except JudgeError as error:
+        raise InputError(str(error).replace("base_url", "peers", 1)) from None
 
 
 def is_loopback(host: str) -> bool:
