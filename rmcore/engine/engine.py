@@ -38,8 +38,8 @@ from rmcore.engine.steps import plan, route, score_pairs
 from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
-from rmcore.model.backbone import EncodingStats
 from rmcore.model.critiques import Critiques
+from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.text import OverlongPolicy
 from rmcore.model.uncertainties import find_estimator

@@ -18,7 +18,7 @@ from rmcore.engine.comparisons import graph_advantages, graph_rewards
 from rmcore.engine.pair_table import PairLayout, PairState, PairTable
 from rmcore.engine.usage import JudgeTally, Overlap, usage_summary
 from rmcore.judge.base import RULE, JudgeUsage, Verdict
-from rmcore.model.backbone import EncodingStats
+from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.signal import PairSignal
 from rmcore.ops.pair_layout import PartialLayout
 

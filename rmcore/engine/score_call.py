@@ -28,8 +28,8 @@ from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import all_finite, check_finite
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
-from rmcore.model.backbone import EncodingStats
 from rmcore.model.critiques import StateCounts, merged_texts, read_critiques
+from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.reward_model import Progress, RewardModel
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText, TextLimit

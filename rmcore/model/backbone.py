@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -35,14 +35,15 @@ from rmcore.model.encoding.architecture import (
     takes_two_texts,
     text_config,
 )
-from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
-from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError, attending
+from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError
+from rmcore.model.encoding_stats import EncodingStats, length_batches, warn_of_cuts
 from rmcore.model.families.load import Loaded, config_for, load_family
 from rmcore.model.families.pairs import PairTextEncoder
 from rmcore.model.families.remote_code import check_own_scores
 from rmcore.model.families.tensors import EMBEDDED_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
+from rmcore.model.forward import ForwardPass
 from rmcore.model.hub import folder_of
 from rmcore.model.loading import REMOTE_CODE, Options, choose_attention, configured, gguf_named, load, tree_kinds
 from rmcore.model.remote import RemoteModel, ServerKind
@@ -56,10 +57,8 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "Deterministic",
-    "EncodingStats",
     "Pooling",
     "choose_attention",
-    "length_batches",
 ]
 
 log = logging.getLogger(__name__)
@@ -71,68 +70,9 @@ Deterministic: TypeAlias = Literal["batch"]
 """What bits do not depend on: ``batch``, the other texts of a call."""
 
 
-@dataclass
-class EncodingStats:
-    """What encoding did so far.
-
-    Attributes:
-        texts: texts seen.
-        encoded: distinct ones.
-        tokens: of the distinct texts, each in full.
-        padded_tokens: tokens of padded forward passes, padding included.
-        truncated_texts: texts that a policy cut.
-        cut_tokens: what it took.
-        unread_texts: texts that the policy ``no-reward`` left unread.
-        packed_tokens: tokens of packed forward passes, where shared beginnings count once.
-        cached: distinct texts whose states were known from before, so that they cost nothing.
-    """
-
-    texts: int = 0
-    encoded: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    truncated_texts: int = 0
-    cut_tokens: int = 0
-    packed_tokens: int = 0
-    cached: int = 0
-    unread_texts: int = 0
-
-    @property
-    def computed_tokens(self) -> int:
-        """Tokens the model computed, to hold against ``tokens``."""
-        return self.padded_tokens + self.packed_tokens
-
-    def add(self, other: EncodingStats) -> None:
-        """Add another's counts to these."""
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-
-
-def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each at most ``max_tokens`` when padded (or one text)."""
-    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
-    start = 0
-    while start < len(order):
-        count = max(1, max_tokens // max(lengths[order[start]], 1))
-        yield order[start : start + count]
-        start += count
-
-
 def _check_positions(max_length: int | None, positions: int | None) -> None:
     if max_length is not None and positions is not None and max_length > positions:
         reject("max_length", max_length, f"at most the model's {positions} positions")
-
-
-def _warn_of_cuts(texts: Sequence[EncodedText], call: EncodingStats) -> None:
-    limit = next((text.limit for text in texts if text.limit is not None), None)
-    if limit is None:
-        return
-    over = call.truncated_texts + call.unread_texts
-    done = f"cut {call.cut_tokens} tokens" if call.truncated_texts else "left them unread"
-    log.warning(
-        "%d of %d texts were longer than %s tokens; the policy %r %s",
-        *(over, call.texts, limit.max_length, limit.overlong, done),
-    )
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -143,14 +83,6 @@ def _is_quantised(model: Any) -> bool:
     method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
     floats = all(p.dtype in _FLOATS for p in model.parameters()) if getattr(model, "is_quantized", False) else True
     return bool(getattr(model, "is_quantized", False)) and not (floats and method in (None, "gguf"))
-
-
-class _EnoughError(Exception):
-    """Carries a layer's output out of a forward pass that need not go on."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
 
 
 class Backbone:
@@ -196,7 +128,6 @@ class Backbone:
             reject("published", published, "what load_family gives, exactly with kind='reward'")
         if config.date is None and reads_clock(tokenizer):
             config = replace(config, date=datetime.date.today().isoformat())
-        self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.tokens_per_batch = tokens_per_batch
@@ -223,22 +154,28 @@ class Backbone:
         )
         if isinstance(self.encoder, PairTextEncoder) and published is not None:
             self.encoder.form = published.pooler.family.pair_form
-        self._separator = pair_separator(model, tokenizer)
-        if self._separator is not None and not config.split_special_tokens:
+        separator = pair_separator(model, tokenizer)
+        if separator is not None and not config.split_special_tokens:
             reject("split_special_tokens", False, "True with token types, which a separator in a text would shift")
         require_same_tokens(self.encoder)
         self.rows = embedding_rows(model)
         outputs = 1 if config.family == REMOTE_CODE else None
-        self._final_linear = final_linear(model, outputs) if config.kind == "classifier" else None
+        self._pass = ForwardPass(
+            model,
+            config,
+            final_linear=final_linear(model, outputs) if config.kind == "classifier" else None,
+            separator=separator,
+            published=published,
+        )
         if config.layer is not None:
             block(model, config.layer)
         self._tree_kinds = tree_kinds
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._loaded = self._weights_version()
         self._sharing = PrefixSharing(
             model,
             packing,
-            encode_pack=self._encode_pack,
+            encode_pack=self._pass.encode_pack,
             encode_alone=lambda ids: self._forward([ids])[0],
             layers=config.layer or int(getattr(text_config(model), "num_hidden_layers", 0)),
             max_length=self.positions or self.encoder.max_length,
@@ -449,6 +386,20 @@ class Backbone:
         )
 
     @property
+    def model(self) -> Any:
+        """The Hugging Face model, in eval mode unless it is being trained."""
+        return self._pass.model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._pass.model = model
+
+    @property
+    def final_linear(self) -> torch.nn.Linear | None:
+        """A classifier's last linear layer, whose input is the state that is read; None of other kinds."""
+        return self._pass.final_linear
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives."""
         return next(self.model.parameters()).device
@@ -458,8 +409,8 @@ class Backbone:
         """Width of the pooled states, the length feature included."""
         if self.published is not None:
             width = self.published.head.width
-        elif self._final_linear is not None:
-            width = self._final_linear.in_features
+        elif self._pass.final_linear is not None:
+            width = self._pass.final_linear.in_features
         else:
             width = text_config(self.model).hidden_size
         return int(width) + (self.config.length_feature != 0)
@@ -496,7 +447,7 @@ class Backbone:
             config.family,
             config.pooling,
             config.layer,
-            self._separator,
+            self._pass.separator,
             self.packing,
             self.deterministic,
             *self.attention,
@@ -567,19 +518,19 @@ class Backbone:
         """
         if self.published is not None:
             return self.published.head.linear_weights()
-        if self._final_linear is None:
+        if self._pass.final_linear is None:
             reject("kind", self.config.kind, "'classifier' or 'reward'")
         labels = 2 if self.config.family == "trl-two-labels" else 1
-        if self._final_linear.out_features != labels:
-            reject("model", f"{self._final_linear.out_features} labels", f"a reward model with {labels}")
-        held, shape = self._final_linear.weight, (labels, self._final_linear.in_features)
+        if self._pass.final_linear.out_features != labels:
+            reject("model", f"{self._pass.final_linear.out_features} labels", f"a reward model with {labels}")
+        held, shape = self._pass.final_linear.weight, (labels, self._pass.final_linear.in_features)
         if held.dtype not in _FLOATS or held.shape != shape:
             raise CheckpointError(
                 f"backbone: got a head of {held.dtype} and shape {tuple(held.shape)}, expected {shape} as it is: "
                 "quantise a body alone (llm_int8_skip_modules, modules_to_not_convert)"
             )
         weight = held.detach().double().mean(0).float()
-        bias = self._final_linear.bias
+        bias = self._pass.final_linear.bias
         return weight, 0.0 if bias is None else float(bias.detach().double().mean())
 
     @property
@@ -689,7 +640,7 @@ class Backbone:
             self.stats.add(call)
         if stats is not None:
             stats.add(call)
-        _warn_of_cuts(texts, call)
+        warn_of_cuts(texts, call)
         states = pooled[torch.tensor(rows, dtype=torch.long, device=self.device)]
         if call.unread_texts:
             every = torch.full((len(texts), width), torch.nan, dtype=torch.float32, device=self.device)
@@ -728,7 +679,7 @@ class Backbone:
         while packs and kind is not None:
             texts = [ids[text] for text in packs[0].texts]
             try:
-                states, _ = self._encode_pack(packs[0], texts, kind)
+                states, _ = self._pass.encode_pack(packs[0], texts, kind)
             except TreeAttentionError as error:
                 kind = self._sharing.give_up(kind, str(error))
                 continue
@@ -768,74 +719,6 @@ class Backbone:
         feature = self.config.length_feature * (torch.log1p(counts) - 5)
         return torch.cat([pooled, feature[:, None]], dim=1)
 
-    def pooled_states(
-        self, input_ids: Tensor, attention_mask: Tensor, *, full: bool = False, through: Any = None
-    ) -> Tensor:
-        """Pool a right-padded batch (B, T) → (B, h'), keeping the graph if grad is on. No length feature.
-
-        With ``full`` the weights of a published model's gate follow, where it has one. ``through`` is what a trainer
-        has wrapped the model in (DDP, FSDP, a DeepSpeed engine), whose forward is called in the model's place.
-        """
-        states = self._states(self.model_inputs(input_ids, attention_mask), through)
-        if self.published is not None:
-            lengths = attention_mask.sum(1).tolist()
-            texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
-            index = torch.tensor([self.published.pooler.positions(text) for text in texts], device=states.device)
-            found = states[torch.arange(len(states), device=states.device)[:, None], index]
-            return self.published.head.full_rows(found) if full else self.published.head.rows(found)
-        states = states.float()
-        if states.dim() == 2:  # a classifier that pools by itself
-            return states
-        if self.config.pooling == "mean":
-            mask = attention_mask[..., None].to(states.dtype)
-            return (states * mask).sum(1) / mask.sum(1)
-        count = attention_mask.sum(1)
-        if self.config.pooling == "classifier":
-            # Decoders score every position; transformers reads the last one that is not the padding token, which a real
-            # token may be too where eos doubles as padding.
-            pad = text_config(self.model).pad_token_id
-            scored = attention_mask if pad is None else attention_mask * (input_ids != pad)
-            index = (scored * torch.arange(scored.shape[1], device=scored.device)).argmax(1)
-        else:
-            index = count - 1 if self.config.pooling == "last" else torch.zeros_like(count)
-        return states[torch.arange(len(states), device=states.device), index]
-
-    def _encode_pack(self, pack: Pack, texts: Sequence[Sequence[int]], kind: Kind) -> tuple[Tensor, int]:
-        """Pooled states (n, h') of the texts a pack completes, and the attention calls of the forward pass."""
-        inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(pack.ids)[None].to(self.device),
-            "position_ids": torch.from_numpy(pack.positions)[None].to(self.device),
-        }
-        if getattr(text_config(self.model), "use_cache", None) is not None:
-            inputs["use_cache"] = False
-        with self._lock, torch.inference_mode(), attending(self.model, pack, kind) as plan:
-            states = self._states(inputs)[0]
-        return self._pool_pack(states, pack, texts), plan.calls
-
-    def _pool_pack(self, states: Tensor, pack: Pack, texts: Sequence[Sequence[int]]) -> Tensor:
-        if self.config.pooling == "mean":
-            # Sums over paths: a node's is its parent's and its own tokens'.
-            sums: list[Tensor] = []
-            for start, stop, _, parent in pack.spans:
-                own = states[start:stop].sum(0, dtype=torch.float32)
-                sums.append(own if parent < 0 else sums[parent] + own)
-            return torch.stack([sums[leaf] / len(text) for leaf, text in zip(pack.leaves, texts, strict=True)])
-        if self.published is not None:
-            positions = self.published.pooler.positions
-            places = [
-                [pack.index(leaf, position) for position in positions(text)]
-                for leaf, text in zip(pack.leaves, texts, strict=True)
-            ]
-            return self.published.head.full_rows(states[torch.tensor(places, device=states.device)])
-        where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
-        return states[torch.tensor(where, device=states.device)].float()
-
-    def _pooled_at(self, text: Sequence[int]) -> int:
-        if self.config.pooling == "first":
-            return 0
-        pad = text_config(self.model).pad_token_id if self.config.pooling == "classifier" else None
-        return next((k for k in range(len(text) - 1, -1, -1) if pad is None or text[k] != pad), 0)
-
     def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         longest = max(map(len, ids))
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
@@ -849,60 +732,12 @@ class Backbone:
         states = self.pooled_states(input_ids.to(self.device), mask.to(self.device), full=True)
         return states.float(), input_ids.numel()
 
-    def _states(self, inputs: dict[str, Any], through: Any = None) -> Tensor:
-        """States (B, T, h) of the configured layer, or what enters a classifier's last linear layer."""
-        model = self.model if through is None else through
-        with self._lock:  # hooks and the attention's name are set on the model itself, so one caller at a time
-            register: Callable[[Any], Any] | None = None
-            if self._final_linear is not None:
-                register = self._final_linear.register_forward_pre_hook
-            elif self.config.layer is not None:
-                register = block(self.model, self.config.layer).register_forward_hook
-            if register is None:
-                states: Tensor = model(**inputs).last_hidden_state
-                return states
-            return self._stopped(register, inputs) if model is self.model else self._seen(register, model, inputs)
-
     def model_inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What the model's forward takes for a batch (B, T) and its mask."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        if getattr(text_config(self.model), "use_cache", None) is not None:
-            inputs["use_cache"] = False
-        if self._separator is not None:
-            # What the tokenizer gives two texts: type 1 behind the first separator. Content never holds a separator.
-            separators = (input_ids == self._separator).long()
-            inputs["token_type_ids"] = ((separators.cumsum(1) - separators) > 0).long() * mask
-        return inputs
+        return self._pass.model_inputs(input_ids, mask)
 
-    def _seen(self, register: Callable[[Any], Any], model: Any, inputs: dict[str, Any]) -> Tensor:
-        """As :meth:`_stopped` through a wrapped model, whose own hooks want its forward pass to go on to its end."""
-        found: list[Tensor] = []
-
-        def keep(_module: object, inputs: Any, *output: Any) -> None:
-            seen = output[0] if output else inputs
-            found.append(seen[0] if isinstance(seen, tuple) else seen)
-
-        handle = register(keep)
-        try:
-            model(**inputs)
-        finally:
-            handle.remove()
-        if not found:
-            raise CheckpointError(f"backbone: a layer of {type(self.model).__name__} that is to be read never ran")
-        return found[0]
-
-    def _stopped(self, register: Callable[[Any], Any], inputs: dict[str, Any]) -> Tensor:
-        """Run the model only until a hook that ``register`` sets fires; what the hook saw (output, or input before)."""
-
-        def stop(_module: object, inputs: Any, *output: Any) -> None:
-            seen = output[0] if output else inputs
-            raise _EnoughError(seen[0] if isinstance(seen, tuple) else seen)
-
-        handle = register(stop)
-        try:
-            self.model(**inputs)
-        except _EnoughError as enough:
-            return enough.hidden
-        finally:
-            handle.remove()
-        raise CheckpointError(f"backbone: a layer of {type(self.model).__name__} that is to be read never ran")
+    def pooled_states(
+        self, input_ids: Tensor, attention_mask: Tensor, *, full: bool = False, through: Any = None
+    ) -> Tensor:
+        """Pool a right-padded batch (B, T) → (B, h'), as :meth:`ForwardPass.pooled_states` does."""
+        return self._pass.pooled_states(input_ids, attention_mask, full=full, through=through)

@@ -45,9 +45,10 @@ from rmcore.head.shards import sampled_pairs, sampled_rows
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
-from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic, EncodingStats
+from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic
 from rmcore.model.critiques import Critiques, StateCounts, critiqued_texts, merged_texts, read_critiques
 from rmcore.model.encoding.tree_attention import Packing
+from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.error_prior import (
     MOST_PAIRS,
     ErrorPrior,

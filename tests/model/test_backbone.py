@@ -14,8 +14,9 @@ from support.models import own_inputs
 
 import rmcore.model.backbone
 from rmcore._base.errors import CheckpointError, InputError
-from rmcore.model.backbone import Backbone, BackboneConfig, EncodingStats, choose_attention, length_batches
+from rmcore.model.backbone import Backbone, BackboneConfig, choose_attention
 from rmcore.model.encoding.sharing import PrefixSharing
+from rmcore.model.encoding_stats import EncodingStats, length_batches
 from rmcore.model.text import EncodedText, Segment
 
 TEXTS = [

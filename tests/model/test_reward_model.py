@@ -13,7 +13,8 @@ from support.models import own_inputs
 from rmcore import RewardEngine, RewardModel
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.model import Preference
-from rmcore.model.backbone import Backbone, EncodingStats
+from rmcore.model.backbone import Backbone
+from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.reward_model import encode_preferences
 
 PROMPTS = ["tell me about the dog", [{"role": "user", "content": "what is the capital of France?"}]]

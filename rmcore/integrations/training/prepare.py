@@ -36,7 +36,7 @@ def freeze_unread(backbone: Backbone) -> None:
     unread: list[Any] = []
     if backbone.config.kind == "base":
         unread += [module for name, module in backbone.model.named_modules() if name.rpartition(".")[2] == "pooler"]
-    final = getattr(backbone, "_final_linear", None)
+    final = getattr(backbone, "final_linear", None)
     if final is not None:
         unread.append(final)
     if backbone.config.layer is not None:
