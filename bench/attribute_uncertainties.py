@@ -1,9 +1,9 @@
 """URM and URME on responses that people gave attributes (``topical_chat_usr``), and away from them (``uncertainties``).
 
 Five folds by prompt. On four the heads learn the six attributes (the reward is the mean of ``overall``), the other
-estimators the pairs that this attribute makes; on the fifth every estimator's pairs are measured, URME's filter by
-threshold, best of n by mean and with a penalty, and its two measures of disagreement beside those on numeric
-calculations, which this program makes up: no such text is in the data (the test of arXiv:2410.00847).
+estimators the pairs that this attribute makes; on the fifth every estimator's pairs and filters are measured, best of n
+by mean and with a penalty, and URME's two measures of disagreement beside those on numeric calculations, which this
+program makes up: no such text is in the data (the test of arXiv:2410.00847).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmcore.bench.filters import Run, filter_curves, filter_lines, filter_scores
 from rmcore.evaluation.evaluate import PairStates
 from rmcore.evaluation.statistics import auroc
 from rmcore.evaluation.streams import StreamPair
@@ -30,12 +31,12 @@ __all__ = ["NAMES", "attribute_figures", "attribute_lines", "calculations", "rea
 
 NAMES = ("understandability", "naturalness", "coherence", "engagingness", "groundedness", "overall")
 MEASURES = ("gap", "covariance")
-FOLDS, MEMBERS, SHARES, PENALTIES = 5, 3, (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), (0.0, 0.5, 1.0, 2.0)
+FOLDS, MEMBERS, PENALTIES = 5, 3, (0.0, 0.5, 1.0, 2.0)
 TRAINING = FitOptions(steps=300)
 WEIGHTS = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 """The reward is the mean of ``overall``: 550 pairs are too few for a gate as wide as the states."""
 
-Measured = Callable[[AnyEstimator, PairStates, tuple[StreamPair, ...]], dict[str, Any]]
+Measured = Callable[[AnyEstimator, PairStates, tuple[StreamPair, ...]], tuple[dict[str, Any], Run]]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def attribute_figures(
             pooled.estimators[name].append((estimator, test))
             if isinstance(estimator, URME):
                 pooled.add(estimator.ensemble, test, numeric)
+    measured_of = {name: _pooled_figures(folds, measured) for name, folds in pooled.estimators.items()}
+    runs = {name: run for name, (_, run) in measured_of.items()}
     return {
         "responses": len(responses.rows),
         "prompts": prompts,
@@ -117,9 +120,9 @@ def attribute_figures(
         "attributes": list(NAMES),
         "members": MEMBERS,
         "folds": FOLDS,
-        "estimators": {name: _pooled_figures(folds, measured) for name, folds in pooled.estimators.items()},
+        "estimators": {name: own for name, (own, _) in measured_of.items()},
         "attribute_error": pooled.errors(),
-        "filter": {measure: pooled.filtered(measure, replicates, seed) for measure in MEASURES},
+        "filter": {name: filter_curves([run], replicates=replicates, seed=seed) for name, run in runs.items()},
         "best_of": {measure: pooled.best_of(measure, replicates, seed) for measure in MEASURES},
         "numeric": {measure: pooled.away(measure) for measure in MEASURES},
     }
@@ -143,17 +146,21 @@ class _ByFold:
         return PairEstimate(*columns)
 
 
-def _pooled_figures(folds: list[tuple[AnyEstimator, Responses]], measured: Measured) -> dict[str, Any]:
-    hidden, stream = [], []
-    for _, test in folds:
+def _pooled_figures(folds: list[tuple[AnyEstimator, Responses]], measured: Measured) -> tuple[dict[str, Any], Run]:
+    hidden, stream, disputes = [], [], []
+    for estimator, test in folds:
         index, labels = test.pairs()
         hidden.append(test.hidden[index])
         stream += [
             StreamPair(str(int(test.prompt[i])), "a", "b", float(y), "topical_chat")
             for i, y in zip(index[:, 0].tolist(), labels.tolist(), strict=True)
         ]
+        if isinstance(estimator, URME):
+            disputes.append(filter_scores(estimator, PairStates(hidden[-1], torch.ones(len(index), 2))))
     states = PairStates(torch.cat(hidden), torch.ones(len(stream), 2))
-    return measured(_ByFold(folds), states, tuple(stream))  # type: ignore[arg-type]
+    figures, (scores, right, prompt) = measured(_ByFold(folds), states, tuple(stream))  # type: ignore[arg-type]
+    own = {name: np.concatenate([one[name] for one in disputes]) for name in (MEASURES if disputes else ())}
+    return figures, (scores | own, right, prompt)
 
 
 class _Pool:
@@ -179,24 +186,6 @@ class _Pool:
             error = float((torch.cat(means) - label).square().mean().sqrt())
             found[name] = {"rmse": round(error, 4), "label_sd": round(float(label.std()), 4)}
             found[name]["sigma"] = round(float(torch.cat(stds).square().mean().sqrt()), 4)
-        return found
-
-    def filtered(self, measure: Any, replicates: int, seed: int) -> list[dict[str, float]]:
-        """Accuracy of the pairs that a threshold keeps, the threshold that of a share of the pairs."""
-        right, u, cluster = [], [], []
-        for test, said in self.test:
-            index, labels = test.pairs()
-            right.append(((said.mean[index[:, 0]] > said.mean[index[:, 1]]) == (labels > 0.5)).double())
-            u.append(said.uncertainty(measure)[index].amax(1))
-            cluster.append(test.prompt[index[:, 0]])
-        all_right, all_u, prompts = torch.cat(right).numpy(), torch.cat(u), torch.cat(cluster).numpy()
-        found = []
-        for share in SHARES:
-            threshold = float(all_u.quantile(share)) if share < 1 else float("inf")
-            kept = np.concatenate([s.kept_pairs(t.pairs()[0], threshold, measure).numpy() for t, s in self.test])
-            low, high = _bounds(100 * all_right[kept], prompts[kept], replicates, seed)
-            row = {"share": float(kept.mean()), "threshold": min(threshold, float(all_u.max()))}
-            found.append({**row, "accuracy": 100 * float(all_right[kept].mean()), "low": low, "high": high})
         return found
 
     def best_of(self, measure: Any, replicates: int, seed: int) -> dict[str, Any]:
@@ -249,16 +238,7 @@ def attribute_lines(figures: dict[str, Any]) -> list[str]:
             f"| {name} | {point:.1f} [{low:.1f}, {high:.1f}] | {own['log_loss']:.3f} | {own['ece']:.3f} | "
             f"{own['brier']:.3f} | {own['auroc_by_variance']:.3f} / {own['auroc_by_margin']:.3f} | {own['aurc']:.1f} |"
         )
-    lines += ["", f"### URME of {figures['members']} heads", ""]
-    lines += [
-        "| filter: pairs kept, % | threshold of gap | accuracy, % | threshold of ‖Σ‖ | accuracy, % |",
-        "|---" * 5 + "|",
-    ]
-    for gap, norm in zip(*(figures["filter"][measure] for measure in MEASURES), strict=True):
-        cells = [f"{100 * gap['share']:.0f}"]
-        for one in (gap, norm):
-            cells += [f"{one['threshold']:.2f}", f"{one['accuracy']:.1f} [{one['low']:.1f}, {one['high']:.1f}]"]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *filter_lines(figures["filter"]), "", f"### URME of {figures['members']} heads"]
     lines += [
         "",
         "| best of 6, penalty λ | by mean − λ·gap: overall above the mean | by mean − λ·‖Σ‖ |",

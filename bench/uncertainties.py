@@ -2,8 +2,9 @@
 
 For each estimator of :mod:`rmcore.head.estimators` and each stream: accuracy, log-loss, ECE, Brier's score, AUROC of
 its errors by its variance and by its margin, points over random routing at 10, 25 and 45% by its variance with
-intervals that resample prompts (an oracle judges), and RewardUQ's confident-true/false score; seconds to fit, to score
-and bytes on disk. Needs the data folder (``--data`` or RMCORE_DATA). Writes ``uncertainties.json``, ``.md``, ``.png``.
+intervals that resample prompts (an oracle judges), RewardUQ's confident-true/false score, and accuracy under a filter
+by threshold with tests of its order (:mod:`rmcore.bench.filters`); seconds to fit, to score and bytes on disk. Needs
+the data folder (``--data`` or RMCORE_DATA). Writes ``uncertainties.json``, ``.md``, ``.png``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -27,15 +29,16 @@ from torch import Tensor
 import rmcore
 from rmcore._base.files import write_atomic
 from rmcore.bench.attribute_uncertainties import attribute_figures, attribute_lines, calculations, read_data
+from rmcore.bench.filters import Run, filter_curves, filter_lines, filter_scores, summary_lines
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.confidence import BETAS, brier_score, confident_score
 from rmcore.evaluation.evaluate import PairStates, encode_pairs, evaluate_pairs
 from rmcore.evaluation.plots import COLOURS, new_figure, plot_style, save_figure
 from rmcore.evaluation.report import ScoredPairs
 from rmcore.evaluation.statistics import correctness, risk_coverage
-from rmcore.evaluation.streams import StreamPair, find_data, load_corpus
+from rmcore.evaluation.streams import Corpus, StreamPair, find_data, load_corpus, load_test_pairs
 from rmcore.head import HeadConfig
-from rmcore.head.estimators import ESTIMATORS, AnyEstimator, save_estimator
+from rmcore.head.estimators import ESTIMATORS, AnyEstimator, PairEstimate, save_estimator
 from rmcore.model.backbone import Backbone
 from rmcore.model.reward_model import encode_preferences
 from rmcore.ops.reference import mean_field_amplitude, uncertainty
@@ -45,6 +48,8 @@ __all__ = ["fit_estimator", "main", "measure", "run", "table"]
 FRACTIONS = (0.10, 0.25, 0.45)
 COVERAGES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 GROUPS, SIZE = 64, 8
+OTHERS = (("pandalm", "PandaLM", "pandalm"), ("hh", "harmless (HH)", "hh_harmless"))
+"""Streams beside those of the corpus: name, title, file."""
 
 
 def fit_estimator(name: str, hidden: Tensor, labels: Tensor, pairs: Tensor, seed: int) -> AnyEstimator:
@@ -59,10 +64,11 @@ def fit_estimator(name: str, hidden: Tensor, labels: Tensor, pairs: Tensor, seed
 
 def measure(
     estimator: AnyEstimator, states: PairStates, pairs: tuple[StreamPair, ...], *, replicates: int, seed: int
-) -> dict[str, Any]:
-    """An estimator's figures on labelled pairs."""
-    found = estimator.pairs(states.hidden.flatten(0, 1), torch.full((len(pairs),), 2, dtype=torch.int64))
+) -> tuple[dict[str, Any], Run]:
+    """An estimator's figures on labelled pairs, and what its filters are made of."""
+    found = _pairs(estimator, states)
     label = np.array([pair.label for pair in pairs])
+    prompts = np.array([str(pair.prompt) for pair in pairs])
     g, v, p = (column.cpu().numpy() for column in found[:3])
     probability = torch.sigmoid(found.preference).cpu().numpy()
     tiny = np.finfo(np.float64).eps  # σ may have rounded to 0 or 1, which the log-loss below is not taken from
@@ -70,13 +76,14 @@ def measure(
         logit=g,
         label=label,
         uncertainty=uncertainty(found.variance, mean_field_amplitude()).cpu().numpy(),
-        cluster=np.array([str(pair.prompt) for pair in pairs]),
+        cluster=prompts,
         probability=np.clip(probability, tiny, 1 - tiny),
     )
     report = evaluate_pairs(scored, fractions=FRACTIONS, replicates=replicates, seed=seed)
     by_v, by_margin = report.score("u"), report.score("margin")
-    curve = risk_coverage(v, correctness(g, label))
-    return {
+    right = correctness(g, label)
+    curve = risk_coverage(v, right)
+    figures = {
         "accuracy": [100 * x for x in (report.accuracy.point, report.accuracy.low, report.accuracy.high)],
         "log_loss": float(np.logaddexp(0, np.where(label == 1, -p, p)).mean()),
         "ece": report.ece_equal_mass,
@@ -89,11 +96,23 @@ def measure(
         "risk": [100 * float(curve.risk[max(0, round(share * len(g)) - 1)]) for share in COVERAGES],
         "aurc": 100 * curve.aurc,
     }
+    return figures, (filter_scores(estimator, states, found), right, prompts)
+
+
+def _pairs(estimator: AnyEstimator, states: PairStates) -> PairEstimate:
+    return estimator.pairs(states.hidden.flatten(0, 1), torch.full((len(states.hidden),), 2, dtype=torch.int64))
+
+
+def load_streams(data: Path) -> Corpus:
+    """The corpus of the data folder, with the streams of its other files."""
+    corpus = load_corpus(data)
+    parts = corpus.parts | {name: load_test_pairs(data, file) for name, _, file in OTHERS}
+    return replace(corpus, parts=parts, mixes=(*corpus.mixes, *((name, title, (name,)) for name, title, _ in OTHERS)))
 
 
 def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
     """All figures, as JSON values."""
-    corpus, backbone = load_corpus(data), demo_backbone()
+    corpus, backbone = load_streams(data), demo_backbone()
     backbone.use_state_cache()
     hidden, labels, pairs = encode_preferences(backbone, corpus.train, "difference")
     assert pairs is not None
@@ -103,6 +122,7 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         name: {stream: [] for stream, *_ in corpus.mixes} for name in ESTIMATORS
     }
+    runs: dict[str, dict[str, list[Run]]] = {name: {stream: [] for stream, *_ in corpus.mixes} for name in ESTIMATORS}
     seconds: dict[str, float] = dict.fromkeys(ESTIMATORS, math.inf)
     fitted: dict[str, AnyEstimator] = {}
     for seed in range(seeds):
@@ -113,9 +133,14 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
             seconds[name] = min(seconds[name], time.perf_counter() - began)
             for stream in streams:
                 rows = states[[where[id(pair)] for pair in stream.pairs]]
-                figures = measure(fitted[name], rows, stream.pairs, replicates=replicates, seed=seed)
+                figures, kept = measure(fitted[name], rows, stream.pairs, replicates=replicates, seed=seed)
                 found[name][stream.name].append(figures)
+                runs[name][stream.name].append(kept)
         print(f"seed {seed} done", flush=True)
+    filters = {
+        name: {stream: filter_curves(kept, replicates=replicates) for stream, kept in own.items()}
+        for name, own in runs.items()
+    }
     attributes = _attributes(data, backbone, replicates)
     score = _score_seconds(fitted, states.hidden.flatten(0, 1))
     return {
@@ -138,7 +163,10 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
                 "fit_s": round(seconds[name], 3),
                 "score_us": round(1e6 * score[name]),
                 "bytes": _bytes(fitted[name]),
-                "streams": {stream: _over_seeds(values) for stream, values in found[name].items()},
+                "streams": {
+                    stream: {**_over_seeds(values), "filter": filters[name][stream]}
+                    for stream, values in found[name].items()
+                },
             }
             for name in ESTIMATORS
         },
@@ -184,8 +212,9 @@ def _bytes(estimator: AnyEstimator) -> int:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as Markdown, a table a stream and one of costs."""
+    """The figures as Markdown, two tables a stream and one of costs."""
     lines = []
+    filters: dict[str, Any] = {}
     for stream, about in figures["streams"].items():
         lines += [f"### {about['title']}, {about['pairs']} pairs", ""]
         heads = ["", "accuracy, %", "log-loss", "ECE", "Brier", "AUROC of errors by v / margin"]
@@ -200,7 +229,10 @@ def table(figures: dict[str, Any]) -> str:
             cells += [f"{p:+.1f} [{lo:+.1f}, {hi:+.1f}]" for p, lo, hi in own["uplift"]]
             cells += [f"{value:+.3f}" for value in own["confident"]]
             lines.append(_row([*cells, f"{own['aurc']:.1f}", f"{own['risk'][4]:.1f}"]))
-        lines.append("")
+        filters[stream] = {name: own["streams"][stream]["filter"] for name, own in figures["estimators"].items()}
+        lines += ["", *filter_lines(filters[stream]), ""]
+    filters["attributes"] = figures["attributes"]["filter"]
+    lines += ["### Filters, over all streams and Topical-Chat", "", *summary_lines(filters), ""]
     cost = ["", "fit, s", f"score {GROUPS} groups of {SIZE}, ms", "on disk, KB"]
     lines += ["### Cost", "", _row(cost), _row(["---"] * len(cost))]
     for name, estimator in figures["estimators"].items():
@@ -222,7 +254,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     """Uplift with intervals, errors by coverage, and log-loss, by stream."""
     names = list(figures["estimators"])
     with plot_style():
-        figure = new_figure((10.5, 8.6))
+        figure = new_figure((3.5 * max(len(figures["streams"]), 2), 8.6))
         axes = figure.subplots(3, len(figures["streams"]), gridspec_kw={"height_ratios": [2, 1.6, 1]}, squeeze=False)
         for column, (stream, about) in enumerate(figures["streams"].items()):
             top, middle, bottom = (row[column] for row in axes)

@@ -9,6 +9,7 @@ import torch
 
 from rmcore.bench import attribute_uncertainties
 from rmcore.bench.attribute_uncertainties import NAMES, Responses, attribute_figures, calculations
+from rmcore.bench.filters import filter_curves
 from rmcore.bench.uncertainties import COVERAGES, fit_estimator, main, measure
 from rmcore.evaluation.evaluate import PairStates
 from rmcore.evaluation.statistics import accuracy, log_loss
@@ -27,12 +28,12 @@ def figures():
     labels = (hidden[pairs[:, 0], 0] - hidden[pairs[:, 1], 0] + noise > 0).float()
     estimator = fit_estimator("laplace", hidden, labels, pairs, seed=0)
     stream = tuple(StreamPair(f"p{k // 2}", "a", "b", float(labels[k]), "x") for k in range(30))
-    found = measure(estimator, PairStates(hidden[pairs], torch.ones(30, 2)), stream, replicates=20, seed=0)
-    return found, estimator.pairs(hidden, torch.full((30,), 2)), labels
+    found, run = measure(estimator, PairStates(hidden[pairs], torch.ones(30, 2)), stream, replicates=20, seed=0)
+    return found, estimator.pairs(hidden, torch.full((30,), 2)), labels, run
 
 
 def test_figures_are_the_estimators(figures):
-    found, said, labels = figures
+    found, said, labels, _ = figures
     assert found["accuracy"][0] == pytest.approx(100 * accuracy(said.logit, labels))
     assert found["log_loss"] == pytest.approx(log_loss(said.preference, labels))
     wrong = (said.logit > 0) != (labels > 0.5)
@@ -67,9 +68,16 @@ def test_figures_on_attributes_are_of_held_out_prompts(attributes):
     assert (attributes["responses"], attributes["prompts"]) == (60, 20)
     assert attributes["estimators"]["urme"]["accuracy"][0] > 70
     assert attributes["numeric"]["gap"]["numeric"] > attributes["numeric"]["gap"]["held_out"]
-    kept = [row["share"] for row in attributes["filter"]["gap"]]
+    assert {name: set(own) for name, own in attributes["filter"].items()} == {
+        "laplace": {"variance", "margin"},
+        "urme": {"variance", "margin", "gap", "covariance"},
+    }
+    kept = attributes["filter"]["urme"]["gap"]["share"]
     assert kept[0] == 1.0
     assert kept == sorted(kept, reverse=True)
+    assert attributes["filter"]["urme"]["gap"]["accuracy"][0] == pytest.approx(
+        attributes["estimators"]["urme"]["accuracy"][0], abs=1e-3
+    )
     assert attributes["best_of"]["gap"]["0"] == attributes["best_of"]["covariance"]["0"]
     right, wrong = calculations(2)
     assert eval_sum(right[0]) == int(right[1].rpartition("= ")[2])
@@ -84,7 +92,9 @@ def eval_sum(prompt):
 def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
     figures, attributes, tmp_path, monkeypatch, capsys
 ):
-    own = {**figures[0], "uplift_sd_over_seeds": [0.0] * 3}
+    curves = filter_curves([figures[3]], replicates=100)
+    assert curves["variance"]["accuracy"][0] == pytest.approx(figures[0]["accuracy"][0], abs=1e-3)
+    own = {**figures[0], "uplift_sd_over_seeds": [0.0] * 3, "filter": curves}
     document = {
         "streams": {"s": {"title": "a stream", "pairs": 30}},
         "fractions": [0.1, 0.25, 0.45],
@@ -98,7 +108,9 @@ def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
     assert json.loads((tmp_path / "out/uncertainties.json").read_text()) == document
     text = (tmp_path / "out/uncertainties.md").read_text()
     assert all(text.count(f"| {name} |") == (3 if name in attributes["estimators"] else 2) for name in ESTIMATORS)
-    assert "| gap |" in text
+    assert "| gap | 1 |" in text
+    assert "| variance | 10 |" in text  # a stream's eight estimators, two on attributes
+    assert text.count("| laplace, margin |") == 2
     assert (tmp_path / "out/uncertainties.png").stat().st_size > 10_000
     monkeypatch.delenv("RMCORE_DATA", raising=False)
     assert main([]) == 2
