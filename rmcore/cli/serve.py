@@ -44,6 +44,13 @@ def serve(
         Literal["leave-one-out", "group-mean"],
         typer.Option(help="What OpenRLHF's rewards are for: leave-one-out (rloo) or group-mean (dr_grpo)."),
     ] = "leave-one-out",
+    reliability_tau: Annotated[
+        float | None,
+        typer.Option(
+            help="OpenRLHF's rewards give back advantages times 1/(1 + variance/τ): those the head leaves open "
+            "count less. Difference mode."
+        ),
+    ] = None,
     prompt_prefix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's start.")] = "",
     prompt_suffix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's end.")] = "",
     end_token: Annotated[
@@ -109,6 +116,7 @@ def serve(
             token=token,
             group_size=group_size,
             baseline=baseline,
+            reliability_tau=reliability_tau,
             prompt_prefix=prompt_prefix,
             prompt_suffix=prompt_suffix,
             end_tokens=(*END_TOKENS, *(end_token or ())),

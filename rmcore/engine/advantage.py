@@ -13,9 +13,11 @@ from rmcore.ops import reference
 
 __all__ = [
     "Baseline",
+    "check_tau",
     "group_rewards",
     "grpo_advantages",
     "reliability_weights",
+    "reliable_advantages",
     "rloo_advantages",
     "rloo_variance",
 ]
@@ -110,9 +112,35 @@ def reliability_weights(variance: Tensor, tau: float) -> Tensor:
 
     τ is the variance at which it counts half. Raises InputError unless τ is positive and finite.
     """
-    if not (math.isfinite(tau) and tau > 0):
-        reject("tau", tau, "a positive finite number")
+    check_tau(tau)
     return 1 / (1 + variance / tau)
+
+
+def check_tau(tau: float, name: str = "tau") -> None:
+    """Raise InputError, by ``name``, for a τ that :func:`reliability_weights` would refuse."""
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not (math.isfinite(tau) and tau > 0):
+        reject(name, repr(tau), "a positive finite number: the variance at which an advantage counts half")
+
+
+def reliable_advantages(advantages: Tensor, variance: Tensor, tau: float, *, centred: bool = False) -> Tensor:
+    """w_i·A_i with the weights of :func:`reliability_weights` (UARM, arXiv:2606.19818).
+
+    Unlike the A_i they do not sum to 0 over a group. A trainer that subtracts a baseline takes their mean away, so of
+    them it can be given no more than w_i·A_i − mean w·A, which ``centred`` is.
+
+    Args:
+        advantages: (..., K); NaN for a member without a preference, which is left out.
+        variance: (..., K) of them.
+        tau: τ.
+        centred: less the group's mean.
+
+    Raises:
+        InputError: shapes or τ do not fit.
+    """
+    if variance.shape != advantages.shape:
+        reject("variance", f"shape {tuple(variance.shape)}", f"{tuple(advantages.shape)}, as of advantages")
+    weighted = advantages * reliability_weights(variance, tau)
+    return weighted - weighted.nanmean(-1, keepdim=True) if centred else weighted
 
 
 def _sums(preferences: Tensor, complete: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.engine.advantage import group_rewards, grpo_advantages, rloo_advantages
+from rmcore.engine.advantage import group_rewards, grpo_advantages, reliable_advantages, rloo_advantages
 from rmcore.engine.comparisons import graph_advantages, graph_rewards
 from rmcore.engine.pair_table import PairLayout, PairState, PairTable
 from rmcore.engine.usage import JudgeTally, Overlap, usage_summary
@@ -120,12 +120,34 @@ class GroupScore:
         """(K,) rewards that give ``advantages`` back under a leave-one-out baseline."""
         return self.rewards_for("leave-one-out")
 
-    def rewards_for(self, baseline: Literal["leave-one-out", "group-mean"], *, missing_as_zero: bool = False) -> Tensor:
+    def reliable_advantages(self, tau: float, *, centred: bool = False) -> Tensor:
+        """(K,) ``advantages`` times 1/(1 + ``advantage_variance``/τ) (:mod:`rmcore.engine.advantage`).
+
+        Raises InputError where the variance is not known: in concat mode, and where a design left pairs out.
+        """
+        variance = self.advantage_variance
+        if variance is None:
+            why = "concat mode" if self.compared is None else "a design that leaves pairs out"
+            reject("advantage_variance", f"none, of {why}", "difference mode with all pairs compared")
+        return reliable_advantages(self.advantages, variance, tau, centred=centred)
+
+    def rewards_for(
+        self,
+        baseline: Literal["leave-one-out", "group-mean"],
+        *,
+        missing_as_zero: bool = False,
+        tau: float | None = None,
+    ) -> Tensor:
         """(K,) rewards that give ``advantages`` back under the named baseline (``group_rewards``).
 
         A response without any preference has NaN. ``missing_as_zero``: the trainer counts it as 0 in a baseline over
-        all K, so the others' rewards are made for that; with 0 in its place its own advantage is 0 too.
+        all K, so the others' rewards are made for that; with 0 in its place its own advantage is 0 too. With ``tau``
+        they give back ``reliable_advantages(tau, centred=True)``; raises as that does.
         """
+        if tau is not None:
+            found = self.reliable_advantages(tau, centred=True)
+            count = self.size if missing_as_zero else int((~found.isnan()).sum())
+            return found if baseline == "group-mean" else found * (max(count - 1, 0) / max(count, 1))
         of = group_rewards if self.compared is None else graph_rewards
         rewards = of(self.preference, baseline)
         if missing_as_zero and baseline == "leave-one-out" and bool(rewards.isnan().any()):

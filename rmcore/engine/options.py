@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
+from rmcore.engine.advantage import check_tau
 from rmcore.engine.comparisons import parse_design
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.routing import NeverRoute, Router
@@ -15,7 +16,7 @@ from rmcore.judge.base import Judge
 from rmcore.model.uncertainties import HEAD, check_uncertainty
 from rmcore.ops.dispatch import Backend, explain
 
-__all__ = ["check_engine_options", "check_estimator_goes"]
+__all__ = ["check_engine_options", "check_estimator_goes", "check_reliability"]
 
 
 def check_engine_options(
@@ -87,3 +88,18 @@ def check_estimator_goes(name: str, got: str, *, learner: VerdictLearner | None,
         reject(name, f"{got} beside a learner", "None, since what learns is the head")
     if nonfinite == "route":
         reject(name, f"{got} with nonfinite='route'", "'raise': estimators take finite rows only")
+
+
+def check_reliability(tau: float, *, mode: str, design: str) -> None:
+    """Raise InputError where advantages cannot be weighted by their variance, which τ asks for.
+
+    Args:
+        tau: of :func:`rmcore.engine.advantage.reliability_weights`.
+        mode: of the head: in concat mode pairs have no covariance.
+        design: of the engine: the variance of a partial design is not known.
+    """
+    check_tau(tau, "reliability_tau")
+    if mode != "difference":
+        reject("reliability_tau", f"given in {mode} mode", "None: only in difference mode pairs have a covariance")
+    if design != "all":
+        reject("reliability_tau", f"given beside design={design!r}", "None, or all pairs compared")

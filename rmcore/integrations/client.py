@@ -90,6 +90,7 @@ class GroupResult:
         advantages: A_i; None for a response without a preference, here and below.
         rewards: S_i/m, for a leave-one-out baseline.
         rewards_group_mean: S_i/(m−1), for a group-mean baseline without std scaling.
+        advantage_variance: of the advantages; None where the server's model tells none, as in concat mode.
         preference: (K, K) p̃, row i against column j.
         uncertainty: (K, K) u.
         record: the whole reply: who decided which pairs, cost, seconds.
@@ -101,6 +102,7 @@ class GroupResult:
     preference: tuple[tuple[Number, ...], ...]
     uncertainty: tuple[tuple[Number, ...], ...]
     record: Mapping[str, Any]
+    advantage_variance: tuple[Number, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class MemberPart:
         advantage: A_i over the members present; None without a preference (alone of several, for one).
         reward: S_i/m, for a leave-one-out baseline.
         reward_group_mean: S_i/(m−1), for a group-mean baseline without std scaling.
+        advantage_variance: as of :class:`GroupResult`.
         preference, uncertainty: against each of ``slots``, itself included.
         slots: the members scored together.
         complete: whether all were there in time.
@@ -125,6 +128,7 @@ class MemberPart:
     slots: tuple[int, ...]
     complete: bool
     record: Mapping[str, Any]
+    advantage_variance: Number = None
 
 
 class GroupClient:
@@ -355,6 +359,7 @@ def _read(reply: Any, make: Callable[[Any], T], path: str) -> T:
 
 
 def _group_result(reply: Mapping[str, Any], count: int) -> GroupResult:
+    variance = reply.get("advantage_variance")  # an older server sends none
     result = GroupResult(
         _row(reply["advantages"]),
         _row(reply["rewards"]),
@@ -362,6 +367,7 @@ def _group_result(reply: Mapping[str, Any], count: int) -> GroupResult:
         tuple(_row(row) for row in reply["preference"]),
         tuple(_row(row) for row in reply["uncertainty"]),
         reply,
+        None if variance is None else _row(variance),
     )
     if len(result.advantages) != count:
         raise ValueError(f"{len(result.advantages)} advantages for {count} responses")
@@ -378,6 +384,7 @@ def _member_part(reply: Mapping[str, Any]) -> MemberPart:
         tuple(int(slot) for slot in reply["slots"]),
         bool(reply["complete"]),
         reply,
+        _number(reply.get("advantage_variance")),
     )
 
 

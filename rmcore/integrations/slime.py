@@ -11,15 +11,20 @@ but its division by the std would.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
+from rmcore.engine.advantage import check_tau, reliable_advantages
 from rmcore.engine.engine import RewardEngine
-from rmcore.integrations.client import GroupClient
+from rmcore.engine.options import check_reliability
+from rmcore.integrations.client import GroupClient, GroupResult
 from rmcore.integrations.rows import alone
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.text import OverlongPolicy, TextLimit
@@ -48,6 +53,9 @@ class GroupReward:
             (``rmcore serve --max-length --overlong``), so there it is refused.
         overlong: what happens to longer ones, likewise (:data:`~rmcore.model.text.OverlongPolicy`). A sample without a
             reward (``no-reward``) is masked in the loss.
+        reliability_tau: rewards are w_i·A_i with w_i = 1/(1 + variance/τ), by the variance that the head's posterior
+            leaves open of A_i (:func:`~rmcore.engine.advantage.reliable_advantages`). They do not sum to 0, so slime
+            takes their mean away unless it runs with ``--disable-rewards-normalization``. None: A_i.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class GroupReward:
         prompt_key: str | None = None,
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
+        reliability_tau: float | None = None,
     ) -> None:
         if source is not None and not isinstance(source, (RewardEngine, GroupClient)):
             reject("source", type(source).__name__, "a RewardEngine, a GroupClient or None")
@@ -65,14 +74,18 @@ class GroupReward:
         TextLimit(**self.limit)
         if self.limit and isinstance(source, GroupClient):
             reject("max_length, overlong", "given beside a GroupClient", f"None: {_SERVER_LIMITS}")
+        if reliability_tau is not None:
+            _check_weighing(source, reliability_tau)
         self.prompt_key = prompt_key
+        self.reliability_tau = reliability_tau
         self._source = source
         self._lock = threading.Lock()
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock."""
-        return {"prompt_key": self.prompt_key, "limit": self.limit, "_source": self._source}
+        kept = ("prompt_key", "limit", "reliability_tau", "_source")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -80,7 +93,7 @@ class GroupReward:
         self._lock = threading.Lock()
 
     async def __call__(self, args: Any, samples: Sequence[Any], **_: Any) -> list[float]:
-        """A_i of each sample, in order.
+        """A_i of each sample, in order, or what ``reliability_tau`` makes of it.
 
         A sample that was aborted or failed has no full response to compare. It is left out of the group, gets
         ``remove_sample = True``, by which slime masks it in the loss, and 0.0 for a reward that nothing reads. The
@@ -107,7 +120,8 @@ class GroupReward:
         # One alone has nothing to be compared with.
         if len(finished) > 1 or len(samples) == 1 == len(finished):
             texts = [canonical_response(samples[k].response, f"samples[{k}].response") for k in finished]
-            scored = await self._score(args, prompts[0], texts)
+            tau = getattr(args, "rmcore_reliability_tau", None) or self.reliability_tau
+            scored = await self._score(self._source or self._configured(args), tau, prompts[0], texts)
             advantages = dict(zip(finished, scored, strict=True))
         rewards = []
         for k, sample in enumerate(samples):
@@ -122,12 +136,17 @@ class GroupReward:
             )
         return rewards
 
-    async def _score(self, args: Any, prompt: Canonical, texts: list[Canonical]) -> list[float | None]:
-        source = self._source or self._configured(args)
+    async def _score(
+        self, source: RewardEngine | GroupClient, tau: float | None, prompt: Canonical, texts: list[Canonical]
+    ) -> list[float | None]:
+        if tau is not None:
+            _check_weighing(source, tau)
         if isinstance(source, GroupClient):
-            return list((await source.groups(prompt, texts)).advantages)
-        scores = await source.score_async([prompt], [texts], **self.limit)
-        return [value if value == value else None for value in scores[0].advantages.tolist()]  # NaN: no preference
+            found = await source.groups(prompt, texts)
+            return list(found.advantages) if tau is None else _weighted(found, tau)
+        group = (await source.score_async([prompt], [texts], **self.limit))[0]
+        advantages = group.advantages if tau is None else group.reliable_advantages(tau)
+        return [value if value == value else None for value in advantages.tolist()]  # NaN: no preference
 
     def _configured(self, args: Any) -> RewardEngine | GroupClient:
         with self._lock:
@@ -152,8 +171,31 @@ group_rm = GroupReward()
 
 It asks the group server at ``--rm-url`` or ``RMCORE_SERVE_URL``; without either it loads the model that
 ``RMCORE_MODEL`` (or ``rmcore_model`` in the file of ``--custom-config-path``) names, and asks no judge. In the same
-file ``rmcore_prompt_key`` is :class:`GroupReward`'s ``prompt_key``.
+file ``rmcore_prompt_key`` and ``rmcore_reliability_tau`` are :class:`GroupReward`'s ``prompt_key`` and
+``reliability_tau``.
 """
+
+
+def _check_weighing(source: RewardEngine | GroupClient | None, tau: float) -> None:
+    """A server says with its first group whether it tells variances."""
+    check_tau(tau, "reliability_tau")
+    if isinstance(source, RewardEngine):
+        check_reliability(tau, mode=source.head.config.mode, design=source.design)
+
+
+def _weighted(found: GroupResult, tau: float) -> list[float | None]:
+    if found.advantage_variance is None:
+        reject(
+            "reliability_tau",
+            "given, and no variance from the server",
+            "None, or a model in difference mode served without a design",
+        )
+    advantages, variance = (
+        torch.tensor([math.nan if one is None else one for one in values], dtype=torch.float64)
+        for values in (found.advantages, found.advantage_variance)
+    )
+    weighted = reliable_advantages(advantages, variance, tau)
+    return [value if value == value else None for value in weighted.tolist()]  # NaN: no preference
 
 
 def _status(sample: Any) -> str:

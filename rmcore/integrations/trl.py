@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from rmcore._base import lazy
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
+from rmcore.engine.advantage import check_tau, reliability_weights
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.monitor import monitored
-from rmcore.engine.options import check_engine_options
+from rmcore.engine.options import check_engine_options, check_reliability
 from rmcore.engine.routing import BudgetedRouter, Router, StatefulRouter
 from rmcore.engine.selection import member_uncertainties
 from rmcore.integrations.reference import (
@@ -102,6 +103,10 @@ class PairwiseReward:
             data has it. Rewards average 0, so this is the curve to look at and to choose checkpoints by.
         reference_every: compare in every so many calls; the completions are encoded once more for it. At evaluation it
             is always done.
+        reliability_tau: weigh advantages by 1/(1 + variance/τ), the variance that the head's posterior leaves open of
+            them (``GroupScores.advantage_variance``); τ is the one at which they count half. The trainer's baseline
+            takes the group's mean of the weighted ones away (:func:`~rmcore.engine.advantage.reliable_advantages`,
+            ``centred``). The mean weight is logged as ``rmcore/reliability``. None: advantages as they are.
         deadline_s: seconds after which a call fails. Verdicts not in after 80% of it are given up: those pairs keep
             the head's preference. It must be below the trainer's ``ddp_timeout``, which would end the run instead.
         strict: raise if :func:`check_trl_config` finds anything; by default it is logged once as warnings.
@@ -127,6 +132,7 @@ class PairwiseReward:
         partial_groups: Literal["raise", "gather"] = "raise",
         reference: ReferenceSource | None = None,
         reference_every: int = 1,
+        reliability_tau: float | None = None,
         deadline_s: float = 900.0,
         strict: bool = False,
         max_length: int | None = None,
@@ -147,6 +153,10 @@ class PairwiseReward:
             reject("deadline_s", deadline_s, "seconds above 0")
         if reference_every < 1:
             reject("reference_every", reference_every, "at least 1")
+        if reliability_tau is not None:
+            check_tau(reliability_tau, "reliability_tau")
+            if isinstance(model, RewardEngine):
+                check_reliability(reliability_tau, mode=model.head.config.mode, design=model.design)
         self.__name__ = "pairwise_reward"  # what TRL calls its metrics after
         self.mode = mode
         self.num_generations = num_generations
@@ -154,6 +164,7 @@ class PairwiseReward:
         self.partial_groups = partial_groups
         self.reference = ReferenceAnswers(reference)
         self.reference_every = reference_every
+        self.reliability_tau = reliability_tau
         self.deadline_s = deadline_s
         self.strict = strict
         limit = {"max_length": max_length, "overlong": overlong}
@@ -190,7 +201,10 @@ class PairwiseReward:
 
                 options = {"judge_deadline_s": 0.8 * self.deadline_s, **self._settings}
                 assert self._path is not None
-                self._engine = RewardEngine(RewardModel.from_pretrained(self._path), **options)
+                engine = RewardEngine(RewardModel.from_pretrained(self._path), **options)
+                if self.reliability_tau is not None:
+                    check_reliability(self.reliability_tau, mode=engine.head.config.mode, design=engine.design)
+                self._engine = engine
             return self._engine
 
     @property
@@ -249,7 +263,10 @@ class PairwiseReward:
                 await asyncio.to_thread(keeper.note_spent, trainer.args)
         self.last = scores
         if log_metric is not None:
-            for name, value in (_metrics(scores) | ({} if over is None else over.metrics())).items():
+            metrics = _metrics(scores) | ({} if over is None else over.metrics())
+            if self.reliability_tau is not None:
+                metrics["reliability"] = _mean_weight(scores, self.reliability_tau)
+            for name, value in metrics.items():
                 log_metric(f"rmcore/{name}", value)
         if log_extra is not None and self.partial_groups == "raise" and scores is not None:
             log_extra("uncertainty", member_uncertainties(scores).tolist())
@@ -268,7 +285,8 @@ class PairwiseReward:
             over = await preference_over_reference(engine, prompts, texts, references, **self.limit)
         baseline: Literal["leave-one-out", "group-mean"] = "leave-one-out" if self.mode == "rloo" else "group-mean"
         # TRL counts a None as 0 in its baseline.
-        values = [float(r) for group in scores for r in group.rewards_for(baseline, missing_as_zero=True)]
+        how: dict[str, Any] = {"missing_as_zero": True, "tau": self.reliability_tau}
+        values = [float(r) for group in scores for r in group.rewards_for(baseline, **how)]
         return [None if math.isnan(value) else value for value in values], scores, over
 
     async def _gathered(self, rows: _Rows, trainer: Any) -> _Scored:
@@ -380,6 +398,12 @@ class PairwiseReward:
 def _evaluating(trainer: Any) -> bool:
     model = getattr(trainer, "model", None)
     return model is not None and not getattr(model, "training", True)
+
+
+def _mean_weight(scores: GroupScores | None, tau: float) -> float:
+    """Of the advantages that there are; NaN without any."""
+    variance = None if scores is None else scores.advantage_variance
+    return math.nan if variance is None else float(reliability_weights(variance, tau).nanmean())
 
 
 def _metrics(scores: GroupScores | None) -> dict[str, float]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt
+from rmcore.engine.advantage import check_tau, reliability_weights
 from rmcore.integrations.client import GroupClient, MemberPart, ServerError
 from rmcore.integrations.rows import alone
 
@@ -43,19 +44,23 @@ ADVANTAGE_ESTIMATOR = "rmcore"
 Returns: TypeAlias = Literal["advantage", "leave-one-out"]
 """What a sample's score is: A_i itself, or S_i/m, from which a leave-one-out baseline makes A_i."""
 
-_SETTINGS = frozenset({"url", "returns", "token_env", "timeout_s", "attempt_timeout_s"})
+_SETTINGS = frozenset({"url", "returns", "reliability_tau", "token_env", "timeout_s", "attempt_timeout_s"})
 
 
 class PairwiseRewardManager:
     """verl's reward manager; verl makes one in each reward-loop worker.
 
-    Settings come from ``reward.reward_kwargs.rmcore`` (``url``, ``returns``, ``token_env``, ``timeout_s``,
-    ``attempt_timeout_s``; the last three as in :class:`~rmcore.integrations.client.GroupClient`), the address also from
-    the environment variable ``RMCORE_SERVE_URL``.
+    Settings come from ``reward.reward_kwargs.rmcore`` (``url``, ``returns``, ``reliability_tau``, ``token_env``,
+    ``timeout_s``, ``attempt_timeout_s``; the last three as in :class:`~rmcore.integrations.client.GroupClient`), the
+    address also from the environment variable ``RMCORE_SERVE_URL``.
 
     The score is A_i for the estimator ``rmcore``, and for ``grpo`` with ``norm_adv_by_std_in_grpo=False`` (the A_i of a
     group sum to 0, so its mean takes nothing away); S_i/m for ``rloo`` and ``rloo_vectorized``. With any other
     estimator the advantages would be something else, so it is refused unless ``returns`` says what is wanted.
+
+    With ``reliability_tau`` the score is made of w_i·A_i, w_i = 1/(1 + variance/τ) with the variance that the head's
+    posterior leaves open of A_i (:func:`~rmcore.engine.advantage.reliable_advantages`). ``rmcore`` hands it through;
+    the baselines of ``rloo`` and ``grpo`` take the group's mean away. The server's model must be of difference mode.
 
     Args:
         config: verl's whole configuration.
@@ -83,6 +88,9 @@ class PairwiseRewardManager:
             reject("reward.reward_kwargs.rmcore", f"the keys {unknown}", f"only {sorted(_SETTINGS)}")
         self.tokenizer = tokenizer
         self.returns = _checked_returns(config, settings.get("returns"))
+        self.reliability_tau: float | None = settings.get("reliability_tau")
+        if self.reliability_tau is not None:
+            check_tau(self.reliability_tau, "reward.reward_kwargs.rmcore.reliability_tau")
         self.n = _samples(config, "actor_rollout_ref.rollout.n")
         self.val_n = _samples(config, "actor_rollout_ref.rollout.val_kwargs.n", default=1)
         self.client = client or _client(settings)
@@ -96,7 +104,7 @@ class PairwiseRewardManager:
             data: a ``DataProto`` of one trajectory; of several outputs the last counts, as in verl's own managers.
 
         Returns:
-            ``reward_score`` and, in ``reward_extra_info``, the same four figures for every sample.
+            ``reward_score`` and, in ``reward_extra_info``, the same figures for every sample.
 
         Raises:
             InputError: the sample lacks a field, or contradicts its siblings.
@@ -111,13 +119,17 @@ class PairwiseRewardManager:
         part = await self.client.rendezvous(
             uid, slot, self._group_size(about), prompt, response, attempt=int(about.get("global_steps", 0))
         )
-        score = part.advantage if self.returns == "advantage" else part.reward
-        if score is None or part.advantage is None:
+        advantage = part.advantage
+        if advantage is None or part.reward is None:
             raise ServerError(
                 f"uid {uid}, session_id {slot}: got no preference between this response and any other of the group's "
                 f"{len(part.slots)} present, expected one"
             )
-        return {"reward_score": score, "reward_extra_info": _extra_info(part, slot, part.advantage)}
+        extra = _extra_info(part, slot, advantage)
+        if self.reliability_tau is not None:
+            extra["rmcore_reliability"] = _weight(part, self.reliability_tau)
+        score = advantage if self.returns == "advantage" else part.reward
+        return {"reward_score": score * extra.get("rmcore_reliability", 1.0), "reward_extra_info": extra}
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: list[float]) -> Tensor:
@@ -272,7 +284,8 @@ def _client(settings: Mapping[str, Any]) -> GroupClient:
             "the address of rmcore serve",
             "Pass +reward.reward_kwargs.rmcore.url=http://host:8400 or set RMCORE_SERVE_URL on every node",
         )
-    return GroupClient(url, **{name: settings[name] for name in settings if name not in ("url", "returns")})
+    ours = ("url", "returns", "reliability_tau")
+    return GroupClient(url, **{name: settings[name] for name in settings if name not in ours})
 
 
 def _messages(about: Mapping[str, Any]) -> Canonical:
@@ -292,6 +305,17 @@ def _extra_info(part: MemberPart, slot: int, advantage: float) -> dict[str, floa
         "rmcore_judge_rate": _judge_rate(part, slot),
         "rmcore_members": float(len(part.slots)),
     }
+
+
+def _weight(part: MemberPart, tau: float) -> float:
+    """1/(1 + variance/τ) of this member; raises InputError where the server's model tells no variance."""
+    if part.advantage_variance is None:
+        reject(
+            "reward.reward_kwargs.rmcore.reliability_tau",
+            "given, and no variance from the server",
+            "None, or a model in difference mode served without a design",
+        )
+    return float(reliability_weights(torch.tensor(part.advantage_variance, dtype=torch.float64), tau))
 
 
 def _judge_rate(part: MemberPart, slot: int) -> float:

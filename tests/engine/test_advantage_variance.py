@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
-from rmcore.engine.advantage import reliability_weights, rloo_advantages, rloo_variance
+from rmcore.engine.advantage import reliability_weights, reliable_advantages, rloo_advantages, rloo_variance
 from rmcore.engine.groups import GroupScores, table_of
 from rmcore.engine.pair_table import PairTable
 from rmcore.head.frozen import PairScores
@@ -136,3 +136,40 @@ def test_reliability_is_half_at_tau():
             reliability_weights(v, tau)
     with pytest.raises(InputError, match="variance"):
         rloo_variance(torch.zeros(2, 2), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["whole", "a row without preferences"])
+def test_a_trainers_baseline_makes_the_weighted_advantages_of_the_rewards_but_for_their_mean(bad):
+    """Leave-one-out over those that have a reward, over all K with 0 for the others, and a group mean."""
+    table, _ = table_of_groups([5])
+    values = table.values.clone()
+    if bad:
+        values[:, (table.layout.i == 2) | (table.layout.j == 2)] = math.nan
+    group = GroupScores(PairTable.of_difference(PairScores(*values), table.layout))[0]
+    there = ~group.advantages.isnan()
+    assert int(there.sum()) == 5 - bad
+    weighted = group.advantages / (1 + group.advantage_variance / 0.3)
+    torch.testing.assert_close(group.reliable_advantages(0.3), weighted, equal_nan=True)
+    assert float(weighted[there].mean().abs()) > 1e-3, "a sum of 0 would show nothing"
+    wanted = weighted - weighted[there].mean()
+    torch.testing.assert_close(group.reliable_advantages(0.3, centred=True), wanted, equal_nan=True)
+
+    def leave_one_out(rewards, count):
+        return rewards - (rewards.sum() - rewards) / (count - 1)
+
+    rewards = group.rewards_for("leave-one-out", tau=0.3)
+    torch.testing.assert_close(leave_one_out(rewards[there], int(there.sum())), wanted[there])
+    as_zero = group.rewards_for("leave-one-out", missing_as_zero=True, tau=0.3).nan_to_num(0.0)
+    torch.testing.assert_close(leave_one_out(as_zero, 5)[there], wanted[there])
+    mean = group.rewards_for("group-mean", tau=0.3)[there]
+    torch.testing.assert_close(mean - mean.mean(), wanted[there])
+    torch.testing.assert_close(group.rewards_for("leave-one-out", tau=1e12)[there], group.rewards[there])
+
+
+def test_weighting_needs_a_variance_that_is_known():
+    columns = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) + 1
+    concat = GroupScores(PairTable.of_concat(Scores(*columns), PairLayout([3]), "both"))[0]
+    with pytest.raises(InputError, match="advantage_variance: got none, of concat mode"):
+        concat.rewards_for("leave-one-out", tau=1.0)
+    with pytest.raises(InputError, match="variance"):
+        reliable_advantages(torch.zeros(3), torch.zeros(2), 1.0)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -156,6 +157,25 @@ def test_more_responses_than_the_loops_own_threads_do_not_stall(through, served,
 
     replies = asyncio.run(run())
     assert abs(sum(reply["rewards"] for reply in replies)) < 1e-6
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "group-mean"])
+def test_the_servers_rewards_may_be_weighted_by_their_reliability(baseline, through, served, engine):
+    scores = engine.score(["red tree house"], [TEXTS])[0]
+    weighted = scores.advantages / (1 + scores.advantage_variance / 0.2)
+    through(served(engine, replace(SETTINGS, reliability_tau=0.2, baseline=baseline)))
+    reply = make_reward_func("http://127.0.0.1:8400")([PROMPT + text for text in TEXTS], [PROMPT] * 4)
+    rewards = torch.tensor(reply["rewards"], dtype=torch.float64)
+    found = rloo(reply["rewards"]).double() if baseline == "leave-one-out" else rewards - rewards.mean()
+    torch.testing.assert_close(found, weighted - weighted.mean(), rtol=0, atol=1e-6)
+    assert float((found - scores.advantages).abs().max()) > 1e-3
+
+
+def test_a_server_that_cannot_weigh_does_not_start(reward_model, served):
+    with pytest.raises(InputError, match="reliability_tau"):
+        served(RewardEngine(reward_model, design="circular"), replace(SETTINGS, reliability_tau=0.2))
+    with pytest.raises(InputError, match="reliability_tau"):
+        ServeSettings(reliability_tau=0.0)
 
 
 def test_without_an_address_the_variable_is_named(monkeypatch, executor_module):

@@ -98,6 +98,34 @@ def test_slimes_advantages_are_the_engines(where, normalized, reward_model, meri
     assert float((divided - exact).abs().max()) > 0.01, "the std normalisation is what must be off"
 
 
+@pytest.mark.parametrize("where", ["server", "process"])
+def test_rewards_may_be_weighted_by_their_reliability(where, engine, served, group_client):
+    scores = engine.score([PROMPT], [TEXTS])[0]
+    weighted = scores.advantages / (1 + scores.advantage_variance / 0.2)
+    assert float(weighted.sum().abs()) > 1e-4
+    source = group_client(served(engine)) if where == "server" else engine
+    reward = GroupReward(source, reliability_tau=0.2)
+    samples = group()
+    for sample, value in zip(samples, run(reward, samples), strict=True):
+        sample.reward = value
+    same(advantages_of(samples, normalized=False), weighted)
+    same(advantages_of(samples, normalized=True), weighted - weighted.mean())
+    if where == "process":
+        same(run(GroupReward(engine), group(), rmcore_reliability_tau=0.2), weighted)
+        return
+    assert pickle.loads(pickle.dumps(GroupReward(reliability_tau=0.2))).reliability_tau == 0.2
+    with pytest.raises(InputError, match="reliability_tau: got 0"):
+        GroupReward(reliability_tau=0.0)
+
+
+def test_weighting_is_refused_where_no_variance_is_known(reward_model, served, group_client):
+    partial = RewardEngine(reward_model, design="circular")
+    with pytest.raises(InputError, match="reliability_tau: got given beside design='circular'"):
+        GroupReward(partial, reliability_tau=1.0)
+    with pytest.raises(InputError, match="reliability_tau: got given, and no variance from the server"):
+        run(GroupReward(group_client(served(partial)), reliability_tau=1.0), group())
+
+
 def test_the_default_function_is_found_by_its_path(engine, served, monkeypatch):
     from rmcore.integrations import slime
 

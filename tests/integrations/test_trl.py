@@ -107,6 +107,32 @@ def test_a_trainers_advantages_are_the_engines(
     assert (tmp_path / "rmcore_monitor.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_trainers_advantages_may_be_weighted_by_their_reliability(
+    kind, policy_path, tokenizer_of, reward_model, tmp_path
+):
+    reward = PairwiseReward(RewardEngine(reward_model), mode=kind, reliability_tau=0.1)
+    args = config(kind, tmp_path, max_steps=1)
+    trainer, spy = train(kind, policy_path("llama"), tokenizer_of(chat=False), reward, args, rows(False))
+    weights = 1 / (1 + reward.last.advantage_variance / 0.1)
+    weighted = (spy.ours[-1] * weights).view(-1, 4)
+    wanted = (weighted - weighted.mean(1, keepdim=True)).flatten()
+    torch.testing.assert_close(spy.theirs[-1], wanted, rtol=0, atol=1e-6)
+    assert float((wanted - spy.ours[-1]).abs().max()) > 1e-3
+    logged = [entry["rmcore/reliability"] for entry in trainer.state.log_history if "rmcore/reliability" in entry]
+    assert logged[-1] == pytest.approx(float(weights.mean()), rel=1e-4)
+
+
+def test_weighting_is_refused_where_no_variance_is_known(reward_model, reward_model_path):
+    with pytest.raises(InputError, match="reliability_tau: got given beside design='circular'"):
+        PairwiseReward(RewardEngine(reward_model, design="circular"), reliability_tau=1.0)
+    later = PairwiseReward(reward_model_path, design="circular", reliability_tau=1.0)
+    with pytest.raises(InputError, match="reliability_tau: got given beside design='circular'"):
+        _ = later.engine
+    with pytest.raises(InputError, match="reliability_tau: got nan"):
+        PairwiseReward(reward_model_path, reliability_tau=math.nan)
+
+
 def test_a_synchronous_wrapper_gives_the_same(policy_path, tokenizer_of, reward_model, tmp_path):
     reward = PairwiseReward(RewardEngine(reward_model))
 

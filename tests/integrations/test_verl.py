@@ -167,6 +167,32 @@ def test_grpo_without_std_takes_nothing_away(manager_of, engine, tokenizer):
     torch.testing.assert_close(centred, exact(engine), rtol=0, atol=1e-6)
 
 
+def test_scores_may_be_weighted_by_their_reliability(manager_of, engine, tokenizer):
+    """``rmcore`` hands w·A through; the baselines of rloo and grpo take its group's mean away."""
+    scores = engine.score([prompt for prompt, _ in GROUPS], [texts for _, texts in GROUPS])
+    weights = 1 / (1 + scores.advantage_variance / 0.2)
+    weighted = scores.advantages * weights
+    centred = (weighted.view(-1, 4) - weighted.view(-1, 4).mean(1, keepdim=True)).flatten()
+    assert float((weighted - centred).abs().max()) > 1e-4
+    settings = {"rmcore": {"url": "http://127.0.0.1:8400", "reliability_tau": 0.2}}
+    results = run_all(manager_of(**settings), tokenizer)
+    got = torch.tensor([result["reward_score"] for result in results], dtype=torch.float64)
+    torch.testing.assert_close(got, weighted, rtol=0, atol=1e-6)
+    told = torch.tensor([r["reward_extra_info"]["rmcore_reliability"] for r in results], dtype=torch.float64)
+    torch.testing.assert_close(told, weights, rtol=0, atol=1e-6)
+    rewards = [r["reward_score"] for r in run_all(manager_of(estimator="rloo", **settings), tokenizer)]
+    torch.testing.assert_close(leave_one_out(torch.tensor(rewards)).double(), centred, rtol=0, atol=1e-6)
+
+
+def test_weighting_is_refused_where_the_server_tells_no_variance(manager_of, reward_model, tokenizer):
+    settings = {"rmcore": {"url": "http://127.0.0.1:8400", "reliability_tau": 0.2}}
+    manager = manager_of(scorer=RewardEngine(reward_model, design="circular"), **settings)
+    with pytest.raises(InputError, match="reliability_tau: got given, and no variance from the server"):
+        run_all(manager, tokenizer)
+    with pytest.raises(InputError, match=r"rmcore\.reliability_tau: got -1"):
+        manager_of(rmcore={"url": "http://127.0.0.1:8400", "reliability_tau": -1})
+
+
 def test_judged_pairs_count_as_they_do_in_the_engine(manager_of, reward_model, merit_judge, tokenizer):
     scorer = RewardEngine(reward_model, merit_judge(), ThresholdRouter(1.0))
     results = run_all(manager_of(scorer=scorer), tokenizer)

@@ -165,6 +165,10 @@ class GroupReply(BaseModel):
     advantages: Row = Field(description="RLOO advantages.")
     rewards: Row = Field(description="Give the advantages back under a leave-one-out baseline.")
     rewards_group_mean: Row = Field(description="The same under a group-mean baseline without std scaling.")
+    advantage_variance: Row | None = Field(
+        description="Of the advantages, as far as the head's posterior leaves them open; null where it is not known "
+        "(concat mode, or a design that leaves pairs out)."
+    )
     preference: list[Row] = Field(description="Antisymmetric, in logits.")
     uncertainty: list[Row] = Field(description="u ≥ 1, symmetric.")
     routed: list[list[bool]]
@@ -218,6 +222,7 @@ class MemberReply(BaseModel):
     slot: int
     reward: Reward
     advantage: float | None
+    advantage_variance: float | None = Field(description="As far as the head leaves it open; null if not known.")
     preference: Row = Field(description="Against each of `slots`, in their order.")
     uncertainty: Row
     routed: list[bool]
@@ -271,6 +276,7 @@ def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
         "advantages": _row(group.advantages),
         "rewards": _row(group.rewards),
         "rewards_group_mean": _row(group.rewards_for("group-mean")),
+        "advantage_variance": None if (variance := group.advantage_variance) is None else _row(variance),
         "preference": _rows(group.preference),
         "uncertainty": _rows(group.uncertainty),
         "routed": group.routed.tolist(),
@@ -295,12 +301,14 @@ def member_reply(request: MemberRequest, result: MemberResult) -> dict[str, Any]
     alone = len(result.slots) == 1 and result.size > 1
     values = (group.rewards[i], group.rewards_for("group-mean")[i], group.advantages[i])
     leave_one_out, group_mean, advantage = (None if alone else _number(float(value)) for value in values)
+    variance = None if alone else group.advantage_variance
     return {
         "group_id": request.group_id,
         "attempt": request.attempt,
         "slot": request.slot,
         "reward": {"leave_one_out": leave_one_out, "group_mean": group_mean},
         "advantage": advantage,
+        "advantage_variance": None if variance is None else _number(float(variance[i])),
         "preference": _row(group.preference[i]),
         "uncertainty": _row(group.uncertainty[i]),
         "routed": group.routed[i].tolist(),

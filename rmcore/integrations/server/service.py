@@ -16,6 +16,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, text_length
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore
+from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
 from rmcore.integrations.server.guard import Guard, when_lost
@@ -69,6 +70,8 @@ class RewardService:
     ) -> None:
         self.settings, self.model = settings, model
         self.peers = Peers(settings, transport)
+        if settings.reliability_tau is not None:
+            check_reliability(settings.reliability_tau, mode=engine.head.config.mode, design=engine.design)
         self.scorer = BatchScorer(
             engine,
             max_groups=settings.batch_groups,
@@ -174,7 +177,8 @@ class RewardService:
         OpenRLHF has no word for "no reward", and the run would end without one. Its siblings' rewards are made for that
         0, so their advantages are what they would be without it. Where scoring failed there is none: NaN.
         """
-        rewards = group.rewards_for(self.settings.baseline, missing_as_zero=True)
+        tau = self.settings.reliability_tau
+        rewards = group.rewards_for(self.settings.baseline, missing_as_zero=True, tau=tau)
         rates = torch.tensor(win_rates(group), dtype=torch.float64)
         silent = torch.zeros(group.size, dtype=torch.bool)
         for decision in group.decisions:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from rmcore._base.errors import InputError, JudgeError, reject
 from rmcore._base.http import check_base_url
+from rmcore.engine.advantage import check_tau
 
 __all__ = ["END_TOKENS", "Baseline", "ServeSettings", "is_loopback"]
 
@@ -44,6 +45,9 @@ class ServeSettings:
             by equal prompts, and single responses are refused.
         baseline: what ``/get_reward``'s rewards are for: ``leave-one-out`` for OpenRLHF's ``rloo``, ``group-mean`` for
             its ``dr_grpo``.
+        reliability_tau: ``/get_reward``'s rewards give back advantages weighted by 1/(1 + variance/τ), less their
+            group's mean (:meth:`~rmcore.engine.groups.GroupScore.rewards_for`). None: unweighted. The other routes have
+            ``advantage_variance`` in their replies, for their clients to weigh by.
         end_tokens: taken off the end of a response in ``query``, and off its start before the prompt.
         prompt_prefix, prompt_suffix: of the policy's chat template; taken off the prompts of ``/get_reward``.
         time_limit_s: from the first member of a group to its scoring, whoever is missing by then.
@@ -73,6 +77,7 @@ class ServeSettings:
     token: str | None = field(default=None, repr=False)
     group_size: int | None = None
     baseline: Baseline = "leave-one-out"
+    reliability_tau: float | None = None
     end_tokens: tuple[str, ...] = END_TOKENS
     prompt_prefix: str = ""
     prompt_suffix: str = ""
@@ -107,6 +112,8 @@ class ServeSettings:
             reject("host", repr(self.host), "a loopback address, since there is no token")
         if self.baseline not in get_args(Baseline):
             reject("baseline", repr(self.baseline), "'leave-one-out' or 'group-mean'")
+        if self.reliability_tau is not None:
+            check_tau(self.reliability_tau, "reliability_tau")
         if self.group_size is not None and not 2 <= self.group_size <= self.max_responses:
             reject("group_size", self.group_size, f"2 to max_responses = {self.max_responses}, or None")
         if "" in self.end_tokens:
