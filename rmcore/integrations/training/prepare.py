@@ -1,4 +1,4 @@
-"""What a backbone needs before it is trained: adapters, and no parameter that no gradient can reach."""
+"""What is made ready before training: a head that fits, adapters, no parameter that no gradient can reach."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from rmcore._base.errors import InputError, reject
+from rmcore.head.config import HeadConfig
+from rmcore.head.sngp import SNGPHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.encoding.architecture import block
 
-__all__ = ["check_trainable", "freeze_unread", "with_adapters"]
+__all__ = ["check_trainable", "freeze_unread", "head_for", "with_adapters"]
 
 log = logging.getLogger(__name__)
 
@@ -61,3 +63,17 @@ def check_trainable(backbone: Backbone) -> None:
         reject("backbone", "trainable parameters in float16", "float32", "Load it with dtype=torch.float32")
     if torch.bfloat16 in dtypes:
         log.warning("trainable parameters are bfloat16, which rounds small updates away; float32 trains better")
+
+
+def head_for(given: SNGPHead | HeadConfig | dict[str, Any] | None, backbone: Backbone) -> SNGPHead:
+    """The head that is trained on this backbone: given, or made of its configuration or fields of one.
+
+    Raises InputError where it is not as wide as the backbone's states.
+    """
+    if given is None or isinstance(given, dict):
+        given = HeadConfig(**{"hidden_size": backbone.hidden_size, **(given or {})})
+    if isinstance(given, HeadConfig):
+        given = SNGPHead(given)
+    if given.config.hidden_size != backbone.hidden_size:
+        reject("head.hidden_size", given.config.hidden_size, f"the backbone's {backbone.hidden_size}")
+    return given

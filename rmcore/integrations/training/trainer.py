@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy
+from torch.utils.data import IterableDataset, Subset
+from transformers import EvalPrediction, TrainerCallback
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore.head.config import HeadConfig
@@ -43,10 +39,11 @@ from rmcore.integrations.training.posterior import (
     scored,
     set_length_scale,
 )
-from rmcore.integrations.training.prepare import check_trainable, freeze_unread, with_adapters
+from rmcore.integrations.training.prepare import check_trainable, freeze_unread, head_for, with_adapters
 from rmcore.integrations.training.replicated_head import ReplicatedHead
+from rmcore.integrations.training.saving import SavesRewardModel
+from rmcore.integrations.training.states import PairStates, block_rows
 from rmcore.model.backbone import Backbone
-from rmcore.model.reward_model import RewardModel
 
 __all__ = ["PairwiseRewardTrainer"]
 
@@ -55,7 +52,7 @@ log = logging.getLogger(__name__)
 _LENGTH_SCALE_PAIRS = 1024
 
 
-class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
+class PairwiseRewardTrainer(SavesRewardModel):
     """Trains a backbone and a head together on preferences, and fits the posterior behind them.
 
     Args:
@@ -99,13 +96,14 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         if isinstance(model, str):
             model = Backbone.from_pretrained(model, dtype=torch.float32, device=args.device)
         self.backbone = model
-        self.head = _head_of(head, model)
+        self.head = head_for(head, model)
         if peft_config is not None:
             model.model = with_adapters(model, peft_config)
         freeze_unread(model)
         check_trainable(model)
         collator = PairCollator(model, padding_free=args.padding_free)
         self._check_padding_free(args)
+        self.pair_states = PairStates(model)
         self.mode = self.head.config.mode
         self._own_metrics = compute_metrics
         self.frozen: FrozenHead | None = None
@@ -171,24 +169,6 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         return float(pairs * (2 if self.mode == "concat" else 1))
 
     # -- loss ----------------------------------------------------------------------------------------------------------
-
-    def pair_states(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, 2, h) float32 pooled states of a batch, through the wrapped model, with their graph if grad is on."""
-        if "ends" in inputs:
-            rows = self._packed_states(model, inputs)
-        else:
-            rows = self.backbone.pooled_states(inputs["input_ids"], inputs["attention_mask"], through=model)
-        rows = self.backbone.append_lengths(rows.float(), inputs["content"])
-        return rows.view(-1, 2, rows.shape[1])
-
-    def _packed_states(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        given = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
-        states, ends = model(**given).last_hidden_state[0].float(), inputs["ends"]
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        if self.backbone.config.pooling == "mean":
-            lengths = (ends - starts).tolist()
-            return torch.stack([part.mean(0) for part in states.split(lengths)])
-        return states[starts if self.backbone.config.pooling == "first" else ends - 1]
 
     def compute_loss(
         self,
@@ -306,23 +286,20 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         ``of`` is for other pairs than those of training.
         """
         model = self.model_wrapped if model is None else model
-        data = self._sample(most) if of is None else self._pairs(of)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine = range(len(data) * rank // ranks, len(data) * (rank + 1) // ranks)
-        # As many forward passes on every rank, since sharded layers are gathered in each: the last text once more.
-        asked = [min(mine.start + k, len(data) - 1) for k in range(-(-len(data) // ranks))]
-        loader = DataLoader(
-            Subset(data, asked), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
+
+        def states_of(inputs: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.pair_states(model, self._prepare_inputs(inputs))
+
+        return block_rows(
+            states_of,
+            model,
+            self._sample(most) if of is None else self._pairs(of),
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            batch_pairs=self.args.per_device_eval_batch_size,
+            collator=self.data_collator,
         )
-        parts: list[tuple[Tensor, ...]] = []
-        with self._evaluating(model):
-            for inputs in loader:
-                inputs = self._prepare_inputs(inputs)
-                with self.compute_loss_context_manager():
-                    states = self.pair_states(model, inputs)
-                parts.append((states.cpu(), inputs["labels"].cpu(), inputs["weights"].cpu()))
-        states, labels, weights = (torch.cat(part)[: len(mine)] for part in zip(*parts, strict=True))
-        return PairRows(states, labels, weights)
 
     def _sample(self, most: int | None) -> Any:
         data = self.train_dataset
@@ -333,15 +310,6 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
         if most is None or len(data) <= most:
             return data
         return Subset(data, range(0, len(data), math.ceil(len(data) / most)))
-
-    @contextmanager
-    def _evaluating(self, model: nn.Module) -> Iterator[None]:
-        was = model.training
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was)
 
     def fit_posterior(self, *, most: int | None = None) -> FrozenHead:
         """β and P on frozen features, in one pass of the backbone over the training pairs, over all ranks.
@@ -404,83 +372,6 @@ class PairwiseRewardTrainer(Trainer):  # type: ignore[misc]
             metrics |= self._own_metrics(EvalPrediction(predictions=logit.numpy(), label_ids=labels.numpy()))
         return metrics
 
-    # -- checkpoints and the model -------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            # First, so that what is pushed or rotated with the checkpoint is whole.
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._replicated.save(folder, None if self._covariance is None else self._covariance.tensors())
-        super()._save_checkpoint(model, trial)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._replicated.load(self.state.best_model_checkpoint)
-
-    @property
-    def reward_model(self) -> RewardModel:
-        """Backbone and frozen head as one model, the posterior fitted if it is not yet."""
-        return RewardModel(self.backbone, self.frozen or self.fit_posterior())
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write one folder that :meth:`RewardModel.from_pretrained` opens: head, posterior, backbone and tokenizer.
-
-        Of a backbone with adapters those alone are written, with the name of what they belong to. Default folder:
-        ``model`` below ``args.output_dir``. Checkpoints (``_internal_call``) are Trainer's own.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        self._write_model(Path(output_dir or os.path.join(self.args.output_dir, "model")))
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _write_model(self, folder: Path) -> None:
-        model = self.reward_model
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        weights = dict(self.accelerator.get_state_dict(self.model_wrapped)) if sharded else None
-        if self.args.should_save:
-            model.save_pretrained(folder, backbone="embed", state_dict=weights)
-        elif self.is_distributed_loading_by_transformers:  # transformers gathers while it writes, with all ranks
-            self.model.save_pretrained(folder, is_main_process=False)
-        self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # A checkpoint is no model that serves: it has no posterior. With "every_save", Trainer's default, its weights
-        # would lie beside the model that is pushed at the end.
-        if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            log.info("%s is not pushed: a model is, by save_model or push_to_hub", checkpoint_folder)
-            return
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Push the model, as :meth:`RewardModel.push_to_hub` does, to ``args.hub_model_id``; the main process's URL.
-
-        Raises InputError for a token as an argument: HF_TOKEN of the environment is taken. ``blocking`` is ignored:
-        the commit is there when this returns.
-        """
-        if token is not None or self.args.hub_token is not None:
-            reject("token", "one as an argument", "HF_TOKEN in the environment, or `hf auth login`")
-        model = self.reward_model
-        if not self.is_world_process_zero():
-            return None
-        name = self.args.hub_model_id or Path(self.args.output_dir).name
-        return model.push_to_hub(
-            name,
-            commit_message=commit_message or "End of training",
-            private=self.args.hub_private_repo if private is None else private,
-            branch=revision,
-        )
-
 
 class _HeadCallback(TrainerCallback):  # type: ignore[misc]
     """Tells the trainer of the moments that have no method of their own."""
@@ -495,16 +386,6 @@ class _HeadCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are whole, clipped and finite."""
         self.trainer.step_head()
-
-
-def _head_of(given: SNGPHead | HeadConfig | dict[str, Any] | None, backbone: Backbone) -> SNGPHead:
-    if given is None or isinstance(given, dict):
-        given = HeadConfig(**{"hidden_size": backbone.hidden_size, **(given or {})})
-    if isinstance(given, HeadConfig):
-        given = SNGPHead(given)
-    if given.config.hidden_size != backbone.hidden_size:
-        reject("head.hidden_size", given.config.hidden_size, f"the backbone's {backbone.hidden_size}")
-    return given
 
 
 def _streamed(rows: Any) -> Any:
