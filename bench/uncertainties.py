@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 import sys
 import tempfile
 import time
@@ -148,6 +150,7 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "training_pairs": len(pairs),
         "width": hidden.shape[1],
         "head": DEMO_HEAD,
@@ -234,7 +237,8 @@ def table(figures: dict[str, Any]) -> str:
     filters["attributes"] = figures["attributes"]["filter"]
     lines += ["### Filters, over all streams and Topical-Chat", "", *summary_lines(filters), ""]
     cost = ["", "fit, s", f"score {GROUPS} groups of {SIZE}, ms", "on disk, KB"]
-    lines += ["### Cost", "", _row(cost), _row(["---"] * len(cost))]
+    about = f"One process, {figures['threads']} threads, load {figures['load']:g} at the end: least times, ratios."
+    lines += ["### Cost", "", about, "", _row(cost), _row(["---"] * len(cost))]
     for name, estimator in figures["estimators"].items():
         size = f"{estimator['bytes'] / 1024:.0f}"
         lines.append(_row([name, f"{estimator['fit_s']:.2f}", f"{estimator['score_us'] / 1e3:.2f}", size]))
@@ -297,6 +301,7 @@ def main(argv: list[str] | None = None, *, work: Callable[[Path, int, int], dict
         return 2
     figures = work(data, arguments.seeds, arguments.replicates)
     text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = re.sub(r"\[[-+.,\d\se]+\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers is a line
     write_atomic(arguments.out / "uncertainties.json", text)
     write_atomic(arguments.out / "uncertainties.md", table(figures))
     draw(figures, arguments.out / "uncertainties.png")

@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -480,6 +481,20 @@ class Backbone:
     def use_state_cache(self) -> None:
         """Keep encoded states in the cache folder, and take what is there (:mod:`rmcore.model.state_cache`)."""
         self.state_cache = StateCache.default(self.identity, self._row_width)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, forward passes of other threads wait, and states are neither taken from the cache nor kept there.
+
+        For who changes, for a while, what the model computes.
+        """
+        self.explain()  # its trial takes the locks the other way round
+        with self._pass.lock:
+            kept, self.state_cache = self.state_cache, None
+            try:
+                yield
+            finally:
+                self.state_cache = kept
 
     def explain(self) -> Explanation:
         """How shared beginnings are encoded (``flex``, ``sdpa``, ``padded``), and why not otherwise.

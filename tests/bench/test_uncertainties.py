@@ -98,6 +98,8 @@ def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
     document = {
         "streams": {"s": {"title": "a stream", "pairs": 30}},
         "fractions": [0.1, 0.25, 0.45],
+        "threads": 1,
+        "load": 2.5,
         "betas": [0, 0.01, 0.2, 1],
         "attributes": attributes,
         "coverages": list(COVERAGES),
