@@ -117,19 +117,21 @@ async def judge_case(
 # -- the group server ------------------------------------------------------------------------------------------------
 
 
-def _engine() -> RewardEngine:
+def _engine(chat: bool) -> RewardEngine:
     with tempfile.TemporaryDirectory() as folder:
-        tiny_model(0).save_pretrained(folder, backbone="embed")
+        tiny_model(0, chat=chat).save_pretrained(folder, backbone="embed")
         return RewardEngine(RewardModel.from_pretrained(folder, overlong="truncate-right"))
 
 
-async def server_case(peer: Connection, body: bytes, path: str = "/v1/groups", **settings: Any) -> Delay:
-    """The delay by the group server over one request."""
+async def server_case(
+    peer: Connection, body: bytes, path: str = "/v1/groups", *, chat: bool = False, **settings: Any
+) -> Delay:
+    """The delay by the group server over one request; ``chat``: its model's tokenizer has a chat template."""
     import uvicorn
 
     from rmcore.integrations.server import ServeSettings, create_app
 
-    app = create_app(_engine(), ServeSettings(max_body=64 << 20, max_chars=64 << 20, **settings))
+    app = create_app(_engine(chat), ServeSettings(max_body=64 << 20, max_chars=64 << 20, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -170,6 +172,9 @@ def cases(peer: Connection, size: int) -> dict[str, Callable[[], Coroutine[Any, 
         ("OpenRLHF's call", "/get_reward", query),
     ):
         made[f"server: {name}"] = partial(server_case, peer, json.dumps(value).encode(), path)
+    few_turns = {"prompt": [{"role": "user", "content": text_of(size // 16)}] * 16, "responses": ["a", "b"]}
+    for name, value in (("16 messages", few_turns), ("8 texts", group)):
+        made[f"server: {name}, chat template"] = partial(server_case, peer, json.dumps(value).encode(), chat=True)
     return made
 
 

@@ -78,8 +78,13 @@ class Outcome:
 # -- the model -------------------------------------------------------------------------------------------------------
 
 
-def tiny_model(seed: int) -> RewardModel:
-    """A random encoder with a head that likes praise; unknown words are all the same to it."""
+_CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}[EOS]\n{% endfor %}"
+
+
+def tiny_model(seed: int, *, chat: bool = False) -> RewardModel:
+    """A random encoder with a head that likes praise; unknown words are all the same to it. Its tokenizer has a chat
+    template on request.
+    """
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -92,6 +97,7 @@ def tiny_model(seed: int) -> RewardModel:
         unk_token="[UNK]",  # noqa: S106
         eos_token="[EOS]",  # noqa: S106
     )
+    wrapped.chat_template = _CHAT if chat else None
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rmcore._base.errors import InputError
+from rmcore._base.large import find_all
 from rmcore._base.prompt import EXTRA_FIELDS, json_object, message_text
 
 __all__ = ["Known", "Part", "Place", "Rendering", "render_conversation", "render_pieces"]
@@ -139,7 +140,13 @@ class _Guard:
 
     def hide(self, text: str) -> str:
         """``text`` with numbers between private-use characters for what is hidden."""
-        return text if self._pattern is None else self._pattern.sub(self._number, text)
+        if self._pattern is None:
+            return text
+        shown, done = [], 0
+        for found in find_all(self._pattern, text, len(self._pattern.pattern)):
+            shown += [text[done : found.start()], self._number(found)]
+            done = found.end()
+        return "".join([*shown, text[done:]])
 
     def _number(self, found: re.Match[str]) -> str:
         if found[0] not in self._hidden:

@@ -16,11 +16,16 @@ import functools
 import logging
 import re
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.large import PIECE
 from rmcore._base.prompt import (
     Canonical,
     Prompt,
@@ -32,6 +37,7 @@ from rmcore._base.prompt import (
 )
 from rmcore.model.chat import Known, render_conversation, render_pieces
 from rmcore.model.encoding.limits import OverlongPolicy, Run, TextLimit, shorten
+from rmcore.model.encoding.pieces import pieces_of, splits_at_spaces
 from rmcore.model.encoding.whole import WholeText
 from rmcore.model.template_date import parse_date, pinned_template
 
@@ -56,6 +62,8 @@ _IDS_ONLY: dict[str, Any] = {
     "verbose": False,
 }
 _FIELD = re.compile(r"\{(prompt|first|second|critique)\}")
+
+_Ids: TypeAlias = NDArray[np.int64]
 
 CRITIQUE_TURN = (
     "The following is a break down on the correctness and usefulness of the assistant's response to my question: "
@@ -171,13 +179,21 @@ class TextEncoder:
         self._lock = threading.Lock()
         self._noticed: set[str] = set()
         self._known: Known = {}
+        self._cuttable = splits_at_spaces(tokenizer)
         self._literal = functools.lru_cache(maxsize=256)(self._tokenize_literal)
         self._content = functools.lru_cache(maxsize=16384)(self._tokenize_content)
-        self._around = dict(zip(("prefix", "suffix"), self._special_tokens(), strict=True))
+        around = dict(zip(("prefix", "suffix"), self._special_tokens(), strict=True))
         two = self._two_text_tokens() if two_texts and self.template.single == PairTemplate.single else None
         self.two_texts = two is not None
-        self._around |= dict(zip(("start", "between", "end"), two or (), strict=False))
-        self._whole = WholeText(tokenizer, self._lock, split_special_tokens=split_special_tokens, content=self._content)
+        around |= dict(zip(("start", "between", "end"), two or (), strict=False))
+        self._around = {name: _ids(ids) for name, ids in around.items()}
+        self._whole = WholeText(
+            tokenizer,
+            self._lock,
+            split_special_tokens=split_special_tokens,
+            cuttable=self._cuttable,
+            content=self._content,
+        )
 
     @property
     def max_length(self) -> int | None:
@@ -338,7 +354,7 @@ class TextEncoder:
                 ids = self._literal(text)
             else:
                 ids = self._content(texts[text] if kind == "field" else text)
-            if ids:
+            if len(ids):
                 runs.append(Run(current, kind in ("content", "field"), ids))
         return runs
 
@@ -353,32 +369,31 @@ class TextEncoder:
             runs = shorten(runs, limit, self.positions)
         segments: list[Segment] = []
         for name in ("prompt", "first", "second", "critique"):
-            ids = tuple(chain.from_iterable(part for run, _, part in runs if run == name))
-            if ids:
-                segments.append(Segment(name, ids))
+            ids = _joined([part for run, _, part in runs if run == name])
+            if len(ids):
+                segments.append(Segment(name, tuple(ids.tolist())))
         equal = pair and _nothing_between(whole, [_content_of(runs, name) for name in texts])
         return EncodedText(
             tuple(segments), content, max(excess, 0), equal_responses=equal, limit=limit if excess > 0 else None
         )
 
-    def _tokenize_literal(self, text: str) -> tuple[int, ...]:
-        if not text:
-            return ()
-        with self._lock:
-            encoded = self.tokenizer(text, split_special_tokens=False, **_IDS_ONLY)
-        return tuple(encoded["input_ids"])
+    def _tokenize_literal(self, text: str) -> _Ids:
+        return self._tokenize(text, False) if text else _ids(())
 
-    def _tokenize_content(self, text: str) -> tuple[int, ...]:
+    def _tokenize_content(self, text: str) -> _Ids:
         if not text:
-            return ()
+            return _ids(())
         split = self.split_special_tokens
+        return _joined([self._tokenize(_clean(piece), split) for _, piece in pieces_of(text, self._cuttable)])
+
+    def _tokenize(self, text: str, split_special_tokens: bool) -> _Ids:
         with self._lock:
-            encoded = self.tokenizer(_clean(text), split_special_tokens=split, **_IDS_ONLY)
-        return tuple(encoded["input_ids"])
+            encoded = self.tokenizer(text, split_special_tokens=split_special_tokens, **_IDS_ONLY)
+        return _ids(encoded["input_ids"])
 
     def _special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # What the tokenizer puts around a text ([CLS] ... [SEP], <s> ...), found from an example, not from names.
-        bare = self._tokenize_literal("a")
+        bare = tuple(self._tokenize_literal("a").tolist())
         full = tuple(self.tokenizer("a")["input_ids"])
         start = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
         prefix, suffix = full[:start], full[start + len(bare) :]
@@ -389,7 +404,7 @@ class TextEncoder:
 
     def _two_text_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
         """What the tokenizer puts before, between and behind two texts; None where it has no form for two."""
-        one, other = self._tokenize_literal("a"), self._tokenize_literal("b")
+        one, other = (tuple(self._tokenize_literal(text).tolist()) for text in "ab")
         full = tuple(self.tokenizer("a", "b")["input_ids"])
         for start in range(len(full)):
             for border in range(start + len(one) + 1, len(full)):
@@ -398,16 +413,27 @@ class TextEncoder:
         return None
 
 
-def _content_of(runs: list[Run], name: str) -> tuple[int, ...]:
-    return tuple(chain.from_iterable(ids for run, own, ids in runs if own and run == name))
+def _ids(found: Sequence[int]) -> _Ids:
+    """As an array that many share, so none may write to it."""
+    ids = np.asarray(found, dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
 
 
-def _nothing_between(whole: list[tuple[int, ...]], left: list[tuple[int, ...]]) -> bool:
+def _joined(parts: list[_Ids]) -> _Ids:
+    return parts[0] if len(parts) == 1 else np.concatenate([_ids(()), *parts])
+
+
+def _content_of(runs: list[Run], name: str) -> _Ids:
+    return _joined([ids for run, own, ids in runs if own and run == name])
+
+
+def _nothing_between(whole: list[_Ids], left: list[_Ids]) -> bool:
     """Whether what is left of two responses is the same, or, both being cut, the same but for where the cut fell."""
     if all(len(kept) < len(full) for kept, full in zip(left, whole, strict=True)):
         shorter = min(map(len, left))
-        return left[0][:shorter] == left[1][:shorter]
-    return left[0] == left[1]
+        return np.array_equal(left[0][:shorter], left[1][:shorter])
+    return np.array_equal(left[0], left[1])
 
 
 def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, str]]:
@@ -443,10 +469,25 @@ def _one_text(prompt: Canonical) -> str:
 def _clean(value: Any) -> Any:
     """The same with U+FFFD for each half of a surrogate pair, which JSON may carry and no tokenizer takes."""
     if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value if value.isascii() else "".join(map(_paired, _between_pairs(value)))
     if isinstance(value, dict):
         return {_clean(name): _clean(part) for name, part in value.items()}
     return [_clean(part) for part in value] if isinstance(value, list) else value
+
+
+def _paired(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _between_pairs(text: str) -> Iterator[str]:
+    """Pieces of a text, none of which begins with the second half of a surrogate pair."""
+    start = 0
+    while len(text) - start > PIECE:
+        stop = start + PIECE
+        stop += "\udc00" <= text[stop] <= "\udfff"
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _as_messages(prompt: Canonical) -> list[dict[str, Any]]:

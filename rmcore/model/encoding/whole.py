@@ -11,7 +11,9 @@ group is tokenised once.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import re
 import threading
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from rmcore._base.errors import reject
 from rmcore.model.chat import Place, Rendering
 from rmcore.model.encoding.limits import Run
+from rmcore.model.encoding.pieces import pieces_of
 
 __all__ = ["WholeText"]
 
@@ -42,6 +45,7 @@ class WholeText:
         tokenizer: a Hugging Face tokenizer, a fast one unless no text spells a special token.
         lock: held while the tokenizer works.
         split_special_tokens: whether texts that spell special tokens stay ordinary text.
+        cuttable: whether a long text's tokens are those of its pieces (:mod:`rmcore.model.encoding.pieces`).
         content: token ids of a text as ordinary text.
     """
 
@@ -51,15 +55,19 @@ class WholeText:
         lock: threading.Lock,
         *,
         split_special_tokens: bool,
-        content: Callable[[str], tuple[int, ...]],
+        cuttable: bool,
+        content: Callable[[str], NDArray[np.int64]],
     ) -> None:
         self.tokenizer = tokenizer
         self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
         self._lock = lock
+        self._cuttable = cuttable
         self._content = content
         self._before = functools.lru_cache(maxsize=128)(self._tokenize)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {number: token.content for number, token in added.items() if token.special and token.content}
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self._unknown = -1 if unknown is None else int(unknown), getattr(tokenizer, "unk_token", None)
         self._special = np.array(sorted(special) if split_special_tokens else [], dtype=np.int64)
         every = {token.content for token in added.values()}
         # A text may be cut before a token that is always found where it stands: it takes in no space before it, is not
@@ -113,12 +121,12 @@ class WholeText:
             done = max(high, low)
         last = runs[-1].name if runs else "prompt"
         runs.append(Run(last, False, ids[done:]))
-        return [run for run in runs if run.ids]
+        return [run for run in runs if len(run.ids)]
 
-    def _ids(self, text: str) -> tuple[int, ...]:
+    def _ids(self, text: str) -> NDArray[np.int64]:
         with self._lock:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
-        return tuple(encoded["input_ids"])
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
 
     def _cut_and_tokenize(self, text: str, places: tuple[Place, ...], begin: int) -> _Tokens:
         last = places[begin - 1].stop if begin else 0
@@ -129,13 +137,13 @@ class WholeText:
         if not cut:
             return self._tokenize(text)
         before, behind = self._before(text[:cut]), self._tokenize(text[cut:])
-        return _Tokens(
-            np.concatenate([before.ids, behind.ids]),
-            np.concatenate([before.starts, behind.starts + cut]),
-            np.concatenate([before.ends, behind.ends + cut]),
-        )
+        return _joined([before, _Tokens(behind.ids, behind.starts + cut, behind.ends + cut)])
 
     def _tokenize(self, text: str) -> _Tokens:
+        parts = [self._tokenize_piece(piece, start) for start, piece in pieces_of(text, self._cuttable)]
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _tokenize_piece(self, text: str, start: int) -> _Tokens:
         with self._lock:
             encoded = self.tokenizer(
                 text,
@@ -146,33 +154,56 @@ class WholeText:
                 verbose=False,
             )
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2) + start
         return _Tokens(ids, offsets[:, 0], offsets[:, 1])
 
     def _as_text(self, tokens: _Tokens, rendering: Rendering) -> _Tokens:
         """The same with special tokens that texts have spelt as ordinary tokens."""
         text = rendering.text
-        theirs = [*rendering.spelt, *((place.start, place.stop) for place in rendering.places)]
-        found = np.flatnonzero(np.isin(tokens.ids, self._special)).tolist()
-        spelt: list[tuple[int, int, int]] = []
-        for k in found:
+        theirs = _Spans([*rendering.spelt, *((place.start, place.stop) for place in rendering.places)])
+        # What the tokenizer knows nothing for, nobody spelt; alone it would know no more.
+        unknown, name = self._unknown
+        special = self._special if name and name in text else self._special[self._special != unknown]
+        spelt: list[int] = []
+        ordinary: list[NDArray[np.int64]] = []
+        for k in np.flatnonzero(np.isin(tokens.ids, special)).tolist():
             # A special token may take in spaces around it, which may be a text's.
             start, stop = int(tokens.starts[k]), int(tokens.ends[k])
             own = text[start:stop].strip()
+            if tokens.ids[k] == unknown and own != name:
+                continue
             first = text.index(own, start, stop) if own else start
-            if any(begin < first + len(own) and end > first for begin, end in theirs):
-                spelt.append((k, start, stop))
+            if theirs.meet(first, first + len(own)):
+                spelt.append(k)
+                ordinary.append(self._content(text[start:stop]))
         if not spelt:
             return tokens
-        parts: list[_Tokens] = []
-        done = 0
-        for k, start, stop in spelt:
-            ids = np.asarray(self._content(text[start:stop]), dtype=np.int64)
-            parts.append(_Tokens(*(column[done:k] for column in tokens)))
-            parts.append(_Tokens(ids, np.full(len(ids), start), np.full(len(ids), stop)))
-            done = k + 1
-        parts.append(_Tokens(*(column[done:] for column in tokens)))
-        return _Tokens(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        counts = np.ones(len(tokens.ids), dtype=np.int64)
+        counts[spelt] = [len(ids) for ids in ordinary]
+        source = np.repeat(np.arange(len(counts)), counts)
+        result = _Tokens(*(column[source] for column in tokens))
+        new = np.zeros(len(counts), dtype=bool)
+        new[spelt] = True
+        result.ids[new[source]] = np.concatenate(ordinary)
+        return result
+
+
+class _Spans:
+    """Spans of characters (start, stop), which may overlap."""
+
+    def __init__(self, spans: list[tuple[int, int]]) -> None:
+        spans.sort()
+        self._starts = [start for start, _ in spans]
+        self._reach = list(itertools.accumulate((stop for _, stop in spans), max))
+
+    def meet(self, start: int, stop: int) -> bool:
+        """Whether any has a character of this one, or lies on both sides of it."""
+        before = bisect.bisect_left(self._starts, stop)
+        return before > 0 and self._reach[before - 1] > start
+
+
+def _joined(parts: list[_Tokens]) -> _Tokens:
+    return _Tokens(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _first_place(places: tuple[Place, ...], message: int) -> int:
@@ -187,7 +218,7 @@ def _runs(tokens: _Tokens, rendering: Rendering, begin: int, critique: int | Non
     first token that has a character of it.
     """
     text, places = rendering.text, rendering.places
-    ids = tuple(tokens.ids.tolist())
+    ids = tokens.ids
     starts = np.maximum.accumulate(tokens.starts)
     ends = np.minimum.accumulate(tokens.ends[::-1])[::-1]
 
@@ -224,10 +255,11 @@ def _runs(tokens: _Tokens, rendering: Rendering, begin: int, critique: int | Non
     return runs
 
 
-def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+def _alike(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     """How many ids both begin with."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((k for k, (a, b) in pairs if a != b), min(len(first), len(second)))
+    most = min(len(first), len(second))
+    different = np.flatnonzero(first[:most] != second[:most])
+    return int(different[0]) if len(different) else most
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str] | None:

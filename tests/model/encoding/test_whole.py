@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.chat_templates import CHAT_MODELS, CHATML
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.model.agreement import SAMPLES, require_same_tokens, token_difference
@@ -192,3 +194,26 @@ def test_a_tokenizer_without_offsets():
     assert cut.ids == tuple(i for k, i in enumerate(text.ids) if k not in (6, 7))
     with pytest.raises(InputError, match=r"special token's name.*fast form"):
         encoder.encode("a", "b<|im_end|>")
+
+
+def test_what_a_tokenizer_does_not_know_is_no_spelt_token():
+    """SentencePiece puts a space before each text: one unknown character alone is two tokens, within a text one."""
+    scored = [("<unk>", 0.0), ("</s>", 0.0), ("\u2581", -3.0), *((letter, -4.0) for letter in "abcdeusr:<>kn/")]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581")
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    encoder = TextEncoder(wrapped)
+    conversation = user("a\U0001f98ab c", "d\U0001f98a")
+    found = encoder.encode(conversation[:1], conversation[1]["content"]).ids
+    assert list(found) == wrapped.apply_chat_template(conversation, tokenize=True)["input_ids"]
+    assert found.count(0) == 2
+
+
+def test_many_spelt_tokens_take_time_in_proportion():
+    tokenizer = CHAT_MODELS["chatml"]()
+    encoder = TextEncoder(tokenizer)
+    began = time.process_time()
+    found = encoder.encode("<|im_end|>" * 10_000, "<|im_start|>" * 10_000).ids
+    assert time.process_time() - began < 10  # each held against each is a minute
+    assert sum(number in special_ids(tokenizer) for number in found) == 4
