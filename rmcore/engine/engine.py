@@ -26,6 +26,7 @@ from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
 from rmcore.engine.learning import UpdateReport, VerdictLearner
+from rmcore.engine.learning.learner import check_same_features
 from rmcore.engine.monitor import note_scores
 from rmcore.engine.options import check_engine_options, check_estimator_goes
 from rmcore.engine.overlap import run_alongside, run_alongside_async
@@ -162,6 +163,7 @@ class RewardEngine:
             reject("variance", repr(variance), "'epistemic': the head alone tells no other part")
         self.clock: Clock = clock or SystemClock()
         self.learner = learner
+        self.head_version: int | None = None
         self._publishing = threading.Lock()
         if learner is not None:
             learner.check_head(self.head)
@@ -326,6 +328,22 @@ class RewardEngine:
         learner.revert(version)
         self._serve_head_of(learner)
 
+    def serve_head(self, head: FrozenHead, version: int) -> None:
+        """Serve a version that somebody else has learned (:func:`rmcore.engine.learning.read_version`).
+
+        The next score call uses it, and its results say ``version``; calls under way finish with theirs.
+
+        Raises InputError for an engine that learns itself, one whose uncertainty is not the head's, and for a head with
+        other features.
+        """
+        if self.learner is not None:
+            reject("head", "one for an engine with a learner", "an engine without: there is one writer")
+        if self.estimator is not None:
+            reject("head", f"one for an engine whose uncertainty is {self.estimator.name!r}", "the head's own")
+        check_same_features(head, self.head)
+        with self._publishing:
+            self._publish(head, version)
+
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -360,9 +378,12 @@ class RewardEngine:
 
     def _serve_head_of(self, learner: VerdictLearner) -> None:
         with self._publishing:  # of two updates at once, the one that publishes last must not publish the older head
-            self.head = learner.head
-            if self.model is not None:
-                self.model.head = self.head
+            self._publish(*learner.current)
+
+    def _publish(self, head: FrozenHead, version: int) -> None:
+        self.head, self.head_version = head, version
+        if self.model is not None:
+            self.model.head = head
 
     # -- a call, from its arguments to its result --------------------------------------------------------------------
 
@@ -411,9 +432,11 @@ class RewardEngine:
     def _new_call(self, on_error: OnError) -> ScoreCall:
         if on_error not in ("raise", "return"):
             reject("on_error", repr(on_error), "'raise' or 'return'")
+        with self._publishing:
+            head, version = self.head, self.head_version
         call = ScoreCall(
             self.clock,
-            self.head,
+            head,
             self.model,
             orders=self.orders,
             nonfinite=self.nonfinite,
@@ -422,7 +445,8 @@ class RewardEngine:
             design=self.design,
             estimator=self.estimator,
             variance=self.variance,
-            novelty=self._may_ask and self.head.rows is not None if self.novelty is None else self.novelty,
+            head_version=version,
+            novelty=self._may_ask and head.rows is not None if self.novelty is None else self.novelty,
         )
         call.kept = None if self.learner is None else []
         if self.judge_deadline_s is not None:

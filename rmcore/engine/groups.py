@@ -71,6 +71,8 @@ class GroupScore:
         epistemic: symmetric, the part of the variance of a pair's logit that more data would take away; None where the
             engine's uncertainty tells no parts.
         aleatoric: symmetric, the part that is in the answers themselves; None likewise.
+        head_version: which version of a head that changes scored it (:attr:`RewardEngine.head_version`); None of one
+            that does not.
     """
 
     preference: Tensor
@@ -85,6 +87,7 @@ class GroupScore:
     shared_rows: bool = False
     epistemic: Tensor | None = None
     aleatoric: Tensor | None = None
+    head_version: int | None = None
 
     @property
     def novelty(self) -> Tensor | None:
@@ -193,6 +196,7 @@ class GroupScores(Sequence[GroupScore]):
             learner.
         errors: with ``on_error="return"``: the error of each group of the call that could not be scored, by its number
             in the call. Such a group is not in the sequence; :meth:`outcomes` has everything in its place.
+        head_version: which version of a head that changes scored them all; None of one that does not.
     """
 
     def __init__(
@@ -205,6 +209,7 @@ class GroupScores(Sequence[GroupScore]):
         unaccounted_questions: int = 0,
         hidden: Tensor | None = None,
         errors: Mapping[int, Exception] | None = None,
+        head_version: int | None = None,
     ) -> None:
         if isinstance(groups, PairTable):
             self.table = groups
@@ -217,11 +222,12 @@ class GroupScores(Sequence[GroupScore]):
         self.unaccounted_questions = unaccounted_questions
         self.hidden = hidden
         self.errors = dict(errors or {})
+        self.head_version = head_version
 
     @cached_property
     def groups(self) -> tuple[GroupScore, ...]:
         """The groups."""
-        return _groups_of(self.table)
+        return _groups_of(self.table, self.head_version)
 
     @cached_property
     def table(self) -> PairTable:
@@ -366,7 +372,7 @@ _BY: dict[PairState, DecidedBy] = {
 }
 
 
-def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
+def _groups_of(table: PairTable, head_version: int | None) -> tuple[GroupScore, ...]:
     decisions: dict[int, list[PairDecision]] = {}
     rows = (table.state != PairState.HEAD).nonzero()[:, 0]
     layout = table.layout
@@ -388,6 +394,7 @@ def _groups_of(table: PairTable) -> tuple[GroupScore, ...]:
             response_novelty=novelty[number],
             compared=_compared(layout, number),
             shared_rows=table.shared,
+            head_version=head_version,
         )
     return tuple(groups[number] for number in range(len(groups)))
 

@@ -160,6 +160,8 @@ class ScoreCall:
     """What scores pairs in the head's place."""
     variance: VarianceKind | None = None
     """Which part of the variance u is made of."""
+    head_version: int | None = None
+    """Which version of a head that changes ``head`` is."""
     novelty: bool = False
     """Whether the head is asked how far each response is from its training data."""
     prompts: Sequence[Prompt] | None = None
@@ -467,6 +469,7 @@ class ScoreCall:
             self.queue.unaccounted if self.queue is not None else 0,
             None if self.kept is None else torch.cat([torch.empty(0, self.head.config.hidden_size), *self.kept]),
             dict(sorted(self.errors.items())),
+            self.head_version,
         )
 
     def _overlap(self) -> Overlap:

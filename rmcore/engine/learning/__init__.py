@@ -8,6 +8,6 @@
 
 from __future__ import annotations
 
-from rmcore.engine.learning.learner import LearningConfig, UpdateReport, VerdictLearner
+from rmcore.engine.learning.learner import LearningConfig, UpdateReport, VerdictLearner, read_version
 
-__all__ = ["LearningConfig", "UpdateReport", "VerdictLearner"]
+__all__ = ["LearningConfig", "UpdateReport", "VerdictLearner", "read_version"]

@@ -31,7 +31,7 @@ from rmcore._base.errors import CheckpointError, InputError
 from rmcore._base.files import atomic_file, digest_file, sync_path
 from rmcore._base.version import __version__
 
-__all__ = ["Journal", "Version"]
+__all__ = ["Journal", "Version", "Versions"]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,95 @@ class Version:
     snapshot_sha256: str = ""
 
 
-class Journal:
+class Versions:
+    """Reads what is in the folder now, whoever writes to it meanwhile.
+
+    Args:
+        path: the folder. One that is empty, or not there, has no versions.
+
+    Raises CheckpointError where it is damaged in a way no crash explains, foreign, or of another format version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.versions: list[Version] = []
+        self.current = 0
+        self.identity: dict[str, Any] = {}
+        """What the head of this journal is, as :meth:`Journal.begin` was told."""
+        self._read()
+
+    def update_tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors of an update, checked against their digest."""
+        return self._read_tensors(self.versions[number].file, self.versions[number].sha256)
+
+    def snapshot_tensors(self, number: int) -> dict[str, Tensor]:
+        """The whole state of a version that has a snapshot, checked against its digest."""
+        return self._read_tensors(self.versions[number].snapshot, self.versions[number].snapshot_sha256)
+
+    def _read_tensors(self, name: str, sha256: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self.path / name
+        if not file.is_file() or digest_file(file) != sha256:
+            raise CheckpointError(f"{file}: missing, or its sha256 differs from the journal's. Copy the folder again")
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: not readable ({error})") from error
+
+    def _read(self) -> None:
+        file = self.path / LINES
+        content = file.read_bytes() if file.is_file() else b""
+        whole, newline, rest = content.rpartition(b"\n")
+        if rest:
+            self._cut_off(len(content) - len(rest), len(rest))
+        if not newline:
+            return
+        for number, text in enumerate(whole.split(b"\n"), 1):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{file}:{number}: got a line that is not JSON ({error})") from error
+            self._take(line, f"{file}:{number}")
+
+    def _cut_off(self, size: int, more: int) -> None:
+        """What to do with the beginning of a line: here nothing, somebody may be writing the rest of it."""
+
+    def _take(self, line: Any, where: str) -> None:
+        """Apply one line, called ``where`` in errors, to what is known."""
+        from rmcore._base.states import checked, refuse
+        from rmcore.engine.learning import schema
+
+        event = line.get("event") if isinstance(line, Mapping) else None
+        if event not in ("open", "update", "revert"):
+            refuse(where, line, "an object whose event is open, update or revert")
+        if event == "open" and (line.get("format"), line.get("format_version")) != (FORMAT, FORMAT_VERSION):
+            # Before the other fields, which another version may have changed.
+            got = f"{line.get('format')!r} version {line.get('format_version')!r}"
+            raise CheckpointError(f"{where}: got {got}, expected {FORMAT!r} {FORMAT_VERSION}")
+        found, number = checked(schema.LINES[event], line, where), len(self.versions)
+        if isinstance(found, schema.RevertLine):
+            if found.version >= number:
+                refuse(f"{where}.version", found.version, f"one of the {number} versions before it")
+            self.current = found.version
+            return
+        if isinstance(found, schema.OpenLine):
+            if number:
+                refuse(where, "a second beginning", f"version {number}")
+            self.identity = dict(found.head)
+            version = Version(0, None, found.state, found.count)
+        elif found.version != number or found.parent >= number:
+            refuse(where, f"version {found.version} of {found.parent}", f"a later one: version {number} was due")
+        else:
+            version = Version(number, found.parent, found.state, found.count, found.report, found.file, found.sha256)
+        self.versions.append(
+            replace(version, snapshot=found.snapshot or "", snapshot_sha256=found.snapshot_sha256 or "")
+        )
+        self.current = number
+
+
+class Journal(Versions):
     """Opens or creates the folder, takes its lock, and reads what is there.
 
     Args:
@@ -79,13 +167,8 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.versions: list[Version] = []
-        self.current = 0
-        self.identity: dict[str, Any] = {}
-        """What the head of this journal is, as :meth:`begin` was told."""
-        self._lock = (self.path / "lock").open("a")
+        Path(path).mkdir(parents=True, exist_ok=True)
+        self._lock = (Path(path) / "lock").open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -95,7 +178,7 @@ class Journal:
                 "Close that one first"
             ) from None
         try:
-            self._read()
+            super().__init__(path)
         except BaseException:
             self.close()
             raise
@@ -173,74 +256,10 @@ class Journal:
         if self.closed:
             raise InputError(f"journal: got {str(self.path)!r}, which was closed, expected an open one")
 
-    # -- reading -----------------------------------------------------------------------------------------------------
-
-    def update_tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors of an update, checked against their digest."""
-        return self._read_tensors(self.versions[number].file, self.versions[number].sha256)
-
-    def snapshot_tensors(self, number: int) -> dict[str, Tensor]:
-        """The whole state of a version that has a snapshot, checked against its digest."""
-        return self._read_tensors(self.versions[number].snapshot, self.versions[number].snapshot_sha256)
-
-    def _read_tensors(self, name: str, sha256: str) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        file = self.path / name
-        if not file.is_file() or digest_file(file) != sha256:
-            raise CheckpointError(f"{file}: missing, or its sha256 differs from the journal's. Copy the folder again")
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: not readable ({error})") from error
-
-    def _read(self) -> None:
+    def _cut_off(self, size: int, more: int) -> None:
+        """Take the beginning of a line away: a crash cut it off, and nobody else writes."""
         file = self.path / LINES
-        content = file.read_bytes() if file.is_file() else b""
-        whole, newline, rest = content.rpartition(b"\n")
-        if rest:
-            log.warning("%s: the last line was cut off by a crash (%d bytes); it never happened", file, len(rest))
-            with file.open("r+b") as stream:
-                stream.truncate(len(content) - len(rest))
-                os.fsync(stream.fileno())
-        if not newline:
-            return
-        for number, text in enumerate(whole.split(b"\n"), 1):
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise CheckpointError(f"{file}:{number}: got a line that is not JSON ({error})") from error
-            self._take(line, f"{file}:{number}")
-
-    def _take(self, line: Any, where: str) -> None:
-        """Apply one line, called ``where`` in errors, to what is known."""
-        from rmcore._base.states import checked, refuse
-        from rmcore.engine.learning import schema
-
-        event = line.get("event") if isinstance(line, Mapping) else None
-        if event not in ("open", "update", "revert"):
-            refuse(where, line, "an object whose event is open, update or revert")
-        if event == "open" and (line.get("format"), line.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            # Before the other fields, which another version may have changed.
-            got = f"{line.get('format')!r} version {line.get('format_version')!r}"
-            raise CheckpointError(f"{where}: got {got}, expected {FORMAT!r} {FORMAT_VERSION}")
-        found, number = checked(schema.LINES[event], line, where), len(self.versions)
-        if isinstance(found, schema.RevertLine):
-            if found.version >= number:
-                refuse(f"{where}.version", found.version, f"one of the {number} versions before it")
-            self.current = found.version
-            return
-        if isinstance(found, schema.OpenLine):
-            if number:
-                refuse(where, "a second beginning", f"version {number}")
-            self.identity = dict(found.head)
-            version = Version(0, None, found.state, found.count)
-        elif found.version != number or found.parent >= number:
-            refuse(where, f"version {found.version} of {found.parent}", f"a later one: version {number} was due")
-        else:
-            version = Version(number, found.parent, found.state, found.count, found.report, found.file, found.sha256)
-        self.versions.append(
-            replace(version, snapshot=found.snapshot or "", snapshot_sha256=found.snapshot_sha256 or "")
-        )
-        self.current = number
+        log.warning("%s: the last line was cut off by a crash (%d bytes); it never happened", file, more)
+        with file.open("r+b") as stream:
+            stream.truncate(size)
+            os.fsync(stream.fileno())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.engine.groups import GroupScores
-from rmcore.engine.learning.journal import Journal, Version
+from rmcore.engine.learning.journal import Journal, Version, Versions
 from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
 from rmcore.engine.learning.online import LearningConfig, UpdateReport, fold, posterior_of, with_data
 from rmcore.head.checkpoint import row_posterior, row_tensors
@@ -30,7 +30,15 @@ from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.reference import TILE
 
-__all__ = ["LearningConfig", "UpdateReport", "VerdictLearner", "beta_digest", "head_identity"]
+__all__ = [
+    "LearningConfig",
+    "UpdateReport",
+    "VerdictLearner",
+    "beta_digest",
+    "check_same_features",
+    "head_identity",
+    "read_version",
+]
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +105,15 @@ class VerdictLearner:
         """All versions so far, by number."""
         return tuple(self._journal.versions)
 
+    @property
+    def current(self) -> tuple[FrozenHead, int]:
+        """The head and its version's number, which belong together."""
+        with self._lock:
+            return self._head, self._journal.current
+
     def check_head(self, head: FrozenHead) -> None:
         """Raise InputError unless ``head`` is a version of this learner's head: the same features."""
-        if head is not self._head and head_identity(head) != head_identity(self._head):
-            reject("head", "one with other features than the learner's", "the head the learner was made with")
+        check_same_features(head, self._head)
 
     def update(self, scores: GroupScores) -> UpdateReport:
         """Learn from the judged pairs of a scored batch (:func:`rmcore.engine.learning.judged.judged_pairs`).
@@ -145,7 +158,7 @@ class VerdictLearner:
         with self._lock:
             if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < len(self.versions):
                 reject("version", repr(version), f"a number from 0 to {len(self.versions) - 1}")
-            head = self._rebuilt(version)
+            head = _rebuilt(self._base, self._journal, version, self.backend)
             self._journal.revert(version)
             self._head = head
             return head
@@ -165,40 +178,78 @@ class VerdictLearner:
         if not journal.versions:
             journal.begin(identity, state, count, _snapshot(self._base))
             return
-        if journal.identity != identity:
-            raise CheckpointError(f"journal: got {str(journal.path)!r}, which is of another head (features differ)")
-        if state not in {version.state for version in journal.versions}:
-            raise CheckpointError(
-                f"journal: got {str(journal.path)!r}, which has no version equal to this head, expected the head it "
-                "began with or one it led to"
-            )
+        _check_of(journal, self._base, state)
         if journal.versions[journal.current].state != state:
-            self._head = self._rebuilt(journal.current)
+            self._head = _rebuilt(self._base, journal, journal.current, self.backend)
         log.info("%s: going on from version %d of %d", journal.path, journal.current, len(journal.versions) - 1)
 
-    def _rebuilt(self, number: int) -> FrozenHead:
-        """The head of a version: from the last snapshot on its way from version 0, the updates since then replayed."""
-        versions = self._journal.versions
-        way = [number]
-        while not versions[way[-1]].snapshot:
-            parent = versions[way[-1]].parent
-            assert parent is not None  # version 0 has a snapshot
-            way.append(parent)
-        head = _from_snapshot(self._base, self._journal.snapshot_tensors(way[-1]), versions[way[-1]].count)
-        for step in reversed(way[:-1]):
-            tensors = self._journal.update_tensors(step)
-            beta = tensors.pop("beta").to(head.device)
-            data = JudgedPairs.of(tensors).to(head.device)
-            posterior, _ = with_data(head, beta, data, self.backend)
-            rows = head.rows_with(data.hidden, data.pairs, data.weights, backend=self.backend)
-            head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior, rows=rows)
-        if _state_digest(head) != versions[number].state:
-            raise CheckpointError(
-                f"journal: version {number}, replayed from version {way[-1]}, has other bits than when it was learned: "
-                f"another machine, backend or build. Version {way[-1]} has a snapshot and can be had exactly"
-            )
-        head.build_weights()
-        return head
+
+def read_version(
+    head: FrozenHead, journal: str | os.PathLike[str], version: int | None = None, *, backend: Backend = "auto"
+) -> tuple[FrozenHead, int]:
+    """A version of a head from the journal of a learner that goes on writing to it, and its number.
+
+    Args:
+        head: the head that the journal began with, or one it led to, with its posterior.
+        journal: the folder.
+        version: the number; None is the one that is current.
+        backend: of the accumulate passes that replay versions without a snapshot.
+
+    Raises:
+        InputError: there is no such version, or ``head`` came without its posterior.
+        CheckpointError: as :meth:`VerdictLearner.revert`; or there is no journal, or one of another head.
+    """
+    posterior_of(head)
+    versions = Versions(journal)
+    if not versions.versions:
+        raise CheckpointError(f"journal: got {str(journal)!r}, in which there is no version, expected a learner's")
+    _check_of(versions, head, _state_digest(head))
+    number = versions.current if version is None else version
+    if not 0 <= number < len(versions.versions):
+        reject("version", number, f"a number from 0 to {len(versions.versions) - 1}")
+    return _rebuilt(head, versions, number, backend), number
+
+
+def _check_of(journal: Versions, head: FrozenHead, state: str) -> None:
+    """Raise CheckpointError unless the journal has the head, whose state digest is given, among its versions."""
+    if journal.identity != head_identity(head):
+        raise CheckpointError(f"journal: got {str(journal.path)!r}, which is of another head (features differ)")
+    if state not in {version.state for version in journal.versions}:
+        raise CheckpointError(
+            f"journal: got {str(journal.path)!r}, which has no version equal to this head, expected the head it "
+            "began with or one it led to"
+        )
+
+
+def check_same_features(head: FrozenHead, other: FrozenHead) -> None:
+    """Raise InputError unless the heads are versions of one: the same features."""
+    if head is not other and head_identity(head) != head_identity(other):
+        reject("head", "one with other features", "a version of the head that there is: the same features")
+
+
+def _rebuilt(base: FrozenHead, journal: Versions, number: int, backend: Backend) -> FrozenHead:
+    """The head of a version: from the last snapshot on its way from version 0, the updates since then replayed."""
+    versions = journal.versions
+    way = [number]
+    while not versions[way[-1]].snapshot:
+        parent = versions[way[-1]].parent
+        assert parent is not None  # version 0 has a snapshot
+        way.append(parent)
+    head = _from_snapshot(base, journal.snapshot_tensors(way[-1]), versions[way[-1]].count)
+    for step in reversed(way[:-1]):
+        tensors = journal.update_tensors(step)
+        beta = tensors.pop("beta").to(head.device)
+        data = JudgedPairs.of(tensors).to(head.device)
+        posterior, _ = with_data(head, beta, data, backend)
+        rows = head.rows_with(data.hidden, data.pairs, data.weights, backend=backend)
+        head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior, rows=rows)
+    if _state_digest(head) != versions[number].state:
+        raise CheckpointError(
+            f"journal: version {number}, replayed from version {way[-1]}, has other bits than when it was learned: "
+            f"another machine, backend or build. Version {way[-1]} has a snapshot and can be had exactly"
+        )
+    head.build_weights()
+    return head
 
 
 def _snapshot(head: FrozenHead) -> dict[str, Tensor]:

@@ -179,10 +179,8 @@ def _identity(service: CountedService) -> Iterator[Metric]:
     info = GaugeMetricFamily("rmcore_build_info", "1; what serves.", labels=("version", "model"))
     info.add_metric((__version__, service.model), 1.0)
     yield info
-    learner = getattr(service.scorer.engine, "learner", None)  # an engine of one's own may have none
-    yield _gauge(
-        "rmcore_head_version", "Of a head that learns; 0 of one that does not.", learner.version if learner else 0
-    )
+    version = getattr(service.scorer.engine, "head_version", None)  # an engine of one's own may have none
+    yield _gauge("rmcore_head_version", "Of a head that learns; 0 of one that does not.", version or 0)
 
 
 def _stream(service: CountedService) -> Iterator[Metric]:

@@ -34,7 +34,7 @@ from rmcore.judge.question.genrm import scores_of
 
 _MIDDLE = 3.0
 
-__all__ = ["CompareRequest", "VerifyRequest", "add_nemo_gym_routes"]
+__all__ = ["CompareRequest", "VerifyRequest", "add_nemo_gym_routes", "conversation"]
 
 
 class CompareRequest(BaseModel):
@@ -73,7 +73,7 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
         _check_principle(service, body.principle)
         if not body.response_objs:
             return json_response({"rewards": [], "comparison_results": [], "metrics": {}})
-        prompt = await large.call(_conversation, body.conversation_history)
+        prompt = await large.call(conversation, body.conversation_history)
         responses = [_output_text(one, f"response_objs[{k}]") for k, one in enumerate(body.response_objs)]
         if len(responses) > service.settings.max_responses:
             reject("response_objs", len(responses), f"at most {service.settings.max_responses}")
@@ -94,7 +94,7 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
         size = service.settings.group_size
         if size is None:
             reject("group size", "none", "rmcore serve --group-size N, the rollouts of a prompt")
-        prompt = await large.call(_conversation, body.responses_create_params.get("input"))
+        prompt = await large.call(conversation, body.responses_create_params.get("input"))
         response = _output_text(body.response, "response")
         by_name = body.group_id is not None and body.rollout_index is not None
         key = (body.group_id, body.group_attempt) if by_name else (prompt_digest(prompt),)
@@ -144,7 +144,7 @@ def _check_principle(service: RewardService, principle: str | None) -> None:
         reject("principle", "one of the request's own", "the judge's, or none: start a server for each principle")
 
 
-def _conversation(given: Any) -> Canonical:
+def conversation(given: Any) -> Canonical:
     """The messages of a Responses API ``input`` (a text, or items), without what is none."""
     if isinstance(given, str):
         return canonical_prompt(given)
@@ -228,6 +228,7 @@ def _metrics(group: GroupScore) -> dict[str, float]:
         "genrm_pairs_saved": float(len(pairs) - asked),
         "genrm_pairs_failed": float(sum(decision.by == "judge_failed" for decision in group.decisions)),
         "genrm_calls": float(sum(verdict.usage.calls for verdict in verdicts)),
+        **({} if group.head_version is None else {"head_version": float(group.head_version)}),
     }
 
 

@@ -110,6 +110,9 @@ ResponseField = Annotated[
     Field(description="Plain text, a message, or the several messages of a policy that called tools."),
 ]
 Name = Annotated[Integer, Field(ge=-(2**53), le=2**53)] | Annotated[Text, Field(max_length=512)]
+HeadVersion = Annotated[
+    int | None, Field(description="Which version of a head that learns scored the group; null of one that does not.")
+]
 
 
 class GroupRequest(BaseModel):
@@ -173,6 +176,7 @@ class GroupReply(BaseModel):
     uncertainty: list[Row] = Field(description="u ≥ 1, symmetric.")
     routed: list[list[bool]]
     one_order: bool
+    head_version: HeadVersion
     decisions: Decisions
     cost: Cost
     seconds: Seconds
@@ -228,6 +232,7 @@ class MemberReply(BaseModel):
     routed: list[bool]
     slots: list[int] = Field(description="The members that were scored together.")
     complete: bool = Field(description="False if the time limit passed before all had come.")
+    head_version: HeadVersion
 
 
 class HealthReply(BaseModel):
@@ -281,6 +286,7 @@ def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
         "uncertainty": _rows(group.uncertainty),
         "routed": group.routed.tolist(),
         "one_order": group.one_order,
+        "head_version": group.head_version,
         "decisions": {
             "head": group.size * (group.size - 1) // 2 - len(group.decisions),
             "judge": by["judge"],
@@ -314,6 +320,7 @@ def member_reply(request: MemberRequest, result: MemberResult) -> dict[str, Any]
         "routed": group.routed[i].tolist(),
         "slots": list(result.slots),
         "complete": result.complete,
+        "head_version": group.head_version,
     }
 
 

@@ -134,8 +134,8 @@ class RewardService:
             request.group_id, request.slot, request.k, prompt, response, attempt=request.attempt
         )
 
-    async def rewards(self, body: RewardRequest, scope: Scope) -> tuple[list[float], list[float]]:
-        """``/get_reward``: rewards and win rates, NaN where there is no preference."""
+    async def rewards(self, body: RewardRequest, scope: Scope) -> tuple[list[float], list[float], list[int | None]]:
+        """``/get_reward``: rewards and win rates, NaN where there is no preference; and the head's versions."""
         if len(body.query) != len(body.prompts):
             reject("prompts", len(body.prompts), f"{len(body.query)}, one a query")
         count, size = len(body.query), self.settings.group_size
@@ -150,24 +150,24 @@ class RewardService:
         ]
         prompts = [prompt_text(prompt, self.settings, f"prompts[{k}]") for k, prompt in enumerate(body.prompts)]
         if count == 0:
-            return [], []
+            return [], [], []
         if count == 1 and size is not None:
             result = await self.assembly.join_by_content(prompts[0], responses[0], size)
             when_lost(scope, result.lost)
             if len(result.slots) == 1:
-                return [math.nan], [math.nan]
+                return [math.nan], [math.nan], [None]
             values = self._rewards_of(result.group)
-            return [values[0][result.index]], [values[1][result.index]]
+            return [values[0][result.index]], [values[1][result.index]], [result.group.head_version]
         groups = grouped(body.prompts, size)
         for places in groups:
             if len(places) > self.settings.max_responses:
                 reject("prompts", f"{len(places)} equal ones", f"at most {self.settings.max_responses}")
         scored = await self.scorer.submit([(prompts[p[0]], [responses[k] for k in p]) for p in groups])
-        rewards, rates = [math.nan] * count, [math.nan] * count
+        rewards, rates, versions = [math.nan] * count, [math.nan] * count, list[int | None]([None] * count)
         for places, one in zip(groups, scored, strict=True):
             for k, reward, rate in zip(places, *self._rewards_of(one.group), strict=True):
-                rewards[k], rates[k] = reward, rate
-        return rewards, rates
+                rewards[k], rates[k], versions[k] = reward, rate, one.group.head_version
+        return rewards, rates, versions
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ import torch
 from rmcore import RewardEngine
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
-from rmcore.engine.learning import LearningConfig, VerdictLearner
+from rmcore.engine.learning import LearningConfig, VerdictLearner, read_version
+from rmcore.engine.learning.follow import JournalWatch, following
 from rmcore.engine.learning.journal import Journal
 from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
 from rmcore.engine.learning.learner import head_identity
@@ -411,6 +412,83 @@ def test_a_replay_with_other_arithmetic_is_noticed(data, fit_head, tmp_path):
             learner.revert(1)
         assert learner.version == 3
         assert bits(learner.revert(2)) == states[2]
+
+
+def test_others_read_every_version_while_the_writer_writes(data, head, fit_head, tmp_path):
+    with VerdictLearner(head, tmp_path, snapshot_every=2) as learner:
+        states = learnt(learner, data, 3)
+        for version in (0, 3, 1, 2):
+            found, number = read_version(head, tmp_path, version)
+            assert (number, bits(found)) == (version, states[version])
+        learner.revert(1)
+        found, number = read_version(learner.head, tmp_path)  # from any of its versions; the current one
+        assert (number, bits(found)) == (1, states[1])
+        file = tmp_path / "journal.jsonl"
+        with file.open("ab") as stream:
+            stream.write(b'{"event": "upd')  # the writer is at it
+        size = file.stat().st_size
+        assert read_version(head, tmp_path)[1] == 1
+        assert file.stat().st_size == size
+        with pytest.raises(InputError, match="a number from 0 to 3"):
+            read_version(head, tmp_path, 4)
+    with pytest.raises(CheckpointError, match="no version"):
+        read_version(head, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(CheckpointError, match="another head"):
+        read_version(fit_head(data, dtype=torch.bfloat16, seed=1), tmp_path)
+
+
+def test_who_follows_a_journal_serves_each_version_once(data, head, tmp_path):
+    served, came = [], threading.Event()
+
+    def publish(version):
+        served.append(version)
+        came.set()
+        if served == [0, 1]:
+            raise OSError("the folder is away")  # is tried again
+
+    with VerdictLearner(head, tmp_path) as learner:
+        watch = JournalWatch(tmp_path)
+        assert watch.current() == 0
+        with following(tmp_path, publish, every_s=0.005):
+            assert served == [0]
+            came.clear()
+            learner.learn(batch(data, 0))
+            assert watch.current() == 1
+            while len(served) < 3:
+                assert came.wait(10)
+            came.clear()
+            learner.revert(0)
+            assert came.wait(10)
+        assert served == [0, 1, 1, 0]
+        learner.learn(batch(data, 1))
+    assert served == [0, 1, 1, 0]
+    assert JournalWatch(tmp_path / "nothing").current() is None
+
+
+def test_an_engine_serves_what_another_learns_and_says_which_version(data, head, tmp_path):
+    sizes = [3, 2]
+    engine = RewardEngine(head)
+    assert engine.score_hidden(data.hidden[:5], sizes)[0].head_version is None
+    with VerdictLearner(head, tmp_path) as learner:
+        learner.learn(batch(data, 0))
+        engine.serve_head(*read_version(head, tmp_path))
+        scores = engine.score_hidden(data.hidden[:5], sizes)
+        own = RewardEngine(head, learner=learner)
+        assert [scores.head_version, *(group.head_version for group in scores)] == [1, 1, 1]
+        mine = own.score_hidden(data.hidden[:5], sizes)
+        assert mine.head_version == 1
+        for one, other in zip(scores, mine, strict=True):
+            assert torch.equal(one.preference, other.preference)
+        own.revert(0)
+        assert own.score_hidden(data.hidden[:5], sizes).head_version == 0
+        with pytest.raises(InputError, match="there is one writer"):
+            own.serve_head(head, 0)
+
+
+def test_an_engine_refuses_the_head_of_another(data, head, fit_head):
+    with pytest.raises(InputError, match="other features"):
+        RewardEngine(head).serve_head(fit_head(data, dtype=torch.bfloat16, seed=1), 1)
 
 
 def test_a_journal_has_one_writer(head, tmp_path):
