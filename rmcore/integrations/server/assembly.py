@@ -25,6 +25,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response
 from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.members import (
+    RESENT,
     AssemblyStats,
     BusyError,
     ConflictError,
@@ -232,6 +233,7 @@ class GroupAssembly:
             self._close_if_empty(group)
             raise BusyError(f"{self._waiting} members wait already", min(self.time_limit_s, 5.0))
         group.slots[slot] = Slot(text_digest(response), response)
+        group.resent = group.resent or RESENT.get()
         self.stats.members += 1
         if len(group.slots) == group.size:
             group.whole.set()
@@ -266,6 +268,11 @@ class GroupAssembly:
 
     async def _scored(self, group: OpenGroup) -> Outcome:
         slots = tuple(sorted(group.slots))
+        if len(slots) < group.size and group.resent:
+            raise LateError(
+                f"members: got {len(slots)} of {group.size} within {self.time_limit_s:g} s, sent again since the "
+                "process that had them died, expected all: the others may have their results from it"
+            )
         if len(slots) < group.size:
             self.stats.partial_groups += 1
             log.warning("scored %d of %d members: the time limit passed", len(slots), group.size)

@@ -24,7 +24,7 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore.integrations.server.schema import OPEN_PATHS, error_response
 from rmcore.integrations.server.settings import ServeSettings
 
-__all__ = ["Guard", "when_lost"]
+__all__ = ["Guard", "lost", "when_lost"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,12 @@ _LOST = "rmcore.lost"
 def when_lost(scope: Scope, call: Callable[[], None]) -> None:
     """Have ``call`` called if the answer to this request does not go out as a success to a client that is there."""
     scope.setdefault(_LOST, []).append(call)
+
+
+def lost(scope: Scope) -> None:
+    """The answer did not reach its client, as somebody found out later."""
+    for call in scope.get(_LOST, ()):
+        call()
 
 
 class Guard:
@@ -104,8 +110,7 @@ class Guard:
             self.active -= 1
             self.disconnected += gone
             if gone or not finished or status >= 300:
-                for call in scope.get(_LOST, ()):
-                    call()
+                lost(scope)
             self.requests[path, "disconnected" if gone else str(status)] += 1
             self._seconds.labels(path).observe(self.clock.now() - began)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from rmcore._base.errors import InputError
@@ -12,6 +13,7 @@ from rmcore._base.prompt import Canonical, Prompt, Response, canonical_json, can
 from rmcore.engine.groups import GroupScore
 
 __all__ = [
+    "RESENT",
     "AssemblyStats",
     "BusyError",
     "ConflictError",
@@ -31,6 +33,11 @@ class ConflictError(InputError):
 
 class LateError(InputError):
     """The group was scored without this member, because it came after the time limit."""
+
+
+RESENT: ContextVar[bool] = ContextVar("resent", default=False)
+"""Set around a call that is made again since the process that had the group has died: that one may have answered some
+of its members. Such a group is scored whole or not at all."""
 
 
 class BusyError(RuntimeError):
@@ -114,6 +121,7 @@ class OpenGroup:
     size: int
     deadline: float
     by_content: bool = False
+    resent: bool = False
     slots: dict[int, Slot] = field(default_factory=dict)
     whole: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False

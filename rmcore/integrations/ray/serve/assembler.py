@@ -1,0 +1,175 @@
+"""The assemblers: the group server's application, whose groups are scored by replicas, behind entries.
+
+An assembler is one process with a name of its own, so that every entry knows where a group's members meet: what scales
+holds no group, and what holds groups does not scale while it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Message, Scope
+
+from rmcore.integrations.ray.serve.keys import BY_CONTENT
+from rmcore.integrations.ray.serve.presence import BEAT_S, Presence
+from rmcore.integrations.ray.serve.replica import RemoteEngine
+from rmcore.integrations.server.app import create_app
+from rmcore.integrations.server.guard import lost
+from rmcore.integrations.server.members import RESENT
+from rmcore.integrations.server.settings import ServeSettings
+
+__all__ = ["GIVEN_UP", "Assembler", "RawReply", "RawRequest"]
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """A request as it came to an entry."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RawReply:
+    """Its answer; status 0 is :data:`GIVEN_UP`."""
+
+    status: int
+    headers: Headers = ()
+    body: bytes = b""
+
+
+GIVEN_UP = RawReply(0)
+"""The assembler took the entry for dead. What is not dead asks again."""
+
+
+class Assembler:
+    """The application in one process. Serve makes deployments of the class; it works without.
+
+    Args:
+        make: makes the engine.
+        settings: as of ``rmcore serve``.
+        model: a name for ``/health``.
+        presence: of the entries; a seam for tests.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], RemoteEngine],
+        settings: ServeSettings,
+        model: str = "",
+        presence: Presence | None = None,
+    ) -> None:
+        self.engine = make()
+        self.app = create_app(self.engine, settings, model=model)  # type: ignore[arg-type]
+        self.service = self.app.state.service
+        self.presence = presence or Presence()
+        self._watch: asyncio.Task[None] | None = None
+
+    async def beat(self, entry: str) -> None:
+        """An entry's sign of life."""
+        self.presence.heard(entry)
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watching(), name="rmcore entries")
+
+    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
+        """Answer a request of an entry, or :data:`GIVEN_UP`.
+
+        Args:
+            entry: its name.
+            request: as it came.
+            resent: the process that had it died, and may have answered siblings of it.
+        """
+        await self.beat(entry)
+        text = b""
+        if request.path in BY_CONTENT:
+            text = hashlib.sha256(request.body).digest()
+            await self.presence.no_repetition(entry, text)
+        token = RESENT.set(resent)
+        try:
+            scope = _scope(request)
+            answering = asyncio.ensure_future(self._answer(scope, request.body))
+        finally:
+            RESENT.reset(token)
+        with self.presence.holding(entry, answering, text):
+            try:
+                await asyncio.wait({answering})
+            finally:  # the caller went away
+                answering.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({answering})
+        if answering.cancelled():
+            return GIVEN_UP
+        if text:
+            self.presence.answered(entry, text, functools.partial(lost, scope))
+        return answering.result()
+
+    async def drain(self) -> None:
+        """Take nothing new; return when everything accepted has its answer."""
+        await self.service.drain()
+
+    async def metrics(self) -> str:
+        """The page for Prometheus, in text format 0.0.4."""
+        return bytes(self.service.metrics.page()[0]).decode()
+
+    def ready(self) -> bool:
+        """Whether new groups are taken."""
+        return not self.service.draining
+
+    async def _watching(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self.presence.give_up_silent()
+
+    async def _answer(self, scope: Scope, body_sent: bytes) -> RawReply:
+        status, headers, body = 0, tuple[tuple[bytes, bytes], ...](), bytearray()
+        left = [{"type": "http.request", "body": body_sent, "more_body": False}]
+        never = asyncio.Event()
+
+        async def receive() -> Message:
+            if left:
+                return left.pop()
+            await never.wait()  # who goes away has the call cancelled
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            nonlocal status, headers
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], tuple(_pairs(message.get("headers", ())))
+            elif message["type"] == "http.response.body":
+                body.extend(message.get("body", b""))
+
+        await self.app(scope, receive, send)
+        return RawReply(status, headers, bytes(body))
+
+
+def _scope(request: RawRequest) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": request.query,
+        "root_path": "",
+        "headers": list(request.headers),
+        "client": None,
+        "server": None,
+    }
+
+
+def _pairs(headers: Iterable[Iterable[bytes]]) -> Iterable[tuple[bytes, bytes]]:
+    for name, value in headers:
+        yield bytes(name), bytes(value)

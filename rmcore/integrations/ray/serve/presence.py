@@ -1,0 +1,108 @@
+"""Which entries are alive, as an assembler knows it.
+
+An entry that is killed takes its callers' connections along, but its calls here go on: to the assembly their members
+would still be waited for, and when their callers ask again, through another entry, a member known by its text alone
+would be taken for a second one with the same text. So entries are heard from twice a second; what one that fell silent
+had under way is given up, what it was answered just before counts as lost, and a call that may be such a repetition
+waits until its twin's entry is known to live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rmcore._base.clock import Clock, SystemClock
+
+__all__ = ["BEAT_S", "Presence"]
+
+BEAT_S = 0.5
+"""Seconds from one sign of life to the next."""
+
+
+class Presence:
+    """Keeps what each entry has under way, and when it was last heard.
+
+    Args:
+        patience_s: an entry that is not heard for so long is dead. One that was only slow sends its requests again.
+        clock: a seam for tests.
+    """
+
+    def __init__(self, patience_s: float = 6 * BEAT_S, clock: Clock | None = None) -> None:
+        self.patience_s = patience_s
+        self.given_up = 0
+        self._clock: Clock = clock or SystemClock()
+        self._heard: dict[str, float] = {}
+        self._calls: defaultdict[str, set[asyncio.Future[Any]]] = defaultdict(set)
+        self._texts: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
+        self._answered: defaultdict[str, list[tuple[bytes, Callable[[], None]]]] = defaultdict(list)
+        self._beats: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    def heard(self, entry: str) -> None:
+        """An entry is alive now."""
+        self._heard[entry] = self._clock.now()
+        for text, _ in self._answered.pop(entry, ()):
+            self._release(entry, text)
+        self._beats.pop(entry, asyncio.Event()).set()
+
+    @contextmanager
+    def holding(self, entry: str, call: asyncio.Future[Any], text: bytes = b"") -> Iterator[None]:
+        """While the body runs, ``call`` is under way for an entry: cancelled when that dies.
+
+        Args:
+            entry: its name.
+            call: of its request.
+            text: digest of the request, where only its content tells it from others.
+        """
+        self._calls[entry].add(call)
+        self._texts[text][entry] += 1
+        try:
+            yield
+        finally:
+            self._calls[entry].discard(call)
+            if not self._calls[entry]:
+                del self._calls[entry]
+            self._release(entry, text)
+
+    def answered(self, entry: str, text: bytes, lost: Callable[[], None]) -> None:
+        """A call has its answer; ``lost`` is called if its entry is not heard any more."""
+        self._texts[text][entry] += 1
+        self._answered[entry].append((text, lost))
+
+    async def no_repetition(self, entry: str, text: bytes) -> None:
+        """Return when the entries that have a call with this text under way have been heard, or are given up."""
+        began = self._clock.now()
+        for other in [name for name in +self._texts.get(text, Counter()) if name != entry]:
+            while self._heard.get(other, 0.0) <= began and self._texts.get(text, Counter())[other]:
+                self.give_up_silent()
+                await self._beat_of(other)
+
+    def give_up_silent(self) -> None:
+        """Give up what entries had under way that were not heard for too long. To be called now and then."""
+        latest = self._clock.now() - self.patience_s
+        for entry in [name for name, at in self._heard.items() if at < latest]:
+            del self._heard[entry]
+            self._beats.pop(entry, asyncio.Event()).set()
+            for call in self._calls.pop(entry, ()):
+                self.given_up += call.cancel()
+            for text, lost in self._answered.pop(entry, ()):
+                self.given_up += 1
+                lost()
+                self._release(entry, text)
+
+    def _release(self, entry: str, text: bytes) -> None:
+        self._texts[text][entry] -= 1
+        if not +self._texts[text]:
+            del self._texts[text]
+
+    async def _beat_of(self, entry: str) -> None:
+        beat = asyncio.ensure_future(self._beats[entry].wait())
+        time_up = asyncio.ensure_future(self._clock.sleep(BEAT_S))
+        try:
+            await asyncio.wait({beat, time_up}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            beat.cancel()
+            time_up.cancel()

@@ -1,0 +1,160 @@
+"""The replicas: a model each, which scores whole batches; and what an assembler asks instead of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from rmcore._base.errors import InputError, NonFiniteError, RmcoreError
+from rmcore._base.prompt import Prompt, Response
+from rmcore.engine.engine import RewardEngine
+from rmcore.engine.groups import GroupScores
+from rmcore.engine.learning import read_version
+from rmcore.integrations.server.assembly import BusyError
+from rmcore.model.reward_model import Progress
+
+__all__ = ["RemoteEngine", "Replica", "ScoreCalls"]
+
+log = logging.getLogger(__name__)
+
+_FAILURES = 3
+"""Batches in a row that fail as a whole, after which a replica says that it is ill."""
+_DEATHS = 3
+"""Replicas that may die of one batch. It may be the batch's fault."""
+
+
+class Replica:
+    """One model. Serve makes deployments of the class; it works without.
+
+    Args:
+        make: makes the engine, here.
+        journal: folder of the journal from which :meth:`reconfigure` takes versions of the head.
+    """
+
+    def __init__(self, make: Callable[[], RewardEngine], journal: Path | None = None) -> None:
+        self.engine = make()
+        self._base = self.engine.head
+        self._journal = journal
+        self._failures = 0
+        self._backbone = asyncio.Semaphore(1)
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Serve another version of the head; calls under way finish with theirs. Raises as ``read_version``."""
+        version = config.get("head_version")
+        if version is None or version == self.engine.head_version:
+            return
+        if self._journal is None:
+            raise RmcoreError(f"head_version: got {version}, expected none, since there is no journal")
+        read = functools.partial(read_version, self._base, self._journal, version, backend=self.engine.backend)
+        self.engine.serve_head(*await asyncio.to_thread(read))
+        log.info("serving version %d of the head", version)
+
+    async def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:
+        """A batch, as ``engine.score_async`` with ``on_error="return"``; all of it by one version of the head.
+
+        The backbone runs for one batch at a time, while the judge may have several.
+        """
+        loop = asyncio.get_running_loop()
+        held = True
+
+        def free() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._backbone.release()
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage != "judging" and done >= total:
+                loop.call_soon_threadsafe(free)
+
+        await self._backbone.acquire()
+        try:
+            scores = await self.engine.score_async(prompts, responses, on_error="return", progress=progress)
+        except Exception:
+            self._failures += 1
+            raise
+        finally:
+            free()
+        self._failures = 0
+        return _portable(scores)
+
+    def check_health(self) -> None:
+        """Raise where several batches in a row have failed, a GPU that is gone, say: Serve then starts another."""
+        if self._failures >= _FAILURES:
+            raise RuntimeError(f"the last {self._failures} batches failed")
+
+
+def _portable(scores: GroupScores) -> GroupScores:
+    """The scores for another process: on the CPU, without what only this one needs, errors by kind and message."""
+    table = scores.table
+    table.values = table.values.cpu()
+    table.parts = {name: part.cpu() for name, part in table.parts.items()}
+    table.row_novelty = None if table.row_novelty is None else table.row_novelty.cpu()
+    scores.__dict__.pop("groups", None)
+    scores.errors = {number: _plain_error(error) for number, error in scores.errors.items()}
+    return scores
+
+
+def _plain_error(error: Exception) -> Exception:
+    """An error whose class takes its message alone: others do not pass from process to process."""
+    for kind in (NonFiniteError, InputError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class ScoreCalls(Protocol):
+    """Scores a batch on some replica; raises ``lost`` where that died."""
+
+    async def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:
+        """The scores."""
+        ...
+
+
+class RemoteEngine:
+    """What :class:`~rmcore.integrations.server.batching.BatchScorer` takes for an engine: batches go to replicas.
+
+    A batch whose replica dies goes to another one as it is: scoring has no side effect but questions to the judge,
+    which are asked and paid for once in a shared judge or store.
+
+    Args:
+        call: asks a replica.
+        lost: the exceptions that mean that it died.
+        principle: of the judge behind the replicas.
+    """
+
+    learner = None
+
+    def __init__(self, call: ScoreCalls, lost: tuple[type[Exception], ...], *, principle: str = "") -> None:
+        self.head_version: int | None = None
+        self.judge = SimpleNamespace(principle=principle)
+        self.deaths = 0
+        self._call, self._lost = call, lost
+
+    async def score_async(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[Response]],
+        *,
+        on_error: str = "return",
+        progress: Progress | None = None,
+    ) -> GroupScores:
+        """As the engine's. Raises BusyError where several replicas died of the batch, and what a replica raises."""
+        if progress is not None:
+            progress("encoding", 1, 1)  # the replicas see to their backbones themselves
+        for _ in range(_DEATHS):
+            try:
+                scores = await self._call(prompts, responses)
+            except self._lost as error:
+                self.deaths += 1
+                log.warning("a replica died with a batch of %d groups (%s)", len(prompts), type(error).__name__)
+                continue
+            if scores.head_version is not None:
+                self.head_version = max(scores.head_version, self.head_version or 0)
+            return scores
+        raise BusyError(f"{_DEATHS} replicas died, one after the other, with the batch this group was in", 5.0)

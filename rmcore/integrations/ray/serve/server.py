@@ -1,0 +1,262 @@
+"""The group server on Ray Serve: which deployments there are, and what may change while they serve.
+
+    Serve's proxies  →  entries  →  assemblers  →  replicas of the model
+    one a node          any number   a fixed number   scaled as there is work
+
+Serve does what it is there for: proxies, restarts, health, scaling, draining, versions. What is ours: an entry sends a
+request to the assembler that the group's key names, an assembler is the application of ``rmcore serve``, and it sends
+whole batches to replicas, of which any will do.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rmcore._base.errors import RmcoreError, reject
+from rmcore._base.prompt import Prompt, Response
+from rmcore.engine.engine import RewardEngine
+from rmcore.engine.groups import GroupScores
+from rmcore.integrations.ray.cluster import ray_module
+from rmcore.integrations.ray.serve.assembler import Assembler, RawReply, RawRequest
+from rmcore.integrations.ray.serve.entry import Entry
+from rmcore.integrations.ray.serve.replica import RemoteEngine, Replica
+from rmcore.integrations.server.settings import ServeSettings
+
+__all__ = ["GroupServer", "ServeScale"]
+
+_MANY = 1_000_000
+"""Requests that an entry or an assembler may have under way: it has limits of its own."""
+_WAIT_LOOP_S = 0.5
+_HEALTH_S = 5.0
+
+
+@dataclass(frozen=True)
+class ServeScale:
+    """How many processes of each kind, and what they take.
+
+    Attributes:
+        replicas: of the model, at least.
+        max_replicas: at most, as there is work; None for always ``replicas``.
+        batches: under way or waiting a replica, at which another one is started.
+        assemblers: processes that put groups together. Fixed while the server runs.
+        entries: processes that let requests in.
+        num_cpus, num_gpus: of a replica.
+    """
+
+    replicas: int = 1
+    max_replicas: int | None = None
+    batches: float = 2.0
+    assemblers: int = 2
+    entries: int = 2
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "assemblers", "entries"):
+            if getattr(self, name) < 1:
+                reject(name, getattr(self, name), "at least 1")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            reject("max_replicas", self.max_replicas, f"at least replicas = {self.replicas}, or None")
+        for name, least in (("batches", 0.0), ("num_cpus", -1e-9), ("num_gpus", -1e-9)):
+            if not getattr(self, name) > least:
+                reject(name, getattr(self, name), "above 0" if name == "batches" else "at least 0")
+
+    @property
+    def most(self) -> int:
+        """Replicas at most."""
+        return self.max_replicas or self.replicas
+
+
+class GroupServer:
+    """A group server on a Ray cluster that this process is connected to.
+
+    Args:
+        make: makes a replica's engine; pickled, so a function of a module or ``functools.partial`` of one.
+        settings: as of ``rmcore serve``.
+        scale: how many processes.
+        model: a name for ``/health``.
+        journal: folder of a learner's journal, where every node sees it: :meth:`publish` serves its versions.
+        principle: of the judge, where that is a GenRM with one.
+        name: of the Serve application.
+
+    Raises MissingPackageError without ray.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], RewardEngine],
+        settings: ServeSettings | None = None,
+        scale: ServeScale | None = None,
+        *,
+        model: str = "",
+        journal: Path | None = None,
+        principle: str = "",
+        name: str = "rmcore",
+    ) -> None:
+        self.serve = ray_module("ray.serve")
+        self.settings, self.scale_now = settings or ServeSettings(), scale or ServeScale()
+        self.name = name
+        self._make, self._model, self._journal, self._principle = make, model, journal, principle
+        self._version: int | None = None
+        # Serve starts processes of another code version anew. Here a version is this object, so that what changes
+        # later (a head's version, the number of replicas) is taken over by those that run.
+        self._code = uuid.uuid4().hex
+
+    def start(self) -> str:
+        """Start everything, and return the URL when all is ready.
+
+        Raises RmcoreError where a process cannot start: a model that is not there, no GPU.
+        """
+        if self.name in self.serve.status().applications:
+            reject("name", repr(self.name), "one that no application on this cluster has", "Or end that one first")
+        settings = self.settings
+        options = {"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 120}
+        self.serve.start(proxy_location="EveryNode", http_options=options)
+        self._deploy()
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return f"http://{host}:{settings.port}"
+
+    def publish(self, version: int) -> None:
+        """Have all replicas serve a version of the journal's head; returns when they do.
+
+        They change one after the other; every batch is scored by one version, which its answers name.
+        """
+        if self._journal is None:
+            reject("version", version, "none, since there is no journal")
+        before, self._version = self._version, version
+        try:
+            self._deploy()
+        except BaseException:
+            self._version = before
+            raise
+
+    def scale(self, replicas: int, max_replicas: int | None = None) -> None:
+        """Change the number of replicas; those that go finish what they have. Returns when it is done."""
+        self.scale_now = replace(self.scale_now, replicas=replicas, max_replicas=max_replicas)
+        self._deploy()
+
+    def drain(self) -> None:
+        """Take no new groups; return when all accepted ones are answered."""
+        handles = [self.serve.get_deployment_handle(name, self.name) for name in self._assembler_names()]
+        for response in [handle.drain.remote() for handle in handles]:
+            response.result()
+
+    def stop(self) -> None:
+        """End the application; what else Serve runs goes on."""
+        self.serve.delete(self.name)
+
+    # -- deployments -------------------------------------------------------------------------------------------------
+
+    def _deploy(self) -> None:
+        try:
+            self.serve.run(self.application(), name=self.name, route_prefix="/")
+        except RuntimeError as error:
+            raise RmcoreError(f"Ray Serve: {error}") from error
+
+    def application(self) -> Any:
+        """The application as Serve takes it, with the present version and scale."""
+        settings = self.settings
+        replicas = self._replicas()
+        # Those that only wait for their judge are under way, too.
+        own = replace(settings, batches_in_flight=settings.batches_in_flight * self.scale_now.most)
+        make = functools.partial(_remote_engine, principle=self._principle)
+        assemblers = [
+            self._deployment(
+                _Assembler,
+                name,
+                ray_actor_options={"num_cpus": 0},
+                max_ongoing_requests=_MANY,
+                graceful_shutdown_timeout_s=settings.answer_within_s,
+            ).bind(replicas, make, own, self._model)
+            for name in self._assembler_names()
+        ]
+        entry = self._deployment(
+            _Entry,
+            "Entry",
+            num_replicas=self.scale_now.entries,
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=_MANY,
+            graceful_shutdown_timeout_s=settings.answer_within_s,
+        )
+        return entry.bind(assemblers, settings)
+
+    def _replicas(self) -> Any:
+        scale = self.scale_now
+        options: dict[str, Any] = {
+            "ray_actor_options": {"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
+            "max_ongoing_requests": self.settings.batches_in_flight,
+            "graceful_shutdown_timeout_s": self.settings.answer_within_s,
+            "user_config": {"head_version": self._version},
+        }
+        if scale.max_replicas is None:
+            options["num_replicas"] = scale.replicas
+        else:
+            options["autoscaling_config"] = {
+                "min_replicas": scale.replicas,
+                "max_replicas": scale.max_replicas,
+                "target_ongoing_requests": scale.batches,
+            }
+        return self._deployment(Replica, "Replica", **options).bind(self._make, self._journal)
+
+    def _deployment(self, of: type, name: str, **options: Any) -> Any:
+        health = {"health_check_period_s": _HEALTH_S, "graceful_shutdown_wait_loop_s": _WAIT_LOOP_S}
+        made = self.serve.deployment(name=name, **health, **options)(of)
+        # There is no public way to say that the code is the same but for files that the dashboard deploys.
+        return made.options(version=self._code, _internal=True)
+
+    def _assembler_names(self) -> list[str]:
+        return [f"Assembler{number}" for number in range(self.scale_now.assemblers)]
+
+
+# -- what runs on the cluster ----------------------------------------------------------------------------------------
+
+
+class _Assembler(Assembler):
+    def __init__(self, replicas: Any, make: Callable[..., RemoteEngine], settings: ServeSettings, model: str) -> None:
+        super().__init__(functools.partial(make, replicas), settings, model)
+
+
+class _Entry(Entry):
+    def __init__(self, assemblers: Sequence[Any], settings: ServeSettings) -> None:
+        super().__init__([_Called(handle) for handle in assemblers], _lost(), settings)
+
+
+class _Called:
+    """An assembler, by its handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
+        reply: RawReply = await self._handle.request.remote(entry, request, resent)
+        return reply
+
+    async def beat(self, entry: str) -> None:
+        await self._handle.beat.remote(entry)
+
+    async def metrics(self) -> str:
+        page: str = await self._handle.metrics.remote()
+        return page
+
+    async def ready(self) -> bool:
+        found: bool = await self._handle.ready.remote()
+        return found
+
+
+def _remote_engine(replicas: Any, *, principle: str = "") -> RemoteEngine:
+    async def call(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:
+        scores: GroupScores = await replicas.score.remote(prompts, responses)
+        return scores
+
+    return RemoteEngine(call, _lost(), principle=principle)
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """What Ray raises where the other process has died, or cannot be reached: never what that one raised itself."""
+    errors = ray_module("ray.exceptions")
+    return (errors.RayActorError,)

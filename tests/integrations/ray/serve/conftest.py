@@ -1,0 +1,115 @@
+"""Entries, assemblers and replicas as they run on Ray Serve, in this process and without ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from rmcore.integrations.ray.serve.assembler import Assembler, RawReply, RawRequest
+from rmcore.integrations.ray.serve.entry import Entry
+from rmcore.integrations.ray.serve.replica import RemoteEngine
+from rmcore.integrations.server import ServeSettings
+
+
+class LostError(Exception):
+    """What stands for Ray's error where the other process has died."""
+
+
+class Process:
+    """An assembler's process, by a handle: calls to it end with its death, and it is started anew."""
+
+    def __init__(self, make: Callable[[], Assembler]) -> None:
+        self.make = make
+        self.assembler = make()
+        self.died = asyncio.Event()
+        self.beats = True
+
+    def kill(self) -> None:
+        died, self.died = self.died, asyncio.Event()
+        for group in self.assembler.service.assembly._groups.values():
+            group.task.cancel()
+        self.assembler = self.make()
+        died.set()
+
+    async def _call(self, work: Any, died: asyncio.Event) -> Any:
+        working, dying = asyncio.ensure_future(work), asyncio.ensure_future(died.wait())
+        try:
+            await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if died.is_set():
+                raise LostError
+            return working.result()
+        finally:
+            dying.cancel()
+            if not died.is_set():
+                working.cancel()
+                await asyncio.wait({working})
+
+    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
+        return await self._call(self.assembler.request(entry, request, resent), self.died)
+
+    async def beat(self, entry: str) -> None:
+        if self.beats:
+            await self.assembler.beat(entry)
+
+    async def metrics(self) -> str:
+        return await self.assembler.metrics()
+
+    async def ready(self) -> bool:
+        return self.assembler.ready()
+
+
+class Cluster:
+    """So many entries and assemblers around one engine; must be made on a running loop."""
+
+    def __init__(self, engine: Any, entries: int, assemblers: int, settings: ServeSettings, calls: Any = None) -> None:
+        async def call(prompts: Any, responses: Any) -> Any:
+            return await engine.score_async(prompts, responses, on_error="return")
+
+        def make() -> Assembler:
+            return Assembler(lambda: RemoteEngine(calls or call, (LostError,)), settings, "tiny")
+
+        self.assemblers = [Process(make) for _ in range(assemblers)]
+        self.entries = [Entry(self.assemblers, (LostError,), settings) for _ in range(entries)]
+
+    async def post(self, entry: int, path: str, body: object, **headers: str) -> tuple[int, Any]:
+        """Status and JSON of a request that comes to an entry."""
+        status, content = await self.send(entry, "POST", path, json.dumps(body).encode(), **headers)
+        return status, json.loads(content)
+
+    async def send(self, entry: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+        left = [{"type": "http.request", "body": body, "more_body": False}]
+        never = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if left:
+                return left.pop()
+            await never.wait()
+            return {"type": "http.disconnect"}
+
+        sent = {"host": "localhost", "content-type": "application/json", **headers}
+        named = [(name.replace("_", "-").encode(), value.encode()) for name, value in sent.items()]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": named}
+        reply = await self.entries[entry](Request(scope, receive))
+        return reply.status_code, bytes(reply.body)
+
+    def place(self, number: int) -> Process:
+        return self.assemblers[number]
+
+
+@pytest.fixture
+def cluster_of() -> Callable[..., Cluster]:
+    def make(engine: Any, *, entries: int = 2, assemblers: int = 2, calls: Any = None, **settings: Any) -> Cluster:
+        given = ServeSettings(**{"time_limit_s": 20.0, "batch_wait_s": 0.0, "group_size": 3, **settings})
+        return Cluster(engine, entries, assemblers, given, calls)
+
+    return make
+
+
+@pytest.fixture
+def lost() -> type[Exception]:
+    return LostError
