@@ -63,8 +63,9 @@ class _Answer:
 
     @property
     def may_turn_out_well(self) -> bool:
-        """Whether the same request may be answered next time."""
-        return self.status in _RETRIED and self._error("type") != "no_preference"
+        """Whether the same request may be answered next time. A 500 that is not the server's own is a proxy's."""
+        said = self._error("type")
+        return (self.status in _RETRIED and said != "no_preference") or (self.status == 500 and not said)
 
     @property
     def cause(self) -> str:

@@ -153,6 +153,17 @@ def test_what_will_not_change_is_not_tried_again(status, failing, stepping_clock
     assert not clock.waits
 
 
+def test_a_proxy_whose_server_died_is_asked_again(failing, stepping_clock):
+    """Ray Serve's proxy says 500, in plain text, where the process that it had passed the request to has died."""
+    clock = stepping_clock()
+    with pytest.raises(ServerError, match="HTTP 503"):
+        client = failing(
+            httpx.Response(500, text="Internal Server Error"), error(503, kind="no_preference"), clock=clock
+        )
+        asyncio.run(client.get_reward(["ab"], ["a"]))
+    assert len(clock.waits) == 1
+
+
 def test_a_response_without_a_preference_is_no_reason_to_ask_again(failing, stepping_clock):
     clock = stepping_clock()
     with pytest.raises(ServerError, match="503"):

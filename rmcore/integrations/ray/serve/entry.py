@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -21,9 +21,10 @@ from starlette.types import Message, Receive, Scope, Send
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.large import is_large
 from rmcore.integrations.ray.serve.assembler import RawReply, RawRequest
-from rmcore.integrations.ray.serve.keys import place, request_key
+from rmcore.integrations.ray.serve.keys import request_key
 from rmcore.integrations.ray.serve.presence import BEAT_S
 from rmcore.integrations.server.guard import Guard
+from rmcore.integrations.server.placing import owner
 from rmcore.integrations.server.schema import error_response
 from rmcore.integrations.server.settings import ServeSettings
 
@@ -63,7 +64,7 @@ class Entry:
     """One entry. Serve makes deployments of the class; it works without.
 
     Args:
-        assemblers: all of them, in an order that is the same for every entry.
+        assemblers: all of them by name, the same for every entry.
         lost: the exceptions that mean that one died.
         settings: as of ``rmcore serve``: who is let in, and how much they may send.
         clock: a seam for tests.
@@ -71,7 +72,7 @@ class Entry:
 
     def __init__(
         self,
-        assemblers: Sequence[AssemblerCalls],
+        assemblers: Mapping[str, AssemblerCalls],
         lost: tuple[type[Exception], ...],
         settings: ServeSettings,
         clock: Clock | None = None,
@@ -87,7 +88,9 @@ class Entry:
     async def __call__(self, request: Request) -> Response:
         """Answer a request of the network."""
         if not self._beats:
-            self._beats = [asyncio.create_task(self._beat(one), name="rmcore beat") for one in self._assemblers]
+            self._beats = [
+                asyncio.create_task(self._beat(one), name="rmcore beat") for one in self._assemblers.values()
+            ]
         reply = Response()
         sent = bytearray()
 
@@ -122,7 +125,7 @@ class Entry:
 
     async def _ask(self, request: RawRequest) -> RawReply:
         """The answer of the assembler that has the request's group, whatever becomes of that assembler meanwhile."""
-        assembler = self._assemblers[await self._place_of(request)]
+        assembler = await self._owner_of(request)
         deaths = 0
         while deaths < _DEATHS:
             try:
@@ -139,13 +142,14 @@ class Entry:
         refused = error_response(503, "lost", f"{_DEATHS} processes died, one after the other, with this request")
         return RawReply(refused.status_code, refused.raw_headers, bytes(refused.body))
 
-    async def _place_of(self, request: RawRequest) -> int:
-        if len(self._assemblers) == 1 or request.method != "POST":
-            return 0
+    async def _owner_of(self, request: RawRequest) -> AssemblerCalls:
+        names = list(self._assemblers)
+        if request.method != "POST":
+            return self._assemblers[names[0]]
         named = next((value for name, value in request.headers if name.lower() == b"idempotency-key"), None)
         arguments = request.path, request.body, None if named is None else named.decode("latin-1")
         key = await asyncio.to_thread(request_key, *arguments) if is_large(request.body) else request_key(*arguments)
-        return place(key, len(self._assemblers))
+        return self._assemblers[owner(key, names)]
 
     async def _beat(self, assembler: AssemblerCalls) -> None:
         while True:
@@ -160,7 +164,9 @@ class Entry:
 
     async def _metrics(self) -> Response:
         pages = await self._of_all("metrics", "")
-        return Response(merged_pages(pages), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(
+            merged_pages(dict(zip(self._assemblers, pages, strict=True))), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
 
     async def _of_all(self, method: str, otherwise: Any) -> list[Any]:
         async def one(assembler: AssemblerCalls) -> Any:
@@ -171,11 +177,11 @@ class Entry:
                 log.warning("an assembler does not tell its %s: %s", method, type(error).__name__)
                 return otherwise
 
-        return await asyncio.gather(*map(one, self._assemblers))
+        return await asyncio.gather(*map(one, self._assemblers.values()))
 
 
-def merged_pages(pages: Iterable[str]) -> str:
-    """Prometheus pages as one, whose samples have the label ``assembler``, their page's number."""
+def merged_pages(pages: Mapping[str, str]) -> str:
+    """Prometheus pages as one, whose samples have the label ``assembler``, their page's name."""
     from prometheus_client.exposition import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
     from prometheus_client.samples import Sample
@@ -183,10 +189,10 @@ def merged_pages(pages: Iterable[str]) -> str:
     class Merged:
         def collect(self) -> Iterable[Any]:
             families: dict[str, Any] = {}
-            for number, page in enumerate(pages):
+            for name, page in pages.items():
                 for family in text_string_to_metric_families(page):
                     samples = [
-                        Sample(one.name, {**one.labels, "assembler": str(number)}, one.value, one.timestamp)
+                        Sample(one.name, {**one.labels, "assembler": name}, one.value, one.timestamp)
                         for one in family.samples
                     ]
                     if family.name in families:

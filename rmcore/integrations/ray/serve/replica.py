@@ -15,6 +15,7 @@ from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning import read_version
+from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import BusyError
 from rmcore.model.reward_model import Progress
 
@@ -34,10 +35,15 @@ class Replica:
     Args:
         make: makes the engine, here.
         journal: folder of the journal from which :meth:`reconfigure` takes versions of the head.
+        reliability_tau: as in the server's settings; raises InputError where the model knows no such variance.
     """
 
-    def __init__(self, make: Callable[[], RewardEngine], journal: Path | None = None) -> None:
+    def __init__(
+        self, make: Callable[[], RewardEngine], journal: Path | None = None, reliability_tau: float | None = None
+    ) -> None:
         self.engine = make()
+        if reliability_tau is not None:
+            check_reliability(reliability_tau, mode=self.engine.head.config.mode, design=self.engine.design)
         self._base = self.engine.head
         self._journal = journal
         self._failures = 0
@@ -129,6 +135,8 @@ class RemoteEngine:
     """
 
     learner = None
+    # What replicas check before they serve, where somebody asks for it.
+    head, design = SimpleNamespace(config=SimpleNamespace(mode="difference")), "all"
 
     def __init__(self, call: ScoreCalls, lost: tuple[type[Exception], ...], *, principle: str = "") -> None:
         self.head_version: int | None = None
@@ -155,6 +163,6 @@ class RemoteEngine:
                 log.warning("a replica died with a batch of %d groups (%s)", len(prompts), type(error).__name__)
                 continue
             if scores.head_version is not None:
-                self.head_version = max(scores.head_version, self.head_version or 0)
+                self.head_version = scores.head_version
             return scores
         raise BusyError(f"{_DEATHS} replicas died, one after the other, with the batch this group was in", 5.0)

@@ -100,6 +100,10 @@ class GroupServer:
     ) -> None:
         self.serve = ray_module("ray.serve")
         self.settings, self.scale_now = settings or ServeSettings(), scale or ServeScale()
+        if self.settings.peers:
+            reject("peers", "some", "none: any entry leads to the same assemblers")
+        if not self.settings.port:
+            reject("port", 0, "one that every node has free")
         self.name = name
         self._make, self._model, self._journal, self._principle = make, model, journal, principle
         self._version: int | None = None
@@ -165,8 +169,8 @@ class GroupServer:
         # Those that only wait for their judge are under way, too.
         own = replace(settings, batches_in_flight=settings.batches_in_flight * self.scale_now.most)
         make = functools.partial(_remote_engine, principle=self._principle)
-        assemblers = [
-            self._deployment(
+        assemblers = {
+            name: self._deployment(
                 _Assembler,
                 name,
                 ray_actor_options={"num_cpus": 0},
@@ -174,7 +178,7 @@ class GroupServer:
                 graceful_shutdown_timeout_s=settings.answer_within_s,
             ).bind(replicas, make, own, self._model)
             for name in self._assembler_names()
-        ]
+        }
         entry = self._deployment(
             _Entry,
             "Entry",
@@ -183,7 +187,7 @@ class GroupServer:
             max_ongoing_requests=_MANY,
             graceful_shutdown_timeout_s=settings.answer_within_s,
         )
-        return entry.bind(assemblers, settings)
+        return entry.bind(list(assemblers), list(assemblers.values()), settings)
 
     def _replicas(self) -> Any:
         scale = self.scale_now
@@ -201,7 +205,9 @@ class GroupServer:
                 "max_replicas": scale.max_replicas,
                 "target_ongoing_requests": scale.batches,
             }
-        return self._deployment(Replica, "Replica", **options).bind(self._make, self._journal)
+        return self._deployment(Replica, "Replica", **options).bind(
+            self._make, self._journal, self.settings.reliability_tau
+        )
 
     def _deployment(self, of: type, name: str, **options: Any) -> Any:
         health = {"health_check_period_s": _HEALTH_S, "graceful_shutdown_wait_loop_s": _WAIT_LOOP_S}
@@ -222,8 +228,8 @@ class _Assembler(Assembler):
 
 
 class _Entry(Entry):
-    def __init__(self, assemblers: Sequence[Any], settings: ServeSettings) -> None:
-        super().__init__([_Called(handle) for handle in assemblers], _lost(), settings)
+    def __init__(self, names: Sequence[str], handles: Sequence[Any], settings: ServeSettings) -> None:
+        super().__init__(dict(zip(names, map(_Called, handles), strict=True)), _lost(), settings)
 
 
 class _Called:

@@ -74,7 +74,8 @@ class Cluster:
             return Assembler(lambda: RemoteEngine(calls or call, (LostError,)), settings, "tiny")
 
         self.assemblers = [Process(make) for _ in range(assemblers)]
-        self.entries = [Entry(self.assemblers, (LostError,), settings) for _ in range(entries)]
+        named = {f"Assembler{number}": process for number, process in enumerate(self.assemblers)}
+        self.entries = [Entry(named, (LostError,), settings) for _ in range(entries)]
 
     async def post(self, entry: int, path: str, body: object, **headers: str) -> tuple[int, Any]:
         """Status and JSON of a request that comes to an entry."""
