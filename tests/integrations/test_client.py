@@ -156,10 +156,9 @@ def test_what_will_not_change_is_not_tried_again(status, failing, stepping_clock
 def test_a_proxy_whose_server_died_is_asked_again(failing, stepping_clock):
     """Ray Serve's proxy says 500, in plain text, where the process that it had passed the request to has died."""
     clock = stepping_clock()
+    answers = httpx.Response(500, text="Internal Server Error"), error(503, kind="no_preference")
+    client = failing(*answers, clock=clock)
     with pytest.raises(ServerError, match="HTTP 503"):
-        client = failing(
-            httpx.Response(500, text="Internal Server Error"), error(503, kind="no_preference"), clock=clock
-        )
         asyncio.run(client.get_reward(["ab"], ["a"]))
     assert len(clock.waits) == 1
 
