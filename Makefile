@@ -82,9 +82,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(PYTEST)
 
-# `make test` compiles the GPU kernels for one architecture: this takes a minute or two of both cores for the others.
+# `make test` compiles the GPU kernels for one architecture: this takes a minute or two of both cores for the others, and
+# runs the interpreter's tests that it leaves out.
 compile-gate: $(VENV)/.dev
-	RMCORE_ALL_ARCHS=1 $(PYTEST) tests/kernels/test_triton_compile.py tests/kernels/test_cuda_build.py
+	RMCORE_ALL_ARCHS=1 $(PYTEST) tests/kernels/test_triton_compile.py tests/kernels/test_cuda_build.py \
+	  tests/kernels/test_triton_interpreter.py
 
 # A real judge, and a real server of hidden states: llama.cpp with SmolLM2-135M, 130 MB of packages. Skips aloud where they cannot be had.
 test-live: $(VENV)/.dev

@@ -79,6 +79,11 @@ def first_part(device: str, size: int) -> list[Step]:
         for name in backends:
             command = _probe(what, *common, *large, "--backends", name)
             steps.append(Step(f"{what}-{name}", limit_s, command, needs=name))
+    whole = ("--dtype", "int8", "--backends", "triton" if device == "cuda" else "cpu")  # beside fp16, the same cases
+    steps += [
+        Step("smoke-int8", 40, _probe("smoke", *common, *small, *whole), disqualifies="int8", needs=whole[-1]),
+        Step("score-int8", 40, _probe("score", *common, *large, *whole), needs="int8"),
+    ]
     if device == "cuda":
         tune = ("--kernels", "project", "product", "--rows", "64", "1", "512", "--limit", "16")
         tests = ("-n", "8", "--timeout", "60", "--maxfail", "25")
@@ -86,7 +91,7 @@ def first_part(device: str, size: int) -> list[Step]:
             Step("eager", 30, _probe("eager", *common)),
             Step(
                 "tests-kernels", 75,
-                _pytest(*tests, "tests/gpu/test_cuda_gpu.py", "tests/gpu/test_triton_gpu.py"),
+                _pytest(*tests, *(f"tests/gpu/test_{name}_gpu.py" for name in ("cuda", "triton", "triton_int8"))),
             ),
             Step("tune", 60, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
         ]  # fmt: skip
@@ -425,7 +430,7 @@ def choices(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-OPS = ("score", "accumulate", "pair_variance", "power_iteration", "score_attributes")
+OPS = ("score", "score_int8", "accumulate", "pair_variance", "power_iteration", "score_attributes")
 LIMITS = {"err_g": 0.02, "err_v": 0.05, "err": 0.01, "err_diagonal": 0.02}
 """16-bit products of a thousand terms are right to a few thousandths; a wrong kernel is wrong by far more."""
 

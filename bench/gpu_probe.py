@@ -28,8 +28,8 @@ from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
 from rmcore.bench.attributes import attribute_heads
 from rmcore.bench.suites import head_bytes, head_flop
-from rmcore.ops.dispatch import OPS
-from rmcore.ops.sources import sources
+from rmcore.ops import whole_numbers
+from rmcore.ops.sources import LAUNCHED, kernel_of, sources
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 PEERS = ("torch eager, dense fp32", "torch eager, folded bf16", "torch.compile, folded bf16")
@@ -44,6 +44,7 @@ class Probe:
         self.step, self.repeats, self.budget_s = options.step, options.repeats, options.budget
         self.device = torch.device(options.device)
         self.dtype: torch.dtype = getattr(torch, options.dtype)
+        self.rows_dtype = torch.float16 if self.dtype == torch.int8 else self.dtype
         self.size: int = options.size
         self.rows: tuple[int, ...] = tuple(options.rows or ())
         self.backends: list[str] = options.backends
@@ -82,14 +83,14 @@ class Probe:
     def hidden(self, rows: int) -> Tensor:
         """Random rows, the same for the same count."""
         generator = torch.Generator().manual_seed(rows)
-        return torch.randn(rows, self.size, generator=generator).to(self.dtype).to(self.device)
+        return torch.randn(rows, self.size, generator=generator).to(self.rows_dtype).to(self.device)
 
     def runnable(self, op: str, rows: int | None = None, weights: Any = None) -> Iterator[str]:
         """The backends asked for that can run ``op``; for the others a row says why not."""
         for backend in self.backends:
             found = ops.explain(op, self.device, self.dtype, backend, rows=rows, weights=weights)  # type: ignore[arg-type]
             if found.backend == "none":
-                self.write(f"{op} {backend}", rows=rows, declined=found.reasons[backend])
+                self.write(f"{kernel_of(op, self.dtype)} {backend}", rows=rows, declined=found.reasons[backend])
             else:
                 yield backend
 
@@ -113,7 +114,7 @@ def _timed(t: harness.Timing) -> dict[str, Any]:
 
 def environment(probe: Probe) -> None:
     """Card, versions, date, commit."""
-    digests = {name: {op: sources(name, op) for op in OPS} for name in ("cuda", "triton")}
+    digests = {name: {op: sources(name, op) for op in LAUNCHED} for name in ("cuda", "triton")}
     probe.attempt("environment", lambda: harness.environment(probe.device) | {"sources": digests})
 
 
@@ -148,7 +149,7 @@ def _score(probe: Probe, sizes: tuple[int, ...], *, timed: bool) -> None:
         hidden = probe.hidden(rows)
         for backend in probe.runnable("score", rows, weights):
             probe.attempt(
-                f"score {backend}",
+                f"{kernel_of('score', probe.dtype)} {backend}",
                 partial(_score_once, probe, problem, copies, hidden, backend, timed),
                 rows=rows,
                 copies=count,
@@ -161,7 +162,7 @@ def _score_once(
     rows, device, n = len(hidden), probe.device, probe.size
     out = torch.full((4, rows), float("nan"), device=device)
     scores = ops.score(hidden, copies[0], backend=backend, out=out)
-    logit, variance = peers.truth(problem, hidden[:64])
+    logit, variance = _truth(probe, problem, copies[0], hidden[:64])
     facts: dict[str, Any] = {
         "err_g": harness.relative_error(scores.logit[:64], logit),
         "err_v": harness.relative_error(scores.variance[:64], variance),
@@ -186,6 +187,14 @@ def _score_once(
         facts["eager_host_us"] = 1e6 * (time.perf_counter() - began) / (len(calls) * (50 // len(calls) + 1))
         harness.synchronize(device)
     return facts
+
+
+def _truth(probe: Probe, problem: peers.Problem, weights: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, v) in float64; of int8 heads from the same whole numbers, since theirs is what a kernel must find."""
+    if probe.dtype != torch.int8:
+        return peers.truth(problem, hidden)
+    logit, variance, _, _ = whole_numbers.score(hidden, weights)
+    return logit, variance
 
 
 def versus(probe: Probe) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rmcore._base.errors import BackendError, reject
 from rmcore.ops.attribute_weights import AttributeWeights
 from rmcore.ops.self_check import refusal
+from rmcore.ops.sources import kernel_of
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 __all__ = ["OPS", "Backend", "Explanation", "explain", "select"]
@@ -90,7 +91,7 @@ def _first(
         if why is None and rows is not None and hasattr(module, "declines"):
             why = module.declines(op, rows, weights)
         if why is None and device.type == "cuda":
-            why = refusal(name, op, device)
+            why = refusal(name, kernel_of(op, dtype), device)
         if why is None:
             return name, reasons
         reasons[name] = why

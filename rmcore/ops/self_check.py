@@ -20,7 +20,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,7 @@ def check(backend: Any, op: str, device: torch.device, dtype: torch.dtype = torc
 
     Args:
         backend: a module of :mod:`rmcore.ops.backends`, or anything with its functions.
-        op: one of :data:`rmcore.ops.OPS`.
+        op: one of :data:`rmcore.ops.OPS`, or ``score_int8`` (:func:`rmcore.ops.sources.kernel_of`).
         device: where.
         dtype: of the weights.
     """
@@ -208,16 +210,54 @@ def _score(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None
     from rmcore.ops.backends import torch as plain
 
     weights = _weights(device, dtype)
+
+    def truth(hidden: Tensor) -> Tensor:
+        want = torch.empty(4, len(hidden), dtype=torch.float64, device=device)
+        plain.score(hidden.double(), weights, want)
+        return want
+
+    return _scores(backend, weights, [_random(rows, _H, seed=rows).to(dtype).to(device) for rows in ROWS], truth)
+
+
+def _score_int8(backend: Any, device: torch.device, _dtype: torch.dtype) -> str | None:
+    from rmcore.ops import whole_numbers
+
+    for hidden_size in (_H, _H // 2):  # rows in one term, and in two
+        weights = _int8_weights(hidden_size).to(device)
+        batches = [_random(rows, hidden_size, seed=rows) for rows in ROWS]
+        for hidden in batches:
+            hidden[-1, 3] = 300.0  # an outlier
+        batches = [hidden.half().to(device) for hidden in batches]
+        if why := _scores(backend, weights, batches, partial(whole_numbers.score, weights=weights)):
+            return f"int8, h = {hidden_size}: {why}"
+    return None
+
+
+def _int8_weights(hidden_size: int) -> Any:
+    from rmcore.ops.quantize import quantize_projection
+    from rmcore.ops.weights import FeatureMap, HeadWeights
+
+    projection, phase = _random(_D, hidden_size, seed=0) / (3 * hidden_size**0.5), _random(_D, seed=1)
+    fields: Any = quantize_projection(projection, phase, _random(50, hidden_size, seed=4))
+    feature_map = FeatureMap(
+        features="rff", layer_weight=None, layer_bias=None, activation="none", layernorm=False,
+        hidden_size=hidden_size, num_features=_D, dtype=torch.int8, **fields,
+    )  # fmt: skip
+    factor = _random(_D, _D, seed=2).tril(-1) / _D + torch.eye(_D, dtype=torch.float64)
+    return HeadWeights.build(feature_map, _random(_D, seed=3), 0.1, factor, 0.4)
+
+
+def _scores(backend: Any, weights: Any, batches: Sequence[Tensor], truth: Callable[[Tensor], Tensor]) -> str | None:
+    """Scores of each batch: every repeat's bits, and the numbers against ``truth``."""
     declines = getattr(backend, "declines", lambda *_: None)
-    for rows in ROWS:
+    for hidden in batches:
+        rows = len(hidden)
         if declines("score", rows, weights) is not None:
             continue
-        hidden = _random(rows, _H, seed=rows).to(dtype).to(device)
-        want = torch.empty(4, rows, dtype=torch.float64, device=device)
-        plain.score(hidden.double(), weights, want)
+        want = truth(hidden)
         first: Tensor | None = None
         for _ in range(REPEATS):
-            out = torch.full((4, rows), float("nan"), device=device)
+            out = torch.full((4, rows), float("nan"), device=hidden.device)
             backend.score(hidden, weights, out)
             first = out.clone() if first is None else first
             if not torch.equal(first.cpu().view(torch.int32), out.cpu().view(torch.int32)):
@@ -312,6 +352,7 @@ def _score_attributes(backend: Any, device: torch.device, dtype: torch.dtype) ->
 
 _CHECKS = {
     "score": _score,
+    "score_int8": _score_int8,
     "accumulate": _accumulate,
     "pair_variance": _pair_variance,
     "power_iteration": _power_iteration,

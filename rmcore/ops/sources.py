@@ -15,21 +15,32 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["LAUNCHED", "build", "sources", "triton_sources"]
+import torch
+
+__all__ = ["LAUNCHED", "build", "kernel_of", "sources", "triton_sources"]
 
 LAUNCHED = {
     "score": ("features", "launches", "score_tail", "variance"),
+    "score_int8": ("features_int8", "launches", "score_int8"),
     "accumulate": ("features", "gram"),
     "pair_variance": ("features", "pair_tail", "pair_variance", "variance"),
     "power_iteration": ("power_iteration",),
     "score_attributes": ("score_attributes",),
 }
-"""The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from."""
+"""The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from; see :func:`kernel_of`."""
+
+
+def kernel_of(op: str, dtype: torch.dtype) -> str:
+    """Whose proof an operation needs on weights of ``dtype``: int8 heads have kernels of their own."""
+    return f"{op}_int8" if dtype == torch.int8 and f"{op}_int8" in LAUNCHED else op
 
 
 @functools.cache
 def sources(backend: str, op: str) -> str:
-    """A digest of what computes ``op`` on a GPU backend; empty where it is not installed or does not know it."""
+    """A digest of what computes ``op`` on a GPU backend; empty where it is not installed or does not know it.
+
+    ``op``: a name of :data:`LAUNCHED`.
+    """
     with suppress(ImportError):
         if backend == "cuda":
             return str(getattr(importlib.import_module("rmcore._cuda"), "SOURCES", ""))

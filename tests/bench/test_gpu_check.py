@@ -174,7 +174,8 @@ def test_the_parts_fit_into_the_time_lent():
     first, second = gpu_check.first_part("cuda", 4096), gpu_check.second_part("cuda", 4096)
     names = [step.name for step in first]
     # Right or wrong, then what has never run, then the headline, and whatever can drag on at the end.
-    order = ["card", "smoke-cuda", "smoke-triton", "forms", "score-cuda", "tests-kernels", "tune"]
+    order = ["card", "smoke-cuda", "smoke-triton", "forms", "score-cuda", "smoke-int8", "score-int8", "tests-kernels"]
+    order += ["tune"]
     assert [name for name in names if name in order] == order
     assert sum(step.limit_s for step in first[: names.index("tests-kernels")]) <= 600 + 40  # limits, not expectations
     assert all(step.limit_s <= 110 for step in (*first, *second))
@@ -224,13 +225,17 @@ def test_glibc_versions_are_read_from_a_library(tmp_path: Path):
 
 
 def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
-    digests = {"triton": {"score": "T score", "accumulate": "T accumulate"}, "cuda": {"score": "C"}}
+    digests = {
+        "triton": {"score": "T score", "score_int8": "T int8", "accumulate": "T accumulate"},
+        "cuda": {"score": "C"},
+    }
     card = {"name": "NVIDIA H200", "versions": {"triton": "3.6.0"}, "commit": "abc", "sources": digests}
     good = {"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True}
     cases = [
         {"case": "score cuda", **good},
         {"case": "score triton", **good},
         {"case": "score triton", **good, "bits_repeat": False},
+        {"case": "score_int8 triton", **good},
         {"case": "accumulate triton", "err_diagonal": 0.5, "bits_repeat": True},
         {"case": "pair_variance triton", **good},
         {"case": "pair_variance triton", "failed": "CUDA error"},
@@ -243,13 +248,15 @@ def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
     assert found == {
         ("score", "cuda"): (True, True),
         ("score", "triton"): (True, False),
+        ("score_int8", "triton"): (True, True),
         ("accumulate", "triton"): (False, True),
         ("pair_variance", "triton"): (False, True),
         ("power_iteration", "triton"): (True, True),
     }
     sources = {(row["op"], row["backend"]): row["sources"] for row in json.loads(table.read_text())}
     assert sources == dict.fromkeys(found, "") | {
-        ("score", "triton"): "T score", ("accumulate", "triton"): "T accumulate", ("score", "cuda"): "C",
+        ("score", "triton"): "T score", ("score_int8", "triton"): "T int8", ("score", "cuda"): "C",
+        ("accumulate", "triton"): "T accumulate",
     }  # fmt: skip
     rows_found = [proven.Finding(**row) for row in json.loads(table.read_text())]
     assert {row.triton for row in rows_found if row.backend == "triton"} == {"3.6.0"}
@@ -261,7 +268,7 @@ def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
         ("3.6.0", "def", True),
         ("3.9.0", "abc", True),
     ]
-    assert len(json.loads(table.read_text())) == 6
+    assert len(json.loads(table.read_text())) == 7
 
 
 def test_what_was_timed_side_by_side_becomes_lines_for_the_table(tmp_path: Path, capsys):

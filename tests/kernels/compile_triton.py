@@ -49,7 +49,10 @@ class Build(NamedTuple):
     unit: str
     serialized: bool
     waits: bool  # for the kernel before it, which a program must before anything else if it may start early
-    plain: bool  # a product of 16-bit operands in tiles that Hopper's matrix instructions could take, without them
+    plain: (
+        bool  # a product of 16-bit or int8 operands in tiles that Hopper's matrix instructions could take, without them
+    )
+    widened: bool  # whole numbers that are multiplied as something else than bytes
     counts: bool  # itself, so that the last program to come finds what all others have stored
     early: bool  # counts itself before all of its threads have stored
 
@@ -83,6 +86,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         for rows in (16, 8192):
             yield functools.partial(_score_attributes, _heads(4096, half), rows, half)
         yield functools.partial(_score_attributes, _heads(4096, half, per=19, softmax=True, depth=3), 128, half)
+        yield from _int8_calls(arch, (16, 128, 8192), quick)
         return
     for dtype, weights in square.items():
         for rows in limits(dtype):
@@ -95,6 +99,7 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         for h in (1024, 4096, 5120, 16384):
             yield functools.partial(_power, h, dtype)
     yield from _attribute_calls(limits)
+    yield from _int8_calls(arch, (), quick)
     for dtype, foreign in ((half, torch.bfloat16), (single, half)):
         tanh = _weights(4096, 4096, dtype, layer=4096, activation="tanh")
         for rows in limits(dtype):
@@ -128,6 +133,26 @@ def _attribute_calls(limits: Callable[[torch.dtype], list[int]]) -> Iterator[Cal
             yield functools.partial(_score_attributes, _heads(1003, dtype, 2, per=19, depth=1, width=333), rows, dtype)
         yield functools.partial(_score_attributes, _heads(4096, dtype, depth=0), 64, dtype)
         yield functools.partial(_score_attributes, gated, 64, dtype, prompts=True)
+
+
+def _int8_calls(arch: int, sizes: tuple[int, ...], quick: bool) -> Iterator[Callable[[], None]]:
+    """int8 heads at every row of their tables: rows in one term and in two, of any dtype, and odd sizes."""
+    from rmcore.kernels import heuristics_int8
+
+    whole, half = torch.int8, torch.float16
+    tables = (heuristics_int8._PROJECT, heuristics_int8._TWO_TERMS, heuristics_int8._PRODUCT)
+    limits = sorted({8192 if limit > 8192 else int(limit) for table in tables for limit, _ in table[KIND[arch]]})
+    heads = _weights(4096, 4096, whole), _weights(2048, 4096, whole, balanced=True)
+    for rows in sizes or limits:
+        for head in heads:
+            yield functools.partial(_score, head, rows, half)
+    if not quick:
+        for rows in limits:
+            yield functools.partial(_score, _weights(1003, 1003, whole, balanced=True), rows - 1, torch.bfloat16)
+            yield functools.partial(_score, _weights(448, 1008, whole), rows, torch.float32)
+            yield functools.partial(_score, _weights(16384, 1024, whole), rows, half)
+        yield functools.partial(_score, _weights(1, 1, whole), 1, half)
+        yield functools.partial(_score, _weights(8192, 8192, whole), 1024, half)
 
 
 def _other_forms(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
@@ -177,10 +202,11 @@ def _other_forms(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
 
 def _weights(
     h: int, d: int, dtype: torch.dtype, *, layer: int = 0, activation: str = "none", layernorm: bool = False,
-    features: str = "rff", projection: bool = True,
+    features: str = "rff", projection: bool = True, balanced: bool = False,
 ) -> Any:  # fmt: skip
     from rmcore.ops.weights import FeatureMap, HeadWeights
 
+    whole = dtype == torch.int8
     meta: Callable[..., torch.Tensor] = functools.partial(torch.empty, device="meta")
     feature_map = FeatureMap(
         features if projection else "linear",  # type: ignore[arg-type]
@@ -193,9 +219,13 @@ def _weights(
         h,
         d,
         dtype,
+        projection_scale=meta(d) if whole else None,
+        hidden_shift=meta(h) if balanced else None,
+        hidden_scale=meta(h) if balanced else None,
     )
     n = math.ceil(d / 128)
-    return HeadWeights(feature_map, meta(d), 0.0, meta(n * (n + 1) // 2, 128, 128, dtype=dtype), 1.0, 0.4)
+    apart = (meta(d), meta(d)) if whole else ()  # factors of U's rows, and its diagonal
+    return HeadWeights(feature_map, meta(d), 0.0, meta(n * (n + 1) // 2, 128, 128, dtype=dtype), 1.0, 0.4, *apart)
 
 
 def _score(weights: Any, rows: int, dtype: torch.dtype) -> None:
@@ -352,16 +382,22 @@ def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
     m = compiled.metadata
     units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
     unit = next((name for instruction, name in units.items() if instruction in ptx), "")
+    unit += " s8" if re.search(r"mma\.\S*\.s32\.s8\.s8", ptx) else ""
     # ptxas says so where Hopper's matrix instructions cannot run beside others, which costs a large part of the speed.
     serialized = "wgmma.mma_async instructions are serialized" in log
-    halves = {compiled.src.signature.get(operand) for operand in ("phi", "weight", "factor")} & {"*fp16", "*bf16"}
+    halves = {compiled.src.signature.get(operand) for operand in ("phi", "weight", "factor")} & {
+        "*fp16",
+        "*bf16",
+        "*i8",
+    }
     large = re.search(r"\bBM=(\d+)", constants)
-    plain = arch == 90 and bool(halves) and large is not None and int(large[1]) >= 64 and unit != "wgmma"
+    plain = arch == 90 and bool(halves) and large is not None and int(large[1]) >= 64 and not unit.startswith("wgmma")
     plain = plain and name != "weigh_kernel"  # takes no product
+    widened = name.endswith("int8_kernel") and "BK=" in constants and not unit.endswith(" s8")
     counts = "atom.global" in ptx
     return Build(
         arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills, unit, serialized,
-        "griddepcontrol.wait" in ptx, plain, counts, counts and not _counts_after_stores(ptx),
+        "griddepcontrol.wait" in ptx, plain, widened, counts, counts and not _counts_after_stores(ptx),
     )  # fmt: skip
 
 
@@ -389,6 +425,8 @@ def faults(build: Build) -> list[str]:
         found.append("serialized wgmma")
     if build.plain:
         found.append("no wgmma though its tiles are large enough")
+    if build.widened:
+        found.append("whole numbers not multiplied as bytes")
     if build.early:
         found.append("counts itself before it has stored, or reads before it has counted")
     if build.waits != ("PDL=True" in build.constants):
@@ -399,12 +437,12 @@ def faults(build: Build) -> list[str]:
 def table(builds: list[Build]) -> str:
     """The builds, one a line."""
     names = f"{'arch':>4} {'kernel':<18} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7} {'spills':>6}"
-    lines = [f"{names} {'unit':<7} constants"]
+    lines = [f"{names} {'unit':<8} constants"]
     for b in sorted(builds):
         wrong = "  <-- " + ", ".join(faults(b)) if faults(b) else ""
         lines.append(
             f"{b.arch:>4} {b.kernel:<18} {b.warps:>5} {b.stages:>6} {b.registers:>4} {b.shared:>7} {b.spills:>6} "
-            f"{b.unit:<7} {b.constants}{wrong}"
+            f"{b.unit:<8} {b.constants}{wrong}"
         )
     return "\n".join(lines)
 

@@ -1,20 +1,25 @@
 """int8 heads on the cpu backend: against float64, and against the same whole numbers multiplied by torch.
 
-The rule of test_cpu_score: at most twice the error that torch makes with operands rounded to the same whole numbers,
-plus a bound from the number of additions. Sums of whole numbers are exact on every instruction set.
+How near is in int8_checks.py. Sums of whole numbers are exact on every instruction set.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from int8_checks import bounds, check, check_same_numbers, draw, make_head, random_whole, spread, whole_head
+
 from rmcore import ops
 from rmcore._base.errors import BackendError, InputError
 from rmcore.head import SNGPHead
-from rmcore.ops import reference
+from rmcore.ops import whole_numbers
 from rmcore.ops.backends import cpu
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
@@ -32,92 +37,10 @@ def _best_isa_afterwards():
     _cpu.set_isa("auto")
 
 
-def draw(rows, h, dtype=torch.float32, seed=0):
-    return torch.randn(rows, h, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def make_head(h, d, *, calibrated=True):
-    """A head frozen to int8, with columns of very different size where it has calibration rows."""
-    generator = torch.Generator().manual_seed(h * 1000 + d)
-    head = SNGPHead(h, num_features=d, length_scale=2 * math.sqrt(h), kernel_scale=3.0, mode="concat")
-    feature_map = head.freeze_features(torch.int8, calibration=spread(draw(200, h, seed=9)) if calibrated else None)
-    factor = torch.randn(d, d, generator=generator).tril(-1) / d + torch.eye(d)
-    return HeadWeights.build(feature_map, torch.randn(d, generator=generator), 0.3, factor.double(), math.pi / 8)
-
-
-def spread(hidden):
-    """Every eleventh column twelve times as large and off centre."""
-    hidden = hidden.clone()
-    hidden[:, ::11] = 12 * hidden[:, ::11] + 5
-    return hidden
-
-
 def run(hidden, weights):
     out = torch.full((4, hidden.shape[0]), math.nan)
     cpu.score(hidden, weights, out)
     return out
-
-
-def whole_rows(x):
-    """Whole numbers and a factor a row, as the kernel takes them: in float32, half to even."""
-    edge = x.abs().amax(1, keepdim=True)
-    factor = torch.where(edge > 1e-30, 127 / edge, torch.zeros_like(edge))
-    return (x * factor).round().double(), edge / 127, x * factor
-
-
-def whole_features(hidden, feature_map):
-    """c (R, D) float64 from hidden rows in whole numbers."""
-    x = hidden.float()
-    if feature_map.hidden_shift is not None:
-        x = (x - feature_map.hidden_shift) * (feature_map.input_scale * feature_map.hidden_scale)
-    else:
-        x = x * feature_map.input_scale
-    whole, factor, exact = whole_rows(x)
-    if 2 * feature_map.hidden_size <= feature_map.num_features:
-        whole = whole + ((exact.double() - whole) * 254).round() / 254
-    turns = whole @ feature_map.projection.double().T * feature_map.projection_scale.double() * factor.double()
-    turns = turns + feature_map.phase.double()
-    return torch.cos(2 * math.pi * (turns - turns.round()))
-
-
-def whole_factor(weights):
-    """U (D, D) float64 as stored."""
-    tiles = reference.unpack_lower(weights.factor, weights.num_features).double()
-    factor = tiles * weights.factor_row_scale.double()[:, None] + torch.diag(weights.factor_diagonal.double())
-    return factor * math.sqrt(weights.factor_scale)
-
-
-def same_numbers(hidden, weights):
-    """What torch gets from the same whole numbers."""
-    c = whole_features(hidden, weights.map)
-    g = c @ weights.beta.double() + weights.beta0
-    v = ((127 * c).round() / 127 @ whole_factor(weights).T).square().sum(-1)
-    u = reference.uncertainty(v, weights.amplitude)
-    return torch.stack([g, v, u, g / u])
-
-
-def truth(hidden, weights):
-    c = weights.map(hidden.double())
-    return torch.stack(
-        reference.score(
-            c, weights.beta.double(), whole_factor(weights), beta0=weights.beta0, amplitude=weights.amplitude
-        )
-    )
-
-
-def bounds(hidden, weights):
-    """The truth, and how far from it each quantity may be."""
-    expected = truth(hidden, weights)
-    allowed = 2 * (same_numbers(hidden, weights) - expected).abs().amax(1)
-    additions = weights.hidden_size + weights.num_features
-    sizes = torch.stack([weights.beta.norm().double(), *expected[1:].abs().amax(1)]) + expected.abs().amax(1)
-    return expected, allowed + 4 * math.sqrt(additions) * 2.0**-24 * sizes
-
-
-def check(got, hidden, weights, known=None, what=""):
-    expected, allowed = known or bounds(hidden, weights)
-    error = (got.double() - expected).abs().amax(1)
-    assert bool((error <= allowed).all()), f"{what}: error {error.tolist()}, allowed {allowed.tolist()}"
 
 
 # -- score -----------------------------------------------------------------------------------------------------------
@@ -136,15 +59,13 @@ def test_agrees_with_float64(h, d, calibrated):
 
 @pytest.mark.parametrize(("h", "d"), SIZES)
 def test_instruction_sets_multiply_the_same_whole_numbers(h, d):
-    # c on the edge between two whole numbers may fall either way: one step of 1/127 in a few of D features.
     weights, hidden = make_head(h, d), spread(draw(67, h))
     results = []
     for isa in AVAILABLE:
         _cpu.set_isa(isa)
         results.append(run(hidden, weights))
     for other in results[1:]:
-        torch.testing.assert_close(other[0], results[0][0], rtol=0, atol=1e-5 * float(weights.beta.norm()))
-        torch.testing.assert_close(other[1], results[0][1], rtol=2e-3 / math.sqrt(d) + 1e-5, atol=0)
+        check_same_numbers(other, results[0], weights)
     for other in results[2:]:  # from AVX2 on, all multiply and add alike: only the last sums differ in their order
         torch.testing.assert_close(other[0], results[1][0], rtol=0, atol=1e-6 * float(weights.beta.norm()))
         torch.testing.assert_close(other[1], results[1][1], rtol=1e-5, atol=0)
@@ -212,44 +133,20 @@ ROWS = (1, 2, 3, 5, 6, 7, 11, 12, 13, 16, 17, 64, 65, 255, 256)
 """One register block and several, on both sides of where weights are widened first."""
 
 
-def whole_numbers(shape, extreme, seed):
-    """int8 of all values, −128 too; or −128, −127 and 127 alone, which make the largest sums there are."""
-    generator = torch.Generator().manual_seed(seed)
-    if extreme:
-        return torch.tensor([-128, -127, 127])[torch.randint(0, 3, shape, generator=generator)].to(torch.int8)
-    return torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
-
-
-def whole_head(projection, scale, row, *, feature=0):
-    """β reads one feature. U is one row of whole numbers, its last, with nothing on its diagonal: v has one term."""
-    d, h = projection.shape
-    whole = torch.zeros(d, d, dtype=torch.int8)
-    whole[d - 1, : d - 1] = row[: d - 1]
-    beta = torch.zeros(d)
-    beta[feature] = 1.0
-    scales = torch.full((d,), scale)
-    feature_map = FeatureMap(
-        "rff", projection, torch.zeros(d), None, None, "none", False, h, d, torch.int8, projection_scale=scales,
-        feature_scale=1.0,
-    )  # fmt: skip
-    factor = reference.pack_lower(whole, 128)
-    return HeadWeights(feature_map, beta, 0.0, factor, 1.0, 0.4, torch.full((d,), 2.0**-9), torch.zeros(d))
-
-
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("extreme", [False, True])
 def test_the_factor_s_whole_numbers_are_exact_bit_for_bit(isa, extreme):
     _cpu.set_isa(isa)
     for d in (2, 63, 64, 65, 129, 257, 1027):
         # t = q p / 1024 exactly, so that c's whole numbers are known: rows are (127, q), which makes their factor 1.
-        p = whole_numbers((d,), False, d).long()
+        p = random_whole((d,), False, d).long()
         q = torch.randint(-127, 128, (256,), generator=torch.Generator().manual_seed(d))
         if extreme:  # c = ±1
             p, q = torch.where(p < 0, 64, 0), torch.full((256,), 8)
             q[1::2] = 16
         c = 127 * torch.cos(2 * math.pi * (q[:, None] * p).double() / 1024)
         assert float(((c - c.floor()) - 0.5).abs().min()) > 1e-4  # on no edge
-        row = whole_numbers((d,), extreme, d + 1)
+        row = random_whole((d,), extreme, d + 1)
         weights = whole_head(torch.stack([torch.zeros(d), p], 1).to(torch.int8), 2.0**-10, row)
         hidden = torch.stack([torch.full((256,), 127.0), q.float()], 1)
         sums = (c.round().long()[:, :-1] * row.long()[:-1]).sum(1)
@@ -262,8 +159,8 @@ def test_the_factor_s_whole_numbers_are_exact_bit_for_bit(isa, extreme):
 @pytest.mark.parametrize("h", [2, 3, 63, 65, 255, 257, 1000, 4100])
 def test_the_projection_s_whole_numbers_are_exact_bit_for_bit(extreme, h):
     d = 67 if h < 1000 else 3  # d ≥ 2 h takes a second term, which is 0 here
-    projection = whole_numbers((d, h), extreme, h)
-    hidden = whole_numbers((256, h), extreme, h + 1).clamp(min=-127).float()
+    projection = random_whole((d, h), extreme, h)
+    hidden = random_whole((256, h), extreme, h + 1).clamp(min=-127).float()
     hidden[:, 0] = 127.0
     if extreme:  # the largest sums of either sign
         hidden[0] = torch.where(projection[d - 1] < 0, -127.0, 127.0)
@@ -319,8 +216,8 @@ def test_pairs_agree_with_float64(isa, h, d):
     weights, sizes = make_head(h, d), torch.tensor([1, 4, 0, 7, 2, 65])
     hidden = spread(draw(int(sizes.sum()), h))
     g, v = cpu.pair_variance(hidden, sizes, weights)
-    c, factor = weights.map(hidden.double()), whole_factor(weights)
-    rounded = whole_features(hidden, weights.map)
+    c, factor = weights.map(hidden.double()), whole_numbers.factor(weights)
+    rounded = whole_numbers.features(hidden, weights.map)
     at = row = 0
     for k in sizes.tolist():
         i, j = torch.triu_indices(k, k, 1)
@@ -328,8 +225,8 @@ def test_pairs_agree_with_float64(isa, h, d):
         delta, own = c[row + i] - c[row + j], rounded[row : row + k]
         expected_g, expected_v = delta @ weights.beta.double(), (delta @ factor.T).square().sum(-1)
         if len(i):
-            whole, step, _ = whole_rows((own - own[:1]).float())
-            near = whole * step.double()
+            centred = whole_numbers.whole_rows((own - own[:1]).float(), False, outliers=False)
+            near = centred.whole.double() * centred.factor.double()
             same_v = ((near[i] - near[j]) @ factor.T).square().sum(-1)
             same_g = (own[i] - own[j]) @ weights.beta.double()
             slack = 1e-5 * (1 + float(expected_v.max()))

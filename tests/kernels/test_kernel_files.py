@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "kernels"
 FILES = sorted(ROOT.glob("*.py"))
-OPERATIONS = ["features.py", "gram.py", "pair_variance.py", "power_iteration.py", "variance.py"]
+OPERATIONS = [
+    "features.py", "features_int8.py", "gram.py", "pair_variance.py", "power_iteration.py", "rows_int8.py",
+    "score_int8.py", "variance.py",
+]  # fmt: skip
 
 
 def is_jit(node: ast.stmt) -> bool:

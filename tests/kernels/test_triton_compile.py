@@ -38,10 +38,11 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
     builds = json.loads((tmp_path / "builds").read_text())
     assert {build["arch"] for build in builds} == ARCHS
     kernels = {
-        "add_kernel", "attributes_kernel", "centre_kernel", "column_kernel", "column_pair_kernel",
-        "column_score_kernel", "copy_kernel", "fold_kernel", "gate_kernel", "gram_kernel", "group_kernel",
-        "join_kernel", "last_kernel", "layernorm_kernel", "pair_kernel", "piece_kernel", "piece_score_kernel",
-        "project_kernel", "score_kernel", "square_kernel", "step_kernel", "weigh_kernel",
+        "add_kernel", "attributes_kernel", "centre_kernel", "column_int8_kernel", "column_kernel",
+        "column_pair_kernel", "column_score_kernel", "copy_kernel", "fold_kernel", "gate_kernel", "gram_kernel",
+        "group_kernel", "join_kernel", "last_kernel", "layernorm_kernel", "pair_kernel", "piece_int8_kernel",
+        "piece_kernel", "piece_score_kernel", "project_int8_kernel", "project_kernel", "rows_kernel",
+        "score_int8_kernel", "score_kernel", "square_int8_kernel", "square_kernel", "step_kernel", "weigh_kernel",
     }  # fmt: skip
     assert {build["kernel"] for build in builds} == kernels
     # Hopper's own matrix instructions where the tiles are large enough for them, which faults() insists on.
@@ -54,6 +55,9 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
         "column_pair_kernel",
         "column_score_kernel",
     } <= large
+    # Whole numbers are multiplied as bytes, large tiles by Hopper's own instructions: wgmma … s32.s8.s8.
+    bytewise = {b["kernel"] for b in builds if b["unit"] == "wgmma s8"}
+    assert {"project_int8_kernel", "column_int8_kernel"} <= bytewise
     counting = {build["kernel"] for build in builds if build["counts"]}
     assert counting == {"piece_score_kernel", "column_score_kernel", "column_pair_kernel"}
 

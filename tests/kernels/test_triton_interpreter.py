@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.warm import WarmPython
 
-TESTS = Path(__file__).with_name("test_triton_interpret.py")
+TESTS = [Path(__file__).with_name(f"test_triton_{name}.py") for name in ("interpret", "int8_interpret")]
 
 
 @pytest.mark.slow
@@ -17,8 +17,9 @@ TESTS = Path(__file__).with_name("test_triton_interpret.py")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_kernels_are_right_in_the_interpreter(torch_python: WarmPython, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tmp_path / 'inner'}"]
-    done = torch_python.start("", *options, TESTS, module="pytest", env=environment | {"TRITON_INTERPRET": "1"})
+    some = [] if os.environ.get("RMCORE_ALL_ARCHS") == "1" else ["-m", "not slow"]
+    options = ["-q", *some, "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tmp_path / 'inner'}"]
+    done = torch_python.start("", *options, *TESTS, module="pytest", env=environment | {"TRITON_INTERPRET": "1"})
     out, errors = done.communicate(800)
     assert done.returncode == 0, out + errors
     assert " passed" in out

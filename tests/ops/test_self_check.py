@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rmcore._base.errors import BackendError
-from rmcore.ops import OPS, dispatch, proven, self_check
+from rmcore.ops import dispatch, proven, self_check, sources
 from rmcore.ops.backends import cpu as cpu_backend
 from rmcore.ops.backends import torch as torch_backend
 from rmcore.ops.tasks import AccumulateTask, guarded_pairs
@@ -54,7 +54,7 @@ class Broken:
         return self.harm(summary, self.calls), outputs, gates
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", sources.LAUNCHED)
 @pytest.mark.parametrize("backend", [torch_backend, cpu_backend], ids=["torch", "cpu"])
 def test_right_kernels_pass(op, backend):
     if backend is cpu_backend and cpu_backend.unavailable(op, CPU, torch.float16):
@@ -62,7 +62,7 @@ def test_right_kernels_pass(op, backend):
     assert self_check.check(backend, op, CPU) is None
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", sources.LAUNCHED)
 @pytest.mark.parametrize(
     ("harm", "says"),
     [

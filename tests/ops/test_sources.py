@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rmcore.ops import OPS, proven, sources
+from rmcore.ops import proven, sources
 
 ROOT = Path(__file__).parents[2]
 CUDA, KERNELS = ROOT / "csrc" / "cuda", ROOT / "kernels"
@@ -81,29 +81,33 @@ def test_what_the_module_includes_is_in_its_digest():
 def test_an_operations_digest_is_of_its_own_files(tmp_path):
     folder = tmp_path / "kernels"
     shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    before = {op: sources.triton_sources(folder, op) for op in OPS}
-    assert len(set(before.values())) == len(OPS)
-    assert before == {op: sources.sources("triton", op) for op in OPS}
+    before = {op: sources.triton_sources(folder, op) for op in sources.LAUNCHED}
+    assert len(set(before.values())) == len(sources.LAUNCHED)
+    assert before == {op: sources.sources("triton", op) for op in sources.LAUNCHED}
 
     def changed(name: str) -> set[str]:
         text = (folder / name).read_text()
         (folder / name).write_text(text + "\n")
-        now = {op for op in OPS if sources.triton_sources(folder, op) != before[op]}
+        now = {op for op in sources.LAUNCHED if sources.triton_sources(folder, op) != before[op]}
         (folder / name).write_text(text)
         return now
 
-    assert changed("heuristics.py") == changed("common.py") == set(OPS)
+    assert changed("heuristics.py") == changed("common.py") == set(sources.LAUNCHED)
     assert changed("gram.py") == {"accumulate"}
     assert changed("power_iteration.py") == {"power_iteration"}
     assert changed("variance.py") == {"score", "pair_variance"}
+    assert changed("rows_int8.py") == {"score_int8"}
 
 
 def test_an_operation_launches_from_the_files_that_its_digest_is_of():
     """Along the functions of the backend that each operation comes by, every file of rmcore.kernels they import."""
     tree = ast.parse((ROOT / "rmcore" / "ops" / "backends" / "triton.py").read_text())
     parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for op in OPS:
-        wanted, seen, imported = [op, *(["plan"] if op == "score" else [])], set(), set()
+    for op in sources.LAUNCHED:
+        # Of score the backend's functions for 16-bit heads and for int8 ones part ways in ``_score_rows``.
+        entries = {"score": ["score", "plan"], "score_int8": ["_score_int8", "declines", "plan"]}
+        other = {"score": {"_score_int8", "declines"}, "score_int8": {"_score_rows"}}
+        wanted, seen, imported = [*entries.get(op, [op])], set(other.get(op, ())), set()
         while wanted:
             name = wanted.pop()
             if name in seen or name not in parts:

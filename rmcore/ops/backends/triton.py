@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from rmcore.kernels.heuristics import Device
     from rmcore.kernels.pair_variance import Rows
 
-__all__ = ["accumulate", "pair_variance", "plan", "power_iteration", "score", "score_attributes", "unavailable"]
+__all__ = [
+    "accumulate",
+    "declines",
+    "pair_variance",
+    "plan",
+    "power_iteration",
+    "score",
+    "score_attributes",
+    "unavailable",
+]
 
 WORKSPACE = 256 << 20
 """Bytes of features held at a time. 32,768 rows at D = 4096 in 16 bits: thousands of tiles, so chunks cost nothing."""
@@ -53,8 +62,10 @@ _arenas: dict[tuple[torch.device, int], Tensor] = {}
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``op`` cannot run here, or None."""
-    if dtype not in SERVING_DTYPES or dtype == torch.int8:
+    if dtype not in SERVING_DTYPES:
         return f"it computes in float16, bfloat16 and float32, not {dtype}"
+    if dtype == torch.int8 and op != "score":
+        return f"of int8 heads it has score alone, no {op}"
     if not _installed():
         return "triton is not installed"
     if device.type == "cpu" and _interpreted():
@@ -63,7 +74,10 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"it needs a GPU and the tensors are on {device.type}"
     if _interpreted():
         return "TRITON_INTERPRET=1 is set"
-    capability = (9, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    try:
+        capability = (9, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError):  # a build without CUDA, no driver, no such device
+        return "torch sees no such GPU here"
     if capability < _MIN_CAPABILITY:
         return f"it needs compute capability 8.0 and the device has {capability[0]}.{capability[1]}"
     return None
@@ -95,6 +109,15 @@ def _chunk(budget: int, columns: int, element: int) -> int:
     return max(256, budget // (columns * element) // 256 * 256)
 
 
+def declines(op: str, rows: int, weights: object) -> str | None:
+    """Why a call that :func:`unavailable` allows should go elsewhere for its shape, or None."""
+    if op == "score" and isinstance(weights, HeadWeights) and weights.dtype == torch.int8:
+        from rmcore.kernels import features_int8
+
+        return features_int8.refusal(weights.map)
+    return None
+
+
 # -- score -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +130,9 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
 
 
 def _score_rows(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
+    if weights.dtype == torch.int8:
+        _score_int8(hidden, weights, out)
+        return
     from rmcore.kernels import features, heuristics, score_tail, variance
 
     device, d = _device(hidden.device), weights.num_features
@@ -120,6 +146,12 @@ def _score_rows(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     c, logits = features.features(hidden, weights.map, device, beta=weights.beta)
     assert logits is not None
     variance.score(logits, variance.squares(c, weights.factor, d, device), out, **ends)
+
+
+def _score_int8(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
+    from rmcore.kernels import score_int8
+
+    score_int8.score(hidden, weights, out, _device(hidden.device))
 
 
 class _Plan:
