@@ -503,6 +503,14 @@ class Backbone:
         """
         return self._sharing.explain()
 
+    def explain_head(self, rows: int | None = None) -> Explanation:
+        """Who computes a published model's gate and attributes for so many texts: a backend of
+        :func:`rmcore.ops.score_attributes`, or ``module``, torch layer by layer; and why not others.
+        """
+        if self.published is None:
+            return Explanation("none", {"score_attributes": "no published head behind the states"})
+        return self.published.head.explain(rows)
+
     def save(self, folder: Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write weights and tokenizer into a new folder, from which the same configuration loads them again.
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton
 import triton.language as tl
 import triton_checks as checks
-from support.attribute_checks import ATTRIBUTE_HEADS, check_scores, make_heads
+from support.attribute_checks import ATTRIBUTE_HEADS, GATED, check_scores, make_heads, published_head
 
 from rmcore import ops
 from rmcore.kernels import common, heuristics, pair_variance, score_attributes
@@ -660,6 +660,20 @@ def test_attribute_heads_at_the_edges(monkeypatch):
     for a, b, dim in zip(spoilt, whole, (1, 0, 0), strict=True):
         others = a.movedim(dim, 0)[keep], b.movedim(dim, 0)[:8][keep]
         assert bool((others[0] - others[1]).abs().amax() < 1e-5)  # other tiles for other numbers of rows
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_a_published_familys_gated_head(family):
+    """As :class:`RewardHead` hands it over; its rows are the module's to what rounding to the dtype does."""
+    dtype, rows = (torch.float32, 3) if family == "armorm" else (torch.float16, 20)
+    head = published_head(family, 64).to(torch.device("cpu"), dtype)
+    states = torch.randn(rows, 2, 64).to(head.dtype)
+    gate = None if family == "urm-gated" else states[:, 1].contiguous()
+    _, outputs, weights = check_scores(backend, states[:, 0].contiguous(), head._kernel(), gate)
+    score = head._scores(outputs.view(rows, head._count, head._per), weights[:, 0])
+    with torch.enable_grad():  # the layers one by one
+        exact = published_head(family, 64).rows(states.float())[:, -1]
+    assert float((score - exact).abs().max()) < (1e-5 if head.dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("cols", [64, 256])

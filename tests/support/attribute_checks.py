@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmcore.model.families.head import RewardHead
+from rmcore.model.families.registry import family_of
 from rmcore.ops.attribute_weights import SUMMARY, AttributeWeights, reference_scores, summarize
 
-__all__ = ["ATTRIBUTE_HEADS", "check_scores", "make_heads"]
+__all__ = ["ATTRIBUTE_HEADS", "GATED", "check_scores", "make_heads", "published_head"]
 
 EPS = 2.0**-24
 ATTRIBUTE_HEADS: dict[str, dict[str, Any]] = {
@@ -56,6 +58,63 @@ def make_heads(
         }
     spread: Any = "normal" if per == 2 else "quantiles"
     return AttributeWeights.build(value, spread=spread, per=per, dtype=dtype, input_scale=input_scale, **gate)
+
+
+GATED = ("urm-gated", "armorm", "qrm")
+"""Published families whose heads the kernel computes."""
+
+
+class _Held:
+    """Tensors by name, as a checkpoint's files give them."""
+
+    source = "made"
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.names = tensors, list(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def published_head(family: str, h: int, *, width: int = 40, seed: int = 0) -> RewardHead:
+    """The head of one of :data:`GATED`, of random tensors in its layout: about unit attributes and weights."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g) * scale
+
+    count, per = {"urm-gated": (5, 2), "armorm": (7, 1), "qrm": (4, 3)}[family]
+    names, width = (
+        (("score", "weights.fc", 2), h)
+        if family == "urm-gated"
+        else (("regression_layer", "gating.layers", 3 if family == "qrm" else 2), width)
+    )
+    value, gate, step = names
+    tensors = {f"{value}.weight": normal(count * per, h, scale=h**-0.5)}
+    sizes = (h, width, width, count)
+    for k in range(3):
+        tensors[f"{gate}.{step * k}.weight"] = normal(sizes[k + 1], sizes[k], scale=sizes[k] ** -0.5)
+        if family != "qrm" or k == 2:
+            tensors[f"{gate}.{step * k}.bias"] = normal(sizes[k + 1], scale=0.3)
+        if family == "qrm" and k < 2:
+            norm = f"{gate}.{step * k + 2}"
+            tensors |= {f"{norm}.{part}": normal(width, scale=0.5) for part in ("bias", "running_mean")}
+            tensors |= {f"{norm}.{part}": normal(width).abs() + 0.5 for part in ("weight", "running_var")}
+    if family != "urm-gated":
+        tensors |= {"reward_transform_matrix": normal(count, count, scale=count**-0.5)}
+        tensors |= {"gating.logit_scale": torch.tensor([1.25])}
+    config = {"num_objectives": count, "gating_hidden_dim": width, "gating_n_hidden": 2, "gating_temperature": 0.7}
+    config |= {"num_quantiles": per, "hidden_size": h}
+    spec = family_of(family).head
+    assert spec is not None
+    files: Any = _Held(tensors)
+    return RewardHead(spec, files, config, h, family=family, token_id=lambda text: 0)
 
 
 def rounded_scores(hidden: Tensor, heads: AttributeWeights, gate_hidden: Tensor | None) -> tuple[Tensor, ...]:

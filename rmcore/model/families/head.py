@@ -13,8 +13,12 @@ from torch.nn import functional
 
 from rmcore._base.errors import CheckpointError
 from rmcore.head.attributes.scores import AttributeScores
+from rmcore.model.families.serving import no_kernel, serving_weights
 from rmcore.model.families.spec import Gate, Head, Key, Size, Stack
 from rmcore.model.families.tensors import TensorFiles
+from rmcore.ops import score_attributes
+from rmcore.ops.attribute_weights import AttributeWeights
+from rmcore.ops.dispatch import Explanation, explain
 
 __all__ = ["RewardHead"]
 
@@ -197,6 +201,8 @@ class RewardHead:
         self.width = last.weight.shape[1] + (not spec.linear)
         self.full_width = self.width + (self._count if self._gate else 0)
         self._sign_sum = sum(sign for sign, _ in spec.terms)
+        self._no_kernel = no_kernel(spec, self._layers, last, self._gate, softmax=self._softmax)
+        self._serving: AttributeWeights | None = None
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def _read_gate(self, gate: Gate, reader: _Reader, hidden_size: int, token_id: Callable[[str], int]) -> None:
@@ -214,7 +220,7 @@ class RewardHead:
 
     def to(self, device: torch.device, body_dtype: torch.dtype) -> RewardHead:
         """Move it beside its body; it computes in the body's dtype where the family's own code does. Returns itself."""
-        self.device = device
+        self.device, self._serving = device, None
         self.dtype = body_dtype if self.spec.dtype == "body" else torch.float32
         self._layers = [layer.to(device, self.dtype) for layer in self._layers]
         self._gate = [layer.to(device, self.dtype) for layer in self._gate]
@@ -260,15 +266,53 @@ class RewardHead:
         rows, weights = self._rows(states)
         return rows if weights is None else torch.cat([rows, weights.float()], dim=1)
 
+    def explain(self, rows: int | None = None) -> Explanation:
+        """Who computes attributes and gate, for so many rows, when nobody asks for gradients; and why not others.
+
+        A backend of :func:`rmcore.ops.score_attributes`, or ``module``: torch, layer by layer.
+        """
+        if self._no_kernel is not None:
+            return Explanation("module", {"score_attributes": self._no_kernel})
+        return explain("score_attributes", self.device, self.dtype, rows=rows, weights=self._kernel())
+
+    def _kernel(self) -> AttributeWeights:
+        if self._serving is None:
+            self._serving = serving_weights(
+                self.spec,
+                self._last,
+                self._gate,
+                per=self._per,
+                softmax=self._softmax,
+                temperature=self._temperature,
+                scale=self._gate_scale,
+                eps=_BATCH_NORM_EPS,
+                dtype=self.dtype,
+            )
+        return self._serving
+
+    def _served(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(φ (n, h), outputs (n, A, per), weights (n, A)) by the kernel, of states in the head's dtype."""
+        assert isinstance(self.spec.weights, Gate)
+        features, own = states[:, self.spec.terms[0][1][0]], self.spec.weights.state
+        gate = None if own == self.spec.terms[0][1][0] else states[:, own]
+        found = score_attributes(features, self._kernel(), gate_hidden=gate)
+        return features, found.outputs.view(len(states), self._count, self._per), found.weights[:, 0]
+
     def _rows(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """:meth:`rows`, and the gate's weights (n, A): nearly all of a gated head's work, so they are computed once."""
+        """:meth:`rows`, and the gate's weights (n, A): nearly all of a gated head's work, so they are computed once.
+
+        By the kernel where there is one for the layout; gradients go through the layers one by one.
+        """
         states = states.to(self.dtype)
+        if self._no_kernel is None and not torch.is_grad_enabled():
+            features, outputs, weights = self._served(states)
+            return torch.cat([features.float(), self._scores(outputs, weights)[:, None]], dim=1), weights
         entered = [sign * _run(self._layers, states[:, list(places)].flatten(1)) for sign, places in self.spec.terms]
         features = torch.stack(entered).sum(0)
         if self.spec.linear:
             return features.float(), None
         weights = self._weights(states)
-        return torch.cat([features.float(), self._scores(features, weights)[:, None]], dim=1), weights
+        return torch.cat([features.float(), self._scores(self._outputs(features), weights)[:, None]], dim=1), weights
 
     def attributes(self, rows: Tensor) -> AttributeScores | None:
         """What the attributes are, from :meth:`full_rows`; None for a head that has one output and no spread."""
@@ -315,10 +359,10 @@ class RewardHead:
             weights = (weights / self._temperature).softmax(-1)
         return weights if self._gate_scale is None else weights * self._gate_scale
 
-    def _scores(self, features: Tensor, weights: Tensor) -> Tensor:
-        attributes = self._means(self._outputs(features))
+    def _scores(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        attributes = self._means(outputs)
         if self._transform is not None:
-            attributes = attributes @ self._transform
+            attributes = attributes @ self._transform.to(attributes)
         score = (weights * attributes).sum(-1).float()
         return self.spec.sign * (score - self._shift) / self._scale
 

@@ -134,17 +134,17 @@ def test_a_cache_of_states_keeps_the_gates_weights(folders, tmp_path, monkeypatc
     assert torch.equal(first.attributes.attribute_weights, second.attributes.attribute_weights)
 
 
-@pytest.mark.parametrize("name", ["urm-gated", "armorm"])
-def test_a_gate_is_computed_once_for_scores_and_attributes(folders, name, monkeypatch):
+@pytest.mark.parametrize(("name", "how"), [("urm-gated", "_served"), ("armorm", "_served"), ("ldl", "_weights")])
+def test_a_gate_is_computed_once_for_scores_and_attributes(folders, name, how, monkeypatch):
     """It is nearly all of such a head's work: two products as wide as the states, against ten outputs."""
-    calls, compute = [], RewardHead._weights
+    calls, compute = [], getattr(RewardHead, how)
 
-    def counted(self: RewardHead, states: Tensor) -> Tensor:
+    def counted(self: RewardHead, states: Tensor) -> object:
         calls.append(len(states))
         return compute(self, states)
 
     model = RewardModel.from_pretrained(folders[name][1], device="cpu")
     model.score([CHAT], [RESPONSES])  # the first call checks the encoding against rows one by one
-    monkeypatch.setattr(RewardHead, "_weights", counted)
+    monkeypatch.setattr(RewardHead, how, counted)
     assert model.score([CHAT], [RESPONSES])[0].attributes is not None
     assert sum(calls) == len(RESPONSES)
