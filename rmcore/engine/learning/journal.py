@@ -11,6 +11,8 @@ Versions are numbered from 0, the head as it was given, and never reused; each n
 nothing. A tensor file is complete under its final name before its line is written, and a line counts once its newline
 is on disk: whatever a crash leaves behind is either a whole version or none. Files are named by their sha256 in the
 line that refers to them, and every version by the digest of its state. No pickle.
+
+What no crash leaves behind is damage, and refused by file and line: opening writes nothing into what it refuses.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +41,9 @@ log = logging.getLogger(__name__)
 LINES = "journal.jsonl"
 FORMAT = "rmcore-journal"
 FORMAT_VERSION = 1
+
+_BEGINS = b'{"event"'
+_TENSORS = re.compile(r"(?:update|snapshot)-(\d{6,})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,11 @@ class Versions:
         self.current = 0
         self.identity: dict[str, Any] = {}
         """What the head of this journal is, as :meth:`Journal.begin` was told."""
+        self._whole = 0
+        self._torn = 0
+        self._known: tuple[int, int] | None = None
+        """Bytes of whole lines; of the beginning of one behind them; the file, where there is one, by device and
+        number."""
         self._read()
 
     def update_tensors(self, number: int) -> dict[str, Tensor]:
@@ -105,22 +116,40 @@ class Versions:
             raise CheckpointError(f"{file}: not readable ({error})") from error
 
     def _read(self) -> None:
-        file = self.path / LINES
-        content = file.read_bytes() if file.is_file() else b""
-        whole, newline, rest = content.rpartition(b"\n")
-        if rest:
-            self._cut_off(len(content) - len(rest), len(rest))
-        if not newline:
-            return
-        for number, text in enumerate(whole.split(b"\n"), 1):
+        file, content = self.path / LINES, b""
+        # Before the lines: whoever writes meanwhile may write more of both.
+        names = os.listdir(self.path) if self.path.is_dir() else []
+        if file.exists():
             try:
-                line = json.loads(text)
+                content, state = file.read_bytes(), file.stat()
+            except OSError as error:
+                raise CheckpointError(f"{file}: not readable ({error.strerror or error})") from error
+            self._known = state.st_dev, state.st_ino
+        whole, newline, rest = content.rpartition(b"\n")
+        lines = whole.split(b"\n") if newline else []
+        for number, text in enumerate(lines, 1):
+            try:
+                line = json.loads(text.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_members)
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{file}:{number}: got a line that is not JSON ({error})") from error
             self._take(line, f"{file}:{number}")
+        # A crash leaves the beginning of a line as it is written here, or zeros that never were overwritten.
+        if rest.strip(b"\0") and not (rest + _BEGINS[len(rest) :]).startswith(_BEGINS):
+            got = f"{rest[:40]!r}, and no line's end"
+            raise CheckpointError(f"{file}:{len(lines) + 1}: got {got}, expected a line of a journal")
+        self._whole, self._torn = len(content) - len(rest), len(rest)
+        self._check_files(file, names)
 
-    def _cut_off(self, size: int, more: int) -> None:
-        """What to do with the beginning of a line: here nothing, somebody may be writing the rest of it."""
+    def _check_files(self, file: Path, names: list[str]) -> None:
+        """Raise if there are tensors of versions later than the one that a crash could have begun."""
+        due = len(self.versions)
+        found = [match for name in names if (match := _TENSORS.fullmatch(name))]
+        latest = max(found, key=lambda match: int(match[1]), default=None)
+        if latest is not None and int(latest[1]) > due:
+            raise CheckpointError(
+                f"{file}: got lines of {due} versions beside {latest[0]}, expected those up to that file's. Lines are "
+                "missing at its end: copy the folder again"
+            )
 
     def _take(self, line: Any, where: str) -> None:
         """Apply one line, called ``where`` in errors, to what is known."""
@@ -147,6 +176,11 @@ class Versions:
             version = Version(0, None, found.state, found.count)
         elif found.version != number or found.parent >= number:
             refuse(where, f"version {found.version} of {found.parent}", f"a later one: version {number} was due")
+        elif found.parent != self.current:
+            # An update is always of the version that was current: a line before this one is missing or elsewhere.
+            refuse(f"{where}.parent", found.parent, f"{self.current}, the version that was current")
+        elif (more := found.count - self.versions[found.parent].count) != found.report.get("pairs", more):
+            refuse(f"{where}.count", found.count, f"its parent's {self.versions[found.parent].count} and its pairs")
         else:
             version = Version(number, found.parent, found.state, found.count, found.report, found.file, found.sha256)
         self.versions.append(
@@ -162,13 +196,17 @@ class Journal(Versions):
         path: the folder; made if missing.
 
     Raises:
-        InputError: another process, or another learner of this one, writes to it.
+        InputError: another process, or another learner of this one, writes to it, or it is no folder to write in.
         CheckpointError: it is damaged in a way no crash explains, foreign, or of another format version.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        self._lock = (Path(path) / "lock").open("a")
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            self._lock = (Path(path) / "lock").open("a")
+        except OSError as error:
+            said = f"{str(path)!r} ({error.strerror or error})"
+            raise InputError(f"journal: got {said}, expected a folder that can be written to") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -182,6 +220,9 @@ class Journal(Versions):
         except BaseException:
             self.close()
             raise
+        if self._torn:
+            said = "the last line was cut off by a crash (%d bytes); it never happened"
+            log.warning(f"%s: {said}", self.path / LINES, self._torn)
 
     def close(self) -> None:
         """Give the lock back. Closing twice is fine."""
@@ -232,17 +273,20 @@ class Journal(Versions):
     def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         from safetensors.torch import save_file
 
-        self._check_open()
+        self._check_unchanged()
         with atomic_file(self.path / name) as work:
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, work)
         return digest_file(self.path / name)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._check_open()
+        self._check_unchanged()
         data = (json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n").encode()
         with (self.path / LINES).open("ab", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
+            size = self._whole
             try:
+                if self._torn:
+                    stream.truncate(size)
+                    self._torn = 0
                 if stream.write(data) != len(data):
                     raise OSError(errno.ENOSPC, "only part of a line could be written", str(self.path / LINES))
                 os.fsync(stream.fileno())
@@ -251,15 +295,35 @@ class Journal(Versions):
                 # Half a line must not be glued to the next one, nor a version stand on disk that nobody knows of.
                 stream.truncate(size)
                 raise
+            state = os.fstat(stream.fileno())
+            self._whole, self._known = size + len(data), (state.st_dev, state.st_ino)
+
+    def _check_unchanged(self) -> None:
+        """Raise unless the file of lines is the one that was read, as it was left."""
+        self._check_open()
+        file = self.path / LINES
+        try:
+            state = file.stat()
+        except FileNotFoundError:
+            if self._known is None and self.path.is_dir():
+                return
+            raise CheckpointError(
+                f"{file}: gone since the journal was opened. The head of version {self.current} is kept in this "
+                "process: save the model, and begin a journal of its own for it"
+            ) from None
+        if self._known != (state.st_dev, state.st_ino) or state.st_size != self._whole + self._torn:
+            raise CheckpointError(
+                f"{file}: changed by somebody else since the journal was opened ({state.st_size} bytes, expected "
+                f"{self._whole + self._torn}, or another file). Nothing was written. Put the file back as it was"
+            )
 
     def _check_open(self) -> None:
         if self.closed:
             raise InputError(f"journal: got {str(self.path)!r}, which was closed, expected an open one")
 
-    def _cut_off(self, size: int, more: int) -> None:
-        """Take the beginning of a line away: a crash cut it off, and nobody else writes."""
-        file = self.path / LINES
-        log.warning("%s: the last line was cut off by a crash (%d bytes); it never happened", file, more)
-        with file.open("r+b") as stream:
-            stream.truncate(size)
-            os.fsync(stream.fileno())
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field comes twice")
+    return found

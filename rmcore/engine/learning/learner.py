@@ -214,6 +214,13 @@ def _check_of(journal: Versions, head: FrozenHead, state: str) -> None:
     """Raise CheckpointError unless the journal has the head, whose state digest is given, among its versions."""
     if journal.identity != head_identity(head):
         raise CheckpointError(f"journal: got {str(journal.path)!r}, which is of another head (features differ)")
+    count = posterior_of(head).count
+    for version in journal.versions:
+        if version.state == state and version.count != count:
+            raise CheckpointError(
+                f"journal: got {str(journal.path)!r}, whose version {version.number} has {version.count} data, "
+                f"expected {count}, this head's"
+            )
     if state not in {version.state for version in journal.versions}:
         raise CheckpointError(
             f"journal: got {str(journal.path)!r}, which has no version equal to this head, expected the head it "
@@ -245,8 +252,9 @@ def _rebuilt(base: FrozenHead, journal: Versions, number: int, backend: Backend)
         head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior, rows=rows)
     if _state_digest(head) != versions[number].state:
         raise CheckpointError(
-            f"journal: version {number}, replayed from version {way[-1]}, has other bits than when it was learned: "
-            f"another machine, backend or build. Version {way[-1]} has a snapshot and can be had exactly"
+            f"journal: got {str(journal.path)!r}, whose "
+            f"version {number}, replayed from version {way[-1]}, has other bits than when it was learned: "
+            f"another machine, backend or build, or damage. Version {way[-1]} has a snapshot and can be had exactly"
         )
     head.build_weights()
     return head

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+import torch
 
-from rmcore._base.errors import CheckpointError
+from rmcore._base.errors import CheckpointError, InputError
 from rmcore.engine.learning.journal import Journal, Version
 
 FILE = "f1" * 32
@@ -52,6 +57,8 @@ def test_a_journal_written_before_lines_had_models_still_opens(tmp_path):
         (2, {"version": True}, r"version: got 'True', expected a valid integer"),
         (2, {"version": 2}, r"got 'version 2 of 0', expected a later one: version 1 was due"),
         (2, {"parent": 1}, r"got 'version 1 of 1', expected a later one"),
+        (3, {"parent": 0}, r"parent: got '0', expected 1, the version that was current"),
+        (2, {"count": 999}, r"count: got '999', expected its parent's 300 and its pairs"),
         (2, {"parent": None}, r"parent: got 'None', expected a valid integer"),
         (2, {"count": "303"}, r"count: got '303', expected a valid integer"),
         (
@@ -80,6 +87,116 @@ def test_a_line_that_does_not_fit_names_file_line_and_field(number, changes, say
 def test_what_is_no_object_is_refused_by_line(line, tmp_path):
     with pytest.raises(CheckpointError, match=r"journal\.jsonl:2: got "):
         opened(tmp_path, SAVED.split("\n")[0] + f"\n{line}\n")
+
+
+def held(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "lock"}
+
+
+LINES = SAVED.encode().split(b"\n")[:-1]
+FILES = ["snapshot-000000", "update-000001", "update-000002", "snapshot-000002"]
+DAMAGED = {
+    "empty": (b"", r"journal\.jsonl: got lines of 0 versions beside (update|snapshot)-000002"),
+    "its last lines missing": (b"\n".join([*LINES[:1], b""]), r"journal\.jsonl: got lines of 1 versions beside"),
+    "another text": (b"hello", r"journal\.jsonl:1: got b'hello', and no line's end"),
+    "another text behind": (SAVED.encode() + b"x = 1", r"journal\.jsonl:5: got b'x = 1'"),
+    "garbage between": (b"\n".join([LINES[0], b"\x00\xff\x17", *LINES[1:], b""]), r"jsonl:2: got a line that is not"),
+    "a blank line": (b"\n".join([LINES[0], b"", *LINES[1:], b""]), r"journal\.jsonl:2: got a line that is not JSON"),
+    "half a row": (b"\n".join([LINES[0], LINES[1][:50], *LINES[2:], b""]), r"journal\.jsonl:2: got a line that is not"),
+    "two rows in one": (b"\n".join([LINES[0], LINES[1] + LINES[2], b""]), r"journal\.jsonl:2: got a line that is not"),
+    "duplicated": (b"\n".join([*LINES[:2], *LINES[1:], b""]), r"journal\.jsonl:3: got 'version 1 of 0'"),
+    "another order": (b"\n".join([LINES[0], LINES[2], LINES[1], b""]), r"journal\.jsonl:2: got 'version 2 of 1'"),
+    "without its first": (b"\n".join([*LINES[1:], b""]), r"journal\.jsonl:1: got 'version 1 of 0'"),
+    "a field twice": (
+        SAVED.encode().replace(b'"parent":0', b'"parent":0,"parent":0'),
+        r"jsonl:2: .*a field comes twice",
+    ),
+    "UTF-16": (SAVED.encode("utf-16"), r"journal\.jsonl:1: got a line that is not JSON"),
+    "a reversion moved": (
+        b"\n".join([*LINES, LINES[2].replace(b'"version":2,"parent":1', b'"version":3,"parent":2'), b""]),
+        r"journal\.jsonl:5\.parent: got '2', expected 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damage_is_told_by_file_and_line_and_nothing_is_touched(kind, tmp_path):
+    content, says = DAMAGED[kind]
+    for name in FILES:
+        (tmp_path / f"{name}.safetensors").write_bytes(b"tensors")
+    (tmp_path / "journal.jsonl").write_bytes(content)
+    before = held(tmp_path)
+    with pytest.raises(CheckpointError, match=says):
+        Journal(tmp_path)
+    assert held(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "change", [lambda b: b.replace(b"\n", b"\r\n"), lambda b: b"\xef\xbb\xbf" + b], ids=["CRLF", "BOM"]
+)
+def test_what_an_editor_adds_changes_nothing(change, tmp_path):
+    (tmp_path / "journal.jsonl").write_bytes(change(SAVED.encode()))
+    before = held(tmp_path)
+    with closing(Journal(tmp_path)) as journal:
+        assert (journal.current, len(journal.versions)) == (1, 3)
+        assert held(tmp_path) == before
+        journal.revert(2)
+    with closing(Journal(tmp_path)) as journal:
+        assert journal.current == 2
+
+
+def test_a_line_that_a_crash_cut_off_stays_till_the_next_is_written(tmp_path):
+    (tmp_path / "journal.jsonl").write_bytes(SAVED.encode() + b'{"event":"upd\0\0\0')
+    before = held(tmp_path)
+    with closing(Journal(tmp_path)) as journal:
+        assert held(tmp_path) == before
+        journal.revert(0)
+    assert (tmp_path / "journal.jsonl").read_text() == SAVED + '{"event":"revert","version":0}\n'
+
+
+def test_a_journal_that_goes_or_changes_during_the_run_is_noticed(tmp_path):
+    def remove(file):
+        file.unlink()
+
+    def remove_folder(file):
+        shutil.rmtree(file.parent)
+
+    def replace(file):
+        file.with_name("new").write_bytes(file.read_bytes())
+        file.with_name("new").replace(file)
+
+    def append(file):
+        file.write_bytes(file.read_bytes() + b'{"event":"revert","version":0}\n')
+
+    for number, change in enumerate((remove, remove_folder, replace, append)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "journal.jsonl").write_text(SAVED)
+        with closing(Journal(folder)) as journal:
+            change(folder / "journal.jsonl")
+            after = held(folder) if folder.is_dir() else None
+            with pytest.raises(CheckpointError, match=r"journal\.jsonl: (gone|changed by somebody else) since"):
+                journal.add("3d" * 32, 309, {}, {"beta": torch.zeros(1)}, None)
+            assert (held(folder) if folder.is_dir() else None) == after
+            assert journal.current == 1
+
+
+def test_what_is_no_folder_to_write_in_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        InputError, match=r"journal: got .*file' \(File exists\), expected a folder that can be written"
+    ):
+        Journal(tmp_path / "file")
+    (tmp_path / "folder" / "journal.jsonl").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl: not readable \(Is a directory\)"):
+        Journal(tmp_path / "folder")
+
+    def opened(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(InputError, match=r"Read-only file system\), expected a folder that can be written to"):
+        Journal(tmp_path / "read-only")
 
 
 def test_a_second_beginning_is_refused(tmp_path):

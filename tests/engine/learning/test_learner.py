@@ -359,6 +359,23 @@ def test_damage_is_told_from_a_crash(data, head, make_data, fit_head, tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=message):
             VerdictLearner(head, damaged(name, content))
+    foreign = tmp_path / "foreign"
+    with VerdictLearner(head, foreign, snapshot_every=10) as learner:
+        learner.learn(batch(data, 2))
+        learner.learn(batch(data, 3))
+    row = (foreign / "journal.jsonl").read_bytes().splitlines(keepends=True)[2]
+    mixed = damaged("a row of another journal", [first, second, row])
+    with pytest.raises(CheckpointError, match=r"update-000002\.safetensors: missing, or its sha256 differs"):
+        VerdictLearner(head, mixed)
+    shutil.copy(foreign / "update-000002.safetensors", mixed)
+    with pytest.raises(CheckpointError, match=r"a row of another journal', whose version 2, .* has other bits"):
+        VerdictLearner(head, mixed)
+    wrong = damaged(
+        "a count", [first.replace(b'"count":500', b'"count":5000'), second.replace(b'"count":510', b'"count":5010')]
+    )
+    (wrong / "update-000002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"whose version 0 has 5000 data, expected 500, this head's"):
+        VerdictLearner(head, wrong)
     file = tmp_path / "whole" / "update-000001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match="sha256"):
