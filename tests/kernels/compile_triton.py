@@ -382,7 +382,7 @@ def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
     m = compiled.metadata
     units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
     unit = next((name for instruction, name in units.items() if instruction in ptx), "")
-    unit += " s8" if re.search(r"mma\.\S*\.s32\.s8\.s8", ptx) else ""
+    unit += " s8" if re.search(r"mma\.\S*(?:\.s32\.s8\.s8|kind::i8)", ptx) else ""
     # ptxas says so where Hopper's matrix instructions cannot run beside others, which costs a large part of the speed.
     serialized = "wgmma.mma_async instructions are serialized" in log
     halves = {compiled.src.signature.get(operand) for operand in ("phi", "weight", "factor")} & {

@@ -146,6 +146,14 @@ def test_explain_says_who_and_why():
         ops.explain("score", backend="tpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_explains_a_gpu_where_there_is_none(dtype):
+    found = ops.explain("score", "cuda", dtype)
+    assert found.backend == "torch"
+    assert set(found.reasons) == {"cuda", "triton"}
+
+
 def test_a_named_backend_that_cannot_run_says_why(head):
     if ops.explain("score", backend="cuda").backend == "cuda":
         pytest.skip("it can")
