@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rmcore.engine.routing import Budget
     from rmcore.judge.critics.critique import Critic, Critique
     from rmcore.model.data import Row
+    from rmcore.model.text import TextEncoder
 
 __all__ = ["critique"]
 
@@ -38,7 +39,11 @@ class Critics:
         Path | None, typer.Option(help="Take what is written in this verdict store, of judges and critics; no call.")
     ] = None
     generate: Annotated[
-        str | None, typer.Option(help="A causal language model, in this process: hub name, folder or GGUF file.")
+        str | None,
+        typer.Option(
+            help="A causal language model, in this process: hub name, folder or GGUF file; or a reward model on one, "
+            "CLoud's or rmcore's."
+        ),
     ] = None
     samples: Annotated[int, typer.Option(help="Critiques a response.", min=1)] = 1
     max_chars: Annotated[int, typer.Option(help="Longest critique, in characters; more is cut and counted.", min=1)] = (
@@ -199,12 +204,33 @@ def _chat(critics: Critics, asking: CriticAsking) -> Critic:
 
 
 def _own(critics: Critics, name: str, device: str | None) -> Critic:
+    from rmcore.engine.own_critic import OwnCritic
+
+    model, encoder = _language_model(name, device)
+    temperature = 0.7 if critics.temperature is None else critics.temperature
+    return OwnCritic(
+        model,
+        encoder,
+        samples=critics.samples,
+        max_new_tokens=critics.max_tokens_generated,
+        temperature=temperature,
+        seed=critics.seed,
+        max_chars=critics.max_chars,
+    )
+
+
+def _language_model(name: str, device: str | None) -> tuple[Any, TextEncoder]:
+    """What generates, and how it reads: of a model of rmcore's and of a published CLoud model, their own body."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rmcore.engine.own_critic import OwnCritic
+    from rmcore.cli.load_model import reward_backbone
     from rmcore.model.devices import checked_device
+    from rmcore.model.language_model import language_model
     from rmcore.model.text import TextEncoder
 
+    backbone = reward_backbone(name, device)
+    if backbone is not None:
+        return language_model(backbone), backbone.encoder
     place, more = name, {}
     if name.endswith(".gguf"):
         place, more = str(Path(name).parent), {"gguf_file": Path(name).name}
@@ -213,16 +239,7 @@ def _own(critics: Critics, name: str, device: str | None) -> Critic:
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"--generate: got {name!r}, which cannot be loaded ({str(error)[:300]})") from error
-    temperature = 0.7 if critics.temperature is None else critics.temperature
-    return OwnCritic(
-        model,
-        TextEncoder(tokenizer),
-        samples=critics.samples,
-        max_new_tokens=critics.max_tokens_generated,
-        temperature=temperature,
-        seed=critics.seed,
-        max_chars=critics.max_chars,
-    )
+    return model, TextEncoder(tokenizer)
 
 
 def _close(critic: Critic) -> None:

@@ -242,15 +242,16 @@ def train(
             check_count("preferences", len(items), ranks)
         held_out_count = 0 if calibrate is None else check_count("--calibrate", len(held_out), ranks)
         if settings.datasets is not None or settings.held_out is not None:
-            items, unseen_prompts = prepared_data(settings, items if named else None, seed)
+            items, unseen_prompts = prepared_data(settings, items if named else None, seed, critiques=critiques)
             held_out = unseen_prompts if calibrate is None else held_out
             held_out_count = len(held_out)
         judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
         if ai_labels is not None and not judged:
             reject("--ai-labels", "no lines", "at least one")
         if critiques:
-            others = (tune, epochs, finetunes, further, ai_labels, by_attributes.attributes, ranks, settings.datasets)
-            check_critiques(items, mode, others)
+            streamed = finetunes and settings.streaming
+            others = (tune, epochs, further, ai_labels, by_attributes.attributes, ranks)
+            check_critiques(items, mode, others, streamed=streamed)
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
@@ -271,7 +272,7 @@ def train(
             line = _train_attributes(plan, spine, config, dtype, out, kept, embed=embed_backbone, seed=seed)
             notes.print(f"{line}; {spine.stats.tokens} tokens; wrote {out}")
             return
-        if critiques:
+        if critiques and not finetunes:
             with progress_bar() as bar:
                 own_data = (items, held_out, config, _dtype(dtype), encoding_progress(bar))
                 line = train_critiques(spine, *own_data, out, kept, embed=embed_backbone)
@@ -281,8 +282,9 @@ def train(
             head = SNGPHead(config).to(spine.device)
             if finetunes:
                 own = {"epochs": finetune_epochs, "lr": lr_backbone, "seed": seed, "dtype": dtype}
+                own |= {"critiques": critiques}
                 trainer = train_backbone(spine, head, items, held_out, settings, bar, out=out, **own)
-                if many_processes() or settings.streaming:
+                if many_processes() or settings.streaming or critiques:
                     told = save_from_all(trainer, held_out, out)
                     if main_process():
                         notes.print(told)

@@ -76,7 +76,7 @@ def trains_backbone(settings: RunSettings, finetune_epochs: int) -> bool:
 
 
 def prepared_data(
-    settings: RunSettings, pairs: Sequence[Preference] | None, seed: int
+    settings: RunSettings, pairs: Sequence[Preference] | None, seed: int, *, critiques: bool = False
 ) -> tuple[list[Preference], list[Preference]]:
     """(train, held out) of a configuration's sources, or of ``pairs``, with a report of what was left out."""
     from rmcore.model.data.mixture import mix, sources_of, split_by_prompt
@@ -87,7 +87,7 @@ def prepared_data(
     if settings.datasets is not None:
         if pairs is not None:
             reject("datasets", "beside preferences on the command line", "one of them")
-        train, held, report = mix(sources_of(settings.datasets), held_out=share, seed=seed)
+        train, held, report = mix(sources_of(settings.datasets), held_out=share, seed=seed, critiques=critiques)
     elif share is not None:
         train, held, report = split_by_prompt(pairs or [], share, seed=seed)
     else:
@@ -118,7 +118,7 @@ def train_backbone(
         settings: of the configuration.
         bar: shows how far it has got.
         out: the model's folder; checkpoints go beside it unless ``output_dir`` says where.
-        **options: the command's own: ``epochs``, ``lr``, ``seed``, ``dtype``.
+        **options: the command's own: ``epochs``, ``lr``, ``seed``, ``dtype``, ``critiques``.
     """
     from transformers import PrinterCallback
 
@@ -129,7 +129,7 @@ def train_backbone(
         spine,
         args,
         head=head,
-        train_dataset=_streamed(spine, settings, head.config.mode, args.seed) if settings.streaming else list(items),
+        train_dataset=_streamed(spine, settings, head.config.mode, args) if settings.streaming else list(items),
         eval_dataset=list(held_out) or None,
         peft_config=_adapters(settings.lora),
         callbacks=[_bar_callback(bar)] if main_process() else [],
@@ -143,7 +143,7 @@ def train_backbone(
 def save_from_all(trainer: PairwiseRewardTrainer, held_out: Sequence[Preference], out: Path) -> str:
     """Calibrate and write the model from all ranks; what to say of it."""
     told = ""
-    if held_out:
+    if held_out and not trainer.args.critique_sft:
         trainer.calibrate(held_out)
         assert trainer.frozen is not None
         told = f"amplitude {trainer.frozen.config.resolved_amplitude:.3g}; "
@@ -153,16 +153,27 @@ def save_from_all(trainer: PairwiseRewardTrainer, held_out: Sequence[Preference]
     return f"{pairs} on {ranks} processes, {trainer.state.global_step} steps; {told}wrote {out}"
 
 
-def _streamed(spine: Backbone, settings: RunSettings, mode: str, seed: int) -> Any:
+def _streamed(spine: Backbone, settings: RunSettings, mode: str, args: PairwiseRewardConfig) -> Any:
     from rmcore.integrations.training import StreamedPairs
     from rmcore.model.data.mixture import sources_of, stream
 
     sources = sources_of(settings.datasets)
-    return StreamedPairs(spine, lambda: stream(sources, seed=seed), mode)
+    return StreamedPairs(
+        spine, lambda: stream(sources, seed=args.seed, critiques=args.critiques), mode, critiques=args.critiques
+    )
 
 
 def _arguments(
-    spine: Backbone, settings: RunSettings, out: Path, *, evaluates: bool, epochs: int, lr: float, seed: int, dtype: Any
+    spine: Backbone,
+    settings: RunSettings,
+    out: Path,
+    *,
+    evaluates: bool,
+    epochs: int,
+    lr: float,
+    seed: int,
+    dtype: Any,
+    critiques: bool,
 ) -> PairwiseRewardConfig:
     from rmcore.integrations.training import PairwiseRewardConfig
 
@@ -171,8 +182,9 @@ def _arguments(
     if unknown:
         reject("--config", f"unknown keys {unknown}", "options of rmcore train, or fields of TrainingArguments")
     values = {**_DEFAULTS, "learning_rate": lr, "seed": seed, "head_dtype": dtype, **settings.arguments}
+    values["critiques"] = critiques
     values["use_cpu"] = values.get("use_cpu", spine.device.type == "cpu")
-    values.setdefault("posterior", "pass" if many_processes() or settings.streaming else "none")
+    values.setdefault("posterior", "pass" if many_processes() or settings.streaming or critiques else "none")
     values.setdefault("head_weight_decay", values["weight_decay"])
     if epochs and "num_train_epochs" not in settings.arguments:
         values["num_train_epochs"] = epochs

@@ -18,6 +18,7 @@ from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Prompt, Response, canonical_json, canonical_prompt, canonical_response
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.critics.critique import MAX_CHARS, Critique, bounded, junk_reason
+from rmcore.model.critiques import critique_lead
 from rmcore.model.text import TextEncoder
 
 __all__ = ["OwnCritic"]
@@ -96,9 +97,7 @@ class OwnCritic:
 
     def lead(self, prompt: Prompt, response: Response) -> tuple[int, ...]:
         """The token ids that a critique of a response follows. Raises InputError as the encoder does."""
-        one, other = (self.encoder.encode(prompt, response, critique=text).ids for text in ("A", "b"))
-        same = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-        return one[:same]
+        return critique_lead(self.encoder, prompt, response)
 
     def _seed_of(self, prompt: Prompt, response: Response) -> int:
         texts = [canonical_prompt(prompt), canonical_response(response)]

@@ -42,7 +42,7 @@ from rmcore.model.encoding_stats import EncodingStats, length_batches, warn_of_c
 from rmcore.model.families.load import Loaded, config_for, load_family
 from rmcore.model.families.pairs import PairTextEncoder
 from rmcore.model.families.remote_code import check_own_scores
-from rmcore.model.families.tensors import EMBEDDED_HEAD
+from rmcore.model.families.tensors import EMBEDDED_HEAD, LANGUAGE_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.forward import ForwardPass
 from rmcore.model.hub import folder_of
@@ -105,6 +105,8 @@ class Backbone:
 
     Attributes:
         state_cache: where encoded states are kept and looked up; None, the default, keeps none.
+        language_head: the language model's output weights, once they were asked for and where they are not the
+            embeddings (:mod:`rmcore.model.language_model`); :meth:`save` keeps them.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Backbone:
         self.stats = EncodingStats()
         self.files = dict(files or {})
         self.state_cache: StateCache | None = None
+        self.language_head: dict[str, Tensor] | None = None
         self.positions = position_limit(model)
         _check_positions(config.max_length, self.positions)
         self.published = published
@@ -525,9 +528,12 @@ class Backbone:
             reject("backbone", "'embed' for quantised weights", "'name', which loads them from where they are")
         self.model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": dict(state_dict)}))
         self.tokenizer.save_pretrained(folder)
-        if self.published is not None:
-            from safetensors.torch import save_file
+        from safetensors.torch import save_file
 
+        if self.language_head is not None and self.published is None:
+            kept = {f"lm_head.{name}": tensor.contiguous() for name, tensor in self.language_head.items()}
+            save_file(kept, folder / LANGUAGE_HEAD)
+        if self.published is not None:
             head = {name: tensor.contiguous() for name, tensor in self.published.head_tensors().items()}
             save_file(head, folder / EMBEDDED_HEAD)
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -764,3 +770,11 @@ class Backbone:
     ) -> Tensor:
         """Pool a right-padded batch (B, T) → (B, h'), as :meth:`ForwardPass.pooled_states` does."""
         return self._pass.pooled_states(input_ids, attention_mask, full=full, through=through)
+
+    def token_states(self, input_ids: Tensor, attention_mask: Tensor, *, through: Any = None) -> Tensor:
+        """States (B, T, h) of all tokens, the first half of :meth:`pooled_states`."""
+        return self._pass.token_states(input_ids, attention_mask, through=through)
+
+    def pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T, h) → (B, h'), the second half of :meth:`pooled_states`."""
+        return self._pass.pool(states, input_ids, attention_mask)

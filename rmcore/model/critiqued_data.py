@@ -15,7 +15,7 @@ from rmcore.model.reward_model import Preference
 from rmcore.model.signal import training_signal
 from rmcore.model.text import EncodedText
 
-__all__ = ["CritiquedData", "encode_critiqued"]
+__all__ = ["CritiquedData", "critiqued_preferences", "encode_critiqued", "matched_states"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,36 @@ def encode_critiqued(
     A pair's states are matched: critique k of one response with critique k of the other, the shorter list from its
     beginning again, since all K_i·K_j pairs of states are no more evidence than the states are.
     """
+    texts, counts, kept = critiqued_preferences(backbone, preferences)
+    hidden = backbone.hidden([text for k in kept for text in texts[k]], progress=progress)
+    rows: list[tuple[int, int]] = []
+    labels: list[float] = []
+    weights: list[float] = []
+    start = 0
+    for k in kept:
+        first, second = counts[k]
+        matched = matched_states(first, second)
+        rows += [(start + a, start + first + b) for a, b in matched]
+        labels += [preferences[k].label] * len(matched)
+        weights += [1 / len(matched)] * len(matched)
+        start += first + second
+    device = hidden.device
+    return CritiquedData(
+        hidden,
+        torch.tensor(labels, dtype=torch.float32, device=device),
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
+        StateCounts(tuple(counts[k] for k in kept)),
+        tuple(kept),
+    )
+
+
+def critiqued_preferences(
+    backbone: Backbone, preferences: Sequence[Preference]
+) -> tuple[list[list[EncodedText]], list[tuple[int, int]], list[int]]:
+    """(the texts of each preference, its chosen response's before its rejected one's; how many either has; which teach
+    something). Raises InputError as ``encode_preferences`` does.
+    """
     texts: list[list[EncodedText]] = []
     counts: list[tuple[int, int]] = []
     for k, item in enumerate(preferences):
@@ -58,24 +88,9 @@ def encode_critiqued(
         counts.append((max(len(own[0]), 1), max(len(own[1]), 1)))
     merged = [merged_texts(own, count) for own, count in zip(texts, counts, strict=True)]
     kept = training_signal([(p.chosen, p.rejected) for p in preferences], [(a, b) for a, b in merged], "difference")
-    hidden = backbone.hidden([text for k in kept for text in texts[k]], progress=progress)
-    rows: list[tuple[int, int]] = []
-    labels: list[float] = []
-    weights: list[float] = []
-    start = 0
-    for k in kept:
-        first, second = counts[k]
-        matched = max(first, second)
-        rows += [(start + n % first, start + first + n % second) for n in range(matched)]
-        labels += [preferences[k].label] * matched
-        weights += [1 / matched] * matched
-        start += first + second
-    device = hidden.device
-    return CritiquedData(
-        hidden,
-        torch.tensor(labels, dtype=torch.float32, device=device),
-        torch.tensor(rows, dtype=torch.int64, device=device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
-        StateCounts(tuple(counts[k] for k in kept)),
-        tuple(kept),
-    )
+    return texts, counts, kept
+
+
+def matched_states(first: int, second: int) -> list[tuple[int, int]]:
+    """Which states of two responses make a training pair; no state is left out, and none paired twice with one."""
+    return [(n % first, n % second) for n in range(max(first, second))]

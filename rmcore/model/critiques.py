@@ -24,7 +24,16 @@ from rmcore._base.prompt import Prompt, Response
 from rmcore.model.text import EncodedText, TextEncoder, TextLimit
 from rmcore.ops.pair_layout import PairLayout
 
-__all__ = ["CritiquedPairs", "Critiques", "StateCounts", "critiqued_texts", "merged_texts", "read_critiques"]
+__all__ = [
+    "CritiquedPairs",
+    "Critiques",
+    "StateCounts",
+    "critique_lead",
+    "critiqued_texts",
+    "merged_texts",
+    "read_critiques",
+    "shared_length",
+]
 
 Critiques: TypeAlias = Sequence[Sequence[str | Sequence[str]]]
 """For each group and response its critiques: a list of texts, or one text."""
@@ -64,6 +73,20 @@ def critiqued_texts(
         for response, own in zip(responses, critiques, strict=True)
         for critique in (own or ("",))
     ]
+
+
+def critique_lead(encoder: TextEncoder, prompt: Prompt, response: Response) -> tuple[int, ...]:
+    """The token ids that a critique of a response follows: where a language model writes one, or is taught to.
+
+    Raises InputError as the encoder does.
+    """
+    one, other = (encoder.encode(prompt, response, critique=text).ids for text in ("A", "b"))
+    return one[: shared_length(one, other)]
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,15 @@ class ForwardPass:
         With ``full`` the weights of a published model's gate follow, where it has one. ``through`` is what a trainer
         has wrapped the model in (DDP, FSDP, a DeepSpeed engine), whose forward is called in the model's place.
         """
-        states = self._states(self.model_inputs(input_ids, attention_mask), through)
+        states = self.token_states(input_ids, attention_mask, through=through)
+        return self.pool(states, input_ids, attention_mask, full=full)
+
+    def token_states(self, input_ids: Tensor, attention_mask: Tensor, *, through: Any = None) -> Tensor:
+        """States (B, T, h) of all tokens of a right-padded batch, as :meth:`pool` takes them."""
+        return self._states(self.model_inputs(input_ids, attention_mask), through)
+
+    def pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor, *, full: bool = False) -> Tensor:
+        """The second half of :meth:`pooled_states`: (B, T, h) → (B, h')."""
         if self.published is not None:
             lengths = attention_mask.sum(1).tolist()
             texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]

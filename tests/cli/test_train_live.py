@@ -7,6 +7,7 @@ real size and shape, its weights are a little coarser than the published ones.
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from rmcore.cli import app
 from rmcore.model import RewardModel
 
 yaml = pytest.importorskip("yaml", reason="pyyaml is not installed (pip install 'rmcore[train]')")
-pytestmark = [pytest.mark.slow, pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.live, pytest.mark.timeout(1800)]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,55 @@ def test_twenty_steps_from_a_configuration(
     found = model.score("red tree house", ["good clear", "bad rude"])
     assert float(found.preference[0, 1]) > 0
     assert float(found.uncertainty[0, 1]) > 1
+
+
+def test_clouds_recipe_end_to_end(smollm2: Path, tmp_path) -> None:
+    """The example files, shrunk: critiques are learnt, own ones written, reward and critiques trained together."""
+    pytest.importorskip("peft", reason="needs peft: pip install 'rmcore[train]'")
+    prefs, out = tmp_path / "prefs.jsonl", tmp_path / "lm"
+    rows = [
+        {"prompt": f"What is {k} + {k}?", "chosen": f"It is {2 * k}.", "rejected": f"It is {2 * k + 1}."}
+        for k in range(1, 9)
+    ]
+    said = {"chosen": ["The sum is right."], "rejected": ["The sum is wrong."]}
+    (tmp_path / "oracle.jsonl").write_text("".join(json.dumps({**row, "critiques": said}) + "\n" for row in rows))
+    prefs.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    small = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+        "bf16": False, "padding_free": False, "max_steps": 6, "num_train_epochs": 1, "logging_steps": 1,
+        "device": "cpu", "held_out": 0.25, "eval_strategy": "steps", "eval_steps": 6, "learning_rate": 1e-3,
+        "report_to": "none", "save_strategy": "steps", "save_steps": 6,
+        "lora_r": 8, "lora_alpha": 16, "features": 64, "error_prior": False,
+    }  # fmt: skip
+
+    def config(name: str, **more: object) -> Path:
+        values = yaml.safe_load((EXAMPLES / name).read_text()) | small | more
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def call(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+        return result.stderr
+
+    first = config("cloud-sft.yaml", backbone=str(smollm2), datasets=[str(tmp_path / "oracle.jsonl")], out=str(out))
+    call("train", "--config", first)
+    states = json.loads(next((tmp_path / "lm.run").rglob("trainer_state.json")).read_text())["log_history"]
+    told = [row["critique_nll"] for row in states if "critique_nll" in row]
+    print("critique_nll", told)
+    assert told[-1] < 0.7 * told[0]
+    own = tmp_path / "own.jsonl"
+    note = call("critique", prefs, "--generate", out, "--max-tokens-generated", 12, "--temperature", 0, "-o", own)
+    print(note)
+    written = [json.loads(line)["critiques"] for line in own.read_text().splitlines()]
+    assert sum("sum is" in text for row in written for texts in row.values() for text in texts) >= 4, written
+    model = tmp_path / "rm"
+    joint = config("cloud-joint.yaml", backbone=str(out), datasets=[str(own)], out=str(model))
+    call("train", "--config", joint)
+    found = RewardModel.from_pretrained(model, device="cpu")
+    scores = found.score("What is 9 + 9?", ["It is 18.", "It is 19."], critiques=["The sum is right.", "No."])
+    assert bool(scores.scores.isfinite().all())
+    again = tmp_path / "again.jsonl"
+    call("critique", prefs, "--generate", model, "--max-tokens-generated", 4, "--temperature", 0, "-o", again)
+    assert len(again.read_text().splitlines()) == 4

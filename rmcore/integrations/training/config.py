@@ -57,6 +57,23 @@ class PairwiseRewardConfig(TrainingArguments):  # type: ignore[misc]
             "help": "Texts of a batch in one row, told apart by position, without padding. Decoders of kind base only."
         },
     )
+    critiques: bool = field(
+        default=False,
+        metadata={
+            "help": "Train behind the preferences' critiques. Their token loss is logged as critique_nll where "
+            "critique_sft or lm_weight asks for it."
+        },
+    )
+    lm_weight: float | None = field(
+        default=None,
+        metadata={"help": "λ of CLoud's joint loss: Bradley–Terry plus λ times the critiques' token loss."},
+    )
+    critique_sft: bool = field(
+        default=False,
+        metadata={
+            "help": "CLoud's first stage: train on the critiques' tokens alone; save_model writes a language model."
+        },
+    )
     covariance_momentum: float | None = field(
         default=None, metadata={"help": "Refused: see the message. P is a sum over data, not an average of batches."}
     )
@@ -76,6 +93,13 @@ class PairwiseRewardConfig(TrainingArguments):  # type: ignore[misc]
             reject("posterior_pairs", self.posterior_pairs, "at least 1")
         if self.fp16:
             reject("fp16", True, "bf16, or float32: a scaled loss would reach the head, which has its own optimiser")
+        _check("lm_weight", self.lm_weight or 0.0, positive=False)
+        if (self.critique_sft or self.lm_weight is not None) and not self.critiques:
+            reject("critiques", False, "True, which critique_sft and lm_weight learn from")
+        if self.critique_sft:
+            if self.lm_weight is not None:
+                reject("lm_weight", f"{self.lm_weight} with critique_sft", "None: the first stage has no reward")
+            self.posterior = "none"  # nothing of the head is trained
         if self.covariance_momentum is not None:
             raise InputError(
                 f"covariance_momentum: got {self.covariance_momentum}, expected None. An exponential average forgets "

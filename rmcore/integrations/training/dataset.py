@@ -16,10 +16,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from rmcore._base.errors import InputError, reject
 from rmcore.model.backbone import Backbone
+from rmcore.model.critiqued_data import critiqued_preferences, matched_states
+from rmcore.model.critiques import critique_lead, shared_length
 from rmcore.model.data import Source, parse_preferences, read_preferences, read_rows
 from rmcore.model.data.columns import map_columns
 from rmcore.model.data.preferences import COLUMNS
 from rmcore.model.reward_model import Preference, encode_pairs
+from rmcore.model.text import EncodedText
 
 __all__ = ["PairCollator", "PairDataset", "Row", "StreamedPairs", "TrainingPair", "pairs_of", "read_training_pairs"]
 
@@ -47,7 +50,11 @@ class TrainingPair(Preference):
 
 
 def read_training_pairs(
-    source: Source, columns: Mapping[str, str] | None = None, *, extra: Sequence[str] = ()
+    source: Source,
+    columns: Mapping[str, str] | None = None,
+    *,
+    extra: Sequence[str] = (),
+    critiques: bool = False,
 ) -> Iterator[TrainingPair]:
     """Preferences (:func:`rmcore.model.data.read_preferences`) with their ``margin`` and ``weight`` columns.
 
@@ -55,6 +62,7 @@ def read_training_pairs(
         source: a file, an ``hf://`` name, or rows.
         columns: other names, as ``read_preferences`` takes them.
         extra: columns of numbers to keep for a loss.
+        critiques: read the responses' critiques too.
 
     Raises DataError for a row that is no preference, InputError for a margin or weight that is no number.
     """
@@ -62,18 +70,19 @@ def read_training_pairs(
         value = map_columns(row.value, columns or {}, COLUMNS)
         more = {name: value[name] for name in extra}
         margin, weight = (_number(value, name, default) for name, default in (("margin", 0.0), ("weight", 1.0)))
-        for item in parse_preferences(value):
-            yield TrainingPair(item.prompt, item.chosen, item.rejected, item.label, margin, weight, more)
+        for item in parse_preferences(value, critiques=critiques):
+            given = (item.prompt, item.chosen, item.rejected, item.label)
+            yield TrainingPair(*given, margin, weight, more, critiques=item.critiques)
 
 
-def pairs_of(source: Source | Sequence[Preference]) -> list[Preference]:
+def pairs_of(source: Source | Sequence[Preference], *, critiques: bool = False) -> list[Preference]:
     """The preferences of whatever a trainer is given: preferences, rows of a data set, a file's name."""
     if isinstance(source, (list, tuple)) and all(isinstance(item, Preference) for item in source):
         return list(source)
     names = getattr(source, "column_names", None) or ()
     if "margin" in names or "weight" in names:
-        return list(read_training_pairs(source))  # type: ignore[arg-type]
-    return list(read_preferences(source))  # type: ignore[arg-type]
+        return list(read_training_pairs(source, critiques=critiques))  # type: ignore[arg-type]
+    return list(read_preferences(source, critiques=critiques))  # type: ignore[arg-type]
 
 
 class PairDataset(Dataset[Row]):
@@ -83,18 +92,26 @@ class PairDataset(Dataset[Row]):
         backbone: whose tokens they are.
         preferences: at least one pair that can be learned from.
         mode: ``difference`` or ``concat``, where each pair is encoded in both orders.
+        critiques: each response behind its critiques (difference mode), one of each side in a row, so that a pair of
+            several has several rows, which together weigh what it weighs. A row says where a critique's own tokens
+            begin (``critique``; the text's length where there is none).
 
     Raises InputError as :func:`rmcore.model.reward_model.encode_pairs`.
     """
 
-    def __init__(self, backbone: Backbone, preferences: Sequence[Preference], mode: str) -> None:
+    def __init__(
+        self, backbone: Backbone, preferences: Sequence[Preference], mode: str, *, critiques: bool = False
+    ) -> None:
         if not preferences:
             reject("preferences", "an empty list", "at least one pair")
-        kept, texts = encode_pairs(backbone, preferences, mode)
         self.mode = mode
+        if critiques:
+            kept, texts, self._rest = _critiqued(backbone, preferences, mode)
+        else:
+            kept, texts = encode_pairs(backbone, preferences, mode)
+            self._rest = [_rest(preferences[k], f"preferences[{k}]") for k in kept]
         self.dropped = len(preferences) - len(kept)
         """Pairs that were left out."""
-        self._rest: list[Row] = [_rest(preferences[k], f"preferences[{k}]") for k in kept]
         ids = [backbone.input_ids(text) for pair in texts for text in pair]
         self._content = [text.content_tokens for pair in texts for text in pair]
         self._ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
@@ -123,13 +140,21 @@ class StreamedPairs(IterableDataset[Row]):
         backbone: whose tokens they are.
         preferences: a function that begins the stream anew, called once an epoch and worker.
         mode: the head's.
+        critiques: as :class:`PairDataset`.
 
     Attributes:
         dropped: pairs without signal that were left out so far.
     """
 
-    def __init__(self, backbone: Backbone, preferences: Callable[[], Iterable[Preference]], mode: str) -> None:
-        self.backbone, self.preferences, self.mode = backbone, preferences, mode
+    def __init__(
+        self,
+        backbone: Backbone,
+        preferences: Callable[[], Iterable[Preference]],
+        mode: str,
+        *,
+        critiques: bool = False,
+    ) -> None:
+        self.backbone, self.preferences, self.mode, self.critiques = backbone, preferences, mode, critiques
         self.dropped = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -148,7 +173,7 @@ class StreamedPairs(IterableDataset[Row]):
         if not chunk:
             return
         try:
-            pairs = PairDataset(self.backbone, chunk, self.mode)
+            pairs = PairDataset(self.backbone, chunk, self.mode, critiques=self.critiques)
         except InputError as error:
             if "carry no signal" not in str(error):
                 raise
@@ -165,7 +190,8 @@ class PairCollator:
 
     ``input_ids`` and ``attention_mask`` (2B, T), padded to the right; without padding ``input_ids`` and
     ``position_ids`` (1, Σ T), and ``ends`` (2B,), one past each text's last token. ``content`` (2B,); ``labels``,
-    ``margins`` and ``weights`` (B,) float32; further columns as tensors, under ``column_NAME``.
+    ``margins`` and ``weights`` (B,) float32; further columns as tensors, under ``column_NAME``. With critiques
+    ``critique``, as ``input_ids``: 1 where a token is a critique's own, and for what ends its turn.
     """
 
     backbone: Backbone
@@ -178,10 +204,16 @@ class PairCollator:
         batch["content"] = torch.tensor([count for row in rows for count in row["content"]])
         for name in ("label", "margin", "weight"):
             batch[f"{name}s"] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        if "critique" in rows[0]:
+            batch["critique"] = self._own_tokens(texts, [start for row in rows for start in row["critique"]])
         for name in rows[0]:
             if name.startswith("column_"):
                 batch[name] = torch.stack([torch.as_tensor(row[name], dtype=torch.float32) for row in rows])
         return batch
+
+    def _own_tokens(self, texts: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        own = [(torch.arange(len(text)) >= start).long() for text, start in zip(texts, starts, strict=True)]
+        return torch.cat(own)[None] if self.padding_free else torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
 
     def _padded(self, texts: Sequence[Tensor]) -> dict[str, Tensor]:
         pad = getattr(self.backbone.tokenizer, "pad_token_id", None) or 0
@@ -195,6 +227,37 @@ class PairCollator:
         lengths = torch.tensor([len(text) for text in texts])
         positions = torch.cat([torch.arange(len(text)) for text in texts])
         return {"input_ids": torch.cat(list(texts))[None], "position_ids": positions[None], "ends": lengths.cumsum(0)}
+
+
+def _critiqued(
+    backbone: Backbone, preferences: Sequence[Preference], mode: str
+) -> tuple[list[int], list[tuple[EncodedText, EncodedText]], list[Row]]:
+    """(which pairs teach something, texts of a row, the rows' other columns)."""
+    if mode != "difference":
+        reject("critiques", f"some for a head in {mode} mode", "None, or a head in difference mode")
+    texts, counts, kept = critiqued_preferences(backbone, preferences)
+    rows: list[tuple[EncodedText, EncodedText]] = []
+    rest: list[Row] = []
+    for k in kept:
+        item = preferences[k]
+        first = counts[k][0]
+        starts = []
+        for response, said, own in (
+            (item.chosen, (item.critiques or ((), ()))[0], texts[k][:first]),
+            (item.rejected, (item.critiques or ((), ()))[1], texts[k][first:]),
+        ):
+            lead = critique_lead(backbone.encoder, item.prompt, response) if any(said) else ()
+            starts += [
+                min(shared_length(lead, text.ids), len(text)) if said and said[n] else len(text)
+                for n, text in enumerate(own)
+            ]
+        matched = matched_states(*counts[k])
+        row = _rest(item, f"preferences[{k}]")
+        for i, j in matched:
+            rows.append((texts[k][i], texts[k][first + j]))
+            own_row = {"weight": row["weight"] / len(matched), "critique": [starts[i], starts[first + j]]}
+            rest.append({**row, **own_row})
+    return kept, rows, rest
 
 
 def _rest(item: Preference, name: str) -> Row:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import HubStrategy
 
 from rmcore._base.errors import reject
 from rmcore.head.frozen import FrozenHead
+from rmcore.integrations.training.critique_tokens import save_language_model
 from rmcore.integrations.training.posterior import EpochCovariance
 from rmcore.integrations.training.replicated_head import ReplicatedHead
 from rmcore.model.backbone import Backbone
@@ -49,14 +50,17 @@ class SavesRewardModel(Trainer):  # type: ignore[misc]
 
     @property
     def reward_model(self) -> RewardModel:
-        """Backbone and frozen head as one model, the posterior fitted if it is not yet."""
+        """Backbone and frozen head as one model, the posterior fitted if it is not yet. InputError of a first stage."""
+        if self.args.critique_sft:
+            reject("critique_sft", True, "False: the first stage trains no reward. save_model writes a language model")
         return RewardModel(self.backbone, self.frozen or self.fit_posterior())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write one folder that :meth:`RewardModel.from_pretrained` opens: head, posterior, backbone and tokenizer.
 
         Of a backbone with adapters those alone are written, with the name of what they belong to. Default folder:
-        ``model`` below ``args.output_dir``. Checkpoints (``_internal_call``) are Trainer's own.
+        ``model`` below ``args.output_dir``. Checkpoints (``_internal_call``) are Trainer's own. With ``critique_sft``
+        it is a folder of transformers' with the language model, adapters merged.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
@@ -66,12 +70,14 @@ class SavesRewardModel(Trainer):  # type: ignore[misc]
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_model(self, folder: Path) -> None:
-        model = self.reward_model
+        model = None if self.args.critique_sft else self.reward_model
         weights: Any = None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Gathered with all ranks; under ZeRO-3 the first one alone is given them.
             weights = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.args.should_save:
+        if model is None and self.args.should_save:
+            save_language_model(self.backbone, folder, weights)
+        elif model is not None and self.args.should_save:
             model.save_pretrained(folder, backbone="embed", state_dict=None if weights is None else dict(weights))
         elif self.is_distributed_loading_by_transformers:  # transformers gathers while it writes, with all ranks
             self.model.save_pretrained(folder, is_main_process=False)

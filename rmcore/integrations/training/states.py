@@ -28,16 +28,26 @@ class PairStates:
 
     def __call__(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """(B, 2, h) float32, through ``model`` (the backbone's, or what a trainer wraps it in), with their graph."""
+        return self.pooled(self.tokens(model, inputs), inputs)
+
+    def tokens(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """States of all tokens: (2B, T, h), or without padding (1, ΣT, h)."""
+        if "ends" not in inputs:
+            return self.backbone.token_states(inputs["input_ids"], inputs["attention_mask"], through=model)
+        given = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+        states: Tensor = model(**given).last_hidden_state
+        return states
+
+    def pooled(self, states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, 2, h) of what :meth:`tokens` gives."""
         if "ends" in inputs:
-            rows = self._packed(model, inputs)
+            rows = self._packed(states[0].float(), inputs["ends"])
         else:
-            rows = self.backbone.pooled_states(inputs["input_ids"], inputs["attention_mask"], through=model)
+            rows = self.backbone.pool(states, inputs["input_ids"], inputs["attention_mask"])
         rows = self.backbone.append_lengths(rows.float(), inputs["content"])
         return rows.view(-1, 2, rows.shape[1])
 
-    def _packed(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        given = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
-        states, ends = model(**given).last_hidden_state[0].float(), inputs["ends"]
+    def _packed(self, states: Tensor, ends: Tensor) -> Tensor:
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         if self.backbone.config.pooling == "mean":
             lengths = (ends - starts).tolist()

@@ -27,8 +27,16 @@ from rmcore._base.errors import NonFiniteError, reject
 from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
+from rmcore.integrations.training.cloud import CRITIQUE_NLL, CloudLoss, critique_losses
 from rmcore.integrations.training.config import PairwiseRewardConfig
-from rmcore.integrations.training.dataset import PairCollator, PairDataset, StreamedPairs, pairs_of
+from rmcore.integrations.training.critique_tokens import CritiqueTokens
+from rmcore.integrations.training.dataset import (
+    PairCollator,
+    PairDataset,
+    StreamedPairs,
+    pairs_of,
+    read_training_pairs,
+)
 from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
 from rmcore.integrations.training.metrics import pair_metrics
 from rmcore.integrations.training.posterior import (
@@ -101,10 +109,12 @@ class PairwiseRewardTrainer(SavesRewardModel):
             model.model = with_adapters(model, peft_config)
         freeze_unread(model)
         check_trainable(model)
+        loss = _loss_of(args, loss)
         collator = PairCollator(model, padding_free=args.padding_free)
         self._check_padding_free(args)
         self.pair_states = PairStates(model)
         self.mode = self.head.config.mode
+        self.critiques = args.critiques
         self._own_metrics = compute_metrics
         self.frozen: FrozenHead | None = None
         self._judging: FrozenHead | None = None  # what gives u in the evaluation that is going on
@@ -122,6 +132,8 @@ class PairwiseRewardTrainer(SavesRewardModel):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.head.to(self.args.device)
+        learns_tokens = args.critique_sft or args.lm_weight is not None
+        self._tokens = CritiqueTokens(model, self.accelerator) if learns_tokens else None
         self.loss: PairLoss = loss or bradley_terry
         if isinstance(loss, nn.Module):
             loss.to(self.args.device)
@@ -146,8 +158,12 @@ class PairwiseRewardTrainer(SavesRewardModel):
         if source is None or isinstance(source, (PairDataset, StreamedPairs, Subset)):
             return source
         if isinstance(source, IterableDataset) or type(source).__name__ == "IterableDataset":
-            return StreamedPairs(self.backbone, lambda: iter(_streamed(source)), self.mode)
-        return PairDataset(self.backbone, pairs_of(source), self.mode)
+            rows = lambda: read_training_pairs(source, critiques=self.critiques)  # noqa: E731
+            return StreamedPairs(self.backbone, rows, self.mode, critiques=self.critiques)
+        pairs = pairs_of(source, critiques=self.critiques)
+        if self.critiques and not any(item.critiques for item in pairs):
+            reject("critiques", "preferences without any", "a column critiques", "rmcore critique writes one")
+        return PairDataset(self.backbone, pairs, self.mode, critiques=self.critiques)
 
     def _eval_pairs(self, source: Any) -> Any:
         if isinstance(source, dict):
@@ -181,15 +197,19 @@ class PairwiseRewardTrainer(SavesRewardModel):
 
         With ``return_outputs`` also the states.
         """
-        states = self.pair_states(model, inputs)
+        every = self.pair_states.tokens(model, inputs)
+        states = self.pair_states.pooled(every, inputs)
+        columns = {name.removeprefix("column_"): t for name, t in inputs.items() if name.startswith("column_")}
+        if self._tokens is not None:
+            columns[CRITIQUE_NLL] = self._tokens.nll(every, inputs, training=model.training)
         with torch.autocast(states.device.type, enabled=False):
             batch = PairBatch(
                 states,
-                self.head(states),
+                states.new_zeros(states.shape[:2]) if self.args.critique_sft else self.head(states),
                 inputs["labels"],
                 inputs["margins"],
                 self.mode,
-                {name.removeprefix("column_"): t for name, t in inputs.items() if name.startswith("column_")},
+                columns,
             )
             losses = self.loss(batch)
             if self.args.center_rewards_coefficient:
@@ -218,6 +238,8 @@ class PairwiseRewardTrainer(SavesRewardModel):
 
     def step_head(self) -> None:
         """The head's part of an optimiser step; before the backbone's, once that gradient is known to be finite."""
+        if self.args.critique_sft:
+            return
         schedule = self._get_learning_rate() / self.args.learning_rate
         self._replicated.step(schedule, self._data_count, self.state.global_step)
         self._feature_map = None
@@ -251,6 +273,8 @@ class PairwiseRewardTrainer(SavesRewardModel):
 
     def _begin_head(self, model: nn.Module) -> None:
         """ℓ by the median rule on the first states, if unset, and power iteration settled: on every rank alike."""
+        if self.args.critique_sft:
+            return  # no head is trained
         if self.head.config.features == "rff" and not math.isfinite(float(self.head.length_scale)):
             set_length_scale(self.head, self.rows(model, _LENGTH_SCALE_PAIRS))
         self._replicated.begin()
@@ -270,6 +294,14 @@ class PairwiseRewardTrainer(SavesRewardModel):
         elif self._covariance is not None:
             self.frozen = self._covariance.frozen(self.head, self._dtype)
         return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer.log``; beside the loss the mean token loss of the critiques since the last time."""
+        if self._tokens is not None and "loss" in logs:
+            found = self._tokens.mean(training=True)
+            if found is not None:
+                logs[CRITIQUE_NLL] = round(found, 6)
+        super().log(logs, *args, **kwargs)
 
     # -- the posterior -------------------------------------------------------------------------------------------------
 
@@ -361,6 +393,10 @@ class PairwiseRewardTrainer(SavesRewardModel):
     @torch.no_grad()
     def _metrics(self, found: EvalPrediction) -> dict[str, float]:
         states, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+        nll = None if self._tokens is None else self._tokens.mean(training=False)
+        told = {} if nll is None else {CRITIQUE_NLL: nll}
+        if self.args.critique_sft:
+            return told
         if self._judging is None:
             scores = self.head(states.to(self.args.device)).cpu()
             logit = (scores[:, 0] - scores[:, 1]) / (1 if self.mode == "difference" else 2)
@@ -370,7 +406,7 @@ class PairwiseRewardTrainer(SavesRewardModel):
             metrics = pair_metrics(logit, labels, preference, uncertainty)
         if self._own_metrics is not None:
             metrics |= self._own_metrics(EvalPrediction(predictions=logit.numpy(), label_ids=labels.numpy()))
-        return metrics
+        return metrics | told
 
 
 class _HeadCallback(TrainerCallback):  # type: ignore[misc]
@@ -388,7 +424,11 @@ class _HeadCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.step_head()
 
 
-def _streamed(rows: Any) -> Any:
-    from rmcore.integrations.training.dataset import read_training_pairs
-
-    return read_training_pairs(rows)
+def _loss_of(args: PairwiseRewardConfig, given: PairLoss | None) -> PairLoss | None:
+    """The loss that the configuration names, or what was given."""
+    named: PairLoss | None = critique_losses if args.critique_sft else None
+    if args.lm_weight is not None:
+        named = CloudLoss(args.lm_weight)
+    if named is not None and given is not None:
+        reject("loss", "one beside critique_sft or lm_weight", "one of the two")
+    return named or given

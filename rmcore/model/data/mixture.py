@@ -96,12 +96,13 @@ def sources_of(given: Any) -> list[DataSource]:
 
 
 def mix(
-    sources: Sequence[DataSource], *, held_out: float | None = None, seed: int = 0
+    sources: Sequence[DataSource], *, held_out: float | None = None, seed: int = 0, critiques: bool = False
 ) -> tuple[list[Preference], list[Preference], DataReport]:
     """(train, held out, report) of all sources' pairs: distinct ones, then the split, then weights of those to train.
 
     A pair whose prompt and responses have been seen, in this source or one before it, is a duplicate and left out. One
-    that was seen the other way round is kept and counted: people disagree. ``held_out`` as :func:`split_by_prompt`.
+    that was seen the other way round is kept and counted: people disagree. ``held_out`` as :func:`split_by_prompt`;
+    ``critiques`` reads the responses' critiques too.
 
     Raises DataError for a row that is no preference; InputError where no pair is left.
     """
@@ -111,7 +112,7 @@ def mix(
     for source in sources:
         found = SourceReport(source.path, source.weight)
         own: list[Preference] = []
-        for item in _first(read_preferences(source.path, source.columns), source.most):
+        for item in _first(read_preferences(source.path, source.columns, critiques=critiques), source.most):
             found.read += 1
             key, other = _keys(item)
             if key in seen:
@@ -151,12 +152,15 @@ def split_by_prompt(
     return train, held, DataReport([], len(train), len(held), len(chosen))
 
 
-def stream(sources: Sequence[DataSource], *, seed: int = 0) -> Iterator[Preference]:
+def stream(sources: Sequence[DataSource], *, seed: int = 0, critiques: bool = False) -> Iterator[Preference]:
     """Pairs of all sources as they come, each drawn from one source at random by weight, until all have ended.
 
     Nothing is held in memory, so duplicates are not looked for.
     """
-    left = [iter(_first(read_preferences(source.path, source.columns), source.most)) for source in sources]
+    left = [
+        iter(_first(read_preferences(source.path, source.columns, critiques=critiques), source.most))
+        for source in sources
+    ]
     weights = [source.weight for source in sources]
     draw = random.Random(seed)
     while left:

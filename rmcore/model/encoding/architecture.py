@@ -17,6 +17,7 @@ __all__ = [
     "longest_exact",
     "pair_separator",
     "position_limit",
+    "sees_the_past_alone",
     "takes_two_texts",
     "text_config",
     "unfit",
@@ -26,6 +27,14 @@ __all__ = [
 def text_config(model: Any) -> Any:
     """The configuration of the model's decoder over text."""
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def sees_the_past_alone(model: Any) -> bool:
+    """Whether each token's attention goes to itself and to those before it: a decoder."""
+    config = text_config(model)
+    causal = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    closed = getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", None)
+    return bool(causal) and all(causal) and not closed
 
 
 def unfit(model: Any) -> str | None:
@@ -44,13 +53,7 @@ def unfit(model: Any) -> str | None:
         return f"layers of kind {', '.join(sorted(kinds))}, which see more or less than the tokens before"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids"
-    causal = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if (
-        not causal
-        or not all(causal)
-        or getattr(config, "is_causal", None) is False
-        or getattr(config, "use_bidirectional_attention", None)
-    ):
+    if not sees_the_past_alone(model):
         return "attention that is not causal (an encoder)"
     dynamic = _rope_types(config) & {"dynamic", "longrope"}
     if dynamic:

@@ -33,7 +33,8 @@ __all__ = ["Loaded", "config_for", "load_family"]
 class Loaded:
     """A body, its tokenizer, and what a :class:`~rmcore.model.Backbone` needs to read scores from it.
 
-    ``head_tensors`` reads the head's tensors again and ``head_keys`` holds its part of ``config.json``, for saving.
+    ``head_tensors`` reads the head's tensors again, CLoud's language head among them, and ``head_keys`` holds its part
+    of ``config.json``, for saving.
     """
 
     config: BackboneConfig
@@ -129,7 +130,14 @@ def load_family(
     pooler = Pooler(family, values, tokenizer, body.model_type)
     head = head.to(device, dtype)
     keys = {key: values[key] for key in sorted(family.read_keys) if key in values}
-    return Loaded(config, model, tokenizer, attention, head, pooler, functools.partial(head.tensors, files), keys)
+    own = functools.partial(_own_tensors, head, files, family.language)
+    return Loaded(config, model, tokenizer, attention, head, pooler, own, keys)
+
+
+def _own_tensors(head: RewardHead, files: TensorFiles, language: str) -> dict[str, torch.Tensor]:
+    """The head's tensors, and the language model's output weights where its critiques are part of the model."""
+    more = {language: files.read(language)} if language in files else {}
+    return {**head.tensors(files), **more}
 
 
 def _checkpoint(config: BackboneConfig, options: Options) -> Checkpoint:

@@ -316,6 +316,7 @@ FAMILIES: tuple[Family, ...] = (
         tensors=("reward_head.dense.weight", "reward_head.out_proj.weight"),
         body="reward_base_model.model.",
         ignored=("reward_base_model.lm_head.weight",),
+        language="reward_base_model.lm_head.weight",
         known=("feedback_method",),
         body_from="base_model_name_or_path",
     ),

@@ -228,6 +228,7 @@ class Family:
         body: prefix of the body's tensors; models saved without it are read too.
         files: further files with tensors: (name, prefix of its tensors). ``.pt`` files are read with weights_only.
         ignored: patterns of tensors that the score does not use.
+        language: the language model's output weights, which write what the score is read behind (CLoud's critiques).
         known: configuration keys that the family reads or that change nothing.
         body_types: model types of ``config.json`` that stand for one of transformers'.
         body_from: configuration key with the folder or hub name that has the body's configuration.
@@ -257,6 +258,7 @@ class Family:
     body: str = "model."
     files: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    language: str = ""
     known: tuple[str, ...] = ()
     body_types: Mapping[str, str] = field(default_factory=dict)
     body_from: str = ""

@@ -15,11 +15,13 @@ from rmcore._base.errors import CheckpointError
 from rmcore.model import hub
 from rmcore.model.families.spec import Family
 
-__all__ = ["Checkpoint", "TensorFiles"]
+__all__ = ["EMBEDDED_HEAD", "LANGUAGE_HEAD", "Checkpoint", "TensorFiles"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDED_HEAD = "reward_head.safetensors"
 """Where the head's tensors are in a model folder with an embedded body."""
+LANGUAGE_HEAD = "language_head.safetensors"
+"""Where the language model's output weights are there, if it was used and they are not the embeddings."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from torch.nn import functional
 from rmcore import Preference, RewardModel
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.engine import RewardEngine
+from rmcore.engine.own_critic import OwnCritic
+from rmcore.model.language_model import language_model
 
 PROMPT = "what is the capital of France?"
 RESPONSES = ["Paris is the capital of France.", "a dog", "the quick brown fox runs home"]
@@ -227,13 +229,14 @@ CRITIQUE = "The following is a break down on the correctness and usefulness of t
 
 
 def test_cloud_scores_a_response_behind_its_critique(tmp_path):
-    """The body's configuration is in another folder, the language model's head is left alone."""
+    """The body's configuration is in another folder; the language model's head writes, and changes no score."""
     tokenizer = llama3_tokenizer()
     body = small_body("llama", tokenizer)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(body.config.to_dict()))
     tensors = {f"reward_base_model.model.{name}": value.clone() for name, value in body.state_dict().items()}
-    tensors["reward_base_model.lm_head.weight"] = torch.zeros(len(tokenizer), HIDDEN)
+    written = torch.randn(len(tokenizer), HIDDEN, generator=torch.Generator().manual_seed(8))
+    tensors["reward_base_model.lm_head.weight"] = written
     torch.manual_seed(9)
     tensors |= {
         f"reward_head.{part}.weight": torch.randn(n, HIDDEN) for part, n in (("dense", HIDDEN), ("out_proj", 1))
@@ -258,6 +261,19 @@ def test_cloud_scores_a_response_behind_its_critique(tmp_path):
         assert score == pytest.approx(
             float(functional.linear(dense, *parts_of(tiny, "reward_head.out_proj"))[0]), abs=1e-5
         )
+    model.save_pretrained(tmp_path / "saved", backbone="embed")
+    again = RewardModel.from_pretrained(tmp_path / "saved", device="cpu")
+    ids = torch.tensor([[1, 5, 7]])
+    with torch.no_grad():
+        logits = functional.linear(body(input_ids=ids).last_hidden_state, written)
+        for own in (model.backbone, again.backbone):
+            torch.testing.assert_close(language_model(own)(ids).logits, logits, rtol=1e-4, atol=1e-5)
+    assert OwnCritic(language_model(again.backbone), again.backbone.encoder, max_new_tokens=3).critique("p", "Paris")
+    del tiny.tensors["reward_base_model.lm_head.weight"]
+    save_file(tiny.tensors, tmp_path / "cloud" / "model.safetensors", {"format": "pt"})
+    mute = RewardModel.from_pretrained(tmp_path / "cloud", device="cpu")  # it still scores
+    with pytest.raises(CheckpointError, match=r"reward_base_model\.lm_head\.weight"):
+        language_model(mute.backbone)
     del tiny.tensors["reward_head.out_proj.bias"], tiny.tensors["reward_head.out_proj.weight"]
     save_file(tiny.tensors, tmp_path / "cloud" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"reward_head\.out_proj\.weight"):
