@@ -250,8 +250,8 @@ def train(
             reject("--ai-labels", "no lines", "at least one")
         if critiques:
             streamed = finetunes and settings.streaming
-            others = (tune, epochs, further, ai_labels, by_attributes.attributes, ranks)
-            check_critiques(items, mode, others, streamed=streamed)
+            excluded = (tune, epochs, further, ai_labels, by_attributes.attributes, ranks)
+            check_critiques(items, mode, excluded, streamed=streamed)
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
