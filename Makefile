@@ -23,7 +23,7 @@ BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
   p.Path(own.replace("$(VENV)/", "$(VENV)/ray/"), "beside.pth").write_text(f"import site; site.addsitedir({own!r})\n")'
 SOURCES := $(shell find csrc -type f) pyproject.toml
 
-.PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-ray test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-postgres  the judge's store over PostgreSQL: processes killed, sessions cut, the server restarted and frozen"
 	@echo "make test-nemo-gym  the group server against NeMo-Gym's own client, in an environment of its own (Python 3.12)"
 	@echo "make test-ray  bulk scoring on a Ray cluster of two nodes on this machine, from an environment of its own"
+	@echo "make test-trainers  verl's reward loop on Ray and OpenRLHF's executor, their own code, from an environment of its own"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -136,6 +137,22 @@ test-ray: $(VENV)/.dev
 	@test -d $(VENV)/ray || ($(BIN)/python -m venv $(VENV)/ray && $(BIN)/python -c $(BESIDE) && \
 	  $(VENV)/ray/bin/python -m pip install -qq 'ray[data,serve]>=2.51')
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV)/ray/bin/python -m pytest -v -rs -m ray tests/integrations/ray
+
+# verl and OpenRLHF pin a transformers, a Ray and CUDA packages that are not wanted here: of what they ask for, what their rewards import.
+TRAINERS := $(VENV)/trainers
+$(TRAINERS)/.done: $(VENV)/.dev
+	@echo "== verl 0.9.1 and openrlhf 0.11.2 in $(TRAINERS)"
+	@$(BIN)/python -m venv $(TRAINERS)
+	@$(BIN)/python -c $(subst /ray/,/trainers/,$(BESIDE))
+	@$(TRAINERS)/bin/pip install -qq --no-deps verl==0.9.1 openrlhf==0.11.2
+	@$(TRAINERS)/bin/pip install -qq 'ray[default,serve]>=2.51' omegaconf hydra-core 'tensordict>=0.8,<=0.10' codetiming dill \
+	  torchdata pylatexenc aiohttp cachetools msgspec 2>&1 | grep -v "openrlhf\|verl\|dependency resolver" || true
+	@$(TRAINERS)/bin/python -c "import verl.experimental.reward_loop, openrlhf.utils.agent"
+	@touch $@
+
+test-trainers: $(TRAINERS)/.done
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRAINERS)/bin/python -m pytest -v -rs -m 'trainers or not trainers' tests/integrations/test_verl.py \
+	  tests/integrations/test_verl_live.py tests/integrations/test_openrlhf.py
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

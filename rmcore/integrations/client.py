@@ -24,12 +24,13 @@ from rmcore._base.http import Connections, check_base_url
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError
+from rmcore.integrations.server.members import prompt_digest
 from rmcore.integrations.server.placing import group_key, owner, ranked
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["GroupClient", "GroupResult", "MemberPart", "ServerError"]
+__all__ = ["GroupClient", "GroupResult", "MemberPart", "ServerError", "member_part"]
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class MemberPart:
     """One member's part of its group, from ``POST /v1/rendezvous``.
 
     Attributes:
+        slot: which of the members this is.
         advantage: A_i over the members present; None without a preference (alone of several, for one).
         reward: S_i/m, for a leave-one-out baseline.
         reward_group_mean: S_i/(m−1), for a group-mean baseline without std scaling.
@@ -121,6 +123,7 @@ class MemberPart:
         record: the whole reply.
     """
 
+    slot: int
     advantage: Number
     reward: Number
     reward_group_mean: Number
@@ -251,7 +254,22 @@ class GroupClient:
             "response": canonical_response(response),
         }
         at = [owner(group_key(group_id, attempt), self.urls)]
-        return _read(await self._post(at, "/v1/rendezvous", body), _member_part, "/v1/rendezvous")
+        return _read(await self._post(at, "/v1/rendezvous", body), member_part, "/v1/rendezvous")
+
+    async def meet(self, prompt: Prompt, response: Response, k: int) -> MemberPart:
+        """As :meth:`rendezvous`, for callers that know no name of the group: equal prompts are one.
+
+        Two equal prompts under way at once share their groups, and equal responses are members of their own.
+
+        Args:
+            prompt: the same for all members, text or messages.
+            response: this member's, likewise.
+            k: how many responses make a group.
+        """
+        asked = canonical_prompt(prompt)
+        body = {"k": k, "prompt": asked, "response": canonical_response(response)}
+        at = [owner(group_key("content", prompt_digest(asked)), self.urls)]
+        return _read(await self._post(at, "/v1/rendezvous", body), member_part, "/v1/rendezvous")
 
     async def get_reward(self, query: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
         """OpenRLHF's call: ``{"rewards": [...], "scores": [...], "extra_logs": {...}}``, one value a query.
@@ -375,8 +393,10 @@ def _group_result(reply: Mapping[str, Any], count: int) -> GroupResult:
     return result
 
 
-def _member_part(reply: Mapping[str, Any]) -> MemberPart:
+def member_part(reply: Mapping[str, Any]) -> MemberPart:
+    """A reply of ``/v1/rendezvous`` read; raises KeyError, TypeError or ValueError where it is none."""
     return MemberPart(
+        int(reply["slot"]),
         _number(reply["advantage"]),
         _number(reply["reward"]["leave_one_out"]),
         _number(reply["reward"]["group_mean"]),

@@ -1,4 +1,4 @@
-"""slime: the reward of a whole group, for ``--group-rm``.
+"""slime: the reward of a whole group, for ``--group-rm`` (read from its rollout/rm_hub and rollout/sglang_rollout.py).
 
     --group-rm --custom-rm-path rmcore.integrations.slime.group_rm --rm-url http://127.0.0.1:8400
 
@@ -107,6 +107,8 @@ class GroupReward:
             InputError: the samples are no group of one prompt, or no source is named.
             ServerError: no answer from the group server.
         """
+        if not isinstance(samples, Sequence):  # without --group-rm slime hands over one sample
+            reject("samples", type(samples).__name__, "a prompt's samples", "Pass --group-rm")
         key = getattr(args, "rmcore_prompt_key", None) or self.prompt_key
         prompts = [_prompt(sample, key, k) for k, sample in enumerate(samples)]
         for k, prompt in enumerate(prompts):

@@ -119,10 +119,11 @@ def two_ranks(policy_path, reward_model_path, tmp_path_factory) -> Path:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)]
         command += [str(policy_path("llama")), str(reward_model_path), str(out)]
-        command += ["8,raise", "6,gather", "8,raise,resumed", "6,gather,resumed", "6,raise"]
+        command += ["8,raise", "6,gather", "8,raise,served", "6,gather,served", "8,raise,resumed", "6,gather,resumed"]
+        command += ["6,raise"]
         env = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
-        assert len(list(out.glob("*.json"))) == 10, done.stderr[-3000:]
+        assert len(list(out.glob("*.json"))) == 14, done.stderr[-3000:]
 
     return made_once(tmp_path_factory, "two ranks", launch)
 

@@ -222,6 +222,11 @@ def test_mixed_prompts_and_fanned_out_samples_are_refused(engine):
         run(GroupReward(engine), [group(), group()])
 
 
+def test_a_single_sample_names_the_option_that_hands_over_groups(engine):
+    with pytest.raises(InputError, match="--group-rm"):
+        run(GroupReward(engine), group()[0])
+
+
 def test_without_a_source_the_setting_is_named(monkeypatch):
     monkeypatch.delenv("RMCORE_SERVE_URL", raising=False)
     monkeypatch.delenv("RMCORE_MODEL", raising=False)

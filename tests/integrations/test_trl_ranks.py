@@ -35,7 +35,11 @@ def expected(reward_model, ranks: list[dict], step: int, size: int = 4) -> torch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "partial_groups"), [(8, "raise"), (6, "gather")], ids=["whole", "gathered"])
+@pytest.mark.parametrize(
+    ("rows", "partial_groups"),
+    [(8, "raise"), (6, "gather"), (8, "raise served"), (6, "gather served")],
+    ids=["whole", "gathered", "whole, from a vLLM server", "gathered, from a vLLM server"],
+)
 def test_two_ranks_are_exact(rows, partial_groups, ranks_of, reward_model):
     ranks = ranks_of(rows, partial_groups)
     assert not [rank["error"] for rank in ranks if "error" in rank]

@@ -150,9 +150,9 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
         summary="Join a group as one member and wait for the others",
     )
     async def join(body: MemberRequest, request: Request) -> Response:
-        if (answer := await service.peers.answer(request, body.group_id, body.attempt)) is not None:
+        if (answer := await service.peers.answer(request, *service.member_key(body))) is not None:
             return answer
-        return json_response(member_reply(body, await service.join(body)))
+        return json_response(member_reply(body, await service.join(body, request.scope)))
 
     @app.post(
         "/get_reward",

@@ -203,9 +203,13 @@ class MemberRequest(BaseModel):
     """One member of a group whose siblings come in calls of their own."""
 
     model_config = _STRICT
-    group_id: Name
+    group_id: Name | None = Field(
+        default=None, description="Without it, and without a slot, the prompt says who belongs together."
+    )
     attempt: Name = Field(default=0, description="A new value makes a new group of the same id.")
-    slot: Integer = Field(ge=0, lt=2**31, description="Which member this is; below k.")
+    slot: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
+        default=None, description="Which member this is; below k."
+    )
     k: Integer = Field(ge=1, lt=2**31, description="How many members the group has.")
     prompt: PromptField
     response: ResponseField
@@ -221,7 +225,7 @@ class Reward(BaseModel):
 class MemberReply(BaseModel):
     """One member's part of its group."""
 
-    group_id: Name
+    group_id: Name | None
     attempt: Name
     slot: int
     reward: Reward
@@ -311,7 +315,7 @@ def member_reply(request: MemberRequest, result: MemberResult) -> dict[str, Any]
     return {
         "group_id": request.group_id,
         "attempt": request.attempt,
-        "slot": request.slot,
+        "slot": result.slots[i] if request.slot is None else request.slot,
         "reward": {"leave_one_out": leave_one_out, "group_mean": group_mean},
         "advantage": advantage,
         "advantage_variance": None if variance is None else _number(float(variance[i])),

@@ -20,6 +20,7 @@ from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
 from rmcore.integrations.server.guard import Guard, when_lost
+from rmcore.integrations.server.members import prompt_digest
 from rmcore.integrations.server.metrics import ServerMetrics
 from rmcore.integrations.server.peers import Peers
 from rmcore.integrations.server.remote_rm import grouped, prompt_text, response_text
@@ -122,14 +123,27 @@ class RewardService:
             groups.append((self._prompt(request.prompt, f"{where}prompt"), responses))
         return groups
 
-    async def join(self, request: MemberRequest) -> MemberResult:
-        """``/v1/rendezvous``."""
+    def member_key(self, request: MemberRequest) -> tuple[object, ...]:
+        """What the members of a group have in common, for :class:`~rmcore.integrations.server.peers.Peers`."""
+        if request.group_id is not None:
+            return request.group_id, request.attempt
+        return "content", prompt_digest(self._prompt(request.prompt, "prompt"))
+
+    async def join(self, request: MemberRequest, scope: Scope | None = None) -> MemberResult:
+        """``/v1/rendezvous``; by ``scope`` an answer by content that does not go out is known for lost."""
         if request.k > self.settings.max_responses:
             reject("k", request.k, f"at most {self.settings.max_responses}")
-        if request.slot >= request.k:
+        if (request.group_id is None) != (request.slot is None):
+            reject("group_id, slot", "one without the other", "both, or neither for a group by its prompt")
+        if request.slot is not None and request.slot >= request.k:
             reject("slot", request.slot, f"below k = {request.k}")
         response = self._response(request.response, "response")
         prompt = self._prompt(request.prompt, "prompt")
+        if request.group_id is None or request.slot is None:
+            result = await self.assembly.join_by_content(prompt, response, request.k)
+            if scope is not None:
+                when_lost(scope, result.lost)
+            return result
         return await self.assembly.join(
             request.group_id, request.slot, request.k, prompt, response, attempt=request.attempt
         )

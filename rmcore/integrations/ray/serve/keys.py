@@ -45,6 +45,8 @@ def request_key(path: str, body: bytes, idempotency_key: str | None = None) -> b
 
 def _group(path: str, value: Mapping[str, Any]) -> bytes | None:
     if path == "/v1/rendezvous":
+        if value.get("group_id") is None:
+            return group_key("content", prompt_digest(value["prompt"]))
         return group_key("id", _name(value["group_id"]), _name(value.get("attempt", 0)))
     if path == "/get_reward":
         prompts = value["prompts"]

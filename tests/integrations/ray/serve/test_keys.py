@@ -39,6 +39,13 @@ def test_an_attempt_left_out_is_0_and_a_float_without_a_fraction_an_integer():
     assert key("/v1/rendezvous", body) != key("/v1/rendezvous", {"group_id": "7"})
 
 
+def test_members_without_a_name_go_by_their_prompt():
+    body = {"k": 2, "prompt": [{"role": "user", "content": "red tree"}], "response": "a"}
+    other = {"prompt": [{"content": "red tree", "role": "user"}], "response": "b", "k": 2, "group_id": None}
+    assert key("/v1/rendezvous", body) == key("/v1/rendezvous", other)
+    assert key("/v1/rendezvous", body) != key("/v1/rendezvous", {**body, "prompt": "blue river"})
+
+
 def test_single_rewards_go_by_their_prompt():
     one = {"query": ["a long prompt yes"], "prompts": ["a long prompt"], "labels": [None]}
     other = {"prompts": ["a long prompt"], "query": ["a long prompt no"]}

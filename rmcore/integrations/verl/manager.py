@@ -1,58 +1,50 @@
-"""verl (read from 0.9.1): a reward manager that meets the group's other samples at the group server.
-
-    reward.reward_manager.source=importlib
-    reward.reward_manager.name=PairwiseRewardManager
-    reward.reward_manager.module.path=pkg://rmcore.integrations.verl
-    +reward.reward_kwargs.rmcore.url=http://127.0.0.1:8400
-    algorithm.adv_estimator=rmcore
-
-verl scores one sample a call, on a random worker, so each call goes to ``rmcore serve``, waits there for its siblings
-(same ``uid``, ``session_id`` 0 to n−1) and takes its own advantage back. The estimator ``rmcore`` hands that through.
-
-An error is raised, never turned into 0.0 (as verl's own ``rate_limited`` manager does). verl logs it; its synchronous
-trainer then trains on the group's other samples, the asynchronous ones drop the group. The others' advantages are exact
-all the same with ``rmcore``, since they were made from the whole group; ``rloo`` would take its baseline over what is
-left.
-"""
+"""verl's reward manager."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt
 from rmcore.engine.advantage import check_tau, reliability_weights
-from rmcore.integrations.client import GroupClient, MemberPart, ServerError
+from rmcore.integrations.client import MemberPart, ServerError
+from rmcore.integrations.ray.groups import Groups
 from rmcore.integrations.rows import alone
+from rmcore.integrations.verl.estimator import ADVANTAGE_ESTIMATOR
+from rmcore.integrations.verl.source import ACTOR_SETTINGS, CLIENT_SETTINGS, groups_of
 
-__all__ = ["ADVANTAGE_ESTIMATOR", "PairwiseRewardManager", "passthrough_advantages", "register"]
+__all__ = ["PairwiseRewardManager"]
 
 log = logging.getLogger(__name__)
-
-ADVANTAGE_ESTIMATOR = "rmcore"
-"""The name of the pass-through estimator in ``algorithm.adv_estimator``."""
 
 Returns: TypeAlias = Literal["advantage", "leave-one-out"]
 """What a sample's score is: A_i itself, or S_i/m, from which a leave-one-out baseline makes A_i."""
 
-_SETTINGS = frozenset({"url", "returns", "reliability_tau", "token_env", "timeout_s", "attempt_timeout_s"})
+_WHERE = "reward.reward_kwargs.rmcore"
+_OURS = frozenset({"returns", "reliability_tau"})
+_SETTINGS = CLIENT_SETTINGS | ACTOR_SETTINGS | _OURS
 
 
 class PairwiseRewardManager:
     """verl's reward manager; verl makes one in each reward-loop worker.
 
-    Settings come from ``reward.reward_kwargs.rmcore`` (``url``, ``returns``, ``reliability_tau``, ``token_env``,
-    ``timeout_s``, ``attempt_timeout_s``; the last three as in :class:`~rmcore.integrations.client.GroupClient`), the
-    address also from the environment variable ``RMCORE_SERVE_URL``.
+    Settings come from ``reward.reward_kwargs.rmcore``. With ``url`` (or the environment variable ``RMCORE_SERVE_URL``)
+    samples meet at ``rmcore serve``; ``token_env``, ``timeout_s`` and ``attempt_timeout_s`` are those of
+    :class:`~rmcore.integrations.client.GroupClient`. With ``model`` they meet in an actor of verl's cluster, one for
+    all workers, that holds the model; there the judge is the generative reward model that verl serves, if it does
+    (``judge_fraction``, ``judge_kind``, ``judge_orders``, ``judge_max_tokens``, ``store``, ``device``, ``num_gpus``,
+    ``time_limit_s``: :class:`~rmcore.integrations.verl.source.ActorEngine`). ``returns`` and ``reliability_tau`` are
+    for both.
+
+    Samples without ``uid`` and ``session_id``, as the trainer has them where verl's reward model shares its GPUs with
+    the policy, meet by their prompts.
 
     The score is A_i for the estimator ``rmcore``, and for ``grpo`` with ``norm_adv_by_std_in_grpo=False`` (the A_i of a
     group sum to 0, so its mean takes nothing away); S_i/m for ``rloo`` and ``rloo_vectorized``. With any other
@@ -65,8 +57,9 @@ class PairwiseRewardManager:
     Args:
         config: verl's whole configuration.
         tokenizer: the policy's, to decode responses.
-        compute_score, reward_router_address, reward_model_tokenizer: what verl gives every manager; not used.
-        client: instead of one made from the settings; a seam for tests.
+        compute_score, reward_model_tokenizer: what verl gives every manager; not used.
+        reward_router_address: of the generative reward model that verl serves; None where it serves none.
+        client: instead of what the settings name; a seam for tests.
 
     Raises:
         InputError: a setting is missing or does not fit, named as verl knows it.
@@ -77,15 +70,15 @@ class PairwiseRewardManager:
         config: Any,
         tokenizer: Any,
         compute_score: object = None,
-        reward_router_address: object = None,
+        reward_router_address: str | None = None,
         reward_model_tokenizer: object = None,
         *,
-        client: GroupClient | None = None,
+        client: Groups | None = None,
     ) -> None:
-        settings = _at(config, "reward.reward_kwargs.rmcore") or {}
+        settings = _at(config, _WHERE) or {}
         unknown = sorted(str(name) for name in settings if name not in _SETTINGS)
         if unknown:
-            reject("reward.reward_kwargs.rmcore", f"the keys {unknown}", f"only {sorted(_SETTINGS)}")
+            reject(_WHERE, f"the keys {unknown}", f"only {sorted(_SETTINGS)}")
         self.tokenizer = tokenizer
         self.returns = _checked_returns(config, settings.get("returns"))
         self.reliability_tau: float | None = settings.get("reliability_tau")
@@ -93,7 +86,13 @@ class PairwiseRewardManager:
             check_tau(self.reliability_tau, "reward.reward_kwargs.rmcore.reliability_tau")
         self.n = _samples(config, "actor_rollout_ref.rollout.n")
         self.val_n = _samples(config, "actor_rollout_ref.rollout.val_kwargs.n", default=1)
-        self.client = client or _client(settings)
+        self.client = client or groups_of(
+            {name: settings[name] for name in settings if name not in _OURS},
+            _WHERE,
+            router_address=reward_router_address,
+            judge_model=_at(config, "reward.reward_model.model_path"),
+        )
+        _check_asked(config, reward_router_address)
         for warning in _inexact(config):
             log.warning("advantages will not be exactly RLOO over the preferences: %s", warning)
 
@@ -113,19 +112,24 @@ class PairwiseRewardManager:
         """
         item = data[-1:][0]
         about = item.non_tensor_batch
-        uid, slot = self._place(about)
+        size = self._group_size(about)
         prompt = _messages(about)
         response = await asyncio.to_thread(self._decode, item)
-        part = await self.client.rendezvous(
-            uid, slot, self._group_size(about), prompt, response, attempt=int(about.get("global_steps", 0))
-        )
+        if "uid" not in about and "session_id" not in about:
+            where = "a sample without uid"
+            part = await self.client.meet(prompt, response, size)
+        else:
+            uid, slot = self._place(about)
+            where = f"uid {uid}, session_id {slot}"
+            attempt = int(about.get("global_steps", 0))
+            part = await self.client.rendezvous(uid, slot, size, prompt, response, attempt=attempt)
         advantage = part.advantage
         if advantage is None or part.reward is None:
             raise ServerError(
-                f"uid {uid}, session_id {slot}: got no preference between this response and any other of the group's "
+                f"{where}: got no preference between this response and any other of the group's "
                 f"{len(part.slots)} present, expected one"
             )
-        extra = _extra_info(part, slot, advantage)
+        extra = _extra_info(part, advantage)
         if self.reliability_tau is not None:
             extra["rmcore_reliability"] = _weight(part, self.reliability_tau)
         score = advantage if self.returns == "advantage" else part.reward
@@ -175,43 +179,6 @@ class PairwiseRewardManager:
                 f"{self.n} as actor_rollout_ref.rollout.n, or a 'split' in each row's extra_info ('train' or another)",
             )
         return self.n if split == "train" else self.val_n
-
-
-def passthrough_advantages(
-    token_level_rewards: Tensor, response_mask: Tensor, config: object = None, index: object = None, **_: object
-) -> tuple[Tensor, Tensor]:
-    """verl's advantage estimator ``rmcore``: a sample's score is its advantage, at every token of the response.
-
-    Args:
-        token_level_rewards: (B, T), each sample's A_i at its last token and 0 elsewhere.
-        response_mask: (B, T), 1 for the policy's own tokens.
-        config: not used, like ``index`` and all else that verl gives every estimator.
-        index: not used.
-
-    Returns:
-        advantages and returns, (B, T) both, the same.
-
-    Raises:
-        NonFiniteError: a sample's score is NaN or infinite; its row is in ``rows``.
-    """
-    with torch.no_grad():
-        score = token_level_rewards.sum(-1, keepdim=True)
-        wrong = tuple((~score.isfinite()).nonzero()[:, 0].tolist())
-        if wrong:
-            raise NonFiniteError(f"token_level_rewards: got NaN or Inf in rows {wrong[:8]}, expected numbers", wrong)
-        advantages = score * response_mask
-    return advantages, advantages
-
-
-def register() -> None:
-    """Make the estimator known to verl. Importing this module does it where verl is loaded already.
-
-    Raises:
-        ImportError: verl is not installed.
-    """
-    from verl.trainer.ppo.core_algos import register_adv_est
-
-    register_adv_est(ADVANTAGE_ESTIMATOR)(passthrough_advantages)
 
 
 def _at(config: Any, path: str, default: Any = None) -> Any:
@@ -275,17 +242,15 @@ def _inexact(config: Any) -> list[str]:
     return found
 
 
-def _client(settings: Mapping[str, Any]) -> GroupClient:
-    url = settings.get("url") or os.environ.get("RMCORE_SERVE_URL")
-    if not url:
+def _check_asked(config: Any, router_address: str | None) -> None:
+    """verl's reward worker calls a manager only if it has a reward function of the user's, or serves no model."""
+    if router_address is not None and _at(config, "reward.custom_reward_function.path") is None:
         reject(
-            "reward.reward_kwargs.rmcore.url",
-            "nothing",
-            "the address of rmcore serve",
-            "Pass +reward.reward_kwargs.rmcore.url=http://host:8400 or set RMCORE_SERVE_URL on every node",
+            "reward.custom_reward_function.path",
+            "nothing, so that verl scores with its reward model alone and never calls this manager",
+            "any function",
+            "reward.custom_reward_function.path=pkg://rmcore.integrations.verl (its compute_score is then not called)",
         )
-    ours = ("url", "returns", "reliability_tau")
-    return GroupClient(url, **{name: settings[name] for name in settings if name not in ours})
 
 
 def _messages(about: Mapping[str, Any]) -> Canonical:
@@ -296,13 +261,13 @@ def _messages(about: Mapping[str, Any]) -> Canonical:
     return canonical_prompt(raw.tolist() if hasattr(raw, "tolist") else raw, "raw_prompt")
 
 
-def _extra_info(part: MemberPart, slot: int, advantage: float) -> dict[str, float]:
+def _extra_info(part: MemberPart, advantage: float) -> dict[str, float]:
     # verl stacks these over samples, so every sample must have the same keys.
-    others = [u for s, u in zip(part.slots, part.uncertainty, strict=True) if s != slot and u is not None]
+    others = [u for s, u in zip(part.slots, part.uncertainty, strict=True) if s != part.slot and u is not None]
     return {
         "rmcore_advantage": advantage,
         "rmcore_uncertainty": math.fsum(others) / len(others) if others else 1.0,
-        "rmcore_judge_rate": _judge_rate(part, slot),
+        "rmcore_judge_rate": _judge_rate(part),
         "rmcore_members": float(len(part.slots)),
     }
 
@@ -318,11 +283,7 @@ def _weight(part: MemberPart, tau: float) -> float:
     return float(reliability_weights(torch.tensor(part.advantage_variance, dtype=torch.float64), tau))
 
 
-def _judge_rate(part: MemberPart, slot: int) -> float:
+def _judge_rate(part: MemberPart) -> float:
     routed = part.record.get("routed", ())
-    others = [bool(r) for s, r in zip(part.slots, routed, strict=False) if s != slot]
+    others = [bool(r) for s, r in zip(part.slots, routed, strict=False) if s != part.slot]
     return sum(others) / len(others) if others else 0.0
-
-
-if "verl" in sys.modules:  # verl's trainer imports this module to find the manager, and then looks for the estimator
-    register()
