@@ -1,4 +1,4 @@
-"""The load of :mod:`serve_soak`: a tiny model, a server around it, clients that know what must come back."""
+"""The load of serve_soak and serve_ray: a tiny model, a server around it, clients that know what must come back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ from rmcore.integrations.server.batching import BatchScorer
 from rmcore.model import Preference, RewardModel
 from rmcore.model.backbone import Backbone, BackboneConfig
 
-__all__ = ["Client", "Group", "Outcome", "Soak", "drive", "make_pool", "measure_batching", "server", "tiny_model"]
+__all__ = [
+    "Client",
+    "Group",
+    "Outcome",
+    "Soak",
+    "drive",
+    "make_pool",
+    "measure_batching",
+    "score_pool",
+    "server",
+    "tiny_model",
+]
 
 PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
 BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
@@ -51,16 +62,18 @@ class Soak:
     time_limit_s: float = 10.0
     ratio_seconds: float = 3.0
     seed: int = 0
+    first_number: int = 1
+    answer_s: float = 60.0
+    ask_again: bool = False
 
 
 @dataclass(frozen=True)
 class Group:
-    """Texts and the engine's own preferences of them, (K, K) as nested lists."""
+    """Texts and the engine's own preferences of them, (K, K) as nested lists, and rewards; by version of its head."""
 
     prompt: str
     responses: list[str]
-    preference: list[list[float]]
-    rewards: list[float]
+    versions: dict[int | None, tuple[list[list[float]], list[float]]]
 
 
 @dataclass
@@ -73,6 +86,10 @@ class Outcome:
     groups_in_time: float = 0.0
     seconds: float = 0.0
     errors: list[str] = field(default_factory=list)
+    answers: list[tuple[float, float, int | None]] = field(default_factory=list)
+    """When each came, in how many seconds, and the head's version."""
+    versions: dict[int, set[int | None]] = field(default_factory=dict)
+    """Of each group's answers."""
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
@@ -127,12 +144,16 @@ def make_pool(engine: RewardEngine, soak: Soak) -> list[Group]:
     """Groups with their scores, which hold for any number in place of the 0: they are all the same unknown word."""
     rng = random.Random(soak.seed)
     prompts = [" ".join(rng.choices(NEUTRAL, k=6)) + " #" for _ in range(soak.pool)]
-    responses = [_texts(rng, soak.group) for _ in prompts]
-    scores = engine.score([f"{prompt} 0" for prompt in prompts], responses)
-    return [
-        Group(prompt, texts, score.preference.tolist(), score.rewards.tolist())
-        for prompt, texts, score in zip(prompts, responses, scores, strict=True)
-    ]
+    pool = [Group(prompt, _texts(rng, soak.group), {}) for prompt in prompts]
+    score_pool(engine, pool)
+    return pool
+
+
+def score_pool(engine: RewardEngine, pool: Sequence[Group]) -> None:
+    """Note what the engine says of all groups, under its head's version."""
+    scores = engine.score([f"{group.prompt} 0" for group in pool], [group.responses for group in pool])
+    for group, score in zip(pool, scores, strict=True):
+        group.versions[score.head_version] = score.preference.tolist(), score.rewards.tolist()
 
 
 def _texts(rng: random.Random, count: int) -> list[str]:
@@ -195,7 +216,12 @@ class Client:
         length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
         assert length is not None
         content = await self._streams[0].readexactly(int(length[1]))
-        return int(head.split(b" ", 2)[1]), json.loads(content)
+        if b"close" in head.lower().partition(b"\r\nconnection:")[2].partition(b"\r\n")[0]:
+            self.hang_up()
+        try:
+            return int(head.split(b" ", 2)[1]), json.loads(content)
+        except ValueError:  # a proxy's words
+            return int(head.split(b" ", 2)[1]), content.decode("utf-8", "replace")
 
     def hang_up(self) -> None:
         """Close the socket, whatever is on the way."""
@@ -212,16 +238,26 @@ class Call:
     path: str
     body: object
     group: Group
+    number: int
     slot: int = 0
 
+    def version(self, reply: Any) -> int | None:
+        """The head's version that the answer names."""
+        found: int | None = (reply["extra_logs"] if self.kind == "openrlhf" else reply).get("head_version")
+        return found
+
     def right(self, reply: Any) -> bool:
-        """Whether the answer is this call's own."""
+        """Whether the answer is this call's own, by the version that it names."""
+        expected = self.group.versions.get(self.version(reply))
+        if expected is None:
+            return False
+        preference, rewards = expected
         if self.kind == "groups":
-            return bool(reply["id"] == self.body["id"] and _near(reply["preference"], self.group.preference))  # type: ignore[index]
+            return bool(reply["id"] == self.number and _near(reply["preference"], preference))
         if self.kind == "rendezvous":
             whole = reply["complete"] and reply["slot"] == self.slot
-            return bool(whole and _near(reply["preference"], self.group.preference[self.slot]))
-        return _near(reply["rewards"], [self.group.rewards[self.slot]])
+            return bool(whole and _near(reply["preference"], preference[self.slot]))
+        return _near(reply["rewards"], [rewards[self.slot]])
 
 
 def _near(got: Any, expected: Any) -> bool:
@@ -231,9 +267,9 @@ def _near(got: Any, expected: Any) -> bool:
 class Work:
     """Calls to be made: whole groups, and members of groups in an order of no group's own."""
 
-    def __init__(self, pool: Sequence[Group], seed: int) -> None:
-        self._pool, self._rng, self._ready = pool, random.Random(seed), deque[Call]()
-        self._numbers = itertools.count(1)
+    def __init__(self, pool: Sequence[Group], soak: Soak) -> None:
+        self._pool, self._rng, self._ready = pool, random.Random(soak.seed), deque[Call]()
+        self._numbers = itertools.count(soak.first_number)
         self.groups = 0
 
     def next(self, *, more: bool) -> Call | None:
@@ -252,24 +288,42 @@ class Work:
         self.groups += 1
         prompt, size = f"{group.prompt} {number}", len(group.responses)
         if kind == "groups":
-            return [Call(kind, "/v1/groups", {"prompt": prompt, "responses": group.responses, "id": number}, group)]
+            body = {"prompt": prompt, "responses": group.responses, "id": number}
+            return [Call(kind, "/v1/groups", body, group, number)]
         if kind == "openrlhf":
             queries = [[f"{prompt}{text}</s>"] for text in group.responses]
             return [
-                Call(kind, "/get_reward", {"query": query, "prompts": [prompt], "labels": [None]}, group, slot)
+                Call(kind, "/get_reward", {"query": query, "prompts": [prompt], "labels": [None]}, group, number, slot)
                 for slot, query in enumerate(queries)
             ]
         common = {"group_id": number, "k": size, "prompt": prompt}
         return [
-            Call(kind, "/v1/rendezvous", {**common, "slot": slot, "response": text}, group, slot)
+            Call(kind, "/v1/rendezvous", {**common, "slot": slot, "response": text}, group, number, slot)
             for slot, text in enumerate(group.responses)
         ]
 
 
 async def drive(url: str, pool: Sequence[Group], soak: Soak) -> Outcome:
     """All clients, until the time is up and every group they began is answered."""
-    outcome, work, rng = Outcome(), Work(pool, soak.seed), random.Random(soak.seed + 1)
+    outcome, work, rng = Outcome(), Work(pool, soak), random.Random(soak.seed + 1)
     began = time.perf_counter()
+
+    async def ask(connection: Client, call: Call) -> tuple[int, Any]:
+        """The answer; asked again, as trainers' clients do, where a proxy says that it has lost its server."""
+        while True:
+            try:
+                await connection.send(call.path, call.body)
+                async with asyncio.timeout(soak.answer_s):
+                    status, reply = await connection.receive()
+            except (OSError, EOFError):
+                if not soak.ask_again:
+                    raise
+                connection.hang_up()
+                status, reply = 0, ""
+            if not soak.ask_again or (status not in (0, 429, 502, 503) and not isinstance(reply, str)):
+                return status, reply
+            outcome.counts["asked_again"] += 1
+            await asyncio.sleep(1.0)
 
     async def client() -> None:
         connection = Client(url)
@@ -283,9 +337,7 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak) -> Outcome:
                     outcome.counts["hung_up"] += 1
                     await asyncio.sleep(_RETRY_S.get(call.kind, 0.0))
                 started = time.perf_counter()
-                await connection.send(call.path, call.body)
-                async with asyncio.timeout(60):
-                    status, reply = await connection.receive()
+                status, reply = await ask(connection, call)
                 seconds = time.perf_counter() - started
             except (OSError, EOFError, TimeoutError) as error:
                 outcome.counts["lost"] += 1
@@ -294,6 +346,9 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak) -> Outcome:
                 continue
             outcome.counts[f"status_{status}"] += 1
             outcome.counts[f"calls_{call.kind}"] += 1
+            if status == 200:
+                outcome.answers.append((started + seconds - began, seconds, call.version(reply)))
+                outcome.versions.setdefault(call.number, set()).add(call.version(reply))
             if status != 200:
                 outcome.errors.append(f"{call.kind}: {status} {reply}"[:300])
             elif not call.right(reply):

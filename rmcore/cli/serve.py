@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +14,7 @@ from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.console import notes, reported_errors
+from rmcore.cli.serve_ray import ServingOnRay, serve_on_ray
 
 __all__ = ["serve"]
 
@@ -84,8 +86,16 @@ def serve(
     design: Annotated[
         str, typer.Option(help="Which pairs of a group are compared: all, circular, regular:k, swiss:k.")
     ] = "all",
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a learner's journal, which another process writes: its current version of the head is "
+            "served, and each later one, without a restart."
+        ),
+    ] = None,
     judging: ServeJudging,
     doubting: options.Doubting,
+    on_ray: ServingOnRay,
     backend: options.Backend = "auto",
     device: options.Device = None,
     attn_implementation: options.AttnImplementation = "auto",
@@ -98,15 +108,17 @@ def serve(
 
     Requests are scored together in batches. SIGTERM answers everything accepted, then ends with status 0. Without
     --threshold, --budget or --judge-fraction no pair goes to a judge. --router-state is written after every batch, so
-    budgets hold over restarts and crashes.
+    budgets hold over restarts and crashes. --ray serves from a cluster, with as many models as there is work for.
 
     Example: `rmcore serve my-rm --group-size 8 --budget 0.1 --judge-url http://localhost:8000/v1 --judge-model judge
     --judge-key-env ''` (a judge without keys)
     """
     with reported_errors():
+        from rmcore.engine.learning.follow import following, served_from
         from rmcore.integrations.server import run
         from rmcore.integrations.server.settings import END_TOKENS, ServeSettings
 
+        on_ray.check()
         token = os.environ.get(token_env) if token_env else None
         if token == "":  # set, but empty: somebody's secret did not arrive
             reject(f"the variable {token_env}", "an empty value", "a token, or no such variable")
@@ -135,32 +147,35 @@ def serve(
             peers=() if peers is None else tuple(url.strip() for url in peers.split(",")),
             advertise=advertise,
         )
-        engine, save_router = make_engine(
-            model,
-            judging,
-            backend=backend,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            deterministic=deterministic,
-            max_length=max_length,
-            overlong=overlong,
-            doubting=doubting,
-            design=design,
-        )
         if settings.answer_within_s >= 180:
             notes.print(
                 f"[yellow]answers may take {settings.answer_within_s:g} s, and OpenRLHF gives up after 180: lower "
                 "--time-limit or --judge-deadline if it calls this server[/yellow]"
             )
+        loading: dict[str, Any] = {
+            "backend": backend,
+            "device": device,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+            "deterministic": deterministic,
+            "max_length": max_length,
+            "overlong": overlong,
+            "doubting": doubting,
+            "design": design,
+        }
+        if on_ray.ray is not None:
+            serve_on_ray(on_ray, model, judging, loading, settings, journal)
+            return
+        engine, save_router = make_engine(model, judging, **loading)
         try:
-            run(
-                engine,
-                settings,
-                model=Path(model).name,
-                started=lambda url: notes.print(f"serving {url}"),
-                save_state=None if judging.router_state is None else save_router,
-            )
+            with nullcontext() if journal is None else following(journal, served_from(journal, engine)):
+                run(
+                    engine,
+                    settings,
+                    model=Path(model).name,
+                    started=lambda url: notes.print(f"serving {url}"),
+                    save_state=None if judging.router_state is None else save_router,
+                )
         finally:
             try:
                 save_router()

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rmcore.cli import app
-from rmcore.cli.score_ray import _last_words
+from rmcore.cli.on_ray import _last_words
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from rmcore.engine.learning.journal import LINES, Versions
+from rmcore.engine.learning.learner import read_version
+from rmcore.head.frozen import FrozenHead
+from rmcore.ops.dispatch import Backend
 
-__all__ = ["JournalWatch", "following"]
+__all__ = ["JournalWatch", "following", "served_from"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,27 @@ class JournalWatch:
             self._current = versions.current if versions.versions else None
             self._seen = found.st_mtime_ns, found.st_size
         return self._current
+
+
+class ServesHeads(Protocol):
+    """What of a :class:`~rmcore.engine.engine.RewardEngine` is needed here."""
+
+    head: FrozenHead
+    backend: Backend
+
+    def serve_head(self, head: FrozenHead, version: int) -> None:
+        """Serve another version."""
+        ...
+
+
+def served_from(path: str | os.PathLike[str], engine: ServesHeads) -> Callable[[int], None]:
+    """``publish`` of :func:`following` for an engine in this process; raises as ``read_version`` and ``serve_head``."""
+    base = engine.head
+
+    def publish(version: int) -> None:
+        engine.serve_head(*read_version(base, path, version, backend=engine.backend))
+
+    return publish
 
 
 @contextmanager

@@ -11,6 +11,8 @@ whole batches to replicas, of which any will do.
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -107,6 +109,8 @@ class GroupServer:
         self.name = name
         self._make, self._model, self._journal, self._principle = make, model, journal, principle
         self._version: int | None = None
+        self._started = False
+        self._deploying = threading.Lock()
         # Serve starts processes of another code version anew. Here a version is this object, so that what changes
         # later (a head's version, the number of replicas) is taken over by those that run.
         self._code = uuid.uuid4().hex
@@ -121,28 +125,35 @@ class GroupServer:
         settings = self.settings
         options = {"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 120}
         self.serve.start(proxy_location="EveryNode", http_options=options)
-        self._deploy()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # or every change is told here, too
+        with self._deploying:
+            self._deploy()
+            self._started = True
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http://{host}:{settings.port}"
 
     def publish(self, version: int) -> None:
         """Have all replicas serve a version of the journal's head; returns when they do.
 
-        They change one after the other; every batch is scored by one version, which its answers name.
+        Before :meth:`start` it is what they start with. They change one after the other; every batch is scored by one
+        version, which its answers name.
         """
         if self._journal is None:
             reject("version", version, "none, since there is no journal")
-        before, self._version = self._version, version
-        try:
-            self._deploy()
-        except BaseException:
-            self._version = before
-            raise
+        with self._deploying:
+            before, self._version = self._version, version
+            try:
+                if self._started:
+                    self._deploy()
+            except BaseException:
+                self._version = before
+                raise
 
     def scale(self, replicas: int, max_replicas: int | None = None) -> None:
         """Change the number of replicas; those that go finish what they have. Returns when it is done."""
-        self.scale_now = replace(self.scale_now, replicas=replicas, max_replicas=max_replicas)
-        self._deploy()
+        with self._deploying:
+            self.scale_now = replace(self.scale_now, replicas=replicas, max_replicas=max_replicas)
+            self._deploy()
 
     def drain(self) -> None:
         """Take no new groups; return when all accepted ones are answered."""
