@@ -119,6 +119,8 @@ def serve(
         from rmcore.integrations.server.settings import END_TOKENS, ServeSettings
 
         on_ray.check()
+        if journal is not None and not journal.is_dir():
+            reject("--journal", repr(str(journal)), "the folder of a learner's journal")
         token = os.environ.get(token_env) if token_env else None
         if token == "":  # set, but empty: somebody's secret did not arrive
             reject(f"the variable {token_env}", "an empty value", "a token, or no such variable")

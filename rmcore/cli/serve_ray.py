@@ -90,6 +90,7 @@ def serve_on_ray(
     from rmcore.engine.learning.follow import following
     from rmcore.integrations.ray.cluster import connect
     from rmcore.integrations.ray.serve import GroupServer
+    from rmcore.model.hub import folder_of
 
     assert on_ray.ray is not None
     scale, own, asks = on_ray.scale(), batch_routing(judging), asks_a_judge(judging)
@@ -99,6 +100,7 @@ def serve_on_ray(
         reject("--port", "0 with --ray", "one that is free on every node")
     check_routing(own, asks)
     check_key(judging)
+    folder_of(model, expected="a folder with rmcore.json, or a hub name")
     source = str(Path(model).resolve()) if Path(model).exists() else model
     with ExitStack() as stack:
         stack.enter_context(connect(on_ray.ray))

@@ -18,7 +18,7 @@ from rmcore import RewardEngine
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.learning import LearningConfig, VerdictLearner, read_version
-from rmcore.engine.learning.follow import JournalWatch, following
+from rmcore.engine.learning.follow import JournalWatch, following, served_from
 from rmcore.engine.learning.journal import Journal
 from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
 from rmcore.engine.learning.learner import head_identity
@@ -481,6 +481,9 @@ def test_who_follows_a_journal_serves_each_version_once(data, head, tmp_path):
         learner.learn(batch(data, 1))
     assert served == [0, 1, 1, 0]
     assert JournalWatch(tmp_path / "nothing").current() is None
+    engine = RewardEngine(head)
+    with following(tmp_path, served_from(tmp_path, engine)):
+        assert engine.head_version == 2
 
 
 def test_an_engine_serves_what_another_learns_and_says_which_version(data, head, tmp_path):
