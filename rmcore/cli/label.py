@@ -199,15 +199,28 @@ def _job(
 
 
 def _known(human: str | None) -> dict[str, float]:
-    """People's labels by pair, in both orders."""
+    """People's labels by pair, in both orders; raises DataError where a pair has two that are not the same."""
+    from rmcore._base.errors import DataError
     from rmcore.judge.keys import pair_key
-    from rmcore.model.data import read_preferences
+    from rmcore.model.data import read_preference_rows
 
-    known: dict[str, float] = {}
-    for item in () if human is None else read_preferences(human):
-        known[pair_key(item.prompt, item.chosen, item.rejected)] = item.label
-        known[pair_key(item.prompt, item.rejected, item.chosen)] = 1 - item.label
-    return known
+    known: dict[str, tuple[float, int]] = {}
+    repeated = 0
+    for row in () if human is None else read_preference_rows(human):
+        for item in row.pairs:
+            key = pair_key(item.prompt, item.chosen, item.rejected)
+            if key not in known:
+                known[pair_key(item.prompt, item.rejected, item.chosen)] = 1 - item.label, row.number
+                known[key] = item.label, row.number
+                continue
+            label, line = known[key]
+            if label != item.label:
+                said = f"the label {item.label:g} for a pair that has {label:g} in line {line}"
+                raise DataError(f"{said}. Keep one of them, or their mean", source=str(human), line=row.number)
+            repeated += 1
+    if repeated:
+        notes.print(f"{human}: {repeated} pairs come again with the same label", markup=False, highlight=False)
+    return {key: label for key, (label, _) in known.items()}
 
 
 def _labelled(job: _Job) -> Iterator[tuple[list[Candidate], list[SoftLabel]]]:

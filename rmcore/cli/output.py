@@ -179,7 +179,7 @@ _ROWS_AT_ONCE = 1000
 
 def _write_parquet(partial: Path, path: Path) -> None:
     """Make a Parquet file of JSON Lines: once through them for the types, once for the rows."""
-    from rmcore.model.data.lines import optional_module
+    from rmcore._base.lines import optional_module
 
     arrow = optional_module("pyarrow", path, "a Parquet file to write")
     parquet = optional_module("pyarrow.parquet", path, "a Parquet file to write")

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmcore._base.errors import reject
+from rmcore._base.errors import DataError, reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response, content_key
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScore
@@ -177,7 +177,12 @@ def _of_column(name: str, columns: Mapping[str, Sequence[Any]], count: int) -> l
 def _of_file(path: Path) -> dict[Hashable, Answers]:
     from rmcore.model.data import read_groups
 
-    return {content_key(group.prompt): group.responses for group in read_groups(path)}
+    found: dict[Hashable, tuple[Answers, int]] = {}
+    for group in read_groups(path):
+        before, line = found.setdefault(content_key(group.prompt), (group.responses, group.line))
+        if list(map(content_key, before)) != list(map(content_key, group.responses)):
+            raise DataError(f"the prompt of line {line} again, with other answers", source=str(path), line=group.line)
+    return {key: answers for key, (answers, _) in found.items()}
 
 
 def _one(value: Response | None, where: str) -> Answers:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from rmcore._base.errors import DataError, InputError, reject
+from rmcore._base.lines import opened, read_json
 from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import Outcome, Pair, Verdict
 from rmcore.judge.keys import pair_key
@@ -80,26 +78,20 @@ class RecordedJudge:
 
     @classmethod
     def from_file(cls, path: str | Path, *, orders: Orders = "both") -> RecordedJudge:
-        """From a UTF-8 JSON Lines file of rows, gzipped if its name ends in ``.gz``. Blank lines are skipped.
+        """From a file of rows: JSON Lines or an array, in UTF-8, compressed or not (:mod:`rmcore._base.lines`).
 
         Raises:
             DataError: with the line's number: no JSON object, a bad field, contradicting rows, a damaged file.
             OSError: the file cannot be opened.
         """
-        path = Path(path)
         table: dict[str, Recorded] = {}
-        number = 0
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            try:
-                for number, line in enumerate(lines, start=1):  # noqa: B007 - the messages below use it
-                    if line.strip():
-                        _add(table, json.loads(line))
-            except InputError as error:
-                raise DataError(str(error), source=path.name, line=number) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"not JSON: {error}"[:300], source=path.name, line=number) from None
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"damaged gzip file: {error}", source=path.name, line=number + 1) from None
+        Path(path).open("rb").close()
+        with opened(path) as (stream, _):
+            for row in read_json(stream, str(path)):
+                try:
+                    _add(table, row.value)
+                except InputError as error:
+                    raise DataError(str(error), source=str(path), line=row.number, unit=row.unit) from None
         return cls(table, orders=orders)
 
     def __len__(self) -> int:

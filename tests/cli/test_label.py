@@ -124,6 +124,28 @@ def test_groups_principles_and_a_budget(tmp_path):
     assert all(row["label"] == pytest.approx(0.8) for row in found)
 
 
+def test_two_labels_of_people_for_a_pair(tmp_path):
+    """The same label again is counted; another one, or the other way round, is refused by line."""
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "q", "responses": ["one", "two"]}])
+    recorded = write(tmp_path / "v.jsonl", [{"prompt": "q", "first": "one", "second": "two", "verdict": "win"}])
+    row, turned = ({"prompt": "q", "chosen": a, "rejected": b} for a, b in (("one", "two"), ("two", "one")))
+    given = ["label", prompts, "--verdicts", recorded, "--no-judge-soft", "--one-order", "keep"]
+    human = write(tmp_path / "h.jsonl", [row, row, turned | {"label": 0.5, "prompt": "even"}, row | {"label": 1.0}])
+    done = call(*given, "--human", human, "-o", tmp_path / "o.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert "2 pairs come again with the same label" in done.stderr
+    assert lines(tmp_path / "o.jsonl")[0]["human"] == 1.0
+    for last, said in (
+        (turned, "the label 1 for a pair that has 0 in line 1"),
+        (row | {"label": 0.8}, "the label 0.8"),
+    ):
+        human = write(tmp_path / "h.jsonl", [row, row, last])
+        refused = call(*given, "--human", human, "-o", tmp_path / "x.jsonl")
+        assert refused.exit_code == 2
+        assert f"h.jsonl:3: {said}" in " ".join(refused.stderr.split())
+        assert not (tmp_path / "x.jsonl").exists()
+
+
 def test_what_is_no_label_is_counted_and_not_written(tmp_path):
     rows = [{"prompt": p, "chosen": "one", "rejected": "two"} for p in ("good", "none", "half")]
     recorded = [{"prompt": "good", "first": "one", "second": "two", "verdict": 0.5}]

@@ -132,6 +132,11 @@ def test_a_file_of_groups(tmp_path):
     file = tmp_path / "reference.jsonl"
     file.write_text(json.dumps({"prompt": "red", "responses": ["odd", "bad"]}) + "\n")
     assert ReferenceAnswers(file).find(["red", "blue"], {}) == [("odd", "bad"), ()]
+    file.write_text(file.read_text() * 2)
+    assert ReferenceAnswers(file).find(["red"], {}) == [("odd", "bad")]
+    file.write_text(file.read_text() + json.dumps({"prompt": "red", "responses": ["other"]}) + "\n")
+    with pytest.raises(DataError, match=r"reference\.jsonl:3: the prompt of line 1 again, with other answers"):
+        ReferenceAnswers(file).find(["red"], {})
     file.write_text("no json\n")
     with pytest.raises(DataError, match=r"reference\.jsonl"):
         ReferenceAnswers(file).find(["red"], {})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -164,6 +166,21 @@ def test_a_damaged_gzip_file(tmp_path, rows):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match="damaged"):
             RecordedJudge.from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"), lzma.compress, bz2.compress], ids=str
+)
+def test_files_are_read_as_all_data_is(pack, tmp_path, rows):
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "v").write_bytes(pack(data))
+    assert len(RecordedJudge.from_file(tmp_path / "v")) == len(RecordedJudge.from_rows(rows))
+
+
+def test_a_row_with_a_field_twice_is_refused(tmp_path):
+    (tmp_path / "v").write_text('{"prompt": "p", "first": "a", "second": "b", "verdict": "win", "verdict": "loss"}\n')
+    with pytest.raises(DataError, match=r"v:1: not JSON \(the key 'verdict' comes twice\)"):
+        RecordedJudge.from_file(tmp_path / "v")
 
 
 def test_a_missing_file(tmp_path):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import DataError, reject
+from rmcore._base.lines import opened
 from rmcore.evaluation.benchmarks.item import Benchmark
 from rmcore.model.data import read_rows
-from rmcore.model.data.lines import opened
 
 __all__ = ["DATA", "files_of"]
 

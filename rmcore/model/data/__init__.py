@@ -44,11 +44,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rmcore._base.errors import DataError, InputError, reject
+from rmcore._base.lines import TABLE, Row, opened, read_json
 from rmcore.model.data import attributes, groups, preferences
 from rmcore.model.data.attributes import AttributeRow, parse_attributes
 from rmcore.model.data.columns import map_columns, parse_columns
 from rmcore.model.data.groups import Group, parse_group
-from rmcore.model.data.lines import TABLE, Row, opened, read_json
 from rmcore.model.data.parts import WHOLE, Part, count_lines
 from rmcore.model.data.preferences import parse_preference, parse_preferences, unused_columns
 from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, saved_rows

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmcore._base.errors import DataError, InputError
+from rmcore._base.lines import Row
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
 from rmcore.model.data import groups, preferences
 from rmcore.model.data.columns import map_columns
 from rmcore.model.data.groups import parse_group
-from rmcore.model.data.lines import Row
 from rmcore.model.data.preferences import parse_preferences
 
 __all__ = ["Candidate", "candidates"]

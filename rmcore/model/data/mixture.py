@@ -100,13 +100,13 @@ def mix(
 ) -> tuple[list[Preference], list[Preference], DataReport]:
     """(train, held out, report) of all sources' pairs: distinct ones, then the split, then weights of those to train.
 
-    A pair whose prompt and responses have been seen, in this source or one before it, is a duplicate and left out. One
-    that was seen the other way round is kept and counted: people disagree. ``held_out`` as :func:`split_by_prompt`;
-    ``critiques`` reads the responses' critiques too.
+    A pair whose prompt, responses and label have been seen, in this source or one before it, is a duplicate and left
+    out. One that was seen with another label, or the other way round, is kept and counted: people disagree.
+    ``held_out`` as :func:`split_by_prompt`; ``critiques`` reads the responses' critiques too.
 
     Raises DataError for a row that is no preference; InputError where no pair is left.
     """
-    seen: set[tuple[Any, ...]] = set()
+    seen: dict[tuple[Any, ...], set[float]] = {}
     distinct: list[list[Preference]] = []
     report = DataReport([])
     for source in sources:
@@ -114,12 +114,13 @@ def mix(
         own: list[Preference] = []
         for item in _first(read_preferences(source.path, source.columns, critiques=critiques), source.most):
             found.read += 1
-            key, other = _keys(item)
-            if key in seen:
+            key, label = _said(item)
+            said = seen.setdefault(key, set())
+            if label in said:
                 found.duplicates += 1
                 continue
-            found.contradicted += other in seen
-            seen.add(key)
+            found.contradicted += bool(said)
+            said.add(label)
             own.append(item)
         distinct.append(own)
         report.sources.append(found)
@@ -185,9 +186,11 @@ def _held_out_prompts(pairs: Iterable[Preference], share: float, seed: int) -> s
     return set(random.Random(seed).sample(prompts, count))
 
 
-def _keys(item: Preference) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _said(item: Preference) -> tuple[tuple[Any, ...], float]:
+    """The pair, whichever response was chosen, and how probable it is that one of them is better."""
     prompt, a, b = (content_key(text) for text in (item.prompt, item.chosen, item.rejected))
-    return (prompt, a, b), (prompt, b, a)
+    turned = repr(a) > repr(b)
+    return (prompt, b, a) if turned else (prompt, a, b), 1 - item.label if turned else item.label
 
 
 def _weighed(pairs: list[Preference], weight: float, draw: random.Random) -> list[Preference]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from rmcore._base.errors import DataError, InputError, reject
-from rmcore.model.data.lines import Row, optional_module
+from rmcore._base.lines import Row, optional_module
 from rmcore.model.data.parts import WHOLE, Part, rows_of
 
 __all__ = ["HUB", "hub_rows", "object_rows", "parquet_rows", "saved_rows"]

@@ -41,6 +41,17 @@ def test_weights_duplicates_and_contradictions_are_counted(file_of):
     assert "| 11 | 1 | 0 | 25 |" in report.to_markdown()
 
 
+def test_another_label_of_a_pair_is_no_duplicate(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [("yes", "no", 0.9), ("yes", "no", 0.9), ("yes", "no", 0.6), ("no", "yes", 0.5), ("yes", "no", 0.5)]
+    path.write_text(
+        "".join(json.dumps({"prompt": "p", "chosen": a, "rejected": b, "label": x}) + "\n" for a, b, x in rows)
+    )
+    pairs, _, report = mix([DataSource(str(path))])
+    assert [pair.label for pair in pairs] == [0.9, 0.6, 0.5]
+    assert (report.sources[0].duplicates, report.sources[0].contradicted) == (2, 2)
+
+
 def test_held_out_prompts_are_on_one_side_and_without_weight(file_of):
     path = file_of("a.jsonl", [(f"p{k % 8}", f"yes {k}", "no") for k in range(24)])
     train, held, report = mix([DataSource(path, weight=3.0)], held_out=0.25)

@@ -321,3 +321,21 @@ def test_members_of_a_compressed_file_and_what_is_none(pack, tmp_path: Path) -> 
         assert f"{path}:{found + 1}: the compressed file breaks off or is damaged" in said
         assert re.search(r"after byte (\d+)", said), said
         assert len(first) - 512 <= int(re.search(r"after byte (\d+)", said)[1]) <= len(first + more)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_wrong_byte_of_a_compressed_file_is_its_damage_wherever_it_shows_first(pack, tmp_path: Path) -> None:
+    """A format may go on for a while and give out something else: no JSON, no UTF-8, other texts."""
+    path, source = tmp_path / "g", random.Random(1)
+    rows = [{"prompt": source.randbytes(40).hex(), "responses": ["a", "b"]} for _ in range(300)]
+    whole = pack(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    for at in range(40, len(whole) - 20, len(whole) // 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        read, error = rows_then_error(path)
+        said = str(error)
+        assert "the compressed file breaks off or is damaged" in said or "no row was read" in said, (at, said)
+        if [row for _, row in read] != rows[: len(read)]:
+            assert f"any of the {len(read)} rows before that may be wrong" in said
+    path.write_bytes(pack(ROW + b"{bad}\n" + ROW))
+    with pytest.raises(DataError, match="g:2: not JSON"):
+        list(read_groups(path))

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from rmcore._base.compressed import Members, Zstd
 from rmcore._base.errors import DataError
-from rmcore.model.data.compressed import Members, Zstd
 
 __all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 
@@ -160,21 +160,37 @@ def read_json(stream: BinaryIO, source: str, wanted: tuple[int, int] | None = No
             try:
                 # surrogatepass: half a surrogate pair is taken as it is from "\ud83d", and as bytes.
                 value = json.loads(line.decode("utf-8", "surrogatepass"), object_pairs_hook=_members)
-            except UnicodeDecodeError as error:
-                raise DataError(_bad_byte(error), source=source, line=number) from error
             except (ValueError, RecursionError) as error:
+                number, place = number - 1, place - 1  # the last that is whole
+                _look_for_damage(stream)
                 said = f"not JSON ({_explain(error, line)}), expected {_FORM}"
-                raise DataError(said, source=source, line=number) from error
+                said = _bad_byte(error) if isinstance(error, UnicodeDecodeError) else said
+                raise DataError(said, source=source, line=number + 1) from error
             if not isinstance(value, dict):
                 raise DataError(f"got {_article(value)}, expected an object", source=source, line=number)
             yield Row(number, value)
     except _BROKEN as error:
+        whole = f"{place} rows before that are whole"
+        if any(said in str(error) for said in ("data check", "length check", "checksum")):
+            # What was decompressed is not what was compressed, and nothing says where it began to differ.
+            whole = f"any of the {place} rows before that may be wrong"
         raise DataError(
             f"the compressed file breaks off or is damaged, not a complete gzip, bzip2, xz or zstd file ({error}); "
-            f"{place} rows before that are whole",
+            f"{whole}",
             source=source,
             line=number + 1,
         ) from error
+
+
+def _look_for_damage(stream: BinaryIO) -> None:
+    """Read the rest of a compressed file, which raises one of ``_BROKEN`` if it is damaged.
+
+    Of a file with a wrong byte something else may come out for a while before its format tells: a line that is no JSON
+    is a sign of it then, not the fault.
+    """
+    if isinstance(getattr(stream, "raw", None), (Members, Zstd)):
+        while stream.read(1 << 20):
+            pass
 
 
 def foreign(line: bytes) -> str:
