@@ -35,6 +35,7 @@ help:
 	@echo "make test-nemo-gym  the group server against NeMo-Gym's own client, in an environment of its own (Python 3.12)"
 	@echo "make test-ray  bulk scoring on a Ray cluster of two nodes on this machine, from an environment of its own"
 	@echo "make test-trainers  verl's reward loop on Ray and OpenRLHF's executor, their own code, from an environment of its own"
+	@echo "make test-sharding  ZeRO-3 over two processes, wandb and trackio, in an environment of its own"
 	@echo "make coverage all tests, and what of rmcore they run"
 	@echo "make docs     the documentation site, strictly -> out/site/index.html"
 	@echo "make bench    microbenchmarks against peers and the machine's limit -> bench/results/"
@@ -153,6 +154,15 @@ $(TRAINERS)/.done: $(VENV)/.dev
 test-trainers: $(TRAINERS)/.done
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRAINERS)/bin/python -m pytest -v -rs -m 'trainers or not trainers' tests/integrations/test_verl.py \
 	  tests/integrations/test_verl_live.py tests/integrations/test_openrlhf.py
+
+# What else the trainer works with, in an environment of its own, over the other's packages: DeepSpeed on two processes
+# with gloo (its own operation for that is compiled the first time), and the loggers that are not tensorboard.
+test-sharding: $(VENV)/.dev
+	@test -d $(VENV)/sharding || ($(BIN)/python -m venv $(VENV)/sharding && $(BIN)/python -c $(subst /ray/,/sharding/,$(BESIDE)) && \
+	  DS_BUILD_OPS=0 $(VENV)/sharding/bin/python -m pip install -qq --no-deps deepspeed hjson py-cpuinfo ninja msgpack einops && \
+	  $(VENV)/sharding/bin/python -m pip install -qq wandb trackio)
+	OMP_NUM_THREADS=1 $(VENV)/sharding/bin/python -m pytest -v -rs -m "distributed or not distributed" \
+	  tests/integrations/training/test_ranks.py tests/integrations/training/test_loggers.py tests/cli/test_train_config.py
 
 # Apart from `make test`, as it costs half as much time again where the tests are mostly Python (3.12 and later: less).
 coverage: $(VENV)/.dev

@@ -23,6 +23,7 @@ from rmcore.cli.train_backbone import (
     many_processes,
     prepared_data,
     save_from_all,
+    tell_data,
     train_backbone,
     trainer_process,
     trains_backbone,
@@ -240,9 +241,12 @@ def train(
             held_out = [] if calibrate is None else list(reading(calibrate))
         if plan is None and (named or settings.datasets is None):
             check_count("preferences", len(items), ranks)
+        data_report = None
         held_out_count = 0 if calibrate is None else check_count("--calibrate", len(held_out), ranks)
         if settings.datasets is not None or settings.held_out is not None:
-            items, unseen_prompts = prepared_data(settings, items if named else None, seed, critiques=critiques)
+            items, unseen_prompts, data_report = prepared_data(
+                settings, items if named else None, seed, critiques=critiques
+            )
             held_out = unseen_prompts if calibrate is None else held_out
             held_out_count = len(held_out)
         judged = [] if ai_labels is None else list(read_preferences(ai_labels, names))
@@ -283,18 +287,24 @@ def train(
             if finetunes:
                 own = {"epochs": finetune_epochs, "lr": lr_backbone, "seed": seed, "dtype": dtype}
                 own |= {"critiques": critiques}
-                trainer = train_backbone(spine, head, items, held_out, settings, bar, out=out, **own)
+                trainer = train_backbone(
+                    spine, head, items, held_out, settings, bar, out=out, report=data_report, **own
+                )
                 if many_processes() or settings.streaming or critiques:
-                    told = save_from_all(trainer, held_out, out)
+                    told = save_from_all(trainer, held_out, out, settings, data_report)
                     if main_process():
                         notes.print(told)
                     return
             if judged:  # prompts are needed by pair, so those that teach nothing go first
                 items = [items[k] for k in informative(spine, items, mode)]
+            silent: dict[int, str] = {}
             with working(ranks, "encoding"):
                 hidden, labels, pairs = encode_preferences(
-                    spine, items, mode, progress=encoding_progress(bar), may_be_empty=ranks is not None
+                    spine, items, mode, progress=encoding_progress(bar), may_be_empty=ranks is not None, reasons=silent
                 )
+            if data_report is not None and not finetunes:
+                data_report.leave_out(silent)
+                tell_data(data_report, settings)
             if tune:
                 config, trials = choose(config, hidden, labels, pairs, seed=seed, ranks=ranks)
                 head = SNGPHead(config).to(spine.device)

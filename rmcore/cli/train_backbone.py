@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.files import write_atomic
 from rmcore.cli.console import notes, training_progress
 from rmcore.cli.train_config import RunSettings
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from rmcore.head.sngp import SNGPHead
     from rmcore.integrations.training import PairwiseRewardConfig, PairwiseRewardTrainer
     from rmcore.model.backbone import Backbone
+    from rmcore.model.data.mixture import DataReport
     from rmcore.model.reward_model import Preference
 
 __all__ = [
@@ -26,6 +31,7 @@ __all__ = [
     "many_processes",
     "prepared_data",
     "save_from_all",
+    "tell_data",
     "train_backbone",
     "trainer_process",
     "trains_backbone",
@@ -77,24 +83,32 @@ def trains_backbone(settings: RunSettings, finetune_epochs: int) -> bool:
 
 def prepared_data(
     settings: RunSettings, pairs: Sequence[Preference] | None, seed: int, *, critiques: bool = False
-) -> tuple[list[Preference], list[Preference]]:
-    """(train, held out) of a configuration's sources, or of ``pairs``, with a report of what was left out."""
-    from rmcore.model.data.mixture import mix, sources_of, split_by_prompt
+) -> tuple[list[Preference], list[Preference], DataReport]:
+    """(train, held out, report) of a configuration's sources, or of ``pairs``; of a stream the held-out ones alone."""
+    from rmcore.model.data.mixture import DataReport, mix, sources_of, split_by_prompt
+    from rmcore.model.data.stream import held_out_pairs
 
-    if settings.streaming:
-        return [], []
     share = settings.held_out
-    if settings.datasets is not None:
-        if pairs is not None:
-            reject("datasets", "beside preferences on the command line", "one of them")
-        train, held, report = mix(sources_of(settings.datasets), held_out=share, seed=seed, critiques=critiques)
-    elif share is not None:
-        train, held, report = split_by_prompt(pairs or [], share, seed=seed)
-    else:
-        return list(pairs or []), []
-    if main_process():
-        notes.print(report.to_markdown(), markup=False, highlight=False)
-    return train, held
+    if settings.datasets is None:
+        assert share is not None
+        return split_by_prompt(pairs or [], share, seed=seed)
+    if pairs is not None:
+        reject("datasets", "beside preferences on the command line", "one of them")
+    sources = sources_of(settings.datasets)
+    if not settings.streaming:
+        return mix(sources, held_out=share, seed=seed, critiques=critiques)
+    most = settings.held_out_pairs
+    held = [] if share is None else held_out_pairs(sources, share, most, seed=seed, critiques=critiques)
+    return [], held, DataReport([])
+
+
+def tell_data(report: DataReport | None, settings: RunSettings) -> None:
+    """Say what became of the data, and write it where the configuration wants it: the main process alone."""
+    if report is None or not main_process():
+        return
+    notes.print(report.to_markdown(), markup=False, highlight=False)
+    if settings.data_report is not None:
+        write_atomic(settings.data_report, json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 def train_backbone(
@@ -106,6 +120,7 @@ def train_backbone(
     bar: Progress,
     *,
     out: Path,
+    report: DataReport | None = None,
     **options: Any,
 ) -> PairwiseRewardTrainer:
     """Train, and leave the posterior to the caller unless there are several ranks.
@@ -118,6 +133,7 @@ def train_backbone(
         settings: of the configuration.
         bar: shows how far it has got.
         out: the model's folder; checkpoints go beside it unless ``output_dir`` says where.
+        report: of the data; what the model can learn nothing from is added, and it is told.
         **options: the command's own: ``epochs``, ``lr``, ``seed``, ``dtype``, ``critiques``.
     """
     from transformers import PrinterCallback
@@ -129,38 +145,64 @@ def train_backbone(
         spine,
         args,
         head=head,
-        train_dataset=_streamed(spine, settings, head.config.mode, args) if settings.streaming else list(items),
+        train_dataset=_streamed(spine, settings, head.config.mode, options, report)
+        if settings.streaming
+        else list(items),
         eval_dataset=list(held_out) or None,
         peft_config=_adapters(settings.lora),
         callbacks=[_bar_callback(bar)] if main_process() else [],
     )
     trainer.remove_callback(PrinterCallback)
+    if report is not None and not settings.streaming:
+        report.leave_out(trainer.train_dataset.left_out)
+        tell_data(report, settings)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True", True) else resume or None)
     return trainer
 
 
-def save_from_all(trainer: PairwiseRewardTrainer, held_out: Sequence[Preference], out: Path) -> str:
-    """Calibrate and write the model from all ranks; what to say of it."""
+def save_from_all(
+    trainer: PairwiseRewardTrainer,
+    held_out: Sequence[Preference],
+    out: Path,
+    settings: RunSettings,
+    report: DataReport | None,
+) -> str:
+    """Calibrate and write the model from all ranks; what to say of it, after what a stream's last pass read."""
     told = ""
     if held_out and not trainer.args.critique_sft:
         trainer.calibrate(held_out)
         assert trainer.frozen is not None
         told = f"amplitude {trainer.frozen.config.resolved_amplitude:.3g}; "
     trainer.save_model(str(out))
+    if report is not None and settings.streaming:
+        report.left_out = Counter(trainer.train_dataset.left_out)
+        report.trained -= report.left_out.total()
+        tell_data(report, settings)
     data, ranks = trainer.train_dataset, trainer.accelerator.num_processes
     pairs = f"{len(data)} pairs" if hasattr(data, "__len__") else f"a stream ({data.dropped} pairs left out)"
     return f"{pairs} on {ranks} processes, {trainer.state.global_step} steps; {told}wrote {out}"
 
 
-def _streamed(spine: Backbone, settings: RunSettings, mode: str, args: PairwiseRewardConfig) -> Any:
+def _streamed(
+    spine: Backbone, settings: RunSettings, mode: str, options: Mapping[str, Any], report: DataReport | None
+) -> Any:
     from rmcore.integrations.training import StreamedPairs
-    from rmcore.model.data.mixture import sources_of, stream
+    from rmcore.model.data.mixture import sources_of
+    from rmcore.model.data.stream import stream
 
     sources = sources_of(settings.datasets)
-    return StreamedPairs(
-        spine, lambda: stream(sources, seed=args.seed, critiques=args.critiques), mode, critiques=args.critiques
+    share, critiques = settings.held_out or 0.0, options["critiques"]
+    again = partial(
+        stream,
+        sources,
+        seed=options["seed"],
+        held_out=share,
+        remembered=settings.remembered,
+        report=report,
+        critiques=critiques,
     )
+    return StreamedPairs(spine, again, mode, critiques=critiques)
 
 
 def _arguments(

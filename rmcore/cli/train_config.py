@@ -1,7 +1,8 @@
 """``rmcore train --config train.yaml``: one flat file, in TRL's style, for the command's options and the trainer's.
 
 A key that is one of the command's options stands for it (``layer_size: 64`` is ``--layer-size 64``, and an option on
-the command line wins). ``datasets``, ``held_out`` and ``streaming`` say what is trained on, ``use_peft`` and
+the command line wins). ``datasets``, ``held_out``, ``data_report`` and ``streaming`` (with ``held_out_pairs`` and
+``remembered``) say what is trained on, ``use_peft`` and
 ``lora_*`` are TRL's names, and every other key is a field of
 :class:`~rmcore.integrations.training.config.PairwiseRewardConfig`, so of transformers' ``TrainingArguments``.
 """
@@ -32,6 +33,9 @@ class RunSettings:
         datasets: sources, where not a single one is named on the command line.
         held_out: share of the prompts that is not trained on.
         streaming: sources are read as they are trained on, for data that do not fit into memory.
+        held_out_pairs: of a stream, how many of the held-out prompts' pairs are evaluated on.
+        remembered: of a stream, among how many distinct pairs duplicates are looked for.
+        data_report: a file for what was read, what was left out and why.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +43,9 @@ class RunSettings:
     datasets: Any = None
     held_out: float | None = None
     streaming: bool = False
+    held_out_pairs: int = 1024
+    remembered: int = 2_000_000
+    data_report: Path | None = None
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -68,13 +75,28 @@ def run_settings(context: typer.Context, given: list[str] | None) -> RunSettings
     if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, (int, float))):
         reject("held_out", repr(held_out), "a share of the prompts")
     streaming = bool(values.pop("streaming", False))
-    if streaming and (datasets is None or held_out is not None or "max_steps" not in values):
-        reject(
-            "streaming", True, "datasets and max_steps beside it, and no held_out", "--calibrate takes held-out pairs"
-        )
+    if streaming and (datasets is None or "max_steps" not in values):
+        reject("streaming", True, "datasets and max_steps beside it")
+    counts = {}
+    for name, least in (("held_out_pairs", 1), ("remembered", 0)):
+        if name in values:
+            counts[name] = value = values.pop(name)
+            if not streaming or isinstance(value, bool) or not isinstance(value, int) or value < least:
+                reject(name, repr(value), f"at least {least}, with streaming: true")
+    report = values.pop("data_report", None)
+    if report is not None and not isinstance(report, str):
+        reject("data_report", repr(report), "a file's name")
     use_lora = values.pop("use_peft", False)
     lora = {name: values.pop(name, default) for name, default in _LORA.items()}
-    return RunSettings(values, lora if use_lora else None, datasets, held_out, streaming)
+    return RunSettings(
+        values,
+        lora if use_lora else None,
+        datasets,
+        held_out,
+        streaming,
+        data_report=None if report is None else Path(report),
+        **counts,
+    )
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from rmcore.model.encoding.architecture import (
     takes_two_texts,
     text_config,
 )
+from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError
 from rmcore.model.encoding_stats import EncodingStats, length_batches, warn_of_cuts
@@ -778,3 +779,11 @@ class Backbone:
     def pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T, h) → (B, h'), the second half of :meth:`pooled_states`."""
         return self._pass.pool(states, input_ids, attention_mask)
+
+    def tree_states(self, pack: Pack, *, through: Any = None) -> Tensor:
+        """States (1, T, h) of a packed tree's tokens, as :meth:`ForwardPass.tree_states` does."""
+        return self._pass.tree_states(pack, through=through)
+
+    def pool_tree(self, states: Tensor, pack: Pack, texts: Sequence[Sequence[int]]) -> Tensor:
+        """(1, T, h) → (n, h') of the texts a pack completes, as :meth:`ForwardPass.pool_tree` does."""
+        return self._pass.pool_tree(states, pack, texts)

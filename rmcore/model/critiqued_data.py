@@ -72,10 +72,14 @@ def encode_critiqued(
 
 
 def critiqued_preferences(
-    backbone: Backbone, preferences: Sequence[Preference]
+    backbone: Backbone,
+    preferences: Sequence[Preference],
+    *,
+    may_be_empty: bool = False,
+    reasons: dict[int, str] | None = None,
 ) -> tuple[list[list[EncodedText]], list[tuple[int, int]], list[int]]:
     """(the texts of each preference, its chosen response's before its rejected one's; how many either has; which teach
-    something). Raises InputError as ``encode_preferences`` does.
+    something). ``may_be_empty`` and ``reasons`` as in ``encode_pairs``. Raises InputError as ``encode_preferences``.
     """
     texts: list[list[EncodedText]] = []
     counts: list[tuple[int, int]] = []
@@ -87,7 +91,13 @@ def critiqued_preferences(
             raise InputError(f"preferences[{k}]: {error}") from error
         counts.append((max(len(own[0]), 1), max(len(own[1]), 1)))
     merged = [merged_texts(own, count) for own, count in zip(texts, counts, strict=True)]
-    kept = training_signal([(p.chosen, p.rejected) for p in preferences], [(a, b) for a, b in merged], "difference")
+    kept = training_signal(
+        [(p.chosen, p.rejected) for p in preferences],
+        [(a, b) for a, b in merged],
+        "difference",
+        may_be_empty=may_be_empty,
+        reasons=reasons,
+    )
     return texts, counts, kept
 
 

@@ -94,17 +94,26 @@ class ForwardPass:
 
     def encode_pack(self, pack: Pack, texts: Sequence[Sequence[int]], kind: Kind) -> tuple[Tensor, int]:
         """Pooled states (n, h') of the texts a pack completes, and the attention calls of the forward pass."""
+        with self.lock, torch.inference_mode(), attending(self.model, pack, kind) as plan:
+            states = self.tree_states(pack)
+        return self.pool_tree(states, pack, texts, full=True), plan.calls
+
+    def tree_states(self, pack: Pack, *, through: Any = None) -> Tensor:
+        """States (1, T, h) of all tokens of a packed tree, keeping the graph if grad is on.
+
+        Called within :func:`~rmcore.model.encoding.tree_attention.attending`; ``through`` as in :meth:`pooled_states`.
+        """
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(pack.ids)[None].to(self.model.device),
             "position_ids": torch.from_numpy(pack.positions)[None].to(self.model.device),
         }
         if getattr(text_config(self.model), "use_cache", None) is not None:
             inputs["use_cache"] = False
-        with self.lock, torch.inference_mode(), attending(self.model, pack, kind) as plan:
-            states = self._states(inputs)[0]
-        return self._pool_pack(states, pack, texts), plan.calls
+        return self._states(inputs, through)
 
-    def _pool_pack(self, states: Tensor, pack: Pack, texts: Sequence[Sequence[int]]) -> Tensor:
+    def pool_tree(self, states: Tensor, pack: Pack, texts: Sequence[Sequence[int]], *, full: bool = False) -> Tensor:
+        """Pool what :meth:`tree_states` gives → (n, h') of the texts that the pack completes, in its order."""
+        states = states[0]
         if self.config.pooling == "mean":
             # Sums over paths: a node's is its parent's and its own tokens'.
             sums: list[Tensor] = []
@@ -118,7 +127,8 @@ class ForwardPass:
                 [pack.index(leaf, position) for position in positions(text)]
                 for leaf, text in zip(pack.leaves, texts, strict=True)
             ]
-            return self.published.head.full_rows(states[torch.tensor(places, device=states.device)])
+            found = states[torch.tensor(places, device=states.device)]
+            return self.published.head.full_rows(found) if full else self.published.head.rows(found)
         where = [pack.index(leaf, self._pooled_at(text)) for leaf, text in zip(pack.leaves, texts, strict=True)]
         return states[torch.tensor(where, device=states.device)].float()
 

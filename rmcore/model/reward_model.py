@@ -819,12 +819,13 @@ def encode_preferences(
     *,
     progress: Progress | None = None,
     may_be_empty: bool = False,
+    reasons: dict[int, str] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden, labels, pairs) of training pairs: one row a response with pairs, or in concat mode a row an order.
 
-    ``may_be_empty`` as in :func:`preference_texts`.
+    ``may_be_empty`` and ``reasons`` as in :func:`encode_pairs`.
     """
-    texts, labels = preference_texts(backbone, preferences, mode, may_be_empty=may_be_empty)
+    texts, labels = preference_texts(backbone, preferences, mode, may_be_empty=may_be_empty, reasons=reasons)
     hidden = backbone.hidden(texts, progress=_tokens(progress))
     pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
     return hidden, labels.to(hidden.device), pairs
@@ -878,13 +879,18 @@ def error_prior_of(
 
 
 def preference_texts(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, may_be_empty: bool = False
+    backbone: Backbone,
+    preferences: Sequence[Preference],
+    mode: str,
+    *,
+    may_be_empty: bool = False,
+    reasons: dict[int, str] | None = None,
 ) -> tuple[list[EncodedText], Tensor]:
     """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order.
 
     Pairs are left out as by :func:`encode_pairs`. Raises InputError where none is left, unless it ``may_be_empty``.
     """
-    kept, pairs = encode_pairs(backbone, preferences, mode, may_be_empty=may_be_empty)
+    kept, pairs = encode_pairs(backbone, preferences, mode, may_be_empty=may_be_empty, reasons=reasons)
     labels = [preferences[k].label for k in kept]
     if mode == "concat":
         labels = [value for label in labels for value in (label, 1 - label)]
@@ -892,14 +898,20 @@ def preference_texts(
 
 
 def encode_pairs(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, may_be_empty: bool = False
+    backbone: Backbone,
+    preferences: Sequence[Preference],
+    mode: str,
+    *,
+    may_be_empty: bool = False,
+    reasons: dict[int, str] | None = None,
 ) -> tuple[list[int], list[tuple[EncodedText, EncodedText]]]:
     """The two texts of each pair that can be learned from, after the numbers of those pairs.
 
     Pairs whose two inputs are equal, or one of which is unread, teach nothing: they are left out, with a warning that
-    says how many and why. Raises InputError where no other is left, unless it ``may_be_empty``: one rank's part.
+    says how many and why, and ``reasons`` is filled with why for each. Raises InputError where no other is left, unless
+    it ``may_be_empty``: one rank's part.
     """
-    pairs, kept = _informative(backbone, preferences, mode, may_be_empty=may_be_empty)
+    pairs, kept = _informative(backbone, preferences, mode, may_be_empty=may_be_empty, reasons=reasons)
     return kept, [pairs[k] for k in kept]
 
 
@@ -909,7 +921,12 @@ def informative(backbone: Backbone, preferences: Sequence[Preference], mode: str
 
 
 def _informative(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str, *, may_be_empty: bool = False
+    backbone: Backbone,
+    preferences: Sequence[Preference],
+    mode: str,
+    *,
+    may_be_empty: bool = False,
+    reasons: dict[int, str] | None = None,
 ) -> tuple[list[tuple[EncodedText, EncodedText]], list[int]]:
     """The texts of all pairs, and which pairs teach something."""
     pairs: list[tuple[EncodedText, EncodedText]] = []
@@ -931,7 +948,7 @@ def _informative(
         except InputError as error:
             raise InputError(f"preferences[{k}]: {error}") from error
     responses = [(item.chosen, item.rejected) for item in preferences]
-    return pairs, training_signal(responses, pairs, mode, may_be_empty=may_be_empty)
+    return pairs, training_signal(responses, pairs, mode, may_be_empty=may_be_empty, reasons=reasons)
 
 
 def encode_pair(

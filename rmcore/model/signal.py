@@ -19,7 +19,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import Response, content_key
 from rmcore.model.text import EncodedText
 
-__all__ = ["PairSignal", "fill_unread", "pair_signal", "pair_signals", "training_signal"]
+__all__ = ["PairSignal", "fill_unread", "pair_signal", "pair_signals", "training_signal", "without_signal"]
 
 log = logging.getLogger(__name__)
 
@@ -74,36 +74,46 @@ def fill_unread(hidden: Tensor, groups: Sequence[Sequence[EncodedText]]) -> Tens
     return hidden
 
 
+def without_signal(
+    responses: Sequence[tuple[Response, Response]], pairs: Sequence[tuple[EncodedText, EncodedText]], mode: str
+) -> dict[int, str]:
+    """Why nothing can be learned of a pair, by its number, of those of which that is so."""
+    found: dict[int, str] = {}
+    for k, (own, texts) in enumerate(zip(responses, pairs, strict=True)):
+        signal = pair_signal(texts, mode)
+        if signal is PairSignal.UNREAD:
+            found[k] = "over-long"
+        elif signal is PairSignal.EQUAL_INPUTS and content_key(own[0]) == content_key(own[1]):
+            found[k] = "equal responses"
+        elif signal is PairSignal.EQUAL_INPUTS:
+            cut = any(text.cut_tokens for text in texts)
+            found[k] = "equal when cut to the limit" if cut else "equal to the tokenizer"
+    return found
+
+
 def training_signal(
     responses: Sequence[tuple[Response, Response]],
     pairs: Sequence[tuple[EncodedText, EncodedText]],
     mode: str,
     *,
     may_be_empty: bool = False,
+    reasons: dict[int, str] | None = None,
 ) -> list[int]:
     """Numbers of the pairs that a head can learn from; the others are counted in a warning.
 
-    Raises InputError where none is left, unless it ``may_be_empty``.
+    ``reasons`` is filled with why each of the others is left out. Raises InputError where none is left, unless it
+    ``may_be_empty``.
     """
-    reasons: Counter[str] = Counter()
-    kept = []
-    for k, (own, texts) in enumerate(zip(responses, pairs, strict=True)):
-        signal = pair_signal(texts, mode)
-        if signal is PairSignal.PRESENT:
-            kept.append(k)
-        elif signal is PairSignal.UNREAD:
-            reasons["over-long"] += 1
-        elif content_key(own[0]) == content_key(own[1]):
-            reasons["equal responses"] += 1
-        else:
-            cut = any(text.cut_tokens for text in texts)
-            reasons["equal when cut to the limit" if cut else "equal to the tokenizer"] += 1
-    if not reasons:
+    found = without_signal(responses, pairs, mode)
+    if reasons is not None:
+        reasons.update(found)
+    kept = [k for k in range(len(pairs)) if k not in found]
+    if not found:
         return kept
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(found.values()).items()))
     if not kept and not may_be_empty:
         reject(
             "preferences", f"{len(pairs)} pairs that carry no signal ({told})", "pairs that the model can tell apart"
         )
-    log.warning("%d of %d pairs carry no signal and are left out: %s", len(pairs) - len(kept), len(pairs), told)
+    log.warning("%d of %d pairs carry no signal and are left out: %s", len(found), len(pairs), told)
     return kept

@@ -10,15 +10,19 @@ Its recipe: fine-tune the language model on an oracle's critiques (``rmcore crit
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from rmcore._base.errors import reject
-from rmcore.integrations.training.losses import PairBatch, bradley_terry
+from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry
 
-__all__ = ["CRITIQUE_NLL", "CloudLoss", "critique_losses", "critique_nll"]
+if TYPE_CHECKING:
+    from rmcore.integrations.training.config import PairwiseRewardConfig
+
+__all__ = ["CRITIQUE_NLL", "CloudLoss", "critique_losses", "critique_nll", "loss_of"]
 
 CRITIQUE_NLL = "critique_nll"
 """The column of :class:`~rmcore.integrations.training.losses.PairBatch` with (B, 2) :func:`critique_nll`."""
@@ -106,3 +110,13 @@ def _column(batch: PairBatch) -> Tensor:
         got = "no column" if nll is None else f"shape {tuple(nll.shape)}"
         reject(CRITIQUE_NLL, got, f"({len(batch.labels)}, 2)")
     return nll
+
+
+def loss_of(args: PairwiseRewardConfig, given: PairLoss | None) -> PairLoss | None:
+    """The loss that the configuration names, or what was given; raises InputError for both."""
+    named: PairLoss | None = critique_losses if args.critique_sft else None
+    if args.lm_weight is not None:
+        named = CloudLoss(args.lm_weight)
+    if named is not None and given is not None:
+        reject("loss", "one beside critique_sft or lm_weight", "one of the two")
+    return named or given

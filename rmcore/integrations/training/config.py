@@ -57,6 +57,13 @@ class PairwiseRewardConfig(TrainingArguments):  # type: ignore[misc]
             "help": "Texts of a batch in one row, told apart by position, without padding. Decoders of kind base only."
         },
     )
+    share_prefixes: bool = field(
+        default=False,
+        metadata={
+            "help": "Texts of a batch as a tree, so that what they begin with is computed once: the prompt of both "
+            "orders or responses. Exact, and for causal decoders without attention dropout."
+        },
+    )
     critiques: bool = field(
         default=False,
         metadata={
@@ -91,6 +98,13 @@ class PairwiseRewardConfig(TrainingArguments):  # type: ignore[misc]
             reject("posterior", repr(self.posterior), "'pass', 'training' or 'none'")
         if self.posterior_pairs < 1:
             reject("posterior_pairs", self.posterior_pairs, "at least 1")
+        # One process would read a stream's batches and cut them for the others, texts and pairs at one place.
+        if self.accelerator_config.dispatch_batches:
+            reject("accelerator_config.dispatch_batches", True, "False: each process takes its own pairs of a stream")
+        self.accelerator_config.dispatch_batches = False
+        if self.share_prefixes and (self.padding_free or self.critiques):
+            other = "padding_free: a tree has no padding either" if self.padding_free else "critiques"
+            reject("share_prefixes", True, f"False with {other}")
         if self.fp16:
             reject("fp16", True, "bf16, or float32: a scaled loss would reach the head, which has its own optimiser")
         _check("lm_weight", self.lm_weight or 0.0, positive=False)

@@ -1,9 +1,9 @@
-"""Pairs as a trainer takes them: encoded once, or streamed; padded into batches, or packed without padding."""
+"""Pairs as a trainer takes them: encoded once, or streamed."""
 
 from __future__ import annotations
 
-import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -11,10 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
-from rmcore._base.errors import InputError, reject
+from rmcore._base.errors import reject
 from rmcore.model.backbone import Backbone
 from rmcore.model.critiqued_data import critiqued_preferences, matched_states
 from rmcore.model.critiques import critique_lead, shared_length
@@ -24,9 +23,7 @@ from rmcore.model.data.preferences import COLUMNS
 from rmcore.model.reward_model import Preference, encode_pairs
 from rmcore.model.text import EncodedText
 
-__all__ = ["PairCollator", "PairDataset", "Row", "StreamedPairs", "TrainingPair", "pairs_of", "read_training_pairs"]
-
-log = logging.getLogger(__name__)
+__all__ = ["PairDataset", "Row", "StreamedPairs", "TrainingPair", "encoded", "pairs_of", "read_training_pairs"]
 
 _STREAM_CHUNK = 256
 
@@ -95,29 +92,42 @@ class PairDataset(Dataset[Row]):
         critiques: each response behind its critiques (difference mode), one of each side in a row, so that a pair of
             several has several rows, which together weigh what it weighs. A row says where a critique's own tokens
             begin (``critique``; the text's length where there is none).
+        may_be_empty: whether none need be left that can be learned from.
 
     Raises InputError as :func:`rmcore.model.reward_model.encode_pairs`.
     """
 
     def __init__(
-        self, backbone: Backbone, preferences: Sequence[Preference], mode: str, *, critiques: bool = False
+        self,
+        backbone: Backbone,
+        preferences: Sequence[Preference],
+        mode: str,
+        *,
+        critiques: bool = False,
+        may_be_empty: bool = False,
     ) -> None:
         if not preferences:
             reject("preferences", "an empty list", "at least one pair")
         self.mode = mode
+        self.left_out: dict[int, str] = {}
+        """Why a pair was left out, by its number."""
+        signal: dict[str, Any] = {"may_be_empty": may_be_empty, "reasons": self.left_out}
         if critiques:
-            kept, texts, self._rest = _critiqued(backbone, preferences, mode)
+            _, texts, self._rest = _critiqued(backbone, preferences, mode, **signal)
         else:
-            kept, texts = encode_pairs(backbone, preferences, mode)
+            kept, texts = encode_pairs(backbone, preferences, mode, **signal)
             self._rest = [_rest(preferences[k], f"preferences[{k}]") for k in kept]
-        self.dropped = len(preferences) - len(kept)
-        """Pairs that were left out."""
         ids = [backbone.input_ids(text) for pair in texts for text in pair]
         self._content = [text.content_tokens for pair in texts for text in pair]
         self._ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         self._ids: npt.NDArray[np.int32] = np.fromiter(
             (token for text in ids for token in text), dtype=np.int32, count=int(self._ends[-1])
         )
+
+    @property
+    def dropped(self) -> int:
+        """Pairs that were left out."""
+        return len(self.left_out)
 
     def __len__(self) -> int:
         return len(self._rest)
@@ -143,7 +153,8 @@ class StreamedPairs(IterableDataset[Row]):
         critiques: as :class:`PairDataset`.
 
     Attributes:
-        dropped: pairs without signal that were left out so far.
+        left_out: pairs that nothing can be learned from, counted by why, in the pass that is going on; of this process,
+            and not of a data loader's workers.
     """
 
     def __init__(
@@ -155,9 +166,15 @@ class StreamedPairs(IterableDataset[Row]):
         critiques: bool = False,
     ) -> None:
         self.backbone, self.preferences, self.mode, self.critiques = backbone, preferences, mode, critiques
-        self.dropped = 0
+        self.left_out: Counter[str] = Counter()
+
+    @property
+    def dropped(self) -> int:
+        """Pairs that were left out."""
+        return self.left_out.total()
 
     def __iter__(self) -> Iterator[Row]:
+        self.left_out.clear()
         worker = torch.utils.data.get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         chunk: list[Preference] = []
@@ -167,75 +184,22 @@ class StreamedPairs(IterableDataset[Row]):
             if len(chunk) == _STREAM_CHUNK:
                 yield from self._encoded(chunk)
                 chunk = []
-        yield from self._encoded(chunk)
+        if chunk:
+            yield from self._encoded(chunk)
 
     def _encoded(self, chunk: list[Preference]) -> Iterator[Row]:
-        if not chunk:
-            return
-        try:
-            pairs = PairDataset(self.backbone, chunk, self.mode, critiques=self.critiques)
-        except InputError as error:
-            if "carry no signal" not in str(error):
-                raise
-            log.warning("%s", error)
-            self.dropped += len(chunk)
-            return
-        self.dropped += pairs.dropped
+        pairs = PairDataset(self.backbone, chunk, self.mode, critiques=self.critiques, may_be_empty=True)
+        self.left_out.update(pairs.left_out.values())
         yield from (pairs[k] for k in range(len(pairs)))
 
 
-@dataclass
-class PairCollator:
-    """Rows into a batch of B pairs, the texts of pair k in rows 2k and 2k + 1.
-
-    ``input_ids`` and ``attention_mask`` (2B, T), padded to the right; without padding ``input_ids`` and
-    ``position_ids`` (1, Σ T), and ``ends`` (2B,), one past each text's last token. ``content`` (2B,); ``labels``,
-    ``margins`` and ``weights`` (B,) float32; further columns as tensors, under ``column_NAME``. With critiques
-    ``critique``, as ``input_ids``: 1 where a token is a critique's own, and for what ends its turn.
-    """
-
-    backbone: Backbone
-    padding_free: bool = False
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The batch of these rows."""
-        texts = [ids for row in rows for ids in row["ids"]]
-        batch = self._packed(texts) if self.padding_free else self._padded(texts)
-        batch["content"] = torch.tensor([count for row in rows for count in row["content"]])
-        for name in ("label", "margin", "weight"):
-            batch[f"{name}s"] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-        if "critique" in rows[0]:
-            batch["critique"] = self._own_tokens(texts, [start for row in rows for start in row["critique"]])
-        for name in rows[0]:
-            if name.startswith("column_"):
-                batch[name] = torch.stack([torch.as_tensor(row[name], dtype=torch.float32) for row in rows])
-        return batch
-
-    def _own_tokens(self, texts: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
-        own = [(torch.arange(len(text)) >= start).long() for text, start in zip(texts, starts, strict=True)]
-        return torch.cat(own)[None] if self.padding_free else torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
-
-    def _padded(self, texts: Sequence[Tensor]) -> dict[str, Tensor]:
-        pad = getattr(self.backbone.tokenizer, "pad_token_id", None) or 0
-        if self.backbone.rows is not None and pad >= self.backbone.rows:
-            pad = 0  # padding is masked, so that any id will do that the model knows
-        ids = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(text) for text in texts])
-        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-    def _packed(self, texts: Sequence[Tensor]) -> dict[str, Tensor]:
-        lengths = torch.tensor([len(text) for text in texts])
-        positions = torch.cat([torch.arange(len(text)) for text in texts])
-        return {"input_ids": torch.cat(list(texts))[None], "position_ids": positions[None], "ends": lengths.cumsum(0)}
-
-
 def _critiqued(
-    backbone: Backbone, preferences: Sequence[Preference], mode: str
+    backbone: Backbone, preferences: Sequence[Preference], mode: str, **signal: Any
 ) -> tuple[list[int], list[tuple[EncodedText, EncodedText]], list[Row]]:
     """(which pairs teach something, texts of a row, the rows' other columns)."""
     if mode != "difference":
         reject("critiques", f"some for a head in {mode} mode", "None, or a head in difference mode")
-    texts, counts, kept = critiqued_preferences(backbone, preferences)
+    texts, counts, kept = critiqued_preferences(backbone, preferences, **signal)
     rows: list[tuple[EncodedText, EncodedText]] = []
     rest: list[Row] = []
     for k in kept:
@@ -281,3 +245,22 @@ def _number(value: Mapping[str, Any], name: str, default: float) -> float:
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         reject(name, repr(found)[:40], "a number")
     return float(found)
+
+
+def encoded(source: Any, backbone: Backbone, mode: str, *, critiques: bool = False) -> Any:
+    """What a trainer is given, as it reads it: preferences encoded, or streamed; what is encoded already as it is.
+
+    Raises InputError for critiques that are not there, and as :class:`PairDataset` does.
+    """
+    if source is None or isinstance(source, (PairDataset, StreamedPairs, Subset)):
+        return source
+    if isinstance(source, dict):  # of evaluations, by name
+        return {name: encoded(part, backbone, mode, critiques=critiques) for name, part in source.items()}
+    if isinstance(source, IterableDataset) or type(source).__name__ == "IterableDataset":
+        return StreamedPairs(
+            backbone, lambda: read_training_pairs(source, critiques=critiques), mode, critiques=critiques
+        )
+    pairs = pairs_of(source, critiques=critiques)
+    if critiques and not any(item.critiques for item in pairs):
+        reject("critiques", "preferences without any", "a column critiques", "rmcore critique writes one")
+    return PairDataset(backbone, pairs, mode, critiques=critiques)

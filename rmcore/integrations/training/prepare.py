@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rmcore.head.sngp import SNGPHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.encoding.architecture import block
 
-__all__ = ["check_trainable", "freeze_unread", "head_for", "with_adapters"]
+__all__ = ["check_sharding", "check_trainable", "freeze_unread", "head_for", "with_adapters"]
 
 log = logging.getLogger(__name__)
 
@@ -77,3 +78,19 @@ def head_for(given: SNGPHead | HeadConfig | dict[str, Any] | None, backbone: Bac
     if given.config.hidden_size != backbone.hidden_size:
         reject("head.hidden_size", given.config.hidden_size, f"the backbone's {backbone.hidden_size}")
     return given
+
+
+def check_sharding(args: Any, *, fsdp: bool) -> None:
+    """Raise InputError where a launcher or the arguments asked for FSDP and accelerate has not set it up.
+
+    It shards over what it knows as accelerators: on CPUs it would keep the whole model on each process, without a word.
+    """
+    if (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and not fsdp:
+        import accelerate
+
+        where = "on CPUs" if args.use_cpu else "in one process, or without an accelerator"
+        reject(
+            "fsdp",
+            f"it {where}, where accelerate {accelerate.__version__} leaves the model whole",
+            "several processes with a GPU each, started by accelerate launch or torchrun",
+        )

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from rmcore._base.errors import CheckpointError, NonFiniteError
 from rmcore._base.files import atomic_file
 from rmcore.head.sngp import SNGPHead
 
-__all__ = ["HEAD_STATE_FILE", "ReplicatedHead"]
+__all__ = ["HEAD_STATE_FILE", "HeadCallback", "ReplicatedHead"]
 
 HEAD_STATE_FILE = "rmcore_head_state.safetensors"
 
@@ -169,3 +170,18 @@ class ReplicatedHead:
         if self.loss is not None:
             tensors |= {f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()}
         return tensors
+
+
+class HeadCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer of the moments that have no method of their own."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A new sum of the covariance."""
+        self.trainer.begin_epoch()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are whole, clipped and finite."""
+        self.trainer.step_head()

@@ -20,23 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import Subset
 from transformers import EvalPrediction, TrainerCallback
 
-from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.errors import NonFiniteError
 from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
-from rmcore.integrations.training.cloud import CRITIQUE_NLL, CloudLoss, critique_losses
+from rmcore.integrations.training.cloud import CRITIQUE_NLL, loss_of
+from rmcore.integrations.training.collator import BatchForm, PairCollator, check_batch_form
 from rmcore.integrations.training.config import PairwiseRewardConfig
 from rmcore.integrations.training.critique_tokens import CritiqueTokens
-from rmcore.integrations.training.dataset import (
-    PairCollator,
-    PairDataset,
-    StreamedPairs,
-    pairs_of,
-    read_training_pairs,
-)
+from rmcore.integrations.training.dataset import encoded
 from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
 from rmcore.integrations.training.metrics import pair_metrics
 from rmcore.integrations.training.posterior import (
@@ -47,8 +42,14 @@ from rmcore.integrations.training.posterior import (
     scored,
     set_length_scale,
 )
-from rmcore.integrations.training.prepare import check_trainable, freeze_unread, head_for, with_adapters
-from rmcore.integrations.training.replicated_head import ReplicatedHead
+from rmcore.integrations.training.prepare import (
+    check_sharding,
+    check_trainable,
+    freeze_unread,
+    head_for,
+    with_adapters,
+)
+from rmcore.integrations.training.replicated_head import HeadCallback, ReplicatedHead
 from rmcore.integrations.training.saving import SavesRewardModel
 from rmcore.integrations.training.states import PairStates, block_rows
 from rmcore.model.backbone import Backbone
@@ -81,8 +82,8 @@ class PairwiseRewardTrainer(SavesRewardModel):
         head: the head that is trained.
         frozen: the head with its posterior, after :meth:`train` or :meth:`fit_posterior`.
 
-    Under DeepSpeed's ZeRO-3 the backbone's parameters are sharded, the head is not; this path is written for and has
-    not been run. Raises InputError where backbone, head, data and arguments do not fit.
+    Under FSDP and DeepSpeed's ZeRO-3 the backbone's parameters are sharded, the head is whole on every process. Raises
+    InputError where backbone, head, data and arguments do not fit.
     """
 
     _tag_names = ("rmcore", "reward-trainer")
@@ -105,13 +106,14 @@ class PairwiseRewardTrainer(SavesRewardModel):
             model = Backbone.from_pretrained(model, dtype=torch.float32, device=args.device)
         self.backbone = model
         self.head = head_for(head, model)
+        form: BatchForm = "shared-prefix" if args.share_prefixes else "padding-free" if args.padding_free else "padded"
+        check_batch_form(model, form)
         if peft_config is not None:
             model.model = with_adapters(model, peft_config)
         freeze_unread(model)
         check_trainable(model)
-        loss = _loss_of(args, loss)
-        collator = PairCollator(model, padding_free=args.padding_free)
-        self._check_padding_free(args)
+        loss = loss_of(args, loss)
+        collator = PairCollator(model, form)
         self.pair_states = PairStates(model)
         self.mode = self.head.config.mode
         self.critiques = args.critiques
@@ -123,11 +125,12 @@ class PairwiseRewardTrainer(SavesRewardModel):
             args,
             data_collator=collator,
             train_dataset=self._pairs(train_dataset),
-            eval_dataset=self._eval_pairs(eval_dataset),
+            eval_dataset=self._pairs(eval_dataset),
             compute_metrics=self._metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_sharding(args, fsdp=self.is_fsdp_enabled)
         # Losses are sums over the pairs of an optimiser step, which Trainer counts over micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -150,30 +153,12 @@ class PairwiseRewardTrainer(SavesRewardModel):
         self._covariance = EpochCovariance(self.head.config, self.args.device) if args.posterior == "training" else None
         self._feature_map: Any = None
         self._resuming = False
-        self.add_callback(_HeadCallback(self))
+        self.add_callback(HeadCallback(self))
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def _pairs(self, source: Any) -> Any:
-        if source is None or isinstance(source, (PairDataset, StreamedPairs, Subset)):
-            return source
-        if isinstance(source, IterableDataset) or type(source).__name__ == "IterableDataset":
-            rows = lambda: read_training_pairs(source, critiques=self.critiques)  # noqa: E731
-            return StreamedPairs(self.backbone, rows, self.mode, critiques=self.critiques)
-        pairs = pairs_of(source, critiques=self.critiques)
-        if self.critiques and not any(item.critiques for item in pairs):
-            reject("critiques", "preferences without any", "a column critiques", "rmcore critique writes one")
-        return PairDataset(self.backbone, pairs, self.mode, critiques=self.critiques)
-
-    def _eval_pairs(self, source: Any) -> Any:
-        if isinstance(source, dict):
-            return {name: self._pairs(part) for name, part in source.items()}
-        return self._pairs(source)
-
-    def _check_padding_free(self, args: PairwiseRewardConfig) -> None:
-        config = self.backbone.config
-        if args.padding_free and (config.kind != "base" or config.layer is not None):
-            reject("padding_free", True, "False, or a backbone of kind 'base' whose last layer is read")
+        return encoded(source, self.backbone, self.mode, critiques=self.critiques)
 
     @property
     def _data_count(self) -> float:
@@ -224,6 +209,11 @@ class PairwiseRewardTrainer(SavesRewardModel):
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = total * ranks / num_items_in_batch
         return (loss, {"states": states}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``Trainer.training_step``, the attention of shared prefixes in place for the backward pass too."""
+        with self.pair_states.step():
+            return super().training_step(*args, **kwargs)
 
     # -- one optimiser step --------------------------------------------------------------------------------------------
 
@@ -407,28 +397,3 @@ class PairwiseRewardTrainer(SavesRewardModel):
         if self._own_metrics is not None:
             metrics |= self._own_metrics(EvalPrediction(predictions=logit.numpy(), label_ids=labels.numpy()))
         return metrics | told
-
-
-class _HeadCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer of the moments that have no method of their own."""
-
-    def __init__(self, trainer: PairwiseRewardTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A new sum of the covariance."""
-        self.trainer.begin_epoch()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are whole, clipped and finite."""
-        self.trainer.step_head()
-
-
-def _loss_of(args: PairwiseRewardConfig, given: PairLoss | None) -> PairLoss | None:
-    """The loss that the configuration names, or what was given."""
-    named: PairLoss | None = critique_losses if args.critique_sft else None
-    if args.lm_weight is not None:
-        named = CloudLoss(args.lm_weight)
-    if named is not None and given is not None:
-        reject("loss", "one beside critique_sft or lm_weight", "one of the two")
-    return named or given

@@ -1,15 +1,18 @@
 """Several sources of preferences as one set: weights, duplicates, held-out prompts, and a report of what went where.
 
 Nothing is dropped silently: :class:`DataReport` counts what each source had, what was left out and why, and what of it
-is trained on. Over-long texts are the backbone's matter (its policy says what happens to them, and a warning counts
-them).
+is trained on. What a backbone cannot learn from (over-long texts under ``no-reward``, responses that are equal to its
+tokenizer) is known once texts are encoded: :meth:`DataReport.leave_out` takes it in.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any
 
 from rmcore._base.errors import reject
@@ -17,7 +20,7 @@ from rmcore._base.prompt import content_key
 from rmcore.model.data import read_preferences
 from rmcore.model.reward_model import Preference
 
-__all__ = ["DataReport", "DataSource", "SourceReport", "mix", "sources_of", "split_by_prompt", "stream"]
+__all__ = ["DataReport", "DataSource", "SourceReport", "mix", "pair_said", "sources_of", "split_by_prompt"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,10 @@ class DataSource:
 
 @dataclass
 class SourceReport:
-    """What became of a source's pairs: ``read`` = ``duplicates`` + distinct ones; ``taken`` to train on, by weight."""
+    """What became of a source's pairs: ``read`` = ``duplicates`` + distinct ones; ``taken`` to train on, by weight.
+
+    ``left_out`` of those taken, and why: the model can learn nothing from them.
+    """
 
     path: str
     weight: float
@@ -54,28 +60,59 @@ class SourceReport:
     duplicates: int = 0
     contradicted: int = 0
     taken: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class DataReport:
-    """Of each source, and of the split: ``trained`` and ``held_out`` pairs, of so many ``prompts``."""
+    """Of each source, and of the split: ``trained`` and ``held_out`` pairs, of so many ``prompts``.
+
+    ``left_out`` of ``trained``, and why, whatever source they are of.
+    """
 
     sources: list[SourceReport]
     trained: int = 0
     held_out: int = 0
     held_out_prompts: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def begin(self, sources: list[SourceReport]) -> None:
+        """Forget everything: another pass over these begins."""
+        self.sources, self.trained, self.held_out, self.held_out_prompts = sources, 0, 0, 0
+        self.left_out = Counter()
+
+    def leave_out(self, reasons: Mapping[int, str]) -> None:
+        """Take in which of the pairs to train on, by their place in the mixture, were left out, and why."""
+        ends = list(accumulate(found.taken for found in self.sources))
+        for number, reason in reasons.items():
+            self.left_out[reason] += 1
+            if ends:
+                self.sources[bisect_right(ends, number)].left_out[reason] += 1
+        self.trained -= len(reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and numbers, for JSON."""
+        own = {"left_out": dict(self.left_out)}
+        return vars(self) | own | {"sources": [vars(one) | {"left_out": dict(one.left_out)} for one in self.sources]}
 
     def to_markdown(self) -> str:
         """A table, and what it means."""
         lines = [
-            "| source | weight | read | duplicates, dropped | contradicted, kept | taken |",
-            "|---|---|---|---|---|---|",
+            "| source | weight | read | duplicates, dropped | contradicted, kept | taken | of them left out |",
+            "|---|---|---|---|---|---|---|",
         ]
         for one in self.sources:
-            numbers = f"{one.read} | {one.duplicates} | {one.contradicted} | {one.taken}"
+            numbers = f"{one.read} | {one.duplicates} | {one.contradicted} | {one.taken} | {_told(one.left_out)}"
             lines.append(f"| {one.path} | {one.weight:g} | {numbers} |")
-        told = f"{self.trained} pairs to train on, {self.held_out} held out ({self.held_out_prompts} prompts)."
-        return "\n".join([*lines, "", told]) if lines else told
+        prompts = f" ({self.held_out_prompts} prompts)" if self.held_out_prompts else ""
+        told = f"{self.trained} pairs to train on, {self.held_out} held out{prompts}."
+        if self.left_out:
+            told += f" Left out, since nothing can be learned from them: {_told(self.left_out)}."
+        return "\n".join([*lines, "", told]) if self.sources else told
+
+
+def _told(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "0"
 
 
 def sources_of(given: Any) -> list[DataSource]:
@@ -112,9 +149,9 @@ def mix(
     for source in sources:
         found = SourceReport(source.path, source.weight)
         own: list[Preference] = []
-        for item in _first(read_preferences(source.path, source.columns, critiques=critiques), source.most):
+        for item in islice(read_preferences(source.path, source.columns, critiques=critiques), source.most):
             found.read += 1
-            key, label = _said(item)
+            key, label = pair_said(item)
             said = seen.setdefault(key, set())
             if label in said:
                 found.duplicates += 1
@@ -153,25 +190,6 @@ def split_by_prompt(
     return train, held, DataReport([], len(train), len(held), len(chosen))
 
 
-def stream(sources: Sequence[DataSource], *, seed: int = 0, critiques: bool = False) -> Iterator[Preference]:
-    """Pairs of all sources as they come, each drawn from one source at random by weight, until all have ended.
-
-    Nothing is held in memory, so duplicates are not looked for.
-    """
-    left = [
-        iter(_first(read_preferences(source.path, source.columns, critiques=critiques), source.most))
-        for source in sources
-    ]
-    weights = [source.weight for source in sources]
-    draw = random.Random(seed)
-    while left:
-        k = draw.choices(range(len(left)), weights)[0]
-        try:
-            yield next(left[k])
-        except StopIteration:
-            del left[k], weights[k]
-
-
 def _prompt(item: Preference) -> str:
     return repr(content_key(item.prompt))
 
@@ -186,7 +204,7 @@ def _held_out_prompts(pairs: Iterable[Preference], share: float, seed: int) -> s
     return set(random.Random(seed).sample(prompts, count))
 
 
-def _said(item: Preference) -> tuple[tuple[Any, ...], float]:
+def pair_said(item: Preference) -> tuple[tuple[Any, ...], float]:
     """The pair, whichever response was chosen, and how probable it is that one of them is better."""
     prompt, a, b = (content_key(text) for text in (item.prompt, item.chosen, item.rejected))
     turned = repr(a) > repr(b)
@@ -198,10 +216,3 @@ def _weighed(pairs: list[Preference], weight: float, draw: random.Random) -> lis
     more = round((weight - whole) * len(pairs))
     chosen = set(draw.sample(range(len(pairs)), more))
     return [item for k, item in enumerate(pairs) for _ in range(whole + (k in chosen))]
-
-
-def _first(pairs: Iterable[Preference], most: int | None) -> Iterator[Preference]:
-    for k, item in enumerate(pairs):
-        if k == most:
-            return
-        yield item

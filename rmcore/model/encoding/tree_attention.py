@@ -7,6 +7,8 @@ the time of a forward pass the name is ours (:func:`attending`).
 ``flex``   FlexAttention with a block mask, compiled. The block mask is made from the tree, never from a T × T mask.
 ``sdpa``   ``scaled_dot_product_attention`` once a node (and 256 query rows), over the keys of the node's path.
 
+With a graph the second takes each node's keys from its path anew, where without one siblings write over one another.
+
 Both compute what the padded forward computes, up to rounding, where a token's state depends on the tokens before it and
 on its position alone. :func:`rmcore.model.encoding.architecture.unfit` names the models for which that is not so.
 """
@@ -108,6 +110,8 @@ def _no_flex(device: torch.device) -> str | None:
 # -- one forward pass ------------------------------------------------------------------------------------------------
 
 _active = threading.local()
+_training: list[Plan] = []
+"""The plan of a training step, for all threads: autograd computes checkpointed layers again in threads of its own."""
 
 
 class Plan:
@@ -127,24 +131,33 @@ class Plan:
 
 
 @contextlib.contextmanager
-def attending(model: Any, pack: Pack, kind: Literal["flex", "sdpa"]) -> Iterator[Plan]:
+def attending(model: Any, pack: Pack, kind: Literal["flex", "sdpa"], *, every_thread: bool = False) -> Iterator[Plan]:
     """Within, a forward pass of ``model`` over (1, T) ids and positions of ``pack`` attends along the tree.
 
     The attention function's name in the model's configuration changes meanwhile: no other thread may run the model.
+    ``every_thread`` is for a training step, backward pass included, of which a process has one at a time.
 
     Raises TreeAttentionError from the forward pass where a layer asks for what a tree cannot give.
     """
     _register()
+    if every_thread and _training:
+        raise TreeAttentionError("a training step within another one")
     configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
     before = [(config, getattr(config, "_attn_implementation", None)) for config in configs]
     plan = Plan(pack, kind)
-    _active.plan = plan
+    if every_thread:
+        _training.append(plan)
+    else:
+        _active.plan = plan
     try:
         for config in configs:
             config._attn_implementation = _NAME
         yield plan
     finally:
-        _active.plan = None
+        if every_thread:
+            _training.clear()
+        else:
+            _active.plan = None
         for config, implementation in before:
             config._attn_implementation = implementation
 
@@ -170,7 +183,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(1, H, T, d) queries against (1, H_kv, T, d) keys and (1, H_kv, T, d_v) values → (1, T, H, d_v)."""
-    plan: Plan | None = getattr(_active, "plan", None)
+    plan: Plan | None = getattr(_active, "plan", None) or next(iter(_training), None)
     if plan is None:
         raise TreeAttentionError("model: run by two threads at once, while one of them encodes a packed tree")
     length = len(plan.pack)
@@ -203,6 +216,8 @@ def _by_node(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float
         value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         grouped = False
     mask = plan.once((query.dtype, query.device), lambda: _causal_rows(pack.longest, query))
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _by_path(pack, query, key, value, mask, scale, softcap, grouped)
     # Keys and values of the current path, by position. Preorder: a node's ancestors are in place when its turn comes,
     # and siblings write over one another.
     keys = key.new_empty(1, key.shape[1], pack.longest, key.shape[-1])
@@ -211,27 +226,55 @@ def _by_node(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float
         end = position + stop - start
         keys[:, :, position:end] = key[:, :, start:stop]
         values[:, :, position:end] = value[:, :, start:stop]
-        if position == 0 and softcap is None:
-            states = scaled_dot_product_attention(
-                query[:, :, start:stop],
-                keys[:, :, :end],
-                values[:, :, :end],
-                is_causal=True,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-            out[:, start:stop] = states.transpose(1, 2)
-            continue
-        for first in range(start, stop, _ROWS):
-            last = min(first + _ROWS, stop)
-            seen = position + last - start
-            # The last `last - first` rows and `seen` columns of a causal mask.
-            rows = mask[: last - first, mask.shape[1] - _ROWS - seen + last - first :][:, :seen]
-            states = _dense(
-                query[:, :, first:last], keys[:, :, :seen], values[:, :, :seen], rows, scale, softcap, grouped
-            )
-            out[:, first:last] = states.transpose(1, 2)
+        own = query[:, :, start:stop], keys[:, :, :end], values[:, :, :end]
+        at = start
+        for states in _node(*own, position, mask, scale, softcap, grouped):
+            out[:, at : at + states.shape[2]] = states.transpose(1, 2)
+            at += states.shape[2]
     return out
+
+
+def _by_path(
+    pack: Pack,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    grouped: bool,
+) -> Tensor:
+    """As :func:`_by_node` with a graph, which nothing is written over."""
+    parts: list[Tensor] = []
+    paths: list[list[slice]] = []
+    for start, stop, position, parent in pack.spans:
+        paths.append([*(paths[parent] if parent >= 0 else []), slice(start, stop)])
+        keys, values = (torch.cat([t[:, :, part] for part in paths[-1]], 2) for t in (key, value))
+        parts += _node(query[:, :, start:stop], keys, values, position, mask, scale, softcap, grouped)
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _node(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: int,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    grouped: bool,
+) -> Iterator[Tensor]:
+    """(1, H, n, d_v) of a node's rows, in parts; its first token is at ``position`` of the path that keys are of."""
+    count = query.shape[2]
+    if position == 0 and softcap is None:
+        yield scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+        return
+    for first in range(0, count, _ROWS):
+        last = min(first + _ROWS, count)
+        seen = position + last
+        # The last `last - first` rows and `seen` columns of a causal mask.
+        rows = mask[: last - first, mask.shape[1] - _ROWS - seen + last - first :][:, :seen]
+        yield _dense(query[:, :, first:last], keys[:, :, :seen], values[:, :, :seen], rows, scale, softcap, grouped)
 
 
 def _dense(

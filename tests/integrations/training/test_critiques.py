@@ -17,7 +17,7 @@ from rmcore.model.language_model import language_model
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'rmcore[train]')")
 
 from rmcore.integrations.training import PairDataset, PairwiseRewardTrainer
-from rmcore.integrations.training.dataset import PairCollator
+from rmcore.integrations.training.collator import PairCollator
 
 HEAD = {"num_features": 64, "kernel_scale": 3.0}
 GOOD, BAD = "it is right and polite", "it is wrong, for it is rude"
@@ -56,7 +56,7 @@ def test_rows_say_where_a_critique_begins_and_weigh_what_their_pair_does(backbon
     assert "yes, it is right" in backbone.tokenizer.decode(row["ids"][0][len(lead) :])
     assert data[16]["critique"] == [len(ids) for ids in data[16]["ids"]], "nothing to learn from an empty critique"
     padded = PairCollator(backbone)([data[k] for k in range(3)])
-    packed = PairCollator(backbone, padding_free=True)([data[k] for k in range(3)])
+    packed = PairCollator(backbone, "padding-free")([data[k] for k in range(3)])
     for batch in (padded, packed):
         assert batch["critique"].shape == batch["input_ids"].shape
         assert int(batch["critique"].sum()) == sum(

@@ -369,6 +369,19 @@ def test_settings_that_do_not_fit_are_named(settings, name, config_of):
         config_of(**settings)
 
 
+def test_sharding_that_does_not_happen_is_refused(backbone_of, config_of, preferences, monkeypatch):
+    """accelerate keeps the whole model on each process where it finds no accelerator."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"^fsdp: got it on CPUs, where accelerate \d.* leaves the model whole"):
+        PairwiseRewardTrainer(backbone_of(), config_of(), head=HEAD, train_dataset=preferences)
+
+
+def test_batches_cut_by_the_main_process_are_refused(config_of):
+    """It would cut texts, of which a pair has two, and pairs at one place."""
+    with pytest.raises(InputError, match=r"^accelerator_config\.dispatch_batches: got True"):
+        config_of(accelerator_config={"dispatch_batches": True})
+
+
 def test_push_to_hub_pushes_what_from_pretrained_opens(backbone_of, config_of, preferences, fake_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     args = config_of(hub_model_id="me/mine", push_to_hub=True, save_strategy="steps", save_steps=2)

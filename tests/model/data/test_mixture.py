@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
 from rmcore.model import Preference
-from rmcore.model.data.mixture import DataSource, mix, sources_of, split_by_prompt, stream
+from rmcore.model.data.mixture import DataSource, mix, sources_of, split_by_prompt
 
 
 @pytest.fixture
@@ -78,14 +78,23 @@ def test_a_split_loses_nothing_and_shares_no_prompt(prompts, share, seed):
     assert len({p.prompt for p in held}) == report.held_out_prompts == round(share * len(set(prompts)))
 
 
-def test_a_stream_mixes_by_weight_and_ends_when_all_have(file_of):
-    first = file_of("a.jsonl", [("p", f"a{k}", "no") for k in range(300)])
-    second = file_of("b.jsonl", [("p", f"b{k}", "no") for k in range(300)])
-    pairs = list(stream([DataSource(first, weight=3.0), DataSource(second)], seed=1))
-    assert len(pairs) == 600
-    begun = Counter(p.chosen[0] for p in pairs[:200])
-    assert 125 <= begun["a"] <= 175
-    assert [p.chosen for p in pairs if p.chosen[0] == "b"] == [f"b{k}" for k in range(300)]
+def test_what_is_left_out_is_told_of_its_source(file_of):
+    first = file_of("a.jsonl", [(f"p{k}", "yes", "no") for k in range(3)])
+    second = file_of("b.jsonl", [(f"q{k}", "yes", "no") for k in range(4)])
+    pairs, _, report = mix([DataSource(first, weight=2.0), DataSource(second)])
+    report.leave_out({0: "over-long", 5: "equal responses", 6: "over-long", 9: "over-long"})
+    a, b = report.sources
+    assert a.left_out == {"over-long": 1, "equal responses": 1}
+    assert b.left_out == {"over-long": 2}
+    assert report.trained == len(pairs) - 4
+    told = report.to_markdown()
+    assert "| 6 | 1 equal responses, 1 over-long |" in told
+    assert "Left out, since nothing can be learned from them: 1 equal responses, 3 over-long." in told
+    assert report.to_dict()["sources"][1]["left_out"] == {"over-long": 2}
+    given = [Preference(f"p{k}", "a", "b") for k in range(4)]
+    report = split_by_prompt(given, 0.25)[2]  # without sources
+    report.leave_out({0: "over-long"})
+    assert report.to_markdown().startswith("2 pairs to train on, 1 held out (1 prompts). Left out")
 
 
 @pytest.mark.parametrize(
