@@ -48,7 +48,9 @@ def test_duplicates_and_contradictions_are_counted_anew_in_each_pass(file_of):
         (one,) = report.sources
         assert (one.read, one.duplicates, one.contradicted, one.taken, report.trained) == (5, 2, 1, 3, 3)
     assert len(list(stream(sources, remembered=0))) == 5
-    assert len(list(stream(sources, remembered=2))) == 4  # the first pair is forgotten when it comes again
+    rows = [(name, "yes", "no") for name in "pqrstp"]
+    assert len(list(stream([file_of("b.jsonl", rows)], remembered=2))) == 6  # the first is forgotten by its second time
+    assert len(list(stream([file_of("b.jsonl", rows)], remembered=20))) == 5
 
 
 @given(st.lists(st.integers(0, 30), max_size=80), st.integers(2, 20))
