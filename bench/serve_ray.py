@@ -57,8 +57,7 @@ class Event:
     at: float
     name: str
     do: Callable[[], None]
-    began: float = 0.0
-    ended: float = 0.0
+    done: float = 0.0
 
 
 @dataclass
@@ -68,16 +67,21 @@ class Course:
     events: list[Event] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def run(self, origin: float) -> None:
-        """Have them happen, one after the other."""
-        for event in sorted(self.events, key=lambda event: event.at):
-            time.sleep(max(0.0, origin + event.at - time.perf_counter()))
-            event.began = time.perf_counter() - origin
-            try:
-                event.do()
-            except Exception as error:  # the load goes on; the run has failed
-                self.failed.append(f"{event.name}: {type(error).__name__}: {error}"[:500])
-            event.ended = time.perf_counter() - origin
+    def start(self) -> list[threading.Thread]:
+        """Have them happen, counted from now."""
+        origin = time.perf_counter()
+        threads = [threading.Thread(target=self._happen, args=(event, origin), daemon=True) for event in self.events]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _happen(self, event: Event, origin: float) -> None:
+        time.sleep(max(0.0, origin + event.at - time.perf_counter()))
+        try:
+            event.do()
+        except Exception as error:  # the load goes on; the run has failed
+            self.failed.append(f"{event.name}: {type(error).__name__}: {error}"[:500])
+        event.done = time.perf_counter() - origin
 
 
 # -- the head's versions -----------------------------------------------------------------------------------------------
@@ -186,10 +190,10 @@ def run(soak: Soak, which: str) -> tuple[dict[str, Any], Outcome]:
         with versions_of(model, journal, pool) as learner, started(path, journal, soak) as (server, url):
             course = Course(_events(which, server, learner, soak.seconds))
             asyncio.run(_warm_up(url, pool, soak))
-            happening = threading.Thread(target=course.run, args=(time.perf_counter(),), daemon=True)
-            happening.start()
+            happening = course.start()
             outcome = asyncio.run(drive(url, pool, soak))
-            happening.join(300)
+            for thread in happening:
+                thread.join(120)
             told = _metrics(url)
             left = len(processes("Replica"))
             began = time.perf_counter()
@@ -207,7 +211,7 @@ async def _warm_up(url: str, pool: Sequence[Group], soak: Soak) -> None:
 
 def _events(which: str, server: GroupServer, learner: VerdictLearner, seconds: float) -> list[Event]:
     def version(number: int) -> Event:
-        at = (0.15, 0.45, 0.85)[number - 1] * seconds
+        at = (0.2, 0.45, 0.85)[number - 1] * seconds
         return Event(at, f"version {number}", functools.partial(_current, learner, number))
 
     if which == "processes":
@@ -216,8 +220,8 @@ def _events(which: str, server: GroupServer, learner: VerdictLearner, seconds: f
             Event(0.5 * seconds, "an assembler killed", functools.partial(kill_one, "Assembler1")),
         ]
     return [
-        Event(0.25 * seconds, "a replica killed", functools.partial(kill_one, "Replica")),
-        Event(0.65 * seconds, "two replicas to one", functools.partial(_scale_down, server)),
+        Event(0.1 * seconds, "a replica killed", functools.partial(kill_one, "Replica")),
+        Event(0.6 * seconds, "two replicas to one", functools.partial(_scale_down, server, 0.3 * seconds)),
         *(version(number) for number in range(1, VERSIONS)),
     ]
 
@@ -226,8 +230,10 @@ def _current(learner: VerdictLearner, number: int) -> None:
     learner.revert(number)
 
 
-def _scale_down(server: GroupServer) -> None:
-    _until(lambda: len(processes("Replica")) == 2, 60.0)  # the killed one's successor is there
+def _scale_down(server: GroupServer, patience: float) -> None:
+    _until(lambda: len(processes("Replica")) == 2, patience)
+    if (found := len(processes("Replica"))) != 2:
+        raise RuntimeError(f"replicas: got {found}, expected 2: the killed one's successor is not there yet")
     server.scale(1)
     _until(lambda: len(processes("Replica")) == 1, 60.0)
 
@@ -257,8 +263,8 @@ def _figures(soak: Soak, outcome: Outcome, course: Course, told: dict[str, float
         "answers_by_version": answered,
         "groups_with_several_versions": sum(len(found) > 1 for found in outcome.versions.values()),
         "events": [
-            {"name": e.name, "at_s": round(e.began, 1), "done_s": round(e.ended, 1)}
-            for e in sorted(course.events, key=lambda e: e.began)
+            {"name": e.name, "at_s": round(e.at, 1), "done_s": round(e.done, 1)}
+            for e in sorted(course.events, key=lambda e: e.at)
         ],
         "errors": (course.failed + outcome.errors)[:10],
         "server": {
@@ -281,7 +287,7 @@ def _checks(which: str, figures: dict[str, Any], outcome: Outcome, course: Cours
     told, calls = figures["server"], outcome.counts
     kinds = ("groups", "rendezvous", "openrlhf")
     checks = {
-        "everything happened that was to happen": not course.failed and all(e.ended for e in course.events),
+        "everything happened that was to happen": not course.failed and all(e.done for e in course.events),
         "no call was lost": calls["lost"] == 0,
         "every call was answered with 200": calls["status_200"] == sum(calls[f"calls_{kind}"] for kind in kinds),
         "no answer was mixed or wrong": calls["wrong"] == 0,
@@ -331,7 +337,7 @@ def _draw_run(figures: dict[str, Any], outcome: Outcome, above: Any, below: Any,
         below.plot(*zip(*points, strict=True), style, color="0.2", label=f"{level:.0%} of answers")
     for axis in (above, below):
         for event in figures["events"]:
-            axis.axvline(event["at_s"], color="#D55E00", linewidth=0.9)
+            axis.axvspan(event["at_s"], max(event["done_s"], event["at_s"] + 0.15), color="#D55E00", alpha=0.3, lw=0)
         axis.set_xlim(0, ends)
     for event in figures["events"]:
         text = f" {event['name']}"

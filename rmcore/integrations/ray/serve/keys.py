@@ -18,7 +18,7 @@ from rmcore.integrations.server.placing import group_key
 
 __all__ = ["BY_CONTENT", "request_key"]
 
-BY_CONTENT = frozenset({"/get_reward", "/verify"})
+BY_CONTENT = frozenset({"/v1/rendezvous", "/get_reward", "/verify"})
 """Paths whose members may have nothing but their text to be known by: an equal one may be a repetition."""
 
 
@@ -36,7 +36,7 @@ def request_key(path: str, body: bytes, idempotency_key: str | None = None) -> b
     if path == "/v1/groups" and idempotency_key is not None:
         return group_key("key", idempotency_key)
     try:
-        value = read_json(body) if path in ("/v1/rendezvous", "/get_reward", "/verify") else None
+        value = read_json(body) if path in BY_CONTENT else None
         found = _group(path, value) if isinstance(value, Mapping) else None
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
         found = None

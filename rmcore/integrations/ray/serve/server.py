@@ -127,16 +127,16 @@ class GroupServer:
         self.serve.start(proxy_location="EveryNode", http_options=options)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # or every change is told here, too
         with self._deploying:
-            self._deploy()
+            self._deploy(wait=True)
             self._started = True
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http://{host}:{settings.port}"
 
     def publish(self, version: int) -> None:
-        """Have all replicas serve a version of the journal's head; returns when they do.
+        """Have all replicas serve a version of the journal's head, those that start later, too.
 
-        Before :meth:`start` it is what they start with. They change one after the other; every batch is scored by one
-        version, which its answers name.
+        They change one after the other, soon after this returns; every batch is scored by one version, which its
+        answers name. Before :meth:`start` it is what they start with.
         """
         if self._journal is None:
             reject("version", version, "none, since there is no journal")
@@ -150,7 +150,7 @@ class GroupServer:
                 raise
 
     def scale(self, replicas: int, max_replicas: int | None = None) -> None:
-        """Change the number of replicas; those that go finish what they have. Returns when it is done."""
+        """Change the number of replicas, soon after this returns; those that go finish what they have."""
         with self._deploying:
             self.scale_now = replace(self.scale_now, replicas=replicas, max_replicas=max_replicas)
             self._deploy()
@@ -167,9 +167,10 @@ class GroupServer:
 
     # -- deployments -------------------------------------------------------------------------------------------------
 
-    def _deploy(self) -> None:
+    def _deploy(self, *, wait: bool = False) -> None:
+        target = self.serve.RunTarget(self.application(), name=self.name, route_prefix="/")
         try:
-            self.serve.run(self.application(), name=self.name, route_prefix="/")
+            self.serve.run_many([target], wait_for_applications_running=wait)
         except RuntimeError as error:
             raise RmcoreError(f"Ray Serve: {error}") from error
 
