@@ -145,7 +145,7 @@ def check_base_url(base_url: str) -> tuple[str, bool]:
     try:
         parts = urllib.parse.urlsplit(base_url)
         host = parts.hostname
-        _ = parts.port  # raises on nonsense
+        port = parts.port  # raises on nonsense
     except ValueError:
         raise JudgeError(f"base_url: got a malformed URL, {expected}") from None
     if "@" in parts.netloc:
@@ -154,6 +154,8 @@ def check_base_url(base_url: str) -> tuple[str, bool]:
         raise JudgeError(f"base_url: got a URL with a query or a fragment, {expected}")
     if parts.scheme not in ("http", "https") or not host:
         raise JudgeError(f"base_url: got a URL without http(s) scheme or host, {expected}")
+    if port == 0:
+        raise JudgeError(f"base_url: got a URL with port 0, {expected}")
     loopback = _is_loopback(host)
     if parts.scheme == "http" and not loopback:
         _logger.warning("judge at %s: plain http, so prompts and key cross the network unencrypted", host)

@@ -304,7 +304,7 @@ class ChatJudge:
         while True:
             shown = fit.cut
             if shown is None:
-                detail = f"the judge's context of {fit.limit} tokens has no room for the question"
+                detail = f"no room for the question in {fit.limit} tokens, the judge's context or its tokens_per_minute"
                 return Reply(Verdict.none("too_long", usage), detail=detail)
             reply = await self._answer(pair, exchange, deadline, shown, self.context.answer_tokens(fit))
             usage = one_call(usage, reply.verdict.usage)

@@ -34,7 +34,7 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
     """What an HTTP library raised while it asked ``url``, in our words."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or "?"
-    place = f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    place = f"{f'[{host}]' if ':' in host else host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
     for cause in _chain(error):
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -62,13 +62,18 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
         if isinstance(cause, ConnectionResetError):
             return ConnectionFailedError(f"{place} reset the connection")
         if "RemoteProtocolError" in kinds:
-            return ConnectionFailedError(
-                f"{place} closed the connection or answered with something other than HTTP; "
-                "a server that speaks https:// does that to http://"
-                if parts.scheme == "http"
-                else f"{place} closed the connection or answered with something other than HTTP"
-            )
+            return ConnectionFailedError(_broken(str(cause), place, parts.scheme))
     return ConnectionFailedError(f"no connection to {place}")
+
+
+def _broken(said: str, place: str, scheme: str) -> str:
+    """What is told of a reply that is none, by the HTTP library's words, which are not shown."""
+    if "complete message body" in said or "incomplete chunked read" in said:
+        return f"{place} closed the connection in the middle of a reply"
+    https = "; a server that speaks https:// does that to http://" if scheme == "http" else ""
+    if "without sending a response" in said:
+        return f"{place} closed the connection without an HTTP reply{https}"
+    return f"{place} answered with something other than HTTP/1.1{https}"
 
 
 def status_hint(status: int, url: str, headers: Mapping[str, str], key_env: str | None, *, explained: bool) -> str:
@@ -78,6 +83,10 @@ def status_hint(status: int, url: str, headers: Mapping[str, str], key_env: str 
         there = urllib.parse.urlsplit(urllib.parse.urljoin(url, headers.get("location", "")))
         target = f"{there.scheme}://{there.netloc.rpartition('@')[2]}{there.path}"[:200]
         return f"redirects to {target}; redirects are not followed, give the base URL of that"
+    if 200 < status < 300:
+        return "a reply without a completion; check the base URL"
+    if status == 407:
+        return f"the proxy of {_proxy_variables(urllib.parse.urlsplit(url).scheme) or 'the network'} wants a login"
     if status in (404, 405):
         versioned = re.search(r"/v\d+(beta\d*)?(/|$)|/deployments/", path) is not None
         if not versioned:

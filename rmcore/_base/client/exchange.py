@@ -244,7 +244,8 @@ class HttpExchange:
         content = body if self.method == "POST" else None
         async with client.stream(self.method, url, content=content, headers=sent) as response:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-                return Attempt(reason="bad_encoding", headers=response.headers, status=response.status_code)
+                detail = "a compressed reply, although none was asked for; switch that off at the server or its proxy"
+                return Attempt(None, "bad_encoding", detail, headers=response.headers, status=response.status_code)
             failed = response.status_code != 200
             limit = MAX_ERROR_BODY if failed else self.max_reply_bytes
             held, complete = bytearray(), True

@@ -59,6 +59,9 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
         return Completion(None, "no_choices", error_detail(body, key), usage, overflow=_overflow(body))
     if reply.get("error") or choice.get("error"):  # the text beside an error is not an answer, finished as it may look
         return Completion(None, "error_in_reply", error_detail(body, key), usage, overflow=_overflow(body))
+    if "message" not in choice and ("text" in choice or "delta" in choice):
+        other = "of /completions" if "text" in choice else "in pieces, as of a stream"
+        return Completion(None, "no_choices", f"an answer {other}, expected one of /chat/completions", usage)
     model, fingerprint = (_name(reply.get(word), key) for word in ("model", _FINGERPRINT))
     return Completion(choice, usage=usage, model=model, fingerprint=fingerprint)
 

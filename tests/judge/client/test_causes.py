@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import threading
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -77,6 +78,7 @@ def test_where_requests_go(given_url, posted, name, header):
         (f"{URL}?a=b#hunter2", "fragment"),
         (f"{URL}?hunter2", "malformed"),
         (f"{URL}?a=hunter2 b", "malformed"),
+        ("http://127.0.0.1:0/v1", "port 0"),
     ],
 )
 def test_addresses_that_are_refused_and_not_quoted(url, says):
@@ -117,6 +119,11 @@ def test_azure_gets_its_key_in_its_own_header(ask, mock_judge, chat_reply, secre
         (httpx.Response(200, text=""), URL, "not_json", "an empty reply"),
         (httpx.Response(200, text="hello"), URL, "not_json", "the beginning: hello"),
         (httpx.Response(200, text="[1]"), URL, "not_json", "no object"),
+        (httpx.Response(204), URL, "http_204", "without a completion; check the base URL"),
+        (httpx.Response(407), URL, "http_407", "the proxy of the network wants a login"),
+        (httpx.Response(200, headers={"content-encoding": "br"}, content=b"x"), URL, "bad_encoding", "compressed"),
+        (httpx.Response(200, json={"choices": [{"text": "<verdict>"}]}), URL, "no_choices", "of /completions"),
+        (httpx.Response(200, json={"choices": [{"delta": {}}]}), URL, "no_choices", "of a stream"),
     ],
 )
 def test_the_log_names_cause_and_url(ask, mock_judge, caplog, answer, url, reason, says):
@@ -140,6 +147,11 @@ def test_any_reply_is_named(body):
 # -- connections -----------------------------------------------------------------------------------------------------
 
 
+def test_an_ipv6_address_is_told_as_it_is_written():
+    words = str(connection_trouble(ConnectionRefusedError(), "http://[::1]:8000/v1"))
+    assert "nothing listens at [::1]:8000: connection refused" in words
+
+
 def test_a_port_where_nobody_listens(ask, make_judge, caplog):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -147,6 +159,38 @@ def test_a_port_where_nobody_listens(ask, make_judge, caplog):
     with caplog.at_level("WARNING"):
         assert ask(judge).reason == "connection"
     assert f"nothing listens at 127.0.0.1:{port}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n", "closed the connection in the middle of a reply"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", "in the middle of a reply"),
+        (b"", "closed the connection without an HTTP reply; a server that speaks https://"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed the connection without an HTTP reply"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "closed the connection without an HTTP reply"),
+        (b"<html>hello</html>\n", "closed the connection without an HTTP reply"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200_000, "answered with something other than HTTP/1.1"),
+    ],
+)
+def test_what_is_no_whole_reply_is_told_apart(ask, make_judge, caplog, reply, says):
+    with socket.create_server(("127.0.0.1", 0)) as server, caplog.at_level("WARNING"):
+
+        def answer():
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.recv(1 << 20)
+                connection.sendall(reply)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1 << 20)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        judge = make_judge(url, orders="one", retry=RetryPolicy(max_attempts=1), context_tokens=4096)
+        assert ask(judge).reason == "connection"
+        thread.join()
+    assert says in caplog.text
 
 
 def test_https_where_http_is_spoken(ask, make_judge, caplog):
