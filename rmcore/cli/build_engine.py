@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from rmcore._base.errors import reject
-from rmcore.cli.checks import check_backend, check_device
-from rmcore.cli.options import Asking, Doubting, Judging
+from rmcore.cli.checks import check_backend, check_device, check_writable
+from rmcore.cli.judge_options import as_options, reject_unused
+from rmcore.cli.options import Asking, Doubting, Judging, store_file
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
@@ -57,6 +58,7 @@ def make_engine(
     router = _router(judging, adaptive)
     judge = make_judge(judging) if shared_judge is None else shared_judge
     _check_together(judging, judge, router)
+    check_writable(judging.router_state, "--router-state")
     check_device(device)
     check_backend(model, backend, device)
     loaded = RewardModel.from_pretrained(
@@ -104,6 +106,8 @@ def _check_together(judging: Judging, judge: Judge | None, router: Router) -> No
         reject("judge", "None", f"{asking}, for the pairs that {type(router).__name__} routes")
     if judge is not None and isinstance(router, NeverRoute):
         reject(asking, f"one without {routing}, so that the judge is never asked", "one of them, or no judge")
+    if isinstance(router, NeverRoute) and (judging.rank_by, judging.judge_deadline) != (None, None):
+        reject("--rank-by, --judge-deadline", f"without {routing}", "together with one of them")
     deadline = judging.judge_deadline
     if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
         reject("--judge-deadline", deadline, "seconds above 0")
@@ -167,7 +171,8 @@ def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> Adapt
     from rmcore.engine.routing import AdaptiveRouter
     from rmcore.engine.routing.state import read_state
 
-    router = AdaptiveRouter(judging.judge_fraction, make_budgets(judging), by=_score(judging, prior))
+    with as_options(target_fraction="--judge-fraction"):
+        router = AdaptiveRouter(judging.judge_fraction, make_budgets(judging), by=_score(judging, prior))
     if state is not None and state.exists():
         read_state(state)  # what is no JSON is found before a model is loaded, the rest when the model's prior is known
         if _rank_by(judging) != "learned":
@@ -180,10 +185,16 @@ def make_budgets(judging: Asking) -> list[Budget]:
     from rmcore.engine.routing import Budget
 
     orders = 1 if judging.judge_orders == "one" else 2
-    budgets = [] if judging.max_calls is None else [Budget(judging.max_calls, "calls", max_per_pair=orders)]
-    budgets += [] if judging.max_tokens is None else [Budget(judging.max_tokens, "tokens")]
+    budgets = []
+    if judging.max_calls is not None:
+        with as_options(limit="--max-calls"):
+            budgets.append(Budget(judging.max_calls, "calls", max_per_pair=orders))
+    if judging.max_tokens is not None:
+        with as_options(limit="--max-tokens"):
+            budgets.append(Budget(judging.max_tokens, "tokens"))
     if judging.max_cost is not None:
-        budgets.append(Budget(judging.max_cost, "cost", first_estimate=orders * _first_call_cost(judging)))
+        with as_options(limit="--max-cost"):
+            budgets.append(Budget(judging.max_cost, "cost", first_estimate=orders * _first_call_cost(judging)))
     return budgets
 
 
@@ -211,24 +222,27 @@ def _router(judging: Judging, adaptive: AdaptiveRouter | None, prior: ErrorPrior
     if adaptive is not None:
         return adaptive
     by = _rank_by(judging)
-    if judging.threshold is not None:
+    with as_options(threshold="--threshold", fraction="--budget"):
+        if judging.threshold is not None:
+            if by == "learned":
+                return LearnedRouter(threshold=judging.threshold, prior=prior)
+            return ThresholdRouter(judging.threshold, cast("RankBy", by))
+        if judging.budget is None:
+            return NeverRoute()
         if by == "learned":
-            return LearnedRouter(threshold=judging.threshold, prior=prior)
-        return ThresholdRouter(judging.threshold, cast("RankBy", by))
-    if judging.budget is None:
-        return NeverRoute()
-    if by == "learned":
-        return LearnedRouter(judging.budget, prior=prior)
-    return BudgetRouter(fraction=judging.budget, by=cast("RankBy", by))
+            return LearnedRouter(judging.budget, prior=prior)
+        return BudgetRouter(fraction=judging.budget, by=cast("RankBy", by))
 
 
 def make_judge(judging: Asking, *, constitution: Constitution | None = None, rationale: bool = True) -> Judge | None:
     """The judge the options name, or None; it compares in words before its verdict unless ``rationale`` is off."""
-    from rmcore.judge import ChatJudge, ClientOptions, GenRMJudge, JudgePrompt, RecordedJudge, RetryPolicy
+    from rmcore.judge import RecordedJudge
 
     url, verdicts, template = judging.judge_url, judging.verdicts, judging.judge_template
     if url is not None and verdicts is not None:
         reject("--judge-url, --verdicts", "both", "at most one")
+    if url is None:
+        reject_unused(judging)
     if verdicts is not None:
         return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
     if not rationale and template is not None:
@@ -236,23 +250,50 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
     if not rationale and judging.judge_output != "text":
         reject("--no-rationale, --judge-output json_schema", "both", "at most one: the schema has a critique")
     if url is None:
-        if judging.store is not None or judging.prices is not None:
-            reject("--store, --prices", "without --judge-url", "together with it")
-        if (judging.judge_requests_per_minute, judging.judge_tokens_per_minute, judging.run) != (None, None, None):
-            names = "--judge-requests-per-minute, --judge-tokens-per-minute, --run"
-            reject(names, "without --judge-url", "together with it")
         return None
     if judging.store is None and (judging.reuse != "replies" or judging.ask_again):
         reject("--reuse, --ask-again", "without --store", "together with it")
+    check_writable(store_file(judging.store), "--store")
     if not judging.judge_model:
         reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
-    client = ClientOptions(
-        concurrency=judging.judge_concurrency,
-        timeout_s=judging.judge_timeout,
-        retry=RetryPolicy(max_attempts=judging.judge_retries + 1),
-        max_reply_bytes=judging.judge_max_reply,
-        **_limits(judging, url),
-    )
+    if judging.judge_kind != "genrm" and judging.judge_principle:
+        reject("--judge-principle", "without --judge-kind genrm", "together with it")
+    with as_options(
+        base_url="--judge-url",
+        model="--judge-model",
+        api_key_env="--judge-key-env",
+        concurrency="--judge-concurrency",
+        timeout_s="--judge-timeout",
+        max_reply_bytes="--judge-max-reply",
+        max_tokens="--judge-max-tokens",
+        context_tokens="--judge-context",
+        requests_per_minute="--judge-requests-per-minute",
+        tokens_per_minute="--judge-tokens-per-minute",
+        template="--judge-template",
+    ):
+        return _live_judge(judging, url, constitution, rationale)
+
+
+def _live_judge(judging: Asking, url: str, constitution: Constitution | None, rationale: bool) -> Judge:
+    from rmcore.judge import ChatJudge, ClientOptions, GenRMJudge, JudgePrompt, RetryPolicy
+
+    template = judging.judge_template
+    shared: dict[str, Any] = {
+        "client": ClientOptions(
+            concurrency=judging.judge_concurrency,
+            timeout_s=judging.judge_timeout,
+            retry=RetryPolicy(max_attempts=judging.judge_retries + 1),
+            max_reply_bytes=judging.judge_max_reply,
+            **_limits(judging, url),
+        ),
+        "orders": judging.judge_orders,
+        "constitution": constitution,
+        "max_tokens": judging.judge_max_tokens or None,
+        "context_tokens": judging.judge_context,
+        "store": _store(judging),
+        "prices": make_prices(judging),
+    }
+    key = judging.judge_key_env or None
     if judging.judge_kind == "genrm":
         if template is not None or judging.judge_soft or not rationale or judging.judge_output != "text":
             reject(
@@ -260,21 +301,7 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
                 "with --judge-template, --judge-soft, --judge-output or --no-rationale",
                 "none of them: its form is its own",
             )
-        return GenRMJudge(
-            url,
-            judging.judge_model,
-            judging.judge_key_env or None,
-            client=client,
-            orders=judging.judge_orders,
-            principle=judging.judge_principle,
-            constitution=constitution,
-            max_tokens=judging.judge_max_tokens or None,
-            context_tokens=judging.judge_context,
-            store=_store(judging),
-            prices=make_prices(judging),
-        )
-    if judging.judge_principle:
-        reject("--judge-principle", "without --judge-kind genrm", "together with it")
+        return GenRMJudge(url, judging.judge_model, key, principle=judging.judge_principle, **shared)
     prompt = None if template is None else JudgePrompt.from_file(template)
     if not rationale:
         from rmcore.judge.question.prompt import VERDICT_ONLY_USER
@@ -283,17 +310,11 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
     return ChatJudge(
         url,
         judging.judge_model,
-        judging.judge_key_env or None,
-        client=client,
-        orders=judging.judge_orders,
+        key,
         prompt=prompt,
         output=judging.judge_output,
-        constitution=constitution,
-        max_tokens=judging.judge_max_tokens or None,
-        context_tokens=judging.judge_context,
-        store=_store(judging),
-        prices=make_prices(judging),
         soft=judging.judge_soft,
+        **shared,
     )
 
 

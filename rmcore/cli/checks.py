@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from rmcore.model.backbone import Backbone
     from rmcore.ops.dispatch import Backend
 
-__all__ = ["Kept", "check_backend", "check_device", "check_folder", "check_model_folder", "check_parent", "save_or_say"]
+__all__ = [
+    "Kept",
+    "check_backend",
+    "check_device",
+    "check_folder",
+    "check_model_folder",
+    "check_parent",
+    "check_writable",
+    "save_or_say",
+]
 
 
 def check_device(name: str | None) -> None:
@@ -64,13 +73,26 @@ def check_parent(path: Path, option: str) -> None:
         reject(option, repr(str(path)), f"a place that can be written to: {error.strerror or error}")
 
 
+def check_writable(path: Path | None, option: str) -> None:
+    """Raises InputError where a file that is kept over runs cannot be read, made or replaced."""
+    if path is None:
+        return
+    if path.is_dir():
+        reject(option, f"{str(path)!r}, a folder", "a file's name")
+    check_parent(path, option)
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        reject(option, repr(str(path)), "a file that can be read and written to: permission denied")
+
+
 def check_folder(path: Path | None, option: str) -> None:
     """Raises InputError where a folder for results is a file, or cannot be made."""
     if path is None:
         return
     if path.exists() and not path.is_dir():
         reject(option, f"{str(path)!r}, a file", "a folder, there already or not")
-    check_parent(path / "file", option)
+    check_parent(path, option)
+    if path.is_dir() and not os.access(path, os.W_OK):
+        reject(option, repr(str(path)), "a folder that can be written to: permission denied")
 
 
 def check_model_folder(path: Path, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:

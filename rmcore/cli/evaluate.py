@@ -73,6 +73,7 @@ def evaluate(
         if not items:
             reject("preferences", "no lines", "at least one")
         loaded = load_model(model, loading, kept, deterministic=deterministic)
+        estimator = loaded.estimator_named(doubting.uncertainty)
         soft = sum(0.5 < pair.label < 1 for pair, _ in items)
         if soft:
             notes.print(
@@ -100,7 +101,7 @@ def evaluate(
             pairs,
             train=known,
             apart=deterministic == "batch",
-            uncertainty=loaded.estimator_named(doubting.uncertainty),
+            uncertainty=estimator,
             variance=doubting.variance,
         )
         report = evaluate_pairs(scored, replicates=replicates)

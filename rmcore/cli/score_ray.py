@@ -13,9 +13,11 @@ from rmcore._base.errors import DataError
 from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import check_key, check_routing
 from rmcore.cli.console import count_lines, notes, print_error, progress_bar
+from rmcore.cli.judge_options import reject_unused
 from rmcore.cli.on_ray import asks_a_judge, batch_routing, engine_of, ray_errors, shared_judge, tell
 from rmcore.cli.options import Judging
 from rmcore.cli.output import opened_output
+from rmcore.cli.records import Chain, run_digest
 from rmcore.cli.resumed import groups_behind, last_line
 
 if TYPE_CHECKING:
@@ -36,14 +38,16 @@ def score_on_ray(
     batch: int,
     resume: bool,
     pool: Mapping[str, Any],
-) -> Callable[[Any], None]:
+) -> Callable[[Any, Mapping[str, Any]], None]:
     """What scores all groups on a cluster and writes a line of each, in the order of the input."""
     own, asks = batch_routing(judging), asks_a_judge(judging)
     check_routing(own, asks)
+    if judging.judge_url is None:
+        reject_unused(judging)
     check_key(judging)
     source, model = (str(Path(name).resolve()) if Path(name).exists() else name for name in (groups, model))
 
-    def run(line: Any) -> None:
+    def run(line: Any, decides: Mapping[str, Any]) -> None:
         from rmcore.engine.accounts import Accounts
         from rmcore.integrations.ray.bulk import Pool, score_in_order
         from rmcore.integrations.ray.cluster import connect
@@ -51,9 +55,10 @@ def score_on_ray(
 
         booked, judged, done, failed = Accounts(accounts), Counter[str](), 0, 0
         with connect(address), opened_output(out, resume=resume) as output:
+            output.chain = Chain(run_digest(model, decides))
             after = last_line(output.last, out)
             if after:  # here, since no actor sees the whole input
-                next(groups_behind(read_groups(source, columns), output.last, out), None)
+                next(groups_behind(read_groups(source, columns), output.done(), out, output.chain), None)
             judge = shared_judge(judging, None if out == "-" else Path(out + ".budget").resolve()) if asks else None
             try:
                 make = functools.partial(engine_of, model, own, dict(settings), judge)
