@@ -105,7 +105,7 @@ def critique(
         try:
             with opened_output(out, resume=resume) as output, progress_bar() as bar, judge_progress(bar, critic):
                 task = bar.add_task("rows", total=None)
-                todo = behind(read_rows(rows), output.last, out, lambda row: row.number, _other_row)
+                todo = behind(read_rows(rows), output.done(), out, lambda row: row.number, _other_row)
                 for row, parts in _criticised(todo, names, critic, budgets, told):
                     output.write(_written(row, parts, told, critics.drop_junk))
                     output.flush()
@@ -329,4 +329,4 @@ def _other_row(row: Row, last: dict[str, Any]) -> str | None:
     own = {"critiques": last.get("critiques"), "line": last.get("line")}
     if json.loads(json_line({**row.value, **own})) == last:
         return None
-    return f"another row for line {row.number}"
+    return f"another row for line {row.number}: the results there are of another input"

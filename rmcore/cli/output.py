@@ -22,20 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from rmcore._base.errors import DataError, reject
+from rmcore._base.errors import DataError, RmcoreError, reject
 from rmcore._base.files import atomic_file, is_inside, replace_file, same_file
-from rmcore.cli.checks import check_parent
+from rmcore.cli.checks import check_writable
 from rmcore.cli.console import notes
+from rmcore.cli.records import Chain, json_line
 
 __all__ = ["Output", "check_apart", "check_file", "json_line", "opened_output", "use_utf8"]
 
-_HALF = re.compile("[\ud800-\udfff]")
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of JSON in readable characters; half a surrogate pair, which UTF-8 has not, as its escape."""
-    text = json.dumps(record, allow_nan=False, ensure_ascii=False)
-    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
+_FORMATS = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "-o - and a pipe into the program that compresses"),
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".arrow", ".feather"), "NAME.parquet, or a NAME that ends in .jsonl"),
+}
+"""Endings of names that say another format than what is written, with the remedy."""
 
 
 @dataclass
@@ -44,22 +43,51 @@ class Output:
 
     Attributes:
         stream: where lines go.
+        name: the file's, for errors.
         last: the last result that was there already, where an earlier run is gone on with.
         count: results in it.
+        chain: of the digests of its results; None for what carries none.
+        old: the file of the results that were there already, and how many bytes they are.
     """
 
     stream: IO[str]
+    name: str = "-"
     last: dict[str, Any] | None = None
     count: int = 0
+    chain: Chain | None = None
+    old: tuple[Path, int] | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record as a line."""
-        self.stream.write(json_line(record))
+        """Write a record as a line. Raises RmcoreError where that cannot be done: a full disk, say."""
+        line = json_line(record if self.chain is None else self.chain.add(record))
+        with _named(self.name):
+            self.stream.write(line)
         self.count += 1
 
     def flush(self) -> None:
-        """Have everything written seen by others."""
-        self.stream.flush()
+        """Have everything written seen by others. Raises as :meth:`write`."""
+        with _named(self.name):
+            self.stream.flush()
+
+    def done(self) -> Iterator[dict[str, Any]]:
+        """The results that were there already."""
+        if self.old is None:
+            return
+        file, size = self.old
+        with file.open("rb") as stream:
+            while stream.tell() < size:
+                yield json.loads(stream.readline())
+
+
+@contextmanager
+def _named(out: str) -> Iterator[None]:
+    """What goes wrong in writing says where. A reader of ours that went away is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RmcoreError(f"--out: got {out!r}, which cannot be written to: {error.strerror or error}") from error
 
 
 def check_file(
@@ -86,17 +114,22 @@ def check_file(
         return
     path = Path(out)
     _check_name(path)
-    if _streams(path):
+    if path.suffix in _FORMATS:
+        reject("--out", f"{out!r}", "a name of what is written, JSON Lines or Parquet", f"Use {_FORMATS[path.suffix]}")
+    if _descriptor(out) is not None or _streams(path):
         if resume:
             reject("--resume", f"{out!r}, which is no regular file", "a file that results are kept in")
         return
     if path.is_dir() or out.endswith(("/", os.sep)):
         reject("--out", f"{out!r}, a folder", "a file's name")
-    check_parent(path, "--out")
     if overwrite and resume:
         reject("--overwrite, --resume", "both", "at most one")
     partial = _partial(path)
     check_apart("--out", partial, inputs)
+    if resume and path.suffix == ".parquet" and path.exists():
+        reject("--resume", f"{out!r}, a whole Parquet file", "one that is not there yet, or JSON Lines")
+    for file in (path, partial):
+        check_writable(file, "--out")
     if resume and path.exists() and partial.exists() and not _continues(path, partial):
         reject(
             "--resume",
@@ -137,14 +170,19 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
         InputError: another process is writing to it.
         DataError: with ``resume``, what is there is not a command's output.
     """
-    if out == "-" or _streams(Path(out)):
-        if out == "-":
-            yield Output(sys.stdout)
-            return
-        with open(out, "w", encoding="utf-8") as stream:
-            yield Output(stream)
+    path, descriptor = Path(out), _descriptor(out)
+    if out == "-" or descriptor == 1:
+        yield Output(sys.stdout)
         return
-    path = Path(out)
+    if descriptor is not None or _streams(path):
+        output = Output(open(out if descriptor is None else os.dup(descriptor), "w", encoding="utf-8"), out)  # noqa: SIM115
+        try:
+            yield output
+            output.flush()
+        finally:
+            with suppress(OSError):  # what could not be written has been told
+                output.stream.close()
+        return
     partial = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as raw:
@@ -161,10 +199,10 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
                 partial.unlink()
             raise
         stream = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
-        output = Output(stream, last, count)
+        output = Output(stream, out, last, count, old=(partial, os.fstat(raw.fileno()).st_size))
         try:
             yield output
-            stream.flush()
+            output.flush()
         except BaseException:
             _keep(output, path, partial, nothing=fresh and output.count == count)
             raise
@@ -260,13 +298,16 @@ def _result(line: bytes, before: dict[str, Any] | None, where: str) -> dict[str,
 
 def _keep(output: Output, path: Path, partial: Path, *, nothing: bool) -> None:
     """Say what an error has left; ``nothing`` new is no file."""
-    with suppress(OSError):  # a full disk, say: the error is on its way already
-        output.stream.flush()
+    count = output.count
+    try:
+        output.flush()
+    except RmcoreError:  # a full disk, say: the error is on its way already, and not all that was written is there
+        count = partial.read_bytes().count(b"\n")
     if nothing:
         partial.unlink(missing_ok=True)
         return
     before = f"; {path} is as it was" if path.exists() else ""
-    said = f"{partial} has the {output.count} results before the error, --resume goes on with them{before}"
+    said = f"{partial} has the {count} results before the error, --resume goes on with them{before}"
     notes.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -275,6 +316,14 @@ def _continues(path: Path, partial: Path) -> bool:
     whole = path.read_bytes()
     with partial.open("rb") as stream:
         return stream.read(len(whole)) == whole
+
+
+def _descriptor(out: str) -> int | None:
+    """The number of an open file of this process where ``out`` names one (/dev/stdout), which may be a regular one."""
+    if out in ("/dev/stdout", "/dev/stderr"):
+        return 1 if out == "/dev/stdout" else 2
+    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", out)
+    return None if found is None else int(found[1])
 
 
 def _streams(path: Path) -> bool:

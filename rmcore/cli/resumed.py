@@ -1,11 +1,13 @@
-"""Going on behind the last result of an interrupted run (``--resume``), where its results are of this input."""
+"""Going on behind the results of an interrupted run (``--resume``), where each is what was written of this input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rmcore._base.errors import DataError
+from rmcore.cli.records import Chain
 
 if TYPE_CHECKING:
     from rmcore.model.data import Group
@@ -14,8 +16,11 @@ __all__ = ["behind", "groups_behind", "last_line"]
 
 T = TypeVar("T")
 
+_logger = logging.getLogger(__name__)
+_REMEDY = "Cut the file off before that line and --resume again, or begin anew with --overwrite"
 
-def last_line(last: dict[str, Any] | None, out: str) -> int:
+
+def last_line(last: Mapping[str, Any] | None, out: str) -> int:
     """The input's line of the ``last`` result in ``out``; 0 where there is none. Raises DataError if it names none."""
     line = 0 if last is None else last.get("line")
     if isinstance(line, bool) or not isinstance(line, int):
@@ -25,40 +30,71 @@ def last_line(last: dict[str, Any] | None, out: str) -> int:
 
 def behind(
     items: Iterator[T],
-    last: dict[str, Any] | None,
+    done: Iterator[dict[str, Any]],
     out: str,
     line_of: Callable[[T], int],
     differs: Callable[[T, dict[str, Any]], str | None],
 ) -> Iterator[T]:
-    """The items behind that of the ``last`` result.
+    """The items behind that of the last result. One before it may have no result: it could not be scored, say.
 
     Args:
         items: of the input, in order.
-        last: result in ``out``, if there is one.
-        out: its file.
+        done: the results that are there, in order.
+        out: their file.
         line_of: an item's line.
-        differs: how the item on the last result's line is not the one that result is of, or None.
+        differs: how the item on a result's line is not the one that the result is of, or None.
 
     Raises:
-        DataError: the results cannot be of these items.
+        DataError: a result cannot be of these items.
     """
-    line, seen = last_line(last, out), 0
+    number, seen, result = 1, 0, next(done, None)
+    line = last_line(result, out)
     for item in items:
         seen = line_of(item)
-        if seen > line:
+        if result is None:
             yield item
-        elif seen == line and last is not None and (how := differs(item, last)) is not None:
-            raise DataError(f"{out}: got {how}: the results there are of another input")
-    if seen < line:
-        raise DataError(f"{out}: got results up to line {line} of an input that ends with line {seen}")
+        elif seen > line:
+            raise DataError(f"{out}: line {number}: got a result of line {line}, which the input has not")
+        elif seen == line:
+            if (how := differs(item, result)) is not None:
+                raise DataError(f"{out}: line {number}: got {how}")
+            number, result = number + 1, next(done, None)
+            line = last_line(result, out)
+    if result is not None:
+        raise DataError(f"{out}: line {number}: got a result of line {line} of an input that ends with line {seen}")
 
 
-def groups_behind(groups: Iterator[Group], last: dict[str, Any] | None, out: str) -> Iterator[Group]:
-    """The groups behind that of the ``last`` result, which has its id. Raises as :func:`behind`."""
+def groups_behind(groups: Iterator[Group], done: Iterator[dict[str, Any]], out: str, chain: Chain) -> Iterator[Group]:
+    """The groups behind that of the last result; ``chain`` goes on from that one. Raises as :func:`behind`.
+
+    Of results without digests, which earlier versions wrote, line and id are looked at, and a warning says so.
+    """
+    from rmcore.model.data.results import group_digest
+
+    signed: bool | None = None
 
     def differs(group: Group, result: dict[str, Any]) -> str | None:
-        if group.id == result.get("id"):
+        nonlocal signed
+        if group.id != result.get("id"):
+            other = f"the id {result.get('id')!r} for line {group.line}, which has {group.id!r}"
+            return f"{other}: the results there are of another input"
+        digest = result.get("digest")
+        if signed is None:
+            signed = digest is not None
+            if not signed:
+                _logger.warning("%s: results without digests: only the line and the id of each were checked", out)
+        if not signed:
             return None
-        return f"the id {result.get('id')!r} for line {group.line}, which has {group.id!r}"
+        if str(digest).partition("-")[0] != chain.run:
+            return (
+                "a result of another model, or of other options than these. Give those, or a new name, or begin anew "
+                "with --overwrite"
+            )
+        if digest != chain.add({**result, "digest": group_digest(group)})["digest"]:
+            return (
+                f"a result that is not what was written of line {group.line}: it was changed, one before it is gone, "
+                f"or it is of another input. {_REMEDY}"
+            )
+        return None
 
-    return behind(groups, last, out, lambda group: group.line, differs)
+    return behind(groups, done, out, lambda group: group.line, differs)

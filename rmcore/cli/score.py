@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -16,9 +16,10 @@ from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
 from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
-from rmcore.cli.checks import check_parent
+from rmcore.cli.checks import check_writable
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
+from rmcore.cli.records import Chain, run_digest
 from rmcore.cli.resumed import groups_behind
 from rmcore.cli.score_ray import score_on_ray
 
@@ -35,6 +36,9 @@ Line: TypeAlias = "Callable[[Group, GroupScore], dict[str, Any] | None]"
 
 Run: TypeAlias = Callable[[Line], None]
 """Scores all groups and writes a line of each."""
+
+_DECIDES = ("uncertainty", "variance", "design", "critiques", "max_length", "overlong")
+"""Options that decide what is found of a group, besides the model and the judge."""
 
 
 @options.with_options
@@ -74,8 +78,8 @@ def _scoring(
     ray_actors: Annotated[int, typer.Option(help="With --ray: models loaded, each in an actor.", min=1)] = 1,
     ray_gpus: Annotated[float, typer.Option(help="With --ray: GPUs of an actor; 0.5 puts two on one.", min=0)] = 0.0,
     ray_cpus: Annotated[float, typer.Option(help="With --ray: CPUs of an actor.", min=0)] = 1.0,
-) -> Run:
-    """Make the engine the options name."""
+) -> Callable[[Line, Mapping[str, Any]], None]:
+    """Make the engine the options name; what comes back is a :data:`Run` that takes the command's own options too."""
     from rmcore.engine.accounts import Accounts
     from rmcore.model.data import parse_columns, read_groups
 
@@ -90,8 +94,7 @@ def _scoring(
     check_file(out, inputs=[*read, *kept.values()], overwrite=overwrite, resume=resume)
     for option, path in kept.items():
         check_apart(option, path, read)
-    if accounts is not None:
-        check_parent(accounts, "--accounts")
+    check_writable(accounts, "--accounts")
     names = parse_columns(columns or [])
     settings: dict[str, Any] = {
         "backend": backend,
@@ -113,10 +116,12 @@ def _scoring(
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()
 
-    def run(line: Line) -> None:
+    def run(line: Line, decides: Mapping[str, Any]) -> None:
         try:
             with opened_output(out, resume=resume) as output:
-                todo = groups_behind(read_groups(groups, names, critiques=critiques), output.last, out)
+                output.chain = Chain(run_digest(model, decides))
+                source = read_groups(groups, names, critiques=critiques)
+                todo = groups_behind(source, output.done(), out, output.chain)
                 stream = (engine, _chunks(todo, batch), output, booked, line, save, judged)
                 done, failed = _score_stream(*stream, lines=count_lines(groups), critiques=critiques)
         finally:
@@ -141,7 +146,13 @@ def with_scoring(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def combined(**given: Any) -> None:
         with reported_errors():
-            load = functools.partial(_scoring, **{name: given.pop(name) for name in shared})
+            common = {name: given.pop(name) for name in shared}
+            decides = {"command": command.__name__, **given, **{name: common[name] for name in _DECIDES}}
+
+            def load() -> Run:
+                run = _scoring(**common)
+                return lambda line: run(line, decides)
+
             command(load, **given)
 
     needed = [p for p in shared.values() if p.default is inspect.Parameter.empty]
@@ -207,6 +218,8 @@ def _score_chunk(
     critiques: bool,
 ) -> int:
     """Score groups together, write those that can be scored and name the others; how many these are."""
+    from rmcore.model.data.results import group_result
+
     given = None
     if critiques:
         given = [g.critiques or ((),) * len(g.responses) for g in chunk]
@@ -227,8 +240,7 @@ def _score_chunk(
                 print_error(DataError(said, source="groups", line=group.line))
                 continue
             if record is not None:
-                named = {} if group.id is None else {"id": group.id}
-                output.write({**named, "line": group.line, **record})
+                output.write(group_result(group, record))
     finally:
         output.flush()
     return failed

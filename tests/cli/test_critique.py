@@ -78,7 +78,7 @@ def test_rows_come_back_with_critiques_and_a_run_goes_on_where_it_was(endpoint, 
     other = [*rows[:20], {**rows[20], "chosen": "of another input"}]
     for read, said in (
         (other, "another row for line 21"),
-        (rows[:5], "up to line 21 of an input that ends with line 5"),
+        (rows[:5], "line 6: got a result of line 6 of an input that ends with line 5"),
     ):
         refused = call("critique", write(tmp_path / "other.jsonl", read), *asking, "-o", out, "--resume")
         assert refused.exit_code == 2

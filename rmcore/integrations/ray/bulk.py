@@ -48,7 +48,7 @@ class Chunk:
 
     Attributes:
         last: number of the line of its last group.
-        records: of its groups, with ``id`` and ``line``, without those of which ``line`` makes nothing.
+        records: of its groups, with ``id``, ``line`` and ``digest``, without those of which ``line`` makes nothing.
         errors: of the groups that could not be scored: [line, message].
         summary: as ``GroupScores.summary``; empty where none could be scored.
         ends: why nothing after it can be read; None where it can.
@@ -105,6 +105,7 @@ class ChunkScorer:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of :func:`read_chunks` → JSON of a :class:`Chunk`."""
         from rmcore.model.data import Group
+        from rmcore.model.data.results import group_result
 
         groups = [
             Group(prompt, tuple(responses), id=name, line=line)
@@ -123,8 +124,7 @@ class ChunkScorer:
                 found.errors.append([group.line, error_text(error)])
                 continue
             if record is not None:
-                named = {} if group.id is None else {"id": group.id}
-                found.records.append({**named, "line": group.line, **record})
+                found.records.append(group_result(group, record))
         found.summary.update(scores.summary() if len(scores) else {})
         return {"chunk": json.dumps(vars(found))}
 
