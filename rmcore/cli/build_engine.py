@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device, check_writable
-from rmcore.cli.judge_options import as_options, reject_unused
+from rmcore.cli.judge_options import as_options, is_given, reject_unused
 from rmcore.cli.options import Asking, Doubting, Judging, store_file
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _check_together(judging: Judging, judge: Judge | None, router: Router) -> No
         reject("judge", "None", f"{asking}, for the pairs that {type(router).__name__} routes")
     if judge is not None and isinstance(router, NeverRoute):
         reject(asking, f"one without {routing}, so that the judge is never asked", "one of them, or no judge")
-    if isinstance(router, NeverRoute) and (judging.rank_by, judging.judge_deadline) != (None, None):
+    if isinstance(router, NeverRoute) and (is_given(judging, "rank_by") or is_given(judging, "judge_deadline")):
         reject("--rank-by, --judge-deadline", f"without {routing}", "together with one of them")
     deadline = judging.judge_deadline
     if deadline is not None and not (math.isfinite(deadline) and deadline > 0):

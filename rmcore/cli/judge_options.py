@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rmcore._base.errors import InputError, JudgeError, reject
 from rmcore.cli.options import Asking
 
-__all__ = ["as_options", "reject_unused"]
+__all__ = ["as_options", "is_given", "reject_unused"]
 
 
 @contextmanager
@@ -24,6 +24,11 @@ def as_options(**options: str) -> Iterator[None]:
         raise InputError(f"{options[argument]}: {said}") from error
 
 
+def is_given(asking: Asking, name: str) -> bool:
+    """Whether an option has another value than this command's own default."""
+    return any(f.name == name and getattr(asking, name) != f.default for f in dataclasses.fields(asking))
+
+
 def reject_unused(asking: Asking) -> None:
     """Raise InputError where options of a judge over HTTP are given, and none is asked: they would change nothing."""
     used = {"verdicts", "max_calls", "max_tokens", "max_cost"}  # budgets are told apart where there is one
@@ -31,11 +36,12 @@ def reject_unused(asking: Asking) -> None:
         used |= {"prices", "judge_model"}
     if asking.verdicts is not None:
         used.add("judge_orders")
+    usual = {field.name: field.default for field in dataclasses.fields(Asking) if field.name not in used}
+    own = {field.name: field.default for field in dataclasses.fields(asking)}  # of a command with other defaults
     given = [
-        f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(type(asking))
-        if field.name in {f.name for f in dataclasses.fields(Asking)} - used
-        and getattr(asking, field.name) != field.default
+        f"--{name.replace('_', '-')}"
+        for name, default in usual.items()
+        if getattr(asking, name) not in (default, own[name])
     ]
     if given:
         with_what = " beside --verdicts" if asking.verdicts is not None else ""

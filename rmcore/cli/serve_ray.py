@@ -19,6 +19,7 @@ import typer
 from rmcore._base.errors import reject
 from rmcore.cli.build_engine import check_key, check_routing
 from rmcore.cli.console import notes
+from rmcore.cli.judge_options import reject_unused
 from rmcore.cli.on_ray import asks_a_judge, batch_routing, engine_of, ray_errors, shared_judge, tell
 from rmcore.cli.options import Judging
 
@@ -99,6 +100,8 @@ def serve_on_ray(
     if settings.port == 0:
         reject("--port", "0 with --ray", "one that is free on every node")
     check_routing(own, asks)
+    if judging.judge_url is None:
+        reject_unused(judging)
     check_key(judging)
     folder_of(model, expected="a folder with rmcore.json, or a hub name")
     source = str(Path(model).resolve()) if Path(model).exists() else model
