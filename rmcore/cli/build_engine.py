@@ -160,8 +160,8 @@ def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> Adapt
     """The router of --judge-fraction, its state not loaded yet, or None where that is not given."""
     state = judging.router_state
     if judging.judge_fraction is None:
-        own = (None, None) if judging.run is not None else (judging.max_calls, judging.max_tokens)
-        if (*own, judging.max_cost, state) != (None, None, None, None):
+        own = (judging.max_calls, judging.max_tokens, judging.max_cost)
+        if (judging.run is None and own != (None, None, None)) or state is not None:
             reject(
                 "--max-calls, --max-tokens, --max-cost, --router-state",
                 "without --judge-fraction",
@@ -335,8 +335,8 @@ def _limits(judging: Asking, url: str) -> dict[str, Any]:
     from rmcore._base.client.address import Address
     from rmcore.judge.store.shared_limits import SharedLimits
 
-    if judging.run is not None and (judging.max_calls, judging.max_tokens) == (None, None):
-        reject("--run", "without --max-calls and --max-tokens", "together with one of them")
+    if judging.run is not None and (judging.max_calls, judging.max_tokens, judging.max_cost) == (None, None, None):
+        reject("--run", "without --max-calls, --max-tokens and --max-cost", "together with one of them")
     name = f"{Address.of(url).name} {judging.judge_model}"
     limits = SharedLimits(
         str(judging.store),
@@ -346,8 +346,24 @@ def _limits(judging: Asking, url: str) -> dict[str, Any]:
         run=judging.run or "",
         max_requests=None if judging.run is None else judging.max_calls,
         max_tokens=None if judging.run is None else judging.max_tokens,
+        **_money(judging),
     )
     return {"limits": limits}
+
+
+def _money(judging: Asking) -> dict[str, Any]:
+    """The price of a run's model, wherever there is one: another process of the run may limit the cost."""
+    if judging.run is None:
+        return {}
+    if judging.max_cost is not None:
+        _first_call_cost(judging)  # says what is missing
+    if judging.prices is None:
+        return {}
+    from rmcore.judge.store.prices import PriceTable
+
+    table = PriceTable.from_file(judging.prices)
+    price = table.get(judging.judge_model or "")
+    return {} if price is None else {"max_cost": judging.max_cost, "price": price, "currency": table.currency}
 
 
 def _store(judging: Asking) -> VerdictStore | str | None:

@@ -197,6 +197,8 @@ class Client:
                     with self.exchange.session() as send:  # making a connection takes time that is not the server's
                         result = await self._exchange_in_time(send, request, deadline)
                     result.reservation = reservation
+                    if result.body is None and result.status >= 400:
+                        reservation.unpaid()
                     return result
                 finally:
                     permit.report(result.alive if result.sent else None, result.reason)

@@ -24,13 +24,13 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 
-__all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "held_by", "reset_after_s"]
+__all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "Used", "held_by", "reset_after_s"]
 
 _DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|μs|ms|s|m|h|d))+", re.ASCII)
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|μs|ms|s|m|h|d)", re.ASCII)
@@ -58,11 +58,23 @@ class LimitsState:
     server_tokens: int | None
 
 
+class Used(NamedTuple):
+    """Tokens that a reply says were used; ``cached`` are among ``prompt``, ``reasoning`` among ``completion``."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+    reasoning: int = 0
+
+
 class Admission(Protocol):
     """Leave to send one request."""
 
-    def settle(self, tokens: int) -> None:
-        """Count what the reply says was used, more or less than reserved, from now on."""
+    def settle(self, tokens: int, used: Used | None = None) -> None:
+        """Count what the reply says was used, more or less than reserved, from now on; ``used`` by their prices."""
+
+    def unpaid(self) -> None:
+        """The endpoint refused it with a status: it counts, and costs no money."""
 
     def withdraw(self) -> None:
         """Count it no longer: the request was never sent. (One that was sent and failed counts.)"""
@@ -280,9 +292,12 @@ class Reservation:
         self.tokens = tokens
         self.counted = False
 
-    def settle(self, tokens: int) -> None:
+    def settle(self, tokens: int, used: Used | None = None) -> None:
         """Count what the reply says was used, more or less than reserved, from now on."""
         self._owner._settle(self, tokens)
+
+    def unpaid(self) -> None:
+        """Nothing: money is not counted here."""
 
     def withdraw(self) -> None:
         """Count it no longer: the request was never sent. (One that was sent and failed counts.)"""

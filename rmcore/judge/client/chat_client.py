@@ -13,6 +13,7 @@ from rmcore._base import large, tracing
 from rmcore._base.client.address import Address
 from rmcore._base.client.client import Client
 from rmcore._base.client.exchange import Attempt, HttpExchange
+from rmcore._base.client.limits import Used
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.client.overflow import Overflow
 from rmcore.judge.base import JudgeUsage
@@ -115,7 +116,8 @@ class ChatClient(Client):
     def _settle(self, attempt: Attempt, usage: JudgeUsage) -> None:
         used = usage.prompt_tokens + usage.completion_tokens
         if used and attempt.reservation is not None:
-            attempt.reservation.settle(used)
+            parts = Used(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)
+            attempt.reservation.settle(used, parts)
             with self._completions_lock:
                 self._completions.append(usage.completion_tokens)
 

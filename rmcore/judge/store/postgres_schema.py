@@ -62,6 +62,11 @@ _MIGRATIONS: Final = (
         tokens BIGINT NOT NULL);
     CREATE INDEX admissions_by_time ON rmcore.admissions (name, at);
     """,
+    # Money, in billionths of the run's currency.
+    """
+    ALTER TABLE rmcore.limits ADD COLUMN cost BIGINT NOT NULL DEFAULT 0, ADD COLUMN currency TEXT NOT NULL DEFAULT '';
+    ALTER TABLE rmcore.admissions ADD COLUMN cost BIGINT NOT NULL DEFAULT 0;
+    """,
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 """The version this release writes, in ``rmcore.store``."""

@@ -52,6 +52,10 @@ class Price:
             if not (number and math.isfinite(value) and value >= 0):
                 reject(part.name, repr(value)[:80], "a price per million tokens: a finite number, at least 0")
 
+    def most(self, tokens: int) -> float:
+        """The most that so many tokens can cost, whichever they are."""
+        return tokens * max(self.prompt, self.completion, self.cached or 0.0, self.reasoning or 0.0) / 1e6
+
     def cost(self, usage: JudgeUsage) -> float | None:
         """What ``usage``'s tokens cost; ``None`` if its counts contradict each other.
 

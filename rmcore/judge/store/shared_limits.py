@@ -11,8 +11,11 @@ them, and at each admission the tokens of the last minute, each taken as the rep
 
 For all processes that give the same ``run`` together: never more than ``max_requests`` are sent (those that fail and
 those that are tried again included), and tokens reserved and used are at most ``max_tokens`` as long as no reply
-reports more than was reserved. What is then refused has the reason ``over_budget``. A process that dies leaves its
-reservations counted: what is unknown counts as reserved, never as nothing.
+reports more than was reserved. Likewise money: with a ``price`` each request reserves the most its tokens can cost, the
+reply's own counts replace that, one that the endpoint refused with a status costs nothing, and what is reserved and
+spent is at most ``max_cost``. Every process of the run must give the price of the model it asks, in one currency. What
+is then refused has the reason ``over_budget``, also where open reservations might yet turn out smaller. A process that
+dies leaves its reservations counted: what is unknown counts as reserved, never as nothing.
 
 Within a process admission is first come, first served; between processes the database's lock decides. While the
 database cannot be reached nobody is admitted; calls end with ``deadline``, or with ``limits`` if they have none.
@@ -35,10 +38,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from rmcore._base.client.limits import LimitsState, held_by
+from rmcore._base.client.limits import LimitsState, Used, held_by
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore.judge.base import JudgeUsage
 from rmcore.judge.store.postgres_url import PostgresUrl
+from rmcore.judge.store.prices import Price, PriceTable
 from rmcore.judge.store.protocol import StoreError
 
 if TYPE_CHECKING:
@@ -52,6 +57,13 @@ _POLL_S: Final = 1.0  # longest sleep: others may give tokens back
 _PATIENCE_S: Final = 30.0
 _CLOSE_S: Final = 6.0
 _RUN: Final = "run:"
+_BILLION: Final = 10**9  # money is counted in billionths
+_MOST_MONEY: Final = 9e9  # of which 64 bits hold so many
+
+_CURRENCY: Final = """
+    INSERT INTO rmcore.limits (name, currency) VALUES (%s, %s) ON CONFLICT (name) DO UPDATE
+    SET currency = CASE WHEN rmcore.limits.currency = '' THEN excluded.currency ELSE rmcore.limits.currency END
+    RETURNING currency"""
 
 _LOCK: Final = """
     SELECT name, greatest(0, extract(epoch FROM held_until - clock_timestamp()))::float8, requests, tokens
@@ -73,6 +85,7 @@ class _Asked:
     """Somebody waits to be admitted, until ``until`` on the process's monotonic clock."""
 
     tokens: int
+    cost: int
     until: float
     future: Future[Any] = field(default_factory=Future)
 
@@ -80,16 +93,23 @@ class _Asked:
 class SharedAdmission:
     """One admitted request; see :class:`~rmcore._base.client.limits.Admission`."""
 
-    __slots__ = ("_owner", "id", "tokens")
+    __slots__ = ("_owner", "cost", "id", "tokens")
 
-    def __init__(self, owner: SharedLimits, id: str, tokens: int) -> None:
-        self._owner, self.id, self.tokens = owner, id, tokens
+    def __init__(self, owner: SharedLimits, id: str, tokens: int, cost: int = 0) -> None:
+        self._owner, self.id, self.tokens, self.cost = owner, id, tokens, cost
 
-    def settle(self, tokens: int) -> None:
+    def settle(self, tokens: int, used: Used | None = None) -> None:
         """Count what the reply says was used, from now on."""
-        if tokens != self.tokens:
-            self.tokens = tokens
-            self._owner._later(lambda connection, names: _settle(connection, names, self.id, tokens))
+        self._settle(tokens, self._owner._cost_of(used, self.cost))
+
+    def unpaid(self) -> None:
+        """Count no money for it: the endpoint refused it with a status."""
+        self._settle(self.tokens, 0)
+
+    def _settle(self, tokens: int, cost: int) -> None:
+        if (tokens, cost) != (self.tokens, self.cost):
+            self.tokens, self.cost = tokens, cost
+            self._owner._later(lambda connection, names: _settle(connection, names, self.id, tokens, cost))
 
     def withdraw(self) -> None:
         """Count it no longer."""
@@ -105,12 +125,15 @@ class SharedLimits:
         requests_per_minute, tokens_per_minute: ``None``: no limit.
         run: of the budget; without it, that of ``name``.
         max_requests, max_tokens: in the whole run, over all processes; ``None``: no limit.
+        max_cost: likewise, in the currency of ``price``.
+        price: of the model that is asked: a :class:`~rmcore.judge.store.prices.Price` or a mapping with its fields.
+        currency: of ``price``.
         max_hold_s: longest pause that a server's header can bring about.
         window_s: the window's length.
         clock: the one that deadlines are on.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable, or the run's money is counted in another currency.
         StoreError: the database cannot be used.
         MissingPackageError: psycopg is not installed.
     """
@@ -125,6 +148,9 @@ class SharedLimits:
         run: str = "",
         max_requests: int | None = None,
         max_tokens: int | None = None,
+        max_cost: float | None = None,
+        price: Price | Mapping[str, float] | None = None,
+        currency: str = "USD",
         max_hold_s: float = 60.0,
         window_s: float = 60.0,
         clock: Clock | None = None,
@@ -140,13 +166,20 @@ class SharedLimits:
             reject("window_s", window_s, "seconds above 0")
         if not max_hold_s >= 0:
             reject("max_hold_s", max_hold_s, "seconds, at least 0")
+        if max_cost is not None and (price is None or not 0 < max_cost <= _MOST_MONEY):
+            expected = "a positive amount, together with price" if price is None else "a positive amount"
+            reject("max_cost", repr(max_cost), expected)
         self.location = PostgresUrl.of(url)
         self.name, self.run = name, run or name
         self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
-        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.max_requests, self.max_tokens, self.max_cost = max_requests, max_tokens, max_cost
+        self.price = None if price is None else PriceTable({name: price}, currency=currency)[name]
+        self.currency = currency
         self.max_hold_s, self.window_s = max_hold_s, window_s
         self.clock: Clock = clock or SystemClock()
         self.location.check(30.0)
+        if self.price is not None:
+            self._agree_on_currency()
         self._start_anew()
 
     def __repr__(self) -> str:
@@ -176,7 +209,8 @@ class SharedLimits:
         left = math.inf if until is None else until - self.clock.now()
         if left < 0:
             return "deadline"
-        asked = _Asked(tokens, time.monotonic() + left)
+        cost = 0 if self.price is None else math.ceil(_BILLION * self.price.most(tokens))
+        asked = _Asked(tokens, cost, time.monotonic() + left)
         self._begin(lambda: self._asked.append(asked))
         try:
             async with asyncio.timeout(None if until is None else left):
@@ -207,6 +241,31 @@ class SharedLimits:
             self._wake.notify()
         if thread is not None and thread is not threading.current_thread() and self._process == os.getpid():
             thread.join(_CLOSE_S)
+
+    def _cost_of(self, used: Used | None, reserved: int) -> int:
+        """Billionths; what is reserved where the reply tells no counts, or counts that contradict each other."""
+        if self.price is None or used is None:
+            return reserved
+        usage = JudgeUsage(
+            calls=1, prompt_tokens=used.prompt, completion_tokens=used.completion, cached_tokens=used.cached,
+            reasoning_tokens=used.reasoning,
+        )  # fmt: skip
+        cost = self.price.cost(usage) if used.prompt else None
+        return reserved if cost is None else math.ceil(_BILLION * cost)
+
+    def _agree_on_currency(self) -> None:
+        """The first process of a run says what its money is; sums of two currencies would be no limit."""
+        import psycopg
+
+        from rmcore.judge.store.postgres_connection import connect, meaning
+
+        try:
+            with connect(str(self.location)) as connection:
+                ((found,),) = connection.execute(_CURRENCY, (_RUN + self.run, self.currency)).fetchall()
+        except psycopg.Error as error:
+            raise StoreError(str(meaning(error, str(self.location)))) from None
+        if found != self.currency:
+            reject("currency", repr(self.currency), f"{found!r}, in which the money of the run {self.run!r} is counted")
 
     # -- the thread that talks to the database -----------------------------------------------------------------------
 
@@ -327,7 +386,8 @@ class SharedLimits:
     ) -> tuple[list[tuple[_Asked, SharedAdmission | str]], float]:
         if not asked:
             return [], 0.0
-        (total_requests, total_tokens) = _totals(connection, _RUN + self.run)
+        (total_requests, total_tokens, total_cost) = _totals(connection, _RUN + self.run)
+        most_cost = None if self.max_cost is None else math.floor(_BILLION * self.max_cost)
         held = rows[self.name][0] or 0.0
         ((requests, tokens),) = connection.execute(_WINDOW, (self.name, self.window_s)).fetchall()
         self._seen = (requests, tokens, time.monotonic() + held)
@@ -335,7 +395,8 @@ class SharedLimits:
         admitted: list[SharedAdmission] = []
         pause = 0.0
         for one in asked:
-            if _over(total_requests + 1, self.max_requests) or _over(total_tokens + one.tokens, self.max_tokens):
+            over = _over(total_requests + 1, self.max_requests) or _over(total_tokens + one.tokens, self.max_tokens)
+            if over or _over(total_cost + one.cost, most_cost):
                 done.append((one, "over_budget"))
                 continue
             if held:
@@ -344,11 +405,12 @@ class SharedLimits:
             if _over(requests + 1, self.requests_per_minute) or _over(tokens + one.tokens, self.tokens_per_minute):
                 pause = self._ready(connection, requests, tokens, one.tokens) if not admitted else 0.001
                 break
-            admission = SharedAdmission(self, str(uuid.uuid4()), one.tokens)
+            admission = SharedAdmission(self, str(uuid.uuid4()), one.tokens, one.cost)
             admitted.append(admission)
             done.append((one, admission))
             requests, tokens = requests + 1, tokens + one.tokens
             total_requests, total_tokens = total_requests + 1, total_tokens + one.tokens
+            total_cost += one.cost
         if admitted:
             self._write(connection, admitted)
         return done, min(pause, _POLL_S)
@@ -356,10 +418,11 @@ class SharedLimits:
     def _write(self, connection: Connection, admitted: list[SharedAdmission]) -> None:
         with connection.cursor() as cursor:
             cursor.executemany(
-                "INSERT INTO rmcore.admissions (id, name, at, tokens) VALUES (%s, %s, clock_timestamp(), %s)",
-                [(one.id, self.name, one.tokens) for one in admitted],
+                "INSERT INTO rmcore.admissions (id, name, at, tokens, cost) VALUES (%s, %s, clock_timestamp(), %s, %s)",
+                [(one.id, self.name, one.tokens, one.cost) for one in admitted],
             )
-        _add(connection, _RUN + self.run, len(admitted), sum(one.tokens for one in admitted))
+        sums = [sum(getattr(one, what) for one in admitted) for what in ("tokens", "cost")]
+        _add(connection, _RUN + self.run, len(admitted), *sums)
         # Those that left every window are of no use; a run's sums are kept apart.
         connection.execute(
             "DELETE FROM rmcore.admissions WHERE name = %s AND at < clock_timestamp() - %s * interval '2 s'",
@@ -394,32 +457,32 @@ def _give_back(future: Future[Any]) -> None:
         future.result().withdraw()
 
 
-def _totals(connection: Connection, run: str) -> tuple[int, int]:
-    ((requests, tokens),) = connection.execute(
-        "SELECT requests, tokens FROM rmcore.limits WHERE name = %s", (run,)
+def _totals(connection: Connection, run: str) -> tuple[int, int, int]:
+    ((requests, tokens, cost),) = connection.execute(
+        "SELECT requests, tokens, cost FROM rmcore.limits WHERE name = %s", (run,)
     ).fetchall()
-    return requests, tokens
+    return requests, tokens, cost
 
 
-def _add(connection: Connection, run: str, requests: int, tokens: int) -> None:
+def _add(connection: Connection, run: str, requests: int, tokens: int, cost: int) -> None:
     connection.execute(
-        "UPDATE rmcore.limits SET requests = requests + %s, tokens = tokens + %s WHERE name = %s",
-        (requests, tokens, run),
+        "UPDATE rmcore.limits SET requests = requests + %s, tokens = tokens + %s, cost = cost + %s WHERE name = %s",
+        (requests, tokens, cost, run),
     )
 
 
-def _settle(connection: Connection, names: list[str], id: str, tokens: int) -> None:
+def _settle(connection: Connection, names: list[str], id: str, tokens: int, cost: int) -> None:
     """Done twice it is done once, in case a connection was lost in the middle."""
-    before = connection.execute("SELECT tokens FROM rmcore.admissions WHERE id = %s", (id,)).fetchone()
+    before = connection.execute("SELECT tokens, cost FROM rmcore.admissions WHERE id = %s", (id,)).fetchone()
     if before is not None:  # else it left the window long ago, and its reservation stays counted
-        connection.execute("UPDATE rmcore.admissions SET tokens = %s WHERE id = %s", (tokens, id))
-        _add(connection, names[1], 0, tokens - before[0])
+        connection.execute("UPDATE rmcore.admissions SET tokens = %s, cost = %s WHERE id = %s", (tokens, cost, id))
+        _add(connection, names[1], 0, tokens - before[0], cost - before[1])
 
 
 def _withdraw(connection: Connection, names: list[str], id: str) -> None:
-    gone = connection.execute("DELETE FROM rmcore.admissions WHERE id = %s RETURNING tokens", (id,)).fetchone()
+    gone = connection.execute("DELETE FROM rmcore.admissions WHERE id = %s RETURNING tokens, cost", (id,)).fetchone()
     if gone is not None:
-        _add(connection, names[1], -1, -gone[0])
+        _add(connection, names[1], -1, -gone[0], -gone[1])
 
 
 def _hold(connection: Connection, names: list[str], seconds: float) -> None:

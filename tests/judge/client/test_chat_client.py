@@ -6,13 +6,14 @@ import asyncio
 import pickle
 import random
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from rmcore._base.client.breaker import BreakerPolicy
 from rmcore._base.client.latency import LatencyEstimate
-from rmcore._base.client.limits import RateLimits
+from rmcore._base.client.limits import RateLimits, Used
 from rmcore._base.errors import JudgeError
 from rmcore.judge import ChatJudge, ClientOptions, Pair, RetryPolicy
 from rmcore.judge.client.chat_client import ChatClient
@@ -156,6 +157,40 @@ def test_shared_limits_and_numbers_are_not_both_given():
         ClientOptions(limits=RateLimits(5), tokens_per_minute=100)
     judge = ChatJudge("http://127.0.0.1:9/v1", "m", None, client=ClientOptions(limits=RateLimits(5, 700)))
     assert (judge.client.options.requests_per_minute, judge.client.options.tokens_per_minute) == (5, 700)
+
+
+class TellingLimits(RateLimits):
+    """Admits all, and writes down what becomes of each."""
+
+    def __init__(self, clock):
+        super().__init__(clock=clock)
+        self.told: list[object] = []
+
+    async def acquire(self, tokens=0, *, until=None):
+        reservation = await super().acquire(tokens, until=until)
+        told = [tokens]
+        self.told.append(told)
+        return SimpleNamespace(
+            settle=lambda tokens, used=None: told.append(used), unpaid=lambda: told.append("unpaid"),
+            withdraw=reservation.withdraw,
+        )  # fmt: skip
+
+
+def test_limits_are_told_the_kinds_of_tokens_and_what_was_refused(virtual):
+    """What money is counted by: a refusal costs nothing, and of a broken connection nobody knows."""
+    usage = {"prompt_tokens": 30, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 20}}
+    usage |= {"completion_tokens_details": {"reasoning_tokens": 4}}
+    answers = [status(503), httpx.ReadError("gone"), httpx.Response(200, json=REPLY | {"usage": usage}), status(400)]
+
+    async def work(clock):
+        limits = TellingLimits(clock)
+        client = client_of(Endpoint(clock, lambda n, t: answers[n]), limits=limits)
+        assert (await client.complete({}, tokens_estimate=50)).choice is not None
+        assert (await client.complete({}, tokens_estimate=60)).choice is None
+        assert limits.told == [[50, "unpaid"], [50], [50, Used(30, 10, 20, 4)], [60, "unpaid"]]
+        assert Used(30, 10, 20, 4) != Used(30, 10)
+
+    virtual(work)
 
 
 def test_tokens_are_reserved_as_estimated_and_settled_as_used(play):

@@ -377,7 +377,7 @@ def test_what_is_no_store_is_refused_and_left_alone(server, execute):
     later = server.new_database()
     VerdictStore(later).close()
     execute(later, "UPDATE store SET version = 99")
-    with pytest.raises(StoreError, match="got version 99, expected at most 1"):
+    with pytest.raises(StoreError, match="got version 99, expected at most 2"):
         VerdictStore(later)
     server.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
     with pytest.raises(StoreError, match="LATIN1, expected one in UTF8"):
@@ -402,7 +402,7 @@ def test_processes_that_open_a_new_database_together_make_it_once(server, execut
     for thread in threads:
         thread.join()
     assert not errors
-    assert execute(url, "SELECT version FROM store") == [(1,)]
+    assert execute(url, "SELECT version FROM store") == [(2,)]
 
 
 def test_the_commands_read_a_url(database):

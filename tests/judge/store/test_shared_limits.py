@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from rmcore._base.client.limits import Used
 from rmcore._base.errors import InputError
 
 pytestmark = pytest.mark.postgres
@@ -76,6 +77,112 @@ def test_a_run_has_a_budget_whatever_the_endpoint(make):
     assert set(results[5:]) == {"over_budget"}
     assert admitted([free, again]) == 2
     assert large == "over_budget"
+
+
+PRICE = {"prompt": 1.0, "completion": 10.0, "cached": 0.5}
+
+
+def spent(execute, database: str, run: str) -> float:
+    ((cost,),) = execute(database, f"SELECT cost FROM limits WHERE name = 'run:{run}'")
+    return cost / 1e9
+
+
+def test_money_of_a_run_is_one_sum_over_models_and_machines(make, execute, database):
+    """A reservation is the most its tokens can cost; replies settle it, refusals cost nothing, silence keeps it."""
+
+    async def run():
+        one = make("a", run="r", max_cost=0.05, price=PRICE)
+        other = make("b", run="r", max_cost=0.05, price={"prompt": 2.0, "completion": 2.0})
+        first, second = await one.acquire(2000), await one.acquire(2000)  # 0.02 each
+        dear = await one.acquire(2000)
+        third = await other.acquire(4000)  # 0.008
+        first.settle(1000, Used(900, 100, cached=400))  # 0.0017
+        second.unpaid()
+        fourth = await one.acquire(4000)  # 0.04: 0.0017 + 0.008 + 0.04
+        full = await other.acquire(1000)  # 0.002
+        third.settle(4000)  # no counts by kind: what was reserved
+        fourth.settle(50, Used(10, 40, cached=20))  # a part larger than its whole: what was reserved
+        last = await other.acquire(100)
+        return dear, full, [first, second, third, fourth, last]
+
+    dear, full, good = asyncio.run(run())
+    assert (dear, full) == ("over_budget", "over_budget")
+    assert admitted(good) == 5
+    assert spent(execute, database, "r") == pytest.approx(0.0017 + 0.008 + 0.04 + 0.0002)
+
+
+def test_money_that_was_never_sent_is_given_back(make, execute, database):
+    async def run():
+        limits = make("a", run="w", max_cost=0.02, price=PRICE)
+        (await limits.acquire(2000)).withdraw()
+        return await limits.acquire(2000), await limits.acquire(1)
+
+    first, second = asyncio.run(run())
+    assert admitted([first]) == 1
+    assert second == "over_budget"
+    assert spent(execute, database, "w") == pytest.approx(0.02)
+
+
+def test_a_run_has_one_currency(make):
+    make("a", run="c", price=PRICE)
+    make("a", run="d", price=PRICE, currency="EUR")
+    with pytest.raises(InputError, match="currency: got 'EUR', expected 'USD'"):
+        make("b", run="c", price=PRICE, currency="EUR")
+    for wrong in ({"max_cost": 1.0}, {"max_cost": 0.0, "price": PRICE}, {"max_cost": float("nan"), "price": PRICE}):
+        with pytest.raises(InputError, match="max_cost"):
+            make("b", **wrong)
+
+
+def test_a_database_from_before_there_was_money_gets_its_columns(make, execute, database, monkeypatch):
+    from rmcore.judge.store import postgres_schema
+
+    with monkeypatch.context() as old:
+        old.setattr(postgres_schema, "_MIGRATIONS", postgres_schema._MIGRATIONS[:1])
+        old.setattr(postgres_schema, "SCHEMA_VERSION", 1)
+        postgres_schema.prepare(database, 5.0)
+    execute(database, "INSERT INTO limits (name, requests) VALUES ('run:old', 3)")
+    postgres_schema.prepare(database, 5.0)
+    limits = make("a", run="old", max_requests=4, max_cost=1.0, price=PRICE)
+
+    async def run():
+        return [await limits.acquire(100) for _ in range(2)]
+
+    first, second = asyncio.run(run())
+    assert admitted([first]) == 1
+    assert second == "over_budget", "what was counted before still is"
+    assert spent(execute, database, "old") == pytest.approx(0.001)
+
+
+def test_four_processes_never_spend_more_than_the_run_may(make, execute, database):
+    """One in five requests hangs without an answer, as of a process that dies: its reservation stays."""
+    spending = """
+async def spend(limits, k):
+    admission = await limits.acquire(200)
+    if isinstance(admission, str):
+        return False
+    await asyncio.sleep(0.002)
+    if k % 5:
+        admission.settle(120, Used(60, 60))
+    return True
+
+limits = SharedLimits(sys.argv[1], "judge", run="money", max_cost=0.1, price={"prompt": 1.0, "completion": 10.0})
+async def main():
+    print(sum([await spend(limits, k) for k in range(60)]))
+asyncio.run(main())
+limits.close()
+"""
+    start = "import asyncio, sys\nfrom rmcore._base.client.limits import Used\n"
+    start += "from rmcore.judge.store.shared_limits import SharedLimits\n"
+    running = [
+        subprocess.Popen([sys.executable, "-c", start + spending, database], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    sent = [int(process.communicate(timeout=120)[0]) for process in running]
+    assert all(process.returncode == 0 for process in running)
+    cost = spent(execute, database, "money")
+    assert cost <= 0.1
+    assert cost > 0.1 - 4 * 0.002, "and it was nearly all spent"
+    assert sum(sent) < 240
 
 
 def test_a_server_that_asks_for_patience_holds_everybody(make):
