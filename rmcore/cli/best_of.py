@@ -83,6 +83,7 @@ def filter_command(
         return {
             "prompt": group.prompt,
             "responses": [group.responses[k] for k in kept],
+            **({} if group.critiques is None else {"critiques": [list(group.critiques[k]) for k in kept]}),
             "kept": list(kept),
             "uncertainty": [_number(u[k]) for k in kept],
         }

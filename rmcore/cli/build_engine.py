@@ -314,6 +314,7 @@ def _live_judge(judging: Asking, url: str, constitution: Constitution | None, ra
         prompt=prompt,
         output=judging.judge_output,
         soft=judging.judge_soft,
+        min_mass=judging.judge_min_mass,
         **shared,
     )
 

@@ -86,6 +86,7 @@ def evaluate(
         ]
         with progress_bar() as bar:
             said = [pair.critiques or ((), ()) for pair, _ in items] if critiques else None
+            loaded.notice_critiques(critiques)
             states = encode_pairs(loaded.backbone, pairs, loaded.mode, critiques=said, progress=encoding_progress(bar))
             known = None
             if train_data is not None:

@@ -102,6 +102,15 @@ JudgeKind = Annotated[
 JudgePrinciple = Annotated[str, typer.Option(help="With --judge-kind genrm: what to judge by, in its role principle.")]
 JudgeOrders = Annotated[Literal["both", "one"], typer.Option(help="Ask both orders of a pair, or one.")]
 JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
+JudgeMinMass = Annotated[
+    float,
+    typer.Option(
+        help="Of soft verdicts: probability of the verdict's words together below which one counts for less, and is no "
+        "label; 0 for never.",
+        min=0,
+        max=1,
+    ),
+]
 JudgeOutput = Annotated[
     Literal["text", "json_schema"],
     typer.Option(
@@ -199,6 +208,7 @@ class Asking:
     judge_orders: JudgeOrders = "both"
     judge_output: JudgeOutput = "text"
     judge_soft: JudgeSoft = False
+    judge_min_mass: JudgeMinMass = 0.5
     judge_template: JudgeTemplate = None
     judge_max_tokens: JudgeMaxTokens = 2048
     judge_context: JudgeContext = None

@@ -279,7 +279,7 @@ def train(
         if critiques and not finetunes:
             with progress_bar() as bar:
                 own_data = (items, held_out, config, _dtype(dtype), encoding_progress(bar))
-                line = train_critiques(spine, *own_data, out, kept, embed=embed_backbone)
+                line = train_critiques(spine, *own_data, out, kept, embed=embed_backbone, error_prior=error_prior)
             notes.print(f"{line}; {spine.stats.tokens} tokens; wrote {out}")
             return
         with progress_bar() as bar:
@@ -344,6 +344,7 @@ def train(
         if mixture is not None and mixture.report is not None:
             notes.print(mixture.report.to_markdown(), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
+        model.critiqued = False
         for name in further:
             assert pairs is not None
             model.estimators[name] = ESTIMATORS[name].fit(hidden.cpu(), labels.cpu(), pairs.cpu())

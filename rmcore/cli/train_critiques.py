@@ -45,12 +45,15 @@ def train_critiques(
     kept: Kept,
     *,
     embed: bool,
+    error_prior: bool,
 ) -> str:
     """Encode, fit, calibrate on ``held_out`` if there is any, save; what to say of it."""
+    import torch
+
     from rmcore.head.fit import fit, fit_amplitude
     from rmcore.head.sngp import SNGPHead
     from rmcore.model.critiqued_data import encode_critiqued
-    from rmcore.model.reward_model import RewardModel
+    from rmcore.model.reward_model import RewardModel, error_prior_of
 
     def note(done: int, total: int) -> None:
         progress("encoding", done, total)
@@ -66,9 +69,18 @@ def train_critiques(
         calibrated = fit_amplitude(frozen, found.logit, found.variance, labels.to(found.logit.device))
         frozen = frozen if calibrated.config.resolved_amplitude == 0 else calibrated
     how: Literal["name", "embed"] = "embed" if embed else "name"
-    save_or_say(out, lambda path: RewardModel(spine, frozen).save_pretrained(path, backbone=how), kept)
+    model = RewardModel(spine, frozen)
+    model.critiqued = True
+    if error_prior:
+        # Of each response behind its first critique: a row a response, as routers that learn know them.
+        rows = data.states.firsts.view(-1, 2)
+        kept_items, own = [items[k] for k in data.kept], data.hidden[rows.flatten().to(data.hidden.device)]
+        labels = torch.tensor([item.label for item in kept_items], dtype=torch.float32, device=own.device)
+        pairs = torch.arange(len(own), device=own.device).view(-1, 2)
+        model.error_prior = error_prior_of(frozen.config, kept_items, own, labels, pairs)
+    save_or_say(out, lambda path: model.save_pretrained(path, backbone=how), kept)
     states = int(data.states.rows.sum())
     return (
         f"{len(data.kept)} pairs behind {states} critiques; Newton {'converged' if report.converged else 'stopped'} "
-        f"after {report.passes} passes; no error prior"
+        f"after {report.passes} passes" + "; no error prior" * (model.error_prior is None)
     )

@@ -254,6 +254,7 @@ class RewardEngine:
         *,
         prompts: Sequence[Prompt] | None = None,
         responses: Sequence[Sequence[Response]] | None = None,
+        states: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "raise",
     ) -> GroupScores:
         """Score groups whose hidden states are already at hand: a trainer's own forward pass, for instance.
@@ -264,11 +265,13 @@ class RewardEngine:
             group_sizes: K of each group.
             prompts: texts for the judge; needed with ``responses`` if pairs may be routed.
             responses: as in :meth:`score`.
+            states: difference mode: for each group how many rows each response has, one for each critique that it was
+                read behind; its rows follow each other (:mod:`rmcore.model.critiques`). None: one each.
             on_error: as in :meth:`score`.
 
         Raises as :meth:`score`.
         """
-        return self._run(self._call_with_rows(hidden, group_sizes, prompts, responses, on_error))
+        return self._run(self._call_with_rows(hidden, group_sizes, prompts, responses, states, on_error))
 
     async def score_hidden_async(
         self,
@@ -277,16 +280,18 @@ class RewardEngine:
         *,
         prompts: Sequence[Prompt] | None = None,
         responses: Sequence[Sequence[Response]] | None = None,
+        states: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "raise",
     ) -> GroupScores:
         """As :meth:`score_hidden`, for callers in an event loop: the head runs in a thread, the judge is awaited."""
-        return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses, on_error))
+        return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses, states, on_error))
 
     def best_of(
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        critiques: Critiques | None = None,
         penalty: float = 0.0,
         ties: Ties = "first",
         max_length: int | None = None,
@@ -297,6 +302,7 @@ class RewardEngine:
         Args:
             prompts: one prompt a group.
             responses: its responses.
+            critiques: as in :meth:`score`.
             penalty: c ≥ 0: choose by mean preference minus c times uncertainty.
             ties: which of several equally good ones: the first, the shortest or the longest text.
             max_length: as in :meth:`score`, as is the next.
@@ -305,7 +311,7 @@ class RewardEngine:
         Raises as :meth:`score` and :func:`~rmcore.engine.selection.best_of`.
         """
         check_selection(penalty, ties)
-        scores = self.score(prompts, responses, max_length=max_length, overlong=overlong)
+        scores = self.score(prompts, responses, critiques=critiques, max_length=max_length, overlong=overlong)
         return best_of(scores, responses, penalty=penalty, ties=ties)
 
     # -- learning ----------------------------------------------------------------------------------------------------
@@ -414,12 +420,15 @@ class RewardEngine:
         group_sizes: Sequence[int] | Tensor,
         prompts: Sequence[Prompt] | None,
         responses: Sequence[Sequence[Response]] | None,
+        states: Sequence[Sequence[int]] | None,
         on_error: OnError,
     ) -> ScoreCall:
         if (prompts is None) != (responses is None):
             reject("prompts, responses", "only one of them", "both or neither")
         call = self._new_call(on_error)
         call.sizes = check_group_sizes(group_sizes)
+        if states is not None:
+            call.check_states(states)
         call.check_hidden(hidden)
         if prompts is not None and responses is not None:
             call.check_texts(prompts, responses)

@@ -168,6 +168,8 @@ class ScoreCall:
     responses: Sequence[Sequence[Response]] | None = None
     critiques: list[list[tuple[str, ...]]] | None = None
     """Of each group's responses, where these are scored behind critiques."""
+    counts: StateCounts | None = None
+    """How many states each response has, where that is not one each."""
     progress: Progress | None = None
     limit: TextLimit | None = None
     """Of this call's texts, instead of the backbone's own."""
@@ -234,6 +236,15 @@ class ScoreCall:
                 reject("critiques", type(critiques).__name__, "a list with one list a prompt")
             critiques = [own for k, own in enumerate(critiques) if k not in self.errors]
         self.critiques = read_critiques(critiques, responses)
+        self.counts = StateCounts.of(self.critiques)
+
+    def check_states(self, states: object) -> None:
+        """Take how many hidden rows each response has; raises InputError for what does not fit the groups."""
+        if self.head.config.mode != "difference":
+            reject("states", "some in concat mode", "None, or a model in difference mode")
+        if self.kept is not None:
+            reject("states", "some for an engine with a learner", "None: verdicts teach a head of one state a response")
+        self.counts = StateCounts.read(states, self.sizes)
 
     def check_hidden(self, hidden: Tensor) -> None:
         """Check that hidden rows fit the head and the groups."""
@@ -244,8 +255,11 @@ class ScoreCall:
         if hidden.dim() != 2 or hidden.shape[1] != config.hidden_size:
             reject("hidden", f"shape {tuple(hidden.shape)}", f"(rows, {config.hidden_size})")
         rows = self.layout_of(self.numbers).rows(config.mode, one_order=self.one_order)
+        if self.counts is not None:
+            rows = int(self.counts.rows.sum())
         if hidden.shape[0] != rows:
             unit = "response" if config.mode == "difference" else f"{'i < j' if self.one_order else 'ordered'} pair"
+            unit = unit if self.counts is None else "state"
             reject("hidden", f"{hidden.shape[0]} rows", f"{rows}, one a {unit} for group sizes {self.sizes[:8]}")
         self.hidden = hidden
 
@@ -262,6 +276,7 @@ class ScoreCall:
             if self.on_error == "raise":
                 self.encoded = model.encode_groups(prompts, responses, critiques=critiques, **settings)
                 return
+            model.notice_critiques(critiques is not None)
             left = iter(critiques or ())
 
             def encode(prompt: Prompt, group: Sequence[Response]) -> None:
@@ -286,6 +301,8 @@ class ScoreCall:
             self.sizes = [self.sizes[k] for k in left]
         if self.critiques is not None:
             self.critiques = [self.critiques[k] for k in left]
+        if self.counts is not None:
+            self.counts = self.counts.part(left)
         prompts, responses = self._texts()
         self.prompts, self.responses = [prompts[k] for k in left], [responses[k] for k in left]
 
@@ -356,7 +373,7 @@ class ScoreCall:
 
     def states_of(self, groups: list[int]) -> StateCounts | None:
         """How many hidden rows each response of some of the groups has; None: one each."""
-        return None if self.critiques is None else StateCounts.of([self.critiques[k] for k in groups])
+        return None if self.counts is None else self.counts.part(groups)
 
     def _row_counts(self, groups: list[int]) -> Tensor:
         states = self.states_of(groups)

@@ -143,30 +143,44 @@ def _table(
             pairs = score_pairs(
                 hidden, rows.sizes, backend=backend, nonfinite=nonfinite, dtype=torch.float64, novelty=call.novelty
             )
-        if states is not None:
-            pairs, found = _of_responses(call, pairs, states, layout), None
-        elif call.estimator is None and noise is not None:
-            found = head_estimate(head, pairs.logit, pairs.variance, layout.sizes, noise)
+        if call.estimator is None and noise is not None:
+            found = head_estimate(head, pairs.logit, pairs.variance, rows.sizes, noise)
             if call.variance in ("aleatoric", "total"):
                 pairs = _with_columns(of_kind(found, call.variance, "epistemic", HEAD), pairs)
+        parts = told_apart(found)
+        if states is not None:
+            scaled = found is not None and (call.estimator is not None or call.variance in ("aleatoric", "total"))
+            pairs, parts = _of_responses(call, pairs, states, layout, parts, scaled=scaled)
         table = PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
-        table.parts = {name: part.to(hidden.device) for name, part in told_apart(found).items()}
+        table.parts = {name: part.to(hidden.device) for name, part in parts.items()}
         return table if call.design == "all" else table.narrowed(_compared(call, table))
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)
     return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
 
 
-def _of_responses(call: ScoreCall, pairs: PairScores, states: StateCounts, layout: PairLayout) -> PairScores:
-    """Pairs of responses from pairs of their states, one for each critique (:mod:`rmcore.model.critiques`)."""
-    found = states.pairs(pairs.logit, pairs.variance)
-    amplitude = call.head.weights.amplitude if call.estimator is None else reference.mean_field_amplitude()
+def _of_responses(
+    call: ScoreCall,
+    pairs: PairScores,
+    states: StateCounts,
+    layout: PairLayout,
+    parts: dict[str, Tensor],
+    *,
+    scaled: bool,
+) -> tuple[PairScores, dict[str, Tensor]]:
+    """Pairs of responses from pairs of their states, one for each critique (:mod:`rmcore.model.critiques`).
+
+    ``scaled`` where variances are in logits, as estimators have them. The parts of the variance have the critiques' own
+    beside.
+    """
+    found = states.pairs(pairs.logit, pairs.variance, parts)
+    amplitude = reference.mean_field_amplitude() if scaled else call.head.weights.amplitude
     u = reference.uncertainty(found.variance, amplitude)
     scores = PairScores(found.logit, found.variance, u, reference.preference(found.logit, u))
     if pairs.row_novelty is not None:
         scores.row_novelty = states.mean(pairs.row_novelty.double())
         scores.novelty = reference.pair_novelty(scores.row_novelty, layout.first, layout.second)
-    return scores
+    return scores, {**found.parts, "critique_variance": found.between} if found.parts else {}
 
 
 def _estimated(

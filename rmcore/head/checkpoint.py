@@ -116,7 +116,8 @@ def _digest(values: Mapping[str, Any]) -> str:
     if isinstance(backbone, Mapping):
         backbone = {name: value for name, value in backbone.items() if name not in free}
     decides = [values.get("kind"), values.get("head"), backbone, values.get("embedded"), values.get("backbone_files")]
-    beside = [values[name] for name in ("estimators", "uncertainty") if name in values]  # without: the digest they had
+    # Without these: the digest that folders had before there were any.
+    beside = [values[name] for name in ("estimators", "uncertainty", "critiqued") if name in values]
     text = json.dumps([*decides, values.get("error_prior"), *beside], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 

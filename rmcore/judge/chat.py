@@ -29,6 +29,7 @@ from rmcore.judge.question.dialect import Dialect, one_call
 from rmcore.judge.question.prompt import JudgePrompt, Output
 from rmcore.judge.question.rules import rule_verdict
 from rmcore.judge.question.sanitise import breakable
+from rmcore.judge.question.soft import MIN_MASS
 from rmcore.judge.store.prices import PriceTable, answering_model, price_call
 from rmcore.judge.store.records import Question, Reply, reply_text
 from rmcore.judge.wrappers.canary_pairs import CANARY_ID
@@ -88,6 +89,8 @@ class ChatJudge:
             the schema or answers it with nothing is asked for text instead. ``None``: what ``prompt`` says.
         soft: read how sure the judge is from the log-probabilities of its label (:mod:`rmcore.judge.question.soft`);
             where that cannot be had the verdict is hard, with a note.
+        min_mass: with ``soft``, the probability of all labels together below which a verdict counts for less, in
+            proportion, and is no label (:mod:`rmcore.judge.labelling`); 0 for never.
         top_logprobs: alternatives to ask for with ``soft``. Most endpoints allow 5, some 20.
         rules: decide blank and identical responses without a call.
         max_response_chars: of longer responses the judge is shown the beginning, and told so. ``None``: what ``prompt``
@@ -132,6 +135,7 @@ class ChatJudge:
         constitution: Constitution | None = None,
         output: Output | None = None,
         soft: bool = False,
+        min_mass: float = MIN_MASS,
         top_logprobs: int = 5,
         rules: bool = True,
         max_response_chars: int | None = None,
@@ -165,7 +169,11 @@ class ChatJudge:
             special_tokens=given_prompt.special_tokens or breakable(getattr(complete, "special_tokens", ())),
         )
         self.constitution = constitution
-        self.soft = soft
+        self.soft, self.min_mass = soft, min_mass
+        if isinstance(min_mass, bool) or not isinstance(min_mass, (int, float)) or not 0 <= min_mass <= 1:
+            raise JudgeError(f"min_mass: got {min_mass!r:.40}, expected a probability, 0 to 1")
+        if min_mass != MIN_MASS and not soft:
+            raise JudgeError(f"min_mass: got {min_mass} without soft=True, expected soft verdicts")
         self.rules = rules
         self.deadline_s = deadline_s
         given = {
@@ -180,7 +188,7 @@ class ChatJudge:
         self._parameters: dict[str, object] = {name: value for name, value in given.items() if value is not None}
         self._parameters |= check_extra(extra_body or {}, self._parameters.keys())
         self.client = make_client(base_url, api_key_env, complete, options)
-        self._dialect = Dialect(model, self.prompt, self._parameters, soft, options.random_source)
+        self._dialect = Dialect(model, self.prompt, self._parameters, soft, options.random_source, min_mass)
         self.context = ContextWindow(
             self.prompt if constitution is None else replace(self.prompt, principles=constitution.longest()),
             max_tokens or max_completion_tokens,
@@ -335,6 +343,8 @@ class ChatJudge:
         if self.store is None:
             return await call()
         how = {**self._parameters, "soft": True} if self.soft else self._parameters
+        if self.min_mass != MIN_MASS:  # so that verdicts at the usual one keep their keys
+            how = {**how, "min_mass": self.min_mass}
         canary = str(pair.id).startswith(CANARY_ID)
         texts = (pair.prompt, first, second)
         question = await large.call(

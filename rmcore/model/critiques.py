@@ -12,8 +12,8 @@ has one state, that of an empty critique, so that nothing is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -67,11 +67,14 @@ def critiqued_texts(
     critiques: Sequence[Sequence[str]],
     limit: TextLimit | None = None,
 ) -> list[EncodedText]:
-    """The texts of one group, response after response; one without critiques has one, of an empty critique."""
+    """The texts of one group, response after response; one without critiques has one, of an empty critique.
+
+    One text stands for a list of one, as in :func:`read_critiques`.
+    """
     return [
         encoder.encode(prompt, response, critique=critique, limit=limit)
         for response, own in zip(responses, critiques, strict=True)
-        for critique in (own or ("",))
+        for critique in ((own,) if isinstance(own, str) else own or ("",))
     ]
 
 
@@ -97,11 +100,13 @@ class CritiquedPairs:
         logit: g, the mean over pairs of critiques.
         within: mean v: what the head does not know.
         between: Var g: what hangs on the critiques.
+        parts: means of the parts of ``within`` that were given.
     """
 
     logit: Tensor
     within: Tensor
     between: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def variance(self) -> Tensor:
@@ -124,6 +129,17 @@ class StateCounts:
         """Of critiques as :func:`read_critiques` gives them."""
         return cls(tuple(tuple(max(len(own), 1) for own in group) for group in critiques))
 
+    @classmethod
+    def read(cls, states: object, sizes: Sequence[int]) -> StateCounts:
+        """Counts that somebody gives for groups of ``sizes``; raises InputError for what does not fit them."""
+        if not isinstance(states, Sequence) or isinstance(states, str) or len(states) != len(sizes):
+            reject("states", type(states).__name__, f"a list of {len(sizes)} lists, one a group")
+        for k, (own, size) in enumerate(zip(states, sizes, strict=True)):
+            good = isinstance(own, Sequence) and not isinstance(own, str) and len(own) == size
+            if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in own):
+                reject(f"states[{k}]", repr(own)[:40], f"a list of {size} counts, each at least 1")
+        return cls(tuple(tuple(own) for own in states))
+
     def part(self, groups: Sequence[int]) -> StateCounts:
         """Those of some of the groups."""
         return StateCounts(tuple(self.counts[k] for k in groups))
@@ -132,6 +148,11 @@ class StateCounts:
     def flat(self) -> Tensor:
         """(ΣK,) int64, of all responses."""
         return torch.tensor([count for group in self.counts for count in group], dtype=torch.int64)
+
+    @property
+    def firsts(self) -> Tensor:
+        """(ΣK,) int64, the row of each response's first state."""
+        return self.flat.cumsum(0) - self.flat
 
     @property
     def rows(self) -> Tensor:
@@ -144,12 +165,13 @@ class StateCounts:
         owner = torch.repeat_interleave(counts)
         return torch.zeros(len(counts), dtype=rows.dtype, device=rows.device).index_add_(0, owner, rows) / counts
 
-    def pairs(self, logit: Tensor, variance: Tensor) -> CritiquedPairs:
+    def pairs(self, logit: Tensor, variance: Tensor, parts: Mapping[str, Tensor] | None = None) -> CritiquedPairs:
         """Pairs of responses from all pairs of states of each group, as a head gives them for groups of :attr:`rows`.
 
         Args:
             logit: (P,) g.
             variance: (P,) v.
+            parts: (P,) parts of v by name.
         """
         states, responses = PairLayout(self.rows), PairLayout([len(group) for group in self.counts])
         owner = torch.repeat_interleave(self.flat)
@@ -161,7 +183,7 @@ class StateCounts:
             logit.device
         )
         apart = apart.to(logit.device)
-        g, v = logit[apart].double(), variance[apart].double()
+        g, v = logit[apart].double(), variance[apart.to(variance.device)].double().to(logit.device)
         count = (self.flat[responses.first] * self.flat[responses.second]).to(g)
 
         def mean(values: Tensor) -> Tensor:
@@ -172,7 +194,8 @@ class StateCounts:
 
         center = mean(g)
         # Around the mean, not as a difference of squares: never negative, and right where critiques hardly differ.
-        return CritiquedPairs(center, mean(v), mean((g - center[place]).square()))
+        told = {name: mean(part.to(logit.device)[apart].double()) for name, part in (parts or {}).items()}
+        return CritiquedPairs(center, mean(v), mean((g - center[place]).square()), told)
 
 
 def merged_texts(texts: Sequence[EncodedText], counts: Sequence[int]) -> list[EncodedText]:

@@ -109,10 +109,13 @@ class RewardModel:
     Attributes:
         estimators: other uncertainties fitted for the same backbone, by name (:meth:`add_estimator`); saved with it.
         uncertainty: which of them the model is served with where nobody says; None: its head's. Saved with it.
+        critiqued: whether its head was fitted behind critiques; None where nobody knows. Saved with it, and to be read
+            otherwise is warned of, once.
     """
 
     error_prior: ErrorPrior | None = None
     uncertainty: str | None = None
+    critiqued: bool | None = None
 
     def __init__(self, backbone: Backbone, head: FrozenHead, error_prior: ErrorPrior | None = None) -> None:
         if head.config.hidden_size != backbone.hidden_size:
@@ -121,6 +124,15 @@ class RewardModel:
         self.head = head if head.device == backbone.device else head.to(backbone.device)
         self.error_prior = error_prior
         self.estimators: dict[str, PairEstimator] = {}
+        self._warned_of_critiques = False
+
+    def notice_critiques(self, read: bool) -> None:
+        """Warn, once, where the head was fitted behind critiques and reads none, or the other way round."""
+        if self.critiqued is None or self.critiqued == read or self._warned_of_critiques:
+            return
+        self._warned_of_critiques = True
+        told = ("behind critiques", "without them") if self.critiqued else ("without critiques", "behind them")
+        log.warning("the head was fitted %s and is asked %s: its states are not those it was fitted on", *told)
 
     @property
     def mode(self) -> str:
@@ -174,6 +186,7 @@ class RewardModel:
         head = SNGPHead(config).to(hidden.device)
         frozen, report = fit(head, hidden, labels, pairs=pairs, dtype=dtype, progress=note, ranks=ranks)
         model = cls(backbone, frozen)
+        model.critiqued = False
         if error_prior:
             model.error_prior = error_prior_of(frozen.config, preferences, hidden, labels, pairs, ranks=ranks)
         return model, report
@@ -221,6 +234,7 @@ class RewardModel:
             )
 
         model = cls(backbone, fitted(hidden, labels, pairs, ranks))
+        model.critiqued = False
         if error_prior:
             given = (model.head.config, preferences, hidden, labels, pairs)
             model.error_prior = error_prior_of(*given, fitted=fitted, ranks=ranks)
@@ -236,7 +250,10 @@ class RewardModel:
         mode: PairMode = "concat" if backbone.pairwise else "difference"
         own: dict[str, Any] = {"mode": mode, "features": "linear", "order_mean": backbone.order_mean}
         config = HeadConfig(backbone.hidden_size, amplitude=0.0, **own)
-        return cls(backbone, without_posterior(beta, beta0, config))
+        model = cls(backbone, without_posterior(beta, beta0, config))
+        published = backbone.published
+        model.critiqued = published is not None and bool(published.pooler.family.language)
+        return model
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -337,10 +354,9 @@ class RewardModel:
         prompts, groups = canonical_groups(prompts, given)
         limit = self.backbone.text_limit(max_length, overlong)
         if critiques is not None:
-            if uncertainty not in (None, "head") or variance is not None:
-                reject("uncertainty, variance", "given with critiques", "None: v is the head's, and the critiques'")
+            own: dict[str, Any] = {"backend": backend, "uncertainty": uncertainty, "variance": variance}
             read = read_critiques(critiques, groups)
-            return self._score_critiqued(prompts, groups, read, backend=backend, limit=limit, progress=progress)
+            return self._score_critiqued(prompts, groups, read, limit=limit, progress=progress, **own)
         encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
         texts = [text for group in encoded for text in group]
         hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
@@ -356,24 +372,38 @@ class RewardModel:
         *,
         backend: Backend,
         limit: TextLimit,
+        uncertainty: str | None,
+        variance: VarianceKind | None,
         progress: Progress | None,
     ) -> list[ResponseScores]:
+        estimator = self.estimator_named(uncertainty)
         states = StateCounts.of(critiques)
         encoded = self.encode_groups(prompts, groups, limit=limit, critiques=critiques)
-        hidden = self.backbone.hidden([text for group in encoded for text in group], progress=_tokens(progress))
+        texts = [text for group in encoded for text in group]
+        hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
         hidden = fill_unread(hidden, encoded)
-        found = states.pairs(*self.head_pairs(hidden, states.rows, backend=backend))
+        noise = None if attributes is None else attributes.score_variance
+        own, amplitude = partial(self.head_pairs, backend=backend), mean_field_amplitude()
+        if estimator is None and noise is None and variance in (None, "epistemic"):
+            found = states.pairs(*own(hidden, states.rows))
+            amplitude = self.head.weights.amplitude
+        else:
+            told = estimate_pairs(self.head, hidden, states.rows, estimator, own, variance=variance, noise=noise)
+            found = states.pairs(told.logit, told.variance, told_apart(told))
+        scores = self.row_scores(hidden)
+        if isinstance(estimator, (URM, URME)):
+            scores = estimator.rewards(hidden.cpu())
         merged = [merged_texts(*one) for one in zip(encoded, states.counts, strict=True)]
         return pair_squares(
             found.logit,
             found.variance,
             groups,
-            self.head.weights.amplitude,
+            amplitude,
             merged,
             self.mode,
             ordered=False,
-            scores=states.mean(self.row_scores(hidden)),
-            parts={"critique_variance": found.between},
+            scores=states.mean(scores.cpu()),
+            parts={**found.parts, "critique_variance": found.between},
         )
 
     def scores_of(
@@ -528,6 +558,7 @@ class RewardModel:
     ) -> list[list[EncodedText]]:
         """:meth:`encode_group` of every group. An InputError names the group by its place among ``prompts``."""
         encode = self.encode_group if compared is None else partial(self.encode_group, compared=compared)
+        self.notice_critiques(critiques is not None)
         groups = []
         for k, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
             own: dict[str, Any] = {} if critiques is None else {"critiques": critiques[k]}
@@ -642,6 +673,8 @@ class RewardModel:
         if self.uncertainty is not None:
             self.estimator_named()
             values["uncertainty"] = self.uncertainty
+        if self.critiqued is not None:
+            values["critiqued"] = self.critiqued
         checkpoint.write_config(folder, values)
 
     def push_to_hub(
@@ -769,6 +802,9 @@ class RewardModel:
         if values.get("kind") != "model":
             raise CheckpointError(f"path: got {str(name)!r}, which holds a {values.get('kind')}, expected a model")
         head = checkpoint.read_head(folder, values.get("head"), "cpu")
+        critiqued = values.get("critiqued")
+        if critiqued not in (None, True, False):
+            raise CheckpointError(f"{name}: got critiqued: {critiqued!r:.40}, expected true or false")
         known = values.get("error_prior")
         prior = None if known is None else read_error_prior(folder, known, head.config.hidden_size)
         try:
@@ -779,7 +815,7 @@ class RewardModel:
             raise CheckpointError(f"{name}: got an estimators section that does not fit ({error})") from error
         if backbone is not None:
             model = cls(backbone, head, prior)
-            model.estimators, model.uncertainty = beside, default
+            model.estimators, model.uncertainty, model.critiqued = beside, default, critiqued
             checkpoint.check_digest(folder, values)
             return model
         try:
@@ -803,7 +839,7 @@ class RewardModel:
                     loaded.config.date,
                 )
             model = cls(loaded, head, prior)
-            model.estimators, model.uncertainty = beside, default
+            model.estimators, model.uncertainty, model.critiqued = beside, default, critiqued
             checkpoint.check_digest(folder, values)
             return model
         except (InputError, KeyError, TypeError) as error:

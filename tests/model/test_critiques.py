@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmcore._base.errors import InputError
+from rmcore._base.errors import CheckpointError, InputError
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.routing import ThresholdRouter
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import fit
 from rmcore.head.sngp import SNGPHead
 from rmcore.judge import Verdict
+from rmcore.model.backbone import Backbone
 from rmcore.model.critiqued_data import encode_critiqued
 from rmcore.model.critiques import StateCounts, merged_texts, read_critiques
 from rmcore.model.data import read_groups, read_preferences
@@ -294,3 +296,87 @@ def test_training_pairs_weigh_the_same_however_many_critiques_they_have(make_bac
     assert float((found[0] - found[1]).abs().max()) < 0.05 * float(found[1].abs().max())
     with pytest.raises(InputError, match=r"preferences\[0\]"):
         encode_critiqued(make_backbone("qwen2", max_length=8), said)
+
+
+# -- other uncertainties, hidden rows, the record in the folder ------------------------------------------------------
+
+
+def test_other_uncertainties_behind_critiques_by_hand(model, preferences):
+    """g and v of an estimator over all pairs of states, and engine and model alike; what the head alone tells too."""
+    model.add_estimator("laplace", preferences)
+    own = model.estimators["laplace"]
+    (found,) = model.score([PROMPT], [RESPONSES], critiques=[CRITIQUES], uncertainty="laplace")
+    scores = RewardEngine(model, uncertainty="laplace").score([PROMPT], [RESPONSES], critiques=[CRITIQUES])
+    assert torch.allclose(scores[0].uncertainty.double(), found.uncertainty, rtol=1e-5)
+    hidden = [
+        model.backbone.hidden([model.backbone.encoder.encode(PROMPT, response, critique=text) for text in said or [""]])
+        for response, said in zip(RESPONSES, CRITIQUES, strict=True)
+    ]
+    pairs = [own.pairs(torch.stack([a, b]), torch.tensor([2])) for a in hidden[0] for b in hidden[1]]
+    g, v = (torch.cat([getattr(p, name) for p in pairs]).double() for name in ("logit", "variance"))
+    assert float(found.logit[0, 1]) == pytest.approx(float(g.mean()), rel=1e-4)
+    assert float(found.variance[0, 1]) == pytest.approx(float(v.mean() + g.var(correction=0)), rel=1e-3)
+    assert float(found.critique_variance[0, 1]) == pytest.approx(float(g.var(correction=0)), rel=1e-2, abs=1e-7)
+    with pytest.raises(InputError, match="aleatoric"):
+        model.score([PROMPT], [RESPONSES], critiques=[CRITIQUES], variance="aleatoric")
+
+
+def test_hidden_rows_of_several_states_are_scored_as_their_texts_are(model):
+    engine = RewardEngine(model)
+    states = [[2, 1, 1], [1, 1]]
+    groups, critiques = [RESPONSES, ["a good dog", "a bad dog"]], [CRITIQUES, ["right", "wrong"]]
+    prompts = [PROMPT, "tell me about the dog"]
+    rows = model.hidden_rows(model.encode_groups(prompts, groups, critiques=critiques))
+    found = engine.score_hidden(rows, [3, 2], states=states)
+    whole = engine.score(prompts, groups, critiques=critiques)
+    assert torch.allclose(found.table.uncertainty, whole.table.uncertainty, rtol=1e-6)
+    bad = rows.clone()
+    bad[0] = torch.nan
+    left = engine.score_hidden(bad, [3, 2], prompts=prompts, responses=groups, states=states, on_error="return")
+    assert list(left.errors) == [0]
+    assert torch.allclose(left.table.uncertainty, whole.table.uncertainty[3:], rtol=1e-6)
+    assert [best.index for best in engine.best_of(prompts, groups, critiques=critiques)] == [
+        int(torch.as_tensor(group.advantages).argmax()) for group in whole
+    ]
+    for states, says in (
+        ([[2, 1, 1]], "2 lists"),
+        ([[2, 1], [1, 1]], r"states\[0\]"),
+        ([[2, 1, 0], [1, 1]], "at least 1"),
+    ):
+        with pytest.raises(InputError, match=says):
+            engine.score_hidden(rows, [3, 2], states=states)
+    with pytest.raises(InputError, match="5, one a state"):
+        engine.score_hidden(rows, [3, 2], states=[[1, 1, 1], [1, 1]])
+
+
+def test_a_folder_says_whether_its_head_was_fitted_behind_critiques(make_backbone, preferences, tmp_path, caplog):
+    make_backbone("qwen2", pooling="mean").save(tmp_path / "base")
+    backbone = Backbone.from_pretrained(str(tmp_path / "base"), device="cpu", pooling="mean")
+    fitted = RewardModel.fit(backbone, preferences, num_features=16)[0]
+    assert fitted.critiqued is False
+    for critiqued, asked, warned in (
+        (False, True, 1),
+        (False, False, 0),
+        (True, False, 1),
+        (True, True, 0),
+        (None, True, 0),
+    ):
+        fitted.critiqued = critiqued
+        fitted.save_pretrained(tmp_path / "model")
+        model = RewardModel.from_pretrained(tmp_path / "model", device="cpu")
+        assert model.critiqued is critiqued
+        caplog.clear()
+        for _ in range(2):
+            model.score([PROMPT], [RESPONSES], critiques=[CRITIQUES] if asked else None)
+            RewardEngine(model).score(
+                [PROMPT], [RESPONSES], critiques=[CRITIQUES] if asked else None, on_error="return"
+            )
+        assert sum("fitted" in record.message for record in caplog.records) == warned, "once, if at all"
+    fitted.critiqued = True
+    fitted.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "rmcore.json"
+    values = json.loads(path.read_text())
+    for other in (False, "yes"):
+        path.write_text(json.dumps({**values, "critiqued": other}))
+        with pytest.raises(CheckpointError):
+            RewardModel.from_pretrained(tmp_path / "model", device="cpu")

@@ -53,7 +53,9 @@ class SavesRewardModel(Trainer):  # type: ignore[misc]
         """Backbone and frozen head as one model, the posterior fitted if it is not yet. InputError of a first stage."""
         if self.args.critique_sft:
             reject("critique_sft", True, "False: the first stage trains no reward. save_model writes a language model")
-        return RewardModel(self.backbone, self.frozen or self.fit_posterior())
+        model = RewardModel(self.backbone, self.frozen or self.fit_posterior())
+        model.critiqued = bool(self.args.critiques)
+        return model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write one folder that :meth:`RewardModel.from_pretrained` opens: head, posterior, backbone and tokenizer.

@@ -23,7 +23,7 @@ from rmcore.judge.base import JudgeUsage, Verdict
 from rmcore.judge.client.reply import Completion
 from rmcore.judge.question.cut import NO_CUT, Cut
 from rmcore.judge.question.prompt import JudgePrompt, Output, RandomSource, RenderedPrompt
-from rmcore.judge.question.soft import Soft, soft_preference
+from rmcore.judge.question.soft import MIN_MASS, Soft, soft_preference
 from rmcore.judge.question.verdict import Parsed, parse_verdict
 
 __all__ = ["Answered", "Complete", "Dialect", "one_call"]
@@ -164,6 +164,7 @@ class Dialect:
         parameters: further fields of the request.
         soft: read soft verdicts where they can be had; ``parameters`` must ask for the log-probabilities.
         random_source: draws markers and labels.
+        min_mass: of soft verdicts, as :func:`~rmcore.judge.question.soft.soft_preference` takes it.
 
     Attributes:
         dropped: what the endpoint turned out not to take, with its own words for it.
@@ -177,6 +178,7 @@ class Dialect:
     parameters: Mapping[str, object] = field(default_factory=dict)
     soft: bool = False
     random_source: RandomSource | None = None
+    min_mass: float = MIN_MASS
     dropped: dict[str, str] = field(default_factory=dict, init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)
 
@@ -239,7 +241,7 @@ class Dialect:
             self._learn(given_up, parsed, terms)
         soft = None
         if parsed is not None and parsed.outcome is not None and self.soft:
-            soft = await large.call(soft_preference, reply.choice, question.labels, parsed.outcome)
+            soft = await large.call(soft_preference, reply.choice, question.labels, parsed.outcome, self.min_mass)
             self._count("soft" if soft.preference is not None else f"hard:{soft.reason}")
         self._count("sanitised", question.sanitised)
         self._count("cut", int(any(question.cut) or question.cut_prompt > 0))

@@ -23,8 +23,8 @@ from rmcore.judge.question.verdict import Labels, statements
 __all__ = ["MIN_MASS", "Soft", "soft_preference"]
 
 MIN_MASS = 0.5
-"""Below this probability of all three labels together the judge was about to write something else: the verdict then
-counts for less, in proportion."""
+"""Below this probability of all three labels together, unless another is given, the judge was about to write something
+else: the verdict then counts for less, in proportion."""
 
 _OUTCOMES: tuple[Outcome, ...] = ("win", "loss", "tie")
 _DECORATION = b" \t\r\n*_`\"'"
@@ -38,7 +38,7 @@ class Soft:
     Where there is none ``preference`` is ``None`` and ``reason`` says why: ``no_logprobs`` (the endpoint sent none that
     can be used), ``labels`` (their first letters do not differ), ``position`` (the label was not found among the
     tokens), ``mass`` (no label has a probability). ``reason`` is ``mass`` too beside a preference that counts for less,
-    because the labels have less than :data:`MIN_MASS` together.
+    because the labels have less than ``least`` together.
     """
 
     preference: float | None
@@ -46,7 +46,7 @@ class Soft:
     reason: str = ""
 
 
-def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
+def soft_preference(choice: object, labels: Labels, outcome: Outcome, least: float = MIN_MASS) -> Soft:
     """Read the probabilities of the verdict that was read as ``outcome`` from a chat-completions choice.
 
     Total: any object whatever gives a :class:`Soft`, never an exception.
@@ -55,6 +55,7 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
         choice: with ``logprobs.content``: one ``{token, logprob, bytes, top_logprobs}`` a token.
         labels: the call's own.
         outcome: what :func:`~rmcore.judge.question.verdict.parse_verdict` read.
+        least: probability of all labels together below which the verdict counts for less; 0 for never.
     """
     initials = {labels.label(o)[:1].upper() for o in _OUTCOMES}
     if len(initials) != 3 or "" in initials:
@@ -88,9 +89,9 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome) -> Soft:
         return Soft(None, reason="no_logprobs")
     if total == 0:
         return Soft(None, reason="mass")
-    if total < MIN_MASS:
+    if total < least:
         # Divided by what it should have been, not by what it was: weak evidence must not become a loud vote.
-        return Soft((mass["win"] - mass["loss"]) / MIN_MASS, total, "mass")
+        return Soft((mass["win"] - mass["loss"]) / least, total, "mass")
     return Soft((mass["win"] - mass["loss"]) / total, min(total, 1.0))
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmcore._base.errors import JudgeError
-from rmcore.judge import JudgePrompt, Labels, Pair, combine_orders, exchanged
+from rmcore.judge import ChatJudge, JudgePrompt, Labels, Pair, combine_orders, exchanged
 from rmcore.judge.question.soft import Soft, soft_preference
 from rmcore.ops import reference
 
@@ -52,6 +52,20 @@ def test_two_labels():
     assert soft.preference == pytest.approx((0.6 - 0.2) / 0.8)
     assert soft.preference == pytest.approx(2 * (0.6 / 0.8) - 1)
     assert soft.mass == pytest.approx(0.8)
+
+
+def test_the_least_mass_is_an_option():
+    entries = choice(*TAG, token("K", 0.2, {"P": 0.1}), *END)
+    weak = soft_preference(entries, LABELS, "win")
+    assert (weak.reason, weak.preference) == ("mass", pytest.approx(0.1 / 0.5))
+    for least in (0.25, 0.0):
+        enough = soft_preference(entries, LABELS, "win", least)
+        assert (enough.reason, enough.preference) == ("", pytest.approx(0.1 / 0.3))
+    strict = soft_preference(choice(*TAG, token("K", 0.6, {"P": 0.2}), *END), LABELS, "win", 0.9)
+    assert (strict.reason, strict.preference) == ("mass", pytest.approx(0.4 / 0.9))
+    for options, says in (({"soft": True, "min_mass": 1.5}, "0 to 1"), ({"min_mass": 0.2}, "without soft=True")):
+        with pytest.raises(JudgeError, match=says):
+            ChatJudge("http://127.0.0.1:1/v1", "m", None, **options)
 
 
 def test_entries_left_as_json_are_read_alike():
