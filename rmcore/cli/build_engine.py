@@ -295,10 +295,11 @@ def _live_judge(judging: Asking, url: str, constitution: Constitution | None, ra
     }
     key = judging.judge_key_env or None
     if judging.judge_kind == "genrm":
-        if template is not None or judging.judge_soft or not rationale or judging.judge_output != "text":
+        soft = judging.judge_soft or judging.judge_min_mass != 0.5
+        if template is not None or soft or not rationale or judging.judge_output != "text":
             reject(
                 "--judge-kind genrm",
-                "with --judge-template, --judge-soft, --judge-output or --no-rationale",
+                "with --judge-template, --judge-soft, --judge-min-mass, --judge-output or --no-rationale",
                 "none of them: its form is its own",
             )
         return GenRMJudge(url, judging.judge_model, key, principle=judging.judge_principle, **shared)
