@@ -35,6 +35,7 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or "?"
     place = f"{f'[{host}]' if ':' in host else host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    proxy = _proxy_of(parts.scheme, host)
     for cause in _chain(error):
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -44,25 +45,32 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
                 lasting=True,
             )
         if isinstance(cause, ssl.SSLError):
-            return ConnectionFailedError(
-                f"TLS: no TLS is spoken at {place}; is it http:// instead of https://?", lasting=True
-            )
+            where = f"at {place}; is it http:// instead of https://?"
+            if proxy:
+                where = f"at {place}, or at the proxy of {proxy}; is it http:// instead of https:// in either?"
+            return ConnectionFailedError(f"TLS: no TLS is spoken {where}", lasting=True)
         if isinstance(cause, socket.gaierror):
+            if proxy:  # which is the one whose name is looked up here
+                return ConnectionFailedError(f"DNS: no address is known for the proxy of {proxy}; check that variable")
             return ConnectionFailedError(f"DNS: no address is known for {host}; check the host's name and the network")
         if "ProxyError" in kinds:
             return ConnectionFailedError(
                 f"the proxy of {_proxy_variables(parts.scheme)} does not let the request through"
             )
         if isinstance(cause, ConnectionRefusedError):
-            proxies = _proxy_variables(parts.scheme) if not _loopback(host) else ""
-            behind = f", or the proxy of {proxies} refuses" if proxies else ""
-            return ConnectionFailedError(
-                f"nothing listens at {place}: connection refused{behind}; is the server running?"
-            )
+            if proxy:
+                return ConnectionFailedError(
+                    f"nothing listens where the proxy of {proxy} should be: connection refused; check that variable, "
+                    f"or name {host} in NO_PROXY if it needs none"
+                )
+            return ConnectionFailedError(f"nothing listens at {place}: connection refused; is the server running?")
         if isinstance(cause, ConnectionResetError):
-            return ConnectionFailedError(f"{place} reset the connection")
+            through = f", or the proxy of {proxy}," if proxy else ""
+            return ConnectionFailedError(f"{place}{through} reset the connection")
         if "RemoteProtocolError" in kinds:
-            return ConnectionFailedError(_broken(str(cause), place, parts.scheme))
+            return ConnectionFailedError(
+                _broken(str(cause), f"{place}, or the proxy of {proxy}," if proxy else place, parts.scheme)
+            )
     return ConnectionFailedError(f"no connection to {place}")
 
 
@@ -160,7 +168,13 @@ def _check_certificates() -> None:
         if not value:
             continue
         path = Path(value)
-        if not (path.is_file() if kind == "file" else path.is_dir()):
+        try:
+            usable = path.is_file() if kind == "file" else any(path.iterdir())
+        except (OSError, ValueError):  # no such folder, a name that no file can have
+            usable = False
+        if kind == "folder" and not usable and os.path.isdir(value):
+            raise JudgeError(f"{name}: got {value!r:.200}, which is empty or unreadable, expected certificates in it")
+        if not usable:
             raise JudgeError(f"{name}: got {value!r:.200}, which is no {kind}, expected a {kind} of certificates")
         if kind == "file":
             try:
@@ -176,6 +190,15 @@ def _proxy_names(schemes: tuple[str, ...]) -> list[str]:
 
 def _proxy_variables(scheme: str) -> str:
     return " or ".join(name for name in _proxy_names((scheme, "all")) if os.environ.get(name))
+
+
+def _proxy_of(scheme: str, host: str) -> str:
+    """The variables whose proxy requests to ``host`` go through; empty where they go there themselves."""
+    import urllib.request  # has all of http.client with it, and is needed where something went wrong only
+
+    if _loopback(host) or urllib.request.proxy_bypass(host):
+        return ""
+    return _proxy_variables(scheme)
 
 
 def _loopback(host: str) -> bool:

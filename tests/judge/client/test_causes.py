@@ -233,6 +233,26 @@ def test_the_innermost_cause_is_the_one_told(cause, says):
     assert "sk-secret" not in words
 
 
+@pytest.mark.parametrize(
+    ("cause", "says"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "no address is known for the proxy of HTTPS_PROXY"),
+        (ConnectionRefusedError(), "nothing listens where the proxy of HTTPS_PROXY should be"),
+        (ConnectionResetError(), "judge.example:443, or the proxy of HTTPS_PROXY, reset"),
+        (ssl.SSLError(1, "wrong version number"), "or at the proxy of HTTPS_PROXY"),
+        (httpx.RemoteProtocolError("Server disconnected without sending a response."), "or the proxy of HTTPS_PROXY,"),
+    ],
+)
+def test_a_proxy_is_blamed_where_one_is_asked_and_nowhere_else(monkeypatch, cause, says):
+    error = _caused(httpx.ConnectError(""), cause)
+    assert "roxy" not in str(connection_trouble(error, URL))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert says in str(connection_trouble(error, URL))
+    assert "roxy" not in str(connection_trouble(error, "http://judge.example/v1"))
+    monkeypatch.setenv("NO_PROXY", "judge.example")
+    assert "roxy" not in str(connection_trouble(error, URL))
+
+
 # -- the environment -------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +267,8 @@ def test_the_innermost_cause_is_the_one_told(cause, says):
         ("HTTP_PROXY", "http://user:hunter2@[::1"),
         ("SSL_CERT_FILE", "/nonexistent.pem"),
         ("SSL_CERT_DIR", "/nonexistent"),
+        ("SSL_CERT_FILE", "x" * 5000),
+        ("SSL_CERT_DIR", "x" * 5000),
     ],
 )
 def test_an_unusable_setting_is_named_before_pairs_are_lost(monkeypatch, name, value):
@@ -264,6 +286,12 @@ def test_a_certificate_file_without_certificates(monkeypatch, tmp_path):
     path.write_text("no certificate")
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
     with pytest.raises(JudgeError, match=r"SSL_CERT_FILE.*PEM"):
+        check_environment()
+
+
+def test_a_folder_without_certificates(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    with pytest.raises(JudgeError, match=r"SSL_CERT_DIR: got .*, which is empty or unreadable"):
         check_environment()
 
 
