@@ -3,41 +3,133 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rmcore._base.client.secrets import without_secret
-from rmcore._base.large import TooManyValuesError, read_json
+from rmcore._base.large import LARGE, TooManyValuesError, read_json
 
-__all__ = ["embedded_status", "error_code", "error_detail", "error_words", "load_json", "read_reply", "scrub"]
+__all__ = [
+    "embedded_status",
+    "error_code",
+    "error_detail",
+    "error_words",
+    "has_error",
+    "load_json",
+    "read_reply",
+    "scrub",
+]
 
 _MAX_DETAIL = 300
 _MAX_WORDS = 4_096
 _MOST_VALUES = 20_000  # log-probabilities aside, a reply has a few dozen
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
 
+_CODES = ("code", "status", "status_code", "statusCode", "http_status", "httpStatus", "http_code")
+_MESSAGES = ("message", "msg", "status_msg", "detail", "title", "error_description", "reason", "error")
+_NOTHING: tuple[object, ...] = (None, "", 0, False, 200, "200", "0", [], {})
+_NUMBERED = re.compile(r"(?i)(?:^\W{0,3}|\b(?:http|status(?: code)?|error(?: code)?|code)\W{1,3})([45]\d\d)\b")
+_PASSING = frozenset({429, 500, 502, 503, 504})
+# What APIs call a status in words: OpenAI's and Anthropic's types, Google's codes, the standard's phrases.
+_NAMED = tuple(
+    (re.compile(f"(?i){pattern}"), status)
+    for pattern, status in (
+        (r"rate.?limit|too.?many.?requests|throttl|resource.?exhausted|insufficient_quota", 429),
+        (r"bad.?gateway", 502),
+        (r"gateway.?time.?out|deadline.?exceeded|timed.?out|^time.?out|timeout.?error", 504),
+        (r"overloaded|service.?unavailable|temporarily unavailable|^unavailable$", 503),
+        (r"internal.?(?:server.?)?error|server.?error|api_error|^internal$", 500),
+        (r"authentication|unauthenticated|unauthorized|invalid.?api.?key", 401),
+        (r"permission|forbidden", 403),
+        (r"not.?found", 404),
+        (r"invalid.?request|bad.?request|invalid.?argument|context.?length.?exceeded", 400),
+    )
+)
+
 
 def embedded_status(body: bytes) -> int | None:
-    """The HTTP status that an error object inside a body of status 200 names; ``None`` if there is none.
+    """The HTTP status that an error inside a body of status 200 names; ``None`` if there is none.
 
     Gateways answer 200 before they know what their upstream says, and then put its error into the body: at the top,
-    beside choices or instead of them, or into the choice. Its ``code`` (or ``status``) is the status that counts.
+    beside choices or instead of them, into the choice or its message, into a list, or as an event of a stream. Its
+    ``code`` (or ``status``) is the status that counts; where it has no number, the status that its words stand for.
     """
-    if b"error" not in body:  # a large reply is not parsed twice
+    if len(body) > LARGE and b"error" not in body and b'"choices"' in body:  # a large reply is not parsed twice
         return None
-    reply = load_json(body)
+    return next((status for said in _errors(_document(body)) if (status := _status(said)) is not None), None)
+
+
+def has_error(reply: Mapping[str, object]) -> bool:
+    """Whether a reply of status 200 says that it is an error, whatever else it holds."""
+    if reply.get("object") == "error" or reply.get("type") == "error":
+        return True
+    return any(said is not reply and _says_something(said) for said in _errors(reply))
+
+
+def _document(body: bytes) -> object:
+    """The JSON value of a body; of server-sent events the first with an error, which is all that is wanted of them."""
+    value = load_json(body)
+    if value is None and body.lstrip().startswith((b"data:", b"event:", b":")):
+        events = (line[5:] for line in body[: _MAX_WORDS * 4].splitlines() if line.startswith(b"data:"))
+        return next((found for found in map(load_json, events) if next(_errors(found), None) is not None), None)
+    return value
+
+
+def _errors(reply: object) -> Iterator[Mapping[str, object] | str]:
+    """What in a reply is an error or may be one, the surest first: objects with a code or a message, or texts."""
+    if isinstance(reply, list):
+        reply = reply[0] if reply else None
     if not isinstance(reply, Mapping):
-        return None
+        return
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    for error in (reply.get("error"), choice.get("error") if isinstance(choice, Mapping) else None):
-        if isinstance(error, Mapping):
-            for name in ("code", "status", "status_code"):
-                value = error.get(name)
-                if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
-                    value = int(value)
-                if isinstance(value, int) and not isinstance(value, bool) and 400 <= value < 600:
-                    return value
-    return None
+    for holder in (reply, choice, choice.get("message") if isinstance(choice, Mapping) else None):
+        if isinstance(holder, Mapping):
+            for name in ("error", "errors"):
+                yield from _said(holder.get(name))
+    if reply.get("object") == "error" or reply.get("type") == "error" or not isinstance(choice, Mapping):
+        yield reply
+        for name in ("detail", "base_resp", "message", "msg"):
+            yield from _said(reply.get(name))
+
+
+def _said(value: object) -> Iterator[Mapping[str, object] | str]:
+    for one in value[:4] if isinstance(value, list) else [value]:
+        if isinstance(one, Mapping) and one:
+            inner = one.get("error")
+            if isinstance(inner, Mapping) and inner:
+                yield inner
+            yield one
+        elif isinstance(one, str) and one.strip():
+            yield one
+
+
+def _says_something(said: Mapping[str, object] | str) -> bool:
+    """Whether an error is one: some gateways send its fields with nothing in them beside every answer."""
+    return isinstance(said, str) or any(value not in _NOTHING for value in said.values())
+
+
+def _status(said: Mapping[str, object] | str) -> int | None:
+    if isinstance(said, str):
+        return _status_of_words(said)
+    for name in _CODES:
+        value = said.get(name)
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
+            value = int(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 400 <= value < 600:
+            return int(value)
+    words = [value for name in ("code", "type", "status") if isinstance(value := said.get(name), str)]
+    named = (status for word in words for pattern, status in _NAMED if pattern.search(word))
+    messages = (value for name in _MESSAGES if isinstance(value := said.get(name), str))
+    told = (status for text in messages if (status := _status_of_words(text)) is not None)
+    return next(named, None) or next(told, None)
+
+
+def _status_of_words(text: str) -> int | None:
+    """The status that a message names or describes, if it is one that passes; a refusal has words of many kinds."""
+    text = text[:_MAX_WORDS]
+    if (found := _NUMBERED.search(text)) is not None:
+        return int(found[1])
+    return next((status for pattern, status in _NAMED if status in _PASSING and pattern.search(text)), None)
 
 
 def error_code(body: bytes) -> str:
@@ -109,10 +201,15 @@ def load_json(body: bytes) -> object:
 
 
 def _error(body: bytes) -> object:
-    reply = load_json(body)
-    if not isinstance(reply, Mapping):
-        return None
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    error = reply.get("error") or (choice.get("error") if isinstance(choice, Mapping) else None)
-    return error or reply.get("message")
+    reply = _document(body)
+    return next((_worded(said) for said in _errors(reply) if said is not reply), None) or (
+        _worded(reply) if isinstance(reply, Mapping) else None
+    )
+
+
+def _worded(said: Mapping[str, object] | str) -> object:
+    """An error whose message stands under whatever name."""
+    if isinstance(said, str) or "message" in said:
+        return said
+    message = next((value for name in _MESSAGES if isinstance(value := said.get(name), str)), None)
+    return said if message is None else {**said, "message": message}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rmcore._base.client.causes import not_a_completion
-from rmcore._base.client.error_body import error_code, error_detail, error_words, read_reply, scrub
+from rmcore._base.client.error_body import error_code, error_detail, error_words, has_error, read_reply, scrub
 from rmcore._base.client.overflow import Overflow, read_overflow
 from rmcore._base.large import TooManyValuesError
 from rmcore.judge.base import JudgeUsage
@@ -57,7 +57,7 @@ def read_completion(body: bytes, usage: JudgeUsage, key: str) -> Completion:
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, Mapping):
         return Completion(None, "no_choices", error_detail(body, key), usage, overflow=_overflow(body))
-    if reply.get("error") or choice.get("error"):  # the text beside an error is not an answer, finished as it may look
+    if has_error(reply):  # the text beside an error is not an answer, finished as it may look
         return Completion(None, "error_in_reply", error_detail(body, key), usage, overflow=_overflow(body))
     if "message" not in choice and ("text" in choice or "delta" in choice):
         other = "of /completions" if "text" in choice else "in pieces, as of a stream"
@@ -90,4 +90,8 @@ def _name(value: object, key: str) -> str:
 def _count(value: object, *path: str) -> int:
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(value, str) and len(value) <= 16 and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else 0

@@ -28,7 +28,8 @@ _THINK_OPEN = re.compile(
     rf"<\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[THINK\]|◁think▷|<\|channel\|>\s?(?:analysis|commentary)\b", re.IGNORECASE
 )
 _THINK_CLOSE = re.compile(
-    rf"<\s{{0,8}}/\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[/THINK\]|◁/think▷|<\|channel\|>\s?final\s?<\|message\|>",
+    rf"<\s{{0,8}}/\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[/THINK\]|◁/think▷|"
+    r"<\|channel\|>\s?final\s?(?:<\|constrain\|>\s?\w{1,20}\s?)?<\|message\|>",
     re.IGNORECASE,
 )
 # Reasoning formats that nobody has listed: `<analysis>`, `<think type=x>`, `<|START_THINKING|>`, `<|channel>thought`.
@@ -131,8 +132,7 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
     message = reply.get("message", reply)
     if not isinstance(message, Mapping):
         return Parsed(None, "unparsable")
-    finish = reply.get("finish_reason")
-    finish = finish.lower() if isinstance(finish, str) else ""
+    finish = _finish(reply)
     content = message.get("content")
     if isinstance(content, list):
         content, refused = _join_parts(content)
@@ -151,6 +151,15 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
     if content is not None and not isinstance(content, str):
         return Parsed(None, "unparsable")
     return _read(text, labels)
+
+
+def _finish(reply: Mapping[object, object]) -> str:
+    """Why a text ended, in lower case; empty where the endpoint does not say."""
+    said = reply.get("finish_reason")
+    if said is None and isinstance(details := reply.get("finish_details"), Mapping):
+        said = details.get("type")
+    # A number or an object is a reason too, and no end that is known.
+    return "" if said is None else said.lower() if isinstance(said, str) else f"of type {type(said).__name__}"
 
 
 def _join_parts(parts: list[object]) -> tuple[str | None, bool]:

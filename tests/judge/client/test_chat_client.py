@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import random
 import threading
@@ -16,7 +17,9 @@ from rmcore._base.client.latency import LatencyEstimate
 from rmcore._base.client.limits import RateLimits, Used
 from rmcore._base.errors import JudgeError
 from rmcore.judge import ChatJudge, ClientOptions, Pair, RetryPolicy
+from rmcore.judge.base import JudgeUsage
 from rmcore.judge.client.chat_client import ChatClient
+from rmcore.judge.client.reply import read_completion
 
 REPLY = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 30, "completion_tokens": 10}}
 ONCE = RetryPolicy(max_attempts=1)
@@ -463,7 +466,36 @@ FAILED = {"message": {"content": "par"}, "finish_reason": "error"}
         ({"error": {"message": "x", "code": "weird"}, "choices": [FINISHED]}, "error_in_reply", 1),
         ({"error": {"message": "x", "code": True}}, "no_choices", 1),
         ({"error": None, "choices": [FINISHED]}, "", 1),
+        # Other shapes: texts, lists, other names, events, numbers as texts, words for a status.
+        ({"error": "Rate limit exceeded"}, "http_429", 3),
+        ({"error": "Error code: 503 - busy"}, "http_503", 3),
+        ({"error": "no such field"}, "no_choices", 1),
+        ({"error": [ERROR]}, "http_429", 3),
+        ({"errors": [{"message": "x", "code": "502"}], "choices": [FINISHED]}, "http_502", 3),
+        ({"errors": [{"message": "x"}], "choices": [FINISHED]}, "error_in_reply", 1),
+        ({"success": False, "errors": [{"code": 10013, "message": "internal error"}]}, "http_500", 3),
+        ({"detail": "Too Many Requests"}, "http_429", 3),
+        ({"detail": {"status": 503}}, "http_503", 3),
+        ({"detail": [{"msg": "field required"}]}, "no_choices", 1),
+        ({"object": "error", "message": "x", "type": "BadRequestError", "code": 400}, "http_400", 1),
+        ({"object": "error", "message": "x", "choices": [FINISHED]}, "error_in_reply", 1),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "http_503", 3),
+        ({"type": "error", "error": {"type": "invalid_request_error", "message": "timed out"}}, "http_400", 1),
+        ({"message": "x", "statusCode": 504}, "http_504", 3),
+        ({"code": 429.0, "msg": "x"}, "http_429", 3),
+        ({"choices": None, "base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, "http_429", 3),
+        ([{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED"}}], "http_429", 3),
+        ({"error": {"error": {"code": 502}}}, "http_502", 3),
+        ({"error": {"type": "insufficient_quota", "message": "x"}}, "insufficient_quota", 1),
+        ({"choices": [{"message": {"content": "x", "error": ERROR}, "finish_reason": "stop"}]}, "http_429", 3),
+        (b'event: error\ndata: {"error": {"code": 503}}\n\n', "http_503", 3),
+        (b': busy\n\ndata: {"error": "429 Too Many Requests"}\n\ndata: [DONE]\n\n', "http_429", 3),
+        (b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n\n', "not_json", 1),
+        # An error's fields with nothing in them, and words within an answer.
+        ({"error": {"code": 0, "message": ""}, "errors": [], "detail": None, "choices": [FINISHED]}, "", 1),
+        ({"choices": [{"message": {"content": "error 429: rate limit"}, "finish_reason": "stop"}], "code": 500}, "", 1),
     ],
+    ids=str,
 )
 def test_an_error_inside_a_reply_of_status_200(play, body, reason, attempts):
     async def work(clock, endpoint, client):
@@ -471,7 +503,18 @@ def test_an_error_inside_a_reply_of_status_200(play, body, reason, attempts):
         assert (done.reason, done.usage.attempts) == (reason, attempts)
         assert (done.choice is None) == bool(reason)
 
-    play(work, lambda n, t: httpx.Response(200, json=body), retry=RetryPolicy(max_attempts=3, base_s=0.01))
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    play(work, lambda n, t: httpx.Response(200, content=content), retry=RetryPolicy(max_attempts=3, base_s=0.01))
+
+
+def test_token_counts_in_other_spellings():
+    counts = {"prompt_tokens": "12", "completion_tokens": 3.0, "completion_tokens_details": {"reasoning_tokens": "x"}}
+    body = json.dumps({"choices": [FINISHED], "usage": counts}).encode()
+    usage = read_completion(body, JudgeUsage(calls=1), "").usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.reasoning_tokens) == (12, 3, 0)
+    for wrong in ("-1", "1.5", 2.5, "9" * 30, True, [3], float("1e300")):
+        body = json.dumps({"choices": [FINISHED], "usage": {"prompt_tokens": wrong}}).encode()
+        assert read_completion(body, JudgeUsage(calls=1), "").usage.prompt_tokens == 0
 
 
 def test_an_upstream_error_is_never_stored_as_the_judges_answer(tmp_path, chat_reply):

@@ -43,6 +43,7 @@ def choice(content, finish="stop", **message):
         (f"[THINK]{LOSS}[/THINK]{WIN}", "win"),
         (f"◁think▷{LOSS}◁/think▷{WIN}", "win"),
         (f"<|channel|>analysis<|message|>{LOSS}<|end|><|start|>assistant<|channel|>final<|message|>{WIN}", "win"),
+        (f"<|channel|>analysis<|message|>{LOSS}<|end|><|channel|>final <|constrain|>json<|message|>{WIN}", "win"),
     ],
 )
 def test_verdicts(text, outcome):
@@ -128,8 +129,15 @@ def test_the_critique_is_the_answer_without_its_tag():
     assert parse_verdict("Who knows?", LABELS).critique == "Who knows?"
 
 
-def test_an_unhashable_finish_reason_is_none():
-    assert parse_verdict(choice(WIN, finish=["length"]), LABELS).outcome == "win"
+def test_a_finish_reason_that_is_no_word_is_no_end():
+    """Gemini's numbers, an object with a type, a list: what is not known to be an end may be any."""
+    for finish in (["length"], ["stop"], 1, 2, {"type": "stop"}, True, 0, "FINISH_REASON_MAX_TOKENS", "repetition"):
+        assert parse_verdict(choice(WIN, finish=finish), LABELS) == Parsed(None, "unfinished", WIN), finish
+    assert parse_verdict(choice(None, finish=2), LABELS).reason == "no_content"
+    old = {"message": {"content": WIN}, "finish_details": {"type": "max_tokens"}}
+    assert parse_verdict(old, LABELS).reason == "length"
+    assert parse_verdict(old | {"finish_details": {"type": "stop"}}, LABELS).outcome == "win"
+    assert parse_verdict({"message": {"content": WIN}, "finish_reason": None}, LABELS).outcome == "win"
 
 
 def test_a_list_of_parts_is_one_text():
