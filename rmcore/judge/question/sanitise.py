@@ -9,7 +9,7 @@ Control tokens are found by their **shape**, since every model family brings new
 between the parts, closed by a slash or not:
 
 - between angle brackets: ``<|x|>``, ``<|x>``, ``<x|>``, ``<UPPER_CASE>``, ``<with_underscores>``, ``<word:word>``, and
-  names without a mark of their own (``<s>``, ``<pad>``, ``<think>``), of which there is a list;
+  ``<[x]>``, names without a mark of their own (``<s>``, ``<pad>``, ``<think>``), of which there is a list;
 - between square ones: ``[UPPER_CASE]``, ``[|x|]``, ``[@x@]``; MiniMax's ``]~b]`` and ``[e~[``; Falcon's ``>>TITLE<<``;
   Kimi's ``◁x▷``; and ``/no_think``, which some chat templates obey.
 
@@ -34,7 +34,7 @@ from rmcore._base.large import pieces
 
 __all__ = ["ESCAPE", "RULES", "blank", "breakable", "restore", "sanitise"]
 
-RULES = "sanitise 2"
+RULES = "sanitise 3"
 """Part of a prompt's version: which sequences are broken shapes the question."""
 
 ESCAPE = "\u241b"
@@ -57,7 +57,7 @@ _SAME = {
     "<": "＜﹤‹〈⟨❮≺ᐸ˂",
     ">": "＞﹥›〉⟩❯≻ᐳ˃",
     "/": "／∕⁄⧸",
-    "|": "｜¦∣ǀ",
+    "|": "｜¦∣ǀ❘❙⏐│┃",
     "[": "［⁅⟦❲",
     "]": "］⁆⟧❳",
     "_": "＿▁﹍﹎﹏",
@@ -71,7 +71,7 @@ _SAME = {
 # Full width, small, mathematical, circled, letter-like, superscript, Roman, squared; and the long s.
 _DRESSED = (
     r"\uff01-\uff5e\ufe50-\ufe6f\U0001d400-\U0001d7ff\u24b6-\u24e9\u2100-\u214f\u1d2c-\u1d6a\u2160-\u217f"
-    r"\U0001f130-\U0001f149\u017f"
+    r"\u02b0-\u02b8\u02e0-\u02e4\u1d78\u1d9b-\u1dbf\u2071\u207f\u2090-\u209c\U0001f130-\U0001f149\u017f"
 )
 
 
@@ -130,10 +130,11 @@ def _any_of(words: str, numbered: str = "") -> str:
 _REASONING = _any_of("thinking thoughts thought reasoning reflection analysis scratchpad seed:think")
 # Names between brackets that are control tokens of some model and have no shape that tells them from other words.
 _NAMES = _any_of(
-    "s bos eos pad unk mask cls sep sop eop eod eot eom image video audio speech reponame filename role 2mass",
-    "unused extra reserved special pad unk image token",
+    "s bos eos pad unk mask gmask cls sep sop eop sod eod eot eom eoh eoa image video audio speech global-img box ref "
+    "quad reponame filename pr escape role 2mass",
+    "unused extra reserved special pad unk image token ctrl",
 )
-_SQUARE = _any_of("inst think start_header_id end_header_id", "unused extra_id_ reserved_ special_")
+_SQUARE = _any_of("inst think start_header_id end_header_id", "unused extra_id_ reserved_ special_ control_")
 # Types of C between angle brackets, the one kind of name with an underscore that code is full of.
 _C_TYPES = r"(?:u?int(?:_fast|_least)?(?:8|16|32|64|ptr|max)|s?size|ptrdiff|wchar|char(?:8|16|32)|time|clock|off|pid)_t"
 
@@ -149,6 +150,7 @@ def _after_left(right: str, free: str) -> str:
     kinds = [
         rf"{slash}\|{_S}(?!\|?{right}){free}{{1,80}}+{right}",  # <|im_start|>, <|turn>, <｜DSML｜invoke>
         rf"{_S}[^\s<>|&{ESCAPE}]{{1,64}}+{_S}\|{_S}{right}",  # <turn|>
+        rf"{_S}\[{_S}(?=\w)[\w{_U}{_V}]{{1,80}}+{_S}\]{_S}{right}",  # <[begin_of_image]>
         rf"{_L}/?{_L}{_VERDICT}",  # <verdict>, < verdict foo>
         rf"{_L}/?{_L}(?:{_THINK}|{_REASONING})(?:{_L}/?{_L}{right}|[ \n]{free}{{0,80}}+{right})",  # <think type=x>
         rf"{_L}/?{_L}{_NAMES}{_L}/?{_L}{right}",  # <s>
@@ -189,7 +191,7 @@ _DANGEROUS = re.compile(
     "|".join(
         [
             rf"<(?={_LEFT})",
-            rf"&(?=(?i:lt|\#0{{0,6}}+60|\#x0{{0,6}}+3c);?(?:{_after_left('&', '[^<>&' + chr(92) + 'n]')}))",
+            rf"&(?=(?i:lt|\#0{{0,6}}+60|\#x0{{0,6}}+3c);?(?:{_after_left('[&>]', '[^<>&' + chr(92) + 'n]')}))",
             rf"\[(?={_SQUARE_LEFT})",
             rf"\](?={_SQUARE_RIGHT})",
             rf">(?=>{_T}[A-Z_]{{2,64}}+{_T}<<)",  # >>TITLE<<

@@ -41,7 +41,13 @@ FAMILIES = {
     "Falcon": ">>TITLE<< >>ABSTRACT<< >>QUESTION<< <|system|>",
     "Ling, ERNIE": "<role> </role> <|role_end|> <mask:0> <mask:7> <cls> <sep> <|begin_of_sentence|>",
     "BERT, T5, Baichuan": "[CLS] [SEP] [MASK] [PAD] [unused7] <pad> <extra_id_99> <reserved_106>",
-    "IDEFICS, InternVL": "<end_of_utterance> <IMG_CONTEXT> <fake_token_around_image> <image> <global-img|>",
+    "IDEFICS, InternVL": "<end_of_utterance> <IMG_CONTEXT> <fake_token_around_image> <image> <global-img|> "
+    "<global-img> <row_1_col_1> <box> </box> <ref> <quad>",
+    "Doubao, AutoGLM": "<[BOS_never_used_51bc]> <[PLHD20_never_used_51bc]> <[begin_of_image]> <think_never_used_51bc>",
+    "Tekken, Gemini": "[control_8] [TRANSCRIBE] <ctrl99> <ctrl100> <start_function_call> <escape>",
+    "Sky-T1, Nanbeige": "<|begin_of_thought|> <|end_of_solution|> <|thought_start|> <|box_start|>",
+    "MOSS, ChatGLM": "<eoh> <eoa> <sod> <gmask> <|Human|> <|MOSS|>",
+    "LFM, Granite, Aya": "<|tool_list_start|> <|start_of_role|> <|tool_call|> <|CHATBOT_TOKEN|> <|NEW_FILE|> <pr>",
 }
 TOKENS = sorted({token for tokens in FAMILIES.values() for token in tokens.split()})
 FULL_WIDTH = {ord(c): chr(ord(c) + 0xFEE0) for c in string.punctuation + string.ascii_letters + string.digits}
@@ -53,6 +59,8 @@ LOOKALIKES = {
     "spaced by no-break spaces": lambda t: re.sub(r"(?<=[<\[◁])|(?=[>\]▷]$)", "\u00a0\u3000", t),
     "invisible": lambda t: "\u200b".join(t),
     "invisible at the edges": lambda t: t[0] + "\u2060\ufeff" + t[1:-1] + "\u00ad" + t[-1],
+    "other bars": lambda t: t.replace("|", "\u2758"),
+    "an entity and a bracket": lambda t: re.sub(r"\A<(?!<)", "&#x3c;", t),
     "marks": lambda t: re.sub(r"[A-Za-z]", "\\g<0>\u0332", t),
 }
 # Brackets that touch others mean something else than brackets with a space between.
@@ -68,6 +76,7 @@ UNTOUCHED = [
     ),
     "- [ ] to do\n- [x] done",
     "<div class='x'><p>one</p><br/><img src='a.png'/></div><h1>Title</h1><my-element>",
+    "x[<y>] and [<Fact>] and f<[1, 2]> and a<[b c]>, x\u1d57\u02b0 and H\u2082O",
     "<https://example.org/a_b> and <me@example.org>",
     "#include <stdio.h>\nstd::map<int, std::pair<a,b>> m; std::cout << x << std::endl;",
     "f <$> x <|> y, p <*> q, x |> f, xs ||> g, a <- b",
@@ -108,7 +117,7 @@ def test_the_control_tokens_of_a_family_are_broken(family):
 @pytest.mark.parametrize("name", sorted(LOOKALIKES))
 def test_their_lookalikes_are_broken(name):
     for token in TOKENS:
-        if token.startswith(("/", ">")) or (token in TOUCHING and "spaced" in name) or token == "<global-img|>":
+        if token.startswith(("/", ">", "<global-img")) or (token in TOUCHING and "spaced" in name):
             continue
         disguised = LOOKALIKES[name](token)
         assert sanitise(f"before {disguised} after")[1] > 0, disguised
