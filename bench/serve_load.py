@@ -303,8 +303,8 @@ class Work:
         ]
 
 
-async def drive(url: str, pool: Sequence[Group], soak: Soak) -> Outcome:
-    """All clients, until the time is up and every group they began is answered."""
+async def drive(url: str, pool: Sequence[Group], soak: Soak, goes_on: Callable[[], bool] = lambda: False) -> Outcome:
+    """All clients, until the time is up, ``goes_on`` says no, and every group they began is answered."""
     outcome, work, rng = Outcome(), Work(pool, soak), random.Random(soak.seed + 1)
     began = time.perf_counter()
 
@@ -327,7 +327,7 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak) -> Outcome:
 
     async def client() -> None:
         connection = Client(url)
-        while (call := work.next(more=time.perf_counter() - began < soak.seconds)) is not None:
+        while (call := work.next(more=time.perf_counter() - began < soak.seconds or goes_on())) is not None:
             dropped = rng.random() < soak.hang_up
             try:
                 if dropped:

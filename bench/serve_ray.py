@@ -48,6 +48,9 @@ __all__ = ["Event", "kill_one", "main", "run", "started", "versions_of"]
 
 VERSIONS = 4
 """Of the head, the first included."""
+_AFTER_S = 12.0
+"""The load goes on for so long after the last event, even when its time is up."""
+_PATIENCE_S = 150.0
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Event:
     at: float
     name: str
     do: Callable[[], None]
+    began: float = 0.0
     done: float = 0.0
 
 
@@ -66,22 +70,30 @@ class Course:
 
     events: list[Event] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    _thread: threading.Thread | None = None
+    _last: float = -_AFTER_S
 
-    def start(self) -> list[threading.Thread]:
-        """Have them happen, counted from now."""
-        origin = time.perf_counter()
-        threads = [threading.Thread(target=self._happen, args=(event, origin), daemon=True) for event in self.events]
-        for thread in threads:
-            thread.start()
-        return threads
+    def start(self) -> threading.Thread:
+        """Have them happen, one after the other, each at its time or when the one before is done."""
+        self._thread = threading.Thread(target=self._happen, args=(time.perf_counter(),), daemon=True)
+        self._thread.start()
+        return self._thread
 
-    def _happen(self, event: Event, origin: float) -> None:
-        time.sleep(max(0.0, origin + event.at - time.perf_counter()))
-        try:
-            event.do()
-        except Exception as error:  # the load goes on; the run has failed
-            self.failed.append(f"{event.name}: {type(error).__name__}: {error}"[:500])
-        event.done = time.perf_counter() - origin
+    def goes_on(self) -> bool:
+        """Whether something is still to happen, or has just happened: the load is to go on."""
+        recently = time.perf_counter() - self._last < _AFTER_S
+        return (self._thread is not None and self._thread.is_alive()) or recently
+
+    def _happen(self, origin: float) -> None:
+        for event in sorted(self.events, key=lambda event: event.at):
+            time.sleep(max(0.0, origin + event.at - time.perf_counter()))
+            event.began = time.perf_counter() - origin
+            try:
+                event.do()
+            except Exception as error:  # the load goes on; the run has failed
+                self.failed.append(f"{event.name}: {type(error).__name__}: {error}"[:500])
+            self._last = time.perf_counter()
+            event.done = self._last - origin
 
 
 # -- the head's versions -----------------------------------------------------------------------------------------------
@@ -191,9 +203,8 @@ def run(soak: Soak, which: str) -> tuple[dict[str, Any], Outcome]:
             course = Course(_events(which, server, learner, soak.seconds))
             asyncio.run(_warm_up(url, pool, soak))
             happening = course.start()
-            outcome = asyncio.run(drive(url, pool, soak))
-            for thread in happening:
-                thread.join(120)
+            outcome = asyncio.run(drive(url, pool, soak, course.goes_on))
+            happening.join(_PATIENCE_S)
             told = _metrics(url)
             left = len(processes("Replica"))
             began = time.perf_counter()
@@ -221,7 +232,7 @@ def _events(which: str, server: GroupServer, learner: VerdictLearner, seconds: f
         ]
     return [
         Event(0.1 * seconds, "a replica killed", functools.partial(kill_one, "Replica")),
-        Event(0.6 * seconds, "two replicas to one", functools.partial(_scale_down, server, 0.3 * seconds)),
+        Event(0.6 * seconds, "two replicas to one", functools.partial(_scale_down, server)),
         *(version(number) for number in range(1, VERSIONS)),
     ]
 
@@ -230,12 +241,18 @@ def _current(learner: VerdictLearner, number: int) -> None:
     learner.revert(number)
 
 
-def _scale_down(server: GroupServer, patience: float) -> None:
-    _until(lambda: len(processes("Replica")) == 2, patience)
-    if (found := len(processes("Replica"))) != 2:
-        raise RuntimeError(f"replicas: got {found}, expected 2: the killed one's successor is not there yet")
+def _scale_down(server: GroupServer) -> None:
+    _until(lambda: running(server) == {"RUNNING": 2}, _PATIENCE_S)
+    if (found := running(server)) != {"RUNNING": 2}:
+        raise RuntimeError(f"replicas: got {found}, expected two: the killed one's successor is not there yet")
     server.scale(1)
-    _until(lambda: len(processes("Replica")) == 1, 60.0)
+    _until(lambda: running(server) == {"RUNNING": 1}, _PATIENCE_S)
+
+
+def running(server: GroupServer) -> dict[str, int]:
+    """Replicas of the model by what Serve says they are doing."""
+    states = server.serve.status().applications[server.name].deployments["Replica"].replica_states
+    return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
 
 
 def _metrics(url: str) -> dict[str, float]:
@@ -263,9 +280,10 @@ def _figures(soak: Soak, outcome: Outcome, course: Course, told: dict[str, float
         "answers_by_version": answered,
         "groups_with_several_versions": sum(len(found) > 1 for found in outcome.versions.values()),
         "events": [
-            {"name": e.name, "at_s": round(e.at, 1), "done_s": round(e.done, 1)}
+            {"name": e.name, "at_s": round(e.began, 1), "done_s": round(e.done, 1)}
             for e in sorted(course.events, key=lambda e: e.at)
         ],
+        "answers_while_replicas_went": _between(outcome, course, "two replicas to one"),
         "errors": (course.failed + outcome.errors)[:10],
         "server": {
             "assembled_whole": _sum(told, "rmcore_assembled_groups_total", 'outcome="whole"'),
@@ -276,6 +294,11 @@ def _figures(soak: Soak, outcome: Outcome, course: Course, told: dict[str, float
         },
         "load": os.getloadavg()[0],
     }
+
+
+def _between(outcome: Outcome, course: Course, name: str) -> int:
+    spans = [(event.began, event.done) for event in course.events if event.name == name]
+    return sum(began <= at <= done for at, _, _ in outcome.answers for began, done in spans)
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -337,7 +360,7 @@ def _draw_run(figures: dict[str, Any], outcome: Outcome, above: Any, below: Any,
         below.plot(*zip(*points, strict=True), style, color="0.2", label=f"{level:.0%} of answers")
     for axis in (above, below):
         for event in figures["events"]:
-            axis.axvspan(event["at_s"], max(event["done_s"], event["at_s"] + 0.15), color="#D55E00", alpha=0.3, lw=0)
+            axis.axvspan(event["at_s"], max(event["done_s"], event["at_s"] + 0.2), color="#D55E00", alpha=0.2, lw=0)
         axis.set_xlim(0, ends)
     for event in figures["events"]:
         text = f" {event['name']}"

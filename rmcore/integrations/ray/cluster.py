@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,14 @@ def connect(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **where)
     except (ConnectionError, ValueError) as error:
-        raise RmcoreError(f"no Ray cluster at {address!r}: {error}. 'local' starts one of this machine") from error
+        remedy = "'local' starts one of this machine"
+        if isinstance(error, ConnectionError) and not os.environ.get("RAY_AUTH_MODE"):
+            # To a cluster that it has found on this machine Ray sends the token by itself; to an address it is told to.
+            remedy += (
+                ". If it asks for a token (InvalidAuthToken): set RAY_AUTH_MODE=token, with the cluster's token in "
+            )
+            remedy += "~/.ray/auth_token or RAY_AUTH_TOKEN"
+        raise RmcoreError(f"no Ray cluster at {address!r}: {error}. {remedy}") from error
     try:
         yield
     finally:
