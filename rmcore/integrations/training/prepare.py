@@ -31,7 +31,25 @@ def with_adapters(backbone: Backbone, peft_config: Any) -> Any:
     model = backbone.model
     if backbone.quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _unpack(model)
     return get_peft_model(model, peft_config)
+
+
+def _unpack(model: Any) -> None:
+    """Keep bitsandbytes' 4-bit layers in the form that has a gradient.
+
+    On CPUs with bf16 arithmetic a forward pass in eval mode packs their weights anew, for a product without a backward
+    pass; gradients would then go around these layers, with a warning at most (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        state: Any = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+            module.weight.data, module.weight.quant_state = unpacked(module.weight.data, state)
 
 
 def freeze_unread(backbone: Backbone) -> None:
@@ -52,6 +70,8 @@ def freeze_unread(backbone: Backbone) -> None:
 
 def check_trainable(backbone: Backbone) -> None:
     """Raise InputError where nothing can be trained, or not in its dtype; bfloat16 weights are warned about."""
+    if backbone.quantised and not hasattr(backbone.model, "peft_config"):
+        reject("peft_config", "None for quantised weights", "adapters, which are trained in their place")
     dtypes = {p.dtype for p in backbone.model.parameters() if p.requires_grad}
     if not dtypes:
         reject(
