@@ -36,6 +36,7 @@ PREPARED = ROOT / "out" / "gpu-check-prepared"
 GRACE_S = 5.0
 GLIBC = (2, 34)
 """Newest C library symbols that the GPU machine has."""
+GPU_TESTS = ("cuda", "triton", "cuda_int8", "triton_int8")
 NCU = (
     "ncu", "--clock-control", "none", "--target-processes", "all", "--section", "SpeedOfLight",
     "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats", "--section", "LaunchStats",
@@ -79,11 +80,12 @@ def first_part(device: str, size: int) -> list[Step]:
         for name in backends:
             command = _probe(what, *common, *large, "--backends", name)
             steps.append(Step(f"{what}-{name}", limit_s, command, needs=name))
-    whole = ("--dtype", "int8", "--backends", "triton" if device == "cuda" else "cpu")  # beside fp16, the same cases
-    steps += [
-        Step("smoke-int8", 40, _probe("smoke", *common, *small, *whole), disqualifies="int8", needs=whole[-1]),
-        Step("score-int8", 40, _probe("score", *common, *large, *whole), needs="int8"),
-    ]
+    for name in backends if device == "cuda" else backends[:1]:  # int8 beside fp16: the same cases
+        whole = (*common, "--dtype", "int8", "--backends", name)
+        steps += [
+            Step(f"smoke-int8-{name}", 25, _probe("smoke", *small, *whole), disqualifies=f"{name} int8", needs=name),
+            Step(f"score-int8-{name}", 30, _probe("score", *large, *whole), needs=f"{name} int8"),
+        ]
     if device == "cuda":
         tune = ("--kernels", "project", "product", "--rows", "64", "1", "512", "--limit", "16")
         tests = ("-n", "8", "--timeout", "60", "--maxfail", "25")
@@ -91,7 +93,7 @@ def first_part(device: str, size: int) -> list[Step]:
             Step("eager", 30, _probe("eager", *common)),
             Step(
                 "tests-kernels", 75,
-                _pytest(*tests, *(f"tests/gpu/test_{name}_gpu.py" for name in ("cuda", "triton", "triton_int8"))),
+                _pytest(*tests, *(f"tests/gpu/test_{name}_gpu.py" for name in GPU_TESTS)),
             ),
             Step("tune", 60, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
         ]  # fmt: skip
@@ -105,7 +107,7 @@ def second_part(device: str, size: int) -> list[Step]:
         return [Step("float32", 40, _probe("score", *common, "--size", str(size), "--dtype", "float32"))]
     kernels = "regex:score_kernel|project_kernel|column|piece|square_kernel|product_kernel|pair_kernel|centre_kernel"
     smoke = _probe("smoke", "--repeats", "0", "--rows", "1", "64", "256", "4096")
-    sanitized = _pytest("-k", "sanitizer", "tests/gpu/test_cuda_gpu.py")
+    sanitized = _pytest("-k", "sanitizer", "tests/gpu/test_cuda_gpu.py", "tests/gpu/test_cuda_int8_gpu.py")
     tune = ("--kernels", "gram", "project", "product", "--rows", "16384", "16", "256", "1024", "--limit", "24")
     encode = ("--suite", "encode", "--group", "8", "--lengths", "512+512", "--layers", "8", "--rounds", "1")
     return [

@@ -66,29 +66,35 @@ def _finish_tile(
     acc, low, weight, scales, phase, beta, factors, counts, columns, values, out, logits, m, n, rows, inner, outer,
     padded, BM: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """A tile of whole sums → c', and their share of βᵀc as row n of ``logits``. A wide tile is done in quarters."""
+    """A tile of whole sums → c', and their share of βᵀc as row n of ``logits``. A large one is done in quarters."""
     rm = m * BM + tl.arange(0, BM)
-    if BN > 128:
+    if (BM * BN > 8192) | (LOW & (BM * BN > 4096)):
         PART: tl.constexpr = BN // 4
         rn = n * BN + tl.arange(0, PART)
         left, right = halves(acc, BM, BN)
         first, second = halves(left, BM, BN // 2)
         third, fourth = halves(right, BM, BN // 2)
+        if LOW:
+            left, right = halves(low, BM, BN)
+            low_1, low_2 = halves(left, BM, BN // 2)
+            low_3, low_4 = halves(right, BM, BN // 2)
+        else:
+            low_1, low_2, low_3, low_4 = first, second, third, fourth
         dot = _finish_part(
-            first, first, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn,
-            rows, inner, outer, padded, BM, PART, False,
+            first, low_1, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn,
+            rows, inner, outer, padded, BM, PART, LOW,
         )  # fmt: skip
         dot += _finish_part(
-            second, second, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn + PART,
-            rows, inner, outer, padded, BM, PART, False,
+            second, low_2, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn + PART,
+            rows, inner, outer, padded, BM, PART, LOW,
         )  # fmt: skip
         dot += _finish_part(
-            third, third, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn + 2 * PART,
-            rows, inner, outer, padded, BM, PART, False,
+            third, low_3, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn + 2 * PART,
+            rows, inner, outer, padded, BM, PART, LOW,
         )  # fmt: skip
         dot += _finish_part(
-            fourth, fourth, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn + 3 * PART,
-            rows, inner, outer, padded, BM, PART, False,
+            fourth, low_4, weight, scales, phase, beta, factors, counts, columns, values, out, rm, rn + 3 * PART,
+            rows, inner, outer, padded, BM, PART, LOW,
         )  # fmt: skip
     else:
         rn = n * BN + tl.arange(0, BN)

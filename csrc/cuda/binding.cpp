@@ -4,6 +4,7 @@
 #include <string>
 
 #include "device.h"
+#include "int8_stream.h"
 #include "power_iteration.h"
 #include "score.h"
 #include "sources_digest.h"  // made by the build
@@ -65,12 +66,37 @@ Head make_head(const std::string& dtype, int hidden_size, int num_features, int 
   return head;
 }
 
+Int8Head make_int8_head(int hidden_size, int num_features, uintptr_t projection, int64_t projection_pitch,
+                        uintptr_t projection_scale, uintptr_t phase, uintptr_t beta, uintptr_t factor,
+                        uintptr_t factor_scales, uintptr_t diagonal, uintptr_t hidden_shift, uintptr_t hidden_balance,
+                        float input_scale, float beta0, float factor_scale, float amplitude) {
+  Int8Head head{};
+  head.hidden_size = hidden_size;
+  head.num_features = num_features;
+  head.projection = pointer<int8_t>(projection);
+  head.projection_pitch = projection_pitch;
+  head.projection_scale = pointer<float>(projection_scale);
+  head.phase = pointer<float>(phase);
+  head.beta = pointer<float>(beta);
+  head.factor = pointer<int8_t>(factor);
+  head.factor_scales = pointer<float>(factor_scales);
+  head.diagonal = pointer<float>(diagonal);
+  head.hidden_shift = pointer<float>(hidden_shift);
+  head.hidden_balance = pointer<float>(hidden_balance);
+  head.input_scale = input_scale;
+  head.beta0 = beta0;
+  head.factor_scale = factor_scale;
+  head.amplitude = amplitude;
+  return head;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA latency kernels of rmcore. Importing needs no GPU and no driver.";
   m.attr("MAX_ROWS") = kMaxRows;
   m.attr("SOURCES") = RMCORE_CUDA_SOURCES;
+  m.attr("SOURCES_INT8") = RMCORE_CUDA_SOURCES_INT8;
   py::register_exception<BarrierTimeout>(m, "BarrierTimeout", PyExc_RuntimeError);
   m.def("check_barriers", &check_barriers,
         "Raises BarrierTimeout where a launch since the last call gave up waiting for a thread block.");
@@ -104,6 +130,29 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("head"), py::arg("plan"), py::arg("hidden"), py::arg("dtype"), py::arg("stride"), py::arg("rows"),
       py::arg("out"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"),
       "Scores `rows` hidden rows into out (4, rows) float32, in stream order.");
+
+  py::class_<Int8Head>(m, "Int8Head", "Pointers and constants of a frozen int8 head; the tensors must outlive it.")
+      .def(py::init(&make_int8_head), py::kw_only(), py::arg("hidden_size"), py::arg("num_features"),
+           py::arg("projection"), py::arg("projection_pitch"), py::arg("projection_scale"), py::arg("phase"),
+           py::arg("beta"), py::arg("factor"), py::arg("factor_scales"), py::arg("diagonal"), py::arg("hidden_shift"),
+           py::arg("hidden_balance"), py::arg("input_scale"), py::arg("beta0"), py::arg("factor_scale"),
+           py::arg("amplitude"));
+  py::class_<StreamPlan>(m, "Int8Plan", "How a batch of an int8 head is laid out on a device; no slots: not served.")
+      .def(py::init(&plan_int8_on), py::arg("head"), py::arg("rows"), py::arg("device"))
+      .def_readonly("grid", &StreamPlan::grid)
+      .def_readonly("slots", &StreamPlan::slots)
+      .def_readonly("shared_bytes", &StreamPlan::shared_bytes)
+      .def_readonly("workspace_bytes", &StreamPlan::bytes);
+  m.def(
+      "score_int8",
+      [](const Int8Head& head, const StreamPlan& plan, uintptr_t hidden, const std::string& dtype, int64_t stride,
+         int rows, uintptr_t out, uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream) {
+        launch_int8(head, plan, pointer<void>(hidden), scalar(dtype), stride, rows, pointer<float>(out),
+                    pointer<void>(workspace), workspace_bytes, device, stream);
+      },
+      py::arg("head"), py::arg("plan"), py::arg("hidden"), py::arg("dtype"), py::arg("stride"), py::arg("rows"),
+      py::arg("out"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"),
+      "Scores `rows` hidden rows with an int8 head into out (4, rows) float32, in stream order.");
 
   py::class_<PowerPlan>(m, "PowerPlan", "How a power iteration is laid out on a device.")
       .def(py::init(&plan_power_on), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"), py::arg("device"))

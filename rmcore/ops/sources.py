@@ -43,7 +43,8 @@ def sources(backend: str, op: str) -> str:
     """
     with suppress(ImportError):
         if backend == "cuda":
-            return str(getattr(importlib.import_module("rmcore._cuda"), "SOURCES", ""))
+            name = "SOURCES_INT8" if op.endswith("_int8") else "SOURCES"
+            return str(getattr(importlib.import_module("rmcore._cuda"), name, ""))
         return triton_sources(Path(str(importlib.import_module("rmcore.kernels.common").__file__)).parent, op)
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from rmcore import ops
 from rmcore._base import errors
 from rmcore.ops.backends import cuda
+from rmcore.ops.quantize import quantize_projection
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 CUDA = torch.device("cuda", 0)
@@ -65,6 +67,70 @@ def test_shapes_it_declines():
     assert cuda.declines("score", 64, head()) is None
     assert cuda.declines("score", 65, head()) == "batch of 65 rows: the latency kernel serves up to 64"
     assert "projection" in cuda.declines("score", 1, head(h=16, features="linear"))
+
+
+def int8_head(h=40, d=64):
+    fields: Any = quantize_projection(torch.randn(d, h).double() / h, torch.rand(d).double(), torch.randn(20, h))
+    feature_map = FeatureMap(
+        features="rff", layer_weight=None, layer_bias=None, activation="none", layernorm=False, hidden_size=h,
+        num_features=d, dtype=torch.int8, **fields,
+    )  # fmt: skip
+    factor = torch.randn(d, d).tril().double()
+    return HeadWeights.build(feature_map, torch.ones(d, dtype=torch.float64), 0.25, factor, math.pi / 8)
+
+
+class Int8Native(SimpleNamespace):
+    """As much of the native module as int8 heads need, on a device that is not there."""
+
+    def __init__(self, capability=(9, 0), slots=9):
+        super().__init__(calls=[], score_int8=lambda *arguments: self.calls.append(arguments))
+        self.properties = lambda _index: {"capability": capability, "cooperative": 1}
+        self.device_count = lambda: 1
+        self.Int8Head = lambda **fields: fields
+        self.Int8Plan = lambda _head, rows, _device: SimpleNamespace(slots=slots, workspace_bytes=1024, rows=rows)
+
+
+def test_int8_heads_are_declined_where_their_kernel_does_not_serve(monkeypatch):
+    monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(device_count=lambda: 1, properties=lambda _: {
+        "capability": (9, 0), "cooperative": 1,
+    }))  # fmt: skip
+    cuda._lacking.cache_clear()
+    assert "older build" in str(cuda.unavailable("score", CUDA, torch.int8))
+    monkeypatch.setattr(cuda, "_native", lambda: Int8Native((8, 0)))
+    cuda._lacking.cache_clear()
+    assert cuda.unavailable("score", CUDA, torch.float16) is None
+    assert cuda.unavailable("score", CUDA, torch.int8) == "int8 heads need compute capability 9.0"
+    monkeypatch.setattr(cuda, "_native", Int8Native)
+    cuda._lacking.cache_clear()
+    assert cuda.unavailable("score", CUDA, torch.int8) is None
+    assert cuda.declines("score", 16, int8_head()) is None
+    assert "of int8 heads the latency kernel serves up to 16" in str(cuda.declines("score", 17, int8_head()))
+    cuda._lacking.cache_clear()
+
+
+def test_an_int8_head_goes_to_the_native_module_as_it_lies(monkeypatch):
+    native, weights = Int8Native(), int8_head()
+    monkeypatch.setattr(cuda, "_native", lambda: native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    hidden, out = torch.randn(3, 80).half()[:, ::2], torch.empty(4, 3)
+    cuda.score(hidden, weights, out)
+    (head, plan, _, dtype, stride, rows, target, _, size, device, stream), m = native.calls[0], weights.map
+    assert (dtype, stride, rows, target, device, stream) == ("float16", 40, 3, out.data_ptr(), 0, 7)
+    assert plan.rows == 8
+    assert size >= plan.workspace_bytes
+    assert head["projection_pitch"] == 48  # rows of 40 bytes end in zeros up to a multiple of 16
+    kept = weights.cache["cuda_int8"].tensors
+    assert torch.equal(kept[0][:, :40], m.projection)
+    assert not bool(kept[0][:, 40:].any())
+    assert head["projection"] == kept[0].data_ptr()
+    for name, tensor in (
+        ("projection_scale", m.projection_scale), ("phase", m.phase), ("beta", weights.beta),
+        ("factor", weights.factor), ("factor_scales", weights.factor_row_scale),
+        ("diagonal", weights.factor_diagonal), ("hidden_shift", m.hidden_shift), ("hidden_balance", m.hidden_scale),
+    ):  # fmt: skip
+        assert head[name] == tensor.data_ptr(), name
+    assert (head["beta0"], head["amplitude"], head["hidden_size"]) == (0.25, math.pi / 8, 40)
 
 
 def test_an_explicit_backend_raises_on_cpu_tensors():

@@ -153,8 +153,6 @@ def test_every_way_to_cut_finds_the_same_whole_numbers(monkeypatch):
         )
         found = []
         for name, tile in PROJECTS.items():
-            if rows.low is not None and tile.cols > 128:
-                continue  # two terms have narrow tiles, which are finished in one
             monkeypatch.setattr(heuristics_int8, "project", lambda *_, tile=tile: tile)
             c, logits = features_int8.project(rows, m, weights.beta, DEVICE)
             assert logits is not None

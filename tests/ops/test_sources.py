@@ -19,13 +19,13 @@ CUDA, KERNELS = ROOT / "csrc" / "cuda", ROOT / "kernels"
 CMAKE = shutil.which("cmake")
 
 
-def cuda_digest(folder: Path, out: Path) -> str:
+def cuda_digest(folder: Path, out: Path, which: str = "") -> str:
     """What the build puts into the module."""
     if CMAKE is None:
         pytest.skip("no cmake")
     command = [CMAKE, f"-DFOLDER={folder}", f"-DOUT={out}", "-P", str(CUDA / "sources_digest.cmake")]
     subprocess.run(command, check=True, capture_output=True)
-    (found,) = re.findall(r'^#define RMCORE_CUDA_SOURCES "(\w{64})"$', out.read_text(), re.MULTILINE)
+    (found,) = re.findall(rf'^#define RMCORE_CUDA_SOURCES{which} "(\w{{64}})"$', out.read_text(), re.MULTILINE)
     return str(found)
 
 
@@ -59,6 +59,25 @@ def test_the_digest_of_cuda_is_of_what_computes_by_name_and_content(tmp_path):
     (folder / "device.h").rename(folder / "devices.h")
     found.add(cuda_digest(folder, tmp_path / "digest.h"))
     assert len(found) == 6
+
+
+def test_the_int8_kernel_has_a_digest_of_its_own(tmp_path):
+    """Its files say nothing against what was measured of the others; theirs, which it includes, do against it."""
+    folder, out = tmp_path / "cuda", tmp_path / "digest.h"
+    shutil.copytree(CUDA, folder)
+
+    def both() -> tuple[str, str]:
+        return cuda_digest(folder, out), cuda_digest(folder, out, "_INT8")
+
+    before = both()
+    (folder / "int8_stream.cuh").write_text("another")
+    own = both()
+    assert own[0] == before[0]
+    assert own[1] != before[1]
+    (folder / "stream.cuh").write_text("another")
+    other = both()
+    assert other[0] != own[0]
+    assert other[1] != own[1]
 
 
 def test_what_the_module_includes_is_in_its_digest():

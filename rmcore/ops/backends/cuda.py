@@ -1,9 +1,9 @@
 """The ``cuda`` backend: latency kernels for small batches on NVIDIA GPUs from compute capability 8.0 (csrc/cuda).
 
-``score`` is one cooperative launch for up to 64 rows; ``power_iteration`` reads its matrix once per iteration. Results
-are bit-identical from run to run. The native module is loaded on first use and allocates nothing: weights are used
-where they lie (rows that do not begin at multiples of 16 bytes are copied once, into ``weights.cache``), and the
-workspace comes from torch, one for each device and stream.
+``score`` is one cooperative launch for up to 64 rows, of int8 heads (cuda_int8.py) up to 16; ``power_iteration`` reads
+its matrix once per iteration. Results are bit-identical from run to run. The native module is loaded on first use and
+allocates nothing: weights are used where they lie (rows that do not begin at multiples of 16 bytes are copied once,
+into ``weights.cache``), and the workspace comes from torch, one for each device and stream.
 
 A launch whose thread blocks wait for one that never comes gives up after four seconds, with NaN for results. Nobody
 waits for the GPU to learn that: the next call reads a word of host memory, raises and takes the backend out of service.
@@ -23,10 +23,21 @@ from torch import Tensor
 
 from rmcore._base.errors import BackendError
 from rmcore.ops import plans
+from rmcore.ops.backends import cuda_int8
+from rmcore.ops.backends.cuda_int8 import aligned as _aligned
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
-__all__ = ["MAX_ROWS", "accumulate", "declines", "pair_variance", "plan", "power_iteration", "score", "unavailable"]
+__all__ = [
+    "MAX_ROWS",
+    "accumulate",
+    "declines",
+    "pair_variance",
+    "plan",
+    "power_iteration",
+    "score",
+    "unavailable",
+]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +49,7 @@ STREAMED = True
 copies; off to hold both forms side by side. Read when a head is first scored at a batch size."""
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_DTYPES = {"score": (torch.float16, torch.bfloat16), "power_iteration": tuple(_NAMES)}
+_DTYPES = {"score": (torch.float16, torch.bfloat16, torch.int8), "power_iteration": tuple(_NAMES)}
 _CACHE = "cuda"
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _hung: list[str] = []
@@ -80,7 +91,9 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"{op} serves {names} weights, not {str(dtype).removeprefix('torch.')}"
     if _native() is None or _native().device_count() == 0:  # type: ignore[union-attr]
         return _lacking(0)
-    return _lacking(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    why = _lacking(index)
+    return cuda_int8.unavailable(_native(), index) if why is None and dtype == torch.int8 else why
 
 
 def declines(op: str, rows: int, weights: HeadWeights | FeatureMap | Tensor | None) -> str | None:
@@ -89,6 +102,9 @@ def declines(op: str, rows: int, weights: HeadWeights | FeatureMap | Tensor | No
     ``weights`` is the head for ``score`` and the matrix for ``power_iteration``.
     """
     if op == "score" and isinstance(weights, HeadWeights):
+        if weights.dtype == torch.int8:
+            why: str | None = _run(cuda_int8.declines, _native(), rows, weights)
+            return why
         if rows > MAX_ROWS:
             return f"batch of {rows} rows: the latency kernel serves up to {MAX_ROWS}"
         if weights.map.projection is None:
@@ -133,18 +149,6 @@ def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
     return found
 
 
-def _aligned(matrix: Tensor) -> Tensor:
-    """``matrix`` with rows that begin at multiples of 16 bytes and end in zeros up to the next; a copy if need be."""
-    unit = 16 // matrix.element_size()
-    rows, columns = matrix.shape
-    in_rows = columns % unit == 0 and (rows <= 1 or matrix.stride(0) % unit == 0) and matrix.stride(1) == 1
-    if in_rows and matrix.data_ptr() % 16 == 0 and (rows <= 1 or matrix.stride(0) >= columns):
-        return matrix
-    copy = matrix.new_zeros(rows, -(-columns // unit) * unit)
-    copy[:, :columns] = matrix
-    return copy
-
-
 @dataclass
 class _Prepared:
     """A head as the native module sees it, and the tensors that must live as long."""
@@ -154,6 +158,14 @@ class _Prepared:
     plans: dict[int, Any] = field(default_factory=dict)
 
 
+def _capturing() -> None:
+    """Raise BackendError where a graph is being captured, since a head that is new to the backend copies weights."""
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "backend: cuda: the first call with a head copies weights; score once before capturing a graph"
+        )
+
+
 def _prepare(weights: HeadWeights) -> _Prepared:
     found = weights.cache.get(_CACHE)
     if isinstance(found, _Prepared):
@@ -161,10 +173,7 @@ def _prepare(weights: HeadWeights) -> _Prepared:
     native, m = _native(), weights.map
     if native is None or m.projection is None or m.phase is None:
         raise BackendError(f"backend: got 'cuda', which cannot run score here: {declines('score', 1, weights)}")
-    if torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            "backend: cuda: the first call with a head copies weights; score once before capturing a graph"
-        )
+    _capturing()
     projection = _aligned(m.projection)
     layer = None if m.layer_weight is None else _aligned(m.layer_weight)
     phase, beta = m.phase.float().contiguous(), weights.beta.float().contiguous()
@@ -204,6 +213,23 @@ def _bucket(rows: int) -> int:
     return 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
 
 
+def _kernel(weights: HeadWeights, rows: int, index: int | None) -> tuple[Callable[..., None], Any, Any]:
+    """The native function that scores such a batch, the head it takes, and how it is laid out."""
+    native = _native()
+    if native is None:
+        raise BackendError(f"backend: got 'cuda', which cannot run score here: {_lacking(0)}")
+    if weights.dtype == torch.int8:
+        if "cuda_int8" not in weights.cache:
+            _capturing()
+        whole: cuda_int8.Prepared = _run(cuda_int8.prepare, native, weights)
+        return native.score_int8, whole.head, _run(whole.layout, native, rows, index or 0)
+    prepared, bucket = _prepare(weights), _bucket(rows)
+    plan = prepared.plans.get(bucket)
+    if plan is None:
+        plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, index, STREAMED)
+    return native.score, prepared.head, plan
+
+
 def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     """Fill ``out`` (4, B) with g, v, u, p. See :func:`rmcore.ops.score`."""
     rows = hidden.shape[0]
@@ -217,17 +243,13 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
         hidden = hidden.float()
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    native, prepared, device = _native(), _prepare(weights), hidden.device
-    assert native is not None
-    bucket = _bucket(rows)
-    plan = prepared.plans.get(bucket)
-    if plan is None:
-        plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, device.index, STREAMED)
+    device = hidden.device
+    function, head, plan = _kernel(weights, rows, device.index)
     stream = torch.cuda.current_stream(device).cuda_stream
     workspace = _workspace(device, stream, plan.workspace_bytes)
     _run(
-        native.score,
-        prepared.head,
+        function,
+        head,
         plan,
         hidden.data_ptr(),
         _NAMES[hidden.dtype],
@@ -243,14 +265,16 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
 
 def plan(hidden: Tensor, weights: HeadWeights) -> plans.Launch | None:
     """The launch of such a call without what its shape has already answered; None where it would not be the same."""
-    native, rows, index = _native(), hidden.shape[0], hidden.device.index or 0
+    rows, index = hidden.shape[0], hidden.device.index or 0
     if hidden.dtype not in _NAMES or not rows or hidden.stride(1) != 1:
         return None  # such rows are copied first
-    assert native is not None
-    prepared, name = _prepare(weights), _NAMES[hidden.dtype]
-    layout = prepared.plans[_bucket(rows)]
-    run, head, bytes_needed = native.score, prepared.head, layout.workspace_bytes
-    stride = hidden.stride(0) if rows > 1 else 0
+    return _replay(*_kernel(weights, rows, index), hidden, index)
+
+
+def _replay(run: Callable[..., None], head: Any, layout: Any, like: Tensor, index: int) -> plans.Launch:
+    """``run``, a native score, for rows like ``like`` on device ``index``, in the workspace that a call has left."""
+    rows, name, bytes_needed = like.shape[0], _NAMES[like.dtype], layout.workspace_bytes
+    stride = like.stride(0) if rows > 1 else 0
 
     def launch(hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
         stream = plans.stream_of(index)
