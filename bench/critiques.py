@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measured(pairs: Sequence[Preference], command: str) -> Found:
     """Accuracy of each way, and by how much it exceeds that without critiques."""
     backbone = demo_backbone()
+    backbone.use_state_cache()
     config = HeadConfig(backbone.hidden_size, **DEMO_HEAD)
     ways: dict[str, Callable[[], list[Preference]]] = {
         "without": lambda: [replace(pair, critiques=None) for pair in pairs],

