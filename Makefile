@@ -33,7 +33,7 @@ help:
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
 	@echo "make test-postgres  the judge's store over PostgreSQL: processes killed, sessions cut, the server restarted and frozen"
 	@echo "make test-nemo-gym  the group server against NeMo-Gym's own client, in an environment of its own (Python 3.12)"
-	@echo "make test-ray  bulk scoring on a Ray cluster of two nodes on this machine, from an environment of its own"
+	@echo "make test-ray  bulk scoring and the group server on Ray clusters of this machine, from an environment of its own"
 	@echo "make test-trainers  verl's reward loop on Ray and OpenRLHF's executor, their own code, from an environment of its own"
 	@echo "make test-sharding  ZeRO-3 over two processes, wandb and trackio, in an environment of its own"
 	@echo "make coverage all tests, and what of rmcore they run"
