@@ -142,7 +142,8 @@ class _ByFold:
             count = len(test.pairs()[0])
             found.append(estimator.pairs(hidden[2 * at : 2 * (at + count)], group_sizes[at : at + count]))
             at += count
-        columns: list[Any] = [None if some[0] is None else torch.cat(some) for some in zip(*found, strict=True)]
+        pairs = zip(*(one[:-1] for one in found), strict=True)  # measures are of rows
+        columns: list[Any] = [None if some[0] is None else torch.cat(some) for some in pairs]
         return PairEstimate(*columns)
 
 

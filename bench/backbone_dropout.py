@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,6 @@ from rmcore.model.reward_model import RewardModel, encode_preferences
 
 __all__ = ["ThroughBackbone", "main", "run"]
 
-STREAMS = ("id_test", "llmbar")
-
 
 class ThroughBackbone:
     """A model's head on T states of each row, which lie side by side: rows (R, T·h)."""
@@ -50,13 +49,20 @@ class ThroughBackbone:
         return sampled_estimate(torch.stack([self.model.row_scores(rows) for rows in each], 1), group_sizes)
 
 
-def run(data: Path, passes: int, seeds: int, replicates: int = 1000) -> dict[str, Any]:
-    """All figures, as JSON values."""
+def run(data: Path, passes: int, seeds: int, most: int | None = None, replicates: int = 1000) -> dict[str, Any]:
+    """All figures, as JSON values; of ``most`` pairs of each part, drawn once."""
     corpus, backbone = load_corpus(data), demo_backbone()
+    draw = np.random.default_rng(0)
+    parts = {name: corpus.parts[name] for name in ("id", "llmbar")}
+    kept = {name: sorted(draw.permutation(len(part))[:most].tolist()) for name, part in parts.items()}
+    mixes = tuple(mix for mix in corpus.mixes if set(mix[2]) <= set(parts))
+    corpus = replace(
+        corpus, parts={name: tuple(part[k] for k in kept[name]) for name, part in parts.items()}, mixes=mixes
+    )
     backbone.use_state_cache()
     hidden, labels, pairs = encode_preferences(backbone, corpus.train, "difference")
     assert pairs is not None
-    everything = [pair for part in ("id", "llmbar") for pair in corpus.parts[part]]
+    everything = [pair for part in corpus.parts.values() for pair in part]
     where = {id(pair): k for k, pair in enumerate(everything)}
     plain = encode_pairs(backbone, everything, "difference")
     texts = [backbone.encoder.encode(p.prompt, text) for p in everything for text in (p.first, p.second)]
@@ -72,8 +78,6 @@ def run(data: Path, passes: int, seeds: int, replicates: int = 1000) -> dict[str
         ways: dict[str, tuple[Any, PairStates]] = {name: (one, plain) for name, one in beside.items()}
         ways["backbone dropout"] = ThroughBackbone(RewardModel(backbone, head.head), passes), rows
         for stream in corpus.streams(seed):
-            if stream.name not in STREAMS:
-                continue
             at = [where[id(pair)] for pair in stream.pairs]
             for name, (estimator, states) in ways.items():
                 figures, _ = measure(estimator, states[at], stream.pairs, replicates=replicates, seed=seed)
@@ -87,7 +91,7 @@ def run(data: Path, passes: int, seeds: int, replicates: int = 1000) -> dict[str
         "seeds": seeds,
         "rates": sorted(set(dropout_layers(backbone).values())),
         "layers": len(dropout_layers(backbone)),
-        "texts": len(texts),
+        "pairs": {name: len(part) for name, part in corpus.parts.items()},
         "seconds_of_passes": round(seconds, 1),
         "streams": {
             stream: {
@@ -105,13 +109,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
     parser.add_argument("--passes", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, help="of each part; default: all")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)
     if data is None:
         print("backbone_dropout: no data folder; give --data or set RMCORE_DATA. Nothing was measured", file=sys.stderr)
         return 2
-    figures = run(data, arguments.passes, arguments.seeds)
+    figures = run(data, arguments.passes, arguments.seeds, arguments.pairs)
     text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(arguments.out / "backbone_dropout.json", text)
     for stream, ways in figures["streams"].items():

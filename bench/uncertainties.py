@@ -57,9 +57,9 @@ OTHERS = (("pandalm", "PandaLM", "pandalm"), ("hh", "harmless (HH)", "hh_harmles
 def fit_estimator(name: str, hidden: Tensor, labels: Tensor, pairs: Tensor, seed: int) -> AnyEstimator:
     """Fit one by its name; those that draw nothing do not go by the seed."""
     settings: dict[str, Any] = {}
-    if name == "sngp":
+    if name.startswith("sngp"):
         settings["config"] = HeadConfig(hidden.shape[1], seed=seed, **DEMO_HEAD)
-    elif not name.startswith("laplace"):
+    if name != "sngp" and not name.startswith("laplace"):
         settings["seed"] = seed
     return ESTIMATORS[name].fit(hidden, labels, pairs, **settings)
 
@@ -250,8 +250,8 @@ def _row(cells: list[str]) -> str:
 
 
 def _colour(number: int) -> str:
-    """The plot's own colours, then black and grey."""
-    return (*COLOURS, "#000000", "#767676")[number]
+    """The plot's own colours, then black, grey and brown."""
+    return (*COLOURS, "#000000", "#767676", "#8C564B")[number]
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:

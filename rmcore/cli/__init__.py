@@ -29,6 +29,7 @@ from rmcore.cli import (
     demo,
     evaluate,
     families,
+    fit_uncertainty,
     label,
     plan,
     score,
@@ -59,6 +60,7 @@ app.command("best-of", cls=ManyColumns)(best_of.best_of_command)
 app.command("filter", cls=ManyColumns)(best_of.filter_command)
 app.command("train", cls=ManyColumns)(train.train)
 app.command("upgrade", cls=ManyColumns)(train.upgrade)
+app.command("fit-uncertainty", cls=ManyColumns)(fit_uncertainty.fit_uncertainty)
 app.command("plan")(plan.plan)
 app.command("export")(train_attributes.export)
 app.command("families")(families.families)

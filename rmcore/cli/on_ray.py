@@ -16,6 +16,7 @@ from rmcore.cli.options import Judging
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
+    from rmcore.engine.selection import Measure
     from rmcore.integrations.ray import ActorJudge
 
 __all__ = ["asks_a_judge", "batch_routing", "engine_of", "ray_errors", "shared_judge", "tell"]
@@ -46,9 +47,13 @@ def batch_routing(judging: Judging) -> Judging:
     return replace(judging, **nothing)
 
 
-def engine_of(model: str, judging: Judging, settings: dict[str, Any], judge: ActorJudge | None) -> RewardEngine:
-    """An actor's engine, by the options of :func:`batch_routing`."""
-    return make_engine(model, judging, **settings, shared_judge=judge)[0]
+def engine_of(
+    model: str, judging: Judging, settings: dict[str, Any], judge: ActorJudge | None, measure: Measure = "u"
+) -> RewardEngine:
+    """An actor's engine, by the options of :func:`batch_routing`; it must tell the ``measure`` of responses."""
+    engine = make_engine(model, judging, **settings, shared_judge=judge)[0]
+    engine.check_measure(measure)
+    return engine
 
 
 def shared_judge(judging: Judging, state: Path | None) -> ActorJudge:

@@ -46,7 +46,8 @@ Overlong = Annotated[
 Backend = Annotated[Literal["auto", "torch", "cpu", "triton", "cuda"], typer.Option(help="Kernels.")]
 
 Uncertainty = Annotated[
-    Literal["head", "sngp", "laplace", "laplace-kron", "laplace-diag", "dropout", "ensemble", "urm", "urme"] | None,
+    Literal["head", "sngp", "laplace", "laplace-kron", "laplace-diag", "dropout", "ensemble", "urm", "urme", "sngp-urm"]
+    | None,
     typer.Option(
         help="Whose g, v and preference: the model's head, or one fitted beside it (rmcore train --uncertainty). "
         "Default: what the model is served with."

@@ -16,11 +16,11 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
 
 from rmcore._base.errors import DataError, RmcoreError, reject
 from rmcore._base.files import atomic_file, is_inside, replace_file, same_file
@@ -28,7 +28,23 @@ from rmcore.cli.checks import check_writable
 from rmcore.cli.console import notes
 from rmcore.cli.records import Chain, json_line
 
-__all__ = ["Output", "check_apart", "check_file", "json_line", "opened_output", "use_utf8"]
+if TYPE_CHECKING:
+    from rmcore.engine.groups import GroupScore
+    from rmcore.engine.selection import Measure
+    from rmcore.model.data import Group
+
+__all__ = ["Line", "Output", "Run", "check_apart", "check_file", "json_line", "opened_output", "use_utf8"]
+
+Line: TypeAlias = "Callable[[Group, GroupScore], dict[str, Any] | None]"
+"""What is written of a group; nothing for None."""
+
+
+class Run(Protocol):
+    """Scores all groups and writes a line of each."""
+
+    def __call__(self, line: Line, *, measure: Measure = "u") -> None:
+        """Raise InputError, before anything is scored, where the model's uncertainty does not tell the ``measure``."""
+
 
 _FORMATS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "-o - and a pipe into the program that compresses"),

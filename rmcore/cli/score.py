@@ -18,7 +18,7 @@ from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_writable
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
-from rmcore.cli.output import Output, check_apart, check_file, opened_output
+from rmcore.cli.output import Line, Output, Run, check_apart, check_file, opened_output
 from rmcore.cli.records import Chain, run_digest
 from rmcore.cli.resumed import groups_behind
 from rmcore.cli.score_ray import score_on_ray
@@ -26,16 +26,10 @@ from rmcore.cli.score_ray import score_on_ray
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
     from rmcore.engine.engine import RewardEngine
-    from rmcore.engine.groups import GroupScore
+    from rmcore.engine.selection import Measure
     from rmcore.model.data import Group
 
-__all__ = ["Line", "Run", "score", "with_scoring"]
-
-Line: TypeAlias = "Callable[[Group, GroupScore], dict[str, Any] | None]"
-"""What is written of a group; nothing for None."""
-
-Run: TypeAlias = Callable[[Line], None]
-"""Scores all groups and writes a line of each."""
+__all__ = ["score", "with_scoring"]
 
 _DECIDES = ("uncertainty", "variance", "design", "critiques", "max_length", "overlong")
 """Options that decide what is found of a group, besides the model and the judge."""
@@ -78,7 +72,7 @@ def _scoring(
     ray_actors: Annotated[int, typer.Option(help="With --ray: models loaded, each in an actor.", min=1)] = 1,
     ray_gpus: Annotated[float, typer.Option(help="With --ray: GPUs of an actor; 0.5 puts two on one.", min=0)] = 0.0,
     ray_cpus: Annotated[float, typer.Option(help="With --ray: CPUs of an actor.", min=0)] = 1.0,
-) -> Callable[[Line, Mapping[str, Any]], None]:
+) -> Callable[..., None]:
     """Make the engine the options name; what comes back is a :data:`Run` that takes the command's own options too."""
     from rmcore.engine.accounts import Accounts
     from rmcore.model.data import parse_columns, read_groups
@@ -116,8 +110,9 @@ def _scoring(
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()
 
-    def run(line: Line, decides: Mapping[str, Any]) -> None:
+    def run(line: Line, decides: Mapping[str, Any], *, measure: Measure = "u") -> None:
         try:
+            engine.check_measure(measure)
             with opened_output(out, resume=resume) as output:
                 output.chain = Chain(run_digest(model, decides))
                 source = read_groups(groups, names, critiques=critiques)
@@ -150,8 +145,7 @@ def with_scoring(command: Callable[..., None]) -> Callable[..., None]:
             decides = {"command": command.__name__, **given, **{name: common[name] for name in _DECIDES}}
 
             def load() -> Run:
-                run = _scoring(**common)
-                return lambda line: run(line, decides)
+                return functools.partial(_scoring(**common), decides=decides)
 
             command(load, **given)
 

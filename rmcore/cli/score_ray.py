@@ -21,6 +21,7 @@ from rmcore.cli.records import Chain, run_digest
 from rmcore.cli.resumed import groups_behind, last_line
 
 if TYPE_CHECKING:
+    from rmcore.engine.selection import Measure
     from rmcore.integrations.ray.bulk import Chunk
 
 __all__ = ["score_on_ray"]
@@ -38,7 +39,7 @@ def score_on_ray(
     batch: int,
     resume: bool,
     pool: Mapping[str, Any],
-) -> Callable[[Any, Mapping[str, Any]], None]:
+) -> Callable[..., None]:
     """What scores all groups on a cluster and writes a line of each, in the order of the input."""
     own, asks = batch_routing(judging), asks_a_judge(judging)
     check_routing(own, asks)
@@ -47,7 +48,7 @@ def score_on_ray(
     check_key(judging)
     source, model = (str(Path(name).resolve()) if Path(name).exists() else name for name in (groups, model))
 
-    def run(line: Any, decides: Mapping[str, Any]) -> None:
+    def run(line: Any, decides: Mapping[str, Any], *, measure: Measure = "u") -> None:
         from rmcore.engine.accounts import Accounts
         from rmcore.integrations.ray.bulk import Pool, score_in_order
         from rmcore.integrations.ray.cluster import connect
@@ -61,7 +62,7 @@ def score_on_ray(
                 next(groups_behind(read_groups(source, columns), output.done(), out, output.chain), None)
             judge = shared_judge(judging, None if out == "-" else Path(out + ".budget").resolve()) if asks else None
             try:
-                make = functools.partial(engine_of, model, own, dict(settings), judge)
+                make = functools.partial(engine_of, model, own, dict(settings), judge, measure)
                 stream = score_in_order(source, make, line, columns=columns, size=batch, pool=Pool(**pool), after=after)
                 lines = count_lines(groups)
                 with progress_bar() as bar:

@@ -132,7 +132,7 @@ def train(
         str | None,
         typer.Option(
             help="Fit others beside the head, on the same pairs, and serve the model with the first: laplace, "
-            "laplace-kron, laplace-diag, dropout, ensemble, urm, urme, with commas between them."
+            "laplace-kron, laplace-diag, dropout, ensemble, urm, urme, sngp-urm, with commas between them."
         ),
     ] = None,
     by_attributes: AttributeOptions,
@@ -166,7 +166,6 @@ def train(
     with reported_errors(kept), trainer_process() if finetunes else started_ranks() as ranks:
         from rmcore._base.prompt import content_key
         from rmcore.head.config import HeadConfig
-        from rmcore.head.estimators import ESTIMATORS
         from rmcore.head.fit import fit, fit_amplitude
         from rmcore.head.ranks import working
         from rmcore.head.sngp import SNGPHead
@@ -176,8 +175,9 @@ def train(
         from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of, informative
         from rmcore.model.training import train_layer
         from rmcore.model.tune import tune as choose
+        from rmcore.model.uncertainties import fit_estimators
 
-        further = _beside(uncertainty, mode)
+        further = estimator_names(uncertainty, mode)
         if by_attributes.attributes is None and by_attributes != AttributeOptions():
             reject("--pairs, --members and what goes with them", "without --attributes", "together with it")
         if epochs and layer_size is None:
@@ -345,9 +345,9 @@ def train(
             notes.print(mixture.report.to_markdown(), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
         model.critiqued = False
-        for name in further:
+        if further:
             assert pairs is not None
-            model.estimators[name] = ESTIMATORS[name].fit(hidden.cpu(), labels.cpu(), pairs.cpu())
+            model.estimators |= fit_estimators(further, hidden, labels, pairs, config)
             model.uncertainty = further[0]
         how: Literal["name", "embed"] = "embed" if embed_backbone or finetunes else "name"
         if ranks is None or ranks.rank == 0:
@@ -365,7 +365,7 @@ def train(
         )
 
 
-def _beside(names: str | None, mode: str) -> list[str]:
+def estimator_names(names: str | None, mode: str) -> list[str]:
     """The estimators to fit beside the head; raises InputError for words that are none."""
     from rmcore.head.estimators import ESTIMATORS
 

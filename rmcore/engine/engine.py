@@ -33,7 +33,7 @@ from rmcore.engine.overlap import run_alongside, run_alongside_async
 from rmcore.engine.routing import LearnedRouter, NeverRoute, Router, is_budgeted
 from rmcore.engine.routing.state import write_state
 from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group_sizes
-from rmcore.engine.selection import BestOf, Ties, best_of, check_selection
+from rmcore.engine.selection import BestOf, Measure, Ties, best_of, check_measured, check_selection
 from rmcore.engine.state import engine_state, load_engine_file, load_engine_state
 from rmcore.engine.steps import plan, route, score_pairs
 from rmcore.head.estimators import PairEstimator, VarianceKind
@@ -294,6 +294,7 @@ class RewardEngine:
         critiques: Critiques | None = None,
         penalty: float = 0.0,
         ties: Ties = "first",
+        measure: Measure = "u",
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
     ) -> list[BestOf]:
@@ -304,15 +305,21 @@ class RewardEngine:
             responses: its responses.
             critiques: as in :meth:`score`.
             penalty: c ≥ 0: choose by mean preference minus c times uncertainty.
+            measure: which uncertainty, as of that function.
             ties: which of several equally good ones: the first, the shortest or the longest text.
             max_length: as in :meth:`score`, as is the next.
             overlong: what happens to over-long texts.
 
         Raises as :meth:`score` and :func:`~rmcore.engine.selection.best_of`.
         """
-        check_selection(penalty, ties)
+        check_selection(penalty, ties, measure)
+        self.check_measure(measure)
         scores = self.score(prompts, responses, critiques=critiques, max_length=max_length, overlong=overlong)
-        return best_of(scores, responses, penalty=penalty, ties=ties)
+        return best_of(scores, responses, penalty=penalty, ties=ties, measure=measure)
+
+    def check_measure(self, measure: Measure) -> None:
+        """Raise InputError for a measure of responses that this engine's uncertainty does not tell."""
+        check_measured(measure, getattr(self.estimator, "measures", ()))
 
     # -- learning ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, overload
 
@@ -71,6 +71,8 @@ class GroupScore:
         epistemic: symmetric, the part of the variance of a pair's logit that more data would take away; None where the
             engine's uncertainty tells no parts.
         aleatoric: symmetric, the part that is in the answers themselves; None likewise.
+        measures: (K,) by name: what the engine's uncertainty says of each response besides; of URME ``gap`` and
+            ``covariance``.
         head_version: which version of a head that changes scored it (:attr:`RewardEngine.head_version`); None of one
             that does not.
     """
@@ -87,6 +89,7 @@ class GroupScore:
     shared_rows: bool = False
     epistemic: Tensor | None = None
     aleatoric: Tensor | None = None
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
     head_version: int | None = None
 
     @property
@@ -166,6 +169,7 @@ class GroupScore:
         novelty = {} if self.response_novelty is None else {"novelty": _plain(self.response_novelty)}
         return {
             **novelty,
+            **{name: _plain(values) for name, values in self.measures.items()},
             "advantages": _plain(self.advantages),
             "rewards": _plain(self.rewards),
             "preference": _plain(self.preference),
@@ -384,6 +388,7 @@ def _groups_of(table: PairTable, head_version: int | None) -> tuple[GroupScore, 
         decisions.setdefault(group, []).append(PairDecision(i, j, _BY[state], reason, verdict, silent))
     sizes = layout.sizes.tolist()
     novelty = [None] * len(sizes) if table.row_novelty is None else table.row_novelty.cpu().split(sizes)
+    measures = {name: values.split(sizes) for name, values in table.measures.items()}
     groups: dict[int, GroupScore] = {}
     for number, squares in table.squares():
         known = tuple(decisions.get(number, ()))
@@ -392,6 +397,7 @@ def _groups_of(table: PairTable, head_version: int | None) -> tuple[GroupScore, 
             decisions=known,
             one_order=table.one_order,
             response_novelty=novelty[number],
+            measures={name: values[number] for name, values in measures.items()},
             compared=_compared(layout, number),
             shared_rows=table.shared,
             head_version=head_version,
@@ -428,6 +434,8 @@ def _table_of(groups: Sequence[GroupScore]) -> PairTable:
     table = PairTable(layout, torch.stack(values).double(), one_order)
     novelty = [group.response_novelty for group in groups if group.response_novelty is not None]
     table.row_novelty = torch.cat(novelty) if len(novelty) == len(groups) else None
+    for name in set.intersection(*(set(group.measures) for group in groups)):
+        table.measures[name] = torch.cat([group.measures[name] for group in groups])
     for name in _PARTS:
         own = [part for group in groups if (part := getattr(group, name)) is not None]
         if len(own) == len(groups):

@@ -68,6 +68,8 @@ class PairTable:
             (:mod:`rmcore.head.rows`), NaN where it has none; None where the head was not asked, or knows of none.
         parts: (Q,) float64 on the head's device by name: ``epistemic`` and ``aleatoric`` variance of a pair's logit, as
             far as they are told apart.
+        measures: (ΣK,) float64 on the CPU by name: what the engine's uncertainty says of each response besides
+            (:class:`~rmcore.head.estimators.PairEstimate`), NaN where it was left unread.
         shared: difference mode: v is the variance of a difference of two rows' scores, which a group's pairs share.
     """
 
@@ -82,6 +84,7 @@ class PairTable:
         self.complete = self.silent = False
         self.row_novelty: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
+        self.measures: dict[str, Tensor] = {}
         self.shared = False
 
     def __len__(self) -> int:
@@ -141,8 +144,10 @@ class PairTable:
         result.silent = any(table.silent for table in tables)
         known = [table.row_novelty for table in tables if table.row_novelty is not None]
         result.row_novelty = torch.cat(known) if len(known) == len(tables) else None
-        named = set.intersection(*(set(table.parts) for table in tables))
-        result.parts = {name: torch.cat([table.parts[name] for table in tables]) for name in sorted(named)}
+        for name in sorted(set.intersection(*(set(table.parts) for table in tables))):
+            result.parts[name] = torch.cat([table.parts[name] for table in tables])
+        for name in sorted(set.intersection(*(set(table.measures) for table in tables))):
+            result.measures[name] = torch.cat([table.measures[name] for table in tables])
         result.shared = all(table.shared for table in tables)
         start = 0
         for table in tables:
@@ -162,8 +167,9 @@ class PairTable:
         table = PairTable(layout, self.values[:, pairs.to(self.values.device)], self.one_order)
         table.shared = self.shared
         table.parts = {name: part[pairs.to(part.device)] for name, part in self.parts.items()}
+        rows = torch.repeat_interleave(keep, self.layout.sizes)
+        table.measures = {name: values[rows] for name, values in self.measures.items()}
         if self.row_novelty is not None:
-            rows = torch.repeat_interleave(keep, self.layout.sizes)
             table.row_novelty = self.row_novelty[rows.to(self.row_novelty.device)]
         return table
 
@@ -172,6 +178,7 @@ class PairTable:
         left = layout.among_all().to(self.values.device)
         table = PairTable(layout, self.values[:, left], self.one_order)
         table.parts = {name: part[left] for name, part in self.parts.items()}
+        table.measures = dict(self.measures)
         table.complete, table.row_novelty, table.shared = self.complete, self.row_novelty, self.shared
         return table
 

@@ -425,9 +425,11 @@ class ScoreCall:
             if states is not None:
                 texts = merged_texts(texts, states.flat.tolist())
             signal = pair_signals(texts, table.layout.pair_rows(mode, one_order=self.one_order), mode)
-            if table.row_novelty is not None and any(unread := [text.unread for text in texts]):
-                mask = torch.tensor(unread, device=table.row_novelty.device)
-                table.row_novelty = table.row_novelty.masked_fill(mask, torch.nan)
+            if any(unread := [text.unread for text in texts]):
+                mask = torch.tensor(unread)
+                table.measures = {name: of.masked_fill(mask, torch.nan) for name, of in table.measures.items()}
+                if table.row_novelty is not None:
+                    table.row_novelty = table.row_novelty.masked_fill(mask.to(table.row_novelty.device), torch.nan)
         elif self.responses is not None and mode == "difference":
             # Hidden rows from elsewhere: v = ‖U(φ_i − φ_j)‖² is 0 where they are equal; answers' own spread is not.
             nothing = table.logit == 0 if "aleatoric" in table.parts else table.variance == 0

@@ -153,6 +153,8 @@ def _table(
             pairs, parts = _of_responses(call, pairs, states, layout, parts, scaled=scaled)
         table = PairTable.of_difference(pairs, layout, finite=nonfinite == "raise")
         table.parts = {name: part.to(hidden.device) for name, part in parts.items()}
+        measures = {} if found is None else dict(found.measures or {})
+        table.measures = {name: of if states is None else states.mean(of) for name, of in measures.items()}
         return table if call.design == "all" else table.narrowed(_compared(call, table))
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)

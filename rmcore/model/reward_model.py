@@ -63,7 +63,7 @@ from rmcore.model.folder_files import folder_digests
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.signal import fill_unread, training_signal
 from rmcore.model.text import EncodedText, OverlongPolicy, TextLimit
-from rmcore.model.uncertainties import estimate_pairs, find_estimator, head_estimate, told_apart
+from rmcore.model.uncertainties import estimate_pairs, find_estimator, fit_estimators, head_estimate, told_apart
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
 from rmcore.ops.reference import mean_field_amplitude
@@ -496,14 +496,14 @@ class RewardModel:
         Raises:
             InputError: a name that there is not, a concat-mode model, no pairs, or what the estimator refuses.
         """
-        kind = estimator_named(name)
+        estimator_named(name)
         if self.mode != "difference":
             reject("model", "one in concat mode", "one in difference mode, whose pairs share the responses' rows")
         if not preferences:
             reject("preferences", "an empty list", "at least one pair")
         hidden, labels, pairs = encode_preferences(self.backbone, preferences, "difference", progress=progress)
         assert pairs is not None
-        self.estimators[name] = kind.fit(hidden.cpu(), labels.cpu(), pairs.cpu(), **settings)
+        self.estimators |= fit_estimators([name], hidden, labels, pairs, self.head.config, **settings)
         return self.estimators[name]
 
     def row_scores(self, hidden: Tensor) -> Tensor:

@@ -6,12 +6,23 @@ head's own and V can be added to the spread that a model of attributes sees in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore.head.estimators import ESTIMATORS, PairEstimate, PairEstimator, VarianceKind, of_kind
+from rmcore.head.config import HeadConfig
+from rmcore.head.estimators import (
+    ESTIMATORS,
+    SNGP,
+    PairEstimate,
+    PairEstimator,
+    SNGPWithURM,
+    VarianceKind,
+    estimator_named,
+    of_kind,
+)
 from rmcore.head.estimators.protocol import row_sums
 from rmcore.head.frozen import FrozenHead
 from rmcore.ops import reference
@@ -22,6 +33,7 @@ __all__ = [
     "check_uncertainty",
     "estimate_pairs",
     "find_estimator",
+    "fit_estimators",
     "head_estimate",
     "told_apart",
 ]
@@ -35,6 +47,31 @@ def check_uncertainty(name: str, what: str = "uncertainty") -> None:
     """Raise InputError for a name that there is not."""
     if name not in UNCERTAINTIES:
         reject(what, repr(name)[:60], f"one of {', '.join(UNCERTAINTIES)}")
+
+
+def fit_estimators(
+    names: Sequence[str], hidden: Tensor, labels: Tensor, pairs: Tensor, config: HeadConfig, **settings: Any
+) -> dict[str, PairEstimator]:
+    """Fit estimators beside a head, by name, on labelled pairs of rows (:class:`PairEstimator`).
+
+    Args:
+        names: of :data:`~rmcore.head.estimators.ESTIMATORS`.
+        hidden: (R, h) rows on any device.
+        labels: (N,) in [0, 1].
+        pairs: (N, 2) int64.
+        config: of the head beside which they are: an SNGP head among them has its features, unless those come after a
+            trained layer, which is not fitted here.
+        **settings: of each one's ``fit``.
+
+    Raises InputError for a name that there is not, and as each one's ``fit``.
+    """
+    found: dict[str, PairEstimator] = {}
+    like = {"config": config} if config.features == "rff" and config.layer_size is None else {}
+    for name in names:
+        kind = estimator_named(name)
+        own = like | settings if issubclass(kind, (SNGP, SNGPWithURM)) else settings
+        found[name] = kind.fit(hidden.cpu(), labels.cpu(), pairs.cpu(), **own)
+    return found
 
 
 def find_estimator(

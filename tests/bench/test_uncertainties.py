@@ -111,7 +111,7 @@ def test_a_table_a_plot_and_figures_are_written_and_nothing_without_data(
     text = (tmp_path / "out/uncertainties.md").read_text()
     assert all(text.count(f"| {name} |") == (3 if name in attributes["estimators"] else 2) for name in ESTIMATORS)
     assert "| gap | 1 |" in text
-    assert "| variance | 10 |" in text  # a stream's eight estimators, two on attributes
+    assert "| variance | 11 |" in text  # a stream's nine estimators, two on attributes
     assert text.count("| laplace, margin |") == 2
     assert (tmp_path / "out/uncertainties.png").stat().st_size > 10_000
     monkeypatch.delenv("RMCORE_DATA", raising=False)

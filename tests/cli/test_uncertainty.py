@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -84,3 +85,93 @@ def test_what_a_model_has_not_is_refused_by_name(files):
         refused = call(command, files / "m", files / "groups.jsonl", *more)
         assert refused.exit_code == 2, (command, more)
         assert says in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def further(files) -> Path:
+    """The trained model with others fitted beside it afterwards."""
+    common = ("fit-uncertainty", files / "m", files / "prefs.jsonl", "--no-cache", "-o", files / "more")
+    made = call(*common, "--uncertainty", "urme,sngp-urm", "--serve", "urme")
+    assert made.exit_code == 0, made.stderr
+    assert "fitted urme, sngp-urm; served with urme" in made.stderr
+    return files / "more"
+
+
+def test_uncertainties_can_be_fitted_beside_an_existing_model(files, further):
+    before, model = (RewardModel.from_pretrained(path, device="cpu") for path in (files / "m", further))
+    assert (list(model.estimators), model.uncertainty) == (["laplace", "ensemble", "urme", "sngp-urm"], "urme")
+    assert list(before.estimators) == ["laplace", "ensemble"], "the model it was made from stays"
+    rows = torch.randn(4, before.head.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for name in ("laplace", "ensemble"):
+        one, other = (m.estimators[name].pairs(rows, torch.tensor([4])) for m in (before, model))
+        assert torch.equal(one.variance, other.variance)
+    assert torch.equal(before.head.beta, model.head.beta)
+    combined = model.estimators["sngp-urm"]
+    assert combined.sngp.head.config.num_features == 32, "as the head's own"
+    both = [
+        json.loads(
+            call("score", further, files / "groups.jsonl", "--uncertainty", "sngp-urm", *more).stdout.splitlines()[0]
+        )
+        for more in ((), ("--variance", "epistemic"), ("--variance", "aleatoric"))
+    ]
+    total, epistemic, aleatoric = (torch.tensor(line["variance"]) for line in both)
+    torch.testing.assert_close(total, epistemic + aleatoric)
+    assert float(aleatoric[0, 1]) > 0
+    assert float(epistemic[0, 1]) > 0
+
+
+def test_fit_uncertainty_refuses_what_does_not_fit(files, further):
+    common = ("fit-uncertainty", files / "m", files / "prefs.jsonl", "--no-cache", "--uncertainty")
+    for name, more, says in (
+        ("sngp", ("-o", files / "x"), "sngp is the head itself"),
+        ("laplace", ("-o", files / "m"), "another place than"),
+        ("laplace", ("-o", further), "--overwrite"),
+        ("laplace", ("-o", files / "x", "--serve", "urm"), "one that the model has then: head, laplace, ensemble"),
+        ("laplace", ("-o", files / "x", "--serve", "nobody"), "one of head"),
+    ):
+        refused = call(*common, name, *more)
+        assert refused.exit_code == 2, (name, more, refused.stderr)
+        assert says in refused.stderr
+    assert not (files / "x").exists()
+
+
+def test_filter_and_best_of_go_by_urmes_measures(files, further):
+    groups = [json.loads(line) for line in (files / "groups.jsonl").read_text().splitlines()]
+    model = RewardModel.from_pretrained(further, device="cpu")
+    urme = model.estimators["urme"]
+    for name in ("gap", "covariance"):
+        u = [
+            urme.ensemble.scores(model.hidden_states([g["prompt"]], [g["responses"]])).uncertainty(name) for g in groups
+        ]
+        limit = float(torch.cat(u).quantile(0.6))
+        done = call("filter", further, files / "groups.jsonl", f"--max-{name}", limit)
+        assert done.exit_code == 0, done.stderr
+        kept = {row["line"]: row for row in map(json.loads, done.stdout.splitlines())}
+        for number, own in enumerate(u, start=1):
+            stays = (own <= limit).nonzero()[:, 0].tolist()
+            assert kept.get(number, {"kept": []})["kept"] == (stays if len(stays) > 1 else [])
+            if number in kept:
+                assert kept[number][name] == pytest.approx(own[own <= limit].tolist(), rel=1e-5)
+        best = call("best-of", further, files / "groups.jsonl", "--penalty", 3, "--penalty-by", name)
+        assert best.exit_code == 0, best.stderr
+        row = json.loads(best.stdout.splitlines()[0])
+        plain = json.loads(call("best-of", further, files / "groups.jsonl").stdout.splitlines()[0])
+        assert row["scores"] == pytest.approx(
+            [a - 3 * b for a, b in zip(plain["scores"], u[0].tolist(), strict=True)], rel=1e-4, abs=1e-6
+        )
+
+
+def test_filter_wants_one_measure_that_the_model_tells(files, further):
+    for more, says in (
+        ((), "got none, expected one of them"),
+        (("--max-u", 2, "--max-gap", 1), "got --max-u, --max-gap, expected one of them"),
+        (
+            ("--max-gap", 1, "--uncertainty", "ensemble"),
+            "measure: got 'gap', expected what the engine's uncertainty tells: u",
+        ),
+        (("--max-covariance", -1), "max_uncertainty: got -1"),
+    ):
+        refused = call("filter", further, files / "groups.jsonl", *more)
+        assert refused.exit_code == 2, (more, refused.stderr)
+        assert says in refused.stderr
+        assert not refused.stdout

@@ -9,9 +9,13 @@ import torch
 
 from rmcore import RewardEngine
 from rmcore._base.errors import InputError
+from rmcore.engine.groups import GroupScores, table_of
 from rmcore.engine.options import check_engine_options
+from rmcore.engine.pair_table import PairTable
 from rmcore.engine.routing import ThresholdRouter
-from rmcore.head.estimators import Dropout, Ensemble, Laplace
+from rmcore.engine.selection import best_of, filter_groups, member_measures
+from rmcore.head.attributes import AttributeConfig, AttributeHead
+from rmcore.head.estimators import URM, URME, Dropout, Ensemble, Laplace
 from rmcore.judge.base import Verdict
 
 
@@ -76,3 +80,55 @@ def test_what_does_not_go_with_it_is_refused(estimators, hand_head, scripted_jud
         RewardEngine(hand_head([1.0, 0.0]), uncertainty="laplace")
     with pytest.raises(InputError, match="hidden"):
         RewardEngine(hand_head([1.0, 0.0, 0.0]), uncertainty=laplace).score_hidden(torch.zeros(2, 3), [2])
+
+
+@pytest.fixture(scope="module")
+def urme():
+    config = AttributeConfig(2, ("good", "kind"), weights=(0.7, 0.3))
+    return URME([AttributeHead(config, seed=seed).eval() for seed in range(3)])
+
+
+def test_urmes_measures_go_with_each_response_and_filter_as_in_the_paper(data, urme, hand_head):
+    rows, sizes = data[0][:9], [2, 1, 4, 2]
+    scores = RewardEngine(hand_head([1.0, 0.0]), uncertainty=urme).score_hidden(rows, sizes)
+    said = urme.ensemble.scores(rows)
+    for name in ("gap", "covariance"):
+        wanted = said.uncertainty(name)
+        for groups in (scores, list(scores), GroupScores(PairTable.joined([scores.table, scores.table]))):
+            assert torch.equal(member_measures(groups, name)[:9], wanted)
+        assert torch.equal(scores[2].measures[name], wanted[3:7])
+        assert scores[2].to_record()[name] == pytest.approx(wanted[3:7].tolist())
+        narrow = table_of(scores).without(torch.tensor([0, 1]))
+        assert torch.equal(narrow.measures[name], wanted[3:])
+        threshold = float(wanted.median())
+        kept = filter_groups(scores, threshold, measure=name)
+        pairs = torch.tensor([[0, 1], [7, 8]])
+        assert [bool(kept.responses[k]) for k in (0, 3)] == said.kept_pairs(pairs, threshold, name).tolist()
+        every = filter_groups(scores, threshold, measure=name, min_responses=1)
+        assert [k for group in every.responses for k in group] == [
+            place for place, u in zip([0, 1, 0, 0, 1, 2, 3, 0, 1], wanted.tolist(), strict=True) if u <= threshold
+        ]
+        by_group = filter_groups(scores, threshold, measure=name, by="group", min_responses=1)
+        means = [float(part.mean()) for part in wanted.split(sizes)]
+        assert by_group.groups == tuple(k for k, mean in enumerate(means) if mean <= threshold)
+        best = best_of(scores, penalty=2.0, measure=name)[2]
+        bounds = scores[2].advantages - 2.0 * wanted[3:7]
+        assert best.index == int(bounds.argmax())
+        assert best.score == pytest.approx(float(bounds.max()))
+
+
+def test_a_measure_that_nobody_tells_is_refused_by_name(data, urme, hand_head):
+    engine = RewardEngine(hand_head([1.0, 0.0]), uncertainty=URM(urme.heads[:1]))
+    with pytest.raises(InputError, match="measure: got 'gap', expected what the engine's uncertainty tells: u"):
+        engine.check_measure("gap")
+    scores = engine.score_hidden(data[0][:4], [4])
+    with pytest.raises(InputError, match="measure: got 'gap'"):
+        filter_groups(scores, 1.0, measure="gap")
+    with pytest.raises(InputError, match="measure: got 'gape'"):
+        best_of(scores, penalty=1.0, measure="gape")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_uncertainty: got -1"):
+        filter_groups(scores, -1.0, measure="gap")
+    RewardEngine(hand_head([1.0, 0.0]), uncertainty=urme).check_measure("covariance")
+    config = AttributeConfig(2, ("good",), spread="quantiles", quantiles=3)
+    quantiles = URME([AttributeHead(config, seed=seed).eval() for seed in range(2)])
+    assert set(quantiles.pairs(data[0][:2], torch.tensor([2])).measures) == {"gap"}

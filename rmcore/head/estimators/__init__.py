@@ -16,6 +16,7 @@ from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
 from rmcore._base.version import __version__
 from rmcore.head.estimators.attributes import URM, URME, AttributeLabels
+from rmcore.head.estimators.combined import SNGPWithURM
 from rmcore.head.estimators.dropout import Dropout
 from rmcore.head.estimators.ensembles import Ensemble
 from rmcore.head.estimators.laplace import Laplace, LaplaceDiagonal, LaplaceKronecker
@@ -36,6 +37,7 @@ __all__ = [
     "LaplaceKronecker",
     "PairEstimate",
     "PairEstimator",
+    "SNGPWithURM",
     "VarianceKind",
     "estimator_named",
     "load_estimator",
@@ -45,11 +47,13 @@ __all__ = [
     "write_estimators",
 ]
 
-AnyEstimator: TypeAlias = SNGP | Laplace | Dropout | Ensemble | URM | URME
+AnyEstimator: TypeAlias = SNGP | Laplace | Dropout | Ensemble | URM | URME | SNGPWithURM
 
-ESTIMATORS: dict[str, type[AnyEstimator]] = {
-    kind.name: kind for kind in (SNGP, Laplace, LaplaceKronecker, LaplaceDiagonal, Dropout, Ensemble, URM, URME)
-}
+_KINDS: tuple[type[AnyEstimator], ...] = (
+    *(SNGP, Laplace, LaplaceKronecker, LaplaceDiagonal, Dropout, Ensemble),
+    *(URM, URME, SNGPWithURM),
+)
+ESTIMATORS: dict[str, type[AnyEstimator]] = {kind.name: kind for kind in _KINDS}
 """Name → class."""
 
 _FILE = "estimator.json"

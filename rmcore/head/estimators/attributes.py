@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
-from rmcore.head.attributes.ensemble import AttributeEnsemble, fit_heads
+from rmcore.head.attributes.ensemble import AttributeEnsemble, EnsembleScores, Measure, fit_heads
 from rmcore.head.attributes.fit import FitOptions, Objective, PairStates, fit_pairs
 from rmcore.head.attributes.gating import GateConfig
 from rmcore.head.attributes.head import AttributeConfig, AttributeHead
@@ -98,7 +98,17 @@ class _OfHeads:
             reject("heads", "some without a spread", "normals or quantiles")
         variance = torch.stack([one for one in noise if one is not None], 1)
         found = sampled_estimate(torch.stack([m.score for m in members], 1), group_sizes, variance)
-        return found if len(members) > 1 else found._replace(information=None, epistemic=None)
+        if len(members) == 1:
+            return found._replace(information=None, epistemic=None)
+        said = EnsembleScores(tuple(members), torch.stack([m.score for m in members]))
+        return found._replace(measures={name: said.uncertainty(name) for name in self.measures})
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is told of each row besides: several heads' gap, and of normals the norm of their covariances."""
+        if len(self.heads) == 1:
+            return ()
+        return ("gap", "covariance") if self.heads[0].config.spread == "normal" else ("gap",)
 
     @torch.no_grad()
     def attributes(self, hidden: Tensor) -> AttributeScores:

@@ -50,6 +50,8 @@ class PairEstimate(NamedTuple):
             the estimator has no samples.
         epistemic: (Q,) the part of the variance that more data would take away; None where the estimator tells none.
         aleatoric: (Q,) the part that is the answers' own, expected over what the fit does not know; None likewise.
+        measures: (R,) by name, what an estimator says of each row besides; None where it has nothing of its own. URME:
+            ``gap`` and ``covariance``, by which its authors filter.
     """
 
     logit: Tensor
@@ -58,6 +60,7 @@ class PairEstimate(NamedTuple):
     information: Tensor | None = None
     epistemic: Tensor | None = None
     aleatoric: Tensor | None = None
+    measures: dict[str, Tensor] | None = None
 
 
 class PairEstimator(Protocol):

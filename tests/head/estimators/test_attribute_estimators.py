@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 from rmcore._base.errors import InputError
+from rmcore.head import HeadConfig
 from rmcore.head.attributes import URM_WEIGHTS, AttributeConfig, AttributeHead, FitOptions, GateConfig, PairStates
 from rmcore.head.attributes.fit import _split
 from rmcore.head.attributes.losses import bradley_terry
-from rmcore.head.estimators import URM, URME, AttributeLabels, Laplace, of_kind
+from rmcore.head.estimators import (
+    SNGP,
+    URM,
+    URME,
+    AttributeLabels,
+    Laplace,
+    SNGPWithURM,
+    load_estimator,
+    of_kind,
+    save_estimator,
+)
+from rmcore.head.estimators.combined import _common_unit
 from rmcore.head.estimators.samples import sampled_estimate
 from rmcore.ops.reference import difference_variance
 
@@ -155,3 +168,77 @@ def test_pairs_that_share_rows_are_held_out_together():
     assert not set(group[held].tolist()) & set(group[rest].tolist())
     with pytest.raises(InputError, match="group"):
         PairStates(drawn(3, 2), drawn(3, 2), group=torch.zeros(3))
+
+
+# -- SNGP and URM in one ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def combined(heads) -> SNGPWithURM:
+    rows, pairs = drawn(60, WIDTH, seed=6), torch.arange(60).view(30, 2)
+    labels = (rows[pairs[:, 0], 0] > rows[pairs[:, 1], 0]).double()
+    config = HeadConfig(WIDTH, num_features=16, amplitude=0.7)
+    head = copy.deepcopy(heads[0]).float()  # as it is stored
+    return SNGPWithURM(SNGP.fit(rows, labels, pairs, config=config, dtype=torch.float32), URM([head]), 0.5)
+
+
+def test_both_parts_are_those_of_the_two_and_the_variance_their_sum(combined):
+    rows, sizes = drawn(5, WIDTH, seed=7), torch.tensor([3, 2])
+    found, own = combined.pairs(rows, sizes), combined.sngp.pairs(rows, sizes)
+    noise = combined.urm.heads[0].scores(rows).score_variance
+    assert torch.equal(found.logit, own.logit)
+    in_logits = own.variance * 0.7 / (math.pi / 8)
+    torch.testing.assert_close(found.epistemic, in_logits)
+    torch.testing.assert_close(found.aleatoric[:2], 0.25 * torch.stack([noise[0] + noise[1], noise[0] + noise[2]]))
+    torch.testing.assert_close(found.variance, found.epistemic + found.aleatoric)
+    torch.testing.assert_close(found.preference, found.logit / (1 + math.pi / 8 * found.variance).sqrt())
+    epistemic = of_kind(found, "epistemic", "total", "sngp-urm")
+    torch.testing.assert_close(epistemic.preference, own.preference)  # the head's own, to rounding
+    assert torch.equal(of_kind(found, "aleatoric", "total", "sngp-urm").variance, found.aleatoric)
+    y = combined.deviations(rows)
+    torch.testing.assert_close((y[0] - y[1]).square().sum(), found.epistemic[0], rtol=1e-5, atol=0)
+
+
+def test_verdicts_teach_the_head_and_leave_the_spread(combined, tmp_path):
+    save_estimator(combined, tmp_path / "it")
+    loaded = load_estimator(tmp_path / "it")
+    assert isinstance(loaded, SNGPWithURM)
+    rows, sizes = drawn(4, WIDTH, seed=8), torch.tensor([4])
+    before = loaded.pairs(rows, sizes)
+    for name in ("logit", "variance", "preference", "epistemic", "aleatoric"):
+        assert torch.equal(getattr(before, name), getattr(combined.pairs(rows, sizes), name))
+    loaded.update(rows.repeat(20, 1), torch.ones(20), torch.arange(80).view(40, 2)[::2])
+    after = loaded.pairs(rows, sizes)
+    assert bool((after.epistemic < before.epistemic).all())
+    assert torch.equal(after.aleatoric, before.aleatoric)
+
+
+def test_the_common_unit_turns_the_attribute_heads_reward_into_logits():
+    """Pairs whose logit is four times the reward's difference: c is 4, and with noise of one's own still."""
+    rows, count = drawn(6000, WIDTH, seed=9), 3000
+    config = AttributeConfig(WIDTH, ("reward",), weights=(1.0,))
+    head = AttributeHead(config, seed=0).double().eval()
+    with torch.no_grad():
+        head.value.weight.zero_()
+        head.value.weight[0, 0] = 0.25
+        head.value.weight[1] = 0
+    pairs = torch.arange(6000).view(count, 2)
+    reward = 0.25 * rows[:, 0]
+    for log_std, wanted in ((-20.0, 4.0), (math.log(0.1), 4.0)):
+        with torch.no_grad():
+            head.value.weight[1, 1] = log_std
+        x = rows.clone()
+        x[:, 1] = 1.0  # log σ of every row
+        noise = math.exp(log_std) * drawn(6000, seed=10)
+        d = 4.0 * ((reward + noise)[pairs[:, 0]] - (reward + noise)[pairs[:, 1]])
+        uniform = torch.rand(count, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+        labels = (uniform < torch.sigmoid(d)).double()
+        assert _common_unit(URM([head]), x, labels, pairs) == pytest.approx(wanted, rel=0.12)
+
+
+def test_parts_that_do_not_fit_together_are_refused(combined):
+    other = AttributeHead(AttributeConfig(WIDTH + 1)).eval()
+    with pytest.raises(InputError, match="urm: got width 7"):
+        SNGPWithURM(combined.sngp, URM([other]))
+    with pytest.raises(InputError, match="scale: got 0"):
+        SNGPWithURM(combined.sngp, combined.urm, 0.0)

@@ -23,7 +23,8 @@ SMALL = {
 
 
 def _equal(one, other):
-    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    columns = [(*found[:-1], *(found.measures or {}).values()) for found in (one, other)]
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*columns, strict=True))
 
 
 @pytest.fixture(scope="module")
