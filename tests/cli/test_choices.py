@@ -93,6 +93,7 @@ CHOICES = {
     ("benchmark", "rank_by"): typing.get_args(RouteBy),
     ("serve", "baseline"): typing.get_args(Baseline),
     ("best-of", "ties"): typing.get_args(selection.Ties),
+    ("best-of", "penalty_by"): typing.get_args(selection.Measure),
     ("filter", "by"): typing.get_args(typing.get_type_hints(selection.filter_groups)["by"]),
 }
 
