@@ -38,6 +38,7 @@ import itertools
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ from rmcore.model.data.attributes import AttributeRow, parse_attributes
 from rmcore.model.data.columns import map_columns, parse_columns
 from rmcore.model.data.groups import Group, parse_group
 from rmcore.model.data.parts import WHOLE, Part, count_lines
-from rmcore.model.data.preferences import parse_preference, parse_preferences, unused_columns
+from rmcore.model.data.preferences import parse_preference, parse_preferences, says_otherwise, unused_columns
 from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, saved_rows
 from rmcore.model.reward_model import Preference
 
@@ -109,6 +110,7 @@ def read_preference_rows(
 ) -> Iterator[PreferenceRow]:
     """The same by rows, each with what its column ``subset`` or ``section`` holds; raises as read_preferences."""
     told: set[str] = set()
+    otherwise: Counter[str] = Counter()
     name = _name(source)
     for row in read_rows(source, part):
         try:
@@ -121,7 +123,10 @@ def read_preference_rows(
             if column not in told:
                 told.add(column)
                 log.warning("%s: the column %s is not used: %s", name, column, _WHY_UNUSED.get(column, _NO_MARGINS))
+        otherwise.update(filter(None, [says_otherwise(value)]))
         yield PreferenceRow(pairs, subset, row.number)
+    for columns_read, count in otherwise.items():
+        log.warning("%s: in %d rows %s say that rejected is the better one; chosen counts", name, count, columns_read)
 
 
 def _subset(value: Mapping[str, Any]) -> str | None:

@@ -8,13 +8,13 @@ from typing import Any
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import canonical_prompt
 
-__all__ = ["split_conversations", "with_roles"]
+__all__ = ["is_whole", "split_conversations", "with_roles"]
 
 
 def split_conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected response of a row whose prompt may be part of the others."""
     prompt, chosen, rejected = with_roles(prompt), with_roles(chosen, "chosen"), with_roles(rejected, "rejected")
-    whole = [_is_whole(chosen), _is_whole(rejected)]
+    whole = [is_whole(chosen), is_whole(rejected)]
     if prompt is not None and not any(whole):
         if _starts_both(prompt, chosen, rejected):
             return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
@@ -52,7 +52,7 @@ def _starts_both(prompt: Any, chosen: Any, rejected: Any) -> bool:
     )
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     """Whether a response is a conversation from its beginning on, prompt included."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and first.get("role") in ("system", "developer", "user")

@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import canonical_prompt, canonical_response
-from rmcore.model.data.conversations import split_conversations, with_roles
+from rmcore.model.data.conversations import is_whole, split_conversations, with_roles
 from rmcore.model.data.critiques import COLUMNS as CRITIQUE_COLUMNS
 from rmcore.model.data.critiques import critiques_of_preference
 from rmcore.model.reward_model import Preference
 
-__all__ = ["COLUMNS", "FORMS", "SUBSETS", "parse_preference", "parse_preferences", "unused_columns"]
+__all__ = ["COLUMNS", "FORMS", "SUBSETS", "parse_preference", "parse_preferences", "says_otherwise", "unused_columns"]
 
 Pair: TypeAlias = tuple[Any, Any, Any, float]
 
@@ -74,7 +74,10 @@ def unused_columns(value: Mapping[str, Any]) -> list[str]:
     found = [
         name
         for name, said in value.items()
-        if isinstance(name, str) and name not in read and said not in (None, "", [], {}) and _STRENGTH.search(name)
+        if isinstance(name, str)
+        and name not in read
+        and said not in (None, "", [], {})
+        and (_STRENGTH.search(name) or _CHOICE.search(name))
     ]
     found += [name for name in ("tools", "chat_template_kwargs") if value.get(name) not in (None, "", [], {})]
     return found + (["label"] if isinstance(value.get("label"), str) else [])
@@ -86,6 +89,28 @@ _STRENGTH = re.compile(
     re.IGNORECASE,
 )
 """Names of columns that say how much better a response is, such as margin, score_chosen and chosen-rating."""
+_CHOICE = re.compile(
+    r"(?:^|[_\-. ])(?:winner|preferred|preference|better|best|swapped|flipped|verdict|choice)(?:$|[_\-. ])",
+    re.IGNORECASE,
+)
+"""Names of columns that say which response is better, beside chosen and rejected, which do."""
+
+
+def says_otherwise(value: Mapping[str, Any]) -> str:
+    """The columns of a row that say in numbers that rejected is better; empty where none do."""
+    for chosen, rejected in _SCORES:
+        pair = _number(value.get(chosen)), _number(value.get(rejected))
+        if pair[0] is not None and pair[1] is not None and pair[0] < pair[1]:
+            return f"{chosen} and {rejected}"
+    margin = _number(value.get("margin"))
+    return "margin" if margin is not None and margin < 0 else ""
+
+
+_SCORES = [
+    names
+    for word in ("score", "rating", "reward")
+    for names in ((f"{word}_chosen", f"{word}_rejected"), (f"chosen_{word}", f"rejected_{word}"))
+] + [("chosen-rating", "rejected-rating"), ("score_w", "score_l")]
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -205,6 +230,26 @@ def _orca(value: Mapping[str, Any]) -> Iterator[Pair]:
     yield from _several(_with_system(value, turns), value["chosen"], value["rejected"], _probability(value))
 
 
+def _before(column: str) -> Callable[[Mapping[str, Any]], Iterator[Pair]]:
+    """A reader of rows whose prompt, a text or messages, stands in another column, unless the responses hold it."""
+
+    def read(value: Mapping[str, Any]) -> Iterator[Pair]:
+        prompt = with_roles(value[column], column)
+        if any(is_whole(with_roles(value[name], name)) for name in ("chosen", "rejected")):
+            prompt = None
+        elif isinstance(prompt, list) or (value.get("system") and prompt):
+            turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            prompt = _with_system(value, turns)
+        yield from _several(prompt or None, value["chosen"], value["rejected"], _probability(value))
+
+    return read
+
+
+def _argilla(value: Mapping[str, Any]) -> Iterator[Pair]:
+    named = {**value, "chosen": value["chosen_response"], "rejected": value["rejected_response"]}
+    yield from _alpaca(named)
+
+
 def _with_system(value: Mapping[str, Any], turns: list[Any]) -> list[Any]:
     system = value.get("system")
     return [{"role": "system", "content": system}, *turns] if system else turns
@@ -241,6 +286,10 @@ FORMS = (
     Form("LLaMA-Factory (ShareGPT)", ("conversations", "chosen", "rejected"), _sharegpt),
     Form("LLaMA-Factory (Alpaca)", ("instruction", "chosen", "rejected"), _alpaca),
     Form("Orca pairs", ("question", "chosen", "rejected"), _orca),
+    Form("Axolotl", ("messages", "chosen", "rejected"), _before("messages")),
+    Form("Axolotl", ("conversation", "chosen", "rejected"), _before("conversation")),
+    Form("Axolotl (Argilla)", ("instruction", "chosen_response", "rejected_response"), _argilla),
+    Form("OpenRLHF", ("input", "chosen", "rejected"), _before("input")),
     Form("TRL without prompt", ("chosen", "rejected"), _chosen_rejected),
     Form(
         "HelpSteer3",
@@ -272,6 +321,15 @@ _NO_PAIRS = {
     ("prompt", "answers"): "a list of ranked answers (Nectar): write its pairs out as prompt, chosen and rejected",
     ("instruction", "completions"): "raw UltraFeedback: take HuggingFaceH4/ultrafeedback_binarized, which has pairs",
     ("prompt", "generations"): "distilabel's generations with ratings: write its pairs out as chosen and rejected",
+    (
+        "prompt",
+        "response",
+        "helpfulness",
+    ): "one response with attributes (HelpSteer2), for rmcore train --attributes",
+    ("response_A", "response_B"): "JudgeBench's: rmcore benchmark reads it; or write chosen and rejected",
+    ("response_a", "response_b"): "two responses and who won (Chatbot Arena): write the winner as chosen",
+    ("answer_0", "answer_1"): "two answers with scores (WebGPT comparisons): write the better as chosen",
+    ("summaries", "choice"): "two summaries and a choice (summarize-from-feedback): write the better as chosen",
     ("prompt", "completion"): "for supervised fine-tuning, with one response a prompt",
     ("messages",): "one conversation (supervised fine-tuning), without a rejected answer",
 }
@@ -300,7 +358,7 @@ def _probability(value: Mapping[str, Any]) -> float:
     if label is None:
         return 1.0
     if isinstance(label, str):
-        if label.strip().lower() not in _VERDICTS:
+        if not _names_a_side(label):
             try:
                 float(label)
             except ValueError:
@@ -319,11 +377,23 @@ def _probability(value: Mapping[str, Any]) -> float:
     return number
 
 
-_VERDICTS = frozenset(
-    {"chosen", "rejected", "true", "false", "yes", "no", "win", "won", "loss", "lose", "lost", "tie"}
-    | {"a", "b", "a>b", "b>a", "a=b", "left", "right", "good", "bad"}
-)
-"""Words that say which response is better, and must not be passed over as if they named a person."""
+_SIDES = "chosen rejected win won wins winner loss lose lost loses loser tie tied draw equal same both neither bothbad"
+_SIDES += " true false yes no a b 0 1 2 i ii one two left right first second 1st 2nd good bad better worse best worst"
+_SIDES += " preferred"
+_FILLERS = "is are was than the very much slightly significantly more less or and model response answer assistant"
+_FILLERS += " completion output candidate option text system"
+_WORDS = re.compile(r"[^\W_]+")
+_SIDE = frozenset(_SIDES.split())
+_OF_A_SIDE = _SIDE | frozenset(_FILLERS.split())
+
+
+def _names_a_side(label: str) -> bool:
+    """Whether a text says which response is better: ``b``, ``A>>B``, ``model_a``, ``Tie (bothbad)``, ``response 1``.
+
+    It must not be passed over as if it named a person.
+    """
+    words = set(_WORDS.findall(label.lower()))
+    return bool(words & _SIDE) and words <= _OF_A_SIDE
 
 
 def _number(value: Any) -> float | None:

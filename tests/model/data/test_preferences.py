@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rmcore._base.errors import InputError
 from rmcore.model.data import parse_group, parse_preference, parse_preferences, read_preferences
-from rmcore.model.data.preferences import FORMS
+from rmcore.model.data.preferences import FORMS, unused_columns
 
 
 def user(text: str = "2+2?") -> dict[str, str]:
@@ -73,6 +73,18 @@ TRL = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
         ({"history": "2+2?", "human_ref_A": "5", "human_ref_B": "4", "labels": 0}, "2+2?"),
         ({"prompt": "2+2?", "response_0": "5", "response_1": "4", "better_response_id": 1}, "2+2?"),
         ({"conversation_a": WHOLE[1], "conversation_b": WHOLE[0], "winner": "model_b"}, ASKED),
+        ({"messages": ASKED, "chosen": says("4"), "rejected": says("5")}, ASKED),
+        ({"conversation": ASKED, "chosen": says("4"), "rejected": says("5")}, ASKED),
+        ({"conversation": [{"from": "human", "value": "2+2?"}], "chosen": "4", "rejected": "5"}, ASKED),
+        (
+            {"system": "s", "input": "2+2?", "chosen": "4", "rejected": "5"},
+            [{"role": "system", "content": "s"}, *ASKED],
+        ),
+        ({"input": "2+2?", "chosen": "4", "rejected": "5"}, "2+2?"),
+        ({"instruction": "2+2?", "chosen_response": "4", "rejected_response": "5"}, ASKED),
+        # Beside whole conversations these columns are no prompt.
+        ({"messages": WHOLE[0], "chosen": WHOLE[0], "rejected": WHOLE[1]}, ASKED),
+        ({"input": "", "chosen": WHOLE[0], "rejected": WHOLE[1]}, ASKED),
     ],
 )
 def test_every_form_gives_its_pair(row: dict[str, Any], prompt: object) -> None:
@@ -322,3 +334,45 @@ def test_no_row_whatsoever_raises_anything_but_input_errors(form: Any, data: st.
     for read in (parse_preferences, parse_group):
         with contextlib.suppress(InputError):
             assert read(row)
+
+
+# -- other inputs of the same kinds ------------------------------------------------------------------------------------
+
+
+def test_a_label_that_names_a_side_is_refused_in_any_spelling():
+    row = {"prompt": "q", "chosen": "g", "rejected": "b"}
+    sides = "A|b|model_a|Model B|response_1|first|Tie (bothbad)|A>>B|b > a|1 > 2|chosen is better|a is much better|both"
+    for label in [*sides.split("|"), "the second response", "equal", "left", "assistant A", "1.0", "\uff11", "0"]:
+        with pytest.raises(InputError, match=r"label: got .*, a text, expected a number"):
+            parse_preference({**row, "label": label})
+    for label in ("annotator_3", "helpful", "gpt-4", "model", "Anna B", "", "none", "safety/1"):
+        assert parse_preference({**row, "label": label}).label == 1.0
+        assert unused_columns({**row, "label": label}) == ["label"]
+    for label in (True, False, [1], {"label": 1}, 10**400, -1, 1.5, float("inf")):
+        with pytest.raises(InputError, match="label: got"):
+            parse_preference({**row, "label": label})
+
+
+def test_columns_that_say_otherwise_are_told(caplog):
+    row = {"prompt": "q", "chosen": "g", "rejected": "b"}
+    for name in ("winner", "is_swapped", "human_preference", "better", "Preferred", "overall_verdict"):
+        assert unused_columns({**row, name: "rejected"}) == [name]
+    rows = [{**row, "score_chosen": k, "score_rejected": 5} for k in range(8)] + [{**row, "margin": -1.0}, row]
+    assert len(list(read_preferences(rows))) == 10
+    assert "in 5 rows score_chosen and score_rejected say that rejected is the better one" in caplog.text
+    assert "in 1 rows margin say" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (("prompt", "response", "helpfulness"), "HelpSteer2"),
+        (("question", "response_A", "response_B", "label"), "JudgeBench"),
+        (("prompt", "response_a", "response_b", "winner_model_a"), "Chatbot Arena"),
+        (("question", "answer_0", "answer_1", "score_0"), "WebGPT"),
+        (("info", "summaries", "choice"), "summarize-from-feedback"),
+    ],
+)
+def test_more_forms_that_hold_no_pairs_are_refused_by_name(columns, name):
+    with pytest.raises(InputError, match=name):
+        parse_preferences(dict.fromkeys(columns, "x"))
