@@ -170,7 +170,7 @@ def _checked(
     tables = [] if out is None or not routed else [out / f"routing.{kind}" for kind in _FORMS]
     further = [] if out is None else [out / f"{name}.{kind}" for name in more for kind in _FORMS]
     for file in files + tables + further:
-        check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False)
+        check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False, rows=False)
     of = sources_of(asked, data)
     items = read_items(asked, sources=of)
     return _Job(asked, models, estimators, of, items, shares, cuts, routed, replicates, files, tables, wanted)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ __all__ = [
     "check_folder",
     "check_model_folder",
     "check_parent",
+    "check_readable",
     "check_writable",
     "save_or_say",
 ]
@@ -71,6 +74,17 @@ def check_parent(path: Path, option: str) -> None:
             pass
     except OSError as error:
         reject(option, repr(str(path)), f"a place that can be written to: {error.strerror or error}")
+
+
+def check_readable(path: str) -> None:
+    """Raises OSError where a file to be read cannot be; a stream or a data set of the hub is not looked at."""
+    if path == "-" or path.startswith("hf://"):
+        return
+    status = os.stat(path)  # raises what is wrong with the name
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    if stat.S_ISDIR(status.st_mode) and not os.listdir(path):
+        reject("the input", f"{path!r}, an empty folder", "a file, or a folder as Dataset.save_to_disk writes it")
 
 
 def check_writable(path: Path | None, option: str) -> None:

@@ -66,7 +66,7 @@ def evaluate(
         check_device(loading.device)
         files = [] if out is None else [out / "report.json", out / "report.png"]
         for file in files:
-            check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False)
+            check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False, rows=False)
         names = parse_columns(columns or [])
         rows = list(read_preference_rows(preferences, names, critiques=critiques))
         items = [(pair, row) for row in rows for pair in row.pairs]

@@ -113,10 +113,11 @@ def check_file(
     overwrite: bool = False,
     resume: bool = False,
     resumable: bool = True,
+    rows: bool = True,
 ) -> None:
     """Refuse, before any work is done, an output that would destroy something.
 
-    ``resumable`` says whether the command has a --resume to speak of.
+    ``resumable`` says whether the command has a --resume to speak of, ``rows`` whether :func:`opened_output` writes it.
 
     Raises:
         InputError: it is one of the ``inputs``; it, or what an interrupted run left of it, exists and neither
@@ -130,7 +131,7 @@ def check_file(
         return
     path = Path(out)
     _check_name(path)
-    if path.suffix in _FORMATS:
+    if rows and path.suffix in _FORMATS:
         reject("--out", f"{out!r}", "a name of what is written, JSON Lines or Parquet", f"Use {_FORMATS[path.suffix]}")
     if _descriptor(out) is not None or _streams(path):
         if resume:

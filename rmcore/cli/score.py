@@ -16,7 +16,7 @@ from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
 from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
-from rmcore.cli.checks import check_writable
+from rmcore.cli.checks import check_readable, check_writable
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.output import Line, Output, Run, check_apart, check_file, opened_output
 from rmcore.cli.records import Chain, run_digest
@@ -85,6 +85,7 @@ def _scoring(
         "--router-state": judging.router_state,
         "--store": options.store_file(judging.store),
     }
+    check_readable(groups)
     check_file(out, inputs=[*read, *kept.values()], overwrite=overwrite, resume=resume)
     for option, path in kept.items():
         check_apart(option, path, read)

@@ -150,3 +150,4 @@ def test_a_full_disk_names_the_file_and_what_is_really_there(
 def test_a_name_that_says_another_format_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="a name of what is written, JSON Lines or Parquet"):
         check_file(str(tmp_path / name))
+    check_file(str(tmp_path / name), rows=False)  # a table or a plot, written otherwise
