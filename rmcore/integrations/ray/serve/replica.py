@@ -47,17 +47,29 @@ class Replica:
         self._base = self.engine.head
         self._journal = journal
         self._failures = 0
+        self._started = False
         self._backbone = asyncio.Semaphore(1)
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Serve another version of the head; calls under way finish with theirs. Raises as ``read_version``."""
+        """Serve another version of the head; calls under way finish with theirs.
+
+        Raises as ``read_version`` at the start. Later the version before goes on serving, and the log says why: Serve
+        would end the replica.
+        """
+        starting, self._started = not self._started, True
         version = config.get("head_version")
         if version is None or version == self.engine.head_version:
             return
         if self._journal is None:
             raise RmcoreError(f"head_version: got {version}, expected none, since there is no journal")
         read = functools.partial(read_version, self._base, self._journal, version, backend=self.engine.backend)
-        self.engine.serve_head(*await asyncio.to_thread(read))
+        try:
+            self.engine.serve_head(*await asyncio.to_thread(read))
+        except Exception:
+            if starting:
+                raise
+            log.exception("version %s of the head is not served; the one before is", version)
+            return
         log.info("serving version %d of the head", version)
 
     async def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from rmcore.integrations.server.settings import ServeSettings
 
 __all__ = ["GroupServer", "ServeScale"]
 
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception)\b.*: ")
 _MANY = 1_000_000
 """Requests that an entry or an assembler may have under way: it has limits of its own."""
 _WAIT_LOOP_S = 0.5
@@ -172,7 +174,16 @@ class GroupServer:
         try:
             self.serve.run_many([target], wait_for_applications_running=wait)
         except RuntimeError as error:
-            raise RmcoreError(f"Ray Serve: {error}") from error
+            raise RmcoreError(f"Ray Serve could not start {self.name!r}: {self._why() or error}") from error
+
+    def _why(self) -> str:
+        """What a process that could not start said last; Serve hands on its whole trace."""
+        found = self.serve.status().applications.get(self.name)
+        for deployment in found.deployments.values() if found is not None else ():
+            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+            if "failed to start" in deployment.message and lines:
+                return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])
+        return ""
 
     def application(self) -> Any:
         """The application as Serve takes it, with the present version and scale."""

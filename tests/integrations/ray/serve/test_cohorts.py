@@ -7,13 +7,15 @@ import contextlib
 import json
 import random
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rmcore._base.errors import RmcoreError
 from rmcore.engine.groups import GroupScore, GroupScores
-from rmcore.integrations.ray.serve import assembler, entry, presence
+from rmcore.integrations.ray.serve import assembler, entry, presence, replica
 from rmcore.integrations.ray.serve.replica import RemoteEngine, Replica
 
 
@@ -331,15 +333,41 @@ def test_every_answer_names_one_version_while_it_changes(cluster_of):
     go(main)
 
 
+def test_a_replica_goes_on_with_the_version_it_has_where_a_later_one_cannot_be_read(monkeypatch, caplog):
+    async def main():
+        engine = SimpleNamespace(head="base", head_version=None, backend="auto")
+        engine.serve_head = lambda head, version: engine.__dict__.update(head=head, head_version=version)
+        running = Replica(lambda: engine, Path("journal"))
+        await running.reconfigure({"head_version": None})
+        await running.reconfigure({"head_version": 1})
+        await running.reconfigure({"head_version": 2})
+        assert (engine.head, engine.head_version) == ("base of 1", 1)
+        assert "version 2 of the head is not served" in caplog.text
+        await running.reconfigure({"head_version": 3})
+        assert engine.head_version == 3
+        with pytest.raises(OSError, match="away"):  # one that starts has no version before
+            await Replica(lambda: SimpleNamespace(**vars(engine)), Path("journal")).reconfigure({"head_version": 2})
+        with pytest.raises(RmcoreError, match="there is no journal"):
+            await Replica(lambda: SimpleNamespace(**vars(engine))).reconfigure({"head_version": 2})
+
+    def read(head, journal, version, backend):
+        if version == 2:
+            raise OSError("the folder is away")
+        return f"{head} of {version}", version
+
+    monkeypatch.setattr(replica, "read_version", read)
+    go(main)
+
+
 def test_a_replica_that_fails_batch_after_batch_says_so():
     async def main():
-        replica = Replica(lambda: SimpleNamespace(head=None, score_async=broken))
+        failing = Replica(lambda: SimpleNamespace(head=None, score_async=broken))
         for _ in range(3):
-            replica.check_health()
+            failing.check_health()
             with pytest.raises(ZeroDivisionError):
-                await replica.score(["p"], [["a", "b"]])
+                await failing.score(["p"], [["a", "b"]])
         with pytest.raises(RuntimeError, match="the last 3 batches failed"):
-            replica.check_health()
+            failing.check_health()
 
     async def broken(*_, **__):
         raise ZeroDivisionError
