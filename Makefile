@@ -153,7 +153,7 @@ $(TRAINERS)/.done: $(VENV)/.dev
 
 test-trainers: $(TRAINERS)/.done
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(TRAINERS)/bin/python -m pytest -v -rs -m 'trainers or not trainers' tests/integrations/test_verl.py \
-	  tests/integrations/test_verl_live.py tests/integrations/test_openrlhf.py
+	  tests/integrations/test_verl_live.py tests/integrations/test_openrlhf.py tests/examples/test_trainers.py
 
 # What else the trainer works with, in an environment of its own, over the other's packages: DeepSpeed on two processes
 # with gloo (its own operation for that is compiled the first time), and the loggers that are not tensorboard.
