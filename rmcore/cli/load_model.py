@@ -46,7 +46,7 @@ def reward_backbone(name: str, device: str | None) -> Backbone | None:
     if name.endswith(".gguf"):
         return None
     try:
-        checkpoint = Checkpoint(name, None, folder_of(name), {})
+        checkpoint = Checkpoint(name, None, folder_of(name), {"cache_dir": None, "local_files_only": False})
         ours = checkpoint.file(CONFIG_FILE) is not None
         known = () if ours else checkpoint.config().get("architectures") or ()
     except CheckpointError:

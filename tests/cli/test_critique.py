@@ -111,7 +111,8 @@ def test_junk_and_failures_are_counted_and_no_row_is_lost(endpoint, tmp_path):
     assert len(lines(out)) == 3
 
 
-def test_one_source_and_no_options_of_verdicts(tmp_path):
+def test_one_source_and_no_options_of_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = write(tmp_path / "r.jsonl", [{"prompt": "p", "responses": ["a"]}])
     url = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--judge-key-env", ""]
     for given, says in (
@@ -119,6 +120,7 @@ def test_one_source_and_no_options_of_verdicts(tmp_path):
         ([*url, "--generate", "x"], "one of them"),
         ([*url, "--judge-soft"], "gives no verdict"),
         (["--generate", tmp_path / "none"], "cannot be loaded"),
+        (["--generate", "org/of-the-hub"], "cannot be loaded"),
         (["--from-store", tmp_path / "none.db"], "none.db"),
         (["--generate", "x", "--max-calls", 3], "--judge-url"),
     ):
