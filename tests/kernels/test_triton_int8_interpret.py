@@ -62,9 +62,14 @@ def run(hidden, weights):
     return out
 
 
-def test_score_is_right_and_the_cpu_s():
+FEW = ((1, 1, 3), (100, 200, 20), (64, 256, 0))
+MORE = ((100, 300, 65), (70, 129, 129), (300, 200, 64))
+
+
+@pytest.mark.parametrize("cases", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])
+def test_score_is_right_and_the_cpu_s(cases):
     """Every edge of a tile; h ≤ D/2 takes rows in two terms; with columns of different size and without."""
-    for h, d, rows in ((1, 1, 3), (100, 200, 65), (70, 129, 129), (64, 256, 0)):
+    for h, d, rows in cases:
         weights, hidden = make_head(h, d, calibrated=d != 200), spread(draw(rows, h)).half()
         got = run(hidden, weights)
         if rows:
