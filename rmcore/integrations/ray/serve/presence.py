@@ -38,14 +38,18 @@ class Presence:
         self._heard: dict[str, float] = {}
         self._calls: defaultdict[str, set[asyncio.Future[Any]]] = defaultdict(set)
         self._texts: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
-        self._answered: defaultdict[str, list[tuple[bytes, Callable[[], None]]]] = defaultdict(list)
+        self._answered: defaultdict[str, list[tuple[float, bytes, Callable[[], None]]]] = defaultdict(list)
         self._beats: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
     def heard(self, entry: str) -> None:
-        """An entry is alive now."""
-        self._heard[entry] = self._clock.now()
-        for text, _ in self._answered.pop(entry, ()):
-            self._release(entry, text)
+        """An entry is alive now; what it was answered a while ago has reached its caller."""
+        now = self._heard[entry] = self._clock.now()
+        answered = self._answered.pop(entry, [])
+        for at, text, _ in answered:
+            if at <= now - 2 * BEAT_S:
+                self._release(entry, text)
+        if latest := [one for one in answered if one[0] > now - 2 * BEAT_S]:
+            self._answered[entry] = latest
         self._beats.pop(entry, asyncio.Event()).set()
 
     @contextmanager
@@ -68,9 +72,9 @@ class Presence:
             self._release(entry, text)
 
     def answered(self, entry: str, text: bytes, lost: Callable[[], None]) -> None:
-        """A call has its answer; ``lost`` is called if its entry is not heard any more."""
+        """A call has its answer; ``lost`` is called if its entry is not heard for two more beats."""
         self._texts[text][entry] += 1
-        self._answered[entry].append((text, lost))
+        self._answered[entry].append((self._clock.now(), text, lost))
 
     async def no_repetition(self, entry: str, text: bytes) -> None:
         """Return when the entries that have a call with this text under way have been heard, or are given up."""
@@ -88,7 +92,7 @@ class Presence:
             self._beats.pop(entry, asyncio.Event()).set()
             for call in self._calls.pop(entry, ()):
                 self.given_up += call.cancel()
-            for text, lost in self._answered.pop(entry, ()):
+            for _, text, lost in self._answered.pop(entry, ()):
                 self.given_up += 1
                 lost()
                 self._release(entry, text)
