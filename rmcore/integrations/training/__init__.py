@@ -22,6 +22,7 @@ from rmcore._base import lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     {
+        "rmcore.integrations.training.attributes": ["AttributeLoss", "attribute_training_pairs"],
         "rmcore.integrations.training.config": ["PairwiseRewardConfig"],
         "rmcore.integrations.training.dataset": [
             "PairDataset",
