@@ -255,7 +255,13 @@ def train(
         if critiques:
             streamed = finetunes and settings.streaming
             excluded = (tune, epochs, further, ai_labels, by_attributes.attributes, ranks)
-            check_critiques(items, mode, excluded, streamed=streamed)
+            check_critiques(items, excluded, streamed=streamed)
+            if mode == "concat":
+                from rmcore.model.critiqued_data import behind_critiques
+
+                if finetunes:
+                    reject("--critiques", "with --mode concat and a backbone to train", "--mode difference")
+                items, held_out = behind_critiques(items), behind_critiques(held_out)
         spine = _load_backbone(
             BackboneConfig(
                 name=backbone,
@@ -276,7 +282,7 @@ def train(
             line = _train_attributes(plan, spine, config, dtype, out, kept, embed=embed_backbone, seed=seed)
             notes.print(f"{line}; {spine.stats.tokens} tokens; wrote {out}")
             return
-        if critiques and not finetunes:
+        if critiques and not finetunes and mode == "difference":
             with progress_bar() as bar:
                 own_data = (items, held_out, config, _dtype(dtype), encoding_progress(bar))
                 line = train_critiques(spine, *own_data, out, kept, embed=embed_backbone, error_prior=error_prior)
@@ -344,7 +350,7 @@ def train(
         if mixture is not None and mixture.report is not None:
             notes.print(mixture.report.to_markdown(), markup=False, highlight=False)
         model = RewardModel(spine, frozen, prior)
-        model.critiqued = False
+        model.critiqued = critiques
         if further:
             assert pairs is not None
             model.estimators |= fit_estimators(further, hidden, labels, pairs, config)

@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["check_critiques", "train_critiques"]
 
 
-def check_critiques(
-    items: Sequence[Preference], mode: str, others: Sequence[object], *, streamed: bool = False
-) -> None:
+def check_critiques(items: Sequence[Preference], others: Sequence[object], *, streamed: bool = False) -> None:
     """Raises InputError for preferences without critiques, and for options that cannot go with them."""
-    if mode == "concat" or any(other not in (None, False, 0, []) for other in others):
+    if any(other not in (None, False, 0, []) for other in others):
         reject(
             "--critiques",
-            "with --mode concat, --tune, --epochs, --uncertainty, --ai-labels, --attributes or several processes",
+            "with --tune, --epochs, --uncertainty, --ai-labels, --attributes or several processes",
             "it alone, or with a backbone that is trained",
         )
     if not streamed and not any(item.critiques for item in items):

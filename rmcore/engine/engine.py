@@ -206,8 +206,9 @@ class RewardEngine:
             responses: one sequence of K ≥ 1 responses a prompt, each text or messages (:mod:`rmcore._base.prompt`); K
                 may differ. Equal responses are decided by rule: 0. Different ones whose inputs are equal (cut to the
                 limit, say) have no preference, u = Inf, unless the judge decides: they are first in line.
-            critiques: difference mode: for each response its critiques, each a text that is read behind it
-                (:mod:`rmcore.model.critiques`). Preferences are means over them, and u counts how far they differ.
+            critiques: for each response its critiques, each a text that is read behind it
+                (:mod:`rmcore.model.critiques`). Preferences are means over them, and u counts how far they differ. In
+                concat mode one at most.
             max_length: most tokens of a text in this call; None is the backbone's own limit.
             overlong: what happens to longer ones (:data:`~rmcore.model.text.OverlongPolicy`); None is the backbone's.
                 With ``no-reward`` such a response has no preference but what a judge says, and its siblings are scored

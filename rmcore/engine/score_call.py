@@ -225,8 +225,6 @@ class ScoreCall:
     def check_critiques(self, critiques: object) -> None:
         """Take critiques of the texts there are; raises InputError for what is none, or what cannot go with them."""
         _, responses = self._texts()
-        if self.head.config.mode != "difference":
-            reject("critiques", "some in concat mode", "None, or a model in difference mode")
         if self.kept is not None:
             reject(
                 "critiques", "some for an engine with a learner", "None: verdicts teach a head of one state a response"
@@ -236,7 +234,8 @@ class ScoreCall:
                 reject("critiques", type(critiques).__name__, "a list with one list a prompt")
             critiques = [own for k, own in enumerate(critiques) if k not in self.errors]
         self.critiques = read_critiques(critiques, responses)
-        self.counts = StateCounts.of(self.critiques)
+        if self.head.config.mode == "difference":
+            self.counts = StateCounts.of(self.critiques)
 
     def check_states(self, states: object) -> None:
         """Take how many hidden rows each response has; raises InputError for what does not fit the groups."""

@@ -40,7 +40,7 @@ from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.estimators import PairEstimate, PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
-from rmcore.model.critiques import StateCounts, critiqued_texts, merged_texts, read_critiques
+from rmcore.model.critiques import StateCounts, behind_critique, critiqued_texts, merged_texts, read_critiques
 from rmcore.model.reward_model import Progress, encode_pair
 from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
@@ -114,10 +114,16 @@ def encode_pairs(
     """Encode labelled pairs; a text that occurs in several of them is encoded once.
 
     With ``critiques``, of each pair those of its first and of its second response, each response is read behind each
-    of its own (difference mode, :mod:`rmcore.model.critiques`).
+    of its own, in concat mode of one at most (:mod:`rmcore.model.critiques`).
     """
     if critiques is not None:
-        return _encode_critiqued(backbone, pairs, mode, critiques, progress)
+        known = read_critiques(critiques, [(pair.first, pair.second) for pair in pairs])
+        if mode == "difference":
+            return _encode_critiqued(backbone, pairs, known, progress)
+        pairs = [
+            replace(pair, first=behind_critique(pair.first, first), second=behind_critique(pair.second, second))
+            for pair, (first, second) in zip(pairs, known, strict=True)
+        ]
     texts: list[EncodedText] = []
     silent: list[bool] = []
     for k, pair in enumerate(pairs):
@@ -143,13 +149,10 @@ def encode_pairs(
 def _encode_critiqued(
     backbone: Backbone,
     pairs: Sequence[StreamPair],
-    mode: str,
-    critiques: Sequence[Sequence[Sequence[str]]],
+    said: Sequence[Sequence[tuple[str, ...]]],
     progress: Progress | None,
 ) -> PairStates:
-    if mode != "difference":
-        reject("critiques", f"some for a head in {mode} mode", "None, or a head in difference mode")
-    said = read_critiques(critiques, [(pair.first, pair.second) for pair in pairs])
+    mode = "difference"
     states = StateCounts.of(said)
     texts: list[list[EncodedText]] = []
     silent, tokens = [], []

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import InputError
 from rmcore.model.backbone import Backbone
-from rmcore.model.critiques import StateCounts, critiqued_texts, merged_texts
+from rmcore.model.critiques import StateCounts, behind_critique, critiqued_texts, merged_texts
 from rmcore.model.reward_model import Preference
 from rmcore.model.signal import training_signal
 from rmcore.model.text import EncodedText
 
-__all__ = ["CritiquedData", "critiqued_preferences", "encode_critiqued", "matched_states"]
+__all__ = ["CritiquedData", "behind_critiques", "critiqued_preferences", "encode_critiqued", "matched_states"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,22 @@ def encode_critiqued(
         StateCounts(tuple(counts[k] for k in kept)),
         tuple(kept),
     )
+
+
+def behind_critiques(preferences: Sequence[Preference]) -> list[Preference]:
+    """Preferences whose responses stand before their critiques, for concat mode: one of each at most.
+
+    Raises InputError for several.
+    """
+    found = []
+    for k, item in enumerate(preferences):
+        said = item.critiques or ((), ())
+        chosen, rejected = (
+            behind_critique(text, own, f"preferences[{k}].critiques")
+            for text, own in zip((item.chosen, item.rejected), said, strict=True)
+        )
+        found.append(replace(item, chosen=chosen, rejected=rejected, critiques=None))
+    return found
 
 
 def critiqued_preferences(

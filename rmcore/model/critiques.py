@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore._base.prompt import Prompt, Response
-from rmcore.model.text import EncodedText, TextEncoder, TextLimit
+from rmcore._base.prompt import Prompt, Response, canonical_response, response_text
+from rmcore.model.text import CRITIQUE_TEXT, EncodedText, TextEncoder, TextLimit
 from rmcore.ops.pair_layout import PairLayout
 
 __all__ = [
     "CritiquedPairs",
     "Critiques",
     "StateCounts",
+    "behind_critique",
     "critique_lead",
     "critiqued_texts",
     "merged_texts",
@@ -76,6 +77,18 @@ def critiqued_texts(
         for response, own in zip(responses, critiques, strict=True)
         for critique in ((own,) if isinstance(own, str) else own or ("",))
     ]
+
+
+def behind_critique(response: Response, critiques: str | Sequence[str], name: str = "critiques") -> str:
+    """A response with its critique under a heading: what stands for the response in a text of two (concat mode).
+
+    It is cut as the response it is part of, wherever the critique ends. Raises InputError for several critiques: in a
+    text of two there is a place for one, and K of each would make K² texts a pair.
+    """
+    own = (critiques,) if isinstance(critiques, str) else tuple(critiques)
+    if len(own) > 1:
+        reject(name, f"{len(own)} of one response in concat mode", "one at most, or a model in difference mode")
+    return response_text(canonical_response(response)) + CRITIQUE_TEXT.replace("{critique}", own[0] if own else "")
 
 
 def critique_lead(encoder: TextEncoder, prompt: Prompt, response: Response) -> tuple[int, ...]:

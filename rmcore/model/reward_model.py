@@ -46,7 +46,14 @@ from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic
-from rmcore.model.critiques import Critiques, StateCounts, critiqued_texts, merged_texts, read_critiques
+from rmcore.model.critiques import (
+    Critiques,
+    StateCounts,
+    behind_critique,
+    critiqued_texts,
+    merged_texts,
+    read_critiques,
+)
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.error_prior import (
@@ -309,8 +316,8 @@ class RewardModel:
             prompts: one prompt a group, each a text or a list of messages; or one text.
             responses: K ≥ 1 responses a prompt, K may differ; or those of the one prompt. Equal responses of a group
                 are decided by rule: nothing between them.
-            critiques: difference mode: for each response its critiques, each a text read behind it
-                (:mod:`rmcore.model.critiques`): the scores are means over them, and their spread is part of v.
+            critiques: for each response its critiques, each a text read behind it (:mod:`rmcore.model.critiques`): the
+                scores are means over them, and their spread is part of v. In concat mode one at most.
             orders: concat mode: score ``both`` orders of a pair and average, or ``one`` (i < j).
             backend: of the head's kernels.
             max_length: most tokens of a text in this call; None is the backbone's own limit.
@@ -353,11 +360,11 @@ class RewardModel:
         given: Any = responses
         prompts, groups = canonical_groups(prompts, given)
         limit = self.backbone.text_limit(max_length, overlong)
-        if critiques is not None:
+        read = None if critiques is None else read_critiques(critiques, groups)
+        if read is not None and self.mode == "difference":
             own: dict[str, Any] = {"backend": backend, "uncertainty": uncertainty, "variance": variance}
-            read = read_critiques(critiques, groups)
             return self._score_critiqued(prompts, groups, read, limit=limit, progress=progress, **own)
-        encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit)
+        encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit, critiques=read)
         texts = [text for group in encoded for text in group]
         hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
         hidden = fill_unread(hidden, encoded)
@@ -528,14 +535,16 @@ class RewardModel:
     ) -> list[EncodedText]:
         """The backbone inputs of one group: K responses, or the ordered pairs (i, j) row-major (i < j for ``one``).
 
-        With ``critiques`` each response is there once for each of its own (difference mode). ``compared`` gives for K
+        With ``critiques`` each response is there once for each of its own; in concat mode it has one at most, which
+        stands behind it in every text (:func:`~rmcore.model.critiques.behind_critique`). ``compared`` gives for K
         the pairs (P, 2), i < j, that are wanted; None are all.
         """
         encode = self.backbone.encoder.encode
-        if critiques is not None:
-            if self.mode != "difference":
-                reject("critiques", "some for a concat-mode model", "None, or a model in difference mode")
+        if critiques is not None and self.mode == "difference":
             return critiqued_texts(self.backbone.encoder, prompt, responses, critiques, limit)
+        if critiques is not None:
+            behind = zip(responses, critiques, strict=True)
+            responses = [behind_critique(*one, f"critiques[{k}]") for k, one in enumerate(behind)]
         if self.mode == "difference":
             return [encode(prompt, response, limit=limit) for response in responses]
         wanted = None if compared is None else {(i, j) for i, j in compared(len(responses)).tolist()}

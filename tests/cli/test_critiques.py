@@ -66,7 +66,7 @@ def test_a_head_that_reads_critiques_is_evaluated_and_scores_behind_them(trained
 
 def test_what_cannot_go_with_critiques_is_refused_before_a_model_is_loaded(trained, tmp_path):
     folder, prefs, given = trained
-    for more in (["--mode", "concat"], ["--tune"], ["--layer-size", 8, "--epochs", 1], ["--ai-labels", prefs]):
+    for more in (["--tune"], ["--layer-size", 8, "--epochs", 1], ["--ai-labels", prefs]):
         result = call("train", prefs, "--critiques", *more, *given, "-o", tmp_path / "m")
         assert result.exit_code == 2
         assert "it alone" in result.stderr
@@ -74,3 +74,31 @@ def test_what_cannot_go_with_critiques_is_refused_before_a_model_is_loaded(train
     assert "a column critiques" in call("train", plain, "--critiques", *given, "-o", tmp_path / "m").stderr
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a", "b"], "critiques": [["x"]]}])
     assert "one a response" in call("score", folder / "model", bad, "--critiques").stderr
+
+
+def test_concat_mode_trains_evaluates_and_scores_behind_one_critique_of_each(trained, tmp_path, caplog):
+    _, prefs, given = trained
+    rows = [json.loads(line) for line in prefs.read_text().splitlines()]
+    one = [{**row, "critiques": {side: said[:1] for side, said in row["critiques"].items()}} for row in rows]
+    given = [*given, "--mode", "concat", "--critiques", "--no-error-prior"]
+    model, report = tmp_path / "m", tmp_path / "report"
+    several = call("train", prefs, *given, "-o", model)
+    assert several.exit_code == 2
+    assert "preferences[1].critiques: got 2 of one response in concat mode" in several.stderr
+    result = call("train", write(tmp_path / "one.jsonl", one), *given, "-o", model)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((model / "rmcore.json").read_text())["critiqued"] is True
+    told = call(
+        "evaluate", model, tmp_path / "one.jsonl", "--critiques", "--replicates", 10, "--no-cache", "-o", report
+    )
+    assert told.exit_code == 0, told.stderr
+    assert json.loads((report / "report.json").read_text())["accuracy"]["point"] > 0.9
+    group = {"prompt": one[1]["prompt"], "responses": [one[1]["chosen"], one[1]["rejected"]]}
+    group["critiques"] = ["good clear", "bad rude"]
+    out = tmp_path / "scores.jsonl"
+    scored = call("score", model, write(tmp_path / "g.jsonl", [group]), "--critiques", "-o", out)
+    assert scored.exit_code == 0, scored.stderr
+    assert "fitted behind" not in caplog.text
+    assert json.loads(out.read_text())["rewards"][0] > 0
+    assert call("score", model, tmp_path / "g.jsonl", "-o", tmp_path / "without.jsonl").exit_code == 0
+    assert "fitted behind critiques" in caplog.text

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.routing import ThresholdRouter
+from rmcore.evaluation.evaluate import encode_pairs
+from rmcore.evaluation.streams import StreamPair
 from rmcore.head.config import HeadConfig
 from rmcore.head.fit import fit
 from rmcore.head.sngp import SNGPHead
 from rmcore.judge import Verdict
 from rmcore.model.backbone import Backbone
-from rmcore.model.critiqued_data import encode_critiqued
+from rmcore.model.critiqued_data import behind_critiques, encode_critiqued
 from rmcore.model.critiques import StateCounts, merged_texts, read_critiques
 from rmcore.model.data import read_groups, read_preferences
 from rmcore.model.reward_model import RewardModel
@@ -211,7 +213,7 @@ def test_other_estimators_take_critiques_too(model, preferences):
     assert bool((found[0].uncertainty >= 1).all())
 
 
-def test_what_is_wrong_names_its_place(model, make_backbone, hand_head):
+def test_what_is_wrong_names_its_place(model):
     for critiques, says in (
         ("text", "a list of 1 lists"),
         ([], "a list of 1 lists"),
@@ -224,11 +226,31 @@ def test_what_is_wrong_names_its_place(model, make_backbone, hand_head):
             model.score([PROMPT], [RESPONSES], critiques=critiques)
         with pytest.raises(InputError, match=says):
             RewardEngine(model).score([PROMPT], [RESPONSES], critiques=critiques)
-    backbone = make_backbone("llama")
-    concat = RewardModel(backbone, hand_head([1.0] * backbone.hidden_size, "concat"))
-    for score in (concat.score, RewardEngine(concat).score):
-        with pytest.raises(InputError, match="difference mode"):
-            score([PROMPT], [RESPONSES], critiques=[CRITIQUES])
+
+
+def test_concat_mode_reads_one_critique_behind_each_response(make_backbone, preferences):
+    backbone = make_backbone("llama", pooling="last")
+    said = [replace(item, critiques=(("it is right",), ())) for item in preferences]
+    model = RewardModel.fit(backbone, behind_critiques(said), num_features=32, mode="concat")[0]
+    groups, critiques = [RESPONSES], [["it is {first} right", ["it is wrong"], []]]
+    texts = ["".join((response, "\n\n### Critique\n", text)) for response, text in zip(
+        RESPONSES, ("it is {first} right", "it is wrong", ""), strict=True)]  # fmt: skip
+    (found,), (plain,) = model.score([PROMPT], groups, critiques=critiques), model.score([PROMPT], [texts])
+    for name in ("logit", "uncertainty", "preference"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    scores = RewardEngine(model).score([PROMPT], groups, critiques=critiques)
+    assert torch.allclose(scores[0].uncertainty.double(), found.uncertainty.double(), rtol=1e-5)
+    two = [[["a", "b"], "c", "d"]]
+    for score in (model.score, RewardEngine(model).score):
+        with pytest.raises(InputError, match=r"critiques\[0\]: got 2 of one response in concat mode"):
+            score([PROMPT], groups, critiques=two)
+    assert list(
+        RewardEngine(model).score([PROMPT] * 2, groups * 2, critiques=two + critiques, on_error="return").errors
+    ) == [0]
+    pair = StreamPair(PROMPT, RESPONSES[0], RESPONSES[1], 1.0, "s")
+    states = encode_pairs(backbone, [pair], "concat", critiques=[critiques[0][:2]])
+    own = encode_pairs(backbone, [replace(pair, first=texts[0], second=texts[1])], "concat")
+    assert torch.equal(states.hidden, own.hidden)
 
 
 def test_equal_and_unread_inputs_are_told_as_without_critiques(make_backbone):
