@@ -35,6 +35,7 @@ _FOREIGN = {
     **{bytes([0, c]): _CONVERT.format("UTF-16BE") for c in b"{["},
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for. Fetch that: git lfs pull",
     b"PK\x03\x04": "a zip archive (or a spreadsheet, or a torch file). Unpack it, and give the JSON Lines in it",
+    b"\xff\xff\xff\xff": "a stream of Arrow's, which is not read: datasets and pyarrow convert it to Parquet",
     b"ARROW1": "an Arrow (Feather) file, which is not read: pandas.read_feather(...).to_parquet(...) converts it",
     b"\x04\x22\x4d\x18": "an lz4 file, which is not read. Unpack it: lz4 -d {source}",
     b"\x1f\x8b": "a gzip file in a compressed file. Unpack it once: gzip -d",
@@ -221,6 +222,8 @@ def _explain(error: Exception, line: bytes) -> str:
     start = line.strip()
     if start in (b"{", b"[{") or (start.startswith(b"{") and start.endswith((b",", b"[", b"{"))):
         return f"{error}; an object over several lines: write it in one, as jq -c . does"
+    if b"}\r{" in start:
+        return f"{error}; lines that end in a carriage return alone: tr '\\r' '\\n' < FILE gives lines"
     if b"}{" in start.replace(b" ", b""):
         return f"{error}; several objects in one line"
     return str(error)

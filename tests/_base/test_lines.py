@@ -339,3 +339,14 @@ def test_a_wrong_byte_of_a_compressed_file_is_its_damage_wherever_it_shows_first
     path.write_bytes(pack(ROW + b"{bad}\n" + ROW))
     with pytest.raises(DataError, match="g:2: not JSON"):
         list(read_groups(path))
+
+
+def test_more_that_is_no_json_lines_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    for data, said in (
+        (b"\xff\xff\xff\xff\x10\x00\x00\x00", "a stream of Arrow's"),
+        (ROW.replace(b"\n", b"\r") * 3, "lines that end in a carriage return alone"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"g:1: .*{said}"):
+            list(read_groups(path))

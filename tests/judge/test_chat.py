@@ -488,3 +488,30 @@ def test_recorded_flips_of_a_strong_judge_over_http(ask, make_judge, output):
         expected = sum(signs) / len(signs) if signs else None
         assert verdict.preference == (expected if expected is None or i % 2 == 0 else -expected)
     assert server.requests == 838
+
+
+def test_what_is_counted_as_a_call(ask, tmp_path):
+    """Calls are requests that this judge made: what the store, a rule or the same question answered is none."""
+    texts = [(f"p{k}", "a", "b") for k in range(4)]
+    rows = [{"prompt": p, "first": a, "second": b, "verdict": "win"} for p, a, b in texts]
+    four = [Pair(*one) for one in texts]
+    turned = Pair("p1", "b", "a")
+    with ReplayServer(RecordedJudge.from_rows(rows)) as server:
+        for number, (pairs, calls, hits) in enumerate(
+            (
+                ([four[0]], 2, 0),
+                (four, 6, 2),  # four pairs in both orders, one of which the store knew
+                ([four[1], four[1], turned], 0, 6),
+                ([four[1], Pair("p1", "a", "a"), Pair("p1", "a", "")], 0, 2),
+            )
+        ):
+            before = server.requests
+            judge = ChatJudge(server.base_url, "m", None, store=tmp_path / "v.db")
+            usage = JudgeUsage.total(verdict.usage for verdict in ask(judge, *pairs))
+            assert (usage.calls, usage.cache_hits) == (calls, hits), number
+            assert usage.calls == usage.attempts == server.requests - before
+        # New, and three times in one call: asked once, the others wait for it.
+        judge = ChatJudge(server.base_url, "m", None, store=tmp_path / "w.db")
+        before = server.requests
+        usage = JudgeUsage.total(verdict.usage for verdict in ask(judge, four[2], four[2], four[2]))
+        assert (usage.calls, usage.cache_hits) == (server.requests - before, 4) == (2, 4)
