@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
+from rmcore.head.adam import Adam, cosine_rate
 from rmcore.head.attributes.head import AttributeHead
 from rmcore.head.attributes.losses import bradley_terry, gaussian_nll, pinball, purm_logit, sampled_mse
 from rmcore.head.posterior import check_finite
@@ -430,8 +431,7 @@ def _train(
     parameters = list(parameters)
     device = parameters[0].device
     # With β₂ = 0.999 the first gradients, which go as exp(−2 log σ), would set the pace of all that follow.
-    optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
+    adam = Adam(parameters, options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay)
     generator = torch.Generator().manual_seed(options.seed + 1)
     held, rows = _split(count, options, group)
     held, split = held.to(device), len(held)
@@ -442,10 +442,7 @@ def _train(
             order = torch.cat([order, rows[torch.randperm(len(rows), generator=generator)]])
         at, order = order[:batch].to(device), order[batch:]
         gradients = torch.autograd.grad(loss(at), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimiser.step()
-        schedule.step()
+        adam.step(gradients, cosine_rate(options.lr, step - 1, options.steps))
         told = step % every == 0 or step == options.steps
         if told and progress is not None:
             progress(step, options.steps)
@@ -456,7 +453,6 @@ def _train(
                 best, kept = value, [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for parameter, one in zip(parameters, kept, strict=True):
-            parameter.grad = None
             if split:
                 parameter.copy_(one)
     if split:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from rmcore._base.errors import reject
+from rmcore.head.adam import Adam
 from rmcore.head.estimators.protocol import PairEstimate, row_differences, row_sums
 from rmcore.head.estimators.tensors import read_tensors, write_tensors
 from rmcore.ops import reference
@@ -172,7 +172,7 @@ def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, 
     rows, y = networks.standardised(hidden), labels.float()
     trained = [tensor.requires_grad_() for tensor in (*networks.weights, *networks.biases)]
     initial = [tensor.detach().clone() for tensor in trained]
-    adam = _Adam(trained, how.learning_rate)
+    adam = Adam(trained, how.learning_rate)
     for _ in range(how.epochs):
         order = torch.stack([torch.randperm(len(y), generator=generator) for _ in range(members)])
         for batch in order.split(how.batch_size, dim=1):
@@ -188,23 +188,6 @@ def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, 
             adam.step(torch.autograd.grad(loss, trained))
     weights, biases = (tuple(t.detach() for t in some) for some in (networks.weights, networks.biases))
     return RewardNetworks(weights, biases, networks.center, networks.scale)
-
-
-class _Adam:
-    """torch's Adam by its functional form: the class brings torch's compiler along, seconds of imports."""
-
-    def __init__(self, trained: Sequence[Tensor], rate: float) -> None:
-        self.trained, self.rate = list(trained), rate
-        self.first = [torch.zeros_like(tensor) for tensor in trained]
-        self.second = [torch.zeros_like(tensor) for tensor in trained]
-        self.steps = [torch.zeros(()) for _ in trained]
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """One step down."""
-        how: dict[str, Any] = {"amsgrad": False, "weight_decay": 0.0, "maximize": False, "foreach": False}
-        how |= {"beta1": 0.9, "beta2": 0.999, "lr": self.rate, "eps": 1e-8}
-        adam(self.trained, list(gradients), self.first, self.second, [], self.steps, **how)
 
 
 def _initial(rows: Tensor, members: int, layers: Sequence[int], generator: torch.Generator) -> RewardNetworks:

@@ -10,7 +10,7 @@ from rmcore.head import HeadConfig
 from rmcore.head.attributes import FitOptions
 from rmcore.head.estimators import ESTIMATORS, Dropout, Ensemble, estimator_named, load_estimator, save_estimator
 from rmcore.head.estimators.laplace import Laplace, LaplaceDiagonal, LaplaceKronecker, log_evidence
-from rmcore.head.estimators.samples import _Adam, sampled_estimate
+from rmcore.head.estimators.samples import sampled_estimate
 
 WIDTH, COUNT = 7, 60
 SMALL = {
@@ -188,18 +188,6 @@ def test_anchors_keep_members_near_where_they_began_and_training_finds_the_prefe
     trained = Ensemble.fit(*data, members=2, layers=(8,), epochs=400)
     found = trained.pairs(hidden[pairs].flatten(0, 1), torch.full((COUNT,), 2))
     assert float(((found.logit > 0) == (labels > 0.5)).double().mean()) > 0.8
-
-
-def test_networks_are_trained_by_adam_as_torch_has_it():
-    generator = torch.Generator().manual_seed(0)
-    mine, theirs = (torch.ones(5, requires_grad=True) for _ in range(2))
-    own, reference = _Adam([mine], 0.1), torch.optim.Adam([theirs], lr=0.1)
-    for _ in range(5):
-        gradient = torch.randn(5, generator=generator)
-        own.step([gradient])
-        theirs.grad = gradient
-        reference.step()
-    torch.testing.assert_close(mine, theirs)
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------
