@@ -23,7 +23,16 @@ from rmcore.model.data.preferences import COLUMNS
 from rmcore.model.reward_model import Preference, encode_pairs
 from rmcore.model.text import EncodedText
 
-__all__ = ["PairDataset", "Row", "StreamedPairs", "TrainingPair", "encoded", "pairs_of", "read_training_pairs"]
+__all__ = [
+    "PairDataset",
+    "Row",
+    "StreamedPairs",
+    "TrainingPair",
+    "encoded",
+    "endless",
+    "pairs_of",
+    "read_training_pairs",
+]
 
 _STREAM_CHUNK = 256
 
@@ -153,6 +162,8 @@ class StreamedPairs(IterableDataset[Row]):
         critiques: as :class:`PairDataset`.
 
     Attributes:
+        endless: another pass follows the last one, so that a run that is resumed skips what it has seen, passes
+            included; what a trainer trains on is.
         left_out: pairs that nothing can be learned from, counted by why, in the pass that is going on; of this process,
             and not of a data loader's workers.
     """
@@ -166,6 +177,7 @@ class StreamedPairs(IterableDataset[Row]):
         critiques: bool = False,
     ) -> None:
         self.backbone, self.preferences, self.mode, self.critiques = backbone, preferences, mode, critiques
+        self.endless = False
         self.left_out: Counter[str] = Counter()
 
     @property
@@ -174,6 +186,15 @@ class StreamedPairs(IterableDataset[Row]):
         return self.left_out.total()
 
     def __iter__(self) -> Iterator[Row]:
+        some = True
+        while some:  # a pass without a pair is the last
+            some = False
+            for row in self.once():
+                yield row
+                some = self.endless
+
+    def once(self) -> Iterator[Row]:
+        """One pass."""
         self.left_out.clear()
         worker = torch.utils.data.get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -264,3 +285,12 @@ def encoded(source: Any, backbone: Backbone, mode: str, *, critiques: bool = Fal
     if critiques and not any(item.critiques for item in pairs):
         reject("critiques", "preferences without any", "a column critiques", "rmcore critique writes one")
     return PairDataset(backbone, pairs, mode, critiques=critiques)
+
+
+def endless(data: Any, posterior: str) -> Any:
+    """What is trained on, a stream of it begun anew after each pass; raises InputError where P wants a last epoch."""
+    if isinstance(data, StreamedPairs):
+        if posterior == "training":
+            reject("posterior", "'training' with a stream, which has no last epoch", "'pass'")
+        data.endless = True
+    return data

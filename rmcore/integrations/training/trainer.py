@@ -31,7 +31,7 @@ from rmcore.integrations.training.cloud import CRITIQUE_NLL, loss_of
 from rmcore.integrations.training.collator import BatchForm, PairCollator, check_batch_form
 from rmcore.integrations.training.config import PairwiseRewardConfig
 from rmcore.integrations.training.critique_tokens import CritiqueTokens
-from rmcore.integrations.training.dataset import encoded
+from rmcore.integrations.training.dataset import StreamedPairs, encoded, endless
 from rmcore.integrations.training.losses import PairBatch, PairLoss, bradley_terry, centred
 from rmcore.integrations.training.metrics import pair_metrics
 from rmcore.integrations.training.posterior import (
@@ -124,7 +124,7 @@ class PairwiseRewardTrainer(SavesRewardModel):
             model.model,
             args,
             data_collator=collator,
-            train_dataset=self._pairs(train_dataset),
+            train_dataset=endless(self._pairs(train_dataset), args.posterior),
             eval_dataset=self._pairs(eval_dataset),
             compute_metrics=self._metrics,
             callbacks=callbacks,
@@ -328,7 +328,7 @@ class PairwiseRewardTrainer(SavesRewardModel):
         if not hasattr(data, "__len__"):
             if most is None:
                 most = self.state.max_steps * self.get_total_train_batch_size(self.args)
-            return list(islice(data, most))
+            return list(islice(data.once() if isinstance(data, StreamedPairs) else data, most))
         if most is None or len(data) <= most:
             return data
         return Subset(data, range(0, len(data), math.ceil(len(data) / most)))

@@ -183,6 +183,39 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(posterior, backbone_of, 
     assert whole.frozen.posterior.count == resumed.frozen.posterior.count == 2 * len(preferences)
 
 
+def test_a_stream_that_was_killed_in_its_second_pass_goes_on_to_the_same_bits(
+    backbone_of, config_of, preferences, tmp_path
+):
+    """Six batches a pass: the run of nine steps is begun again from the seventh, with shared prefixes."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    def make(folder, *callbacks):
+        settings = {"share_prefixes": True, "max_steps": 9, "save_strategy": "steps", "save_steps": 7}
+        args = config_of(output_dir=str(tmp_path / folder), **settings)
+        backbone = backbone_of()
+        stream = StreamedPairs(backbone, lambda: iter(preferences), "difference")
+        return PairwiseRewardTrainer(backbone, args, head=HEAD, train_dataset=stream, callbacks=list(callbacks))
+
+    whole = make("whole")
+    whole.train()
+    make("killed", Stop()).train()
+    resumed = make("killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 9
+    assert same(body_tensors(whole), body_tensors(resumed))
+    assert same(head_tensors(whole), head_tensors(resumed))
+    assert torch.equal(whole.frozen.beta, resumed.frozen.beta)
+    assert whole.frozen.posterior.count == 24  # each pair once, whatever passes were trained on
+    with pytest.raises(InputError, match=r"^posterior: got 'training' with a stream"):
+        PairwiseRewardTrainer(
+            backbone_of(), config_of(posterior="training"), head=HEAD, train_dataset=whole.train_dataset
+        )
+
+
 def test_a_checkpoint_of_another_head_is_refused(backbone_of, config_of, preferences):
     args = config_of(max_steps=1, save_strategy="steps", save_steps=1, posterior="none")
     PairwiseRewardTrainer(backbone_of(), args, head=HEAD, train_dataset=preferences).train()
