@@ -53,12 +53,12 @@ def make_engine(
     from rmcore.model.reward_model import RewardModel
 
     parse_design(design)
+    check_writable(judging.router_state, "--router-state")
     doubting = doubting or Doubting()
     adaptive = _adaptive_router(judging)
     router = _router(judging, adaptive)
     judge = make_judge(judging) if shared_judge is None else shared_judge
     _check_together(judging, judge, router)
-    check_writable(judging.router_state, "--router-state")
     check_device(device)
     check_backend(model, backend, device)
     loaded = RewardModel.from_pretrained(
@@ -125,7 +125,10 @@ def check_routing(judging: Judging, asks: bool) -> None:
 def check_key(judging: Asking) -> None:
     """Raises InputError where the judge's key is to be in a variable that is not set."""
     key = judging.judge_key_env
-    if judging.judge_url is not None and key and not os.environ.get(key):
+    value = os.environ.get(key, "").strip() if key else ""
+    if judging.judge_url is not None and not (value.isascii() and value.isprintable()):
+        reject("--judge-key-env", f"{key}, whose value cannot stand in a header", "a key in ASCII, on one line")
+    if judging.judge_url is not None and key and not value:
         reject(
             "--judge-key-env",
             f"{key}, and no such variable is set",

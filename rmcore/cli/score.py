@@ -102,6 +102,8 @@ def _scoring(
         "design": design,
         "doubting": doubting,
     }
+    if ray is None and (ray_actors, ray_gpus, ray_cpus) != (1, 0.0, 1.0):
+        reject("--ray-actors, --ray-gpus, --ray-cpus", "without --ray", "together with it")
     if ray is not None:
         if critiques:
             reject("--critiques", "with --ray", "one of the two")

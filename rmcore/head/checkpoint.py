@@ -85,7 +85,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"path: got {str(path)!r}, expected a folder with {CONFIG_FILE}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{file}: got a file of another program, expected format {FORMAT!r}")

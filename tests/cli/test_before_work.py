@@ -71,6 +71,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
         ([*JUDGE, "--budget", "0.1", "--judge-key-env", "", "--judge-deadline", "-3"], "--judge-deadline: got -3"),
         (["-o", "{file}/results.jsonl"], "--out: got"),
         (["--accounts", "{file}/accounts.jsonl"], "--accounts: got"),
+        (["--ray-actors", "3"], "--ray-actors, --ray-gpus, --ray-cpus: got without --ray"),
+        ([*JUDGE, "--judge-key-env", "", "--judge-fraction", "0.1", "--router-state", "/"], "--router-state: got '/'"),
     ],
 )
 @pytest.mark.parametrize("command", ["score", "best-of", "filter"])

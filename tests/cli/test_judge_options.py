@@ -115,3 +115,11 @@ def test_options_of_a_judge_that_is_not_asked_are_refused(tmp_path: Path) -> Non
     for given in ({"rank_by": "u"}, {"judge_deadline": 5.0}):
         with pytest.raises(InputError, match="--rank-by, --judge-deadline: got without --threshold, --budget"):
             check_routing(Judging(**given), False)
+
+
+@pytest.mark.parametrize("value", ["sk-a\nb", "sk-\u043a", "  "])
+def test_a_key_that_no_header_can_hold_is_told_before_the_run(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", value)
+    with pytest.raises(InputError, match="--judge-key-env: got MY_KEY") as error:
+        check_routing(replace(LIVE, judge_key_env="MY_KEY"), True)
+    assert value.strip() not in str(error.value) or not value.strip()

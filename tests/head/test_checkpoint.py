@@ -181,6 +181,7 @@ CORRUPT = {
         lambda f: (f / "rmcore.json").write_text((f / "rmcore.json").read_text()[:200]),
         "not readable as JSON",
     ),
+    "nested JSON": (lambda f: (f / "rmcore.json").write_text("[" * 100_000), "not readable as JSON"),
     "binary JSON": (lambda f: (f / "rmcore.json").write_bytes(b"\xff\xfe\x00\x80"), "not readable as JSON"),
     "JSON of another program": (lambda f: (f / "rmcore.json").write_text('{"model_type": "bert"}'), "another program"),
     "JSON list": (lambda f: (f / "rmcore.json").write_text("[]"), "another program"),
