@@ -194,6 +194,7 @@ WRITTEN = {
     "entities, some": lambda key: key.replace("-", "&#x2D;").replace("&", "&amp;", 0),
     "lines": lambda key: "\n  ".join(key[k : k + 10] for k in range(0, len(key), 10)),
     "zero width": "\u200b".join,
+    "two bytes a character": "\0".join,
     "base64": lambda key: base64.b64encode(key.encode()).decode(),
     "base64 of the header": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
     "base64 of user and key": lambda key: base64.b64encode(f"u:{key}:x".encode()).decode(),

@@ -17,7 +17,7 @@ _APART = re.compile(r"[^%\\&#;/0-9a-fA-FuxXmp]")  # in no escape
 _ESCAPED = re.compile(
     r"%(?:25){0,8}(?P<percent>[0-9A-Fa-f]{2})|\\{1,8}+u00(?P<u>[0-9A-Fa-f]{2})|\\{1,8}+x(?P<x>[0-9A-Fa-f]{2})"
     r"|&\#0{0,8}(?P<decimal>[0-9]{2,3});?|&\#[xX]0{0,8}(?P<hex>[0-9A-Fa-f]{2});?|(?P<and>&amp;)|\\{1,8}+(?P<slash>/)"
-    r"|(?P<nothing>[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]+)"
+    r"|(?P<nothing>[\s\x00\u00ad\u200b-\u200f\u2060-\u2064\ufeff]+)"
 )
 
 
