@@ -41,10 +41,15 @@ def test_all_or_none_are_asked():
     head = fit(SNGPHead(HeadConfig(8, num_features=16)), hidden, labels, pairs=pairs, dtype=torch.float32)[0]
     some = PAIRS[:3]
     states = PairStates(torch.randn(3, 2, 8), torch.ones(3, 2))
-    right, calls, failed = walked(head, None, some, states, 1.0)
-    assert (calls, failed) == (3, 0)
-    assert right.tolist() == [1.0, 0.0, 0.5]
-    assert walked(head, None, some, states, 0.0)[1] == 0
+    walk = walked(head, None, some, states, 1.0)
+    assert (walk.calls, walk.failed) == (3, 0)
+    assert walk.right.tolist() == [1.0, 0.0, 0.5]
+    own = walked(head, None, some, states, 0.0)
+    assert own.calls == 0
+    assert own.right.tolist() == own.combined.tolist()
+    assert walk.combined[2] == own.right[2], "a tie is the head's to decide"
+    learned = walked(head, None, some, states, 1.0, learn=True)
+    assert learned.right.tolist() == walk.right.tolist()
 
 
 def test_an_interval_is_around_the_mean():
