@@ -82,6 +82,8 @@ _PRODUCT: _Table = {
 }
 for _table in (_PROJECT, _TWO_TERMS, _PRODUCT):
     _table["sm100"] = _table["sm90"]
+# Both terms' sums of the widest tile spill there.
+_TWO_TERMS["sm100"] = (*_TWO_TERMS["sm90"][:-1], (_ANY, Tile(64, 64, 128, 4, 5)))
 
 
 def project(on: Device, rows: int, two_terms: bool) -> Tile:
