@@ -2,12 +2,11 @@
 
 g and its epistemic variance are the SNGP head's, v_e = ‖UΔφ‖² in logits; the answers' own spread is that of an
 attribute head (arXiv:2410.00847), n_i = Σ_k w_k² σ_k², in the units of its reward. The two meet by one number, the
-factor c by which the attribute head's reward becomes a logit, the most likely one on the training pairs:
-
-    max over c of Σ log σ(±c d / √(1 + π/8 · c² n)),     d = r_i − r_j,  n = n_i + n_j
-
-so that the variance of a pair is v_e + c² n (law of total variance, both parts told apart), and routers, best-of-n and
-filters go by either or by the sum (``variance=``). Verdicts teach the SNGP head; the spread stays as it is.
+factor c that gives the reward's differences the size of the head's logits on the training pairs, √(Σ g² / Σ d²) with
+d = r_i − r_j. (The most likely c would be no measure: a reward that orders all training pairs wants an infinite one.)
+With n = n_i + n_j the variance of a pair is v_e + c² n (law of total variance, both parts told apart), and routers,
+best-of-n and filters go by either or by the sum (``variance=``). Verdicts teach the SNGP head; the spread stays as it
+is.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from rmcore.head.estimators.sngp import SNGP
 from rmcore.ops import reference
 
 __all__ = ["SNGPWithURM"]
-
-_RANGE = 7.0  # of log c
 
 
 class SNGPWithURM:
@@ -77,7 +74,7 @@ class SNGPWithURM:
         """
         sngp = SNGP.fit(hidden, labels, pairs, config=config, dtype=dtype)
         urm = URM.fit(hidden, labels, pairs, attributes=attributes, **training)
-        return cls(sngp, urm, _common_unit(urm, hidden, labels, pairs))
+        return cls(sngp, urm, _common_unit(sngp, urm, hidden, pairs))
 
     def pairs(self, hidden: Tensor, group_sizes: Tensor) -> PairEstimate:
         """As :meth:`rmcore.head.estimators.protocol.PairEstimator.pairs`."""
@@ -113,19 +110,11 @@ class SNGPWithURM:
         return cls(SNGP.read(folder, values["sngp"]), URM.read(folder, values["urm"]), float(values["scale"]))
 
 
-def _common_unit(urm: URM, hidden: Tensor, labels: Tensor, pairs: Tensor) -> float:
-    """The most likely c on labelled pairs; for an attribute head that orders none of them it goes to nothing."""
-    from scipy.optimize import minimize_scalar
-
-    said = urm.attributes(hidden)
-    assert said.score_variance is not None
+def _common_unit(sngp: SNGP, urm: URM, hidden: Tensor, pairs: Tensor) -> float:
+    """c of training pairs; 1 where one of the two tells them nothing."""
     first, second = pairs.unbind(1)
-    d, n = said.score[first] - said.score[second], said.score_variance[first] + said.score_variance[second]
-    y = labels.double()
-
-    def lost(log_scale: float) -> float:
-        c = math.exp(log_scale)
-        logit = c * d / reference.uncertainty(c * c * n, reference.mean_field_amplitude())
-        return -float(reference.log_likelihood(logit, y).sum())
-
-    return math.exp(float(minimize_scalar(lost, bounds=(-_RANGE, _RANGE), method="bounded").x))
+    reward = urm.rewards(hidden)
+    rows = hidden[pairs.flatten()]
+    g = sngp.pairs(rows, torch.full((len(pairs),), 2, dtype=torch.int64)).logit
+    size, own = float(g.double().square().sum()), float((reward[first] - reward[second]).square().sum())
+    return math.sqrt(size / own) if size > 0 and own > 0 else 1.0

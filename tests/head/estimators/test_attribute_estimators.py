@@ -213,27 +213,16 @@ def test_verdicts_teach_the_head_and_leave_the_spread(combined, tmp_path):
     assert torch.equal(after.aleatoric, before.aleatoric)
 
 
-def test_the_common_unit_turns_the_attribute_heads_reward_into_logits():
-    """Pairs whose logit is four times the reward's difference: c is 4, and with noise of one's own still."""
-    rows, count = drawn(6000, WIDTH, seed=9), 3000
-    config = AttributeConfig(WIDTH, ("reward",), weights=(1.0,))
-    head = AttributeHead(config, seed=0).double().eval()
-    with torch.no_grad():
-        head.value.weight.zero_()
-        head.value.weight[0, 0] = 0.25
-        head.value.weight[1] = 0
-    pairs = torch.arange(6000).view(count, 2)
-    reward = 0.25 * rows[:, 0]
-    for log_std, wanted in ((-20.0, 4.0), (math.log(0.1), 4.0)):
-        with torch.no_grad():
-            head.value.weight[1, 1] = log_std
-        x = rows.clone()
-        x[:, 1] = 1.0  # log σ of every row
-        noise = math.exp(log_std) * drawn(6000, seed=10)
-        d = 4.0 * ((reward + noise)[pairs[:, 0]] - (reward + noise)[pairs[:, 1]])
-        uniform = torch.rand(count, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
-        labels = (uniform < torch.sigmoid(d)).double()
-        assert _common_unit(URM([head]), x, labels, pairs) == pytest.approx(wanted, rel=0.12)
+def test_the_common_unit_gives_rewards_the_size_of_the_heads_logits(combined):
+    """Also where the reward orders every pair, which would want an infinite one of most likelihood."""
+    rows, pairs = drawn(40, WIDTH, seed=9), torch.arange(40).view(20, 2)
+    c = _common_unit(combined.sngp, combined.urm, rows, pairs)
+    g = combined.sngp.pairs(rows, torch.full((20,), 2)).logit
+    reward = combined.urm.rewards(rows)
+    d = reward[pairs[:, 0]] - reward[pairs[:, 1]]
+    assert c == pytest.approx(float(g.square().mean().sqrt() / d.square().mean().sqrt()))
+    same = _common_unit(combined.sngp, combined.urm, torch.ones(4, WIDTH).double(), torch.arange(4).view(2, 2))
+    assert same == 1.0
 
 
 def test_parts_that_do_not_fit_together_are_refused(combined):
