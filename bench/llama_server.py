@@ -29,7 +29,7 @@ def served(gguf: Path, *, slots: int = 2, context: int = 4096, threads: int = 1,
     Raises InputError where xllamacpp is not installed.
     """
     try:
-        import xllamacpp as llama  # type: ignore[import-untyped]
+        import xllamacpp as llama
     except ImportError as error:
         raise InputError(
             "a llama.cpp server: expected xllamacpp to be installed: pip install 'rmcore[live]'"

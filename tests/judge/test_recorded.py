@@ -169,7 +169,9 @@ def test_a_damaged_gzip_file(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
-    "pack", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"), lzma.compress, bz2.compress], ids=str
+    "pack",
+    [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"), lzma.compress, bz2.compress],
+    ids=("a mark", "CRLF", "xz", "bzip2"),
 )
 def test_files_are_read_as_all_data_is(pack, tmp_path, rows):
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
