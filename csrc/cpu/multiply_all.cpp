@@ -4,8 +4,8 @@
 //   out  operations done (a multiply-add is two)
 //
 // The multiply-adds of multiply.h on registers alone, in more independent sums than an addition takes cycles: nothing
-// that reads its operands from memory can be faster in this instruction set. fp16, and bf16 without dot products, count as
-// the float32 they are multiplied in.
+// that reads its operands from memory can be faster in this instruction set. fp16, and bf16 without dot products, count
+// as the float32 they are multiplied in.
 #include "kernels.h"
 #include "multiply.h"
 #include "parallel.h"
