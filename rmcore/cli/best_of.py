@@ -91,7 +91,8 @@ def filter_command(
     limits: dict[Measure, float | None] = {"u": max_u, "gap": max_gap, "covariance": max_covariance}
     given = {name: value for name, value in limits.items() if value is not None}
     if len(given) != 1:
-        told = ", ".join(f"--max-{name}" for name in given) or "none"
+        named = {"u": "--max-u", "gap": "--max-gap", "covariance": "--max-covariance"}
+        told = ", ".join(named[name] for name in given) or "none"
         reject("--max-u, --max-gap, --max-covariance", told, "one of them")
     [(measure, limit)] = given.items()
     check_filter(limit, by, min_responses, measure)

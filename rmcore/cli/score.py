@@ -85,7 +85,6 @@ def _scoring(
         "--router-state": judging.router_state,
         "--store": options.store_file(judging.store),
     }
-    check_readable(groups)
     check_file(out, inputs=[*read, *kept.values()], overwrite=overwrite, resume=resume)
     for option, path in kept.items():
         check_apart(option, path, read)
@@ -109,6 +108,7 @@ def _scoring(
             reject("--critiques", "with --ray", "one of the two")
         pool = {"size": ray_actors, "num_gpus": ray_gpus, "num_cpus": ray_cpus}
         return score_on_ray(ray, groups, model, judging, settings, out, accounts, names, batch, resume, pool)
+    check_readable(groups)
     engine, save = make_engine(model, judging, **settings)
     booked = Accounts(accounts)
     judged: Counter[str] = Counter()

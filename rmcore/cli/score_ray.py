@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rmcore._base.errors import DataError
 from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import check_key, check_routing
+from rmcore.cli.checks import check_readable
 from rmcore.cli.console import count_lines, notes, print_error, progress_bar
 from rmcore.cli.judge_options import reject_unused
 from rmcore.cli.on_ray import asks_a_judge, batch_routing, engine_of, ray_errors, shared_judge, tell
@@ -46,6 +47,7 @@ def score_on_ray(
     if judging.judge_url is None:
         reject_unused(judging)
     check_key(judging)
+    check_readable(groups)
     source, model = (str(Path(name).resolve()) if Path(name).exists() else name for name in (groups, model))
 
     def run(line: Any, decides: Mapping[str, Any], *, measure: Measure = "u") -> None:

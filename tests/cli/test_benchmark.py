@@ -241,7 +241,7 @@ def test_a_live_judge_that_says_nothing_ends_the_command(models: dict[str, Path]
     assert "no verdict on any of the 2 pairs" in result.stderr
     for more, told in (
         (("--max-calls", 3), "--max-calls, --max-tokens, --max-cost: got without --judge-url"),
-        (("--store", tmp_path / "v.db"), "--store, --prices: got without --judge-url"),
+        (("--store", tmp_path / "v.db"), "--store: got without --judge-url"),
         (("--judge-url", "http://127.0.0.1:9/v1"), "--judge-model: got nothing"),
     ):
         refused = call("benchmark", "no model", "judgebench", "--data", data, *more)

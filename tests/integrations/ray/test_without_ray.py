@@ -151,7 +151,10 @@ def test_chunks_are_the_batches_of_one_process(reward_model, tmp_path):
         rows = GROUPS[start : start + 2]
         scores = engine(reward_model).score([row["prompt"] for row in rows], [row["responses"] for row in rows])
         for k, group in enumerate(scores):
+            digest = records[start + k].pop("digest")
+            assert len(digest) == 16
             assert records[start + k] == {"id": start + k, "line": start + k + 1, **group.to_record()}
+    whole = chunks(1)
     without = [replace(chunk, summary={}) for chunk in whole]  # which says how long it took
     assert [replace(chunk, summary={}) for chunk in chunks(3)] == without
     assert [chunk.last for chunk in chunks(2, after=3)] == [4, 5]
