@@ -44,7 +44,8 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
         "piece_kernel", "piece_score_kernel", "project_int8_kernel", "project_kernel", "rows_kernel",
         "score_int8_kernel", "score_kernel", "square_int8_kernel", "square_kernel", "step_kernel", "weigh_kernel",
     }  # fmt: skip
-    assert {build["kernel"] for build in builds} == kernels
+    # Sums of int8 rows are cut, and joined, on some architectures only.
+    assert {build["kernel"] for build in builds} - {"join_int8_kernel"} == kernels
     # Hopper's own matrix instructions where the tiles are large enough for them, which faults() insists on.
     large = {build["kernel"] for build in builds if build["unit"] == "wgmma"}
     assert {
