@@ -72,6 +72,7 @@ def fit_uncertainty(
             if serve not in has:
                 reject("--serve", repr(serve), f"one that the model has then: {', '.join(has)}")
             loaded.uncertainty = None if serve == HEAD else serve
+        loaded.notice_critiques(False)
         with progress_bar() as bar:
             hidden, labels, index = encode_preferences(
                 loaded.backbone, items, "difference", progress=encoding_progress(bar)
