@@ -22,7 +22,7 @@ from rich.table import Table
 from rmcore.evaluation.streams import find_data
 
 from .encode import encode_table
-from .harness import ISA_VARIABLES, as_dict, environment, measure_limits
+from .harness import ISA_VARIABLES, as_dict, compile_apart, environment, measure_limits
 from .plots import draw
 from .results_file import ResultsFile
 from .setup import Row, Setup
@@ -216,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         options = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "rmcore.bench", *options]
         os.execve(sys.executable, command, os.environ | HELD_TO[arguments.isa])  # noqa: S606 (this interpreter)
+    compile_apart()
     setup = setup_for(arguments)
     suites = arguments.suite or [name for name in SUITES if name != "encode"]
     name = "encode" if suites == ["encode"] and setup.device.type == "cpu" else setup.device.type

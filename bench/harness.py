@@ -30,6 +30,7 @@ __all__ = [
     "Limits",
     "Timing",
     "cache_bytes",
+    "compile_apart",
     "environment",
     "left_out",
     "measure_limits",
@@ -45,6 +46,19 @@ ISA_VARIABLES = ("RMCORE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", 
 
 SLOWEST_CALL_S = 3.0
 """A variant whose one call takes longer is not timed: it would take minutes, mostly in emulation."""
+
+
+def compile_apart() -> None:
+    """Let torch.compile keep what it compiles for this instruction set apart from what it compiles for others.
+
+    Inductor's cache of graphs (torch 2.13) knows nothing of ``ATEN_CPU_CAPABILITY``: a loop written for 8 floats a step
+    would be compiled for 16 and write past its output, in this run or in whatever else on the machine finds it there.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}-rmcore-{torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass(frozen=True)

@@ -97,3 +97,21 @@ def test_isa_starts_anew_with_every_library_held_to_it(monkeypatch: pytest.Monke
     with pytest.raises(KeyError, match="set up"):  # held already: goes on
         command.main(["--isa", "avx2"])
     assert harness.environment(torch.device("cpu"))["held_to"] == held
+
+
+def test_what_torch_compiles_is_kept_apart_by_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's cache would hand a loop of 8 floats a step to a build whose vectors are 16: writes out of bounds."""
+    monkeypatch.setattr(command, "setup_for", lambda _: (_ for _ in ()).throw(KeyError("set up")))
+    kept = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back at the end
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        with pytest.raises(KeyError, match="set up"):
+            command.main(["--suite", "score"])
+        kept.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert [path.rpartition("-")[2] for path in kept] == ["AVX2", "AVX512"]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "the user's")
+    with pytest.raises(KeyError, match="set up"):
+        command.main(["--suite", "score"])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "the user's"
