@@ -26,7 +26,7 @@ from rmcore.evaluation.streams import find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.head.frozen import FrozenHead
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 
 __all__ = ["learning_curve", "main"]
 

@@ -31,7 +31,7 @@ from rmcore.judge.labelling import soft_label
 from rmcore.judge.orders import Asked
 from rmcore.model.ai_weight import EncodedPairs, held_out_losses
 from rmcore.model.data import read_lines
-from rmcore.model.reward_model import Preference, encode_preferences, informative
+from rmcore.model.training_pairs import Preference, encode_preferences, informative
 
 __all__ = ["ai_weights", "judges_alone", "labels_of", "main"]
 

@@ -30,7 +30,8 @@ from rmcore.evaluation.streams import find_data, load_corpus
 from rmcore.head.estimators import SNGP, PairEstimate
 from rmcore.head.estimators.samples import sampled_estimate
 from rmcore.model.dropout import dropout_layers, dropout_states
-from rmcore.model.reward_model import RewardModel, encode_preferences
+from rmcore.model.reward_model import RewardModel
+from rmcore.model.training_pairs import encode_preferences
 
 __all__ = ["ThroughBackbone", "main", "run"]
 

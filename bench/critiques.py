@@ -37,7 +37,7 @@ from rmcore.head.fit import fit
 from rmcore.judge.critics.critique import junk_reason
 from rmcore.model.critiqued_data import CritiquedData, encode_critiqued
 from rmcore.model.data import read_lines, read_preferences
-from rmcore.model.reward_model import Preference
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["cross_fitted", "main", "shuffled"]
 

@@ -48,7 +48,8 @@ from rmcore.head.fit import fit
 from rmcore.judge import GenRMJudge
 from rmcore.judge.question.genrm import genrm_messages
 from rmcore.model.error_prior import ErrorPrior
-from rmcore.model.reward_model import encode_preferences, error_prior_of
+from rmcore.model.error_prior_fit import error_prior_of
+from rmcore.model.training_pairs import encode_preferences
 
 __all__ = ["Replay", "main", "run"]
 

@@ -37,7 +37,7 @@ from rmcore.evaluation.streams import StreamPair, find_data, load_corpus
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit, newton
 from rmcore.model.data import read_lines
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 
 __all__ = ["main", "run"]
 

@@ -31,7 +31,7 @@ from rmcore.evaluation.streams import StreamPair, find_data, load_corpus, load_t
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.head.rows import counted_rows
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 from rmcore.ops.reference import log_likelihood
 
 __all__ = ["held_out_weights", "main", "run"]

@@ -26,7 +26,7 @@ from rmcore.evaluation.report import EvaluationReport
 from rmcore.evaluation.streams import Corpus, find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 from rmcore.ops.reference import uncertainty, variance
 
 __all__ = ["main", "run"]

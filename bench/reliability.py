@@ -33,7 +33,7 @@ from rmcore.engine.advantage import reliability_weights, rloo_advantages, rloo_v
 from rmcore.evaluation.evaluate import encode_pairs
 from rmcore.evaluation.streams import find_data
 from rmcore.head.estimators import ESTIMATORS, URM, URME, AnyEstimator, AttributeLabels, SNGPWithURM
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 from rmcore.ops.reference import mean_field_amplitude, uncertainty
 
 __all__ = ["advantages_of", "cosines", "main", "run"]

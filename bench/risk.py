@@ -27,7 +27,7 @@ from rmcore.evaluation.risk import evaluate_risk
 from rmcore.evaluation.streams import find_data
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit
-from rmcore.model.reward_model import error_prior_of
+from rmcore.model.error_prior_fit import error_prior_of
 
 __all__ = ["main", "variants"]
 

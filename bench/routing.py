@@ -37,7 +37,8 @@ from rmcore.evaluation.streams import StreamPair, find_data, load_corpus, load_t
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit
 from rmcore.model.error_prior import ErrorPrior, row_distance
-from rmcore.model.reward_model import encode_preferences, error_prior_of
+from rmcore.model.error_prior_fit import error_prior_of
+from rmcore.model.training_pairs import encode_preferences
 
 __all__ = ["MIXES", "Mixed", "candidates_of", "load", "main", "mixed", "run"]
 

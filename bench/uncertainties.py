@@ -42,7 +42,7 @@ from rmcore.evaluation.streams import Corpus, StreamPair, find_data, load_corpus
 from rmcore.head import HeadConfig
 from rmcore.head.estimators import ESTIMATORS, AnyEstimator, PairEstimate, save_estimator
 from rmcore.model.backbone import Backbone
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 from rmcore.ops.reference import mean_field_amplitude, uncertainty
 
 __all__ = ["fit_estimator", "main", "measure", "run", "table"]

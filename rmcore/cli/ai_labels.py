@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rmcore.head.frozen import FrozenHead
     from rmcore.model.ai_weight import EncodedPairs
     from rmcore.model.backbone import Backbone
-    from rmcore.model.error_prior import Fitted
-    from rmcore.model.reward_model import Preference
+    from rmcore.model.error_prior_fit import Fitted
+    from rmcore.model.training_pairs import Preference
 
 __all__ = ["Mixture", "encode_ai", "fit_mixture", "mix", "parse_weight"]
 
@@ -63,7 +63,7 @@ def encode_ai(
 ) -> EncodedPairs:
     """The pairs of a file that teach something, encoded, with their prompts."""
     from rmcore.model.ai_weight import EncodedPairs
-    from rmcore.model.reward_model import encode_preferences, informative
+    from rmcore.model.training_pairs import encode_preferences, informative
 
     kept = informative(spine, given, mode)
     encoded = encode_preferences(spine, [given[k] for k in kept], mode, progress=progress)

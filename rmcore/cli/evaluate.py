@@ -56,7 +56,7 @@ def evaluate(
         from rmcore.evaluation.streams import StreamPair
         from rmcore.evaluation.subsets import accuracy_by_subset, subsets_to_markdown
         from rmcore.model.data import parse_columns, read_preference_rows, read_preferences
-        from rmcore.model.reward_model import encode_preferences
+        from rmcore.model.training_pairs import encode_preferences
 
         if replicates < 1:
             reject("--replicates", replicates, "at least 1")

@@ -52,7 +52,7 @@ def fit_uncertainty(
     with reported_errors(kept):
         from rmcore.head.checkpoint import CONFIG_FILE
         from rmcore.model.data import parse_columns, read_preferences
-        from rmcore.model.reward_model import encode_preferences
+        from rmcore.model.training_pairs import encode_preferences
         from rmcore.model.uncertainties import HEAD, check_uncertainty, fit_estimators
 
         names = estimator_names(uncertainty, "difference")

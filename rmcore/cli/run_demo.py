@@ -28,7 +28,8 @@ from rmcore.head.fit import FitReport, fit
 from rmcore.head.sngp import SNGPHead
 from rmcore.judge import ChatJudge, RecordedJudge, ReplayServer
 from rmcore.model.backbone import Backbone
-from rmcore.model.reward_model import RewardModel, encode_preferences
+from rmcore.model.reward_model import RewardModel
+from rmcore.model.training_pairs import encode_preferences
 
 __all__ = ["DEMO_BACKBONE", "DEMO_HEAD", "demo_backbone", "run_demo"]
 

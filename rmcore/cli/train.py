@@ -172,8 +172,10 @@ def train(
         from rmcore.model.ai_weight import EncodedPairs
         from rmcore.model.backbone import BackboneConfig
         from rmcore.model.data import parse_columns, read_preferences
-        from rmcore.model.reward_model import RewardModel, encode_preferences, error_prior_of, informative
+        from rmcore.model.error_prior_fit import error_prior_of
+        from rmcore.model.reward_model import RewardModel
         from rmcore.model.training import train_layer
+        from rmcore.model.training_pairs import encode_preferences, informative
         from rmcore.model.tune import tune as choose
         from rmcore.model.uncertainties import fit_estimators
 

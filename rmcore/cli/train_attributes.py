@@ -15,9 +15,10 @@ from rmcore.cli.checks import check_device, check_model_folder
 from rmcore.cli.console import notes, reported_errors
 
 if TYPE_CHECKING:
+    from rmcore._base.progress import Progress
     from rmcore.model.attribute_training import AttributeFit
     from rmcore.model.data import AttributeRow
-    from rmcore.model.reward_model import Preference, Progress
+    from rmcore.model.training_pairs import Preference
 
 __all__ = ["AttributeOptions", "AttributePlan", "export", "plan_progress", "told"]
 

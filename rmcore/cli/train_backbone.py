@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rmcore.integrations.training import PairwiseRewardConfig, PairwiseRewardTrainer
     from rmcore.model.backbone import Backbone
     from rmcore.model.data.mixture import DataReport
-    from rmcore.model.reward_model import Preference
+    from rmcore.model.training_pairs import Preference
 
 __all__ = [
     "main_process",

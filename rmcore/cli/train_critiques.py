@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rmcore.head.config import HeadConfig
     from rmcore.model.backbone import Backbone
-    from rmcore.model.reward_model import Preference
+    from rmcore.model.training_pairs import Preference
 
 __all__ = ["check_critiques", "train_critiques"]
 
@@ -51,7 +51,8 @@ def train_critiques(
     from rmcore.head.fit import fit, fit_amplitude
     from rmcore.head.sngp import SNGPHead
     from rmcore.model.critiqued_data import encode_critiqued
-    from rmcore.model.reward_model import RewardModel, error_prior_of
+    from rmcore.model.error_prior_fit import error_prior_of
+    from rmcore.model.reward_model import RewardModel
 
     def note(done: int, total: int) -> None:
         progress("encoding", done, total)

@@ -22,6 +22,7 @@ from rmcore._base import tracing
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore._base.loop import background_loop
+from rmcore._base.progress import Progress
 from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
 from rmcore.engine.judging import JudgeQueue
@@ -41,7 +42,7 @@ from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge
 from rmcore.model.critiques import Critiques
 from rmcore.model.encoding_stats import EncodingStats
-from rmcore.model.reward_model import Progress, RewardModel
+from rmcore.model.reward_model import RewardModel
 from rmcore.model.text import OverlongPolicy
 from rmcore.model.uncertainties import find_estimator
 from rmcore.ops.dispatch import Backend

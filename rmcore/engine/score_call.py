@@ -15,6 +15,7 @@ from torch import Tensor
 from rmcore._base import tracing
 from rmcore._base.clock import Clock
 from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.progress import Progress
 from rmcore._base.prompt import Prompt, Response, canonical_group, canonical_groups, check_nesting
 from rmcore.engine.comparisons import design_pairs
 from rmcore.engine.groups import GroupScores
@@ -30,7 +31,7 @@ from rmcore.head.posterior import all_finite, check_finite
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.model.critiques import StateCounts, merged_texts, read_critiques
 from rmcore.model.encoding_stats import EncodingStats
-from rmcore.model.reward_model import Progress, RewardModel
+from rmcore.model.reward_model import RewardModel
 from rmcore.model.signal import PairSignal, pair_signals
 from rmcore.model.text import EncodedText, TextLimit
 from rmcore.ops.dispatch import Backend

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.progress import Progress
 from rmcore._base.prompt import content_key
 from rmcore.engine.pair_table import PairTable
 from rmcore.evaluation.report import Array, EvaluationReport, ScoredPairs, ScoreReport, Uplift, as_vector
@@ -41,9 +42,9 @@ from rmcore.head.estimators import PairEstimate, PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.critiques import StateCounts, behind_critique, critiqued_texts, merged_texts, read_critiques
-from rmcore.model.reward_model import Progress, encode_pair
 from rmcore.model.signal import PairSignal, fill_unread, pair_signal
 from rmcore.model.text import EncodedText
+from rmcore.model.training_pairs import encode_pair
 from rmcore.model.uncertainties import estimate_pairs
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout

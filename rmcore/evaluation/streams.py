@@ -19,7 +19,7 @@ import numpy as np
 from rmcore._base.errors import DataError
 from rmcore._base.prompt import Prompt, Response
 from rmcore.model.data import read_lines
-from rmcore.model.reward_model import Preference
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["Corpus", "ExampleGroup", "Stream", "StreamPair", "find_data", "load_corpus", "load_test_pairs"]
 

@@ -20,7 +20,7 @@ from rmcore.head.config import HeadConfig
 from rmcore.head.fit import FitReport, fit
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.sngp import SNGPHead
-from rmcore.model.error_prior import asked_about, part_of_pairs
+from rmcore.model.error_prior_fit import asked_about, part_of_pairs
 from rmcore.ops import reference
 
 __all__ = ["WEIGHTS", "EncodedPairs", "HeldOutLosses", "fit_mixed", "held_out_losses"]
@@ -31,7 +31,7 @@ WEIGHTS = (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Pairs as :func:`rmcore.model.reward_model.encode_preferences` gives them, none left out, and their prompts.
+    """Pairs as :func:`rmcore.model.training_pairs.encode_preferences` gives them, none left out, and their prompts.
 
     Attributes:
         hidden: (R, h) rows.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore._base.progress import Progress
 from rmcore._base.prompt import content_key
 from rmcore.head.config import HeadConfig
 from rmcore.head.estimators import URM, URME, AttributeLabels
@@ -23,7 +24,8 @@ from rmcore.head.fit import fit
 from rmcore.head.sngp import SNGPHead
 from rmcore.model.backbone import Backbone
 from rmcore.model.data.attributes import AttributeRow, check_attributes
-from rmcore.model.reward_model import Preference, Progress, RewardModel, encode_preferences
+from rmcore.model.reward_model import RewardModel
+from rmcore.model.training_pairs import Preference, encode_preferences
 
 __all__ = ["AttributeFit", "attribute_pairs", "fit_attribute_model"]
 

@@ -21,9 +21,10 @@ from rmcore.model.agreement import SAMPLES, TokenDifference, comparable, token_d
 from rmcore.model.backbone import Backbone, Pooling
 from rmcore.model.encoding.architecture import text_config
 from rmcore.model.remote import ServerKind
-from rmcore.model.reward_model import Preference, RewardModel
+from rmcore.model.reward_model import RewardModel
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, Segment
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["CheckReport", "ParityRow", "check_model", "sample_preferences", "served"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from rmcore._base.errors import InputError
 from rmcore.model.backbone import Backbone
 from rmcore.model.critiques import StateCounts, behind_critique, critiqued_texts, merged_texts
-from rmcore.model.reward_model import Preference
 from rmcore.model.signal import training_signal
 from rmcore.model.text import EncodedText
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["CritiquedData", "behind_critiques", "critiqued_preferences", "encode_critiqued", "matched_states"]
 

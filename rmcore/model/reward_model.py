@@ -6,46 +6,30 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import CheckpointError, InputError, reject
+from rmcore._base.errors import InputError, reject
 from rmcore._base.files import atomic_folder
-from rmcore._base.prompt import (
-    Prompt,
-    Response,
-    canonical_groups,
-    canonical_response,
-    check_prompt,
-    check_response,
-    text_length,
-)
+from rmcore._base.progress import Progress
+from rmcore._base.prompt import Prompt, Response, canonical_groups
 from rmcore.head import checkpoint
 from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.attributes.scores import AttributeScores
 from rmcore.head.config import HeadConfig, PairMode
-from rmcore.head.estimators import (
-    URM,
-    URME,
-    PairEstimator,
-    VarianceKind,
-    estimator_named,
-    read_estimators,
-    write_estimators,
-)
+from rmcore.head.estimators import URM, URME, PairEstimator, VarianceKind, estimator_named
 from rmcore.head.fit import FitReport, fit, upgrade, without_posterior
 from rmcore.head.frozen import FrozenHead, PairScores
 from rmcore.head.ranks import Ranks, working
-from rmcore.head.shards import sampled_pairs, sampled_rows
 from rmcore.head.sngp import SNGPHead
 from rmcore.model import hub
 from rmcore.model.agreement import require_same_tokens
-from rmcore.model.backbone import Backbone, BackboneConfig, Deterministic
+from rmcore.model.backbone import Backbone, Deterministic
 from rmcore.model.critiques import (
     Critiques,
     StateCounts,
@@ -56,53 +40,21 @@ from rmcore.model.critiques import (
 )
 from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.encoding_stats import EncodingStats
-from rmcore.model.error_prior import (
-    MOST_PAIRS,
-    ErrorPrior,
-    Fitted,
-    error_prior_on,
-    fit_error_prior,
-    read_error_prior,
-    shared_error_prior,
-    write_error_prior,
-)
-from rmcore.model.folder_files import folder_digests
+from rmcore.model.error_prior import ErrorPrior
+from rmcore.model.error_prior_fit import error_prior_of
+from rmcore.model.model_folder import ModelParts, read_model, write_model
 from rmcore.model.response_scores import ResponseScores, pair_squares
-from rmcore.model.signal import fill_unread, training_signal
+from rmcore.model.signal import fill_unread
 from rmcore.model.text import EncodedText, OverlongPolicy, TextLimit
+from rmcore.model.training_pairs import Preference, encode_preferences, encoding_progress
 from rmcore.model.uncertainties import estimate_pairs, find_estimator, fit_estimators, head_estimate, told_apart
 from rmcore.ops.dispatch import Backend
 from rmcore.ops.functional import Scores
 from rmcore.ops.reference import mean_field_amplitude
 
-__all__ = [
-    "Preference",
-    "Progress",
-    "RewardModel",
-    "encode_pair",
-    "encode_pairs",
-    "encode_preferences",
-    "error_prior_of",
-    "informative",
-    "preference_texts",
-]
+__all__ = ["RewardModel"]
 
 log = logging.getLogger(__name__)
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with (what is being done, units done, units in all)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """One training pair: ``chosen`` is better than ``rejected`` with probability ``label``."""
-
-    prompt: Prompt
-    chosen: Response
-    rejected: Response
-    label: float = 1.0
-    critiques: tuple[tuple[str, ...], tuple[str, ...]] | None = field(default=None, kw_only=True)
-    """Of the chosen and of the rejected response, where they are to be read (:mod:`rmcore.model.critiques`)."""
 
 
 class RewardModel:
@@ -366,7 +318,7 @@ class RewardModel:
             return self._score_critiqued(prompts, groups, read, limit=limit, progress=progress, **own)
         encoded = self.encode_groups(prompts, groups, orders=orders, limit=limit, critiques=read)
         texts = [text for group in encoded for text in group]
-        hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
+        hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=encoding_progress(progress))
         hidden = fill_unread(hidden, encoded)
         how: dict[str, Any] = {"orders": orders, "backend": backend, "uncertainty": uncertainty, "variance": variance}
         return self.scores_of(hidden, encoded, groups, attributes=attributes, **how)
@@ -387,7 +339,7 @@ class RewardModel:
         states = StateCounts.of(critiques)
         encoded = self.encode_groups(prompts, groups, limit=limit, critiques=critiques)
         texts = [text for group in encoded for text in group]
-        hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=_tokens(progress))
+        hidden, attributes = self.backbone.hidden_and_attributes(texts, progress=encoding_progress(progress))
         hidden = fill_unread(hidden, encoded)
         noise = None if attributes is None else attributes.score_variance
         own, amplitude = partial(self.head_pairs, backend=backend), mean_field_amplitude()
@@ -594,7 +546,9 @@ class RewardModel:
             progress: called with ("encoding", tokens done, tokens in all) after each forward pass.
             stats: what this call did is added to it, besides to the backbone's own running counts.
         """
-        return self.backbone.hidden([t for group in groups for t in group], progress=_tokens(progress), stats=stats)
+        return self.backbone.hidden(
+            [t for group in groups for t in group], progress=encoding_progress(progress), stats=stats
+        )
 
     def hidden_rows_and_attributes(
         self,
@@ -605,7 +559,7 @@ class RewardModel:
     ) -> tuple[Tensor, AttributeScores | None]:
         """:meth:`hidden_rows`, and of the same passes the attributes of a published model that scores several."""
         texts = [t for group in groups for t in group]
-        return self.backbone.hidden_and_attributes(texts, progress=_tokens(progress), stats=stats)
+        return self.backbone.hidden_and_attributes(texts, progress=encoding_progress(progress), stats=stats)
 
     @property
     def tells_attributes(self) -> bool:
@@ -648,43 +602,16 @@ class RewardModel:
         with atomic_folder(path, marker=checkpoint.CONFIG_FILE) as folder:
             try:
                 embed = backbone == "embed"
-                self._save_pretrained(folder, embed=embed, include_posterior=include_posterior, state_dict=state_dict)
+                write_model(
+                    self._parts(), folder, embed=embed, include_posterior=include_posterior, state_dict=state_dict
+                )
             except SafetensorError as error:  # as it reports a disk that is full, say
                 raise OSError(f"{os.fspath(path)}: {error}") from error
 
-    def _save_pretrained(
-        self,
-        folder: Path,
-        *,
-        embed: bool,
-        include_posterior: bool,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        config = self.backbone.config
-        if not embed and not config.name and not self.backbone.remote:
-            reject("backbone", "'name' for a backbone that came without one", "'embed'")
-        if not embed and self.backbone.changed:
-            reject("backbone", "'name' for weights that were trained since they were loaded", "'embed'")
-        head = checkpoint.write_head(self.head, folder, include_posterior=include_posterior)
-        files = self.backbone.files
-        if embed:
-            self.backbone.save(folder / "backbone", state_dict=state_dict)
-            files = folder_digests(folder / "backbone")
-            if config.revision is None:  # a path of this machine is nobody else's business
-                config = replace(config, name="")
-        values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": embed}
-        if files:
-            values["backbone_files"] = files
-        if self.error_prior is not None:
-            values["error_prior"] = write_error_prior(self.error_prior, folder)
-        if self.estimators:
-            values["estimators"] = write_estimators(self.estimators, folder)
+    def _parts(self) -> ModelParts:
         if self.uncertainty is not None:
             self.estimator_named()
-            values["uncertainty"] = self.uncertainty
-        if self.critiqued is not None:
-            values["critiqued"] = self.critiqued
-        checkpoint.write_config(folder, values)
+        return ModelParts(self.backbone, self.head, self.error_prior, self.estimators, self.uncertainty, self.critiqued)
 
     def push_to_hub(
         self,
@@ -727,7 +654,7 @@ class RewardModel:
         embed = backbone == "embed" or not on_hub
         to = hub.Upload(repo_id, commit_message, branch, private, create_pr)
         with tempfile.TemporaryDirectory() as folder:
-            self._save_pretrained(Path(folder), embed=embed, include_posterior=include_posterior)
+            write_model(self._parts(), Path(folder), embed=embed, include_posterior=include_posterior)
             return hub.upload(Path(folder), hub.model_card(repo_id, self.head, config, embedded=embed), to)
 
     @classmethod
@@ -807,204 +734,7 @@ class RewardModel:
             return cls.as_published(own)
         if family is not None:
             reject("family", repr(family), "None for a model that rmcore wrote: its folder says")
-        values = checkpoint.read_config(folder)
-        if values.get("kind") != "model":
-            raise CheckpointError(f"path: got {str(name)!r}, which holds a {values.get('kind')}, expected a model")
-        head = checkpoint.read_head(folder, values.get("head"), "cpu")
-        critiqued = values.get("critiqued")
-        if critiqued not in (None, True, False):
-            raise CheckpointError(f"{name}: got critiqued: {critiqued!r:.40}, expected true or false")
-        known = values.get("error_prior")
-        prior = None if known is None else read_error_prior(folder, known, head.config.hidden_size)
-        try:
-            beside = read_estimators(folder, values.get("estimators", {}))
-            default = values.get("uncertainty")
-            find_estimator(default, head, beside)
-        except (InputError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{name}: got an estimators section that does not fit ({error})") from error
-        if backbone is not None:
-            model = cls(backbone, head, prior)
-            model.estimators, model.uncertainty, model.critiqued = beside, default, critiqued
-            checkpoint.check_digest(folder, values)
-            return model
-        try:
-            config = BackboneConfig.from_dict(values["backbone"])
-            if not config.name and not values.get("embedded"):
-                raise CheckpointError(
-                    f"path: got {str(name)!r}, whose hidden states come from a server, expected "
-                    "backbone=Backbone.from_server(...)"
-                )
-            if "split_special_tokens" not in values["backbone"]:
-                log.warning("%s was saved by an earlier rmcore, which fed other tokens: fit it again", name)
-            if values.get("embedded"):
-                config = replace(config, name=str(folder / "backbone"), revision=None)
-            config = replace(config, **limits)
-            loaded = Backbone.from_pretrained(config, expected_files=values.get("backbone_files"), **loading)
-            if config.date is None and loaded.config.date is not None:
-                log.warning(
-                    "%s: its chat template asks what day it is, and the folder, of an older rmcore, does not say: "
-                    "it is told %s. Save the model again to keep that",
-                    name,
-                    loaded.config.date,
-                )
-            model = cls(loaded, head, prior)
-            model.estimators, model.uncertainty, model.critiqued = beside, default, critiqued
-            checkpoint.check_digest(folder, values)
-            return model
-        except (InputError, KeyError, TypeError) as error:
-            if limits and isinstance(error, InputError) and str(error).startswith("max_length: "):
-                raise  # the caller's own
-            raise CheckpointError(f"{name}: got a backbone section that does not fit ({error})") from error
-
-
-def encode_preferences(
-    backbone: Backbone,
-    preferences: Sequence[Preference],
-    mode: str,
-    *,
-    progress: Progress | None = None,
-    may_be_empty: bool = False,
-    reasons: dict[int, str] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden, labels, pairs) of training pairs: one row a response with pairs, or in concat mode a row an order.
-
-    ``may_be_empty`` and ``reasons`` as in :func:`encode_pairs`.
-    """
-    texts, labels = preference_texts(backbone, preferences, mode, may_be_empty=may_be_empty, reasons=reasons)
-    hidden = backbone.hidden(texts, progress=_tokens(progress))
-    pairs = torch.arange(len(texts), device=hidden.device).view(-1, 2) if mode == "difference" else None
-    return hidden, labels.to(hidden.device), pairs
-
-
-def error_prior_of(
-    config: HeadConfig,
-    preferences: Sequence[Preference],
-    hidden: Tensor,
-    labels: Tensor,
-    pairs: Tensor | None,
-    *,
-    fitted: Fitted | None = None,
-    held_out_of: tuple[FrozenHead, Tensor] | None = None,
-    ranks: Ranks | None = None,
-) -> ErrorPrior | None:
-    """The error prior of a head fitted on what :func:`encode_preferences` made of these preferences.
-
-    ``fitted`` as in :func:`~rmcore.model.error_prior.fit_error_prior`. With ``held_out_of``, a head and the rows it was
-    fitted on, the preferences are such that neither head nor backbone has seen.
-
-    Of several ``ranks`` each gives its own part; rank 0 learns from a sample of all, :data:`MOST_PAIRS` at most, and
-    gives all what it found.
-
-    None, with a warning, where there are too few to leave any out, or some of them were left out as silent, so that
-    rows and texts do not match.
-    """
-    lengths = [[text_length(canonical_response(text)) for text in (item.chosen, item.rejected)] for item in preferences]
-    size = torch.tensor(lengths, dtype=torch.float64).view(-1, 2).log1p()
-    ratio = size[:, 0] - size[:, 1]
-    counted, fits = len(lengths), len(lengths) == len(labels if pairs is not None else labels[::2])
-    if ranks is not None:
-        told = ranks.each(torch.tensor([counted, fits], dtype=torch.float64))
-        counted, fits = int(told[:, 0].sum()), bool(told[:, 1].all())
-    if not fits or counted < 10:
-        log.warning("no error prior: it needs ten pairs, and all of them with different inputs")
-        return None
-    if ranks is None:
-        if held_out_of is not None:
-            return error_prior_on(*held_out_of, hidden, labels, pairs, ratio)
-        return fit_error_prior(config, hidden, labels, pairs, ratio, fitted=fitted)
-    with ranks.work("the error prior"):
-        hidden, labels, pairs, columns = sampled_pairs(hidden, labels, pairs, ratio[:, None], MOST_PAIRS, ranks)
-        seen = None if held_out_of is None else sampled_rows(held_out_of[1], 2 * MOST_PAIRS, ranks)
-        prior = None
-        if ranks.rank == 0 and held_out_of is not None and seen is not None:
-            prior = error_prior_on(held_out_of[0], seen, hidden, labels, pairs, columns[:, 0])
-        elif ranks.rank == 0:
-            prior = fit_error_prior(config, hidden, labels, pairs, columns[:, 0], fitted=fitted, seed=None)
-        return shared_error_prior(prior, ranks)
-
-
-def preference_texts(
-    backbone: Backbone,
-    preferences: Sequence[Preference],
-    mode: str,
-    *,
-    may_be_empty: bool = False,
-    reasons: dict[int, str] | None = None,
-) -> tuple[list[EncodedText], Tensor]:
-    """Texts 2k and 2k + 1 of pair k, and float32 labels: (N,), or in concat mode (2N,), one for each order.
-
-    Pairs are left out as by :func:`encode_pairs`. Raises InputError where none is left, unless it ``may_be_empty``.
-    """
-    kept, pairs = encode_pairs(backbone, preferences, mode, may_be_empty=may_be_empty, reasons=reasons)
-    labels = [preferences[k].label for k in kept]
-    if mode == "concat":
-        labels = [value for label in labels for value in (label, 1 - label)]
-    return [text for pair in pairs for text in pair], torch.tensor(labels, dtype=torch.float32)
-
-
-def encode_pairs(
-    backbone: Backbone,
-    preferences: Sequence[Preference],
-    mode: str,
-    *,
-    may_be_empty: bool = False,
-    reasons: dict[int, str] | None = None,
-) -> tuple[list[int], list[tuple[EncodedText, EncodedText]]]:
-    """The two texts of each pair that can be learned from, after the numbers of those pairs.
-
-    Pairs whose two inputs are equal, or one of which is unread, teach nothing: they are left out, with a warning that
-    says how many and why, and ``reasons`` is filled with why for each. Raises InputError where no other is left, unless
-    it ``may_be_empty``: one rank's part.
-    """
-    pairs, kept = _informative(backbone, preferences, mode, may_be_empty=may_be_empty, reasons=reasons)
-    return kept, [pairs[k] for k in kept]
-
-
-def informative(backbone: Backbone, preferences: Sequence[Preference], mode: str) -> list[int]:
-    """Which pairs :func:`encode_preferences` keeps, by position. Raises InputError as it does."""
-    return _informative(backbone, preferences, mode)[1]
-
-
-def _informative(
-    backbone: Backbone,
-    preferences: Sequence[Preference],
-    mode: str,
-    *,
-    may_be_empty: bool = False,
-    reasons: dict[int, str] | None = None,
-) -> tuple[list[tuple[EncodedText, EncodedText]], list[int]]:
-    """The texts of all pairs, and which pairs teach something."""
-    pairs: list[tuple[EncodedText, EncodedText]] = []
-    for k, item in enumerate(preferences):
-        if not isinstance(item, Preference):
-            reject(
-                f"preferences[{k}]",
-                type(item).__name__,
-                "a Preference",
-                "rmcore.model.data.read_preferences makes them of rows: of dicts, of a datasets.Dataset, of files",
-            )
-        check_prompt(item.prompt, f"preferences[{k}].prompt")
-        check_response(item.chosen, f"preferences[{k}].chosen")
-        check_response(item.rejected, f"preferences[{k}].rejected")
-        if isinstance(item.label, bool) or not isinstance(item.label, (int, float)) or not 0 <= item.label <= 1:
-            reject(f"preferences[{k}].label", repr(item.label)[:40], "a probability in [0, 1]")
-        try:
-            pairs.append(encode_pair(backbone, item.prompt, item.chosen, item.rejected, mode))
-        except InputError as error:
-            raise InputError(f"preferences[{k}]: {error}") from error
-    responses = [(item.chosen, item.rejected) for item in preferences]
-    return pairs, training_signal(responses, pairs, mode, may_be_empty=may_be_empty, reasons=reasons)
-
-
-def encode_pair(
-    backbone: Backbone, prompt: Prompt, first: Response, second: Response, mode: str
-) -> tuple[EncodedText, EncodedText]:
-    """The two texts of a pair: its responses', or its two orders in concat mode."""
-    encode = backbone.encoder.encode
-    if mode == "difference":
-        return encode(prompt, first), encode(prompt, second)
-    return encode(prompt, first, second), encode(prompt, second, first)
-
-
-def _tokens(progress: Progress | None) -> Callable[[int, int], None] | None:
-    return None if progress is None else (lambda done, total: progress("encoding", done, total))
+        read = read_model(folder, os.fspath(name), backbone=backbone, limits=limits, loading=loading)
+        model = cls(read.backbone, read.head, read.error_prior)
+        model.estimators, model.uncertainty, model.critiqued = read.estimators, read.uncertainty, read.critiqued
+        return model

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from rmcore._base import lazy
 from rmcore._base.errors import InputError, NonFiniteError, reject
+from rmcore._base.progress import Progress
 from rmcore.head.fit import check_data
 from rmcore.head.ranks import Ranks, working
 from rmcore.head.shards import one_layer, one_length_scale
 from rmcore.head.sngp import SNGPHead
 from rmcore.model.batches import Batches
-from rmcore.model.reward_model import Progress
 
 __all__ = ["RunRecord", "TrainReport", "train_layer"]
 

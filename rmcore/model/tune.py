@@ -18,7 +18,7 @@ from rmcore.head.fit import fit
 from rmcore.head.ranks import Ranks
 from rmcore.head.shards import sampled_pairs
 from rmcore.head.sngp import SNGPHead
-from rmcore.model.error_prior import asked_about, part_of_pairs
+from rmcore.model.error_prior_fit import asked_about, part_of_pairs
 from rmcore.ops import reference
 
 __all__ = ["Trial", "tune"]

@@ -28,7 +28,7 @@ from rmcore.integrations.trl import PairwiseReward
 from rmcore.integrations.verl import PairwiseRewardManager
 from rmcore.model import RewardModel
 from rmcore.model.data import parse_preference
-from rmcore.model.reward_model import preference_texts
+from rmcore.model.training_pairs import preference_texts
 
 Edge = Callable[[Any, list[Any]], Any]
 

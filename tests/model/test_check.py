@@ -14,7 +14,8 @@ from rmcore._base.errors import InputError
 from rmcore.cli import app
 from rmcore.model.backbone import Backbone
 from rmcore.model.check import check_model, sample_preferences
-from rmcore.model.reward_model import Preference, RewardModel
+from rmcore.model.reward_model import RewardModel
+from rmcore.model.training_pairs import Preference
 
 
 @pytest.fixture(scope="module")

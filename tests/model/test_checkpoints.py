@@ -17,7 +17,8 @@ from tokenizers import processors
 from rmcore._base.errors import CheckpointError
 from rmcore.model.backbone import Backbone, BackboneConfig
 from rmcore.model.check import check_model
-from rmcore.model.reward_model import Preference, RewardModel
+from rmcore.model.reward_model import RewardModel
+from rmcore.model.training_pairs import Preference
 
 PAIRS = [Preference(f"what is {k}?", f"a good answer {k}", "a bad one, and long " * (k + 1)) for k in range(4)]
 

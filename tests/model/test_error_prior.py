@@ -12,13 +12,12 @@ from rmcore.head.sngp import SNGPHead
 from rmcore.model.error_prior import (
     FEATURES,
     error_features,
-    error_prior_on,
-    fit_error_prior,
     read_error_prior,
     row_distance,
     sketch_rows,
     write_error_prior,
 )
+from rmcore.model.error_prior_fit import error_prior_on, fit_error_prior
 
 
 def data(count=240, concat=False):

@@ -11,7 +11,7 @@ from rmcore import RewardModel
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.evaluation.benchmarks.estimators import make_estimator
 from rmcore.model.backbone import Backbone
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from rmcore._base.errors import CheckpointError, InputError
 from rmcore.model import Preference
 from rmcore.model.backbone import Backbone
 from rmcore.model.encoding_stats import EncodingStats
-from rmcore.model.reward_model import encode_preferences
+from rmcore.model.training_pairs import encode_preferences
 
 PROMPTS = ["tell me about the dog", [{"role": "user", "content": "what is the capital of France?"}]]
 RESPONSES = [["a good dog", "a bad dog", "the quick fox"], ["Paris is the capital.", "numbers 0 1 2"]]

@@ -30,13 +30,7 @@ from rmcore._base.errors import reject
 from rmcore.engine.routing.recent import Floats
 from rmcore.engine.routing.routers import Candidates
 from rmcore.head.ascent import learn
-from rmcore.model.error_prior import (
-    FEATURES,
-    ErrorPrior,
-    error_features,
-    prior_precision,
-    with_product,
-)
+from rmcore.model.error_prior import FEATURES, ErrorPrior, error_features, prior_precision, with_product
 from rmcore.ops import reference
 
 __all__ = ["LearnedScore"]

@@ -20,8 +20,8 @@ from rmcore.model.critiques import critique_lead, shared_length
 from rmcore.model.data import Source, parse_preferences, read_preferences, read_rows
 from rmcore.model.data.columns import map_columns
 from rmcore.model.data.preferences import COLUMNS
-from rmcore.model.reward_model import Preference, encode_pairs
 from rmcore.model.text import EncodedText
+from rmcore.model.training_pairs import Preference, encode_pairs
 
 __all__ = [
     "PairDataset",
@@ -103,7 +103,7 @@ class PairDataset(Dataset[Row]):
             begin (``critique``; the text's length where there is none).
         may_be_empty: whether none need be left that can be learned from.
 
-    Raises InputError as :func:`rmcore.model.reward_model.encode_pairs`.
+    Raises InputError as :func:`rmcore.model.training_pairs.encode_pairs`.
     """
 
     def __init__(

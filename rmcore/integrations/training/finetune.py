@@ -14,13 +14,14 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.progress import Progress
 from rmcore.head.sngp import SNGPHead
 from rmcore.integrations.training.config import PairwiseRewardConfig
 from rmcore.integrations.training.dataset import PairDataset
 from rmcore.integrations.training.trainer import PairwiseRewardTrainer
 from rmcore.model.backbone import Backbone
-from rmcore.model.reward_model import Preference, Progress
 from rmcore.model.training import RunRecord, TrainReport
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["finetune"]
 

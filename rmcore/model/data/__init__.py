@@ -53,7 +53,7 @@ from rmcore.model.data.groups import Group, parse_group
 from rmcore.model.data.parts import WHOLE, Part, count_lines
 from rmcore.model.data.preferences import parse_preference, parse_preferences, says_otherwise, unused_columns
 from rmcore.model.data.tables import HUB, hub_rows, object_rows, parquet_rows, saved_rows
-from rmcore.model.reward_model import Preference
+from rmcore.model.training_pairs import Preference
 
 __all__ = [
     "AttributeRow",

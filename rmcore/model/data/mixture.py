@@ -18,7 +18,7 @@ from typing import Any
 from rmcore._base.errors import reject
 from rmcore._base.prompt import content_key
 from rmcore.model.data import read_preferences
-from rmcore.model.reward_model import Preference
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["DataReport", "DataSource", "SourceReport", "mix", "pair_said", "sources_of", "split_by_prompt"]
 

@@ -20,7 +20,7 @@ from rmcore._base.prompt import canonical_prompt, canonical_response
 from rmcore.model.data.conversations import is_whole, split_conversations, with_roles
 from rmcore.model.data.critiques import COLUMNS as CRITIQUE_COLUMNS
 from rmcore.model.data.critiques import critiques_of_preference
-from rmcore.model.reward_model import Preference
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["COLUMNS", "FORMS", "SUBSETS", "parse_preference", "parse_preferences", "says_otherwise", "unused_columns"]
 

@@ -23,7 +23,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import content_key
 from rmcore.model.data import read_preferences
 from rmcore.model.data.mixture import DataReport, DataSource, SourceReport, pair_said
-from rmcore.model.reward_model import Preference
+from rmcore.model.training_pairs import Preference
 
 __all__ = ["REMEMBERED", "SeenPairs", "held_out_pairs", "stream"]
 

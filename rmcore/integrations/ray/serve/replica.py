@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from rmcore._base.errors import InputError, NonFiniteError, RmcoreError
+from rmcore._base.progress import Progress
 from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning import read_version
 from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import BusyError
-from rmcore.model.reward_model import Progress
 
 __all__ = ["RemoteEngine", "Replica", "ScoreCalls"]
 
