@@ -28,6 +28,7 @@ from rmcore.cli import (
     critique,
     demo,
     evaluate,
+    export,
     families,
     fit_uncertainty,
     label,
@@ -35,13 +36,13 @@ from rmcore.cli import (
     score,
     select,
     serve,
-    train,
-    train_attributes,
+    upgrade,
     verdicts,
 )
 from rmcore.cli.commands import add_commands, installed_commands
 from rmcore.cli.options import ManyColumns
 from rmcore.cli.output import use_utf8
+from rmcore.cli.train import command as train_command
 
 __all__ = ["app", "main"]
 
@@ -58,11 +59,11 @@ app.add_typer(verdicts.app, name="verdicts")
 app.command("serve")(serve.serve)
 app.command("best-of", cls=ManyColumns)(best_of.best_of_command)
 app.command("filter", cls=ManyColumns)(best_of.filter_command)
-app.command("train", cls=ManyColumns)(train.train)
-app.command("upgrade", cls=ManyColumns)(train.upgrade)
+app.command("train", cls=ManyColumns)(train_command.train)
+app.command("upgrade", cls=ManyColumns)(upgrade.upgrade)
 app.command("fit-uncertainty", cls=ManyColumns)(fit_uncertainty.fit_uncertainty)
 app.command("plan")(plan.plan)
-app.command("export")(train_attributes.export)
+app.command("export")(export.export)
 app.command("families")(families.families)
 app.command("score", cls=ManyColumns)(score.score)
 app.command("critique", cls=ManyColumns)(critique.critique)

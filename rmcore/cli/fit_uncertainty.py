@@ -12,7 +12,7 @@ from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
-from rmcore.cli.train import estimator_names
+from rmcore.cli.train.options import estimator_names
 
 __all__ = ["fit_uncertainty"]
 

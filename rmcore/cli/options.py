@@ -270,7 +270,12 @@ def with_options(command: Callable[..., T]) -> Callable[..., T]:
         spread[own.name] = own.annotation
         hints = get_type_hints(own.annotation, include_extras=True)
         parameters += [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default,
+                annotation=hints[f.name],
+            )
             for f in dataclasses.fields(own.annotation)
         ]
 

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from rmcore.head.ranks import Ranks
     from rmcore.model.data import Part
 
-__all__ = ["check_count", "part_of", "started_ranks"]
+__all__ = ["check_count", "main_process", "many_processes", "part_of", "started_ranks", "totals"]
+
+
+def many_processes() -> bool:
+    """Whether accelerate or torchrun started several of us."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def main_process() -> bool:
+    """Whether this is the one that writes and talks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -58,3 +68,10 @@ def check_count(name: str, mine: int, ranks: Ranks | None) -> int:
     if not count:
         raise InputError(f"{name}: got no lines, expected at least one")
     return count
+
+
+def totals(ranks: Ranks | None, *mine: int) -> list[int]:
+    """Whole numbers, summed over all ranks."""
+    import torch
+
+    return list(mine) if ranks is None else [int(n) for n in ranks.total(torch.tensor(mine, dtype=torch.float64))]

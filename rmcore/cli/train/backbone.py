@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -15,23 +14,20 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.files import write_atomic
 from rmcore.cli.console import notes, training_progress
-from rmcore.cli.train_config import RunSettings
+from rmcore.cli.ranks import main_process, many_processes
+from rmcore.cli.train.config import RunSettings
+from rmcore.cli.train.data import TrainingData, tell_data
+from rmcore.cli.train.options import HeadOptions, RecipeOptions
 
 if TYPE_CHECKING:
     from rmcore.head.sngp import SNGPHead
     from rmcore.integrations.training import PairwiseRewardConfig, PairwiseRewardTrainer
     from rmcore.model.backbone import Backbone
     from rmcore.model.data.mixture import DataReport
-    from rmcore.model.training_pairs import Preference
 
 __all__ = [
-    "main_process",
-    "many_processes",
-    "prepared_data",
     "save_from_all",
-    "tell_data",
     "train_backbone",
     "trainer_process",
     "trains_backbone",
@@ -47,16 +43,6 @@ _DEFAULTS = {
     "report_to": [],
     "disable_tqdm": True,
 }
-
-
-def many_processes() -> bool:
-    """Whether accelerate or torchrun started several of us."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def main_process() -> bool:
-    """Whether this is the one that writes and talks."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -81,97 +67,58 @@ def trains_backbone(settings: RunSettings, finetune_epochs: int) -> bool:
     return finetune_epochs > 0 or any(name in settings.arguments for name in ("num_train_epochs", "max_steps"))
 
 
-def prepared_data(
-    settings: RunSettings, pairs: Sequence[Preference] | None, seed: int, *, critiques: bool = False
-) -> tuple[list[Preference], list[Preference], DataReport]:
-    """(train, held out, report) of a configuration's sources, or of ``pairs``; of a stream the held-out ones alone."""
-    from rmcore.model.data.mixture import DataReport, mix, sources_of, split_by_prompt
-    from rmcore.model.data.stream import held_out_pairs
-
-    share = settings.held_out
-    if settings.datasets is None:
-        assert share is not None
-        return split_by_prompt(pairs or [], share, seed=seed)
-    if pairs is not None:
-        reject("datasets", "beside preferences on the command line", "one of them")
-    sources = sources_of(settings.datasets)
-    if not settings.streaming:
-        return mix(sources, held_out=share, seed=seed, critiques=critiques)
-    most = settings.held_out_pairs
-    held = [] if share is None else held_out_pairs(sources, share, most, seed=seed, critiques=critiques)
-    return [], held, DataReport([])
-
-
-def tell_data(report: DataReport | None, settings: RunSettings) -> None:
-    """Say what became of the data, and write it where the configuration wants it: the main process alone."""
-    if report is None or not main_process():
-        return
-    notes.print(report.to_markdown(), markup=False, highlight=False)
-    if settings.data_report is not None:
-        write_atomic(settings.data_report, json.dumps(report.to_dict(), indent=2) + "\n")
-
-
 def train_backbone(
     spine: Backbone,
     head: SNGPHead,
-    items: Sequence[Preference],
-    held_out: Sequence[Preference],
+    data: TrainingData,
     settings: RunSettings,
     bar: Progress,
     *,
     out: Path,
-    report: DataReport | None = None,
-    **options: Any,
+    options: HeadOptions,
+    recipe: RecipeOptions,
 ) -> PairwiseRewardTrainer:
     """Train, and leave the posterior to the caller unless there are several ranks.
 
     Args:
         spine: trained in place.
         head: likewise.
-        items: training pairs.
-        held_out: for evaluations, where ``eval_strategy`` asks for any.
+        data: training pairs, and those held out for evaluations, where ``eval_strategy`` asks for any. What the model
+            can learn nothing from is added to its report, which is told.
         settings: of the configuration.
         bar: shows how far it has got.
         out: the model's folder; checkpoints go beside it unless ``output_dir`` says where.
-        report: of the data; what the model can learn nothing from is added, and it is told.
-        **options: the command's own: ``epochs``, ``lr``, ``seed``, ``dtype``, ``critiques``.
+        options: of the head.
+        recipe: what else the command was told.
     """
     from transformers import PrinterCallback
 
     from rmcore.integrations.training import PairwiseRewardTrainer
 
-    args = _arguments(spine, settings, out, evaluates=bool(held_out), **options)
+    args = _arguments(spine, settings, out, options, recipe, evaluates=bool(data.held_out))
     trainer = PairwiseRewardTrainer(
         spine,
         args,
         head=head,
-        train_dataset=_streamed(spine, settings, head.config.mode, options, report)
-        if settings.streaming
-        else list(items),
-        eval_dataset=list(held_out) or None,
+        train_dataset=_streamed(spine, settings, options, recipe, data.report) if settings.streaming else data.items,
+        eval_dataset=data.held_out or None,
         peft_config=_adapters(settings.lora),
         callbacks=[_bar_callback(bar)] if main_process() else [],
     )
     trainer.remove_callback(PrinterCallback)
-    if report is not None and not settings.streaming:
-        report.leave_out(trainer.train_dataset.left_out)
-        tell_data(report, settings)
+    if data.report is not None and not settings.streaming:
+        data.report.leave_out(trainer.train_dataset.left_out)
+        tell_data(data.report, settings)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True", True) else resume or None)
     return trainer
 
 
-def save_from_all(
-    trainer: PairwiseRewardTrainer,
-    held_out: Sequence[Preference],
-    out: Path,
-    settings: RunSettings,
-    report: DataReport | None,
-) -> str:
+def save_from_all(trainer: PairwiseRewardTrainer, data: TrainingData, out: Path, settings: RunSettings) -> str:
     """Calibrate and write the model from all ranks; what to say of it, after what a stream's last pass read."""
-    told = ""
-    if held_out and not trainer.args.critique_sft:
-        trainer.calibrate(held_out)
+    told, report = "", data.report
+    if data.held_out and not trainer.args.critique_sft:
+        trainer.calibrate(data.held_out)
         assert trainer.frozen is not None
         told = f"amplitude {trainer.frozen.config.resolved_amplitude:.3g}; "
     trainer.save_model(str(out))
@@ -179,43 +126,40 @@ def save_from_all(
         report.left_out = Counter(trainer.train_dataset.left_out)
         report.trained -= report.left_out.total()
         tell_data(report, settings)
-    data, ranks = trainer.train_dataset, trainer.accelerator.num_processes
-    pairs = f"{len(data)} pairs" if hasattr(data, "__len__") else f"a stream ({data.dropped} pairs left out)"
+    trained, ranks = trainer.train_dataset, trainer.accelerator.num_processes
+    pairs = f"{len(trained)} pairs" if hasattr(trained, "__len__") else f"a stream ({trained.dropped} pairs left out)"
     return f"{pairs} on {ranks} processes, {trainer.state.global_step} steps; {told}wrote {out}"
 
 
 def _streamed(
-    spine: Backbone, settings: RunSettings, mode: str, options: Mapping[str, Any], report: DataReport | None
+    spine: Backbone, settings: RunSettings, options: HeadOptions, recipe: RecipeOptions, report: DataReport | None
 ) -> Any:
     from rmcore.integrations.training import StreamedPairs
     from rmcore.model.data.mixture import sources_of
     from rmcore.model.data.stream import stream
 
     sources = sources_of(settings.datasets)
-    share, critiques = settings.held_out or 0.0, options["critiques"]
+    share, critiques = settings.held_out or 0.0, recipe.critiques
     again = partial(
         stream,
         sources,
-        seed=options["seed"],
+        seed=options.seed,
         held_out=share,
         remembered=settings.remembered,
         report=report,
         critiques=critiques,
     )
-    return StreamedPairs(spine, again, mode, critiques=critiques)
+    return StreamedPairs(spine, again, options.mode, critiques=critiques)
 
 
 def _arguments(
     spine: Backbone,
     settings: RunSettings,
     out: Path,
+    options: HeadOptions,
+    recipe: RecipeOptions,
     *,
     evaluates: bool,
-    epochs: int,
-    lr: float,
-    seed: int,
-    dtype: Any,
-    critiques: bool,
 ) -> PairwiseRewardConfig:
     from rmcore.integrations.training import PairwiseRewardConfig
 
@@ -223,13 +167,13 @@ def _arguments(
     unknown = sorted(set(settings.arguments) - known)
     if unknown:
         reject("--config", f"unknown keys {unknown}", "options of rmcore train, or fields of TrainingArguments")
-    values = {**_DEFAULTS, "learning_rate": lr, "seed": seed, "head_dtype": dtype, **settings.arguments}
-    values["critiques"] = critiques
+    own = {"learning_rate": recipe.lr_backbone, "seed": options.seed, "head_dtype": options.dtype}
+    values = {**_DEFAULTS, **own, **settings.arguments, "critiques": recipe.critiques}
     values["use_cpu"] = values.get("use_cpu", spine.device.type == "cpu")
-    values.setdefault("posterior", "pass" if many_processes() or settings.streaming or critiques else "none")
+    values.setdefault("posterior", "pass" if many_processes() or settings.streaming or recipe.critiques else "none")
     values.setdefault("head_weight_decay", values["weight_decay"])
-    if epochs and "num_train_epochs" not in settings.arguments:
-        values["num_train_epochs"] = epochs
+    if recipe.finetune_epochs and "num_train_epochs" not in settings.arguments:
+        values["num_train_epochs"] = recipe.finetune_epochs
     values.setdefault("output_dir", str(out.with_name(f"{out.name}.run")))
     if values.get("eval_strategy", "no") != "no" and not evaluates:
         reject(

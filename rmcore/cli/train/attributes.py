@@ -1,4 +1,4 @@
-"""``rmcore train --attributes`` and ``rmcore export``: models of several attributes (URM, URME)."""
+"""``rmcore train --attributes``: models of several attributes (URM, URME)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rmcore._base.errors import reject
-from rmcore.cli import options
 from rmcore.cli.benchmark_options import numbers_of
-from rmcore.cli.checks import check_device, check_model_folder
-from rmcore.cli.console import notes, reported_errors
+from rmcore.cli.checks import Kept, save_or_say
+from rmcore.cli.console import progress_bar
+from rmcore.cli.train.options import HeadOptions
 
 if TYPE_CHECKING:
     from rmcore._base.progress import Progress
     from rmcore.model.attribute_training import AttributeFit
+    from rmcore.model.backbone import Backbone
     from rmcore.model.data import AttributeRow
     from rmcore.model.training_pairs import Preference
 
-__all__ = ["AttributeOptions", "AttributePlan", "export", "plan_progress", "told"]
+__all__ = ["AttributeOptions", "AttributePlan", "train_attributes"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _others(columns: dict[str, str], names: tuple[str, ...]) -> dict[str, str]:
     return {name: column for name, column in columns.items() if name not in (*names, "response")}
 
 
-def told(found: AttributeFit, plan: AttributePlan) -> str:
+def _told(found: AttributeFit, plan: AttributePlan) -> str:
     """One line about what was trained."""
     of = f"made of {plan.prefer or plan.names[0]}, {found.ties} ties left out" if found.derived else "given"
     heads = "" if plan.members == 1 else f"{plan.members} heads; "
@@ -144,7 +145,7 @@ def told(found: AttributeFit, plan: AttributePlan) -> str:
     )
 
 
-def plan_progress(bar: Any) -> Progress:
+def _plan_progress(bar: Any) -> Progress:
     """Shows on ``bar`` what is done, tokens or steps."""
     task = bar.add_task("encoding", total=None)
 
@@ -156,24 +157,31 @@ def plan_progress(bar: Any) -> Progress:
     return update
 
 
-def export(
-    model: Annotated[str, typer.Argument(help="A folder written by rmcore train --attributes, or a hub name.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
-    member: Annotated[int | None, typer.Option(help="Which head of an ensemble, from 0.")] = None,
-    device: options.Device = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-) -> None:
-    """Write a model of HelpSteer2's attributes in URM's published layout: its body, tokenizer and head, in safetensors.
+def train_attributes(
+    plan: AttributePlan,
+    spine: Backbone,
+    head: HeadOptions,
+    out: Path,
+    kept: Kept,
+    *,
+    storing: Literal["name", "embed"],
+) -> str:
+    """Train by attributes and save; returns a line about it."""
+    from rmcore.model.attribute_training import fit_attribute_model
 
-    The body must be a Llama whose last token's state is pooled. `RewardModel.from_pretrained` opens the folder, as the
-    authors' own code does.
-    """
-    with reported_errors():
-        from rmcore.model.attribute_export import export_urm
-        from rmcore.model.reward_model import RewardModel
-
-        check_model_folder(out, overwrite=False, inputs=[model])
-        check_device(device)
-        loaded = RewardModel.from_pretrained(model, device=device, trust_remote_code=trust_remote_code)
-        export_urm(loaded, out, member=member)
-        notes.print(f"wrote {out}")
+    with progress_bar() as bar:
+        model, found = fit_attribute_model(
+            spine,
+            plan.rows,
+            plan.names,
+            preferences=plan.preferences,
+            prefer=plan.prefer,
+            members=plan.members,
+            config=head.config(spine.hidden_size),
+            dtype=head.serving_dtype,
+            seed=head.seed,
+            progress=_plan_progress(bar),
+            **plan.training,
+        )
+    save_or_say(out, lambda path: model.save_pretrained(path, backbone=storing), kept)
+    return _told(found, plan)
