@@ -184,6 +184,8 @@ def modules(tmp_path, monkeypatch):
     """Where transformers keeps copies of such code."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # another test's, which looks into another folder
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115  # nobody answers a question
 
 
