@@ -21,7 +21,9 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q 
 # Has the environment in $(VENV)/ray find what is in $(VENV) too, editable installs among it.
 BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
   p.Path(own.replace("$(VENV)/", "$(VENV)/ray/"), "beside.pth").write_text(f"import site; site.addsitedir({own!r})\n")'
-SOURCES := $(shell find csrc -type f) pyproject.toml
+# The editable install knows the modules by their files: where one came, went or moved it is made again.
+MODULES := $(VENV)/.modules-$(shell find rmcore kernels bench examples -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
+SOURCES := $(shell find csrc -type f) pyproject.toml $(MODULES)
 
 .PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
@@ -58,6 +60,10 @@ $(VENV)/.torch:
 	  echo "== torch $(TORCH), from pip's own index"; \
 	  $(PIP) "torch==$(TORCH)"; \
 	fi
+	@touch $@
+
+$(MODULES): | $(VENV)/.torch
+	@rm -f $(VENV)/.modules-*
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)

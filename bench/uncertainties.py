@@ -267,7 +267,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             for k, name in enumerate(names):
                 own = figures["estimators"][name]["streams"][stream]
                 points = np.array(own["uplift"])
-                x = np.arange(len(points)) + 0.12 * (k - (len(names) - 1) / 2)
+                x = np.arange(len(points)) + 0.75 / len(names) * (k - (len(names) - 1) / 2)
                 error = np.abs(points[:, 1:].T - points[:, 0])
                 style = {"color": _colour(k), "markersize": 4, "elinewidth": 1}
                 top.errorbar(x, points[:, 0], yerr=error, fmt="o", label=name, **style)
