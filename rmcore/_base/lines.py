@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from rmcore._base.compressed import Members, Zstd
 from rmcore._base.errors import DataError
+from rmcore._base.members import unique_members
 
 __all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 
@@ -160,7 +161,7 @@ def read_json(stream: BinaryIO, source: str, wanted: tuple[int, int] | None = No
                 continue
             try:
                 # surrogatepass: half a surrogate pair is taken as it is from "\ud83d", and as bytes.
-                value = json.loads(line.decode("utf-8", "surrogatepass"), object_pairs_hook=_members)
+                value = json.loads(line.decode("utf-8", "surrogatepass"), object_pairs_hook=unique_members)
             except (ValueError, RecursionError) as error:
                 number, place = number - 1, place - 1  # the last that is whole
                 _look_for_damage(stream)
@@ -250,7 +251,7 @@ def _read_array(data: bytes, source: str) -> Iterator[Row]:
 
 def _items(text: str) -> Iterator[Any]:
     """The items of a JSON array, one by one, so that those before an error are had."""
-    decoder = json.JSONDecoder(object_pairs_hook=_members)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_members)
     at = _space(text, text.index("[") + 1)
     if text[at : at + 1] != "]":
         while True:
@@ -270,14 +271,6 @@ def _space(text: str, at: int) -> int:
     while text[at : at + 1] in (" ", "\t", "\n", "\r"):
         at += 1
     return at
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for k, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:k]))
-        raise ValueError(f"the key {twice!r:.80} comes twice")
-    return found
 
 
 def _bad_byte(error: UnicodeDecodeError) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from rmcore._base.errors import reject
+from rmcore._base.members import unique_members
 
 __all__ = [
     "EXTRA_FIELDS",
@@ -298,11 +299,6 @@ def _arguments(value: object, where: str) -> str:
 def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object that ``text`` is; ``None`` if it is none, or one that would not come back as it was."""
 
-    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name comes twice")
-        return dict(pairs)
-
     def number(digits: str) -> float:
         if repr(float(digits)) != digits:
             raise ValueError("another number than the nearest float")
@@ -312,7 +308,7 @@ def json_object(text: str) -> dict[str, Any] | None:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        value = json.loads(text, object_pairs_hook=members, parse_float=number, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=unique_members, parse_float=number, parse_constant=constant)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

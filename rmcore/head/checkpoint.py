@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
+from rmcore._base.members import unique_members
 from rmcore._base.version import __version__
 from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead
@@ -84,7 +85,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"path: got {str(path)!r}, expected a folder with {CONFIG_FILE}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_members)
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore._base.files import atomic_file, digest_file, sync_path
+from rmcore._base.members import unique_members
 from rmcore._base.version import __version__
 
 __all__ = ["Journal", "Version", "Versions"]
@@ -129,7 +130,8 @@ class Versions:
         lines = whole.split(b"\n") if newline else []
         for number, text in enumerate(lines, 1):
             try:
-                line = json.loads(text.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_members)
+                read = text.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = json.loads(read, object_pairs_hook=unique_members)
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{file}:{number}: got a line that is not JSON ({error})") from error
             self._take(line, f"{file}:{number}")
@@ -320,10 +322,3 @@ class Journal(Versions):
     def _check_open(self) -> None:
         if self.closed:
             raise InputError(f"journal: got {str(self.path)!r}, which was closed, expected an open one")
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field comes twice")
-    return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from rmcore._base.errors import CheckpointError
 from rmcore._base.files import write_atomic
+from rmcore._base.members import unique_members
 from rmcore.engine.routing.routers import Router
 
 __all__ = ["StatefulRouter", "generator_of", "keep_spent", "plain", "read_state", "write_state"]
@@ -74,6 +75,6 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 def read_state(path: str | os.PathLike[str]) -> Any:
     """Read what :func:`write_state` wrote. Raises CheckpointError if the file is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_members)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import DataError, InputError, reject
+from rmcore._base.members import DuplicateKeyError, unique_members
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["Price", "PriceTable", "answering_model", "price_call"]
@@ -100,7 +101,7 @@ class PriceTable(Mapping[str, Price]):
         """
         path = Path(path)
         try:
-            table = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+            table = json.loads(path.read_bytes(), object_pairs_hook=unique_members)
             if not isinstance(table, dict):
                 reject("the file", f"a JSON {type(table).__name__}", "an object with currency and models")
             unknown = sorted(table.keys() - {"currency", "models"})
@@ -109,6 +110,8 @@ class PriceTable(Mapping[str, Price]):
             return cls(table["models"], currency=table.get("currency", "USD"))
         except InputError as error:
             raise DataError(f"{path.name}: {error}") from None
+        except DuplicateKeyError as error:  # or a price would be dropped without a word
+            raise DataError(f"{path.name}: {error}, expected each name once") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path.name}: not JSON: {error}"[:300]) from None
 
@@ -195,12 +198,3 @@ def _price(model: str, price: object) -> Price:
         return Price(**price)
     except InputError as error:
         raise InputError(f"prices[{model!r:.80}]: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless a name comes twice: the parser would keep the last one and drop a price without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        reject("the file", f"{next(n for n in names if names.count(n) > 1)!r:.80} twice", "each name once")
-    return found

@@ -109,7 +109,7 @@ DAMAGED = {
     "without its first": (b"\n".join([*LINES[1:], b""]), r"journal\.jsonl:1: got 'version 1 of 0'"),
     "a field twice": (
         SAVED.encode().replace(b'"parent":0', b'"parent":0,"parent":0'),
-        r"jsonl:2: .*a field comes twice",
+        r"jsonl:2: .*the key .parent. comes twice",
     ),
     "UTF-16": (SAVED.encode("utf-16"), r"journal\.jsonl:1: got a line that is not JSON"),
     "a reversion moved": (

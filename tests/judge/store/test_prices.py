@@ -100,7 +100,10 @@ def test_from_a_file(tmp_path):
         ("[]", "a JSON list"),
         ('{"m": {"prompt": 1, "completion": 1}}', "expected models"),
         ('{"models": {}, "unit": "token"}', "unit"),
-        ('{"models": {"m": {"prompt": 1, "completion": 1}, "m": {"prompt": 2, "completion": 2}}}', "'m' twice"),
+        (
+            '{"models": {"m": {"prompt": 1, "completion": 1}, "m": {"prompt": 2, "completion": 2}}}',
+            "the key 'm' comes twice",
+        ),
         ('{"models": {"m": {"prompt": 1, "completion": NaN}}}', "completion: got nan"),
         ('{"models": {}, "currency": 7}', "currency"),
     ],
