@@ -3,8 +3,10 @@
 The pairs go through :class:`rmcore.RewardEngine` to a loopback endpoint in another process, over
 real sockets. A fifth of the requests meets a fault, all kinds of :data:`rmcore.judge.testing.FAULTS` equally often, and
 three storms refuse everything for a while.
-Then it is checked that every pair has exactly one verdict or one reason, that verdicts are right, that totals add up
-on both sides of the wire, that memory stayed within its bound and that the run ended by itself. Writes
+Verdicts are kept in a store. Then it is checked that every pair has exactly one verdict or one reason, one that its
+faults are to have, that verdicts are right, that the store holds these and what else the judge itself answered and
+nothing more, that totals add up on both sides of the wire, that memory stayed within its bound and that the run ended
+by itself. Writes
 ``judge_soak.json``; exits 1 if a check fails.
 """
 
@@ -18,6 +20,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -40,6 +43,7 @@ from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
 from rmcore.judge import ChatJudge, ClientOptions, RecordedJudge, Verdict
+from rmcore.judge.store.ledger import VerdictLedger
 from rmcore.judge.testing import FAULTS, STORM_FAULTS, FaultMix, ReplayServer, Storm
 
 from .harness import environment
@@ -53,6 +57,9 @@ MEMORY_BOUND_MIB = 512
 """By how much the client's resident memory may grow: a quarter of a MiB for each request in flight."""
 
 _WORTH = re.compile(r"worth (\d+)")
+_ENDINGS = {"deadline", "breaker_open"}
+"""Reasons of pairs that met no fault themselves."""
+
 _STORM_AT = (0.6, 0.75, 0.9)
 """Late enough that all places are taken before the first."""
 
@@ -111,7 +118,8 @@ def serve(soak: Soak) -> None:
 def run(soak: Soak) -> dict[str, Any]:
     """One run; all figures and checks as JSON values."""
     prompts, responses, hidden = _groups(soak)
-    with _server(soak) as base_url:
+    with _server(soak) as base_url, tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "verdicts.db"
         judge = ChatJudge(
             base_url,
             "soak",
@@ -121,6 +129,7 @@ def run(soak: Soak) -> dict[str, Any]:
                 concurrency=soak.in_flight, first_concurrency=soak.in_flight, timeout_s=soak.timeout_s
             ),
             deadline_s=soak.deadline_s,
+            store=store,
         )
         engine = RewardEngine(_head(), judge, AlwaysRoute())
         before, high_before = _resident_mib(), _high_water_mib()
@@ -146,6 +155,7 @@ def run(soak: Soak) -> dict[str, Any]:
         if ended:
             judge.close()
         stats = httpx.get(base_url + "/stats", trust_env=False, timeout=30).json()
+        kept = _kept(store)
     figures: dict[str, Any] = {
         "environment": environment(torch.device("cpu")) | {"httpx": httpx.__version__},
         "soak": asdict(soak) | {"evenly_spread_faults": len(FAULTS)},
@@ -156,6 +166,7 @@ def run(soak: Soak) -> dict[str, Any]:
         "server": stats,
         "client": asdict(client),
         "put_again": again,
+        "kept": kept,
     }
     if found:
         figures |= _outcome(found[0], responses)
@@ -177,12 +188,17 @@ def _checks(figures: dict[str, Any], soak: Soak) -> dict[str, bool]:
     usage, client = summary["judge_usage"], figures["client"]
     unseen = client["attempts"] - server["requests"]
     faulty = sum(count for kind, count in answers.items() if kind != "good")
+    kinds, failed = [*FAULTS.values(), *STORM_FAULTS.values()], summary["judge_failures"]
+    answered = {fault.reason for fault in kinds if fault.answer}
     return checks | {
         "every pair decided exactly once": pairs["decided_once"] == soak.pairs,
         "every failed pair has a reason": pairs["without_reason"] == 0,
         "every verdict is right": pairs["wrong"] == 0 and pairs["right"] == by["judge"],
         "pairs add up": by["judge"] + by["judge_failed"] == summary["pairs"] == summary["routed"] == soak.pairs,
-        "failures add up": sum(summary["judge_failures"].values()) == by["judge_failed"],
+        "failures add up": sum(failed.values()) == by["judge_failed"],
+        "every reason is one of a fault": failed.keys() <= {fault.reason for fault in kinds} | _ENDINGS,
+        "the store holds what the judge answered": figures["kept"]
+        == {"verdict": by["judge"]} | {reason: failed[reason] for reason in sorted(failed.keys() & answered)},
         "attempts agree: result, client": usage["attempts"] == client["attempts"],
         # A request may end on its way: its time was up, or the endpoint was closing the connection it was sent on.
         "attempts agree: client, endpoint": 0 <= unseen <= 2 + client["attempts"] // 100,
@@ -215,6 +231,14 @@ def _outcome(scores: GroupScores, responses: list[list[str]]) -> dict[str, Any]:
             tally["right" if told is not None and np.sign(told) == np.sign(difference) else "wrong"] += 1
     names = ("decided_once", "right", "wrong", "without_reason", "not_sent")
     return {"summary": scores.summary(), "pairs": {name: int(tally[name]) for name in names}}
+
+
+def _kept(store: Path) -> dict[str, int]:
+    """What in the store answers a question, by its reason; of verdicts the number."""
+    with VerdictLedger(store) as ledger:
+        kept = [call for call in ledger.calls() if call.replied]
+    counts = Counter("verdict" if call.preference is not None else call.reason for call in kept)
+    return {"verdict": counts["verdict"]} | dict(sorted(counts.items()))
 
 
 def _groups(soak: Soak) -> tuple[list[str], list[list[str]], torch.Tensor]:

@@ -18,8 +18,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rmcore._base.client.exchange import finished
 from rmcore._base.errors import InputError
-from rmcore.judge import Fault, JudgePrompt, Pair, RecordedJudge, ReplayServer, pair_key, parse_verdict
+from rmcore.judge import Fault, JudgePrompt, JudgeUsage, Pair, RecordedJudge, ReplayServer, pair_key, parse_verdict
+from rmcore.judge.client.reply import read_completion
 from rmcore.judge.testing import FAULTS, FaultMix, Storm
 
 
@@ -105,22 +107,27 @@ def test_faults_in_order_and_then_none(recorded, post):
     assert replies[3].json()["usage"]["prompt_tokens"] > 0
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind not in ("hang", "stall", "drip", "half_close")])
-def test_no_kind_of_fault_is_a_verdict(recorded, post, kind):
+def test_no_kind_of_fault_is_a_verdict(recorded):
     """Every named kind, so that one added later is tried too; those that only end with a timeout are left out."""
-    with ReplayServer(recorded, faults=[FAULTS[kind]]) as server:
-        try:
-            reply, question = post(server, timeout=20)
-        except httpx.TransportError:
-            reply = None
-        assert post(server)[0].status_code == 200, "the next request is answered as ever"
-    assert server.answers == {kind: 1, "good": 1}
-    if reply is not None and reply.status_code == 200:
-        try:
-            choice = reply.json()["choices"][0]
-        except (ValueError, LookupError):
-            return
-        assert parse_verdict(choice, question.labels).outcome is None
+    kinds = [kind for kind in FAULTS if kind not in ("hang", "stall", "drip", "half_close")]
+    plan = [fault for kind in kinds for fault in (FAULTS[kind], None)]
+    question = JudgePrompt().render("p-win", "a", "b")
+    asked = {"model": "m", "messages": question.messages}
+    with ReplayServer(recorded, faults=plan) as server, httpx.Client(trust_env=False, timeout=20) as client:
+        for kind in kinds:
+            try:
+                with client.stream("POST", server.base_url + "/chat/completions", json=asked) as reply:
+                    content = b"".join(reply.iter_raw())
+            except httpx.TransportError:
+                content = b""
+            next_one = client.post(server.base_url + "/chat/completions", json=asked)
+            assert next_one.status_code == 200, f"the request after {kind} is answered as ever"
+            if content and reply.status_code == 200:
+                attempt = finished(content, "", {})
+                read = None if attempt.body is None else read_completion(content, JudgeUsage(calls=1), "")
+                if read is not None and read.choice is not None:
+                    assert parse_verdict(read.choice, question.labels).outcome is None, kind
+    assert server.answers == {**dict.fromkeys(kinds, 1), "good": len(kinds)}
 
 
 def test_a_mix_meets_every_kind_equally_often_and_storms_refuse_all():

@@ -243,10 +243,12 @@ class HttpExchange:
         url = self.address.url
         content = body if self.method == "POST" else None
         async with client.stream(self.method, url, content=content, headers=sent) as response:
+            failed = response.status_code != 200
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
                 detail = "a compressed reply, although none was asked for; switch that off at the server or its proxy"
-                return Attempt(None, "bad_encoding", detail, headers=response.headers, status=response.status_code)
-            failed = response.status_code != 200
+                if failed:  # what it says is not read; that it failed, and how, its status says
+                    return self._failed(response, b"", key, detail)
+                return Attempt(None, "bad_encoding", detail, headers=response.headers, status=200)
             limit = MAX_ERROR_BODY if failed else self.max_reply_bytes
             held, complete = bytearray(), True
             async for chunk in response.aiter_bytes():
@@ -259,10 +261,13 @@ class HttpExchange:
             if complete:
                 return await large.call(finished, bytes(held), key, headers)
             return Attempt(reason="reply_too_large", headers=headers, status=status)
-        explained = bool(error_code(bytes(held)))
-        hint = scrub(status_hint(status, url, headers, self.api_key_env, explained=explained), key)
-        said = error_detail(bytes(held[:limit]), key)
-        return failure(status, bytes(held), "; ".join(word for word in (said, hint) if word), headers)
+        return self._failed(response, bytes(held), key, error_detail(bytes(held[:limit]), key))
+
+    def _failed(self, response: httpx.Response, content: bytes, key: str, said: str) -> Attempt:
+        """An error status, with what the endpoint ``said`` and what to do about it."""
+        status, headers, explained = response.status_code, response.headers, bool(error_code(content))
+        hint = scrub(status_hint(status, self.address.url, headers, self.api_key_env, explained=explained), key)
+        return failure(status, content, "; ".join(word for word in (said, hint) if word), headers)
 
 
 def finished(content: bytes, key: str, headers: Mapping[str, str]) -> Attempt:

@@ -8,7 +8,9 @@ makes, and goes wrong in the ways of :mod:`rmcore.judge.testing.faults`, one by 
 
 from __future__ import annotations
 
-from rmcore.judge.testing.faults import FAULTS, STORM_FAULTS, Ending, Fault, FaultMix, Storm
+from rmcore.judge.testing.fault import Again, Ending, Fault
+from rmcore.judge.testing.fault_mix import FaultMix, Storm
+from rmcore.judge.testing.faults import FAULTS, STORM_FAULTS
 from rmcore.judge.testing.server import ReplayServer
 
-__all__ = ["FAULTS", "STORM_FAULTS", "Ending", "Fault", "FaultMix", "ReplayServer", "Storm"]
+__all__ = ["FAULTS", "STORM_FAULTS", "Again", "Ending", "Fault", "FaultMix", "ReplayServer", "Storm"]

@@ -27,7 +27,7 @@ from rmcore._base.errors import InputError, reject
 from rmcore.judge.base import Outcome, Verdict
 from rmcore.judge.question.prompt import JudgePrompt, ParsedPrompt
 from rmcore.judge.recorded import RecordedJudge
-from rmcore.judge.testing.faults import Ending, Fault
+from rmcore.judge.testing.fault import Ending, Fault
 
 __all__ = ["ReplayServer"]
 
@@ -56,7 +56,7 @@ class ReplayServer:
             number in flight divided by ``rate``. 0: any number.
         faults: what goes wrong: a sequence, one entry a request in order of arrival (``None``: nothing), after which
             all goes well; or a function of the request's number, from 0, such as a
-            :class:`~rmcore.judge.testing.faults.FaultMix`.
+            :class:`~rmcore.judge.testing.fault_mix.FaultMix`.
         require_key: answer 401 to requests without this key: a bearer key, or ``api-key`` at an Azure deployment's URL.
         refuses: fields of a request that are answered with 400, naming the field, as endpoints do that lack it;
             ``system`` refuses a message of that role, as chat templates without one do.
@@ -68,7 +68,7 @@ class ReplayServer:
 
     Attributes:
         requests: chat requests received so far.
-        statuses: how many answers had which status.
+        statuses: how many answers had which status; those that are no HTTP are left out.
         answers: how many requests met which kind of fault; those that met none are ``good``.
         peak_in_flight, peak_connections: most at once so far.
     """
@@ -186,9 +186,11 @@ class ReplayServer:
 
     def _answer(self, request: bytes, authorization: str, fault: Fault | None) -> _Answer:
         """The answer to one chat request."""
+        if fault is not None and fault.raw is not None:
+            return _Answer(_filled(fault.raw, request), raw=True)
         if fault is not None and (fault.body is not None or fault.status >= 400):
             answer = _error(fault.status, fault.code, "injected fault")
-            answer.body = answer.body if fault.body is None else fault.body
+            answer.body = answer.body if fault.body is None else _filled(fault.body, request)
         else:
             answer = self._true_answer(request, authorization, fault)
         if fault is not None:
@@ -264,6 +266,7 @@ class _Answer:
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
     ending: Ending = ""
     drip_s: float = 0.0
+    raw: bool = False
 
 
 class _Connection(asyncio.Protocol):
@@ -343,7 +346,10 @@ class _Connection(asyncio.Protocol):
 
     def _answer(self, request: bytes, authorization: str, fault: Fault | None) -> None:
         answer = self._owner._answer(request, authorization, fault)
-        if answer.ending:
+        if answer.raw:
+            self.transport.write(answer.body)
+            self.transport.close()
+        elif answer.ending:
             self._send_badly(answer)
         else:
             self._send(answer)
@@ -396,6 +402,19 @@ def _with_labels(value: object, question: ParsedPrompt) -> object:
         return value
     labels = question.labels
     return string.Template(value).safe_substitute(win=labels.win, loss=labels.loss, tie=labels.tie)
+
+
+def _filled(content: bytes, request: bytes) -> bytes:
+    """``content`` with the labels of the question that was asked, if it is one and they are asked for."""
+    if b"$" not in content:
+        return content
+    try:
+        labels = JudgePrompt.parse(json.loads(request)["messages"]).labels
+    except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return content
+    for word in ("win", "loss", "tie"):
+        content = content.replace(b"$" + word.encode(), getattr(labels, word).encode())
+    return content
 
 
 def _asked_tokens(payload: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import threading
+from contextlib import ExitStack
 from dataclasses import fields
 from itertools import combinations
 
@@ -21,47 +22,39 @@ from rmcore._base.client.breaker import BreakerPolicy
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.posterior import Posterior
-from rmcore.judge import ChatJudge, ClientOptions, Fault, Pair, RecordedJudge, ReplayServer, RetryPolicy
+from rmcore.judge import (
+    ChatJudge,
+    ClientOptions,
+    Fault,
+    Pair,
+    RecordedJudge,
+    ReplayServer,
+    RetryPolicy,
+    Verdict,
+    VerdictStore,
+)
+from rmcore.judge.testing import FAULTS as KINDS
 
 J = math.log(0.88 / 0.12)
 QUICK = RetryPolicy(max_attempts=2, base_s=0.01, max_backoff_s=0.02)
-FAULTS = {
+OWN = {
     "429 storm": (Fault(429), "http_429"),
     "429 with Retry-After": (Fault(429, headers={"Retry-After": "0.02"}), "http_429"),
     "429 with a hostile Retry-After": (Fault(429, headers={"Retry-After": "-1e999"}), "http_429"),
     "429 that asks for too much": (Fault(429, headers={"Retry-After": "86400"}), "http_429"),
     "used-up quota": (Fault(429, code="insufficient_quota"), "insufficient_quota"),
-    "500": (Fault(500), "http_500"),
     "503 with Retry-After": (Fault(503, headers={"Retry-After-Ms": "20"}), "http_503"),
-    "500 of 10 MB": (Fault(500, body=b"x" * (10 << 20)), "http_500"),
     "expired key": (Fault(401, code="invalid_api_key"), "http_401"),
-    "forbidden": (Fault(403), "http_403"),
-    "redirect": (Fault(307, headers={"Location": "http://127.0.0.1:9/"}), "http_307"),
-    "hang": (Fault(delay_s=60), "timeout"),
-    "stall in mid-reply": (Fault(ending="stall"), "timeout"),
-    "slow drip": (Fault(ending="drip"), "timeout"),
-    "closed without a byte": (Fault(ending="silent"), "connection"),
-    "closed in mid-reply": (Fault(ending="close"), "connection"),
-    "half-closed": (Fault(ending="half_close"), "connection"),
-    "reset": (Fault(ending="reset"), "connection"),
-    "truncated JSON": (Fault(body=b'{"choices": [{"message": {"content": "<verdict>'), "not_json"),
-    "wrong content type": (Fault(body=b"<html>login</html>", headers={"Content-Type": "text/html"}), "not_json"),
-    "compressed": (Fault(body=b"\x1f\x8b", headers={"Content-Encoding": "gzip"}), "bad_encoding"),
-    "empty choices": (Fault(body=b'{"choices": []}'), "no_choices"),
-    "10 MB reply": (Fault(body=b" " * (10 << 20)), "reply_too_large"),
+    "redirect to elsewhere": (Fault(307, headers={"Location": "http://127.0.0.1:9/"}), "http_307"),
     "a million empty lists": (Fault(body=b'{"choices": [' + b"[]," * 1_000_000 + b"[]]}"), "reply_too_large"),
-    "null content": (Fault(message={"content": None}), "no_content"),
-    "refusal": (Fault(message={"content": None, "refusal": "I would rather not."}), "refusal"),
-    "content filter": (Fault(finish_reason="content_filter"), "filter"),
-    "cut off": (Fault(finish_reason="length"), "length"),
-    "both labels": (Fault(message={"content": "<verdict>$win</verdict> <verdict>$loss</verdict>"}), "conflicting"),
-    "verdict quoted in reasoning": (
-        Fault(message={"content": "No idea.", "reasoning_content": "<verdict>$win</verdict>"}),
-        "unparsable",
-    ),
-    "reasoning without an end": (Fault(message={"content": "<think>so <verdict>$win</verdict>"}), "length"),
 }
-SLOW = ("hang", "stall in mid-reply", "slow drip")
+THROUGH_THE_ENGINE = (
+    *("hang", "stall", "drip", "silent", "close", "half_close", "reset", "http_500", "http_403", "10_mb_error"),
+    *("truncated_json", "html", "bad_encoding", "empty_choices", "10_mb_reply", "null_content", "refusal", "http_204"),
+    *("content_filter", "length", "both_labels", "quoted_in_reasoning", "unclosed_think", "completions", "not_http"),
+)
+FAULTS = {name: (KINDS[name], KINDS[name].reason) for name in THROUGH_THE_ENGINE} | OWN
+SLOW = ("hang", "stall", "drip")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +134,53 @@ def test_to_every_third_request(score, kind):
     assert reasons <= {"", reason, f"one_order:{reason}"} | (
         {"one_order:timeout", "timeout"} if kind in SLOW else set()
     )
+
+
+class Wins(RecordedJudge):
+    """Whatever is shown first wins."""
+
+    def lookup(self, prompt, first, second):
+        return Verdict.of("win")
+
+
+def test_each_kind_is_followed_by_what_is_right_and_leaves_what_is_right(tmp_path):
+    """Retried or not, stored only where the judge itself answered; what is not stored is bought another day."""
+    healthy = False
+    with ExitStack() as stack:
+        store = stack.enter_context(VerdictStore(tmp_path / "v.db"))
+
+        def served(fault):
+            return stack.enter_context(ReplayServer(Wins({}), faults=lambda _: None if healthy else fault))
+
+        servers = {kind: served(fault) for kind, fault in KINDS.items()}
+
+        async def asked(kind):
+            options = ClientOptions(timeout_s=0.2 if kind in SLOW and not healthy else 20.0, retry=QUICK)
+            before = servers[kind].requests
+            async with ChatJudge(
+                servers[kind].base_url, "m", None, orders="one", client=options, store=store, judge_id="m"
+            ) as judge:
+                (verdict,) = await judge.judge([Pair(f"What of {kind}?", "a", "b")])
+            return kind, verdict, servers[kind].requests - before
+
+        async def every():  # at once: a commit of the store is for all that have come by then
+            quick = await asyncio.gather(*(asked(kind) for kind in KINDS if kind not in SLOW))
+            return quick + await asyncio.gather(*map(asked, SLOW))
+
+        for kind, verdict, requests in asyncio.run(every()):
+            fault = KINDS[kind]
+            assert (kind, verdict.preference, verdict.reason) == (kind, None, fault.reason)
+            assert fault.reason, kind
+            wanted = {"": [1], "retried": [2], "changed": range(1, 9)}  # short questions have no shorter form
+            assert verdict.usage.attempts in wanted[fault.again], kind
+            assert requests == verdict.usage.attempts or kind in SLOW  # one that is given up may not have come yet
+        healthy = True
+        for kind, verdict, requests in asyncio.run(every()):
+            if KINDS[kind].answer:
+                assert (kind, verdict.reason, verdict.usage.cache_hits) == (kind, KINDS[kind].reason, 1)
+                assert requests == 0
+            else:
+                assert (kind, verdict.failed, requests) == (kind, False, 1)
 
 
 def test_all_kinds_at_once(score):
