@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from starlette.types import Scope
@@ -45,6 +46,11 @@ __all__ = ["RewardService"]
 
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FEW = 4
+"""Groups whose answers are made on the event loop: a millisecond each, and a thread has its price too."""
 
 
 class RewardService:
@@ -110,7 +116,8 @@ class RewardService:
         if len(requests) > self.settings.max_groups:
             reject("groups", len(requests), f"at most {self.settings.max_groups} in a request")
         scored = await self.scorer.submit(await large.call(self._groups, requests))
-        return [group_reply(group, request.id) for group, request in zip(scored, requests, strict=True)]
+        names = [request.id for request in requests]
+        return await _beside(len(scored), lambda: [group_reply(*one) for one in zip(scored, names, strict=True)])
 
     def _groups(self, requests: list[GroupRequest]) -> list[tuple[Canonical, list[Canonical]]]:
         limits = self.settings
@@ -178,8 +185,9 @@ class RewardService:
                 reject("prompts", f"{len(places)} equal ones", f"at most {self.settings.max_responses}")
         scored = await self.scorer.submit([(prompts[p[0]], [responses[k] for k in p]) for p in groups])
         rewards, rates, versions = [math.nan] * count, [math.nan] * count, list[int | None]([None] * count)
-        for places, one in zip(groups, scored, strict=True):
-            for k, reward, rate in zip(places, *self._rewards_of(one.group), strict=True):
+        found = await _beside(len(scored), lambda: [self._rewards_of(one.group) for one in scored])
+        for places, one, values in zip(groups, scored, found, strict=True):
+            for k, reward, rate in zip(places, *values, strict=True):
                 rewards[k], rates[k], versions[k] = reward, rate, one.group.head_version
         return rewards, rates, versions
 
@@ -238,3 +246,8 @@ def _as_sent(message: Message) -> dict[str, Any]:
     fields = message.model_dump(exclude_unset=True)
     check_encodable(fields)
     return fields
+
+
+async def _beside(groups: int, work: Callable[[], T]) -> T:
+    """``work()`` on so many groups, beside the event loop unless they are few."""
+    return work() if groups <= _FEW else await asyncio.to_thread(work)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from rmcore._base.large import LARGE, read_json
-from rmcore.integrations.server import bodies, schema
+from rmcore.integrations.server import bodies, schema, service
 
 JSON = {"content-type": "application/json"}
 SPACE = " " * LARGE  # between tokens of JSON: what makes the same body large
@@ -110,3 +110,32 @@ def test_a_large_body_has_a_number_of_values_at_most(make_app, talk, echo_engine
     reply = talk(make_app(echo_engine), main)
     assert reply.status_code in (400, 422)
     assert "more than 500 lists and objects; send several requests" in reply.text
+
+
+@pytest.mark.parametrize(("groups", "beside"), [(4, False), (5, True)])
+def test_the_answers_of_many_groups_are_made_beside_the_event_loop(
+    make_app, talk, echo_engine, monkeypatch, groups, beside
+):
+    """Each takes a millisecond, its advantages' variance for the most part: 64 would hold up everybody for 60."""
+    where = set()
+    for name in ("group_reply", "RewardService._rewards_of"):
+        owner = service if "." not in name else service.RewardService
+        real = getattr(owner, name.rpartition(".")[2])
+        watched = lambda *a, real=real: (where.add(threading.get_ident()), real(*a))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name.rpartition(".")[2], watched)
+    app = make_app(echo_engine, group_size=2)
+
+    async def main(client):
+        whole = [{"prompt": f"p{k}", "responses": ["1", "0"]} for k in range(groups)]
+        answers = (await client.post("/v1/groups", json=whole)).json()
+        seen = set(where)
+        where.clear()
+        prompts = [f"p{k}" for k in range(groups) for _ in range(2)]
+        query = {"query": [f"{p}{1 - k % 2}" for k, p in enumerate(prompts)], "prompts": prompts}
+        rewards = (await client.post("/get_reward", json=query)).json()["rewards"]
+        return threading.get_ident(), seen, set(where), answers, rewards
+
+    loop, whole, query, answers, rewards = talk(app, main)
+    assert [one["advantages"] for one in answers] == [answers[0]["advantages"]] * groups
+    assert rewards == pytest.approx(answers[0]["rewards"] * groups)
+    assert ((loop in whole), (loop in query)) == (not beside, not beside)
