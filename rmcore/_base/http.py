@@ -35,9 +35,11 @@ _POOL = 16
 class LoopConnections:
     """The pools of one event loop. Not to be used on another."""
 
-    def __init__(self, *, timeout_s: float, trust_env: bool, transport: httpx.AsyncBaseTransport | None) -> None:
+    def __init__(
+        self, *, timeout_s: float, trust_env: bool, certificates: bool, transport: httpx.AsyncBaseTransport | None
+    ) -> None:
         self._timeout = timeout_s
-        self._trust_env = trust_env
+        self._trust_env, self._certificates = trust_env, certificates
         self._transport = transport
         self._verify: ssl.SSLContext | None = None
         self._clients: list[httpx.AsyncClient] = []
@@ -70,7 +72,7 @@ class LoopConnections:
         import httpx
 
         if self._verify is None and self._transport is None:
-            self._verify = httpx.create_ssl_context(trust_env=self._trust_env)  # slow to make, so shared by all pools
+            self._verify = httpx.create_ssl_context(trust_env=self._certificates)  # slow to make, so shared by all
         client = httpx.AsyncClient(
             transport=self._transport,
             timeout=self._timeout,
@@ -92,12 +94,21 @@ class Connections:
     Args:
         timeout_s: of each step of a request.
         trust_env: whether proxies and certificates named in the environment are used.
+        certificates: whether certificates are, if not as ``trust_env`` says.
         transport: instead of the network; then there is one pool a loop.
     """
 
-    def __init__(self, *, timeout_s: float, trust_env: bool, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        trust_env: bool,
+        certificates: bool | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._timeout = timeout_s
         self._trust_env = trust_env
+        self._certificates = trust_env if certificates is None else certificates
         self.transport = transport
         self._lock = threading.Lock()
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
@@ -115,7 +126,10 @@ class Connections:
                 for old in [known for known in self._loops if known.is_closed()]:
                     del self._loops[old]
                 found = self._loops[loop] = LoopConnections(
-                    timeout_s=self._timeout, trust_env=self._trust_env, transport=self.transport
+                    timeout_s=self._timeout,
+                    trust_env=self._trust_env,
+                    certificates=self._certificates,
+                    transport=self.transport,
                 )
             return found
 

@@ -193,7 +193,10 @@ class GroupClient:
     def _connect(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._process = os.getpid()
         self._connections = Connections(
-            timeout_s=self.attempt_timeout_s, trust_env=self._trust_env, transport=transport
+            timeout_s=self.attempt_timeout_s,
+            trust_env=self._trust_env,
+            certificates=any(url.startswith("https:") for url in self.urls),
+            transport=transport,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -119,18 +119,20 @@ def not_a_completion(body: bytes) -> str:
     return "no JSON; the beginning: " + body[:80].decode("utf-8", "replace")
 
 
-def check_environment() -> None:
-    """Proxies and certificates that the environment names can be used.
+def check_environment(*, proxies: bool = True, certificates: bool = True) -> None:
+    """Proxies and certificates that the environment names can be used; ``False`` leaves the ones alone.
 
     Raises:
         JudgeError: naming the variable, what is wrong with it and the remedy. Values are not quoted: proxies have
             passwords.
     """
-    variables = [name for name in (*_proxy_names(_PROXIES), "NO_PROXY", "no_proxy") if os.environ.get(name)]
+    names = (*_proxy_names(_PROXIES), "NO_PROXY", "no_proxy") if proxies else ()
+    variables = [name for name in names if os.environ.get(name)]
     for name in variables:
         if "no_proxy" not in name.lower():
             _check_proxy(name, os.environ[name])
-    _check_certificates()
+    if certificates:
+        _check_certificates()
     if variables:
         import httpx
 

@@ -146,8 +146,8 @@ class HttpExchange:
         self.api_key_env = api_key_env
         self.timeout_s, self.max_reply_bytes = options.timeout_s, options.max_reply_bytes
         self.transport = options.transport
-        if not self.address.loopback and self.transport is None:
-            check_environment()
+        if self.transport is None:
+            check_environment(proxies=not self.address.loopback, certificates=self._certificates)
         self.start_afresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,8 +179,18 @@ class HttpExchange:
         """Connections of its own for this process."""
         # trust_env: a proxy cannot reach this machine's own servers
         trust_env = not self.address.loopback
-        self.connections = Connections(timeout_s=self.timeout_s, trust_env=trust_env, transport=self.transport)
+        self.connections = Connections(
+            timeout_s=self.timeout_s,
+            trust_env=trust_env,
+            certificates=self._certificates,
+            transport=self.transport,
+        )
         self.resolver = Resolver(self.address.url, through_proxy=trust_env, within_s=self.timeout_s)
+
+    @property
+    def _certificates(self) -> bool:
+        """Whether those that the environment names count; a server on this machine may have one of its own, too."""
+        return not self.address.loopback or self.address.url.startswith("https:")
 
     def secret(self) -> tuple[str, str]:
         """The key as the environment has it now, and a reason if there is none that can be sent."""

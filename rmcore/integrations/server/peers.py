@@ -56,6 +56,7 @@ class Peers:
         self._connections = Connections(
             timeout_s=settings.answer_within_s,
             trust_env=not all(loopback for _, loopback in checked),
+            certificates=any(url.startswith("https:") for url in self.urls),
             transport=transport,
         )
 

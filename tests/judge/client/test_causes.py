@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
 import threading
 from contextlib import suppress
+from pathlib import Path
 
+import certifi
 import httpx
 import pytest
 from hypothesis import given
@@ -15,7 +18,9 @@ from hypothesis import strategies as st
 
 from rmcore._base.client.address import Address
 from rmcore._base.client.causes import check_environment, connection_trouble, not_a_completion, status_hint
+from rmcore._base.client.exchange import HttpExchange
 from rmcore._base.errors import JudgeError
+from rmcore.integrations.client import GroupClient
 from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, Pair, RetryPolicy
 
 URL = "https://judge.example/v1"
@@ -279,6 +284,26 @@ def test_an_unusable_setting_is_named_before_pairs_are_lost(monkeypatch, name, v
     # Neither this machine's own servers nor a transport of the user's own look at the environment.
     ChatJudge("http://127.0.0.1:9/v1", "m", None)
     ChatJudge(URL, "m", None, client=ClientOptions(transport=httpx.MockTransport(lambda _: httpx.Response(200))))
+
+
+@pytest.mark.parametrize("loopback", ["https://localhost:1/v1", "https://127.0.0.1:1/v1", "https://[::1]:1/v1"])
+def test_a_server_on_this_machine_may_have_a_certificate_of_its_own(monkeypatch, tmp_path, loopback):
+    """The remedy that a refused certificate is told with works there, too; proxies do not count all the same."""
+    monkeypatch.setenv("HTTPS_PROXY", "socks://nowhere")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(JudgeError, match="SSL_CERT_FILE"):
+        ChatJudge(loopback, "m", None)
+    first = Path(certifi.where()).read_text(encoding="utf-8").partition("-----END CERTIFICATE-----")
+    (tmp_path / "one.pem").write_text(first[0] + first[1], encoding="utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "one.pem"))
+    exchange = HttpExchange(Address.of(loopback), None, ClientOptions())
+    clients = (exchange.connections, GroupClient(loopback.removesuffix("/v1"))._connections)
+
+    async def trusted(connections):
+        with connections.here().client():
+            return connections.here()._verify.cert_store_stats()["x509"]
+
+    assert [asyncio.run(trusted(one)) for one in clients] == [1, 1]
 
 
 def test_a_certificate_file_without_certificates(monkeypatch, tmp_path):
