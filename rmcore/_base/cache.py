@@ -11,7 +11,7 @@ _OFF = {"off", "0", "no", "false"}
 
 
 def cache_folder() -> Path | None:
-    """The cache's folder, which may not exist yet; None where ``RMCORE_CACHE`` is ``off``.
+    """The cache's folder, which may not exist yet; None where ``RMCORE_CACHE`` is ``off``, or nobody's home is known.
 
     Unset or empty it is ``rmcore`` in ``XDG_CACHE_HOME``, else in ``~/.cache``. What lies in it may be deleted at any
     time.
@@ -19,7 +19,7 @@ def cache_folder() -> Path | None:
     named = os.environ.get("RMCORE_CACHE", "")
     if named.lower() in _OFF:
         return None
-    if named:
-        return Path(named).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "rmcore"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.path.expanduser(named or os.path.join(home, "rmcore"))
+    # No HOME and a user that the system does not know, as in containers: nothing is written to a folder called "~".
+    return None if folder.startswith("~") else Path(folder)

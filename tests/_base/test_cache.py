@@ -24,3 +24,13 @@ def test_it_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "xdg" / "rmcore"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path(tmp_path / "home" / ".cache" / "rmcore")
+
+
+def test_without_a_home_there_is_none(monkeypatch):
+    """As where a container runs under a number that no user has."""
+    for name in ("RMCORE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987654)
+    assert cache_folder() is None
+    monkeypatch.setenv("RMCORE_CACHE", "~nobody-of-that-name/rmcore")
+    assert cache_folder() is None
