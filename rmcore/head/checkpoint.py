@@ -103,17 +103,22 @@ def check_digest(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Non
 
     Called last, since what does not fit is told better by what it does not fit.
     """
-    if values.get("digest", _digest(values)) != _digest(values):  # earlier folders have none
+    # Earlier folders have none, or one without the hub's commit.
+    if values.get("digest", _digest(values)) not in (_digest(values), _digest(values, commit=False)):
         raise CheckpointError(
             f"{Path(path) / CONFIG_FILE}: got values of the head, or of how texts become its input, that differ from "
             "those saved by the digest beside them. Copy the file again; limits on length are options of loading"
         )
 
 
-def _digest(values: Mapping[str, Any]) -> str:
-    """sha256 of what of ``rmcore.json`` decides scores: not where the backbone is, nor its limits on length."""
+def _digest(values: Mapping[str, Any], *, commit: bool = True) -> str:
+    """sha256 of what of ``rmcore.json`` decides scores: not where the backbone is, nor its limits on length, but which
+    of the hub's commits it is, unless its files are told.
+    """
     backbone = values.get("backbone")
-    free = ("name", "revision", "max_length", "overlong")
+    free = {"name", "revision", "max_length", "overlong"}
+    if commit and not values.get("backbone_files"):
+        free.remove("revision")
     if isinstance(backbone, Mapping):
         backbone = {name: value for name, value in backbone.items() if name not in free}
     decides = [values.get("kind"), values.get("head"), backbone, values.get("embedded"), values.get("backbone_files")]

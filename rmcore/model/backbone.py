@@ -47,7 +47,16 @@ from rmcore.model.families.tensors import EMBEDDED_HEAD, LANGUAGE_HEAD
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.forward import ForwardPass
 from rmcore.model.hub import folder_of
-from rmcore.model.loading import REMOTE_CODE, Options, choose_attention, configured, gguf_named, load, tree_kinds
+from rmcore.model.loading import (
+    REMOTE_CODE,
+    Options,
+    choose_attention,
+    configured,
+    gguf_named,
+    load,
+    tree_kinds,
+    with_base,
+)
 from rmcore.model.remote import RemoteModel, ServerKind
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
@@ -240,6 +249,7 @@ class Backbone:
         recorded = expected_files or {}
         code = trust_remote_code or any(name.endswith(".py") for name in recorded)
         files = {} if folder is None else folder_digests(folder, code=code, gguf=config.gguf_file)
+        files, options = with_base(files, recorded, options)
         if folder is not None and recorded:
             check_files(folder, recorded, files)
         published: Loaded | None = None
@@ -521,13 +531,17 @@ class Backbone:
         Of a model with PEFT adapters those alone are written, with the name of what they belong to. ``state_dict`` is
         for weights that are gathered from several processes.
 
-        Raises InputError for a server's body and for quantised weights, which are where they came from.
+        Raises InputError for a server's body and for quantised weights, which are where they came from;
+        CheckpointError where transformers refuses, as it does for adapters beside an old peft.
         """
         if self.remote:
             reject("backbone", "'embed' for hidden states from a server", "'name', and the server again when it loads")
         if getattr(self.model, "is_quantized", False) and not hasattr(self.model, "peft_config"):
             reject("backbone", "'embed' for quantised weights", "'name', which loads them from where they are")
-        self.model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": dict(state_dict)}))
+        try:
+            self.model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": dict(state_dict)}))
+        except ValueError as error:  # of adapters, where peft is older than transformers wants it for saving
+            raise CheckpointError(f"backbone: got weights that transformers cannot save ({error})") from error
         self.tokenizer.save_pretrained(folder)
         from safetensors.torch import save_file
 

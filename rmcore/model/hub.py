@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rmcore._base.errors import CheckpointError, reject
 from rmcore._base.version import __version__
+from rmcore.model.folder_files import DECIDING
 
 if TYPE_CHECKING:
     from rmcore.head.frozen import FrozenHead
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "commit_of", "download", "file_of", "folder_of", "hub_failure", "model_card", "upload"]
 
-MODEL_FILES = ("rmcore.json", "head.safetensors")
+MODEL_FILES = ("rmcore.json", "head.safetensors", "error_prior.safetensors")
 ESTIMATOR_FILES = ("estimators/*/*.json", "estimators/*/*.safetensors")
-BACKBONE_FILES = tuple(f"backbone/{end}" for end in ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"))
+BACKBONE_FILES = tuple(f"backbone/{pattern}" for pattern in DECIDING)
 CARD = "README.md"
 _UNREACHED = {"TransportError", "ConnectionError", "Timeout"}  # of httpx, requests, and Python
 
@@ -43,7 +44,7 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None, *, expe
     text = os.fspath(name)
     if not text:
         reject("name", "an empty one", "a hub name or a folder")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which leaves ~nobody as it is
     if path.is_dir():
         if revision is not None:
             reject("revision", f"{revision!r} beside the folder {text!r}", "None for a folder; only the hub has them")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -17,6 +18,7 @@ import torch
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.encoding.tree_attention import Kind
+from rmcore.model.folder_files import BASE
 from rmcore.model.hub import commit_of, files_of, folder_of, hub_failure
 from rmcore.model.libraries import require_libraries
 
@@ -33,6 +35,7 @@ __all__ = [
     "read_model",
     "read_tokenizer",
     "tree_kinds",
+    "with_base",
 ]
 
 REMOTE_CODE = "remote-code"
@@ -88,11 +91,13 @@ class Options:
         cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
         local_files_only: take what is in the cache, and do not ask the hub.
         trust_remote_code: run the Python files that come with a model. False never asks: such a model is an error.
+        base_revision: of a folder with an adapter alone: the hub's commit of the model it belongs to.
     """
 
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    base_revision: str | None = None
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -101,7 +106,24 @@ class Options:
 
     def of(self, config: BackboneConfig) -> dict[str, Any]:
         """What transformers' loaders take for a configuration."""
-        return {**self.hub, "trust_remote_code": self.trust_remote_code, "revision": config.revision}
+        revision = config.revision or self.base_revision
+        return {**self.hub, "trust_remote_code": self.trust_remote_code, "revision": revision}
+
+
+def with_base(
+    files: Mapping[str, str], recorded: Mapping[str, str], options: Options
+) -> tuple[dict[str, str], Options]:
+    """Both with the commit of the model on the hub that an adapter belongs to, where it is one: the recorded one, else
+    that of its default branch now. Raises CheckpointError.
+    """
+    name = files.get(BASE)
+    if name is None or importlib.util.find_spec("peft") is None:  # which loading says
+        return dict(files), options
+    known, _, commit = recorded.get(BASE, "").rpartition("@")
+    if known != name:
+        with _told(BackboneConfig(name)):
+            commit = commit_of(name, None, **options.hub)
+    return {**files, BASE: f"{name}@{commit}"}, replace(options, base_revision=commit)
 
 
 def located(config: BackboneConfig, options: Options) -> BackboneConfig:
@@ -124,7 +146,7 @@ def located(config: BackboneConfig, options: Options) -> BackboneConfig:
 
 def gguf_named(config: BackboneConfig) -> BackboneConfig:
     """``config`` with folder and ``gguf_file`` where its name is the path of a GGUF file."""
-    path = Path(config.name).expanduser()
+    path = Path(os.path.expanduser(config.name))
     if path.suffix != ".gguf" or not path.is_file():
         return config
     return replace(config, name=str(path.resolve().parent), gguf_file=path.name)

@@ -16,7 +16,7 @@ from rmcore.head.estimators import PairEstimator, read_estimators, write_estimat
 from rmcore.head.frozen import FrozenHead
 from rmcore.model.backbone import Backbone, BackboneConfig
 from rmcore.model.error_prior import ErrorPrior, read_error_prior, write_error_prior
-from rmcore.model.folder_files import folder_digests
+from rmcore.model.folder_files import BASE, folder_digests
 from rmcore.model.uncertainties import find_estimator
 
 __all__ = ["ModelParts", "read_model", "write_model"]
@@ -65,6 +65,10 @@ def write_model(
     if embed:
         model.backbone.save(folder / "backbone", state_dict=state_dict)
         files = folder_digests(folder / "backbone")
+        if BASE in files:  # of an adapter: on the hub, at the commit it was loaded from
+            base = f"{config.name}@{config.revision}" if config.revision else model.backbone.files.get(BASE, "")
+            if base.rpartition("@")[0] == files.pop(BASE):
+                files[BASE] = base
         if config.revision is None:  # a path of this machine is nobody else's business
             config = replace(config, name="")
     values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": embed}

@@ -42,6 +42,7 @@ from rmcore.model.encoding.tree_attention import Packing
 from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.error_prior import ErrorPrior
 from rmcore.model.error_prior_fit import error_prior_of
+from rmcore.model.folder_files import BASE, folder_digests
 from rmcore.model.model_folder import ModelParts, read_model, write_model
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.signal import fill_unread
@@ -655,6 +656,12 @@ class RewardModel:
         to = hub.Upload(repo_id, commit_message, branch, private, create_pr)
         with tempfile.TemporaryDirectory() as folder:
             write_model(self._parts(), Path(folder), embed=embed, include_posterior=include_posterior)
+            if embed and any(name.startswith(f"{BASE}/") for name in folder_digests(Path(folder) / "backbone")):
+                reject(
+                    "backbone",
+                    "an adapter of a model in a folder of this machine",
+                    "one of a model on the hub, or merged weights",
+                )
             return hub.upload(Path(folder), hub.model_card(repo_id, self.head, config, embedded=embed), to)
 
     @classmethod

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.cli import app
 from rmcore.model import Backbone, Preference, RewardModel, folder_files
-from rmcore.model.folder_files import folder_digests
+from rmcore.model.folder_files import check_files, folder_digests
 
 PAIRS = [Preference(**row) for row in preference_rows(6)]
 
@@ -64,6 +64,9 @@ CHANGES = {
     add_an_adapter: "adapter_config.json new",
     lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"): "chat_template.jinja new",
     lambda folder: (folder / "model.safetensors").write_bytes(b""): "model.safetensors changed",
+    lambda folder: (folder / "Tokenizer.JSON").write_text("{}"): "Tokenizer.JSON new",
+    lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"): "model.safetensors missing",
+    lambda folder: (folder / "dict.txt").write_text("word 1"): "dict.txt new",
 }
 
 
@@ -104,6 +107,52 @@ def test_code_that_runs_is_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "modeling.py").write_text("1")
     assert set(folder_digests(tmp_path)) == {"config.json"}
     assert set(folder_digests(tmp_path, code=True)) == {"config.json", "modeling.py"}
+
+
+def test_shards_that_an_index_names_elsewhere_are_part_of_it(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    (model / "part").mkdir(parents=True)
+    other.mkdir()
+    for file in (model / "part" / "1.safetensors", other / "2.safetensors"):
+        file.write_bytes(b"tensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "part/1.safetensors", "b": "../other/2.safetensors"}}))
+    before = folder_digests(model)
+    assert set(before) == {index.name, "part/1.safetensors", "../other/2.safetensors"}
+    (other / "2.safetensors").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"with \.\./other/2\.safetensors changed"):
+        check_files(model, before, folder_digests(model))
+    (model / "part" / "1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"with part/1\.safetensors missing"):
+        check_files(model, before, folder_digests(model))
+    for damaged in ("", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(damaged)
+        assert set(folder_digests(model)) == {index.name}
+
+
+def test_an_adapter_is_the_model_below_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_model.safetensors").write_bytes(b"low rank")
+    told = adapter / "adapter_config.json"
+    told.write_text(json.dumps({"base_model_name_or_path": "base"}))
+    monkeypatch.chdir(tmp_path)
+    before = folder_digests(adapter)
+    own = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(before) == own | {"base_model/config.json", "base_model/model.safetensors"}
+    (base / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(CheckpointError, match=r"base_model/model\.safetensors changed"):
+        check_files(adapter, before, folder_digests(adapter))
+    monkeypatch.chdir(base)  # where there is no such folder, and transformers would ask the hub for that name
+    assert folder_digests(adapter)["base_model"] == "base"
+    with pytest.raises(CheckpointError, match=r"base_model/config\.json, base_model/model\.safetensors missing"):
+        check_files(adapter, before, folder_digests(adapter))
+    check_files(adapter, {name: before[name] for name in own}, folder_digests(adapter))  # of an older rmcore
+    (adapter / "config.json").write_text("{}")  # a whole model with an adapter in its folder
+    assert set(folder_digests(adapter)) == own | {"config.json"}
 
 
 def test_trained_weights_are_not_saved_by_the_name_of_the_old_ones(backbone_path: Path, tmp_path: Path) -> None:

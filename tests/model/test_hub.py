@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from support.families import LAYOUTS
 from support.folders import preference_rows
 from support.hub import FakeHub, read_folder
 
 from rmcore import Backbone, Preference, RewardEngine, RewardModel
 from rmcore._base.errors import CheckpointError, InputError
+from rmcore.head import checkpoint
+from rmcore.integrations.training.prepare import with_adapters
 from rmcore.model.hub import folder_of
 
 PROMPTS, RESPONSES = ["red tree"], [["good clear house", "bad vague river", "blue"]]
@@ -171,7 +175,7 @@ def test_a_path_is_never_asked_for_on_the_hub(
     fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for path in (str(tmp_path / "x"), "./x", "../x", "~/no such", "a/b/c", Path("me/rm")):
+    for path in (str(tmp_path / "x"), "./x", "../x", "~/no such", "~nobody-of-that-name/rm", "a/b/c", Path("me/rm")):
         with pytest.raises(CheckpointError, match="no such folder"):
             RewardModel.from_pretrained(path)
         with pytest.raises(CheckpointError, match="no such folder"):
@@ -281,6 +285,65 @@ def test_code_beside_a_backbone_runs_only_where_asked_for(
     assert (tmp_path / "ran").exists()
 
 
+def test_another_commit_written_into_a_model_is_refused(fake_hub: FakeHub, backbone_path: Path, tmp_path: Path) -> None:
+    first = fake_hub.add("they/bert", backbone_path)
+    backbone = Backbone.from_pretrained("they/bert", device="cpu", pooling="mean")
+    model, _ = RewardModel.fit(backbone, [Preference("red", "good", "bad")], num_features=8, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "rm")
+    other = fake_hub.repos["they/bert"].commit({**read_folder(backbone_path), "vocab.txt": b"other"})
+    file = tmp_path / "rm" / "rmcore.json"
+    values = json.loads(file.read_text())
+    for revision in (other, "main", None):
+        values["backbone"]["revision"] = revision
+        file.write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match="differ from those saved by the digest"):
+            load(str(tmp_path / "rm"))
+    values["backbone"] |= {"revision": first, "name": "me/mirror"}  # a commit's hash says what is in it, wherever
+    file.write_text(json.dumps(values))
+    fake_hub.repos["me/mirror"] = fake_hub.repos["they/bert"]
+    assert torch.equal(scores(load(str(tmp_path / "rm"))), scores(model))
+    values["digest"] = checkpoint._digest(values, commit=False)  # of an earlier rmcore
+    file.write_text(json.dumps(values))
+    load(str(tmp_path / "rm"))
+
+
+def with_lora(name: str) -> Backbone:
+    """A backbone with an adapter that changes something."""
+    peft = pytest.importorskip("peft")
+    backbone = Backbone.from_pretrained(name, device="cpu", pooling="mean")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    backbone.model = with_adapters(backbone, lora)
+    backbone.model.eval()
+    return backbone
+
+
+def test_an_adapter_keeps_the_commit_of_the_model_below_it(
+    fake_hub: FakeHub, backbone_path: Path, tmp_path: Path
+) -> None:
+    first = fake_hub.add("they/bert", backbone_path)
+    backbone = with_lora("they/bert")
+    model, _ = RewardModel.fit(backbone, [Preference("red", "good", "bad")], num_features=8, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "rm", backbone="embed")
+    told = json.loads((tmp_path / "rm" / "rmcore.json").read_text())["backbone_files"]
+    assert told["base_model"] == f"they/bert@{first}"
+    changed = read_folder(backbone_path)
+    tensors = load_file(backbone_path / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"] += 1
+    changed["model.safetensors"] = save(tensors, metadata={"format": "pt"})
+    second = fake_hub.repos["they/bert"].commit(changed)
+    loaded = load(str(tmp_path / "rm"))
+    torch.testing.assert_close(scores(loaded), scores(model))
+    shutil.copytree(tmp_path / "rm" / "backbone", tmp_path / "adapter")
+    loaded.backbone.config = replace(loaded.backbone.config, name=str(tmp_path / "adapter"))
+    loaded.save_pretrained(tmp_path / "again")
+    again = load(str(tmp_path / "again"))
+    torch.testing.assert_close(scores(again), scores(model))
+    fresh = Backbone.from_pretrained(str(tmp_path / "adapter"), device="cpu", pooling="mean")
+    assert fresh.files["base_model"] == f"they/bert@{second}"
+    assert fresh.identity != again.backbone.identity, "no state of the one is taken for the other's"
+
+
 # -- up --------------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +364,35 @@ def test_what_was_pushed_is_loaded(fake_hub: FakeHub, model: RewardModel) -> Non
     loaded = load("me/rm")
     assert torch.equal(scores(loaded), scores(model))
     assert loaded.head.posterior is not None
+
+
+@pytest.mark.usefixtures("token")
+def test_all_that_a_model_consists_of_is_pushed_and_fetched(
+    fake_hub: FakeHub, backbone_path: Path, tmp_path: Path
+) -> None:
+    backbone = Backbone.from_pretrained(str(backbone_path), device="cpu", pooling="mean", chat="never")
+    backbone.tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ messages[0] }}"}
+    pairs = [Preference(**row) for row in preference_rows(60)]
+    model, _ = RewardModel.fit(backbone, pairs, num_features=8, dtype=torch.float32, error_prior=True)
+    assert model.error_prior is not None
+    model.add_estimator("laplace", pairs)
+    model.push_to_hub("me/rm")
+    model.save_pretrained(tmp_path / "rm", backbone="embed")
+    assert set(read_folder(tmp_path / "rm")) <= set(fake_hub.repos["me/rm"].files())
+    loaded = load("me/rm")
+    assert loaded.error_prior is not None
+    assert set(loaded.estimators) == {"laplace"}
+    assert set(loaded.backbone.tokenizer.chat_template) == {"default", "other"}
+    assert torch.equal(scores(loaded), scores(model))
+
+
+@pytest.mark.usefixtures("token")
+def test_an_adapter_of_a_folder_is_not_pushed(fake_hub: FakeHub, backbone_path: Path) -> None:
+    backbone = with_lora(str(backbone_path))
+    model, _ = RewardModel.fit(backbone, [Preference("red", "good", "bad")], num_features=8, dtype=torch.float32)
+    with pytest.raises(InputError, match="an adapter of a model in a folder of this machine"):
+        model.push_to_hub("me/rm")
+    assert fake_hub.requests == []
 
 
 @pytest.mark.usefixtures("token")
