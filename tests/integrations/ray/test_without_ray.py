@@ -21,16 +21,19 @@ from rmcore.judge.base import JudgeUsage, Pair, Verdict
 PAIRS = [Pair("p", f"first {k}", "second") for k in range(6)]
 
 
-class Slow:
-    """Says "win" after a moment, at the price of a call a pair; fails on what is told to."""
+class Told:
+    """Says "win" when it is told to, at the price of a call a pair; fails on what is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, answers: bool = True) -> None:
         self.asked: list[Pair] = []
         self.failing: set[str] = set()
+        self.answers = asyncio.Event()
+        if answers:
+            self.answers.set()
 
     async def judge(self, pairs):
         self.asked += pairs
-        await asyncio.sleep(0.01)
+        await self.answers.wait()
         return [
             Verdict.none("down", JudgeUsage(calls=1)) if pair.first in self.failing
             else Verdict.of("win", usage=JudgeUsage(calls=1)) for pair in pairs
@@ -38,15 +41,21 @@ class Slow:
 
 
 def test_a_question_is_asked_once_whoever_asks():
-    judge = Slow()
+    judge = Told(answers=False)
     judge.failing = {"first 1"}
 
     async def scenario():
         shared = SharedJudge(lambda: judge)
         killed = asyncio.ensure_future(shared.judge(PAIRS[:3]))
-        await asyncio.sleep(0.001)
+        while len(judge.asked) < 3:
+            await asyncio.sleep(0)
         killed.cancel()  # its actor was killed: what it asked is paid for
-        both = await asyncio.gather(shared.judge(PAIRS[:3]), shared.judge([*PAIRS[2:5], PAIRS[4]]))
+        questions = PAIRS[:3], [*PAIRS[2:5], PAIRS[4]]
+        waiting = [asyncio.ensure_future(shared.judge(pairs)) for pairs in questions]
+        while len(judge.asked) < 5:  # both have asked: only now is anything answered
+            await asyncio.sleep(0)
+        judge.answers.set()
+        both = await asyncio.gather(*waiting)
         judge.failing = set()
         return shared, both, await shared.judge(PAIRS[:3])
 
@@ -63,7 +72,7 @@ def test_a_budget_holds_over_all_and_over_a_restart(tmp_path):
     file = tmp_path / "budget.json"
 
     def started():
-        return SharedJudge(Slow, lambda: [Budget(4, "calls", max_per_pair=1)], file)
+        return SharedJudge(Told, lambda: [Budget(4, "calls", max_per_pair=1)], file)
 
     async def ask(shared, pairs):
         return [verdict.reason for verdict in await shared.judge(pairs)]
@@ -75,7 +84,7 @@ def test_a_budget_holds_over_all_and_over_a_restart(tmp_path):
     assert second.stats()["refused"] == 2
     assert json.loads(file.read_text())[0]["total"] == 4
     with pytest.raises(InputError, match="the state of 0 budgets"):
-        SharedJudge(Slow, state=file)
+        SharedJudge(Told, state=file)
 
 
 def test_a_deadline_is_carried_as_seconds_from_now():
@@ -93,7 +102,7 @@ def test_a_deadline_is_carried_as_seconds_from_now():
     assert asyncio.run(ActorJudge(Actor()).judge([pair, PAIRS[1]]))[0].preference == 1
     assert 4 < sent[0].deadline <= 5
     assert sent[1].deadline is None
-    judge = Slow()
+    judge = Told()
     asyncio.run(SharedJudge(lambda: judge).judge(sent))
     assert 4 < judge.asked[0].deadline - time.monotonic() <= 5
 
@@ -105,7 +114,7 @@ GROUPS = [
 
 
 def engine(reward_model):
-    return RewardEngine(reward_model, Slow(), BudgetRouter(fraction=0.5, by="u"))
+    return RewardEngine(reward_model, Told(), BudgetRouter(fraction=0.5, by="u"))
 
 
 def test_a_batch_of_columns_is_scored_as_the_engine_does(reward_model):
@@ -130,7 +139,7 @@ def test_a_batch_of_columns_is_scored_as_the_engine_does(reward_model):
     with pytest.raises(InputError, match="outputs: got"):
         Scorer(lambda: engine(reward_model), outputs=("reward",))
     with pytest.raises(InputError, match="they are the engine's"):
-        Scorer(lambda: engine(reward_model), Slow())
+        Scorer(lambda: engine(reward_model), Told())
 
 
 def test_chunks_are_the_batches_of_one_process(reward_model, tmp_path):
