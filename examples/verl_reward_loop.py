@@ -87,7 +87,7 @@ def run(workers: int, groups: int) -> float:
     ]
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # The workers find rmcore, and this file's neighbours, where this process does.
-    ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=workers + 1, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
             policy, model = make_policy(Path(folder, "policy")), Path(folder, "model")

@@ -31,7 +31,7 @@ def ray() -> Iterator[Any]:
     found = pytest.importorskip("ray", reason="ray is not installed (make test-trainers)")
     pytest.importorskip("verl", reason="verl is not installed (make test-trainers)")
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    found.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield found
     found.shutdown()
 
