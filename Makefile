@@ -137,7 +137,7 @@ $(NEMO_GYM)/.done:
 	@touch $@
 
 test-nemo-gym: $(VENV)/.dev $(NEMO_GYM)/.done
-	RMCORE_NEMO_GYM_PYTHON=$(NEMO_GYM)/bin/python $(BIN)/python -m pytest -v -rs tests/integrations/server/test_nemo_gym.py
+	RMCORE_NEMO_GYM_PYTHON=$(NEMO_GYM)/bin/python $(BIN)/python -m pytest -v -rs tests/integrations/server/test_nemo_gym.py tests/integrations/server/test_nemo_gym_run.py
 
 # Ray in an environment of its own, over the other's packages: it is large, and nothing else needs it.
 test-ray: $(VENV)/.dev

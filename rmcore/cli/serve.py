@@ -73,6 +73,14 @@ def serve(
             "--nemo-gym", help="Also speak NeMo-Gym's genrm_compare: /compare, /verify in cohorts of --group-size."
         ),
     ] = False,
+    nemo_gym_bonus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="With --nemo-gym: what short and plain responses get, by the names of genrm_compare's configuration, "
+            "as in answer_bonus=0.1.",
+        ),
+    ] = None,
     peers: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +124,7 @@ def serve(
     with reported_errors():
         from rmcore.engine.learning.follow import following, served_from
         from rmcore.integrations.server import run
+        from rmcore.integrations.server.gym_bonuses import bonuses_of
         from rmcore.integrations.server.settings import END_TOKENS, ServeSettings
 
         on_ray.check()
@@ -146,6 +155,7 @@ def serve(
             max_responses=max_responses,
             max_chars=max_chars,
             nemo_gym=nemo_gym,
+            gym_bonuses=bonuses_of(nemo_gym_bonus or ()),
             peers=() if peers is None else tuple(url.strip() for url in peers.split(",")),
             advertise=advertise,
         )

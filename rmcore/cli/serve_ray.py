@@ -118,6 +118,7 @@ def serve_on_ray(
             model=Path(model).name,
             journal=None if journal is None else journal.resolve(),
             principle=judging.judge_principle,
+            takes_principles=judging.judge_url is not None,
         )
         if journal is not None:
             stack.enter_context(following(journal, server.publish))

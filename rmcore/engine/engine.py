@@ -39,7 +39,7 @@ from rmcore.engine.state import engine_state, load_engine_file, load_engine_stat
 from rmcore.engine.steps import plan, route, score_pairs
 from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
-from rmcore.judge.base import Judge
+from rmcore.judge.base import Judge, takes_principles
 from rmcore.model.critiques import Critiques
 from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.reward_model import RewardModel
@@ -190,6 +190,7 @@ class RewardEngine:
         responses: Sequence[Sequence[Response]],
         *,
         critiques: Critiques | None = None,
+        principles: Sequence[str] | None = None,
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
         on_error: OnError = "raise",
@@ -210,6 +211,7 @@ class RewardEngine:
             critiques: for each response its critiques, each a text that is read behind it
                 (:mod:`rmcore.model.critiques`). Preferences are means over them, and u counts how far they differ. In
                 concat mode one at most.
+            principles: for each group what the judge is to judge it by, empty for its own. The head knows of none.
             max_length: most tokens of a text in this call; None is the backbone's own limit.
             overlong: what happens to longer ones (:data:`~rmcore.model.text.OverlongPolicy`); None is the backbone's.
                 With ``no-reward`` such a response has no preference but what a judge says, and its siblings are scored
@@ -227,7 +229,8 @@ class RewardEngine:
                 before a judge is asked and before a step of the router begins.
             NonFiniteError: the backbone produced NaN or Inf and ``nonfinite`` is ``raise``.
         """
-        return self._run(self._call_with_texts(prompts, responses, critiques, max_length, overlong, on_error, progress))
+        given = critiques, principles, max_length, overlong, on_error, progress
+        return self._run(self._call_with_texts(prompts, responses, *given))
 
     async def score_async(
         self,
@@ -235,6 +238,7 @@ class RewardEngine:
         responses: Sequence[Sequence[Response]],
         *,
         critiques: Critiques | None = None,
+        principles: Sequence[str] | None = None,
         max_length: int | None = None,
         overlong: OverlongPolicy | None = None,
         on_error: OnError = "raise",
@@ -245,9 +249,8 @@ class RewardEngine:
         Cancelling it cancels the judge's calls and stops the backbone after its current forward pass; when the
         CancelledError comes out, neither a thread nor a task is left.
         """
-        return await self._run_async(
-            self._call_with_texts(prompts, responses, critiques, max_length, overlong, on_error, progress)
-        )
+        given = critiques, principles, max_length, overlong, on_error, progress
+        return await self._run_async(self._call_with_texts(prompts, responses, *given))
 
     def score_hidden(
         self,
@@ -407,6 +410,7 @@ class RewardEngine:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         critiques: Critiques | None,
+        principles: Sequence[str] | None,
         max_length: int | None,
         overlong: OverlongPolicy | None,
         on_error: OnError,
@@ -421,6 +425,10 @@ class RewardEngine:
         call.check_texts(prompts, responses)
         if critiques is not None:
             call.check_critiques(critiques)
+        if principles is not None:
+            if any(principles) and not takes_principles(self.judge):
+                reject("principles", "some", "None: there is no judge that takes them")
+            call.check_principles(principles)
         return call
 
     def _call_with_rows(

@@ -84,7 +84,7 @@ class JudgeQueue:
         submission = Submission([])
         for question in questions:
             # Texts may be long and many: a digest is kept, not the text. repr, because it cannot fail on any text.
-            text = repr((question.prompt, question.first, question.second))
+            text = repr((question.prompt, question.first, question.second, question.principle))
             key = hashlib.sha256(text.encode()).digest()
             if key not in self._slots:
                 self._slots[key] = len(self.verdicts)

@@ -169,6 +169,8 @@ class ScoreCall:
     responses: Sequence[Sequence[Response]] | None = None
     critiques: list[list[tuple[str, ...]]] | None = None
     """Of each group's responses, where these are scored behind critiques."""
+    principles: list[str] | None = None
+    """What the judge is to judge each group by; an empty one for its own."""
     counts: StateCounts | None = None
     """How many states each response has, where that is not one each."""
     progress: Progress | None = None
@@ -238,6 +240,16 @@ class ScoreCall:
         if self.head.config.mode == "difference":
             self.counts = StateCounts.of(self.critiques)
 
+    def check_principles(self, principles: Sequence[str]) -> None:
+        """Take a principle a group; raises InputError for what is none."""
+        if isinstance(principles, str) or len(principles) != len(self.sizes) + len(self.errors):
+            expected = f"{len(self.sizes) + len(self.errors)} texts, one a group"
+            reject("principles", "one text" if isinstance(principles, str) else len(principles), expected)
+        for k, principle in enumerate(principles):
+            if not isinstance(principle, str):
+                reject(f"principles[{k}]", type(principle).__name__, "a text, empty for the judge's own")
+        self.principles = [own for k, own in enumerate(principles) if k not in self.errors]
+
     def check_states(self, states: object) -> None:
         """Take how many hidden rows each response has; raises InputError for what does not fit the groups."""
         if self.head.config.mode != "difference":
@@ -301,6 +313,8 @@ class ScoreCall:
             self.sizes = [self.sizes[k] for k in left]
         if self.critiques is not None:
             self.critiques = [self.critiques[k] for k in left]
+        if self.principles is not None:
+            self.principles = [self.principles[k] for k in left]
         if self.counts is not None:
             self.counts = self.counts.part(left)
         prompts, responses = self._texts()
@@ -461,6 +475,7 @@ class ScoreCall:
                     uncertainty=u,
                     preference=p if math.isfinite(p) else None,
                     deadline=self.deadline,
+                    principle="" if self.principles is None else self.principles[group],
                 )
             )
         part.submission = self.queue.submit(questions)

@@ -29,6 +29,7 @@ __all__ = [
     "close_judge",
     "isolated_verdicts",
     "log_judge_error",
+    "takes_principles",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -44,9 +45,12 @@ Outcome: TypeAlias = Literal["win", "loss", "tie"]
 class Pair:
     """One question to a judge: which of two responses to ``prompt`` is better?
 
-    Only ``prompt``, ``first`` and ``second`` reach the judge model. The rest is for whoever stands between:
+    Only ``prompt``, ``first``, ``second`` and ``principle`` reach the judge model. The rest is for whoever stands
+    between:
 
     Attributes:
+        principle: what this pair is to be judged by, instead of the judge's own; empty for that. Only judges that
+            :func:`takes_principles` says so of read it.
         id: the caller's own name for the pair, empty if there is none.
         uncertainty: the head's u, if there is one: which tier of judges a pair is for.
         preference: the head's p̃ from the first response's side, in logits: what a verdict is compared with.
@@ -61,6 +65,7 @@ class Pair:
     uncertainty: float | None = None
     preference: float | None = None
     deadline: float | None = None
+    principle: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,15 @@ class Judge(Protocol):
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Compare each pair."""
         ...
+
+
+def takes_principles(judge: object) -> bool:
+    """Whether a judge judges a pair by its own ``principle``: it says so (``takes_principles``), or those behind it."""
+    said = getattr(judge, "takes_principles", None)
+    if said is not None:
+        return bool(said)
+    behind = [tier.judge for tier in getattr(judge, "tiers", ())] or [getattr(judge, "inner", None)]
+    return all(one is not None and takes_principles(one) for one in behind)
 
 
 async def checked_verdicts(judge: Judge, pairs: Sequence[Pair], *, name: str = "judge") -> list[Verdict]:

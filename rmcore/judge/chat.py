@@ -207,6 +207,9 @@ class ChatJudge:
         self._own_store = isinstance(store, (str, Path))
         self.store = open_store(store, deadline_s)
 
+    takes_principles = True
+    """A pair's ``principle`` stands in its question, in place of the judge's own."""
+
     def __repr__(self) -> str:
         return (
             f"ChatJudge({self.client.exchange!r}, model={self.model!r}, orders={self.orders!r}, "
@@ -235,7 +238,7 @@ class ChatJudge:
         ruled = {index: Asked(rule=verdict) for index, verdict in enumerate(found) if verdict is not None}
         self._dialect.add(Counter(asked.verdict.reason for asked in ruled.values()))
         asked = {index: await self._questions(index, pair) for index, pair in enumerate(pairs) if index not in ruled}
-        fits = {index: Fit() for index in asked}
+        fits = {index: Fit(aside=self.context.tokens(pairs[index].principle)) for index in asked}
         queue = deque(question for questions in asked.values() for question in questions)
         answers: dict[_Call, Reply] = {}
 
@@ -337,7 +340,9 @@ class ChatJudge:
         first, second = (pair.second, pair.first) if exchange else (pair.first, pair.second)
         cut = cut.exchanged() if exchange else cut
         principles: tuple[str, ...] = ()
-        if self.constitution is not None:
+        if pair.principle:
+            principles = (pair.principle,)
+        elif self.constitution is not None:
             principles = await large.call(self.constitution.drawn, pair.prompt, first, second)
         call = partial(self._call, pair.prompt, first, second, deadline, cut, answer_tokens, principles)
         if self.store is None:

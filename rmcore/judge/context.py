@@ -51,11 +51,13 @@ class Fit:
         cut: what is left out, from the side of the pair as it was given; ``None``: it cannot be made to fit.
         limit: tokens of the context it was cut for.
         refusals: how often it was too long.
+        aside: tokens of what stands in this question besides its texts and the template.
     """
 
     cut: Cut | None = NO_CUT
     limit: int | None = None
     refusals: int = 0
+    aside: int = 0
     scale: float = 1.0
     learnt: bool = False
     paid: bool = False
@@ -147,6 +149,10 @@ class ContextWindow:
                 await self._plan(fit, texts, parts, limit)
             return fit.cut is not None and fit.cut != shown
 
+    def tokens(self, text: str) -> int:
+        """How many a text has; 0 for none."""
+        return self._count(text) if text else 0
+
     def answered(self, fit: Fit) -> None:
         """``fit`` was shown and answered: what it was cut for is the context from now on."""
         if fit.learnt and fit.limit is not None:
@@ -184,7 +190,7 @@ class ContextWindow:
     async def _plan(self, fit: Fit, texts: tuple[str, str, str], parts: tuple[int, int, int], limit: int) -> None:
         fit.limit = limit
         answer = min(self._answer, limit // 2) if self._answer is not None else min(_ANSWER, limit // 4)
-        room = int((limit - answer - self._template()) * fit.scale - limit * 0.01)
+        room = int((limit - answer - self._template() - fit.aside) * fit.scale - limit * 0.01)
         fit.cut = await _aside(cut_to_fit, texts, parts, room, self._size) if room > 0 else None
 
     def _texts(self, pair: Pair) -> tuple[tuple[str, str, str], tuple[int, int, int]]:

@@ -21,7 +21,7 @@ from rmcore._base.errors import reject
 from rmcore._base.files import write_atomic
 from rmcore.engine.routing import Budget
 from rmcore.integrations.ray.cluster import ray_module
-from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, checked_verdicts, close_judge
+from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, checked_verdicts, close_judge, takes_principles
 from rmcore.judge.keys import pair_key
 
 __all__ = ["BUDGET", "ActorJudge", "SharedJudge", "start_judge"]
@@ -50,11 +50,13 @@ class SharedJudge:
         if inner is None:
             reject("make", "None", "what makes a judge")
         self.inner = inner
+        self.takes_principles = takes_principles(inner)
         self.budgets = list(budgets())
         self.usage = JudgeUsage()
         self.asked = self.repeated = self.refused = 0
         self._state = state
         self._answers: dict[str, asyncio.Future[Verdict]] = {}
+        self._asking: set[asyncio.Task[None]] = set()
         if state is not None and state.exists():
             kept = json.loads(state.read_text(encoding="utf-8"))
             if not isinstance(kept, list) or len(kept) != len(self.budgets):
@@ -63,11 +65,17 @@ class SharedJudge:
                 budget.load_state_dict(known, str(state))
 
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """One verdict a pair, in order; deadlines are seconds from now."""
+        """One verdict a pair, in order; deadlines are seconds from now.
+
+        A pair with a principle of its own, which the real judge would not read, has none (``no_principles``).
+        """
+        if not self.takes_principles and any(pair.principle for pair in pairs):
+            others = iter(await self.judge([pair for pair in pairs if not pair.principle]))
+            return [Verdict.none("no_principles") if pair.principle else next(others) for pair in pairs]
         loop, mine = asyncio.get_running_loop(), {}
         waited: list[asyncio.Future[Verdict]] = []
         for pair in pairs:
-            key = pair_key(pair.prompt, pair.first, pair.second)
+            key = f"{pair_key(pair.prompt, pair.first, pair.second)}{pair.principle}"
             if key not in self._answers:
                 self._answers[key] = loop.create_future()
                 mine[key] = replace(pair, deadline=None if pair.deadline is None else time.monotonic() + pair.deadline)
@@ -77,7 +85,9 @@ class SharedJudge:
         own = {id(self._answers[key]) for key in mine}
         if mine:
             # A task of its own: what was asked is paid for, so it is kept even if the scorer that asked is killed.
-            asyncio.ensure_future(self._ask(mine))  # noqa: RUF006 - the futures that it sets are waited for
+            asking = asyncio.ensure_future(self._ask(mine))
+            self._asking.add(asking)  # the loop itself holds tasks weakly
+            asking.add_done_callback(self._asking.discard)
         found = await asyncio.gather(*(asyncio.shield(future) for future in waited))
         verdicts = []
         for verdict, future in zip(found, waited, strict=True):
@@ -144,6 +154,9 @@ class ActorJudge:
     Args:
         actor: its handle.
     """
+
+    takes_principles = True
+    """The judge behind it says of each pair whether it does."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor

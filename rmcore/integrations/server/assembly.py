@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TypeAlias
 
 from rmcore._base.clock import Clock, SystemClock
@@ -34,7 +34,7 @@ from rmcore.integrations.server.members import (
     OpenGroup,
     Outcome,
     Slot,
-    prompt_digest,
+    group_digest,
     text_digest,
 )
 
@@ -42,8 +42,9 @@ __all__ = ["AssemblyStats", "BusyError", "ConflictError", "GroupAssembly", "Late
 
 log = logging.getLogger(__name__)
 
-Score: TypeAlias = Callable[[Prompt, Sequence[Response]], Awaitable[GroupScore]]
-"""Scores one group; batching across groups is its business."""
+Score: TypeAlias = Callable[..., Awaitable[GroupScore]]
+"""Scores one group: ``score(prompt, responses)``, with ``principle=`` where it has one of its own; batching across
+groups is its business."""
 
 
 class GroupAssembly:
@@ -109,7 +110,16 @@ class GroupAssembly:
         return sum(not group.closed for group in self._groups.values())
 
     async def join(
-        self, group_id: Hashable, slot: int, size: int, prompt: Prompt, response: Response, *, attempt: Hashable = 0
+        self,
+        group_id: Hashable,
+        slot: int,
+        size: int,
+        prompt: Prompt,
+        response: Response,
+        *,
+        attempt: Hashable = 0,
+        principle: str = "",
+        note: object = None,
     ) -> MemberResult:
         """Wait for the group ``(group_id, attempt)`` and return this member's part.
 
@@ -120,9 +130,11 @@ class GroupAssembly:
             prompt: the same for all members.
             response: this member's text.
             attempt: a new value makes a new group of the same id (a later epoch, a resampled prompt).
+            principle: what its judge is to judge the group by, the same for all members; empty for the judge's own.
+            note: of this member; each of its siblings is told all of them.
 
         Raises:
-            ConflictError: size, prompt or the slot's response contradict what came before.
+            ConflictError: size, prompt, principle or the slot's response contradict what came before.
             InputError: a bad slot, or the group cannot be scored.
             LateError: the group was scored without this slot.
             BusyError: too many members wait, or the assembly is draining and the group is new.
@@ -135,12 +147,14 @@ class GroupAssembly:
         self._forget_old()
         key = ("id", group_id, attempt)
         group = self._groups.get(key)
+        digest = group_digest(prompt, principle)
         if group is None:
-            group = self._open(key, prompt, prompt_digest(prompt), size)
+            group = self._open(key, prompt, digest, size, principle)
         elif group.size != size:
             raise ConflictError(f"size: got {size}, expected {group.size}, as its siblings of group {group_id!r} said")
-        elif group.digest != prompt_digest(prompt):
-            raise ConflictError(f"prompt: got another prompt, expected that of its siblings of group {group_id!r}")
+        elif group.digest != digest:
+            what = "principle" if group.digest == group_digest(prompt, group.principle) else "prompt"
+            raise ConflictError(f"{what}: got another {what}, expected that of its siblings of group {group_id!r}")
         known = group.slots.get(slot)
         if known is not None:
             if known.digest != text_digest(response):
@@ -149,10 +163,19 @@ class GroupAssembly:
                 )
             self.stats.retries += 1
         else:
-            self._add(group, slot, response)
+            self._add(group, slot, response, note)
         return await self._wait(group, slot)
 
-    async def join_by_content(self, prompt: Prompt, response: Response, size: int) -> MemberResult:
+    async def join_by_content(
+        self,
+        prompt: Prompt,
+        response: Response,
+        size: int,
+        *,
+        kin: str | int | None = None,
+        principle: str = "",
+        note: object = None,
+    ) -> MemberResult:
         """Wait for a group of ``size`` responses to ``prompt`` and return this one's part.
 
         Equal responses are members of their own. A call is taken for the repetition of an earlier one, and shares its
@@ -160,6 +183,14 @@ class GroupAssembly:
         again only after the first call is known to be over here, a second later, say. Where an answer was lost and
         nobody noticed, its repetition finds no siblings; at the time limit it gets the result of the earlier group that
         its text was in, rather than that of a group of its own.
+
+        Args:
+            prompt: the same for all members.
+            response: this member's text.
+            size: how many members the group has.
+            kin: what else they have in common, a task's name, say.
+            principle: as in :meth:`join`, as is ``note``; members of another one are of another group.
+            note: of this member.
 
         Raises:
             InputError: a bad size, or the group cannot be scored.
@@ -169,7 +200,7 @@ class GroupAssembly:
             reject("size", size, "at least 1")
         response = canonical_response(response)
         self._forget_old()
-        name, digest = prompt_digest(prompt), text_digest(response)
+        name, digest = group_digest(prompt, principle, kin), text_digest(response)
         self._forget_abandoned(name)
         groups = self._by_prompt.get(name, [])
         for group in groups:
@@ -180,11 +211,11 @@ class GroupAssembly:
         filling = next((g for g in groups if not g.closed and len(g.slots) < g.size and g.size == size), None)
         if filling is None:
             self._serial += 1
-            filling = self._open(("content", name, self._serial), prompt, name, size)
+            filling = self._open(("content", name, self._serial), prompt, name, size, principle)
             filling.by_content = True
             self._by_prompt.setdefault(name, []).append(filling)
         slot = next(k for k in range(size) if k not in filling.slots)
-        self._add(filling, slot, response)
+        self._add(filling, slot, response, note)
         return await self._wait(filling, slot)
 
     async def drain(self, within_s: float | None = None) -> None:
@@ -210,18 +241,18 @@ class GroupAssembly:
         await self.clock.sleep(seconds)
         self._cut_short.set()
 
-    def _open(self, key: Hashable, prompt: Prompt, digest: str, size: int) -> OpenGroup:
+    def _open(self, key: Hashable, prompt: Prompt, digest: str, size: int, principle: str) -> OpenGroup:
         if self._draining:
             self.stats.refused += 1
             raise BusyError("draining: no new groups are taken", 1.0)
-        group = OpenGroup(key, prompt, digest, size, self.clock.now() + self.time_limit_s)
+        group = OpenGroup(key, prompt, digest, size, self.clock.now() + self.time_limit_s, principle)
         self._groups[key] = group
         group.task = asyncio.create_task(self._run(group), name="rmcore group")
         # Somebody may have gone away before the end: nobody is then left to look at the exception.
         group.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return group
 
-    def _add(self, group: OpenGroup, slot: int, response: Canonical) -> None:
+    def _add(self, group: OpenGroup, slot: int, response: Canonical, note: object) -> None:
         if group.closed:
             self.stats.late_members += 1
             raise LateError(
@@ -232,7 +263,7 @@ class GroupAssembly:
             self.stats.refused += 1
             self._close_if_empty(group)
             raise BusyError(f"{self._waiting} members wait already", min(self.time_limit_s, 5.0))
-        group.slots[slot] = Slot(text_digest(response), response)
+        group.slots[slot] = Slot(text_digest(response), response, note)
         group.resent = group.resent or RESENT.get()
         self.stats.members += 1
         if len(group.slots) == group.size:
@@ -277,9 +308,11 @@ class GroupAssembly:
             self.stats.partial_groups += 1
             log.warning("scored %d of %d members: the time limit passed", len(slots), group.size)
         assert group.prompt is not None
-        result = await self.score(group.prompt, [group.slots[slot].text or "" for slot in slots])
+        own = {"principle": group.principle} if group.principle else {}
+        result = await self.score(group.prompt, [group.slots[slot].text or "" for slot in slots], **own)
         self.stats.groups += 1
-        return Outcome(result, slots, {slot: row for row, slot in enumerate(slots)})
+        notes = tuple(group.slots[slot].note for slot in slots)
+        return Outcome(result, slots, {slot: row for row, slot in enumerate(slots)}, notes)
 
     def _answered_before(self, group: OpenGroup) -> Outcome | None:
         """For members by content whose siblings did not come: the latest outcome of a whole group with their texts."""
@@ -298,7 +331,7 @@ class GroupAssembly:
             else:
                 self.stats.recovered += len(rows)
                 log.warning("%d members came a second time without their siblings; they share the result", len(rows))
-                return Outcome(earlier.outcome.score, earlier.outcome.slots, rows)
+                return Outcome(earlier.outcome.score, earlier.outcome.slots, rows, earlier.outcome.notes)
         return None
 
     async def _until_whole(self, group: OpenGroup) -> None:
@@ -320,7 +353,7 @@ class GroupAssembly:
             # Shielded: a caller that is cancelled leaves the group alone.
             outcome = await asyncio.shield(group.task)
             member.delivered = True
-            return MemberResult(outcome.score, outcome.rows[slot], outcome.slots, group.size, member)
+            return MemberResult(outcome.score, outcome.rows[slot], outcome.slots, group.size, member, outcome.notes)
         finally:
             member.waiters -= 1
             member.left_at = self.clock.now()

@@ -15,6 +15,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, reject
@@ -74,6 +75,7 @@ class BatchStats:
 class _Request:
     prompt: Canonical
     responses: Sequence[Canonical]
+    principle: str
     characters: int
     arrived: float
     future: asyncio.Future[ScoredGroup]
@@ -153,22 +155,25 @@ class BatchScorer:
         low, high = _RETRY_AFTER_S
         return 1.0 if self._pace_s is None else min(max(self._pace_s * (len(self._queue) + 1), low), high)
 
-    async def score(self, prompt: Prompt, responses: Sequence[Response], *, admitted: bool = False) -> GroupScore:
+    async def score(
+        self, prompt: Prompt, responses: Sequence[Response], *, principle: str = "", admitted: bool = False
+    ) -> GroupScore:
         """Score one group in the next batch that has room.
 
         Args:
             prompt: text or message list.
             responses: K ≥ 1 texts.
+            principle: what the judge is to judge it by, empty for its own.
             admitted: the group was accepted earlier, so neither a full queue nor draining refuses it.
 
         Raises:
             InputError: the group cannot be scored. Its batch mates are none the wiser.
             BusyError: ``max_queue`` groups wait, or the scorer is draining.
         """
-        return (await self.submit([(prompt, responses)], admitted=admitted))[0].group
+        return (await self.submit([(prompt, responses)], principle=principle, admitted=admitted))[0].group
 
     async def submit(
-        self, groups: Sequence[tuple[Prompt, Sequence[Response]]], *, admitted: bool = False
+        self, groups: Sequence[tuple[Prompt, Sequence[Response]]], *, principle: str = "", admitted: bool = False
     ) -> list[ScoredGroup]:
         """Score several groups, in as few batches as there is room for; all are accepted or none is.
 
@@ -181,7 +186,7 @@ class BatchScorer:
         """
         prompts, responses = canonical_groups([prompt for prompt, _ in groups], [texts for _, texts in groups])
         self._admit(len(groups), admitted)
-        requests = [self._enqueue(prompt, texts) for prompt, texts in zip(prompts, responses, strict=True)]
+        requests = [self._enqueue(prompt, texts, principle) for prompt, texts in zip(prompts, responses, strict=True)]
         try:
             return await asyncio.gather(*(request.future for request in requests))
         except InputError as error:
@@ -216,10 +221,10 @@ class BatchScorer:
             self.stats.refused_groups += count
             raise BusyError(f"{len(self._queue)} groups wait already", self.retry_after_s)
 
-    def _enqueue(self, prompt: Canonical, responses: Sequence[Canonical]) -> _Request:
+    def _enqueue(self, prompt: Canonical, responses: Sequence[Canonical], principle: str) -> _Request:
         characters = len(responses) * text_length(prompt) + sum(map(text_length, responses))
         future: asyncio.Future[ScoredGroup] = asyncio.get_running_loop().create_future()
-        request = _Request(prompt, responses, characters, self.clock.now(), future)
+        request = _Request(prompt, responses, principle, characters, self.clock.now(), future)
         self._queue.append(request)
         self._characters += characters
         if self._is_full():
@@ -318,8 +323,10 @@ class BatchScorer:
                     loop.call_soon_threadsafe(permit.free)
 
         prompts, responses = [request.prompt for request in batch], [request.responses for request in batch]
+        principles = [request.principle for request in batch]
+        how: dict[str, Any] = {"principles": principles} if any(principles) else {}
         try:
-            scores = await self.engine.score_async(prompts, responses, on_error="return", progress=progress)
+            scores = await self.engine.score_async(prompts, responses, on_error="return", progress=progress, **how)
         except Exception as error:  # not one group's: the backbone out of memory, a router that fails
             self._fail(batch, error)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ __all__ = [
     "OpenGroup",
     "Outcome",
     "Slot",
+    "group_digest",
     "prompt_digest",
     "text_digest",
 ]
@@ -57,6 +59,7 @@ class MemberResult:
         index: this member's row.
         slots: which slots were present, in order; shorter than ``size`` if the time limit passed.
         size: how many there should have been.
+        notes: what each row's member came with.
     """
 
     group: GroupScore
@@ -64,6 +67,7 @@ class MemberResult:
     slots: tuple[int, ...]
     size: int
     _slot: Slot | None = field(default=None, repr=False, compare=False)
+    notes: tuple[object, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -97,6 +101,7 @@ class Slot:
 
     digest: bytes
     text: Canonical | None  # until the group is scored
+    note: object = None
     waiters: int = 0
     delivered: bool = False
     left_at: float = 0.0
@@ -104,11 +109,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A scored group: the slots present, and the row of each member."""
+    """A scored group: the slots present, and the row of each member; their notes, a row each."""
 
     score: GroupScore
     slots: tuple[int, ...]
     rows: dict[int, int]
+    notes: tuple[object, ...] = ()
 
 
 @dataclass(eq=False)
@@ -117,9 +123,10 @@ class OpenGroup:
 
     key: Hashable
     prompt: Prompt | None  # until it is scored
-    digest: str  # of the prompt
+    digest: str  # of the prompt, and what else its members have in common
     size: int
     deadline: float
+    principle: str = ""
     by_content: bool = False
     resent: bool = False
     slots: dict[int, Slot] = field(default_factory=dict)
@@ -135,6 +142,17 @@ def text_digest(response: Response) -> bytes:
     if isinstance(canonical, str):
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
     return hashlib.sha256(b"\xff" + canonical_json(canonical).encode("ascii")).digest()  # no text begins with that byte
+
+
+def group_digest(prompt: Prompt, *kin: object) -> str:
+    """sha256 of a prompt and of JSON values that the members of a group have in common besides; of none: the prompt's.
+
+    Raises InputError for what is no prompt.
+    """
+    digest = prompt_digest(prompt)
+    if all(one in (None, "") for one in kin):
+        return digest
+    return hashlib.sha256(json.dumps([digest, *kin], separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def prompt_digest(prompt: Prompt) -> str:

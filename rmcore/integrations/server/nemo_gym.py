@@ -6,9 +6,12 @@
 
 Only pairs that the router is unsure of go to the generative reward model behind it; the others have the reward model's
 own preference. A reward is on GenRM's scale from 1 to 5: 1 + 4 · (mean probability of beating a sibling), so group
-means and differences are what a trainer of NeMo-RL expects. Each comparison is told as ``score_1``, ``score_2``
-(3 ± 2J) and ``ranking``, with ``decided_by`` and, where the GenRM gave no verdict, ``reason``: a reply that cannot be
-read leaves the reward model's preference and is counted, and never becomes 3.0 and 3.5.
+means and differences are what a trainer of NeMo-RL expects; and what ``gym_bonuses`` add for length and style. A
+request may have a ``principle`` of its own, by which the GenRM judges its pairs.
+
+Each comparison is told as ``score_1``, ``score_2`` (3 ± 2J) and ``ranking``, with ``decided_by`` and, where the GenRM
+gave no verdict, ``reason``: a reply that cannot be read leaves the reward model's preference and is counted, and never
+becomes 3.0 and 3.5.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ from rmcore._base import large
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt
 from rmcore.engine.groups import GroupScore
+from rmcore.integrations.server.gym_bonuses import Shape
 from rmcore.integrations.server.members import prompt_digest
-from rmcore.integrations.server.schema import error_response, json_response, win_rates
+from rmcore.integrations.server.schema import check_encodable, error_response, json_response, win_rates
 from rmcore.integrations.server.service import RewardService
+from rmcore.judge.base import takes_principles
 from rmcore.judge.question.genrm import scores_of
 
 _MIDDLE = 3.0
@@ -53,6 +58,7 @@ class VerifyRequest(BaseModel):
     responses_create_params: dict[str, Any]
     response: dict[str, Any]
     principle: str | None = None
+    task_index: int | None = Field(default=None, alias="_ng_task_index")
     rollout_index: int | None = Field(default=None, alias="_ng_rollout_index")
     group_id: str | None = Field(default=None, alias="_ng_group_id")
     group_attempt: int = Field(default=0, alias="_ng_group_attempt", ge=0)
@@ -70,15 +76,16 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
 
     @app.post("/compare")
     async def compare(body: CompareRequest) -> Response:
-        _check_principle(service, body.principle)
+        principle = _principle(service, body.principle)
         if not body.response_objs:
             return json_response({"rewards": [], "comparison_results": [], "metrics": {}})
         prompt = await large.call(conversation, body.conversation_history)
         responses = [_output_text(one, f"response_objs[{k}]") for k, one in enumerate(body.response_objs)]
+        shapes = [_shape(service, *both) for both in zip(body.response_objs, responses, strict=True)]
         if len(responses) > service.settings.max_responses:
             reject("response_objs", len(responses), f"at most {service.settings.max_responses}")
-        group = await service.scorer.score(prompt, responses)
-        rewards = _rewards(group)
+        group = await service.scorer.score(prompt, responses, principle=principle)
+        rewards = _rewards(service, group, shapes)
         silent = [k for k, reward in enumerate(rewards) if not math.isfinite(reward)]
         if silent and len(rewards) > 1:
             return error_response(503, "no_preference", f"no preference is known for responses {silent}")
@@ -90,12 +97,14 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
 
     @app.post("/verify")
     async def verify(body: VerifyRequest, request: Request) -> Response:
-        _check_principle(service, body.principle)
+        principle = _principle(service, body.principle)
         size = service.settings.group_size
         if size is None:
             reject("group size", "none", "rmcore serve --group-size N, the rollouts of a prompt")
         prompt = await large.call(conversation, body.responses_create_params.get("input"))
         response = _output_text(body.response, "response")
+        # What of: a name for the group, or the task's index, which comes again in every epoch, and the prompt.
+        about: dict[str, Any] = {"principle": principle, "note": _shape(service, body.response, response)}
         by_name = body.group_id is not None and body.rollout_index is not None
         key = (body.group_id, body.group_attempt) if by_name else (prompt_digest(prompt),)
         if (answer := await service.peers.answer(request, "nemo-gym", *key)) is not None:
@@ -105,12 +114,14 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
                 reject("_ng_rollout_index", body.rollout_index, f"from 0 to {size - 1}")
             name = ("nemo-gym", body.group_id)
             result = await service.assembly.join(
-                name, body.rollout_index, size, prompt, response, attempt=body.group_attempt
+                name, body.rollout_index, size, prompt, response, attempt=body.group_attempt, **about
             )
-        else:  # a task's index comes again in every epoch, so the prompt says who belongs together
-            result = await service.assembly.join_by_content(prompt, response, size)
-        group, reward = result.group, _rewards(result.group)[result.index]
+        else:
+            result = await service.assembly.join_by_content(prompt, response, size, kin=body.task_index, **about)
+        group, reward = result.group, _rewards(service, result.group, result.notes)[result.index]
         told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": _metrics(group)}
+        if body.group_id is not None:
+            told["_ng_group_attempt"] = body.group_attempt
         if not math.isfinite(reward):
             # A number must stand there; the flag says that it is none.
             why = "no preference is known for this response"
@@ -135,13 +146,31 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
         return json_response({"group_level_metrics": [], "agent_metrics": metrics, "key_metrics": metrics})
 
 
-def _check_principle(service: RewardService, principle: str | None) -> None:
-    """The judge has one principle; another one a request would not be judged by."""
-    if principle is None:
-        return
-    own = getattr(service.scorer.engine.judge, "principle", "")
-    if principle != own:
-        reject("principle", "one of the request's own", "the judge's, or none: start a server for each principle")
+def _principle(service: RewardService, given: str | None) -> str:
+    """What a request's pairs are judged by; empty for the judge's own principle, which it may name, too."""
+    judge = service.scorer.engine.judge
+    if not given or given == getattr(judge, "principle", ""):
+        return ""
+    if not takes_principles(judge):
+        reject("principle", "one of the request's own", "none: there is no judge here that takes one with a pair")
+    if len(given) > service.settings.max_chars:
+        reject("principle", f"{len(given)} characters", f"at most {service.settings.max_chars}")
+    check_encodable(given)
+    return given
+
+
+def _shape(service: RewardService, response: Mapping[str, Any], answer: str) -> Shape | None:
+    """What bonuses depend on, where there are any."""
+    if not service.settings.gym_bonuses:
+        return None
+    return Shape.of(_reasoning(response), answer)
+
+
+def _reasoning(response: Mapping[str, Any]) -> str:
+    """The summaries of its reasoning items."""
+    items = [one for one in response["output"] if isinstance(one, Mapping) and one.get("type") == "reasoning"]
+    parts = [part for item in items for part in (item.get("summary") or []) if isinstance(part, Mapping)]
+    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
 def conversation(given: Any) -> Canonical:
@@ -180,9 +209,11 @@ def _text(content: Any) -> str:
     )
 
 
-def _rewards(group: GroupScore) -> list[float]:
-    """1 to 5 by the mean probability of beating a sibling; NaN where no preference is known."""
-    return [1 + 4 * rate for rate in win_rates(group)]
+def _rewards(service: RewardService, group: GroupScore, shapes: Sequence[Any]) -> list[float]:
+    """1 to 5 by the mean probability of beating a sibling, and what bonuses add; NaN where no preference is known."""
+    rewards = [1 + 4 * rate for rate in win_rates(group)]
+    bonuses = service.settings.gym_bonuses
+    return bonuses.applied(rewards, shapes) if bonuses else rewards
 
 
 def _comparisons(group: GroupScore) -> list[dict[str, Any]]:

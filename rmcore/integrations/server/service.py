@@ -211,8 +211,10 @@ class RewardService:
             log.warning("%d of %d responses carry no signal: their advantage is 0", int(neutral.sum()), group.size)
         return rewards.masked_fill(neutral, 0.0).tolist(), rates.masked_fill(neutral, 0.5).tolist()
 
-    async def _score_assembled(self, prompt: Prompt, responses: Sequence[Response]) -> GroupScore:
-        return await self.scorer.score(prompt, responses, admitted=True)
+    async def _score_assembled(
+        self, prompt: Prompt, responses: Sequence[Response], *, principle: str = ""
+    ) -> GroupScore:
+        return await self.scorer.score(prompt, responses, principle=principle, admitted=True)
 
     def _prompt(self, prompt: PromptField, where: str) -> Canonical:
         canonical = canonical_prompt(prompt if isinstance(prompt, str) else [_as_sent(one) for one in prompt], where)

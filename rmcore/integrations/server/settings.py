@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from rmcore._base.errors import InputError, JudgeError, reject
 from rmcore._base.http import check_base_url
 from rmcore.engine.advantage import check_tau
+from rmcore.integrations.server.gym_bonuses import GymBonuses
 
 __all__ = ["END_TOKENS", "Baseline", "ServeSettings", "is_loopback"]
 
@@ -65,6 +66,7 @@ class ServeSettings:
         replay_bytes: memory for answers that are kept for ``Idempotency-Key``.
         nemo_gym: also speak NeMo-Gym's ``genrm_compare`` (:mod:`rmcore.integrations.server.nemo_gym`); ``group_size``
             is its ``num_rollouts_per_prompt``.
+        gym_bonuses: what its rewards get for short and plain responses.
         peers: addresses of all servers that share a trainer's members, this one's included; a group is put together at
             one of them (:mod:`rmcore.integrations.server.peers`). The same list, and the same token, at each.
         advertise: which of ``peers`` this server is; None: ``http://host:port``.
@@ -97,6 +99,7 @@ class ServeSettings:
     batches_in_flight: int = 4
     replay_bytes: int = 128 * 2**20
     nemo_gym: bool = False
+    gym_bonuses: GymBonuses = field(default_factory=GymBonuses)
     peers: tuple[str, ...] = ()
     advertise: str | None = None
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
@@ -118,6 +121,8 @@ class ServeSettings:
             reject("group_size", self.group_size, f"2 to max_responses = {self.max_responses}, or None")
         if "" in self.end_tokens:
             reject("end_tokens", "an empty string", "tokens")
+        if self.gym_bonuses and not self.nemo_gym:
+            reject("gym_bonuses", "some", "none without nemo_gym")
         for name in ("time_limit_s", "answer_within_s", "read_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

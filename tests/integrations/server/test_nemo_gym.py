@@ -8,10 +8,13 @@ import math
 import os
 import subprocess
 
+import httpx
 import pytest
 
 from rmcore.engine import RewardEngine
-from rmcore.engine.routing import BudgetRouter
+from rmcore.engine.routing import AlwaysRoute, BudgetRouter
+from rmcore.integrations.server.gym_bonuses import GymBonuses, Shape
+from rmcore.judge import GenRMJudge
 from rmcore.judge.base import JudgeUsage, Verdict
 
 ANSWERS = ["good clear right", "bad vague wrong", "good bad red", "kind exact helpful"]
@@ -134,6 +137,89 @@ def test_a_cohort_is_rewarded_when_it_is_whole(serve, judged_engine, identity):
         assert one["genrm"]["genrm_pairs"] == 6
 
 
+def longer_wins(asked):
+    """A GenRM that prefers the longer response where the principle says so, and the shorter one otherwise."""
+
+    async def complete(messages, **parameters):
+        roles = {message["role"]: message["content"] for message in messages}
+        asked.append(roles.get("principle", ""))
+        longer = len(roles["response_1"]) > len(roles["response_2"])
+        best, worst = (4, 2) if longer == ("longer" in roles.get("principle", "")) else (2, 4)
+        text = json.dumps({"score_1": best, "score_2": worst, "ranking": 2 if best > worst else 5})
+        return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+
+    return complete
+
+
+LENGTHS = ["red", "red blue", "red blue tree", "red blue tree river"]
+
+
+def test_a_request_is_judged_by_a_principle_of_its_own(serve, reward_model, tmp_path):
+    """Equal texts by two principles are two questions, two groups, and two entries of the store."""
+    asked: list[str] = []
+    judge = GenRMJudge(complete=longer_wins(asked), model="m", judge_id="j", store=tmp_path / "v.db", rules=False)
+    engine = RewardEngine(reward_model, judge, AlwaysRoute())
+    mine = {"principle": "the longer one"}
+
+    async def main(client):
+        plain, own = [
+            (await client.post("/compare", json=compare(LENGTHS, **more))).json()["rewards"] for more in ({}, mine)
+        ]
+        posts = [
+            client.post("/verify", json=member(k, text, **more))
+            for k, text in enumerate(LENGTHS) for more in ({}, mine)
+        ]  # fmt: skip
+        told = [reply.json()["reward"] for reply in await asyncio.gather(*posts)]
+        again = (await client.post("/compare", json=compare(LENGTHS, **mine))).json()
+        return plain, own, told, again
+
+    plain, own, told, again = serve(engine, main, group_size=4)
+    assert plain == sorted(plain, reverse=True)
+    assert own == sorted(own)
+    assert (told[::2], told[1::2]) == (pytest.approx(plain), pytest.approx(own))
+    assert sorted(asked) == [""] * 6 + ["the longer one"] * 6  # the store answered all that came a second time
+    assert again["metrics"]["genrm_calls"] == 0
+
+
+def test_members_of_a_named_group_have_one_principle(serve, reward_model):
+    engine = RewardEngine(reward_model, GenRMJudge(complete=longer_wins([]), model="m"), AlwaysRoute())
+
+    async def main(client):
+        waiting = asyncio.ensure_future(client.post("/verify", json=member(0, "a", _ng_group_id="g")))
+        await asyncio.sleep(0.05)
+        other = await client.post("/verify", json=member(1, "b", _ng_group_id="g", principle="another"))
+        waiting.cancel()
+        return other
+
+    reply = serve(engine, main, group_size=2)
+    assert (reply.status_code, "got another principle" in reply.text) == (409, True)
+
+
+def test_tasks_with_one_prompt_are_groups_of_their_own(serve, judged_engine):
+    async def main(client):
+        posts = [client.post("/verify", json=member(k, ANSWERS[k], _ng_task_index=k % 2)) for k in range(4)]
+        replies = [reply.json() for reply in await asyncio.gather(*posts)]
+        pairs = [(await client.post("/compare", json=compare([ANSWERS[k], ANSWERS[k + 2]]))).json() for k in (0, 1)]
+        return [reply["reward"] for reply in replies], [pair["rewards"] for pair in pairs]
+
+    rewards, (even, odd) = serve(judged_engine, main, group_size=2)
+    assert (rewards[::2], rewards[1::2]) == (pytest.approx(even), pytest.approx(odd))
+
+
+def test_bonuses_are_added_to_both_routes_rewards(serve, judged_engine):
+    async def main(client):
+        together = (await client.post("/compare", json=compare())).json()
+        posts = [client.post("/verify", json=member(k, text)) for k, text in enumerate(ANSWERS)]
+        return together["rewards"], [reply.json()["reward"] for reply in await asyncio.gather(*posts)]
+
+    plain, _ = serve(judged_engine, main, group_size=4)
+    bonuses = GymBonuses(answer_bonus=0.25, top_percentile=1.0, group_answer_length_penalty_coeff=0.5)
+    compared, verified = serve(judged_engine, main, group_size=4, gym_bonuses=bonuses)
+    assert compared == pytest.approx(verified)
+    assert compared == pytest.approx(bonuses.applied(plain, [Shape.of("SECRET plan", text) for text in ANSWERS]))
+    assert sum(compared) == pytest.approx(sum(plain) + 0.25)
+
+
 def test_a_retry_gets_its_reward_again_and_another_answer_is_refused(serve, judged_engine):
     async def main(client):
         identity = {"_ng_group_id": "g"}
@@ -211,7 +297,11 @@ from omegaconf import OmegaConf
 from resources_servers.genrm_compare.app import GenRMCompareRequest, GenRMCompareResponse, GenRMCompareVerifyRequest
 from resources_servers.genrm_compare.comparison_strategies import GenRMStrategy, GenRMStrategyConfig
 
-port, compare, members = json.loads(sys.stdin.read())
+from resources_servers.genrm_compare.utils import apply_length_bonuses, apply_style_penalties
+
+NAMES = ("reasoning_bonus", "answer_bonus", "top_percentile", "group_reasoning_length_penalty_coeff",
+         "group_answer_length_penalty_coeff", "group_style_penalty_coeff")
+port, compare, members, bonuses, plain = json.loads(sys.stdin.read())
 where = {"host": "127.0.0.1", "port": port, "entrypoint": "app.py", "domain": "rlhf"}
 config = OmegaConf.create({"genrm_compare": {"resources_servers": {"genrm_compare": where}}})
 client = ServerClient(head_server_config={"host": "127.0.0.1", "port": port}, global_config_dict=config)
@@ -231,7 +321,11 @@ async def main():
     rows = {"verify_responses": [{"reward": reward} for reward in verified]}
     reply = await client.post(server_name="genrm_compare", url_path="/aggregate_metrics", json=rows)
     AggregateMetrics.model_validate(json.loads(await reply.read()))
-    print(json.dumps({"rewards": rewards, "metrics": metrics, "verified": verified}))
+    # Its own sums of bonuses, over rewards as they come without a comparison.
+    named = {**{name: 0.0 for name in NAMES}, **bonuses}
+    theirs, *_ = apply_length_bonuses(list(plain), compare["response_objs"], *(named[name] for name in NAMES[:-1]))
+    theirs, _ = apply_style_penalties(theirs, compare["response_objs"], named["group_style_penalty_coeff"])
+    print(json.dumps({"rewards": rewards, "metrics": metrics, "verified": verified, "theirs": theirs}))
 
 asyncio.run(main())
 """
@@ -242,14 +336,22 @@ asyncio.run(main())
 )
 def test_nemo_gyms_own_client_and_models_take_it(judged_engine, make_app, serve_app, tmp_path):
     """Its ServerClient, GenRMStrategy and reply models, in an environment of their own."""
-    members = [member(k, text, _ng_group_id="own") for k, text in enumerate(ANSWERS)]
-    python = os.environ["RMCORE_NEMO_GYM_PYTHON"]
-    with serve_app(make_app(judged_engine, nemo_gym=True, group_size=4)) as url:
-        given = json.dumps([int(url.rpartition(":")[2]), compare(), members])
+    texts = ["# good\n- clear **right**", "bad vague wrong", "good 1. bad red \U0001f600", "kind exact helpful"]
+    given = {"reasoning_bonus": 0.1, "answer_bonus": 0.2, "top_percentile": 0.6, "group_style_penalty_coeff": 0.7}
+    given |= {"group_reasoning_length_penalty_coeff": 0.3, "group_answer_length_penalty_coeff": 0.5}
+    body = compare(texts)
+    body["response_objs"][1]["output"][0]["summary"][0]["text"] = "a longer plan"
+    members = [member(k, "", _ng_group_id="own") | {"response": one} for k, one in enumerate(body["response_objs"])]
+    with serve_app(make_app(judged_engine, nemo_gym=True)) as url:
+        plain = httpx.post(f"{url}/compare", json=body, trust_env=False, timeout=60).json()["rewards"]
+    python = os.path.abspath(os.environ["RMCORE_NEMO_GYM_PYTHON"])  # a link, which must stay one
+    with serve_app(make_app(judged_engine, nemo_gym=True, group_size=4, gym_bonuses=GymBonuses(**given))) as url:
+        sent = json.dumps([int(url.rpartition(":")[2]), body, members, given, plain])
         done = subprocess.run(
-            [python, "-c", CLIENT], input=given, capture_output=True, text=True, timeout=240, cwd=tmp_path
+            [python, "-c", CLIENT], input=sent, capture_output=True, text=True, timeout=240, cwd=tmp_path
         )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["rewards"] == pytest.approx(told["verified"])
+    assert told["rewards"] == pytest.approx(told["theirs"])  # its own functions add the same
     assert told["metrics"]["genrm_pairs_asked"] == 6

@@ -72,7 +72,12 @@ class Replica:
             return
         log.info("serving version %d of the head", version)
 
-    async def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:
+    async def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Sequence[Response]],
+        principles: Sequence[str] | None = None,
+    ) -> GroupScores:
         """A batch, as ``engine.score_async`` with ``on_error="return"``; all of it by one version of the head.
 
         The backbone runs for one batch at a time, while the judge may have several.
@@ -92,7 +97,8 @@ class Replica:
 
         await self._backbone.acquire()
         try:
-            scores = await self.engine.score_async(prompts, responses, on_error="return", progress=progress)
+            how: dict[str, Any] = {} if principles is None else {"principles": principles}
+            scores = await self.engine.score_async(prompts, responses, on_error="return", progress=progress, **how)
         except Exception:
             self._failures += 1
             raise
@@ -129,8 +135,10 @@ def _plain_error(error: Exception) -> Exception:
 class ScoreCalls(Protocol):
     """Scores a batch on some replica; raises ``lost`` where that died."""
 
-    async def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:
-        """The scores."""
+    async def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], *principles: Sequence[str]
+    ) -> GroupScores:
+        """The scores; by a principle a group, where there are any."""
         ...
 
 
@@ -144,15 +152,23 @@ class RemoteEngine:
         call: asks a replica.
         lost: the exceptions that mean that it died.
         principle: of the judge behind the replicas.
+        takes_principles: whether it takes one with a pair.
     """
 
     learner = None
     # What replicas check before they serve, where somebody asks for it.
     head, design = SimpleNamespace(config=SimpleNamespace(mode="difference")), "all"
 
-    def __init__(self, call: ScoreCalls, lost: tuple[type[Exception], ...], *, principle: str = "") -> None:
+    def __init__(
+        self,
+        call: ScoreCalls,
+        lost: tuple[type[Exception], ...],
+        *,
+        principle: str = "",
+        takes_principles: bool = False,
+    ) -> None:
         self.head_version: int | None = None
-        self.judge = SimpleNamespace(principle=principle)
+        self.judge = SimpleNamespace(principle=principle, takes_principles=takes_principles)
         self.deaths = 0
         self._call, self._lost = call, lost
 
@@ -161,6 +177,7 @@ class RemoteEngine:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[Response]],
         *,
+        principles: Sequence[str] | None = None,
         on_error: str = "return",
         progress: Progress | None = None,
     ) -> GroupScores:
@@ -169,7 +186,7 @@ class RemoteEngine:
             progress("encoding", 1, 1)  # the replicas see to their backbones themselves
         for _ in range(_DEATHS):
             try:
-                scores = await self._call(prompts, responses)
+                scores = await self._call(prompts, responses, *([] if principles is None else [principles]))
             except self._lost as error:
                 self.deaths += 1
                 log.warning("a replica died with a batch of %d groups (%s)", len(prompts), type(error).__name__)

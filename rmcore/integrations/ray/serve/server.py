@@ -47,6 +47,8 @@ class ServeScale:
         replicas: of the model, at least.
         max_replicas: at most, as there is work; None for always ``replicas``.
         batches: under way or waiting a replica, at which another one is started.
+        upscale_delay_s: for so long there must be as many before one is started.
+        downscale_delay_s: for so long there must be fewer before one goes.
         assemblers: processes that put groups together. Fixed while the server runs.
         entries: processes that let requests in.
         num_cpus, num_gpus: of a replica.
@@ -55,6 +57,8 @@ class ServeScale:
     replicas: int = 1
     max_replicas: int | None = None
     batches: float = 2.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
     assemblers: int = 2
     entries: int = 2
     num_cpus: float = 1.0
@@ -66,9 +70,11 @@ class ServeScale:
                 reject(name, getattr(self, name), "at least 1")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             reject("max_replicas", self.max_replicas, f"at least replicas = {self.replicas}, or None")
-        for name, least in (("batches", 0.0), ("num_cpus", -1e-9), ("num_gpus", -1e-9)):
-            if not getattr(self, name) > least:
-                reject(name, getattr(self, name), "above 0" if name == "batches" else "at least 0")
+        if not self.batches > 0:
+            reject("batches", self.batches, "above 0")
+        for name in ("num_cpus", "num_gpus", "upscale_delay_s", "downscale_delay_s"):
+            if not getattr(self, name) >= 0:
+                reject(name, getattr(self, name), "at least 0")
 
     @property
     def most(self) -> int:
@@ -86,6 +92,7 @@ class GroupServer:
         model: a name for ``/health``.
         journal: folder of a learner's journal, where every node sees it: :meth:`publish` serves its versions.
         principle: of the judge, where that is a GenRM with one.
+        takes_principles: whether the judge takes a principle with a pair (:func:`rmcore.judge.base.takes_principles`).
         name: of the Serve application.
 
     Raises MissingPackageError without ray.
@@ -100,6 +107,7 @@ class GroupServer:
         model: str = "",
         journal: Path | None = None,
         principle: str = "",
+        takes_principles: bool = False,
         name: str = "rmcore",
     ) -> None:
         self.serve = ray_module("ray.serve")
@@ -109,7 +117,8 @@ class GroupServer:
         if not self.settings.port:
             reject("port", 0, "one that every node has free")
         self.name = name
-        self._make, self._model, self._journal, self._principle = make, model, journal, principle
+        self._make, self._model, self._journal = make, model, journal
+        self._judge = {"principle": principle, "takes_principles": takes_principles}
         self._version: int | None = None
         self._started = False
         self._deploying = threading.Lock()
@@ -191,7 +200,7 @@ class GroupServer:
         replicas = self._replicas()
         # Those that only wait for their judge are under way, too.
         own = replace(settings, batches_in_flight=settings.batches_in_flight * self.scale_now.most)
-        make = functools.partial(_remote_engine, principle=self._principle)
+        make = functools.partial(_remote_engine, **self._judge)
         assemblers = {
             name: self._deployment(
                 _Assembler,
@@ -227,6 +236,8 @@ class GroupServer:
                 "min_replicas": scale.replicas,
                 "max_replicas": scale.max_replicas,
                 "target_ongoing_requests": scale.batches,
+                "upscale_delay_s": scale.upscale_delay_s,
+                "downscale_delay_s": scale.downscale_delay_s,
             }
         return self._deployment(Replica, "Replica", **options).bind(
             self._make, self._journal, self.settings.reliability_tau
@@ -277,12 +288,14 @@ class _Called:
         return found
 
 
-def _remote_engine(replicas: Any, *, principle: str = "") -> RemoteEngine:
-    async def call(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> GroupScores:
-        scores: GroupScores = await replicas.score.remote(prompts, responses)
+def _remote_engine(replicas: Any, **judge: Any) -> RemoteEngine:
+    async def call(
+        prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], *principles: Sequence[str]
+    ) -> GroupScores:
+        scores: GroupScores = await replicas.score.remote(prompts, responses, *principles)
         return scores
 
-    return RemoteEngine(call, _lost(), principle=principle)
+    return RemoteEngine(call, _lost(), **judge)
 
 
 def _lost() -> tuple[type[Exception], ...]:

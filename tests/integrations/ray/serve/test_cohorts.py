@@ -26,6 +26,11 @@ def reward(prompt, number):
     return {"query": [f"{prompt}{number} x"], "prompts": [prompt]}
 
 
+def rollout(text, **more):
+    output = [{"type": "message", "content": [{"type": "output_text", "text": text}]}]
+    return {"responses_create_params": {"input": "red"}, "response": {"output": output}, **more}
+
+
 HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
 
 
@@ -270,6 +275,31 @@ def test_a_batch_whose_replica_dies_goes_to_another_as_it_is(lost):
         deaths["asked"] = -5
         with pytest.raises(Exception, match="3 replicas died"):
             await remote.score_async(["p"], [["1", "2"]])
+
+    go(main)
+
+
+def test_a_principle_goes_with_its_group_to_a_replica(cluster_of):
+    async def main():
+        told = []
+
+        async def call(prompts, responses, *principles):
+            told.extend(zip(prompts, *(principles or [[""] * len(prompts)]), strict=True))
+            return await Numbers().score_async(prompts, responses, on_error="return")
+
+        cluster = cluster_of(None, calls=call, nemo_gym=True, group_size=2)
+        for process in cluster.assemblers:
+            process.assembler.engine.judge.takes_principles = True
+        posts = [
+            cluster.post(k % 2, "/verify", rollout(f"{k} x", **({"principle": "be kind"} if k > 1 else {})))
+            for k in range(4)
+        ]
+        answers = await asyncio.gather(*posts)
+        assert [status for status, _ in answers] == [200] * 4
+        assert sorted(principle for _, principle in told) == ["", "be kind"]
+        for process in cluster.assemblers:
+            process.assembler.engine.judge.takes_principles = False
+        assert (await cluster.post(0, "/verify", rollout("5 x", principle="be kind")))[0] == 422
 
     go(main)
 
