@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rmcore.cli import app
+from rmcore.judge.critics.chat import ChatCritic
 
 GOOD = "It answers what was asked, though the second sentence claims more than the first one shows."
 
@@ -127,3 +128,19 @@ def test_one_source_and_no_options_of_verdicts(tmp_path, monkeypatch):
         result = call("critique", rows, *given)
         assert result.exit_code in (1, 2), result.stderr
         assert says in result.stderr
+
+
+def test_a_chunk_has_no_deadline_and_a_slow_critic_loses_nothing(endpoint, tmp_path, monkeypatch):
+    """A judge's ten minutes a call would be shared by a whole chunk of critiques that are asked one after the other."""
+    made = []
+    real = ChatCritic.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        made.extend(asker.deadline_s for asker in self._askers)
+
+    monkeypatch.setattr(ChatCritic, "__init__", init)
+    _, asking = endpoint
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "p", "responses": ["one", "two"]}])
+    assert call("critique", source, *asking, "-o", tmp_path / "out.jsonl").exit_code == 0
+    assert made == [None]

@@ -102,3 +102,34 @@ def test_concat_mode_trains_evaluates_and_scores_behind_one_critique_of_each(tra
     assert json.loads(out.read_text())["rewards"][0] > 0
     assert call("score", model, tmp_path / "g.jsonl", "-o", tmp_path / "without.jsonl").exit_code == 0
     assert "fitted behind critiques" in caplog.text
+
+
+def test_the_error_prior_is_of_states_behind_critiques_and_can_be_left_out(trained, tmp_path):
+    folder, prefs, given = trained
+    told = json.loads((folder / "model" / "rmcore.json").read_text())["error_prior"]
+    assert told["pairs"] == 40
+    assert told["error_rate"] < 0.1, "left-out pairs are asked about behind their critiques, which tell them apart"
+    result = call("train", prefs, *given, "-o", tmp_path / "blind")
+    assert result.exit_code == 0, result.stderr
+    blind = json.loads((tmp_path / "blind" / "rmcore.json").read_text())["error_prior"]
+    assert blind["error_rate"] > told["error_rate"] + 0.2
+    result = call("train", prefs, "--critiques", "--no-error-prior", *given, "-o", tmp_path / "without")
+    assert result.exit_code == 0, result.stderr
+    assert "error_prior" not in json.loads((tmp_path / "without" / "rmcore.json").read_text())
+
+
+def test_filter_and_best_of_score_behind_critiques_and_keep_them(trained, tmp_path):
+    folder, _, _ = trained
+    said = [["good clear"], ["bad rude", "good"]]
+    rows = [{"prompt": "red", "responses": ["tree 1", "house 1"], "critiques": said, "id": "a", "mine": [1]}]
+    source = write(tmp_path / "g.jsonl", rows)
+    for command, more in (("filter", ["--max-u", 9]), ("best-of", [])):
+        out = tmp_path / f"{command}.jsonl"
+        result = call(command, folder / "model", source, "--critiques", *more, "-o", out)
+        assert result.exit_code == 0, result.stderr
+        (line,) = [json.loads(one) for one in out.read_text().splitlines()]
+        if command == "filter":
+            assert (line["kept"], line["critiques"]) == ([0, 1], said)
+        else:
+            assert (line["index"], line["response"]) == (0, "tree 1")
+            assert line["scores"][0] > 0 > line["scores"][1], "the responses' words say nothing"
