@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +17,19 @@ from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import encoding_progress, notes, print_markdown, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
 from rmcore.cli.output import check_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rmcore.evaluation.evaluate import PairStates
+    from rmcore.evaluation.report import EvaluationReport
+    from rmcore.evaluation.risk import RiskReport
+    from rmcore.evaluation.soft import SoftFit
+    from rmcore.evaluation.streams import StreamPair
+    from rmcore.evaluation.subsets import SubsetAccuracy
+    from rmcore.model.data import PreferenceRow
+    from rmcore.model.reward_model import RewardModel
+    from rmcore.model.training_pairs import Preference
 
 __all__ = ["evaluate"]
 
@@ -50,13 +65,11 @@ def evaluate(
     kept = Kept()
     with reported_errors(kept):
         from rmcore.engine.routing.risk_bounds import check_risk
-        from rmcore.evaluation.evaluate import encode_pairs, evaluate_pairs, scored_pairs
+        from rmcore.evaluation.evaluate import evaluate_pairs, scored_pairs
         from rmcore.evaluation.risk import evaluate_risk
         from rmcore.evaluation.soft import soft_fit
-        from rmcore.evaluation.streams import StreamPair
-        from rmcore.evaluation.subsets import accuracy_by_subset, subsets_to_markdown
-        from rmcore.model.data import parse_columns, read_preference_rows, read_preferences
-        from rmcore.model.training_pairs import encode_preferences
+        from rmcore.evaluation.subsets import accuracy_by_subset
+        from rmcore.model.data import parse_columns, read_preference_rows
 
         if replicates < 1:
             reject("--replicates", replicates, "at least 1")
@@ -74,28 +87,16 @@ def evaluate(
             reject("preferences", "no lines", "at least one")
         loaded = load_model(model, loading, kept, deterministic=deterministic)
         estimator = loaded.estimator_named(doubting.uncertainty)
-        soft = sum(0.5 < pair.label < 1 for pair, _ in items)
+        labels = [pair.label for pair, _ in items]
+        soft = sum(0.5 < label < 1 for label in labels)
         if soft:
             notes.print(
                 f"{soft} of {len(items)} labels are between 0.5 and 1: for accuracy the chosen response counts as the "
                 "better; how near the model comes to the labels themselves is told apart"
             )
-        pairs = [
-            StreamPair(p.prompt, p.chosen, p.rejected, 0.5 if p.label == 0.5 else 1.0, row.subset or "")
-            for p, row in items
-        ]
-        with progress_bar() as bar:
-            said = [pair.critiques or ((), ()) for pair, _ in items] if critiques else None
-            loaded.notice_critiques(critiques)
-            states = encode_pairs(loaded.backbone, pairs, loaded.mode, critiques=said, progress=encoding_progress(bar))
-            known = None
-            if train_data is not None:
-                known, _, _ = encode_preferences(
-                    loaded.backbone,
-                    list(read_preferences(train_data, names)),
-                    loaded.mode,
-                    progress=encoding_progress(bar),
-                )
+        pairs, states, known = _encoded(
+            loaded, items, None if train_data is None else str(train_data), names, critiques
+        )
         scored = scored_pairs(
             loaded.head,
             states,
@@ -105,33 +106,84 @@ def evaluate(
             uncertainty=estimator,
             variance=doubting.variance,
         )
-        report = evaluate_pairs(scored, replicates=replicates)
-        risk = None
-        if alpha is not None:
-            risk = evaluate_risk(scored, alpha=alpha, delta=delta, method=risk_method)
-        silent = int(states.silent.sum())
-        if silent:
+        found = Findings(
+            evaluate_pairs(scored, replicates=replicates),
+            soft_fit(scored.served_logit, labels) if soft else None,
+            None if alpha is None else evaluate_risk(scored, alpha=alpha, delta=delta, method=risk_method),
+            accuracy_by_subset(
+                scored.logit, scored.label, [row.number for _, row in items], [row.subset for _, row in items]
+            ),
+        )
+        if silent := int(states.silent.sum()):
             notes.print(
                 f"{silent} of {len(items)} pairs carry no signal: the model's inputs are equal, or one is too long and "
                 "unread. They count as no preference, and as the most uncertain"
             )
-        print_markdown(report.to_markdown())
-        labels = soft_fit(scored.served_logit, [pair.label for pair, _ in items]) if soft else None
-        if labels is not None:
-            print_markdown(labels.to_markdown())
-        if risk is not None:
-            print_markdown(risk.to_markdown())
-        parts = accuracy_by_subset(
-            scored.logit, scored.label, [row.number for _, row in items], [row.subset for _, row in items]
-        )
-        if len(parts) > 2 or len(items) > len(rows) or any(row.subset for row in rows):
-            print_markdown(subsets_to_markdown(parts))
+        found.show(by_subset=len(items) > len(rows) or any(row.subset for row in rows))
         if files:
-            from rmcore.evaluation.plots import plot_report
+            found.write(*files)
 
-            content = report.to_dict() | {"subsets": [part.to_dict() for part in parts]}
-            content |= {} if labels is None else {"soft_labels": labels.to_dict()}
-            content |= {} if risk is None else {"risk": risk.to_dict()}
-            write_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
-            plot_report(report, files[1])
-            notes.print(f"wrote {files[0]} and {files[1]}")
+
+def _encoded(
+    model: RewardModel,
+    items: Sequence[tuple[Preference, PreferenceRow]],
+    train_data: str | None,
+    columns: dict[str, str],
+    critiques: bool,
+) -> tuple[list[StreamPair], PairStates, Tensor | None]:
+    """The pairs as a stream, their states, and the rows of the training data where that is given."""
+    from rmcore.evaluation.evaluate import encode_pairs
+    from rmcore.evaluation.streams import StreamPair
+    from rmcore.model.data import read_preferences
+    from rmcore.model.training_pairs import encode_preferences
+
+    pairs = [
+        StreamPair(p.prompt, p.chosen, p.rejected, 0.5 if p.label == 0.5 else 1.0, row.subset or "") for p, row in items
+    ]
+    known = None
+    with progress_bar() as bar:
+        said = [pair.critiques or ((), ()) for pair, _ in items] if critiques else None
+        model.notice_critiques(critiques)
+        states = encode_pairs(model.backbone, pairs, model.mode, critiques=said, progress=encoding_progress(bar))
+        if train_data is not None:
+            given = list(read_preferences(train_data, columns))
+            known, _, _ = encode_preferences(model.backbone, given, model.mode, progress=encoding_progress(bar))
+    return pairs, states, known
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What there is to tell of a model.
+
+    Attributes:
+        report: accuracy, calibration, routing.
+        soft: how near the model comes to labels that are no certainties, where there are any.
+        risk: the threshold that holds an error rate, where one was asked for.
+        subsets: accuracy by subset and by row.
+    """
+
+    report: EvaluationReport
+    soft: SoftFit | None
+    risk: RiskReport | None
+    subsets: tuple[SubsetAccuracy, ...]
+
+    def show(self, *, by_subset: bool) -> None:
+        """Print tables; of one subset whose rows are pairs only where ``by_subset`` says so."""
+        from rmcore.evaluation.subsets import subsets_to_markdown
+
+        for part in (self.report, self.soft, self.risk):
+            if part is not None:
+                print_markdown(part.to_markdown())
+        if len(self.subsets) > 2 or by_subset:
+            print_markdown(subsets_to_markdown(self.subsets))
+
+    def write(self, document: Path, plot: Path) -> None:
+        """Write all of it as JSON, and draw the report."""
+        from rmcore.evaluation.plots import plot_report
+
+        content = self.report.to_dict() | {"subsets": [part.to_dict() for part in self.subsets]}
+        content |= {} if self.soft is None else {"soft_labels": self.soft.to_dict()}
+        content |= {} if self.risk is None else {"risk": self.risk.to_dict()}
+        write_atomic(document, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        plot_report(self.report, plot)
+        notes.print(f"wrote {document} and {plot}")
