@@ -101,14 +101,44 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def check_digest(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Raise CheckpointError where ``values`` fit together and are not those that were saved.
 
+    Folders of 0.1.0 have no digest; where there is anything that only later versions write, it is one that was lost.
+
     Called last, since what does not fit is told better by what it does not fit.
     """
-    # Earlier folders have none, or one without the hub's commit.
-    if values.get("digest", _digest(values)) not in (_digest(values), _digest(values, commit=False)):
+    file = Path(path) / CONFIG_FILE
+    if "digest" not in values:
+        later = _later_key(values)
+        if later is not None:
+            raise CheckpointError(
+                f"{file}: got no digest beside {later!r}, which only versions write that write a digest too: the file "
+                "is damaged, or was edited. Copy it again"
+            )
+    elif values["digest"] not in (_digest(values), _digest(values, commit=False)):  # earlier ones are without it
         raise CheckpointError(
-            f"{Path(path) / CONFIG_FILE}: got values of the head, or of how texts become its input, that differ from "
+            f"{file}: got values of the head, or of how texts become its input, that differ from "
             "those saved by the digest beside them. Copy the file again; limits on length are options of loading"
         )
+
+
+_SINCE_0_1_0 = {
+    "": ("backbone_files", "error_prior", "estimators", "uncertainty", "critiqued", "positions", "attributes"),
+    "head": ("rows",),
+    "head.config": ("row_ridge", "order_mean"),
+    "backbone": ("date", "family", "gguf_file", "split_special_tokens"),
+}
+"""Keys that version 0.1.0 did not write, by the section they are in."""
+
+
+def _later_key(values: Mapping[str, Any]) -> str | None:
+    """The first of these that there is."""
+    for place, names in _SINCE_0_1_0.items():
+        section: Any = values
+        for part in filter(None, place.split(".")):
+            section = section.get(part) if isinstance(section, Mapping) else None
+        found = next((name for name in names if isinstance(section, Mapping) and name in section), None)
+        if found is not None:
+            return ".".join(filter(None, (place, found)))
+    return None
 
 
 def _digest(values: Mapping[str, Any], *, commit: bool = True) -> str:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.folders import preference_rows
+from support.old_folders import as_0_1_0_wrote_it
 from typer.testing import CliRunner
 
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore.cli import app
+from rmcore.head.checkpoint import _SINCE_0_1_0, check_digest
 from rmcore.model import Backbone, Preference, RewardModel, folder_files
 from rmcore.model.folder_files import check_files, folder_digests
 
@@ -95,11 +97,37 @@ def test_what_decides_nothing_may_change(saved: tuple[Path, Path]) -> None:
 def test_a_folder_of_an_older_rmcore_is_not_checked(saved: tuple[Path, Path]) -> None:
     model, folder = saved
     values = json.loads((model / "rmcore.json").read_text())
-    assert set(values.pop("backbone_files")) >= {"config.json", "model.safetensors", "tokenizer.json"}
-    del values["digest"]
-    (model / "rmcore.json").write_text(json.dumps(values))
+    assert set(values["backbone_files"]) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    as_0_1_0_wrote_it(model)
     overwrite_one_weight(folder)
     RewardModel.from_pretrained(model, device="cpu")
+
+
+def test_a_digest_that_was_lost_is_damage(saved: tuple[Path, Path]) -> None:
+    """Whatever a later version wrote besides tells the folder from one of 0.1.0, which has none."""
+    model, _ = saved
+    file = model / "rmcore.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in whole.items() if name != "digest"}))
+    with pytest.raises(CheckpointError, match=r"rmcore\.json: got no digest beside 'backbone_files'"):
+        RewardModel.from_pretrained(model, device="cpu")
+    for nothing in (None, "", 0, [], whole["digest"][:-1]):
+        with pytest.raises(CheckpointError, match="differ from those saved by the digest"):
+            check_digest(model, whole | {"digest": nothing})
+    as_0_1_0_wrote_it(model)
+    old = json.loads(file.read_text())
+    check_digest(model, old)
+    RewardModel.from_pretrained(model, device="cpu")
+    later = [(place, name) for place, names in _SINCE_0_1_0.items() for name in names]
+    assert ("", "positions") in later
+    for place, name in later:
+        damaged = json.loads(file.read_text())
+        section = damaged
+        for part in filter(None, place.split(".")):
+            section = section[part]
+        section[name] = None
+        with pytest.raises(CheckpointError, match=f"no digest beside '{place and place + '.'}{name}'"):
+            check_digest(model, damaged)
 
 
 def test_code_that_runs_is_part_of_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import transformers.utils.chat_template_utils as transformers_templates
 from hypothesis import given
 from hypothesis import strategies as st
+from support.old_folders import as_0_1_0_wrote_it
 
 from rmcore._base.errors import InputError
 from rmcore.model import Backbone, BackboneConfig, RewardModel
@@ -95,10 +96,7 @@ def test_the_template_is_told_the_date_and_renders_the_rest_as_before(clocked, m
 def test_a_folder_without_a_date_says_that_scores_follow_the_day(clocked, preferences, tmp_path, caplog):
     backbone = Backbone.from_pretrained(str(clocked(ASKS)), pooling="mean")
     RewardModel.fit(backbone, preferences, num_features=32)[0].save_pretrained(tmp_path / "saved")
-    file = tmp_path / "saved" / "rmcore.json"
-    values = json.loads(file.read_text())
-    del values["backbone"]["date"], values["digest"]
-    file.write_text(json.dumps(values))
+    as_0_1_0_wrote_it(tmp_path / "saved")
     RewardModel.from_pretrained(tmp_path / "saved")
     assert "asks what day it is" in caplog.text
 

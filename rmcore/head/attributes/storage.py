@@ -12,7 +12,7 @@ from torch import Tensor
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
 from rmcore.head.attributes.head import AttributeConfig, AttributeHead
-from rmcore.head.checkpoint import CONFIG_FILE, read_config, write_config
+from rmcore.head.checkpoint import CONFIG_FILE, check_digest, read_config, write_config
 
 __all__ = ["head_tensors", "heads_of", "load_attributes", "save_attributes"]
 
@@ -77,4 +77,5 @@ def load_attributes(path: str | os.PathLike[str]) -> tuple[AttributeHead, ...]:
     ]
     if not heads or stray or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise CheckpointError(f"{file}: got no heads, tensors of none ({stray[:3]}), or values that are not finite")
+    check_digest(path, config)
     return heads
