@@ -19,6 +19,7 @@ from rmcore.cli.build_engine import check_key, make_budgets, make_judge, make_pr
 from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import notes, print_markdown, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.output import check_file
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ def benchmark(
         if show_list:
             _list()
             return
-        job = _checked(names, data, out, uncertainty, routing, replicates, asking, loading, overwrite)
-        job.variance = variance
+        job = _checked(names, data, out, uncertainty, variance, routing, replicates, asking, loading, overwrite)
         with _judge_of(job, asking) as verdicts:
             kept.store = asking.store
             _run(job, verdicts, routing, lambda model: load_model(model, loading, kept, deterministic=deterministic))
@@ -126,6 +126,7 @@ def _checked(
     data: str | None,
     out: Path | None,
     estimator: str | None,
+    variance: VarianceKind | None,
     routing: Routing,
     replicates: int,
     asking: options.Asking,
@@ -153,6 +154,10 @@ def _checked(
         reject("--replicates", replicates, "at least 0")
     check_folder(out, "--out")
     check_device(loading.device)
+    limits: dict[str, Any] = {"max_length": loading.max_length, "overlong": loading.overlong}
+    for model in models:
+        for word in estimators:
+            check_options(model, uncertainty=word or None, variance=variance, **limits)
     told = routing.budgets
     shares = published_budgets(asked.name) if told == "published" else numbers_of("--budgets", told)
     cuts = numbers_of("--thresholds", routing.thresholds)
@@ -173,7 +178,7 @@ def _checked(
         check_file(str(file), inputs=[data, asking.verdicts], overwrite=overwrite, resumable=False, rows=False)
     of = sources_of(asked, data)
     items = read_items(asked, sources=of)
-    return _Job(asked, models, estimators, of, items, shares, cuts, routed, replicates, files, tables, wanted)
+    return _Job(asked, models, estimators, of, items, shares, cuts, routed, replicates, files, tables, wanted, variance)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ __all__ = ["best_of_command", "filter_command"]
 
 @with_scoring
 def best_of_command(
-    load: Callable[[], Run],
+    load: Callable[..., Run],
     penalty: Annotated[float, typer.Option(help="c: choose by mean preference minus c times uncertainty.")] = 0.0,
     ties: Annotated[
         Literal["first", "shortest", "longest"], typer.Option(help="Which of equally good ones.")
@@ -57,12 +57,12 @@ def best_of_command(
             **{name: [_number(value) for value in values.tolist()] for name, values in score.measures.items()},
         }
 
-    load()(line, measure=penalty_by)
+    load(penalty_by)(line, measure=penalty_by)
 
 
 @with_scoring
 def filter_command(
-    load: Callable[[], Run],
+    load: Callable[..., Run],
     max_u: Annotated[float | None, typer.Option(help="Highest uncertainty kept; u is at least 1.")] = None,
     max_gap: Annotated[
         float | None,
@@ -114,7 +114,7 @@ def filter_command(
         }
 
     try:
-        load()(line, measure=measure)
+        load(measure)(line, measure=measure)
     finally:
         if seen[0]:
             notes.print(f"kept {stayed[0]} of {seen[0]} groups, {stayed[1]} of {seen[1]} responses")

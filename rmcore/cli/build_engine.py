@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device, check_writable
 from rmcore.cli.judge_options import as_options, is_given, reject_unused
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.options import Asking, Doubting, Judging, store_file
 
 if TYPE_CHECKING:
@@ -61,6 +62,16 @@ def make_engine(
     _check_together(judging, judge, router)
     check_device(device)
     check_backend(model, backend, device)
+    check_options(
+        model,
+        uncertainty=doubting.uncertainty,
+        variance=doubting.variance,
+        max_length=max_length,
+        overlong=overlong,
+        deterministic=deterministic,
+        design=design,
+        novelty=judge is not None and _rank_by(judging) == "novelty",
+    )
     loaded = RewardModel.from_pretrained(
         model,
         device=device,
@@ -256,6 +267,7 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         return None
     if judging.store is None and (judging.reuse != "replies" or judging.ask_again):
         reject("--reuse, --ask-again", "without --store", "together with it")
+    _check_ask_again(judging.ask_again or ())
     check_writable(store_file(judging.store), "--store")
     if not judging.judge_model:
         reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
@@ -275,6 +287,16 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         template="--judge-template",
     ):
         return _live_judge(judging, url, constitution, rationale)
+
+
+def _check_ask_again(reasons: Sequence[str]) -> None:
+    """Raises InputError for a reason that no reply in a store has: it would ask for nothing again, without a word."""
+    from rmcore.judge.question.verdict import UNANSWERED
+
+    unknown = [reason for reason in reasons if reason not in UNANSWERED]
+    if unknown:
+        remedy = "What failed on its way (timeout, http_500, connection, ...) is not kept, and always asked again"
+        reject("--ask-again", ", ".join(map(repr, unknown)), f"one of {', '.join(UNANSWERED)}", remedy)
 
 
 def _live_judge(judging: Asking, url: str, constitution: Constitution | None, rationale: bool) -> Judge:

@@ -12,6 +12,7 @@ from rmcore._base.files import write_atomic
 from rmcore.cli import options
 from rmcore.cli.checks import check_device
 from rmcore.cli.console import notes, print_markdown, reported_errors
+from rmcore.cli.model_checks import check_options
 
 __all__ = ["check"]
 
@@ -54,6 +55,7 @@ def check(
         from rmcore.model.reward_model import RewardModel
 
         check_device(device)
+        check_options(model, max_length=max_length, overlong=overlong)
         if tolerance is not None and not tolerance >= 0:
             reject("--tolerance", tolerance, "a number from 0")
         items = None if pairs is None else list(read_preferences(pairs, parse_columns(columns or [])))

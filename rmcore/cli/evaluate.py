@@ -16,6 +16,7 @@ from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import encoding_progress, notes, print_markdown, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.output import check_file
 
 if TYPE_CHECKING:
@@ -77,6 +78,13 @@ def evaluate(
             check_risk(alpha, delta, risk_method)
         check_folder(out, "--out")
         check_device(loading.device)
+        check_options(
+            model,
+            uncertainty=doubting.uncertainty,
+            variance=doubting.variance,
+            max_length=loading.max_length,
+            overlong=loading.overlong,
+        )
         files = [] if out is None else [out / "report.json", out / "report.png"]
         for file in files:
             check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False, rows=False)

@@ -12,6 +12,7 @@ from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.train.options import estimator_names
 
 __all__ = ["fit_uncertainty"]
@@ -60,6 +61,7 @@ def fit_uncertainty(
             check_uncertainty(serve, "--serve")
         check_model_folder(out, overwrite=overwrite, inputs=[model, pairs])
         check_device(device)
+        check_options(model, mode="difference")
         items = list(read_preferences(pairs, parse_columns(columns or [])))
         if not items:
             reject("pairs", "no lines", "at least one")

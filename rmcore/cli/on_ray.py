@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rmcore._base.errors import RmcoreError, reject
 from rmcore.cli.build_engine import make_budgets, make_engine, make_judge
 from rmcore.cli.console import notes
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.options import Judging
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rmcore.engine.selection import Measure
     from rmcore.integrations.ray import ActorJudge
 
-__all__ = ["asks_a_judge", "batch_routing", "engine_of", "ray_errors", "shared_judge", "tell"]
+__all__ = ["asks_a_judge", "batch_routing", "check_settings", "engine_of", "ray_errors", "shared_judge", "tell"]
 
 
 def asks_a_judge(judging: Judging) -> bool:
@@ -45,6 +46,13 @@ def batch_routing(judging: Judging) -> Judging:
     nothing: dict[str, Any] = {"max_calls": None, "max_tokens": None, "max_cost": None, "judge_url": None}
     nothing |= {"verdicts": None, "store": None, "prices": None, "reuse": "replies", "ask_again": None}
     return replace(judging, **nothing)
+
+
+def check_settings(model: str, settings: Mapping[str, Any]) -> None:
+    """What an actor would find that a model cannot go by, before anything is started elsewhere."""
+    doubting, names = settings["doubting"], ("max_length", "overlong", "deterministic", "design")
+    limits = {name: settings[name] for name in names}
+    check_options(model, uncertainty=doubting.uncertainty, variance=doubting.variance, **limits)
 
 
 def engine_of(

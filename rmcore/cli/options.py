@@ -140,7 +140,10 @@ Reuse = Annotated[
 ]
 AskAgain = Annotated[
     list[str] | None,
-    typer.Option(help="Ask again what --store holds without a verdict for this reason: length, unparsable, ..."),
+    typer.Option(
+        help="Ask again what --store holds without a verdict for this reason: length, filter, refusal, no_content, "
+        "conflicting or unparsable; may be given several times."
+    ),
 ]
 JudgeDeadline = Annotated[
     float | None, typer.Option(help="Seconds from the start of a batch after which verdicts are of no use.")

@@ -18,6 +18,7 @@ from rmcore.cli.accounts import book, judge_outcome, print_accounts
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_readable, check_writable
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.output import Line, Output, Run, check_apart, check_file, opened_output
 from rmcore.cli.records import Chain, run_digest
 from rmcore.cli.resumed import groups_behind
@@ -147,7 +148,9 @@ def with_scoring(command: Callable[..., None]) -> Callable[..., None]:
             common = {name: given.pop(name) for name in shared}
             decides = {"command": command.__name__, **given, **{name: common[name] for name in _DECIDES}}
 
-            def load() -> Run:
+            def load(measure: Measure = "u") -> Run:
+                if measure != "u":
+                    check_options(common["model"], uncertainty=common["uncertainty"], measure=measure)
                 return functools.partial(_scoring(**common), decides=decides)
 
             command(load, **given)
@@ -159,7 +162,7 @@ def with_scoring(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @with_scoring
-def score(load: Callable[[], Run]) -> None:
+def score(load: Callable[..., Run]) -> None:
     """Score groups of responses: preferences, uncertainties, rewards and RLOO advantages, one JSON line a group.
 
     Without --threshold, --budget or --judge-fraction no pair goes to a judge.

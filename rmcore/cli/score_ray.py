@@ -15,7 +15,7 @@ from rmcore.cli.build_engine import check_key, check_routing
 from rmcore.cli.checks import check_readable
 from rmcore.cli.console import count_lines, notes, print_error, progress_bar
 from rmcore.cli.judge_options import reject_unused
-from rmcore.cli.on_ray import asks_a_judge, batch_routing, engine_of, ray_errors, shared_judge, tell
+from rmcore.cli.on_ray import asks_a_judge, batch_routing, check_settings, engine_of, ray_errors, shared_judge, tell
 from rmcore.cli.options import Judging
 from rmcore.cli.output import opened_output
 from rmcore.cli.records import Chain, run_digest
@@ -48,6 +48,7 @@ def score_on_ray(
         reject_unused(judging)
     check_key(judging)
     check_readable(groups)
+    check_settings(model, settings)
     source, model = (str(Path(name).resolve()) if Path(name).exists() else name for name in (groups, model))
 
     def run(line: Any, decides: Mapping[str, Any], *, measure: Measure = "u") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
+from rmcore.cli.model_checks import check_options
 from rmcore.cli.output import check_file, opened_output
 
 __all__ = ["select"]
@@ -51,6 +52,8 @@ def select(
         from rmcore.ops.pair_layout import PairLayout
 
         check_device(loading.device)
+        limits: dict[str, Any] = {"max_length": loading.max_length, "overlong": loading.overlong}
+        check_options(model, uncertainty=uncertainty, mode="difference", **limits)
         check_file(out, inputs=[groups], overwrite=overwrite)
         items = list(read_groups(groups, parse_columns(columns or [])))
         if not any(len(group.responses) > 1 for group in items):

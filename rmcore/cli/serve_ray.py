@@ -20,7 +20,7 @@ from rmcore._base.errors import reject
 from rmcore.cli.build_engine import check_key, check_routing
 from rmcore.cli.console import notes
 from rmcore.cli.judge_options import reject_unused
-from rmcore.cli.on_ray import asks_a_judge, batch_routing, engine_of, ray_errors, shared_judge, tell
+from rmcore.cli.on_ray import asks_a_judge, batch_routing, check_settings, engine_of, ray_errors, shared_judge, tell
 from rmcore.cli.options import Judging
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def serve_on_ray(
         reject_unused(judging)
     check_key(judging)
     folder_of(model, expected="a folder with rmcore.json, or a hub name")
+    check_settings(model, engine)
     source = str(Path(model).resolve()) if Path(model).exists() else model
     with ExitStack() as stack:
         stack.enter_context(connect(on_ray.ray))

@@ -36,6 +36,7 @@ from rmcore.model.encoding.architecture import (
     takes_two_texts,
     text_config,
 )
+from rmcore.model.encoding.limits import check_positions
 from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError
@@ -79,11 +80,6 @@ _REMOTE_TEXTS = 256
 
 Deterministic: TypeAlias = Literal["batch"]
 """What bits do not depend on: ``batch``, the other texts of a call."""
-
-
-def _check_positions(max_length: int | None, positions: int | None) -> None:
-    if max_length is not None and positions is not None and max_length > positions:
-        reject("max_length", max_length, f"at most the model's {positions} positions")
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -150,7 +146,7 @@ class Backbone:
         self.state_cache: StateCache | None = None
         self.language_head: dict[str, Tensor] | None = None
         self.positions = position_limit(model)
-        _check_positions(config.max_length, self.positions)
+        check_positions(config.max_length, self.positions)
         self.published = published
         self.deterministic = deterministic
         append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
@@ -489,7 +485,7 @@ class Backbone:
         limit = TextLimit(max_length or own.max_length, overlong or own.overlong)
         if max_length is not None:
             TextLimit(max_length)  # 0, say
-            _check_positions(max_length, self.positions)
+            check_positions(max_length, self.positions)
         return limit
 
     def use_state_cache(self) -> None:

@@ -74,6 +74,8 @@ def write_model(
     values = {"kind": "model", "head": head, "backbone": config.to_dict(), "embedded": embed}
     if files:
         values["backbone_files"] = files
+    if model.backbone.positions is not None:  # so that a limit beyond it is refused before anything is loaded
+        values["positions"] = model.backbone.positions
     if model.error_prior is not None:
         values["error_prior"] = write_error_prior(model.error_prior, folder)
     if model.estimators:

@@ -6,7 +6,7 @@ head's own and V can be added to the spread that a model of attributes sees in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,7 @@ __all__ = [
     "find_estimator",
     "fit_estimators",
     "head_estimate",
+    "known_uncertainty",
     "told_apart",
 ]
 
@@ -81,14 +82,22 @@ def find_estimator(
 
     Raises InputError for a name that there is not, or that the model has not.
     """
+    found = known_uncertainty(name, head.config.features, estimators, default)
+    return None if found is None else estimators[found]
+
+
+def known_uncertainty(name: str | None, features: str, has: Collection[str], default: str | None = None) -> str | None:
+    """Which of the estimators that a model ``has`` is meant; None for its head, which has ``features``.
+
+    Raises InputError for a name that there is not, or that the model has not.
+    """
     name = name or default or HEAD
     check_uncertainty(name)
-    if name in estimators:
-        return estimators[name]
-    if name != HEAD and (name != "sngp" or head.config.features != "rff"):
-        has = ", ".join([HEAD, *estimators])
+    if name in has:
+        return name
+    if name != HEAD and (name != "sngp" or features != "rff"):
         remedy = "add_estimator fits one, or train --uncertainty"
-        reject("uncertainty", repr(name), f"one that the model has: {has}", remedy)
+        reject("uncertainty", repr(name), f"one that the model has: {', '.join([HEAD, *has])}", remedy)
     return None
 
 

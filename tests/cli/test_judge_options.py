@@ -33,6 +33,10 @@ LIVE = Judging(judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_key_env
         ({"judge_tokens_per_minute": -1}, "--judge-tokens-per-minute: got -1"),
         ({"store": "{folder}"}, "--store: got"),
         ({"store": "{file}/verdicts.db"}, "--store: got"),
+        ({"store": "{folder}/v.db", "ask_again": ["nonsense"]}, "--ask-again: got 'nonsense', expected one of length,"),
+        ({"store": "{folder}/v.db", "ask_again": ["length", "Length"]}, "--ask-again: got 'Length', expected one of"),
+        ({"store": "{folder}/v.db", "ask_again": ["timeout"]}, "--ask-again: got 'timeout', expected one of"),
+        ({"store": "{folder}/v.db", "ask_again": [""]}, "--ask-again: got '', expected one of"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_by_its_option(given: dict[str, Any], says: str, tmp_path: Path) -> None:

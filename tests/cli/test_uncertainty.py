@@ -11,7 +11,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from rmcore import RewardModel
+from rmcore._base.errors import CheckpointError
 from rmcore.cli import app
+from rmcore.model import Backbone
+from rmcore.model.described import Described, describe
 
 
 def call(*arguments: object) -> Result:
@@ -175,3 +178,111 @@ def test_filter_wants_one_measure_that_the_model_tells(files, further):
         assert refused.exit_code == 2, (more, refused.stderr)
         assert says in refused.stderr
         assert not refused.stdout
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a backbone was loaded")
+
+    monkeypatch.setattr(Backbone, "from_pretrained", load)
+
+
+COMMANDS = {
+    "score": ("groups.jsonl",),
+    "best-of": ("groups.jsonl",),
+    "filter": ("groups.jsonl", "--max-u", 2),
+    "evaluate": ("prefs.jsonl",),
+    "select": ("groups.jsonl", "--count", 1),
+    "serve": ("--port", 0),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_folder_tells_is_checked_before_anything_is_loaded(files, command, nothing_loads):
+    given = [files / word if str(word).endswith(".jsonl") else word for word in COMMANDS[command]]
+    cases = [
+        (("--uncertainty", "dropout"), "--uncertainty: got 'dropout', expected one that the model has: head, laplace"),
+        (("--max-length", 100_000), "--max-length: got 100000, expected at most the model's"),
+        (("--max-length", 0), "--max-length: got 0, expected a positive number"),
+    ]
+    if command != "select":
+        cases += [
+            (
+                ("--variance", "aleatoric"),
+                "--variance: got 'aleatoric' of 'laplace', expected what it tells: epistemic",
+            ),
+            (("--variance", "total", "--uncertainty", "head"), "the head alone tells no other part"),
+        ]
+    if command not in ("select", "evaluate"):
+        cases.append((("--deterministic", "batch"), "--uncertainty: got 'laplace' with --deterministic batch"))
+    if command == "best-of":
+        cases.append((("--penalty-by", "gap"), "measure: got 'gap', expected what the engine's uncertainty tells: u"))
+    for more, says in cases:
+        refused = call(command, files / "m", *given, *more)
+        assert (refused.exit_code, more) == (2, more), refused.output
+        assert says in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+
+
+def test_what_a_folder_says_by_itself(files, further, tmp_path):
+    found = describe(str(files / "m"))
+    model = RewardModel.from_pretrained(files / "m", device="cpu")
+    assert found == Described(
+        features="rff",
+        mode="difference",
+        estimators=("laplace", "ensemble"),
+        uncertainty="laplace",
+        novelty=True,
+        positions=model.backbone.positions,
+    )
+    assert describe(str(further)).estimators == ("laplace", "ensemble", "urme", "sngp-urm")
+    values = json.loads((files / "m/rmcore.json").read_text())
+    assert values.pop("positions") == found.positions
+    old = tmp_path / "old"
+    old.mkdir()
+    for change, known in (
+        ({}, found.positions),  # of the backbone's own folder
+        ({"backbone": {"name": str(tmp_path / "gone")}}, None),
+        ({"backbone": {"name": ""}}, None),
+        ({"backbone": None, "estimators": None, "uncertainty": 3}, None),
+        ({"positions": 7}, 7),
+    ):
+        (old / "rmcore.json").write_text(json.dumps(values | change))
+        assert describe(str(old)).positions == known
+    for change in ({"head": None}, {"head": {"config": []}}, {"head": {"config": {"mode": "concat"}}}):
+        (old / "rmcore.json").write_text(json.dumps(values | change))
+        assert describe(str(old)) is None, "loading it says what is wrong"
+    published = tmp_path / "published"
+    published.mkdir()
+    for config, positions in (
+        ({"max_position_embeddings": 9}, 9),
+        ({"text_config": {"max_position_embeddings": 8}, "max_position_embeddings": 9}, 8),
+        ({"n_positions": 9}, None),
+        ({"max_position_embeddings": True}, None),
+        ([], None),
+    ):
+        (published / "config.json").write_text(json.dumps(config))
+        assert describe(str(published)) == Described("linear", None, spread=True, positions=positions)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        describe("./nowhere")
+
+
+def test_a_head_that_pairs_of_one_kind_only_is_told_apart(tmp_path, nothing_loads):
+    """Concat mode, and a head without a row posterior, by the JSON alone."""
+    judge = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--judge-key-env", "", "--budget", 0.5)
+    (tmp_path / "g.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    for mode, more, says in (
+        ("concat", ("score", "--design", "swiss:2"), "--design: got 'swiss:2'"),
+        ("concat", ("select", "--count", 1), "model: got one in concat mode"),
+        ("difference", ("score", *judge, "--rank-by", "novelty"), "--rank-by: got novelty"),
+        ("difference", ("score", "--max-length", 513), "--max-length: got 513, expected at most the model's 512"),
+    ):
+        values = {"format": "rmcore", "format_version": 1, "positions": 512}
+        (tmp_path / "rmcore.json").write_text(
+            json.dumps(values | {"head": {"config": {"mode": mode, "features": "rff"}}})
+        )
+        command, *options = more
+        refused = call(command, tmp_path, tmp_path / "g.jsonl", *options)
+        assert refused.exit_code == 2
+        assert says in refused.stderr

@@ -14,13 +14,14 @@ from typing import TypeAlias
 
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
+from rmcore._base.members import unique_members
 from rmcore._base.version import __version__
 from rmcore.head.estimators.attributes import URM, URME, AttributeLabels
 from rmcore.head.estimators.combined import SNGPWithURM
 from rmcore.head.estimators.dropout import Dropout
 from rmcore.head.estimators.ensembles import Ensemble
 from rmcore.head.estimators.laplace import Laplace, LaplaceDiagonal, LaplaceKronecker
-from rmcore.head.estimators.protocol import PairEstimate, PairEstimator, VarianceKind, of_kind
+from rmcore.head.estimators.protocol import PairEstimate, PairEstimator, VarianceKind, check_part, of_kind
 from rmcore.head.estimators.sngp import SNGP
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "PairEstimator",
     "SNGPWithURM",
     "VarianceKind",
+    "check_part",
     "estimator_named",
     "load_estimator",
     "of_kind",
@@ -88,7 +90,7 @@ def load_estimator(path: str | os.PathLike[str]) -> AnyEstimator:
 
     file = Path(path) / _FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_members)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(values, dict) or (values.get("format"), values.get("format_version")) != (_FORMAT, _VERSION):

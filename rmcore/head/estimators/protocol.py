@@ -24,6 +24,7 @@ __all__ = [
     "PairEstimate",
     "PairEstimator",
     "VarianceKind",
+    "check_part",
     "check_training",
     "check_width",
     "gaussian_estimate",
@@ -142,6 +143,12 @@ def of_kind(found: PairEstimate, kind: VarianceKind, own: VarianceKind, name: st
     variance = v + more[0] if more else v
     u = reference.uncertainty(variance, reference.mean_field_amplitude())
     return found._replace(variance=variance, preference=reference.preference(found.logit, u))
+
+
+def check_part(kind: VarianceKind, estimator: type[PairEstimator]) -> None:
+    """Raise InputError for a part of the variance that an estimator of this class never tells."""
+    if estimator.kind not in (kind, "total"):
+        reject("variance", f"{kind!r} of {estimator.name!r}", f"what it tells: {estimator.kind}")
 
 
 def check_width(hidden: Tensor, width: int) -> None:

@@ -14,10 +14,13 @@ from typing import NamedTuple
 from rmcore._base.large import find_all, read_json
 from rmcore.judge.base import Outcome
 
-__all__ = ["MAX_CRITIQUE", "Labels", "Parsed", "Statement", "parse_verdict", "statements"]
+__all__ = ["MAX_CRITIQUE", "UNANSWERED", "Labels", "Parsed", "Statement", "parse_verdict", "statements"]
 
 MAX_CRITIQUE = 32_768
 """Longest critique kept, in characters: enough for any real one, and no reply can fill the memory."""
+
+UNANSWERED = ("length", "filter", "refusal", "no_content", "conflicting", "unparsable")
+"""Reasons of replies that are the judge's own answer and hold no verdict: what a store keeps besides verdicts."""
 
 _TAG = re.compile(r"<\s{0,8}verdict\s{0,8}>([^<>]{0,200})<\s{0,8}/\s{0,8}verdict\s{0,8}>", re.IGNORECASE)
 _PAIR = re.compile(r'(?<!\\)"verdict"\s{0,8}:\s{0,8}"([^"\\<>]{0,200})"')

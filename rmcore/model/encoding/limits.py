@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rmcore._base.errors import reject
 
-__all__ = ["OverlongPolicy", "Run", "TextLimit", "shorten"]
+__all__ = ["OverlongPolicy", "Run", "TextLimit", "check_positions", "shorten"]
 
 OverlongPolicy: TypeAlias = Literal["error", "truncate-prompt-left", "truncate-right", "truncate-longest", "no-reward"]
 """``error``: refuse, naming the text. ``truncate-prompt-left``: drop the oldest prompt tokens, refuse if the responses
@@ -51,6 +51,12 @@ class TextLimit:
             reject("overlong", repr(self.overlong), f"one of {', '.join(_POLICIES)}")
         if self.max_length is not None and self.max_length < 1:
             reject("max_length", self.max_length, "a positive number of tokens or None")
+
+
+def check_positions(max_length: int | None, positions: int | None) -> None:
+    """Raise InputError for a limit that a model has no positions for; ``None``: no limit, or nobody knows."""
+    if max_length is not None and positions is not None and max_length > positions:
+        reject("max_length", max_length, f"at most the model's {positions} positions")
 
 
 def shorten(runs: Sequence[Run], limit: TextLimit, positions: int | None) -> list[Run]:
