@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rmcore._base.errors import DataError, InputError, JudgeError, reject
+from rmcore._base.errors import InputError, JudgeError, reject
 from rmcore.cli import options
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
-from rmcore.cli.output import check_apart, check_file, json_line, opened_output
-from rmcore.cli.resumed import behind
+from rmcore.cli.critique_rows import FAILURES, Done, RowParts, parts_of, rows_behind, written
+from rmcore.cli.output import Output, check_apart, check_file, opened_output
+from rmcore.cli.records import Chain, model_identity, settings_digest
 
 if TYPE_CHECKING:
-    from rmcore._base.prompt import Canonical
     from rmcore.engine.routing import Budget
     from rmcore.judge.critics.critique import Critic, Critique
     from rmcore.model.data import Row
@@ -104,10 +103,15 @@ def critique(
         told = _Told()
         try:
             with opened_output(out, resume=resume) as output, progress_bar() as bar, judge_progress(bar, critic):
+                output.chain = Chain(_run_digest(critics, asking, names))
+                known = Done()
+                todo = rows_behind(read_rows(rows), output.done(), out, output.chain, known)
+                first = list(islice(todo, 1))  # now all results that are there were looked at
+                _mend(output, known, names, critic, budgets, told, critics.drop_junk)
                 task = bar.add_task("rows", total=None)
-                todo = behind(read_rows(rows), output.done(), out, lambda row: row.number, _other_row)
-                for row, parts in _criticised(todo, names, critic, budgets, told):
-                    output.write(_written(row, parts, told, critics.drop_junk))
+                for row, (read, found) in _criticised(chain(first, todo), names, critic, budgets, told):
+                    told.note(found)
+                    output.write(written(row, read, found, drop_junk=critics.drop_junk))
                     output.flush()
                     bar.update(task, completed=output.count)
                 if told.left:
@@ -131,7 +135,12 @@ class _Told:
     usages: list[Any] = field(default_factory=list)
     left: bool = False
 
-    def note(self, found: Sequence[Critique]) -> None:
+    def note(self, row: Sequence[Sequence[Critique]]) -> None:
+        """Count what became of a row's responses."""
+        for own in row:
+            self._note(own)
+
+    def _note(self, found: Sequence[Critique]) -> None:
         self.responses += 1
         self.reasons.update(one.reason for one in found if one.reason)
         self.reasons.update(["nothing stored"] * (not found))
@@ -159,6 +168,46 @@ class _Told:
         notes.print("; ".join(parts), markup=False, highlight=False, soft_wrap=True)
 
 
+def _mend(
+    output: Output,
+    known: Done,
+    names: dict[str, str],
+    critic: Critic,
+    budgets: list[Budget],
+    told: _Told,
+    drop_junk: bool,
+) -> None:
+    """Ask again for what failed on its way in an earlier run, and put it where it belongs."""
+    again: dict[int, dict[str, Any]] = {}
+    mended = 0
+    try:
+        for row, (read, found) in _criticised(iter(known.failed), names, critic, budgets, told):
+            told.note(found)
+            again[row.number] = written(row, read, found, drop_junk=drop_junk)
+            mended += FAILURES not in again[row.number]
+    finally:  # what was bought is kept, however this ends
+        if again:
+            output.rewrite(known.rewritten(output.done(), again))
+            said = f"asked {len(again)} rows again whose critiques had failed: {mended} of them are whole now"
+            notes.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def _run_digest(critics: Critics, asking: CriticAsking, names: dict[str, str]) -> str:
+    """Of what decides critiques besides their row: the critic, not where it is or what it may cost."""
+    template = asking.judge_template
+    settings = {
+        "command": "critique",
+        "from_store": critics.from_store is not None,
+        "model": asking.judge_model,
+        "template": None if template is None else template.read_text(encoding="utf-8"),
+        "max_tokens": asking.judge_max_tokens if critics.generate is None else critics.max_tokens_generated,
+        "seed": critics.seed if critics.generate is not None else None,
+        "columns": sorted(names.items()),
+        **{name: getattr(critics, name) for name in ("samples", "max_chars", "temperature", "drop_junk")},
+    }
+    return settings_digest("" if critics.generate is None else model_identity(critics.generate), settings)
+
+
 def _critic(critics: Critics, asking: CriticAsking, device: str | None) -> tuple[Critic, list[Budget]]:
     """The one critic that the options name, and what it may cost."""
     given = [asking.judge_url, critics.from_store, critics.generate]
@@ -167,6 +216,9 @@ def _critic(critics: Critics, asking: CriticAsking, device: str | None) -> tuple
         reject("--judge-url, --from-store, --generate", got, "one of them")
     if asking.verdicts is not None or asking.judge_soft or asking.judge_orders != "both":
         reject("--verdicts, --judge-soft, --judge-orders", "given", "none: a critic gives no verdict")
+    if asking.reuse != "replies" or "unparsable" in (asking.ask_again or ()):
+        # To a store a critique is an answer without a verdict: all would be bought again.
+        reject("--reuse verdicts, --ask-again unparsable", "given", "neither: a critic gives no verdict")
     if asking.judge_url is None and (asking.max_calls, asking.max_tokens, asking.max_cost) != (None, None, None):
         reject("--max-calls, --max-tokens, --max-cost", "without --judge-url", "together with it")
     if critics.from_store is not None:
@@ -261,13 +313,13 @@ def _criticised(
     critic: Critic,
     budgets: list[Budget],
     told: _Told,
-) -> Iterator[tuple[Row, tuple[_Parts, list[tuple[Critique, ...]]]]]:
+) -> Iterator[tuple[Row, tuple[RowParts, list[tuple[Critique, ...]]]]]:
     """Rows with the critiques of their responses, as far as the budgets go."""
     from rmcore._base.loop import run_sync
     from rmcore.judge.base import JudgeUsage
 
     while chunk := list(islice(rows, _CHUNK)):
-        read = [_parts_of(row, names) for row in chunk]
+        read = [parts_of(row, names) for row in chunk]
         items = [(prompt, response) for parts in read for prompt, response in parts.items]
         samples = getattr(critic, "samples", None) or 1
         held = [budget.reserve(len(items) * samples) for budget in budgets]
@@ -284,51 +336,3 @@ def _criticised(
         left = iter(found)
         for row, parts in zip(chunk, read, strict=True):
             yield row, (parts, list(islice(left, len(parts.items))))
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The responses of a row, in order."""
-
-    items: tuple[tuple[Canonical, Canonical], ...]
-    group: bool
-
-
-def _parts_of(row: Row, names: dict[str, str]) -> _Parts:
-    from rmcore._base.prompt import canonical_prompt, canonical_response
-    from rmcore.model.data import groups, parse_group, parse_preferences, preferences
-    from rmcore.model.data.columns import map_columns
-
-    try:
-        value = map_columns(row.value, names, groups.COLUMNS | preferences.COLUMNS)
-        if "responses" in value:
-            group = parse_group(value)
-            return _Parts(tuple((group.prompt, response) for response in group.responses), True)
-        found = parse_preferences(value)
-        if len(found) != 1:
-            reject("chosen, rejected", f"{len(found)} pairs", "one pair a row")
-    except InputError as error:
-        raise DataError(str(error), source="rows", line=row.number, unit=row.unit) from error
-    item = found[0]
-    prompt = canonical_prompt(item.prompt)
-    return _Parts(tuple((prompt, canonical_response(one)) for one in (item.chosen, item.rejected)), False)
-
-
-def _written(
-    row: Row, parts: tuple[_Parts, list[tuple[Critique, ...]]], told: _Told, drop_junk: bool
-) -> dict[str, Any]:
-    read, found = parts
-    texts = []
-    for own in found:
-        told.note(own)
-        texts.append([one.text for one in own if one.text and not (drop_junk and one.junk)])
-    critiques: Any = texts if read.group else dict(zip(("chosen", "rejected"), texts, strict=True))
-    return {**row.value, "critiques": critiques, "line": row.number}
-
-
-def _other_row(row: Row, last: dict[str, Any]) -> str | None:
-    """How a written row is not this one with critiques, if it is not."""
-    own = {"critiques": last.get("critiques"), "line": last.get("line")}
-    if json.loads(json_line({**row.value, **own})) == last:
-        return None
-    return f"another row for line {row.number}: the results there are of another input"

@@ -64,6 +64,7 @@ class Output:
         count: results in it.
         chain: of the digests of its results; None for what carries none.
         old: the file of the results that were there already, and how many bytes they are.
+        rewritten: the stream of :meth:`rewrite`, which is closed in the end.
     """
 
     stream: IO[str]
@@ -72,6 +73,7 @@ class Output:
     count: int = 0
     chain: Chain | None = None
     old: tuple[Path, int] | None = None
+    rewritten: IO[str] | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record as a line. Raises RmcoreError where that cannot be done: a full disk, say."""
@@ -84,6 +86,31 @@ class Output:
         """Have everything written seen by others. Raises as :meth:`write`."""
         with _named(self.name):
             self.stream.flush()
+
+    def rewrite(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Put other results in the place of those that were there already, which stay as they are until all is written.
+
+        Raises RmcoreError as :meth:`write`.
+        """
+        assert self.old is not None, "no results were there"
+        file, _ = self.old
+        work = file.with_name(f"{file.name}.again")
+        self.chain, self.count = None if self.chain is None else Chain(self.chain.run), 0
+        with _named(self.name):
+            stream = work.open("w+", encoding="utf-8", newline="\n")
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                for result in results:
+                    stream.write(json_line(result if self.chain is None else self.chain.add(result)))
+                    self.count += 1
+                stream.flush()
+                replace_file(work, file)
+            except BaseException:
+                stream.close()
+                work.unlink(missing_ok=True)
+                raise
+        self.stream.close()
+        self.stream = self.rewritten = stream
 
     def done(self) -> Iterator[dict[str, Any]]:
         """The results that were there already."""
@@ -221,8 +248,13 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
             yield output
             output.flush()
         except BaseException:
-            _keep(output, path, partial, nothing=fresh and output.count == count)
+            same = output.count == count and output.rewritten is None
+            _keep(output, path, partial, nothing=fresh and same)
             raise
+        finally:
+            if output.rewritten is not None:
+                with suppress(OSError):  # what could not be written has been told
+                    output.rewritten.close()
         if path.suffix == ".parquet":
             _write_parquet(partial, path)
         else:
@@ -329,10 +361,22 @@ def _keep(output: Output, path: Path, partial: Path, *, nothing: bool) -> None:
 
 
 def _continues(path: Path, partial: Path) -> bool:
-    """Whether an interrupted run was going on with the whole file."""
+    """Whether an interrupted run was going on with the whole file, some of whose results it may have mended."""
     whole = path.read_bytes()
     with partial.open("rb") as stream:
-        return stream.read(len(whole)) == whole
+        if stream.read(len(whole)) == whole:
+            return True
+        stream.seek(0)
+        return all(_same_place(line, stream.readline()) for line in whole.splitlines())
+
+
+def _same_place(one: bytes, other: bytes) -> bool:
+    """Whether two results are of the same line of the input, by the same run's options."""
+    try:
+        (line, run), again = ((r["line"], r["digest"].partition("-")[0]) for r in map(json.loads, (one, other)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return (line, run) == again
 
 
 def _descriptor(out: str) -> int | None:

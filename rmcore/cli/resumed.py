@@ -12,7 +12,7 @@ from rmcore.cli.records import Chain
 if TYPE_CHECKING:
     from rmcore.model.data import Group
 
-__all__ = ["behind", "groups_behind", "last_line"]
+__all__ = ["behind", "groups_behind", "last_line", "signed_behind"]
 
 T = TypeVar("T")
 
@@ -71,18 +71,49 @@ def groups_behind(groups: Iterator[Group], done: Iterator[dict[str, Any]], out: 
     """
     from rmcore.model.data.results import group_digest
 
+    def other(group: Group, result: dict[str, Any]) -> str | None:
+        if group.id == result.get("id"):
+            return None
+        other = f"the id {result.get('id')!r} for line {group.line}, which has {group.id!r}"
+        return f"{other}: the results there are of another input"
+
+    checked = "the line and the id of each"
+    return signed_behind(groups, done, out, chain, lambda group: group.line, group_digest, other, checked)
+
+
+def signed_behind(
+    items: Iterator[T],
+    done: Iterator[dict[str, Any]],
+    out: str,
+    chain: Chain,
+    line_of: Callable[[T], int],
+    digest_of: Callable[[T], str],
+    other: Callable[[T, dict[str, Any]], str | None],
+    checked: str,
+) -> Iterator[T]:
+    """:func:`behind` for results that carry a ``digest``, each of which is held against its item and those before it.
+
+    Args:
+        items: of the input, in order.
+        done: the results that are there, in order.
+        out: their file.
+        chain: goes on from the last of them.
+        line_of: an item's line.
+        digest_of: what of an item a result's digest is made of.
+        other: how the item on a result's line is another than the result's, as can be told without a digest.
+        checked: what that looks at, for the warning where there are no digests.
+    """
     signed: bool | None = None
 
-    def differs(group: Group, result: dict[str, Any]) -> str | None:
+    def differs(item: T, result: dict[str, Any]) -> str | None:
         nonlocal signed
-        if group.id != result.get("id"):
-            other = f"the id {result.get('id')!r} for line {group.line}, which has {group.id!r}"
-            return f"{other}: the results there are of another input"
+        if (how := other(item, result)) is not None:
+            return how
         digest = result.get("digest")
         if signed is None:
             signed = digest is not None
             if not signed:
-                _logger.warning("%s: results without digests: only the line and the id of each were checked", out)
+                _logger.warning("%s: results without digests: only %s were checked", out, checked)
         if not signed:
             return None
         if str(digest).partition("-")[0] != chain.run:
@@ -90,11 +121,11 @@ def groups_behind(groups: Iterator[Group], done: Iterator[dict[str, Any]], out: 
                 "a result of another model, or of other options than these. Give those, or a new name, or begin anew "
                 "with --overwrite"
             )
-        if digest != chain.add({**result, "digest": group_digest(group)})["digest"]:
+        if digest != chain.add({**result, "digest": digest_of(item)})["digest"]:
             return (
-                f"a result that is not what was written of line {group.line}: it was changed, one before it is gone, "
-                f"or it is of another input. {_REMEDY}"
+                f"a result that is not what was written of line {line_of(item)}: it was changed, one before it is "
+                f"gone, or it is of another input. {_REMEDY}"
             )
         return None
 
-    return behind(groups, done, out, lambda group: group.line, differs)
+    return behind(items, done, out, line_of, differs)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rmcore._base.errors import DataError, RmcoreError
 from rmcore.cli.output import Output, check_file, opened_output
-from rmcore.cli.records import Chain, json_line, run_digest
+from rmcore.cli.records import Chain, json_line, model_identity, run_digest
 from rmcore.cli.resumed import groups_behind
 from rmcore.model.data import Group
 from rmcore.model.data.results import group_result
@@ -151,3 +151,49 @@ def test_a_name_that_says_another_format_is_refused(tmp_path: Path, name: str) -
     with pytest.raises(ValueError, match="a name of what is written, JSON Lines or Parquet"):
         check_file(str(tmp_path / name))
     check_file(str(tmp_path / name), rows=False)  # a table or a plot, written otherwise
+
+
+def test_a_model_is_told_by_what_it_is_and_not_by_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def cached(name: str, sha: str, file: str) -> None:
+        """What a download leaves: main is ``sha``, which has ``file``."""
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        for place, content in ((f"snapshots/{sha}/{file}", "{}"), ("refs/main", sha)):
+            (repository / place).parent.mkdir(parents=True, exist_ok=True)
+            (repository / place).write_text(content)
+
+    def identities() -> list[str]:
+        return [model_identity(name) for name in names]
+
+    folder, bare, gguf = tmp_path / "rm", tmp_path / "bare", tmp_path / "critic.gguf"
+    names = ["org/published", "org/rm", str(folder), str(bare), str(gguf)]
+    for place in (folder, bare):
+        place.mkdir()
+    (folder / "rmcore.json").write_text(json.dumps({"backbone": {"name": "org/body", "revision": None}}))
+    (bare / "config.json").write_text("{}")
+    gguf.write_bytes(b"GGUF 1")
+    unknown = identities()
+    changes = [
+        lambda: cached("org/published", "a" * 40, "config.json"),
+        lambda: cached("org/rm", "a" * 40, "rmcore.json"),
+        lambda: cached("org/body", "a" * 40, "config.json"),
+        lambda: (bare / "config.json").write_text('{"hidden_size": 3}'),
+        lambda: gguf.write_bytes(b"GGUF 2"),
+    ]
+    before = unknown
+    for k, change in enumerate(changes):
+        change()
+        after = identities()
+        assert [i for i in range(5) if before[i] != after[i]] == [k]
+        before = after
+    for k, (name, file) in enumerate((("published", "config.json"), ("rm", "rmcore.json"), ("body", "config.json"))):
+        cached(f"org/{name}", "b" * 40, file)
+        assert [i for i, (one, other) in enumerate(zip(before, identities(), strict=True)) if one != other] == [k]
+        before = identities()
+    (folder / "rmcore.json").write_text(json.dumps({"backbone": {"name": "org/body", "revision": "a" * 40}}))
+    pinned = model_identity(str(folder))
+    cached("org/body", "c" * 40, "config.json")
+    assert model_identity(str(folder)) == pinned, "main moved, and the model is of another commit"
