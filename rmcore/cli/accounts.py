@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rmcore._base.errors import DataError, JudgeError
-from rmcore.cli.console import notes, reported_errors, results_console
+from rmcore.cli.console import notes, on_terminal, reported_errors, results_console
 
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
@@ -40,7 +40,7 @@ def print_accounts(totals: dict[str, Any], console: Console) -> None:
     """The totals of an :class:`~rmcore.engine.accounts.Accounts` as a table."""
     from rmcore.engine.accounts import account_lines
 
-    if not console.is_terminal:  # whole lines, for a pipe or a file
+    if not on_terminal(console):  # whole lines, for a pipe or a file
         lines = list(account_lines(totals))
         width = max((len(name) for name, _ in lines), default=0)
         for name, value in lines:

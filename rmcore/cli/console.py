@@ -20,9 +20,11 @@ from rmcore._base.errors import InputError, RankError, RmcoreError
 
 __all__ = [
     "count_lines",
+    "draws_bars",
     "encoding_progress",
     "judge_progress",
     "notes",
+    "on_terminal",
     "print_error",
     "print_markdown",
     "progress_bar",
@@ -56,10 +58,20 @@ class _Count(MofNCompleteColumn):
         return super().render(task) if task.total is not None else Text(f"{int(task.completed)}")
 
 
+def on_terminal(console: Console) -> bool:
+    """Whether a terminal is written to. rich takes a pipe for one under FORCE_COLOR, which many CIs set."""
+    return console.is_terminal and console.file.isatty()
+
+
+def draws_bars(console: Console) -> bool:
+    """Whether a terminal is written to whose cursor can be moved."""
+    return on_terminal(console) and not console.is_dumb_terminal
+
+
 def progress_bar() -> Progress:
-    """A bar on stderr while something runs; nothing where stderr is not a terminal."""
+    """A bar on stderr while something runs; nothing where stderr is no terminal, or a dumb one."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn())
-    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+    return Progress(*columns, console=notes, transient=True, disable=not draws_bars(notes))
 
 
 @contextmanager

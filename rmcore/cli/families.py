@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from rmcore.cli.console import reported_errors, results_console
+from rmcore.cli.console import on_terminal, reported_errors, results_console
 
 __all__ = ["families"]
 
@@ -26,7 +26,7 @@ def families(
             typer.echo(known.markdown(), nl=False)
             return
         console = results_console(160)
-        if not console.is_terminal:  # a line a family, for a pipe or a file
+        if not on_terminal(console):  # a line a family, for a pipe or a file
             for row in known.rows():
                 typer.echo(
                     "\t".join(row[column].replace("`", "") for column in ("family", "states", "head", "examples"))

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rmcore.cli.console import draws_bars
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.routing import BudgetRouter, RandomRouter, Router
@@ -379,7 +380,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not draws_bars(console))
 
 
 def _track(progress: Progress, title: str) -> Any:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from rmcore.cli import console
 from rmcore.cli.accounts import print_accounts
-from rmcore.cli.console import count_lines, print_markdown, training_progress
+from rmcore.cli.console import count_lines, draws_bars, on_terminal, print_markdown, training_progress
 
 TABLE = "# Report\n\n| metric | value |\n|---|---|\n| accuracy | 0.75 |\n"
 
@@ -69,6 +69,30 @@ def test_a_stream_has_no_total(tmp_path: Path) -> None:
     assert count_lines("-") is None
     assert count_lines("/dev/fd/0.jsonl") is None
     assert count_lines(str(tmp_path / "missing.jsonl")) is None
+
+
+@pytest.mark.parametrize(
+    ("out", "environment", "tables", "bars"),
+    [
+        (Terminal, {"TERM": "xterm"}, True, True),
+        (Terminal, {"TERM": "xterm", "NO_COLOR": "1"}, True, True),
+        (Terminal, {"TERM": "dumb"}, True, False),
+        (io.StringIO, {"TERM": "xterm"}, False, False),
+        (io.StringIO, {"TERM": "xterm", "FORCE_COLOR": "1"}, False, False),
+        (io.StringIO, {"TERM": "xterm", "TTY_COMPATIBLE": "1"}, False, False),
+    ],
+)
+def test_bars_and_tables_are_for_terminals(monkeypatch, out, environment, tables, bars) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    one = Console(file=out())
+    assert (on_terminal(one), draws_bars(one)) == (tables, bars)
+    monkeypatch.setattr(console, "notes", one)
+    with console.progress_bar() as bar:
+        bar.update(bar.add_task("encoding", total=2), completed=1)
+    assert ("encoding" in one.file.getvalue()) is bars
 
 
 def shown(bar: Progress) -> str:

@@ -20,6 +20,15 @@ __all__ = ["ConnectionFailedError", "check_environment", "connection_trouble", "
 
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 _PROXIES = ("http", "https", "all")
+_OWN_AUTHORITY = "if it is your own authority's, name its file in SSL_CERT_FILE"
+_ANOTHER_HOST = "give the host that it is for, or have one made for this host"
+_CERTIFICATE = {
+    9: "it begins later: is this machine's clock right?",
+    10: "it must be renewed, unless this machine's clock is wrong",
+    62: _ANOTHER_HOST,
+    64: _ANOTHER_HOST,
+}
+"""By OpenSSL's X509_V_ERR: not yet valid, expired, another host, another address."""
 
 
 class ConnectionFailedError(ConnectionError):
@@ -40,8 +49,8 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ConnectionFailedError(
-                f"TLS: the certificate of {host} is not accepted ({cause.verify_message.rstrip('.')}); if it is your "
-                "own authority's, name its file in SSL_CERT_FILE",
+                f"TLS: the certificate of {host} is not accepted ({cause.verify_message.rstrip('.')}); "
+                + _CERTIFICATE.get(getattr(cause, "verify_code", 0), _OWN_AUTHORITY),
                 lasting=True,
             )
         if isinstance(cause, ssl.SSLError):
@@ -66,7 +75,7 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
             return ConnectionFailedError(f"nothing listens at {place}: connection refused; is the server running?")
         if isinstance(cause, ConnectionResetError):
             through = f", or the proxy of {proxy}," if proxy else ""
-            return ConnectionFailedError(f"{place}{through} reset the connection")
+            return ConnectionFailedError(f"{place}{through} reset the connection{_https(parts.scheme)}")
         if "RemoteProtocolError" in kinds:
             return ConnectionFailedError(
                 _broken(str(cause), f"{place}, or the proxy of {proxy}," if proxy else place, parts.scheme)
@@ -74,11 +83,15 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
     return ConnectionFailedError(f"no connection to {place}")
 
 
+def _https(scheme: str) -> str:
+    return "; a server that speaks https:// does that to http://" if scheme == "http" else ""
+
+
 def _broken(said: str, place: str, scheme: str) -> str:
     """What is told of a reply that is none, by the HTTP library's words, which are not shown."""
     if "complete message body" in said or "incomplete chunked read" in said:
         return f"{place} closed the connection in the middle of a reply"
-    https = "; a server that speaks https:// does that to http://" if scheme == "http" else ""
+    https = _https(scheme)
     if "without sending a response" in said:
         return f"{place} closed the connection without an HTTP reply{https}"
     return f"{place} answered with something other than HTTP/1.1{https}"

@@ -239,6 +239,19 @@ def test_the_innermost_cause_is_the_one_told(cause, says):
 
 
 @pytest.mark.parametrize(
+    ("code", "says"),
+    [(9, "clock"), (10, "renewed"), (62, "host that it is for"), (64, "host that it is for"), (18, "SSL_CERT_FILE")],
+)
+def test_a_refused_certificate_has_the_remedy_of_its_fault(code, says):
+    """Naming an expired one in SSL_CERT_FILE helps nobody."""
+    cause = ssl.SSLCertVerificationError(1, "no")
+    cause.verify_code, cause.verify_message = code, "why"
+    words = str(connection_trouble(cause, URL))
+    assert says in words
+    assert ("SSL_CERT_FILE" in words) is (code == 18)
+
+
+@pytest.mark.parametrize(
     ("cause", "says"),
     [
         (socket.gaierror(-2, "Name or service not known"), "no address is known for the proxy of HTTPS_PROXY"),
