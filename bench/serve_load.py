@@ -65,6 +65,8 @@ class Soak:
     first_number: int = 1
     answer_s: float = 60.0
     ask_again: bool = False
+    pause_s: float = 0.0
+    """Between an answer and a client's next call; may change while the clients run."""
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,8 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak, goes_on: Callable[[
                 outcome.groups_in_time += 1.0 if call.kind == "groups" else 1.0 / soak.group
             if not dropped:
                 outcome.latencies_s.setdefault(call.kind, []).append(seconds)
+            if soak.pause_s:
+                await asyncio.sleep(soak.pause_s)
         connection.hang_up()
 
     async with asyncio.TaskGroup() as tasks:

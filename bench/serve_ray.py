@@ -2,10 +2,13 @@
 
 A Ray cluster of this machine, two replicas of a tiny model, 200 clients for a minute, as in :mod:`serve_soak`: whole
 groups, members by slot and OpenRLHF's single calls, through two entries to two assemblers. A learner's journal is
-written meanwhile, whose versions are served as they come. Two runs:
+written meanwhile, whose versions are served as they come. Four runs:
 
     replicas    one is killed with SIGKILL, one goes when the server is scaled from two to one, the head changes thrice
     processes   an entry and an assembler are killed; clients ask again where a proxy has lost its entry, as ours do
+    scaling     one replica of at most two, and a judge that takes its time: a second one is started; when the load is
+                gone, one goes
+    nodes       a head and two nodes, each with a replica: all of one are killed that has an assembler, too
 
 Every answer names a version of the head, and is compared with what that version says of the same texts in this process;
 so a lost, mixed or mistaken group shows, and one whose members have several versions. Writes ``serve_ray.json`` and
@@ -19,13 +22,11 @@ import asyncio
 import functools
 import json
 import os
-import signal
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,33 +36,44 @@ import torch
 from rmcore import RewardEngine
 from rmcore._base.quantile import quantiles
 from rmcore.engine.learning import LearningConfig, VerdictLearner
-from rmcore.engine.learning.follow import following
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.integrations.ray.serve import GroupServer, ServeScale
-from rmcore.integrations.server import ServeSettings
 from rmcore.judge.base import Pair, Verdict
+from rmcore.judge.testing import ReplayServer
 
 from .harness import environment
 from .serve_load import BLAME, PRAISE, Group, Outcome, Soak, drive, make_pool, score_pool, tiny_model
+from .serve_ray_cluster import kill_node, kill_one, processes, running, slow_judge, started
 
-__all__ = ["Event", "kill_one", "main", "run", "started", "versions_of"]
+__all__ = ["RUNS", "Event", "main", "run", "versions_of"]
+
+RUNS = {
+    "replicas": ServeScale(replicas=2),
+    "processes": ServeScale(replicas=2),
+    "scaling": ServeScale(replicas=1, max_replicas=2, upscale_delay_s=3.0, downscale_delay_s=10.0),
+    "nodes": ServeScale(replicas=2, assemblers=3, entries=3),
+}
+"""What is started for each."""
 
 VERSIONS = 4
 """Of the head, the first included."""
 _AFTER_S = 12.0
 """The load goes on for so long after the last event, even when its time is up."""
 _PATIENCE_S = 150.0
+_JUDGE_S = 1.0
+_PAUSE_S = 2.0
 
 
 @dataclass
 class Event:
-    """What happens so many seconds after the load began."""
+    """What happens so many seconds after the load began; where ``do`` returns a text, that is said of it, too."""
 
     at: float
     name: str
-    do: Callable[[], None]
+    do: Callable[[], object]
     began: float = 0.0
     done: float = 0.0
+    note: str = ""
 
 
 @dataclass
@@ -89,7 +101,8 @@ class Course:
             time.sleep(max(0.0, origin + event.at - time.perf_counter()))
             event.began = time.perf_counter() - origin
             try:
-                event.do()
+                told = event.do()
+                event.note = told if isinstance(told, str) else ""
             except Exception as error:  # the load goes on; the run has failed
                 self.failed.append(f"{event.name}: {type(error).__name__}: {error}"[:500])
             self._last = time.perf_counter()
@@ -139,77 +152,31 @@ def _flat(group: Group, version: int) -> list[float]:
     return [value for row in group.versions[version][0] for value in row]
 
 
-# -- the cluster -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def started(model: Path, journal: Path, soak: Soak, replicas: int = 2) -> Iterator[tuple[GroupServer, str]]:
-    """A cluster of this machine with a group server on it, and its URL."""
-    import ray
-
-    from rmcore.cli.on_ray import engine_of
-    from rmcore.cli.options import Judging
-
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}
-    mine = not ray.is_initialized()
-    if mine:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = ServeSettings(port=port, group_size=soak.group, time_limit_s=soak.time_limit_s)
-    make = functools.partial(engine_of, str(model), Judging(), {"backend": "auto", "device": "cpu"}, None)
-    server = GroupServer(make, settings, ServeScale(replicas=replicas), model="tiny", journal=journal)
-    try:
-        with following(journal, server.publish, every_s=0.5):
-            yield server, server.start()
-    finally:
-        server.stop()
-        server.serve.shutdown()
-        if mine:
-            ray.shutdown()
-
-
-def processes(deployment: str) -> list[int]:
-    """Process numbers of a deployment's replicas that are alive."""
-    from ray._private.state import actors  # the public way needs the dashboard
-
-    name = f"ServeReplica:rmcore:{deployment}"
-    found = [one for one in actors().values() if one["ActorClassName"] == name and one["State"] == "ALIVE"]
-    return sorted(one["Pid"] for one in found)
-
-
-def kill_one(deployment: str) -> None:
-    """SIGKILL for one of them."""
-    os.kill(processes(deployment)[0], signal.SIGKILL)
-
-
-def _until(what: Callable[[], bool], seconds: float) -> None:
-    ends = time.perf_counter() + seconds
-    while not what() and time.perf_counter() < ends:
-        time.sleep(0.2)
-
-
 # -- the runs --------------------------------------------------------------------------------------------------------
 
 
 def run(soak: Soak, which: str) -> tuple[dict[str, Any], Outcome]:
     """One run; all figures and checks as JSON values."""
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         path, journal = Path(folder, "tiny-rm"), Path(folder, "journal")
         model = tiny_model(soak.seed)
         model.save_pretrained(path, backbone="embed")
         pool = make_pool(RewardEngine(model), soak)
-        with versions_of(model, journal, pool) as learner, started(path, journal, soak) as (server, url):
-            course = Course(_events(which, server, learner, soak.seconds))
-            asyncio.run(_warm_up(url, pool, soak))
-            happening = course.start()
-            outcome = asyncio.run(drive(url, pool, soak, course.goes_on))
-            happening.join(_PATIENCE_S)
-            told = _metrics(url)
-            left = len(processes("Replica"))
-            began = time.perf_counter()
-            server.drain()
-            drained = time.perf_counter() - began
+        learner = stack.enter_context(versions_of(model, journal, pool))
+        judge = stack.enter_context(slow_judge(_JUDGE_S)) if which == "scaling" else None
+        how: dict[str, Any] = {"nodes": 2 * (which == "nodes"), "judge_url": None if judge is None else judge.base_url}
+        server, url, cluster = stack.enter_context(started(path, journal, soak, RUNS[which], **how))
+        course = Course(_events(which, server, learner, soak, judge, cluster))
+        asyncio.run(_warm_up(url, pool, soak))
+        happening = course.start()
+        outcome = asyncio.run(drive(url, pool, soak, course.goes_on))
+        happening.join(_PATIENCE_S)
+        told = _metrics(url)
+        left = len(processes("Replica"))
+        began = time.perf_counter()
+        server.drain()
+        drained = time.perf_counter() - began
     figures = _figures(soak, outcome, course, told) | {"replicas_at_the_end": left, "drain_s": round(drained, 2)}
     figures["checks"] = _checks(which, figures, outcome, course)
     return figures, outcome
@@ -220,16 +187,27 @@ async def _warm_up(url: str, pool: Sequence[Group], soak: Soak) -> None:
     await drive(url, pool, replace(soak, seconds=2.0, hang_up=0.0, seed=soak.seed + 99, first_number=1_000_000))
 
 
-def _events(which: str, server: GroupServer, learner: VerdictLearner, seconds: float) -> list[Event]:
+def _events(
+    which: str, server: GroupServer, learner: VerdictLearner, soak: Soak, judge: ReplayServer | None, cluster: Any
+) -> list[Event]:
+    seconds = soak.seconds
+
     def version(number: int) -> Event:
         at = (0.2, 0.45, 0.85)[number - 1] * seconds
-        return Event(at, f"version {number}", functools.partial(_current, learner, number))
+        return Event(at, f"version {number}", functools.partial(learner.revert, number))
 
     if which == "processes":
         return [
             Event(0.2 * seconds, "an entry killed", functools.partial(kill_one, "Entry")),
             Event(0.5 * seconds, "an assembler killed", functools.partial(kill_one, "Assembler1")),
         ]
+    if which == "scaling":
+        return [
+            Event(0.0, "one replica to two", functools.partial(_reach, server, 2)),
+            Event(0.5 * seconds, "two replicas to one", functools.partial(_calm, server, soak, judge)),
+        ]
+    if which == "nodes":
+        return [Event(0.3 * seconds, "a node killed", functools.partial(_lose_node, server, cluster))]
     return [
         Event(0.1 * seconds, "a replica killed", functools.partial(kill_one, "Replica")),
         Event(0.6 * seconds, "two replicas to one", functools.partial(_scale_down, server)),
@@ -237,22 +215,41 @@ def _events(which: str, server: GroupServer, learner: VerdictLearner, seconds: f
     ]
 
 
-def _current(learner: VerdictLearner, number: int) -> None:
-    learner.revert(number)
+def _until(what: Callable[[], bool], seconds: float) -> None:
+    ends = time.perf_counter() + seconds
+    while not what() and time.perf_counter() < ends:
+        time.sleep(0.2)
 
 
-def _scale_down(server: GroupServer) -> None:
-    _until(lambda: running(server) == {"RUNNING": 2}, _PATIENCE_S)
-    if (found := running(server)) != {"RUNNING": 2}:
-        raise RuntimeError(f"replicas: got {found}, expected two: the killed one's successor is not there yet")
+def _reach(server: GroupServer, replicas: int) -> str:
+    """Wait until so many replicas serve and no other is coming or going."""
+    _until(lambda: running(server) == {"RUNNING": replicas}, _PATIENCE_S)
+    if (found := running(server)) != {"RUNNING": replicas}:
+        raise RuntimeError(f"replicas: got {found} after {_PATIENCE_S:g} s, expected {replicas} and no other")
+    return ""
+
+
+def _scale_down(server: GroupServer) -> str:
+    _reach(server, 2)  # the killed one's successor is there
     server.scale(1)
-    _until(lambda: running(server) == {"RUNNING": 1}, _PATIENCE_S)
+    return _reach(server, 1)
 
 
-def running(server: GroupServer) -> dict[str, int]:
-    """Replicas of the model by what Serve says they are doing."""
-    states = server.serve.status().applications[server.name].deployments["Replica"].replica_states
-    return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
+def _calm(server: GroupServer, soak: Soak, judge: ReplayServer | None) -> str:
+    """The judge answers at once, and clients take their time: a replica has nothing to do."""
+    assert judge is not None
+    judge.latency_s = (0.0, 0.0)
+    soak.pause_s = _PAUSE_S
+    return _reach(server, 1)
+
+
+def _lose_node(server: GroupServer, cluster: Any) -> str:
+    """Kill a node, and wait until the other one has two replicas and all assemblers are there again."""
+    names = kill_node(cluster)
+    _until(lambda: running(server) != {"RUNNING": 2}, 30.0)  # Serve has noticed
+    _reach(server, 2)
+    _until(lambda: len(processes("Assembler")) == server.scale_now.assemblers, _PATIENCE_S)
+    return "with " + ", ".join(names)
 
 
 def _metrics(url: str) -> dict[str, float]:
@@ -280,10 +277,10 @@ def _figures(soak: Soak, outcome: Outcome, course: Course, told: dict[str, float
         "answers_by_version": answered,
         "groups_with_several_versions": sum(len(found) > 1 for found in outcome.versions.values()),
         "events": [
-            {"name": e.name, "at_s": round(e.began, 1), "done_s": round(e.done, 1)}
+            {"name": e.name, "at_s": round(e.began, 1), "done_s": round(e.done, 1), "note": e.note}
             for e in sorted(course.events, key=lambda e: e.at)
         ],
-        "answers_while_replicas_went": _between(outcome, course, "two replicas to one"),
+        "answers_meanwhile": {event.name: _between(outcome, event) for event in course.events},
         "errors": (course.failed + outcome.errors)[:10],
         "server": {
             "assembled_whole": _sum(told, "rmcore_assembled_groups_total", 'outcome="whole"'),
@@ -296,9 +293,8 @@ def _figures(soak: Soak, outcome: Outcome, course: Course, told: dict[str, float
     }
 
 
-def _between(outcome: Outcome, course: Course, name: str) -> int:
-    spans = [(event.began, event.done) for event in course.events if event.name == name]
-    return sum(began <= at <= done for at, _, _ in outcome.answers for began, done in spans)
+def _between(outcome: Outcome, event: Event) -> int:
+    return sum(event.began <= at <= event.done for at, _, _ in outcome.answers)
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -320,7 +316,10 @@ def _checks(which: str, figures: dict[str, Any], outcome: Outcome, course: Cours
     if which == "replicas":
         by = figures["answers_by_version"]
         checks["all versions were served"] = set(by) == {str(k) for k in range(VERSIONS)}
+    if which in ("replicas", "scaling"):
         checks["one replica is left"] = figures["replicas_at_the_end"] == 1
+    if which == "scaling":
+        checks["groups were answered while replicas came and went"] = min(figures["answers_meanwhile"].values()) > 0
     return checks
 
 
@@ -379,14 +378,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--hang-up", type=float, default=0.05, help="share of calls dropped and made again")
-    parser.add_argument("--runs", nargs="+", choices=("replicas", "processes"), default=["replicas", "processes"])
+    parser.add_argument("--runs", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     a = parser.parse_args(argv)
     figures: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
     outcomes: dict[str, Outcome] = {}
     for which in a.runs:
         soak = Soak(a.clients, a.seconds, hang_up=a.hang_up, pool=600, time_limit_s=150.0, answer_s=165.0)
-        soak.ask_again = which == "processes"
+        soak.ask_again = which in ("processes", "nodes")
+        if which in ("scaling", "nodes"):
+            # What is asked here is whether anything is lost by itself; a call dropped while all is slow waits long.
+            soak.clients, soak.hang_up = min(a.clients, 64), 0.0
         figures[which], outcomes[which] = run(soak, which)
         print(f"{which}: {figures[which]['groups']} groups in {figures[which]['seconds']} s")
         for name, passed in figures[which]["checks"].items():

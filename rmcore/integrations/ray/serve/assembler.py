@@ -76,9 +76,12 @@ class Assembler:
         self.presence = presence or Presence()
         self._watch: asyncio.Task[None] | None = None
 
-    async def beat(self, entry: str) -> None:
-        """An entry's sign of life."""
-        self.presence.heard(entry)
+    async def beat(self, entry: str, vouched: bool = True) -> None:
+        """An entry's sign of life; ``vouched`` as of :meth:`~rmcore.integrations.ray.serve.presence.Presence.heard`."""
+        self.presence.heard(entry, vouched=vouched)
+        self._watched()
+
+    def _watched(self) -> None:
         if self._watch is None:
             self._watch = asyncio.create_task(self._watching(), name="rmcore entries")
 
@@ -90,7 +93,8 @@ class Assembler:
             request: as it came.
             resent: the process that had it died, and may have answered siblings of it.
         """
-        await self.beat(entry)
+        self.presence.called(entry)
+        self._watched()
         text = b""
         if request.path in BY_CONTENT:
             text = hashlib.sha256(request.body).digest()

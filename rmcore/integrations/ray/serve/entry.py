@@ -7,9 +7,13 @@ hold for it, so its groups come together anew; what an entry holds when it dies,
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -21,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.large import is_large
 from rmcore.integrations.ray.serve.assembler import RawReply, RawRequest
-from rmcore.integrations.ray.serve.keys import request_key
+from rmcore.integrations.ray.serve.keys import BY_CONTENT, request_key
 from rmcore.integrations.ray.serve.presence import BEAT_S
 from rmcore.integrations.server.guard import Guard
 from rmcore.integrations.server.placing import owner
@@ -34,6 +38,10 @@ log = logging.getLogger(__name__)
 
 _DEATHS = 3
 """Assemblers that may die of one request. It may be the request's fault."""
+_SETTLED_S = 2.0
+"""After a doubt about callers: until then the requests of one that is gone have been given up."""
+_REMEMBERED_S = 3.0
+"""For so long a text that was answered may come again since its answer was lost."""
 _PAGE_S = 5.0
 """An assembler that takes longer to tell about itself is not ready."""
 _PATHS = frozenset({"/v1/groups", "/v1/rendezvous", "/get_reward", "/compare", "/verify", "/health", "/ready"})
@@ -47,8 +55,8 @@ class AssemblerCalls(Protocol):
         """Its answer."""
         ...
 
-    async def beat(self, entry: str) -> None:
-        """Take note that the entry is alive."""
+    async def beat(self, entry: str, vouched: bool = True) -> None:
+        """Take note that the entry is alive, and whether all are that it has calls from."""
         ...
 
     async def metrics(self) -> str:
@@ -68,6 +76,7 @@ class Entry:
         lost: the exceptions that mean that one died.
         settings: as of ``rmcore serve``: who is let in, and how much they may send.
         clock: a seam for tests.
+        callers: tells whether all are alive that pass callers' requests on to entries.
     """
 
     def __init__(
@@ -76,8 +85,12 @@ class Entry:
         lost: tuple[type[Exception], ...],
         settings: ServeSettings,
         clock: Clock | None = None,
+        callers: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self.name = uuid.uuid4().hex
+        self._callers = callers
+        self._doubted = -_SETTLED_S
+        self._texts: Counter[bytes] = Counter()
         self.resent = 0
         self._assemblers, self._lost = assemblers, lost
         self._clock: Clock = clock or SystemClock()
@@ -126,6 +139,13 @@ class Entry:
     async def _ask(self, request: RawRequest) -> RawReply:
         """The answer of the assembler that has the request's group, whatever becomes of that assembler meanwhile."""
         assembler = await self._owner_of(request)
+        with self._remembered(request) as seen:
+            if seen and not await self._vouched():
+                with contextlib.suppress(Exception):  # it is being started again, and remembers nobody
+                    await assembler.beat(self.name, False)
+            return await self._asked(assembler, request)
+
+    async def _asked(self, assembler: AssemblerCalls, request: RawRequest) -> RawReply:
         deaths = 0
         while deaths < _DEATHS:
             try:
@@ -142,6 +162,33 @@ class Entry:
         refused = error_response(503, "lost", f"{_DEATHS} processes died, one after the other, with this request")
         return RawReply(refused.status_code, refused.raw_headers, bytes(refused.body))
 
+    @contextmanager
+    def _remembered(self, request: RawRequest) -> Iterator[bool]:
+        """While the body runs, and a while longer, its text is known; whether it was before."""
+        if request.path not in BY_CONTENT:
+            yield False
+            return
+        text = hashlib.sha256(request.body).digest()
+        seen = text in self._texts
+        self._texts[text] += 1
+        try:
+            yield seen
+        finally:
+            asyncio.get_running_loop().call_later(_REMEMBERED_S, self._forget, text)
+
+    def _forget(self, text: bytes) -> None:
+        self._texts[text] -= 1
+        if not self._texts[text]:
+            del self._texts[text]
+
+    async def _vouched(self) -> bool:
+        """Whether all callers are alive, and have been for a while."""
+        if self._callers is None:
+            return True
+        if not await self._callers():
+            self._doubted = self._clock.now()
+        return self._clock.now() - self._doubted > _SETTLED_S
+
     async def _owner_of(self, request: RawRequest) -> AssemblerCalls:
         names = list(self._assemblers)
         if request.method != "POST":
@@ -154,7 +201,7 @@ class Entry:
     async def _beat(self, assembler: AssemblerCalls) -> None:
         while True:
             try:
-                await assembler.beat(self.name)
+                await assembler.beat(self.name, await self._vouched())
             except Exception as error:  # it is being started again
                 log.info("no beat: %s", type(error).__name__)
             await self._clock.sleep(BEAT_S)

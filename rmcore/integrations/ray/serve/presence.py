@@ -5,6 +5,10 @@ would still be waited for, and when their callers ask again, through another ent
 would be taken for a second one with the same text. So entries are heard from twice a second; what one that fell silent
 had under way is given up, what it was answered just before counts as lost, and a call that may be such a repetition
 waits until its twin's entry is known to live.
+
+So it is with a node that takes one of Serve's proxies along: its callers ask again through others, while the entry that
+it had called lives. An entry therefore vouches for the proxies, too, in its signs of life: with one of them in doubt it
+is alive, and its texts are not vouched for until Ray knows what has become of that proxy.
 """
 
 from __future__ import annotations
@@ -36,21 +40,42 @@ class Presence:
         self.given_up = 0
         self._clock: Clock = clock or SystemClock()
         self._heard: dict[str, float] = {}
+        self._vouched: dict[str, float] = {}
+        self._doubtful: set[str] = set()
         self._calls: defaultdict[str, set[asyncio.Future[Any]]] = defaultdict(set)
         self._texts: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
         self._answered: defaultdict[str, list[tuple[float, bytes, Callable[[], None]]]] = defaultdict(list)
         self._beats: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
-    def heard(self, entry: str) -> None:
-        """An entry is alive now; what it was answered a while ago has reached its caller."""
+    def heard(self, entry: str, *, vouched: bool = True) -> None:
+        """An entry is alive now; what it was answered a while ago has reached its caller.
+
+        Args:
+            entry: its name.
+            vouched: whether all are alive that it could have had calls from. When they are after a doubt, what it was
+                answered last counts as lost: it may have gone to one that is not there any more.
+        """
         now = self._heard[entry] = self._clock.now()
+        if not vouched:
+            self._doubtful.add(entry)
+            return
+        doubted = entry in self._doubtful
+        self._doubtful.discard(entry)
+        self._vouched[entry] = now
         answered = self._answered.pop(entry, [])
-        for at, text, _ in answered:
-            if at <= now - 2 * BEAT_S:
+        for at, text, lost in answered:
+            if doubted:
+                lost()
+            if doubted or at <= now - 2 * BEAT_S:
                 self._release(entry, text)
+        answered = [] if doubted else answered
         if latest := [one for one in answered if one[0] > now - 2 * BEAT_S]:
             self._answered[entry] = latest
         self._beats.pop(entry, asyncio.Event()).set()
+
+    def called(self, entry: str) -> None:
+        """An entry is alive, as it has just sent a call."""
+        self._heard[entry] = self._clock.now()
 
     @contextmanager
     def holding(self, entry: str, call: asyncio.Future[Any], text: bytes = b"") -> Iterator[None]:
@@ -72,15 +97,16 @@ class Presence:
             self._release(entry, text)
 
     def answered(self, entry: str, text: bytes, lost: Callable[[], None]) -> None:
-        """A call has its answer; ``lost`` is called if its entry is not heard for two more beats."""
+        """A call has its answer; ``lost`` is called if its entry does not vouch for two more beats."""
         self._texts[text][entry] += 1
         self._answered[entry].append((self._clock.now(), text, lost))
 
     async def no_repetition(self, entry: str, text: bytes) -> None:
-        """Return when the entries that have a call with this text under way have been heard, or are given up."""
+        """Return when the entries that have a call with this text under way have vouched for it, or are given up."""
         began = self._clock.now()
-        for other in [name for name in +self._texts.get(text, Counter()) if name != entry]:
-            while self._heard.get(other, 0.0) <= began and self._texts.get(text, Counter())[other]:
+        others = [name for name in +self._texts.get(text, Counter()) if name != entry or name in self._doubtful]
+        for other in others:
+            while self._vouched.get(other, 0.0) <= began and self._texts.get(text, Counter())[other]:
                 self.give_up_silent()
                 await self._beat_of(other)
 
@@ -89,6 +115,8 @@ class Presence:
         latest = self._clock.now() - self.patience_s
         for entry in [name for name, at in self._heard.items() if at < latest]:
             del self._heard[entry]
+            self._vouched.pop(entry, None)
+            self._doubtful.discard(entry)
             self._beats.pop(entry, asyncio.Event()).set()
             for call in self._calls.pop(entry, ()):
                 self.given_up += call.cancel()

@@ -10,6 +10,7 @@ whole batches to replicas, of which any will do.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import re
@@ -32,9 +33,13 @@ from rmcore.integrations.server.settings import ServeSettings
 
 __all__ = ["GroupServer", "ServeScale"]
 
+log = logging.getLogger(__name__)
+
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception)\b.*: ")
 _MANY = 1_000_000
 """Requests that an entry or an assembler may have under way: it has limits of its own."""
+_PROXY = "SERVE_PROXY_ACTOR"
+_PING_S = 1.0
 _WAIT_LOOP_S = 0.5
 _HEALTH_S = 5.0
 
@@ -263,7 +268,34 @@ class _Assembler(Assembler):
 
 class _Entry(Entry):
     def __init__(self, names: Sequence[str], handles: Sequence[Any], settings: ServeSettings) -> None:
-        super().__init__(dict(zip(names, map(_Called, handles), strict=True)), _lost(), settings)
+        assemblers = dict(zip(names, map(_Called, handles), strict=True))
+        super().__init__(assemblers, _lost(), settings, callers=_Proxies())
+
+
+class _Proxies:
+    """Serve's proxies, by what Ray's names say: whether all of them answer. Where none has such a name, they do."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+
+    async def __call__(self) -> bool:
+        try:
+            async with asyncio.timeout(_PING_S):
+                handles = await asyncio.to_thread(self._found)
+                await asyncio.gather(*(handle.check_health.remote() for handle in handles))
+        except Exception as error:
+            log.info("a proxy does not answer: %s", type(error).__name__)
+            return False
+        return True
+
+    def _found(self) -> list[Any]:
+        ray = ray_module()
+        named = ray_module("ray.util").list_named_actors(all_namespaces=True)
+        names = {one["name"] for one in named if one["namespace"] == "serve" and _PROXY in one["name"]}
+        self._handles = {
+            name: self._handles.get(name) or ray.get_actor(name, namespace="serve") for name in sorted(names)
+        }
+        return list(self._handles.values())
 
 
 class _Called:
@@ -276,8 +308,8 @@ class _Called:
         reply: RawReply = await self._handle.request.remote(entry, request, resent)
         return reply
 
-    async def beat(self, entry: str) -> None:
-        await self._handle.beat.remote(entry)
+    async def beat(self, entry: str, vouched: bool = True) -> None:
+        await self._handle.beat.remote(entry, vouched)
 
     async def metrics(self) -> str:
         page: str = await self._handle.metrics.remote()

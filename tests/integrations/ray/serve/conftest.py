@@ -52,9 +52,9 @@ class Process:
     async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
         return await self._call(self.assembler.request(entry, request, resent), self.died)
 
-    async def beat(self, entry: str) -> None:
+    async def beat(self, entry: str, vouched: bool = True) -> None:
         if self.beats:
-            await self.assembler.beat(entry)
+            await self.assembler.beat(entry, vouched)
 
     async def metrics(self) -> str:
         return await self.assembler.metrics()
@@ -75,7 +75,12 @@ class Cluster:
 
         self.assemblers = [Process(make) for _ in range(assemblers)]
         named = {f"Assembler{number}": process for number, process in enumerate(self.assemblers)}
-        self.entries = [Entry(named, (LostError,), settings) for _ in range(entries)]
+        self.proxies = True
+        self.entries = [Entry(named, (LostError,), settings, callers=self._answer) for _ in range(entries)]
+
+    async def _answer(self) -> bool:
+        """Whether all proxies do."""
+        return self.proxies
 
     async def post(self, entry: int, path: str, body: object, **headers: str) -> tuple[int, Any]:
         """Status and JSON of a request that comes to an entry."""

@@ -207,6 +207,40 @@ def test_what_a_dead_entry_had_under_way_is_given_up(cluster_of):
     go(main)
 
 
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("again", [0, 1])
+@pytest.mark.usefixtures("quick")
+def test_a_member_known_by_its_text_whose_proxy_died_is_not_two_members(cluster_of, monkeypatch, again, answered):
+    """A node takes Serve's proxy along, and the callers' connections; the entry lives, and does not know at once."""
+
+    async def main():
+        monkeypatch.setattr(entry, "_SETTLED_S", 0.2)
+        engine = Numbers()
+        cluster = cluster_of(engine, assemblers=1)
+        rest = [
+            asyncio.create_task(cluster.post(1, "/get_reward", reward("q", n))) for n in ((2, 6) if answered else ())
+        ]
+        orphan = asyncio.create_task(cluster.post(0, "/get_reward", reward("q", 1)))
+        if answered:  # into a connection that is not there any more
+            await asyncio.gather(orphan, *rest)
+        await settle()
+        cluster.proxies = False
+        second = asyncio.create_task(cluster.post(again, "/get_reward", reward("q", 1)))
+        if not answered:
+            rest = [asyncio.create_task(cluster.post(1, "/get_reward", reward("q", n))) for n in (2,)]
+        await asyncio.sleep(0.1)
+        assert not second.done()
+        orphan.cancel()  # the entry finds out
+        cluster.proxies = True
+        if not answered:
+            rest.append(asyncio.create_task(cluster.post(1, "/get_reward", reward("q", 6))))
+        done = await asyncio.gather(second, *rest)
+        assert [reply["rewards"][0] for _, reply in done] == pytest.approx([-2.0, -1.0, 3.0])
+        assert [sorted(group) for group in engine.scored] == [["1 x", "2 x", "6 x"]]
+
+    go(main)
+
+
 @pytest.mark.usefixtures("quick")
 def test_equal_texts_from_living_entries_are_members_of_their_own(cluster_of):
     async def main():

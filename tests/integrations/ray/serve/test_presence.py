@@ -47,6 +47,51 @@ def test_an_answer_counts_as_delivered_when_its_entry_has_lived_on_for_two_beats
     assert presence.given_up == 1
 
 
+def test_answers_of_a_time_in_doubt_count_as_lost_when_the_doubt_is_over(clock):
+    presence, lost = Presence(patience_s=3.0, clock=clock), []
+    presence.heard("a")
+    presence.answered("a", b"early", lambda: lost.append("early"))
+    clock.time += 2 * BEAT_S
+    presence.heard("a")  # delivered
+    presence.answered("a", b"late", lambda: lost.append("late"))
+    for _ in range(20):  # alive all the while, and nothing is given up
+        clock.time += BEAT_S
+        presence.heard("a", vouched=False)
+        presence.give_up_silent()
+    assert (lost, presence.given_up) == ([], 0)
+    presence.heard("a")
+    assert lost == ["late"]
+    presence.heard("a")
+    assert lost == ["late"]
+
+
+def test_in_doubt_a_text_that_comes_again_waits_even_through_its_own_entry(clock):
+    async def main():
+        presence = Presence(patience_s=3.0, clock=clock)
+        presence.heard("a")
+        twin = asyncio.ensure_future(asyncio.Event().wait())
+
+        async def held():
+            with presence.holding("a", twin, b"text"):
+                await asyncio.wait({twin})
+
+        holding = asyncio.ensure_future(held())
+        await asyncio.sleep(0)
+        presence.heard("a", vouched=False)
+        waiting = [asyncio.ensure_future(presence.no_repetition(entry, b"text")) for entry in ("a", "b")]
+        clock.time += BEAT_S
+        presence.heard("a", vouched=False)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not any(one.done() for one in waiting)
+        twin.cancel()  # its caller was found to be gone
+        await holding
+        presence.heard("a")
+        await asyncio.gather(*waiting)
+
+    go(main)
+
+
 def test_what_a_silent_entry_has_under_way_is_cancelled_once(clock):
     async def main():
         presence = Presence(patience_s=3.0, clock=clock)

@@ -25,7 +25,7 @@ def ray():
     return pytest.importorskip("ray", reason="ray is not installed (pip install 'rmcore[ray]')")
 
 
-@pytest.mark.parametrize("which", ["replicas", "processes"])
+@pytest.mark.parametrize("which", ["replicas", "processes", "scaling", "nodes"])
 def test_nothing_is_lost_or_mixed(which, tmp_path):
     command = [sys.executable, "-m", "rmcore.bench.serve_ray", "--seconds", str(SECONDS), "--runs", which]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=900, check=False)
