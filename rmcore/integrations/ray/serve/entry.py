@@ -40,6 +40,8 @@ _DEATHS = 3
 """Assemblers that may die of one request. It may be the request's fault."""
 _SETTLED_S = 2.0
 """After a doubt about callers: until then the requests of one that is gone have been given up."""
+_DOUBT_S = 60.0
+"""What does not answer for longer is no reason to wait any more: Ray takes a dead node for dead well before."""
 _REMEMBERED_S = 3.0
 """For so long a text that was answered may come again since its answer was lost."""
 _PAGE_S = 5.0
@@ -90,6 +92,7 @@ class Entry:
         self.name = uuid.uuid4().hex
         self._callers = callers
         self._doubted = -_SETTLED_S
+        self._doubting: float | None = None
         self._texts: Counter[bytes] = Counter()
         self.resent = 0
         self._assemblers, self._lost = assemblers, lost
@@ -182,12 +185,16 @@ class Entry:
             del self._texts[text]
 
     async def _vouched(self) -> bool:
-        """Whether all callers are alive, and have been for a while."""
+        """Whether all callers are alive, and have been for a while; or it is not to be found out."""
         if self._callers is None:
             return True
-        if not await self._callers():
-            self._doubted = self._clock.now()
-        return self._clock.now() - self._doubted > _SETTLED_S
+        alive, now = await self._callers(), self._clock.now()
+        if alive:
+            self._doubting = None
+            return now - self._doubted > _SETTLED_S
+        self._doubted = now
+        self._doubting = now if self._doubting is None else self._doubting
+        return now - self._doubting > _DOUBT_S
 
     async def _owner_of(self, request: RawRequest) -> AssemblerCalls:
         names = list(self._assemblers)

@@ -242,6 +242,20 @@ def test_a_member_known_by_its_text_whose_proxy_died_is_not_two_members(cluster_
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_doubt_that_never_ends_keeps_nobody_waiting(cluster_of, monkeypatch):
+    async def main():
+        monkeypatch.setattr(entry, "_DOUBT_S", 0.2)
+        engine = Numbers()
+        cluster = cluster_of(engine, assemblers=1)
+        cluster.proxies = False
+        equal = [cluster.post(n % 2, "/get_reward", reward("q", 1)) for n in range(3)]
+        assert [reply["rewards"] for _, reply in await asyncio.gather(*equal)] == [[0.0]] * 3
+        assert engine.scored == [["1 x"] * 3]
+
+    go(main)
+
+
+@pytest.mark.usefixtures("quick")
 def test_equal_texts_from_living_entries_are_members_of_their_own(cluster_of):
     async def main():
         engine = Numbers()
