@@ -24,6 +24,10 @@ _SPECIAL = re.compile(
     r"|\[/?(?:INST|BOS|EOS|PAD|CLS|SEP|SYSTEM_PROMPT|AVAILABLE_TOOLS|gMASK)\]|<sop>"
 )
 """Special tokens as tokenizers write them out: by their shapes, since there are more than anybody lists."""
+_AHEAD = re.compile(
+    rf"{_SPECIAL.pattern}|<[\w:./-]{{1,64}}>|\[[\w@:/-]{{1,64}}\]|\[\|\w{{1,64}}\|\]|\]~!?\w{{1,16}}[\[\]]"
+)
+"""What is skipped in front of a prompt, where nothing else can stand: of wider shapes (``<seed:bos>``, ``]~!b[``)."""
 
 
 def response_text(query: str, prompt: str, end_tokens: tuple[str, ...], where: str = "query") -> str:
@@ -50,19 +54,21 @@ def response_text(query: str, prompt: str, end_tokens: tuple[str, ...], where: s
 
 
 def _after(query: str, prompt: str, end_tokens: tuple[str, ...]) -> str | None:
-    start = 0
+    start, behind = 0, False  # of a token
     while True:
+        if behind and query.startswith(" ", start) and not prompt.startswith(" "):
+            start += 1
         if query.startswith(prompt, start):
             return query[start + len(prompt) :]
         if (found := _match(query, start, prompt)) is not None:
             return query[found:]
-        token = _SPECIAL.match(query, start)
+        if behind and query.startswith(" " + prompt, start):  # whose own space stands behind the decoder's
+            return query[start + 1 + len(prompt) :]
+        token = _AHEAD.match(query, start)
         width = len(token[0]) if token else next((len(t) for t in end_tokens if query.startswith(t, start)), 0)
         if not width:
             return None
-        start += width
-        if query.startswith(" ", start) and not prompt.startswith(" "):
-            start += 1
+        start, behind = start + width, True
 
 
 def _match(query: str, start: int, prompt: str) -> int | None:

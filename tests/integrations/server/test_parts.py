@@ -124,6 +124,32 @@ def test_tokenizers_that_add_a_bos_or_a_space_are_understood(query, prompt):
     assert response_text(query, prompt, END_TOKENS) == "yes"
 
 
+BOS = [
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<｜begin▁of▁sentence｜>",
+    "[BOS]",
+    "<BOS_TOKEN>",
+    "[gMASK]<sop>",
+    "<seed:bos>",
+]
+BOS += ["]~!b[", "[@BOS@]", "<begin_of_document>", "<eod>", "<unused0>", "<extra_id_0>", "[|system|]", "<unk>", "[CLS]"]
+
+
+@given(
+    st.lists(st.sampled_from([*BOS, *END_TOKENS]), max_size=3),
+    st.booleans(),
+    st.sampled_from(["hi", " hi", "hi ", "<bos>hi", "[INST] hi [/INST]", "<b>hi", "]hi[", "\n", "日本"]),
+    st.sampled_from(["yes", "", " ", " yes", "\n", "<b>"]),
+    st.lists(st.sampled_from(END_TOKENS), max_size=2),
+)
+def test_what_tokenizers_put_around_is_taken_off(ahead, space, prompt, response, behind):
+    """A BOS, padding, and one space of the decoder's in front; ends and padding behind; no more than that."""
+    lead = "".join(ahead) + " " * (space and bool(ahead))
+    assert response_text(lead + prompt + response + "".join(behind), prompt, END_TOKENS) == response
+
+
 @given(st.text("ab <|>s[]/", max_size=12), st.text("ab <|>", min_size=1, max_size=12))
 def test_a_query_made_of_its_prompt_and_a_response_gives_the_response(prompt, response):
     if response.endswith(END_TOKENS):
