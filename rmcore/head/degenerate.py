@@ -7,6 +7,9 @@ must hear of it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +18,23 @@ from torch import Tensor
 from rmcore._base.errors import reject
 from rmcore.head.ranks import Ranks
 
-__all__ = ["warn_if_degenerate"]
+__all__ = ["told_already", "warn_if_degenerate", "warn_if_undecided"]
 
 log = logging.getLogger(__name__)
 
 _GLANCE = 64
 """Data looked at first: ordinary ones differ there, and the others need no look."""
+_TOLD: ContextVar[bool] = ContextVar("told", default=False)
+
+
+@contextmanager
+def told_already() -> Iterator[None]:
+    """Inside, nothing is warned of: parts of data whose whole has been looked at."""
+    token = _TOLD.set(True)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 def warn_if_degenerate(hidden: Tensor, labels: Tensor, pairs: Tensor | None, ranks: Ranks | None = None) -> None:
@@ -40,7 +54,7 @@ def warn_if_degenerate(hidden: Tensor, labels: Tensor, pairs: Tensor | None, ran
         facts = _Facts.together([_Facts.read(told) for told in ranks.each(facts.told())])
     if facts.no_pair:
         reject("pairs", f"{facts.count} pairs of equal hidden rows", "at least one pair whose rows differ")
-    if ranks is not None and ranks.rank > 0:
+    if _TOLD.get() or (ranks is not None and ranks.rank > 0):
         return
     if facts.count == 1:
         log.warning("degenerate fit: a single training pair; all that is unlike it keeps the prior's uncertainty")
@@ -56,6 +70,16 @@ def warn_if_degenerate(hidden: Tensor, labels: Tensor, pairs: Tensor | None, ran
             "responses: give pairs in both orders",
             facts.count,
             "first" if facts.first else "second",
+        )
+
+
+def warn_if_undecided(beta: Tensor, labels: Tensor) -> None:
+    """Warn of a head that prefers nothing although labels are not all even: they contradict each other."""
+    if not _TOLD.get() and len(labels) and float(beta.abs().max()) < 1e-9 and not bool((labels == 0.5).all()):
+        log.warning(
+            "degenerate fit: the head prefers no response to another: the %d labels contradict each other evenly, or "
+            "their pairs differ in nothing that it sees",
+            len(labels),
         )
 
 

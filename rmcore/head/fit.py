@@ -22,7 +22,7 @@ from rmcore._base.errors import reject
 from rmcore.head.amplitude import fit_amplitude
 from rmcore.head.ascent import ascend
 from rmcore.head.config import HeadConfig
-from rmcore.head.degenerate import warn_if_degenerate
+from rmcore.head.degenerate import warn_if_degenerate, warn_if_undecided
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.posterior import Posterior, check_finite
 from rmcore.head.ranks import Ranks, Shared, working
@@ -158,6 +158,7 @@ def _fit(
         ranks=ranks,
         **climb,
     )
+    warn_if_undecided(beta, labels)
     rows = _row_posterior(head.config, feature_map, hidden, pairs, sample_weight, backend, ranks)
     frozen = one_head(lambda: FrozenHead(_resolved(head), feature_map, beta, beta0, posterior, rows=rows), ranks)
     with torch.no_grad():

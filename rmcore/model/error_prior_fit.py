@@ -15,6 +15,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import canonical_response, text_length
 from rmcore.head.ascent import learn
 from rmcore.head.config import HeadConfig
+from rmcore.head.degenerate import told_already
 from rmcore.head.fit import fit
 from rmcore.head.frozen import FrozenHead
 from rmcore.head.ranks import Ranks
@@ -69,18 +70,19 @@ def error_prior_of(
     Of several ``ranks`` each gives its own part; rank 0 learns from a sample of all, :data:`MOST_PAIRS` at most, and
     gives all what it found.
 
-    None, with a warning, where there are too few to leave any out, or some of them were left out as silent, so that
-    rows and texts do not match.
+    None, with a warning, where there are too few to leave any out, ties aside, or some of them were left out as silent,
+    so that rows and texts do not match.
     """
     lengths = [[text_length(canonical_response(text)) for text in (item.chosen, item.rejected)] for item in preferences]
     size = torch.tensor(lengths, dtype=torch.float64).view(-1, 2).log1p()
     ratio = size[:, 0] - size[:, 1]
-    counted, fits = len(lengths), len(lengths) == len(labels if pairs is not None else labels[::2])
+    better = labels if pairs is not None else labels[::2]
+    counted, fits = int((better != 0.5).sum()), len(lengths) == len(better)
     if ranks is not None:
         told = ranks.each(torch.tensor([counted, fits], dtype=torch.float64))
         counted, fits = int(told[:, 0].sum()), bool(told[:, 1].all())
     if not fits or counted < 10:
-        log.warning("no error prior: it needs ten pairs, and all of them with different inputs")
+        log.warning("no error prior: it needs ten pairs besides ties, and all of them with different inputs")
         return None
     if ranks is None:
         if held_out_of is not None:
@@ -142,10 +144,11 @@ def fit_error_prior(
         held_out = order[fold::folds]
         kept = torch.cat([order[other::folds] for other in range(folds) if other != fold])
         rows, own_labels, own_pairs = part_of_pairs(hidden, labels, pairs, kept)
-        if fitted is None:
-            head, _ = fit(SNGPHead(config).to(hidden.device), rows, own_labels, pairs=own_pairs, max_passes=12)
-        else:
-            head = fitted(rows, own_labels, own_pairs)
+        with told_already():
+            if fitted is None:
+                head, _ = fit(SNGPHead(config).to(hidden.device), rows, own_labels, pairs=own_pairs, max_passes=12)
+            else:
+                head = fitted(rows, own_labels, own_pairs)
         found = _errors(head, hidden, labels, pairs, log_length_ratio, held_out, sketch_rows(rows, sketch))
         features.append(found[0])
         wrong.append(found[1])
@@ -201,7 +204,10 @@ def _errors(
 
 
 def _prior(raw: Tensor, errors: Tensor, sketch: Tensor) -> ErrorPrior:
-    """The regression of errors on features."""
+    """The regression of errors on features; what is known without any where a sample has ties almost only."""
+    if len(errors) < 2:
+        unknown, none = prior_precision(raw.shape[1] + 1), raw.new_zeros(raw.shape[1])
+        return ErrorPrior(none, none + 1, unknown.new_zeros(len(unknown)), unknown, sketch, 0, 0.5)
     center, scale = raw.mean(0), raw.std(0).clamp_min(1e-6)
     known = with_product(((raw - center) / scale).numpy())
     inputs = np.concatenate([np.ones((len(known), 1)), known], 1)

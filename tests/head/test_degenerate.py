@@ -9,6 +9,7 @@ import torch
 
 from rmcore._base.errors import InputError
 from rmcore.head import SNGPHead
+from rmcore.head.degenerate import told_already
 from rmcore.head.fit import fit, upgrade
 
 
@@ -37,6 +38,20 @@ def test_what_is_degenerate_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert told(caplog, hidden=x, labels=torch.full((6,), 0.9))[0].startswith("all 6 labels say that the first")
     assert told(caplog, hidden=x, labels=torch.zeros(6))[0].startswith("all 6 labels say that the second")
     assert told(caplog, hidden=x, labels=torch.tensor([1.0, 0, 1, 0, 1, 0.5])) == []
+
+
+def test_labels_that_contradict_each_other_evenly_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    x, pairs = rows(), torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    assert told(caplog, hidden=x, labels=torch.ones(4), pairs=pairs)[0].startswith("the head prefers no response")
+    assert told(caplog, hidden=x, labels=torch.tensor([0.9, 0.9, 0.2, 0.2]), pairs=pairs)[0].startswith("the head")
+    assert told(caplog, hidden=x, labels=torch.tensor([1.0, 1, 1, 0]), pairs=pairs) == []
+    assert len(told(caplog, hidden=x, labels=torch.full((4,), 0.5), pairs=pairs)) == 1, "told once"
+
+
+def test_parts_of_data_that_were_looked_at_are_not_told_again(caplog: pytest.LogCaptureFixture) -> None:
+    with told_already():
+        assert told(caplog, hidden=rows(), labels=torch.ones(1), pairs=torch.tensor([[0, 1]])) == []
+    assert len(told(caplog, hidden=rows(), labels=torch.ones(1), pairs=torch.tensor([[0, 1]]))) == 1
 
 
 def test_pairs_of_equal_rows_are_refused() -> None:

@@ -17,7 +17,8 @@ from rmcore.model.error_prior import (
     sketch_rows,
     write_error_prior,
 )
-from rmcore.model.error_prior_fit import error_prior_on, fit_error_prior
+from rmcore.model.error_prior_fit import error_prior_of, error_prior_on, fit_error_prior
+from rmcore.model.training_pairs import Preference
 
 
 def data(count=240, concat=False):
@@ -65,6 +66,21 @@ def test_features_of_known_pairs():
     assert found[:, 1].tolist() == pytest.approx([0.0009995, -0.691149], abs=1e-5)
     assert bool(found[:, 2].isnan().all())
     assert found[:, 3:].flatten().tolist() == pytest.approx([-0.7, 0.7, 0.3, 0.3])
+
+
+@pytest.mark.parametrize("concat", [False, True])
+@pytest.mark.parametrize("decided", [0, 1, 2, 12])
+def test_ties_alone_teach_nothing(concat, decided, tmp_path):
+    """What is made of them can be saved and read: no mean of no errors, no deviation of a single one."""
+    rows, labels, pairs = data(count=40, concat=concat)
+    labels[(2 if concat else 1) * decided :] = 0.5
+    config = HeadConfig(4, mode="concat" if concat else "difference", features="linear")
+    prior = fit_error_prior(config, rows, labels, pairs, torch.zeros(40), sketch=8)
+    values = json.loads(json.dumps(write_error_prior(prior, tmp_path), allow_nan=False))
+    assert read_error_prior(tmp_path, values, 4).pairs == (decided if decided > 1 else 0)
+    preferences = [Preference("p", f"a{k}", f"b{k}") for k in range(40)]
+    found = error_prior_of(config, preferences, rows, labels, pairs)
+    assert (found is None) is (decided < 10)
 
 
 def test_it_is_saved_and_a_damaged_one_is_named(tmp_path):
