@@ -201,11 +201,13 @@ def test_verls_generative_reward_model_judges_groups_of_its_own_reward_loop(
 
 
 def test_a_reward_model_that_shares_the_policys_gpus_scores_the_batch_at_once(
-    reward_loop, policy, reward_model_path, reward_model, tokenizer_of, verdicts
+    ray, reward_loop, policy, reward_model_path, reward_model, tokenizer_of, verdicts
 ):
     """verl then tells the workers the messages and nothing else; it pads the batch of 8 to 9 for three workers."""
-    manager = reward_loop(*served_model(policy, reward_model_path), "+reward.reward_kwargs.rmcore.time_limit_s=3.0")
+    manager = reward_loop(*served_model(policy, reward_model_path), "+reward.reward_kwargs.rmcore.time_limit_s=15.0")
     assert manager.reward_loop_worker_handles is None
+    # Members meet within the limit that the ninth waits for its siblings; their workers may take longer to start.
+    ray.get([worker.__ray_ready__.remote() for worker in manager.reward_loop_workers])
     rows = batch_of(tokenizer_of())
     prompts = np.empty(8, dtype=object)
     prompts[:] = [prompt for prompt, texts in GROUPS for _ in texts]
