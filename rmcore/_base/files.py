@@ -23,12 +23,16 @@ def atomic_file(path: StrPath) -> Iterator[Path]:
     """A new file's path that takes ``path``'s place only if the block succeeds, also after a power cut.
 
     The file lies in the same folder, which is made if there is none. An error in the block leaves ``path`` as it was.
+    Its permissions are those that any new file has (the umask), whatever library wrote it, or those of a ``path`` that
+    is replaced.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield work
+        if not target.exists():
+            _open_up(work, _usual_mode(target.parent))
         replace_file(work, target)
     finally:
         work.unlink(missing_ok=True)
@@ -69,8 +73,10 @@ def atomic_folder(path: StrPath, *, marker: str) -> Iterator[Path]:
     work.mkdir()
     try:
         yield work
+        mode = work.stat().st_mode & 0o666
         for file in work.rglob("*"):
             if file.is_file():
+                _open_up(file, mode)
                 sync_path(file)
         old = target.with_name(f".{target.name}.{mark}.old")
         if target.exists():
@@ -85,6 +91,23 @@ def atomic_folder(path: StrPath, *, marker: str) -> Iterator[Path]:
         sync_path(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The permissions of a new file there; the umask itself cannot be read without a moment in which it is another."""
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _open_up(file: Path, mode: int) -> None:
+    """Give a file at least these permissions: safetensors, for one, makes files that nobody else may read."""
+    own = stat.S_IMODE(file.stat().st_mode)
+    if own | mode != own:
+        file.chmod(own | mode)
 
 
 def same_file(a: StrPath, b: StrPath) -> bool:

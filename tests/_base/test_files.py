@@ -51,6 +51,30 @@ def test_links_and_permissions_stay(tmp_path: Path) -> None:
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
 
 
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o000, 0o666)])
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int, expected: int) -> None:
+    """Whatever made them: safetensors makes files that nobody else may read, under any umask."""
+
+    def private(file: Path) -> None:
+        file.touch(mode=0o600)
+
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as work:
+            private(work)
+        with atomic_folder(tmp_path / "folder", marker="x") as folder:
+            (folder / "inner").mkdir()
+            private(folder / "inner" / "tensors")
+        (tmp_path / "run").touch(mode=0o700)
+        with atomic_file(tmp_path / "run") as work:
+            private(work)
+    finally:
+        os.umask(before)
+    found = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder/inner/tensors", "run")]
+    assert found == [expected, expected, 0o700], "a file that is replaced keeps its own"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder", "run"]
+
+
 def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="one that rmcore wrote"), atomic_folder(tmp_path, marker="rmcore.json"):
