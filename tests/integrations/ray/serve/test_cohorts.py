@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.numbers import Numbers
+from support.json_numbers import Numbers
 
 from rmcore._base.errors import RmcoreError
 from rmcore.integrations.ray.serve import assembler, entry, presence, replica

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.numbers import Numbers
+from support.json_numbers import Numbers
 
 from rmcore._base.errors import InputError
 from rmcore.integrations.ray.serve.keys import request_key
