@@ -133,6 +133,6 @@ def whole_rows(
         whole, whole if low is None else low, factor, count, columns, values,
         size, padded, float(-(-size // _PANEL) * _PANEL), scale,
         BN=width, KEEP=MOST_OUTLIERS, BALANCED=shift is not None, LOW=two_terms,
-        warps=min(32, max(4, width // 512)), stages=1, enable_fp_fusion=False,
+        warps=min(16, max(4, width // 512)), stages=1, enable_fp_fusion=False,  # 32 spill on sm_120
     )  # fmt: skip
     return WholeRows(whole, low, factor, count, columns, values)

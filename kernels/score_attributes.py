@@ -275,7 +275,8 @@ def score(
         outputs, parts, packed.offset, packed.offset if heads.scale is None else heads.scale, summary, weights,
         rows, tiles, members, attributes, heads.per, heads.temperature,
         BM=_FINISH_ROWS, BA=power_of_two(attributes), NORMAL=heads.spread == "normal",
-        SOFTMAX=heads.softmax and depth > 0, SCALED=heads.scale is not None, warps=4, stages=1,
+        SOFTMAX=heads.softmax and depth > 0, SCALED=heads.scale is not None,
+        warps=2 if device.kind in ("sm80", "portable") else 4, stages=1,  # Triton 3.6 spills 16 bytes of 4 on sm_80
     )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """Compile every Triton kernel for GPUs that are not here, and read what the assembler says about each.
 
-    python tests/kernels/compile_triton.py [--quick] [--archs 80 90 100] [--workers 2] [--json FILE]
+    python tests/kernels/compile_triton.py [--quick] [--archs 80 90 100] [--int8 89 120] [--workers 2] [--json FILE]
 
 The backend itself is run, on meta tensors, with a stand-in for Triton's driver: whatever it would launch for a device,
-with the very specialisations it would have, is compiled and not launched. Fails on a spilled byte, on shared
-memory beyond the device's, and on matrix instructions that cannot overlap. Not for a process with TRITON_INTERPRET=1.
+with the very specialisations it would have, is compiled and not launched. Fails on a spilled byte but for
+those of :data:`ALLOWED_SPILLS`, on shared memory beyond the device's, and on matrix instructions that cannot overlap.
+Not for a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
@@ -29,10 +30,22 @@ from unittest import mock
 
 import torch
 
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory one program may have, by compute capability."""
-KIND = {80: "sm80", 89: "portable", 90: "sm90", 100: "sm100"}
-MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
+KIND = {80: "sm80", 89: "portable", 90: "sm90", 100: "sm100", 120: "portable"}
+MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
+
+ALLOWED_SPILLS: dict[tuple[str, int, str], tuple[int, ...]] = {
+    ("3.6", 80, "weigh_kernel"): (24,),
+    ("3.9", 80, "step_kernel"): (8, 86),
+}
+"""Bytes that may be spilled, of each build of a kernel that spills: (Triton, compute capability, kernel) to bytes.
+
+``weigh_kernel`` (pairs in 64 x 128 blocks, 255 registers a thread) and ``step_kernel`` at 16,384 columns (a row a
+program, all 128 registers that 512 threads may have) keep a few bytes aside once a block or a row.
+Their tiles are those an H100 proved, on which nothing spills; another for sm_80 would be in heuristics.py, which every
+proof covers (rmcore/ops/proven.json): to be changed with what is measured there next.
+"""
 
 
 class Build(NamedTuple):
@@ -151,6 +164,7 @@ def _int8_calls(arch: int, sizes: tuple[int, ...], quick: bool) -> Iterator[Call
             yield functools.partial(_score, _weights(1003, 1003, whole, balanced=True), rows - 1, torch.bfloat16)
             yield functools.partial(_score, _weights(448, 1008, whole), rows, torch.float32)
             yield functools.partial(_score, _weights(16384, 1024, whole), rows, half)
+            yield functools.partial(_score, _weights(16384, 1024, whole, balanced=True), rows, half)
         yield functools.partial(_score, _weights(1, 1, whole), 1, half)
         yield functools.partial(_score, _weights(8192, 8192, whole), 1024, half)
 
@@ -346,14 +360,15 @@ def compiling(arch: int) -> Iterator[dict[str, Build]]:
         triton.runtime.driver._active = before
 
 
-def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1) -> list[Build]:
-    """Compile what the ``share``-th part of the calls launch on ``arch``."""
+def compile_all(arch: int, quick: bool, share: int = 0, shares: int = 1, int8: bool = False) -> list[Build]:
+    """Compile what the ``share``-th part of the calls launch on ``arch``; with ``int8``, of int8 heads alone."""
     from rmcore.kernels.heuristics import Device
     from rmcore.ops.backends import triton as backend
 
     backend._device = lambda device: Device(KIND[arch], MULTIPROCESSORS[arch])  # type: ignore[assignment]
     with compiling(arch) as builds:
-        for number, call in enumerate(calls(arch, quick)):
+        wanted = _int8_calls(arch, (16, 128, 8192) if quick else (), quick) if int8 else calls(arch, quick)
+        for number, call in enumerate(wanted):
             if number % shares == share:
                 call()
     return list(builds.values())
@@ -414,10 +429,30 @@ def _counts_after_stores(ptx: str) -> bool:
     return all(first(seen[:place][::-1], "store") and first(seen[place + 1 :], "load") for place in places)
 
 
+def allowed_spills(arch: int, kernel: str) -> tuple[int, ...]:
+    """Of :data:`ALLOWED_SPILLS`, with the Triton that is installed."""
+    import triton
+
+    return ALLOWED_SPILLS.get((".".join(triton.__version__.split(".")[:2]), arch, kernel), ())
+
+
+def not_spilled(builds: list[Build]) -> list[str]:
+    """Allowances that have no use any more, in words; ``builds`` are all there are of their architectures."""
+    found = []
+    for arch, kernel in sorted({(build.arch, build.kernel) for build in builds}):
+        spilled = {b.spills for b in builds if (b.arch, b.kernel) == (arch, kernel)}
+        found += [
+            f"{kernel} on {arch}: {bytes_} bytes are allowed to spill and do not"
+            for bytes_ in allowed_spills(arch, kernel)
+            if bytes_ not in spilled
+        ]
+    return found
+
+
 def faults(build: Build) -> list[str]:
     """What is wrong with a build, in words."""
     found = []
-    if build.spills:
+    if build.spills and build.spills not in allowed_spills(build.arch, build.kernel):
         found.append(f"{build.spills} bytes spilled")
     if build.shared > SHARED_LIMIT[build.arch]:
         found.append(f"{build.shared} bytes of shared memory of {SHARED_LIMIT[build.arch]}")
@@ -447,12 +482,17 @@ def table(builds: list[Build]) -> str:
     return "\n".join(lines)
 
 
-def compile_archs(archs: list[int], quick: bool, workers: int) -> list[Build]:
-    """All builds for all ``archs``, in ``workers`` processes."""
+def compile_archs(archs: list[int], quick: bool, workers: int, int8: Sequence[int] = ()) -> list[Build]:
+    """All builds for all ``archs``, and those of int8 heads for further ones, in ``workers`` processes."""
+    wanted = [(arch, False) for arch in archs] + [(arch, True) for arch in int8 if arch not in archs]
     if workers <= 1:
-        return [build for arch in archs for build in compile_all(arch, quick)]
+        return [build for arch, only in wanted for build in compile_all(arch, quick, int8=only)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_all, arch, quick, share, workers) for arch in archs for share in range(workers)]
+        jobs = [
+            pool.submit(compile_all, arch, quick, share, workers, only)
+            for arch, only in wanted
+            for share in range(workers)
+        ]
         return sorted({build for job in jobs for build in job.result()})
 
 
@@ -461,16 +501,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the ends of the tables only")
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100], choices=sorted(KIND))
+    parser.add_argument(
+        "--int8", type=int, nargs="+", default=[], choices=sorted(KIND), help="int8 heads alone, for these"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the builds here too")
     arguments = parser.parse_args()
-    builds = compile_archs(arguments.archs, arguments.quick, arguments.workers)
+    builds = compile_archs(arguments.archs, arguments.quick, arguments.workers, arguments.int8)
     print(table(builds))
     if arguments.json:
         arguments.json.write_text(json.dumps([b._asdict() for b in builds], indent=1))
     bad = [b for b in builds if faults(b)]
-    print(f"{len(builds)} builds, {len(bad)} unsound")
-    return 1 if bad else 0
+    stale = [] if arguments.quick else not_spilled([b for b in builds if b.arch in arguments.archs])
+    print("\n".join([*stale, f"{len(builds)} builds, {len(bad)} unsound"]))
+    return 1 if bad or stale else 0
 
 
 if __name__ == "__main__":
