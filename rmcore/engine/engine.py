@@ -33,10 +33,11 @@ from rmcore.engine.options import check_engine_options, check_estimator_goes
 from rmcore.engine.overlap import run_alongside, run_alongside_async
 from rmcore.engine.routing import LearnedRouter, NeverRoute, Router, is_budgeted
 from rmcore.engine.routing.state import write_state
-from rmcore.engine.score_call import OnError, ScoreCall, ScoredPart, check_group_sizes
+from rmcore.engine.score_call import OnError, ScoreCall, check_group_sizes
+from rmcore.engine.scored_part import ScoredPart
 from rmcore.engine.selection import BestOf, Measure, Ties, best_of, check_measured, check_selection
 from rmcore.engine.state import engine_state, load_engine_file, load_engine_state
-from rmcore.engine.steps import plan, route, score_pairs
+from rmcore.engine.steps import plan, route, score_pairs, settle
 from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge, takes_principles
@@ -487,7 +488,7 @@ class RewardEngine:
                 run_alongside(functools.partial(self._work, call), call.queue)
                 return note_scores(span, call.result(self.epsilon))
         finally:
-            self._settle(call)
+            settle(call, self.router)
 
     async def _run_async(self, call: ScoreCall) -> GroupScores:
         try:
@@ -497,7 +498,7 @@ class RewardEngine:
                 await run_alongside_async(functools.partial(self._work, call), call.queue, call.unwanted)
                 return note_scores(span, call.result(self.epsilon))
         finally:
-            self._settle(call)
+            settle(call, self.router)
 
     def _judge_queue(self, call: ScoreCall, loop: asyncio.AbstractEventLoop) -> JudgeQueue:
         assert self.judge is not None
@@ -543,23 +544,3 @@ class RewardEngine:
         if self._whole_batch:
             return f"{type(self.router).__name__} chooses from the whole batch"
         return "one micro-batch" if batches == 1 else ""
-
-    def _settle(self, call: ScoreCall) -> None:
-        """Tell the router what became of its choices and of each reservation: exactly once, whatever has happened.
-
-        Only now and in this order, so that what the router chooses within a call never depends on the judge's timing.
-        """
-        observe = getattr(self.router, "observe", None)
-        for part in call.parts:
-            try:
-                if part.reservation is not None:
-                    assert is_budgeted(self.router)
-                    self.router.settle(part.reservation, part.usage)
-            except Exception:  # the verdicts are paid for and in; a router's books must not lose them
-                log.exception("router.settle raised; its books may be wrong from here on")
-            try:
-                if part.offer is not None and observe is not None:
-                    offer = part.offer
-                    observe(offer.candidates, offer.routed, offer.preference(part.table.verdicts))
-            except Exception:  # nor must what it learns
-                log.exception("router.observe raised; it has not learned from these verdicts")

@@ -1,7 +1,10 @@
-"""The steps of a score call: its micro-batches, one of them through backbone and head, its pairs through the router."""
+"""The steps of a score call: its micro-batches, one of them through backbone and head, its pairs through the router,
+and the end, when the router is told.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from typing import Literal
@@ -15,7 +18,8 @@ from rmcore.engine.comparisons import parse_design, swiss_pairs
 from rmcore.engine.micro_batches import MicroBatch, micro_batches
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.engine.routing import Candidates, Router, is_budgeted
-from rmcore.engine.score_call import Offer, ScoreCall, ScoredPart
+from rmcore.engine.score_call import ScoreCall
+from rmcore.engine.scored_part import Offer, ScoredPart
 from rmcore.head.apart import pairs_apart, rows_apart
 from rmcore.head.estimators import PairEstimate, PairEstimator, of_kind
 from rmcore.head.frozen import PairScores
@@ -27,7 +31,9 @@ from rmcore.model.uncertainties import HEAD, head_estimate, told_apart
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairLayout, PartialLayout
 
-__all__ = ["plan", "route", "score_pairs"]
+__all__ = ["plan", "route", "score_pairs", "settle"]
+
+log = logging.getLogger(__name__)
 
 # Measured on a CPU, 256 groups of 2, a small Llama: cutting the batch into micro-batches of 1, 2, 4, 8 or 16 forward
 # passes took 18, 17, 5, 3 or 0% more processor time than not cutting it; with groups of 4, which share more, nothing.
@@ -271,3 +277,25 @@ def _check_choice(what: str, chosen: object, count: int) -> None:
     if not isinstance(chosen, Tensor) or chosen.shape != (count,) or chosen.dtype != torch.bool:
         got = f"{tuple(chosen.shape)} {chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
         reject(what, got, f"a ({count},) bool tensor")
+
+
+def settle(call: ScoreCall, router: Router) -> None:
+    """Tell the router what became of its choices and of each reservation: exactly once, whatever has happened.
+
+    Only when the call has ended and in this order, so that what the router chooses within a call never depends on the
+    judge's timing.
+    """
+    observe = getattr(router, "observe", None)
+    for part in call.parts:
+        try:
+            if part.reservation is not None:
+                assert is_budgeted(router)
+                router.settle(part.reservation, part.usage)
+        except Exception:  # the verdicts are paid for and in; a router's books must not lose them
+            log.exception("router.settle raised; its books may be wrong from here on")
+        try:
+            if part.offer is not None and observe is not None:
+                offer = part.offer
+                observe(offer.candidates, offer.routed, offer.preference(part.table.verdicts))
+        except Exception:  # nor must what it learns
+            log.exception("router.observe raised; it has not learned from these verdicts")

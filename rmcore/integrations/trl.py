@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from rmcore._base import lazy
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, canonical_prompt, canonical_response
-from rmcore.engine.advantage import check_tau, reliability_weights
+from rmcore.engine.advantage import check_tau
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
-from rmcore.engine.monitor import monitored
 from rmcore.engine.options import check_engine_options, check_reliability
 from rmcore.engine.routing import BudgetedRouter, Router, StatefulRouter
 from rmcore.engine.selection import member_uncertainties
@@ -40,6 +39,7 @@ from rmcore.integrations.reference import (
 )
 from rmcore.integrations.rows import GroupingError, alone, group_size_of_runs, prompt_key, split_groups
 from rmcore.integrations.trl_config import LOCALITY, ConfigIssue, check_trl_config, config_kind
+from rmcore.integrations.trl_metrics import mean_weight, score_metrics
 from rmcore.judge.base import Judge
 from rmcore.model.text import OverlongPolicy, TextLimit
 
@@ -263,9 +263,9 @@ class PairwiseReward:
                 await asyncio.to_thread(keeper.note_spent, trainer.args)
         self.last = scores
         if log_metric is not None:
-            metrics = _metrics(scores) | ({} if over is None else over.metrics())
+            metrics = score_metrics(scores) | ({} if over is None else over.metrics())
             if self.reliability_tau is not None:
-                metrics["reliability"] = _mean_weight(scores, self.reliability_tau)
+                metrics["reliability"] = mean_weight(scores, self.reliability_tau)
             for name, value in metrics.items():
                 log_metric(f"rmcore/{name}", value)
         if log_extra is not None and self.partial_groups == "raise" and scores is not None:
@@ -398,28 +398,3 @@ class PairwiseReward:
 def _evaluating(trainer: Any) -> bool:
     model = getattr(trainer, "model", None)
     return model is not None and not getattr(model, "training", True)
-
-
-def _mean_weight(scores: GroupScores | None, tau: float) -> float:
-    """Of the advantages that there are; NaN without any."""
-    variance = None if scores is None else scores.advantage_variance
-    return math.nan if variance is None else float(reliability_weights(variance, tau).nanmean())
-
-
-def _metrics(scores: GroupScores | None) -> dict[str, float]:
-    """The figures worth a curve. The same names on every rank and at every step: TRL averages what it gets."""
-    summary: dict[str, Any] = {} if scores is None else scores.summary()
-    decided = summary.get("decided_by", {})
-    pairs = max(int(summary.get("pairs", 0)), 1)
-    u, usage = summary.get("uncertainty") or {}, summary.get("judge_usage", {})
-    cost = usage.get("cost", 0.0)
-    return {
-        "judge_rate": summary.get("routed", 0) / pairs,
-        "judge_failed": float(decided.get("judge_failed", 0)),
-        "judge_flips": float(summary.get("judge_flips", 0)),
-        "judge_calls": float(usage.get("calls", 0)),
-        "judge_cache_hits": float(usage.get("cache_hits", 0)),
-        "judge_cost": math.nan if cost is None else float(cost),  # an unknown price is no number, never 0
-        "judge_hidden_s": float(summary.get("overlap", {}).get("hidden_s", 0.0)),
-        "uncertainty": float(u.get("mean", math.nan)) if u else 1.0,
-    } | monitored(scores)

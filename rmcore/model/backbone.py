@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmcore._base.client.options import ClientOptions
 from rmcore._base.errors import CheckpointError, reject
 from rmcore.head.attributes.scores import AttributeScores
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone_config import BackboneConfig, Pooling
-from rmcore.model.devices import checked_device
+from rmcore.model.backbone_loading import BackboneLoading, Deterministic
 from rmcore.model.encoding.architecture import (
     block,
     embedding_rows,
@@ -41,24 +40,12 @@ from rmcore.model.encoding.packing import Pack
 from rmcore.model.encoding.sharing import Kind, PrefixSharing
 from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError
 from rmcore.model.encoding_stats import EncodingStats, length_batches, warn_of_cuts
-from rmcore.model.families.load import Loaded, config_for, load_family
+from rmcore.model.families.load import Loaded
 from rmcore.model.families.pairs import PairTextEncoder
-from rmcore.model.families.remote_code import check_own_scores
 from rmcore.model.families.tensors import EMBEDDED_HEAD, LANGUAGE_HEAD
-from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.forward import ForwardPass
-from rmcore.model.hub import folder_of
-from rmcore.model.loading import (
-    REMOTE_CODE,
-    Options,
-    choose_attention,
-    configured,
-    gguf_named,
-    load,
-    tree_kinds,
-    with_base,
-)
-from rmcore.model.remote import RemoteModel, ServerKind
+from rmcore.model.loading import FLOATS, REMOTE_CODE, choose_attention, is_quantised
+from rmcore.model.remote import RemoteModel
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
@@ -78,21 +65,8 @@ log = logging.getLogger(__name__)
 _REMOTE_TEXTS = 256
 """Texts between two reports of progress where states come from a server."""
 
-Deterministic: TypeAlias = Literal["batch"]
-"""What bits do not depend on: ``batch``, the other texts of a call."""
 
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _is_quantised(model: Any) -> bool:
-    told = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
-    floats = all(p.dtype in _FLOATS for p in model.parameters()) if getattr(model, "is_quantized", False) else True
-    return bool(getattr(model, "is_quantized", False)) and not (floats and method in (None, "gguf"))
-
-
-class Backbone:
+class Backbone(BackboneLoading):
     """A model, its tokenizer and a pooling rule. Build it with :meth:`from_pretrained`.
 
     Args:
@@ -192,195 +166,6 @@ class Backbone:
             kinds=tree_kinds,
         )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        config: BackboneConfig | str,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        attn_implementation: str = "auto",
-        tokens_per_batch: int = 8192,
-        packing: Packing = "auto",
-        deterministic: Deterministic | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        expected_files: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> Backbone:
-        """Load a backbone by hub name or folder. Only safetensors files are read as weights.
-
-        What is loaded is what ``config`` of the result names: a folder by its absolute path, a hub name with the
-        commit as ``revision``, so that a saved model finds the same weights from anywhere and at any time.
-
-        Args:
-            config: a name, or a :class:`BackboneConfig`.
-            device: None takes CUDA if there is one.
-            dtype: None takes bfloat16 on a GPU, float32 on a CPU.
-            attn_implementation: transformers' option of that name, or ``auto``. One that is asked for also decides
-                how packed trees attend: ``sdpa`` and ``flex_attention`` with that, and with any other, which has no
-                form for trees, ``packing="auto"`` gives every text a row of its own.
-            tokens_per_batch: tokens of one forward pass.
-            packing: see :class:`Backbone`.
-            deterministic: see :class:`Backbone`.
-            cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
-            local_files_only: take what is in the cache, and do not ask the hub.
-            trust_remote_code: run the Python files that come with a model. They can do whatever you can.
-            expected_files: the ``files`` that a folder had when something was fitted on it.
-            kwargs: fields of :class:`BackboneConfig` where ``config`` is a name. ``revision`` is one.
-
-        A private repository needs HF_TOKEN in the environment, or ``hf auth login``.
-
-        Raises:
-            CheckpointError: the name cannot be loaded; the message carries the loader's reason. Or the folder's files
-                are not the expected ones; the message names them.
-            InputError: an argument that :class:`BackboneConfig` or this function does not have.
-        """
-        config = gguf_named(configured(config, kwargs))
-        device = checked_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        options = Options(cache_dir, local_files_only, trust_remote_code)
-        folder = folder_of(config.name, config.revision)
-        recorded = expected_files or {}
-        code = trust_remote_code or any(name.endswith(".py") for name in recorded)
-        files = {} if folder is None else folder_digests(folder, code=code, gguf=config.gguf_file)
-        files, options = with_base(files, recorded, options)
-        if folder is not None and recorded:
-            check_files(folder, recorded, files)
-        published: Loaded | None = None
-        if config.kind == "reward":
-            published = load_family(config, device, dtype, attn_implementation, options)
-            config, model, tokenizer = published.config, published.model, published.tokenizer
-            attention = published.attention
-        else:
-            config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
-        return cls(
-            # Quantised weights are where their library has put them; a GGUF's are floats by now.
-            (model if _is_quantised(model) else model.to(device)).eval(),
-            tokenizer,
-            config,
-            tokens_per_batch=tokens_per_batch,
-            attention=attention,
-            packing=packing,
-            tree_kinds=tree_kinds(attn_implementation),
-            files=files,
-            published=published,
-            deterministic=deterministic,
-        )
-
-    @classmethod
-    def from_reward_model(
-        cls,
-        name: str,
-        *,
-        family: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        attn_implementation: str = "auto",
-        tokens_per_batch: int = 8192,
-        packing: Packing = "auto",
-        deterministic: Deterministic | None = None,
-        **kwargs: Any,
-    ) -> Backbone:
-        """Load a published reward model, of whatever family it is (:mod:`rmcore.model.families`).
-
-        Args:
-            name: a hub name or a folder.
-            family: its family's name; None finds it by configuration and tensors.
-            cache_dir: where the hub's files are kept; None is huggingface_hub's cache.
-            local_files_only: take what is in the cache, and do not ask the hub.
-            trust_remote_code: run the Python files of a model that is of no family. They can do whatever you can.
-            device: as the next four, see :meth:`from_pretrained`.
-            dtype: of the body.
-            attn_implementation: transformers' option of that name, or ``auto``.
-            tokens_per_batch: tokens of one forward pass.
-            packing: how shared beginnings are encoded.
-            deterministic: ``batch`` for the same bits whatever a text is batched with.
-            **kwargs: further fields of :class:`BackboneConfig`. ``revision`` is one.
-
-        Raises:
-            CheckpointError: as :meth:`from_pretrained`; or the model is of no family, has tensors missing or left
-                over, or a configuration key that may change scores and that its family does not know. Each is named.
-            InputError: a family there is not.
-        """
-        options = Options(cache_dir, local_files_only, trust_remote_code)
-        config = configured(name, kwargs)
-        if family is not None:
-            config = replace(config, kind="classifier", pooling="classifier", family=family)
-        found = cls.from_pretrained(
-            config_for(config, options),
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            tokens_per_batch=tokens_per_batch,
-            packing=packing,
-            deterministic=deterministic,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
-        if found.config.family == REMOTE_CODE:
-            check_own_scores(found)
-        return found
-
-    @classmethod
-    def from_server(
-        cls,
-        url: str,
-        *,
-        tokenizer: Any,
-        server: ServerKind = "vllm",
-        model: str | None = None,
-        api_key_env: str | None = None,
-        client: ClientOptions | None = None,
-        deadline_s: float | None = None,
-        config: BackboneConfig | None = None,
-        **kwargs: Any,
-    ) -> Backbone:
-        """A backbone whose states come from a vLLM, SGLang or llama.cpp server (:mod:`rmcore.model.remote`).
-
-        Tokens are made here and sent as ids; the server computes the body, and shares prefixes as it does for all its
-        requests; pooling, head and everything behind them are here. With ``last`` pooling one state a text crosses the
-        network, with ``mean`` and ``first`` those of all its tokens. Use the result as the ``backbone`` of
-        :meth:`RewardModel.from_pretrained <rmcore.model.reward_model.RewardModel.from_pretrained>`.
-
-        Args:
-            url: of the server, without a path.
-            tokenizer: of the served model, or its hub name or folder.
-            server: which one it is.
-            model: its name there; None takes the first that is served.
-            api_key_env: environment variable with the server's key, if it wants one.
-            client: a judge's limits, retries, breaker and timeouts, for requests of up to 8 texts each
-                (:class:`rmcore.judge.ClientOptions`); None is :data:`rmcore.model.remote.REMOTE_OPTIONS`.
-            deadline_s: most seconds for all the requests of a forward pass; None for no limit of its own.
-            config: what a text's hidden state is, of kind ``base``.
-            **kwargs: fields of :class:`BackboneConfig` where there is no ``config``.
-
-        Raises:
-            BackendError: the server does not answer, or with states that are not the model's own (normalised, say).
-            InputError: a configuration that a server cannot serve: a kind besides ``base``, or a layer.
-        """
-        config = config or BackboneConfig.from_dict(kwargs)
-        if config.kind != "base" or config.layer is not None:
-            reject("config", f"kind {config.kind!r}, layer {config.layer}", "kind 'base' without a layer")
-        if isinstance(tokenizer, (str, Path)):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        remote = RemoteModel(
-            url,
-            model=model,
-            server=server,
-            api_key_env=api_key_env,
-            client=client,
-            deadline_s=deadline_s,
-        )
-        return cls(remote.eval(), tokenizer, config, attention=("server", url), packing="padded")
-
     def with_packing(self, packing: Packing) -> Backbone:
         """The same model with shared beginnings encoded another way, and counts of its own."""
         return Backbone(
@@ -434,7 +219,7 @@ class Backbone:
     @property
     def quantised(self) -> bool:
         """Whether its weights are quantised (bitsandbytes, GPTQ, ...): its arithmetic is coarser than its dtype."""
-        return _is_quantised(self.model)
+        return is_quantised(self.model)
 
     @property
     def changed(self) -> bool:
@@ -564,7 +349,7 @@ class Backbone:
         if self._pass.final_linear.out_features != labels:
             reject("model", f"{self._pass.final_linear.out_features} labels", f"a reward model with {labels}")
         held, shape = self._pass.final_linear.weight, (labels, self._pass.final_linear.in_features)
-        if held.dtype not in _FLOATS or held.shape != shape:
+        if held.dtype not in FLOATS or held.shape != shape:
             raise CheckpointError(
                 f"backbone: got a head of {held.dtype} and shape {tuple(held.shape)}, expected {shape} as it is: "
                 "quantise a body alone (llm_int8_skip_modules, modules_to_not_convert)"

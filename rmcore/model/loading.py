@@ -23,6 +23,7 @@ from rmcore.model.hub import commit_of, files_of, folder_of, hub_failure
 from rmcore.model.libraries import require_libraries
 
 __all__ = [
+    "FLOATS",
     "REMOTE_CODE",
     "UNREAD_TENSORS",
     "Options",
@@ -30,6 +31,7 @@ __all__ = [
     "choose_attention",
     "configured",
     "gguf_named",
+    "is_quantised",
     "load",
     "located",
     "read_model",
@@ -49,6 +51,18 @@ UNREAD_TENSORS = (
 )
 """Patterns of tensors that may be left over in a classifier's files: buffers of old versions, and the language model's
 head, which its score does not go through."""
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that are what they say."""
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a model's weights are quantised (bitsandbytes, GPTQ, ...): those of a GGUF are floats by now."""
+    told = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+    floats = all(p.dtype in FLOATS for p in model.parameters()) if getattr(model, "is_quantized", False) else True
+    return bool(getattr(model, "is_quantized", False)) and not (floats and method in (None, "gguf"))
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

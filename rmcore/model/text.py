@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,19 +24,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.large import PIECE
 from rmcore._base.prompt import (
     Canonical,
     Prompt,
     Response,
     canonical_prompt,
     canonical_response,
-    conversation_text,
     response_text,
 )
 from rmcore.model.chat import Known, render_conversation, render_pieces
 from rmcore.model.encoding.limits import OverlongPolicy, Run, TextLimit, shorten
 from rmcore.model.encoding.pieces import pieces_of, splits_at_spaces
+from rmcore.model.encoding.surrogates import without_surrogates
+from rmcore.model.encoding.template import (
+    CRITIQUE_TEXT,
+    CRITIQUE_TURN,
+    PairTemplate,
+    Piece,
+    as_messages,
+    one_text,
+    plain_pieces,
+    template_pieces,
+    two_text_pieces,
+)
 from rmcore.model.encoding.whole import WholeText
 from rmcore.model.template_date import parse_date, pinned_template
 
@@ -61,17 +70,8 @@ _IDS_ONLY: dict[str, Any] = {
     "return_token_type_ids": False,
     "verbose": False,
 }
-_FIELD = re.compile(r"\{(prompt|first|second|critique)\}")
 
 _Ids: TypeAlias = NDArray[np.int64]
-
-CRITIQUE_TURN = (
-    "The following is a break down on the correctness and usefulness of the assistant's response to my question: "
-)
-"""How a user turn with a critique begins, behind the response that it is of: CLoud's words (Ankner et al. 2024)."""
-
-CRITIQUE_TEXT = "\n\n### Critique\n{critique}"
-"""The same where no chat template is used."""
 
 
 class Segment(NamedTuple):
@@ -108,24 +108,6 @@ class EncodedText:
 
     def __len__(self) -> int:
         return sum(len(segment.ids) for segment in self.segments)
-
-
-@dataclass(frozen=True)
-class PairTemplate:
-    """The text around the named segments; ``{prompt}``, ``{first}`` and ``{second}`` are the only fields.
-
-    ``single`` is used in difference mode (prompt and first), ``pair`` in concat mode. With a conversation, the part
-    after ``{prompt}`` becomes the assistant turn of the tokenizer's chat template.
-    """
-
-    single: str = "{prompt}\n\n{first}"
-    pair: str = "{prompt}\n\n### Response A\n{first}\n\n### Response B\n{second}"
-
-    def __post_init__(self) -> None:
-        for name, wanted in (("single", ["prompt", "first"]), ("pair", ["prompt", "first", "second"])):
-            found = _FIELD.findall(getattr(self, name))
-            if found != wanted:
-                reject(f"template.{name}", f"fields {found}", f"exactly {wanted}, in that order")
 
 
 class TextEncoder:
@@ -240,8 +222,8 @@ class TextEncoder:
             template += CRITIQUE_TEXT
         if not self._uses_chat(asked, second is not None):
             if second is None and self.two_texts:
-                return self._assemble(self._from_pieces(_two_text_pieces(asked, texts), texts), texts, limit)
-            return self._assemble(self._from_pieces(self._plain_pieces(asked, template), texts), texts, limit)
+                return self._assemble(self._from_pieces(two_text_pieces(asked, texts), texts), texts, limit)
+            return self._assemble(self._from_pieces(plain_pieces(asked, template), texts), texts, limit)
         turn = template.split("{prompt}", 1)[1].lstrip("\n")
         if turn.removesuffix(CRITIQUE_TEXT) == "{first}":
             return self._assemble(self._conversation(asked, answer, texts), texts, limit)
@@ -260,12 +242,12 @@ class TextEncoder:
             turn = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
             with self._lock:
                 found = self.tokenizer.apply_chat_template(
-                    [*_as_messages(asked), *turn], tokenize=True, chat_template=self._pinned()
+                    [*as_messages(asked), *turn], tokenize=True, chat_template=self._pinned()
                 )
         else:
             with self._lock:
                 found = self.tokenizer(
-                    _one_text(asked), response_text(answer), split_special_tokens=False, verbose=False
+                    one_text(asked), response_text(answer), split_special_tokens=False, verbose=False
                 )
         return list(found if isinstance(found, list) else found["input_ids"])
 
@@ -286,33 +268,27 @@ class TextEncoder:
         own = self.template.pair != PairTemplate.pair if pair else self.template.single != PairTemplate.single
         return not (isinstance(prompt, str) and own)
 
-    # A piece is (segment name, kind, text): kind "literal" is template text, "content" is hostile text and "field"
-    # names a response.
-    def _plain_pieces(self, prompt: Canonical, template: str) -> list[tuple[str, str, str]]:
-        text = prompt if isinstance(prompt, str) else conversation_text(prompt) + "\n\nAssistant:"
-        return [("prompt", "ids", "prefix"), *_template_pieces(template, text), ("", "ids", "suffix")]
-
-    def _chat_pieces(self, prompt: Canonical, turn: str) -> list[tuple[str, str, str]]:
+    def _chat_pieces(self, prompt: Canonical, turn: str) -> list[Piece]:
         """A conversation and one assistant turn that holds what ``turn`` says."""
-        messages = _as_messages(prompt)
-        pieces: list[tuple[str, str, str]] = []
+        messages = as_messages(prompt)
+        pieces: list[Piece] = []
         name = "prompt"
         for part in render_pieces(self._render, [*messages, {"role": "assistant", "content": ""}], self._notice):
             if part.message == len(messages):
-                pieces += _template_pieces(turn, None)
+                pieces += template_pieces(turn, None)
                 name = ""
             else:
-                pieces.append((name, "content" if part.kind == "text" else "literal", part.text))
+                pieces.append(Piece(name, "content" if part.kind == "text" else "literal", part.text))
         return pieces
 
     def _conversation(self, prompt: Canonical, answer: Canonical, texts: dict[str, str]) -> list[Run]:
         """A conversation that goes on with a response."""
-        messages = _as_messages(prompt)
+        messages = as_messages(prompt)
         one: list[dict[str, Any]] = [{"role": "assistant", "content": texts["first"]}]
         turns = [one] if isinstance(answer, str) else [answer, one]
         more = [{"role": "user", "content": CRITIQUE_TURN + texts["critique"]}] if "critique" in texts else []
         for turn in turns:
-            whole = [_clean(message) for message in (*messages, *turn, *more)]
+            whole = [without_surrogates(message) for message in (*messages, *turn, *more)]
             try:
                 special = self._whole.spells_special
                 rendering = render_conversation(
@@ -342,7 +318,7 @@ class TextEncoder:
             self._noticed.add(what)
             log.warning("the tokenizer's chat template leaves out %s", what)
 
-    def _from_pieces(self, pieces: list[tuple[str, str, str]], texts: dict[str, str]) -> list[Run]:
+    def _from_pieces(self, pieces: list[Piece], texts: dict[str, str]) -> list[Run]:
         # Ids a policy may cut (content) are kept apart from those it may not (template, special tokens).
         runs: list[Run] = []
         current = "prompt"
@@ -384,7 +360,9 @@ class TextEncoder:
         if not text:
             return _ids(())
         split = self.split_special_tokens
-        return _joined([self._tokenize(_clean(piece), split) for _, piece in pieces_of(text, self._cuttable)])
+        return _joined(
+            [self._tokenize(without_surrogates(piece), split) for _, piece in pieces_of(text, self._cuttable)]
+        )
 
     def _tokenize(self, text: str, split_special_tokens: bool) -> _Ids:
         with self._lock:
@@ -434,61 +412,3 @@ def _nothing_between(whole: list[_Ids], left: list[_Ids]) -> bool:
         shorter = min(map(len, left))
         return np.array_equal(left[0][:shorter], left[1][:shorter])
     return np.array_equal(left[0], left[1])
-
-
-def _template_pieces(template: str, prompt: str | None) -> list[tuple[str, str, str]]:
-    """Literals and fields of a template; a literal belongs to the segment that follows it."""
-    parts = _FIELD.split(template)
-    pieces: list[tuple[str, str, str]] = []
-    for literal, name in zip(parts[0::2], [*parts[1::2], ""], strict=True):
-        pieces.append((name, "literal", literal))
-        if name == "prompt":
-            pieces.append(("prompt", "content", prompt or ""))
-        elif name:
-            pieces.append((name, "field", name))
-    return pieces
-
-
-def _two_text_pieces(prompt: Canonical, texts: dict[str, str]) -> list[tuple[str, str, str]]:
-    critique = _template_pieces(CRITIQUE_TEXT, None) if "critique" in texts else []
-    if not texts["first"] and not critique:  # transformers makes one text of it
-        return [("prompt", "ids", "prefix"), ("", "content", _one_text(prompt)), ("", "ids", "suffix")]
-    pieces = [("prompt", "ids", "start"), ("", "content", _one_text(prompt)), ("", "ids", "between")]
-    return [*pieces, ("first", "field", "first"), *critique, ("", "ids", "end")]
-
-
-def _one_text(prompt: Canonical) -> str:
-    """A prompt for a model that takes a question and an answer."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and prompt[0].keys() == {"role", "content"}:
-        return str(prompt[0]["content"])
-    return conversation_text(prompt) + "\n\nAssistant:"
-
-
-def _clean(value: Any) -> Any:
-    """The same with U+FFFD for each half of a surrogate pair, which JSON may carry and no tokenizer takes."""
-    if isinstance(value, str):
-        return value if value.isascii() else "".join(map(_paired, _between_pairs(value)))
-    if isinstance(value, dict):
-        return {_clean(name): _clean(part) for name, part in value.items()}
-    return [_clean(part) for part in value] if isinstance(value, list) else value
-
-
-def _paired(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _between_pairs(text: str) -> Iterator[str]:
-    """Pieces of a text, none of which begins with the second half of a surrogate pair."""
-    start = 0
-    while len(text) - start > PIECE:
-        stop = start + PIECE
-        stop += "\udc00" <= text[stop] <= "\udfff"
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
-def _as_messages(prompt: Canonical) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import check_prompt
 from rmcore.model.encoding.limits import _level
-from rmcore.model.text import PairTemplate, TextEncoder, TextLimit, _between_pairs, _clean
+from rmcore.model.encoding.surrogates import between_pairs, without_surrogates
+from rmcore.model.text import PairTemplate, TextEncoder, TextLimit
 
 FAMILIES = ["bert", "llama", "mistral", "chatml", "qwen", "no-template", "roberta"]
 SPECIALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "<s>", "</s>", "<pad>"]
@@ -552,7 +553,7 @@ def test_prompts_that_are_none(prompt, where):
 @given(st.lists(st.sampled_from(["\ud83d", "\ude00", "a", "\u4e2d", "\U0001f600"]), max_size=12).map("".join))
 def test_half_pairs_are_replaced_alike_in_pieces(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rmcore.model.text.PIECE", 2)
-        pieces = list(_between_pairs(text))
+        patch.setattr("rmcore.model.encoding.surrogates.PIECE", 2)
+        pieces = list(between_pairs(text))
         assert "".join(pieces) == text
-        assert _clean(text) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert without_surrogates(text) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
