@@ -15,8 +15,9 @@ from rmcore.cli.console import notes, on_terminal, reported_errors, results_cons
 
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
+    from rmcore.engine.routing import Router
 
-__all__ = ["book", "judge_outcome", "print_accounts", "show_accounts"]
+__all__ = ["book", "judge_outcome", "print_accounts", "print_budgets", "show_accounts"]
 
 
 def show_accounts(
@@ -50,6 +51,16 @@ def print_accounts(totals: dict[str, Any], console: Console) -> None:
     for name, value in account_lines(totals):
         table.add_row(name, value)
     console.print(table)
+
+
+def print_budgets(router: Router | None, console: Console) -> None:
+    """A line for each budget that pairs found no room in."""
+    for budget in getattr(router, "budgets", ()):
+        stats = budget.stats()
+        if stats.denied_pairs:
+            spent = f"{stats.total:,.6g} spent of {stats.limit:,.6g} {budget.name}"
+            left = f"{stats.denied_pairs:,} pairs found no room and keep the head's preference"
+            console.print(f"budget: {spent}; {left}", markup=False, highlight=False, soft_wrap=True)
 
 
 def book(summary: dict[str, Any], accounts: Accounts, judged: Counter[str]) -> None:

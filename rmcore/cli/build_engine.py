@@ -195,11 +195,14 @@ def _adaptive_router(judging: Judging, prior: ErrorPrior | None = None) -> Adapt
 
 
 def make_budgets(judging: Asking) -> list[Budget]:
-    """The limits of --max-calls, --max-tokens and --max-cost."""
+    """The limits of --max-calls, --max-tokens and --max-cost.
+
+    Raises InputError for one that has no room for a single pair, unless --router-state may know what a pair costs.
+    """
     from rmcore.engine.routing import Budget
 
     orders = 1 if judging.judge_orders == "one" else 2
-    budgets = []
+    budgets: list[Budget] = []
     if judging.max_calls is not None:
         with as_options(limit="--max-calls"):
             budgets.append(Budget(judging.max_calls, "calls", max_per_pair=orders))
@@ -209,6 +212,16 @@ def make_budgets(judging: Asking) -> list[Budget]:
     if judging.max_cost is not None:
         with as_options(limit="--max-cost"):
             budgets.append(Budget(judging.max_cost, "cost", first_estimate=orders * _first_call_cost(judging)))
+    state = getattr(judging, "router_state", None)
+    for budget in budgets if state is None or not state.exists() else ():
+        least = budget.stats().per_pair
+        if budget.limit < least:
+            reject(
+                f"--max-{budget.unit}",
+                f"{budget.limit:g}",
+                f"at least {least:g}, which is set aside for a pair until it is known what pairs cost",
+                "Less asks nothing",
+            )
     return budgets
 
 

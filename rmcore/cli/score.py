@@ -14,7 +14,7 @@ import typer
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore.cli import options
-from rmcore.cli.accounts import book, judge_outcome, print_accounts
+from rmcore.cli.accounts import book, judge_outcome, print_accounts, print_budgets
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_readable, check_writable
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
@@ -127,6 +127,7 @@ def _scoring(
             close_engine(engine)
             if judged or not sys.exc_info()[0]:  # what was spent is told however the run ends
                 print_accounts(booked.totals(), notes)
+                print_budgets(engine.router, notes)
         if judged["without critiques"]:
             notes.print(f"rmcore: {judged['without critiques']} of {done} groups have no critiques", markup=False)
         judge_outcome(judged, done, failed)

@@ -101,6 +101,8 @@ def test_an_adaptive_router_keeps_to_its_calls_over_several_runs(model: Path, tm
             result = call("score", model, "-", *options, *judge, stdin=lines)
             assert result.exit_code == 0, result.stderr
             decided.append(sum(len(json.loads(line)["decisions"]) for line in result.stdout.splitlines()))
+            assert "budget: 10 spent of 10 calls per run; " in result.stderr
+            assert "pairs found no room and keep the head's preference" in result.stderr
     assert decided == [5, 0]
     spent = json.loads(state.read_text())["budgets"][0]["spent"]
     assert spent == 10

@@ -77,6 +77,26 @@ def test_so_is_a_budget_in_money(cost: float, tmp_path: Path) -> None:
         make_budgets(replace(LIVE, prices=prices, max_cost=cost))
 
 
+def test_a_budget_without_room_for_a_pair_is_refused(tmp_path: Path) -> None:
+    """It would ask nothing, and the run would end well."""
+    prices, state = tmp_path / "prices.json", tmp_path / "state.json"
+    prices.write_text('{"models": {"m": {"prompt": 1, "completion": 2}}}')
+    for given, least in (
+        ({"max_calls": 1}, "--max-calls: got 1, expected at least 2, which"),
+        ({"max_calls": 0, "judge_orders": "one"}, "--max-calls: got 0, expected at least 1, which"),
+        ({"max_tokens": 8191}, "--max-tokens: got 8191, expected at least 8192, which"),
+        ({"max_cost": 0.01, "prices": prices}, "--max-cost: got 0.01, expected at least 0.010"),
+    ):
+        asking: Any = {"budget": None, "judge_fraction": 0.1, **given}
+        with pytest.raises(InputError) as error:
+            make_budgets(replace(LIVE, **asking))
+        assert str(error.value).startswith(least)
+        state.write_text("{}")
+        assert len(make_budgets(replace(LIVE, **asking, router_state=state))) == 1, "which may know what pairs cost"
+    for given in ({"max_calls": 2}, {"max_calls": 1, "judge_orders": "one"}, {"max_tokens": 8192}):
+        assert len(make_budgets(replace(LIVE, budget=None, judge_fraction=0.1, **given))) == 1
+
+
 ASKED = {
     "judge_model": "m",
     "judge_key_env": "KEY",
