@@ -225,41 +225,7 @@ def head_of_state(tensors: dict[str, Tensor], values: dict[str, Any], file: str 
     Raises CheckpointError where its parts do not fit together, or InputError, KeyError, TypeError or ValueError.
     """
     config, dtype = HeadConfig.from_dict(values["config"]), _DTYPES[values["dtype"]]
-    h, m, d = config.hidden_size, config.layer_size, config.num_features
-    tiles = -(-d // TILE)
-    lower = (tiles * (tiles + 1) // 2, TILE, TILE)
-    folds = m is None or (config.activation == "none" and not config.layernorm)
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "beta": ((d,), torch.float64),
-        "serving_beta": ((d,), torch.float32),
-        "factor": (lower, dtype),
-    }
-    if config.features == "rff" or m is not None:
-        wanted["projection"] = ((d, h if folds or m is None else m), dtype)
-        wanted["phase"] = ((d,), torch.float32)
-    if not folds and m is not None:
-        wanted["layer_weight"], wanted["layer_bias"] = ((m, h), dtype), ((m,), torch.float32)
-    if dtype == torch.int8:
-        for name in ("projection_scale", "factor_row_scale", "factor_diagonal"):
-            wanted[name] = ((d,), torch.float32)
-        if "hidden_shift" in tensors:
-            wanted["hidden_shift"] = wanted["hidden_scale"] = ((h,), torch.float32)
-    if values["posterior"] is not None:
-        wanted["gram"] = (lower, torch.float64)
-    rows = values.get("rows")
-    if rows is not None:
-        factor = ("factor", "factor_row_scale", "factor_diagonal")
-        wanted |= {_ROW + name: wanted[name] for name in factor if name in wanted}
-        if rows["count"] is not None:
-            wanted[_ROW + "gram"] = (lower, torch.float64)
-    if set(tensors) != set(wanted):
-        raise CheckpointError(f"{file}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
-    for name, (shape, kind) in wanted.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != kind:
-            raise CheckpointError(f"{file}: {name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {kind}")
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{file}: {name}: got NaN or Inf, expected finite values")
+    _check_tensors(tensors, _wanted_tensors(config, dtype, values, shifted="hidden_shift" in tensors), file)
     feature_map = FeatureMap(
         features=config.features,
         projection=tensors.get("projection"),
@@ -268,8 +234,8 @@ def head_of_state(tensors: dict[str, Tensor], values: dict[str, Any], file: str 
         layer_bias=tensors.get("layer_bias"),
         activation=config.activation,
         layernorm=config.layernorm,
-        hidden_size=h,
-        num_features=d,
+        hidden_size=config.hidden_size,
+        num_features=config.num_features,
         dtype=dtype,
         input_scale=_scalar(values, "input_scale", positive=True),
         feature_scale=_scalar(values, "feature_scale", positive=True),
@@ -290,13 +256,62 @@ def head_of_state(tensors: dict[str, Tensor], values: dict[str, Any], file: str 
     posterior = None
     if "gram" in tensors:
         posterior = Posterior.from_gram(
-            reference.unpack_lower(tensors["gram"], d),
+            reference.unpack_lower(tensors["gram"], config.num_features),
             int(values["posterior"]["count"]),
             ridge=config.ridge,
             likelihood=config.likelihood,
         )
+    rows = values.get("rows")
     known = None if rows is None else _read_rows(config, weights, rows, tensors)
     return FrozenHead(config, feature_map, tensors["beta"], weights.beta0, posterior, weights, known)
+
+
+def _wanted_tensors(
+    config: HeadConfig, dtype: torch.dtype, values: dict[str, Any], *, shifted: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor of such a head; ``shifted``: its int8 rows are moved before rounding."""
+    h, m, d = config.hidden_size, config.layer_size, config.num_features
+    tiles = -(-d // TILE)
+    lower = (tiles * (tiles + 1) // 2, TILE, TILE)
+    folds = m is None or (config.activation == "none" and not config.layernorm)
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "beta": ((d,), torch.float64),
+        "serving_beta": ((d,), torch.float32),
+        "factor": (lower, dtype),
+    }
+    if config.features == "rff" or m is not None:
+        wanted["projection"] = ((d, h if folds or m is None else m), dtype)
+        wanted["phase"] = ((d,), torch.float32)
+    if not folds and m is not None:
+        wanted["layer_weight"], wanted["layer_bias"] = ((m, h), dtype), ((m,), torch.float32)
+    if dtype == torch.int8:
+        for name in ("projection_scale", "factor_row_scale", "factor_diagonal"):
+            wanted[name] = ((d,), torch.float32)
+        if shifted:
+            wanted["hidden_shift"] = wanted["hidden_scale"] = ((h,), torch.float32)
+    if values["posterior"] is not None:
+        wanted["gram"] = (lower, torch.float64)
+    rows = values.get("rows")
+    if rows is not None:
+        factor = ("factor", "factor_row_scale", "factor_diagonal")
+        wanted |= {_ROW + name: wanted[name] for name in factor if name in wanted}
+        if rows["count"] is not None:
+            wanted[_ROW + "gram"] = (lower, torch.float64)
+    return wanted
+
+
+def _check_tensors(
+    tensors: dict[str, Tensor], wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], file: str
+) -> None:
+    """Raises CheckpointError for one that is missing, too many, of another shape or dtype, or not finite."""
+    if set(tensors) != set(wanted):
+        raise CheckpointError(f"{file}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
+    for name, (shape, kind) in wanted.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != kind:
+            raise CheckpointError(f"{file}: {name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {kind}")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name}: got NaN or Inf, expected finite values")
 
 
 def row_tensors(rows: RowPosterior, *, include_posterior: bool = True) -> dict[str, Tensor]:
