@@ -93,6 +93,7 @@ class Entry:
         self._callers = callers
         self._doubted = -_SETTLED_S
         self._doubting: float | None = None
+        self._vouch = True
         self._texts: Counter[bytes] = Counter()
         self.resent = 0
         self._assemblers, self._lost = assemblers, lost
@@ -104,9 +105,8 @@ class Entry:
     async def __call__(self, request: Request) -> Response:
         """Answer a request of the network."""
         if not self._beats:
-            self._beats = [
-                asyncio.create_task(self._beat(one), name="rmcore beat") for one in self._assemblers.values()
-            ]
+            beating = [self._vouching(), *map(self._beat, self._assemblers.values())]
+            self._beats = [asyncio.create_task(one, name="rmcore beat") for one in beating]
         reply = Response()
         sent = bytearray()
 
@@ -205,10 +205,16 @@ class Entry:
         key = await asyncio.to_thread(request_key, *arguments) if is_large(request.body) else request_key(*arguments)
         return self._assemblers[owner(key, names)]
 
+    async def _vouching(self) -> None:
+        # One for all assemblers, a moment before their beats: who lost a caller's connection asks again a second later.
+        while self._callers is not None:
+            self._vouch = await self._vouched()
+            await self._clock.sleep(BEAT_S)
+
     async def _beat(self, assembler: AssemblerCalls) -> None:
         while True:
             try:
-                await assembler.beat(self.name, await self._vouched())
+                await assembler.beat(self.name, self._vouch)
             except Exception as error:  # it is being started again
                 log.info("no beat: %s", type(error).__name__)
             await self._clock.sleep(BEAT_S)
