@@ -24,19 +24,32 @@ _MAX_WORDS = 4_096
 _MOST_VALUES = 20_000  # log-probabilities aside, a reply has a few dozen
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+|\b((?:sk|pk|rk)-)[\w-]{6,}")
 
-_CODES = ("code", "status", "status_code", "statusCode", "http_status", "httpStatus", "http_code")
-_MESSAGES = ("message", "msg", "status_msg", "detail", "title", "error_description", "reason", "error")
+# Names of fields, without the case and the underscores in which servers differ: statusCode, status_code, StatusCode.
+_CODES = ("code", "status", "statuscode", "httpstatus", "httpcode", "errorcode")
+_WORDS = ("code", "type", "status", "errorcode", "errortype", "_type")
+_MESSAGES = (
+    *("message", "msg", "statusmsg", "errormessage", "errormsg", "faultstring"),
+    *("detail", "title", "errordescription", "reason", "error"),
+)
+_HOLDERS = ("error", "errors", "fault")
 _NOTHING: tuple[object, ...] = (None, "", 0, False, 200, "200", "0", [], {})
-_NUMBERED = re.compile(r"(?i)(?:^\W{0,3}|\b(?:http|status(?: code)?|error(?: code)?|code)\W{1,3})([45]\d\d)\b")
+_NUMBERED = re.compile(
+    r"(?i)(?:^\W{0,3}|\b(?:http|status(?: code)?|error(?: code)?|code)\W{1,3})([45]\d\d)\b|\b([45]\d\d) status code\b"
+)
+_TITLE = re.compile(rb"(?is)<title[^<>]{0,80}>([^<>]{1,200})<")
+_TAG = re.compile(rb"<[^<>]{1,200}>")
 _PASSING = frozenset({429, 500, 502, 503, 504})
 # What APIs call a status in words: OpenAI's and Anthropic's types, Google's codes, the standard's phrases.
 _NAMED = tuple(
     (re.compile(f"(?i){pattern}"), status)
     for pattern, status in (
         (r"rate.?limit|too.?many.?requests|throttl|resource.?exhausted|insufficient_quota", 429),
+        (r"(?:requests?|qps|concurrency)[ _]?limit|rate exceeded|slow.?down|并发数?过高|请求过多|请求频率|限流", 429),
         (r"bad.?gateway", 502),
         (r"gateway.?time.?out|deadline.?exceeded|timed.?out|^time.?out|timeout.?error", 504),
-        (r"overloaded|service.?unavailable|temporarily unavailable|^unavailable$", 503),
+        (r"(?:upstream|request).{0,20} time.?out", 504),
+        (r"overloaded|service.{0,13}unavailable|temporarily unavailable|^unavailable$", 503),
+        (r"currently loading|too busy|no healthy upstream|upstream connect error|繁忙|过载", 503),
         (r"internal.?(?:server.?)?error|server.?error|api_error|^internal$", 500),
         (r"authentication|unauthenticated|unauthorized|invalid.?api.?key", 401),
         (r"permission|forbidden", 403),
@@ -66,12 +79,29 @@ def has_error(reply: Mapping[str, object]) -> bool:
 
 
 def _document(body: bytes) -> object:
-    """The JSON value of a body; of server-sent events the first with an error, which is all that is wanted of them."""
+    """The JSON value of a body; of what is no JSON the error that it may be, as it would be said in JSON: the first of
+    server-sent events or of lines that is one, the words of a page or of a plain text.
+    """
     value = load_json(body)
-    if value is None and body.lstrip().startswith((b"data:", b"event:", b":")):
-        events = (line[5:] for line in body[: _MAX_WORDS * 4].splitlines() if line.startswith(b"data:"))
-        return next((found for found in map(load_json, events) if next(_errors(found), None) is not None), None)
-    return value
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # JSON, as JSON
+        value = load_json(value[: _MAX_WORDS * 4].encode("utf-8", "replace"))
+    if value is not None:
+        return value
+    start = body[: _MAX_WORDS * 4].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith((b"data:", b"event:", b":")):
+        lines = [line[5:].strip() for line in start.splitlines() if line.startswith(b"data:")]
+        found = next((one for one in map(load_json, lines) if next(_errors(one), None) is not None), None)
+        if found is None and b"event: error" in start and lines:
+            return {"error": lines[0].decode("utf-8", "replace")}
+        return found
+    if start.startswith(b"{"):
+        return load_json(start.splitlines()[0])
+    if start.startswith(b"<"):
+        title = _TITLE.search(start)
+        page = b"<html" in start[:300].lower() or b"<!doctype html" in start[:300].lower()
+        words = title[1] if title is not None else b"" if page else _TAG.sub(b" ", start)
+        return {"error": words.decode("utf-8", "replace")} if words.strip() else None
+    return {"error": start.decode("utf-8", "replace")} if len(body) < _MAX_WORDS and start[:1].isalnum() else None
 
 
 def _errors(reply: object) -> Iterator[Mapping[str, object] | str]:
@@ -82,20 +112,25 @@ def _errors(reply: object) -> Iterator[Mapping[str, object] | str]:
         return
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    for holder in (reply, choice, choice.get("message") if isinstance(choice, Mapping) else None):
+    inner = reply.get("Response")  # Tencent's
+    for holder in (reply, choice, choice.get("message") if isinstance(choice, Mapping) else None, inner):
         if isinstance(holder, Mapping):
-            for name in ("error", "errors"):
-                yield from _said(holder.get(name))
+            for name in holder:
+                if isinstance(name, str) and name.lower() in _HOLDERS:
+                    yield from _said(holder[name])
+    base = reply.get("base_resp")  # MiniMax's, beside every answer
+    if isinstance(base, Mapping) and base.get("status_code") not in _NOTHING:
+        yield base
     if reply.get("object") == "error" or reply.get("type") == "error" or not isinstance(choice, Mapping):
         yield reply
-        for name in ("detail", "base_resp", "message", "msg"):
+        for name in ("detail", "message", "msg"):
             yield from _said(reply.get(name))
 
 
 def _said(value: object) -> Iterator[Mapping[str, object] | str]:
     for one in value[:4] if isinstance(value, list) else [value]:
         if isinstance(one, Mapping) and one:
-            inner = one.get("error")
+            inner = _folded(one).get("error")
             if isinstance(inner, Mapping) and inner:
                 yield inner
             yield one
@@ -111,24 +146,34 @@ def _says_something(said: Mapping[str, object] | str) -> bool:
 def _status(said: Mapping[str, object] | str) -> int | None:
     if isinstance(said, str):
         return _status_of_words(said)
+    fields = _folded(said)
     for name in _CODES:
-        value = said.get(name)
+        value = fields.get(name)
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
             value = int(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 400 <= value < 600:
             return int(value)
-    words = [value for name in ("code", "type", "status") if isinstance(value := said.get(name), str)]
+    words = [value for name in _WORDS if isinstance(value := fields.get(name), str)]
     named = (status for word in words for pattern, status in _NAMED if pattern.search(word))
-    messages = (value for name in _MESSAGES if isinstance(value := said.get(name), str))
+    messages = (value for name in _MESSAGES if isinstance(value := fields.get(name), str))
     told = (status for text in messages if (status := _status_of_words(text)) is not None)
     return next(named, None) or next(told, None)
+
+
+def _folded(said: Mapping[str, object]) -> dict[str, object]:
+    """An error's fields by their names without case and underscores; the first of a name counts."""
+    fields: dict[str, object] = {}
+    for name, value in said.items():
+        if isinstance(name, str):
+            fields.setdefault(name[:1].lower() + name[1:].replace("_", "").lower(), value)
+    return fields
 
 
 def _status_of_words(text: str) -> int | None:
     """The status that a message names or describes, if it is one that passes; a refusal has words of many kinds."""
     text = text[:_MAX_WORDS]
     if (found := _NUMBERED.search(text)) is not None:
-        return int(found[1])
+        return int(found[1] or found[2])
     return next((status for pattern, status in _NAMED if status in _PASSING and pattern.search(text)), None)
 
 
@@ -211,5 +256,6 @@ def _worded(said: Mapping[str, object] | str) -> object:
     """An error whose message stands under whatever name."""
     if isinstance(said, str) or "message" in said:
         return said
-    message = next((value for name in _MESSAGES if isinstance(value := said.get(name), str)), None)
+    fields = _folded(said)
+    message = next((value for name in _MESSAGES if isinstance(value := fields.get(name), str)), None)
     return said if message is None else {**said, "message": message}

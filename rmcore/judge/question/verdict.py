@@ -52,6 +52,8 @@ _DECORATION = " \t\r\n*_`\"'"  # what models put around a label they mean
 
 _FINISHED = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "end", "completed", "complete"})
 """``finish_reason`` of a text that the model itself ended; empty where an endpoint says nothing of it."""
+_ENDED = _FINISHED | {"tool_calls", "function_call", "tool_use"}
+"""The same of an answer without text, which may have called a tool instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +134,9 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
         return _read(reply, labels)
     if not isinstance(reply, Mapping):
         return Parsed(None, "unparsable")
-    message = reply.get("message", reply)
+    message, finish = reply.get("message", reply), _finish(reply)
     if not isinstance(message, Mapping):
-        return Parsed(None, "unparsable")
-    finish = _finish(reply)
+        return Parsed(None, "unparsable" if finish in _ENDED else "unfinished")
     content = message.get("content")
     if isinstance(content, list):
         content, refused = _join_parts(content)
@@ -148,8 +149,9 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
         return Parsed(None, "filter", text[:MAX_CRITIQUE])
     if refused or finish == "refusal" or message.get("refusal"):
         return Parsed(None, "refusal", text[:MAX_CRITIQUE])
-    if text.strip() and (finish not in _FINISHED or reply.get("error")):
-        # Not a list of failures, which is never complete: "error", "abort" and what comes next year are no end.
+    if finish not in (_FINISHED if text.strip() else _ENDED) or (text.strip() and reply.get("error")):
+        # Not a list of failures, which is never complete: "error", "abort" and what comes next year are no end, and
+        # least of all of an answer without a word.
         return Parsed(None, "unfinished", text[:MAX_CRITIQUE])
     if content is not None and not isinstance(content, str):
         return Parsed(None, "unparsable")

@@ -156,12 +156,14 @@ def answering_model(asked: str, said: str) -> str:
     """The model that answered: ``asked``, unless the reply says another name (``said``).
 
     The same model are ``asked`` itself, also in other letters and with another path before it (``org/name``, a file's
-    folder), and a release of it (``name-2024-08-06``): endpoints put their aliases in full. An empty name says nothing.
+    folder), and a release of it (``name-2024-08-06``, of ``name-latest`` too): endpoints put their aliases in full. An
+    empty name says nothing.
     """
     if not said:
         return asked
     short, long = (name.casefold().rstrip("/").rpartition("/")[2].removesuffix(".gguf") for name in (asked, said))
-    same = long == short or (long.startswith(short) and _RELEASE.fullmatch(long[len(short) :]) is not None)
+    base = re.sub(r"[-:]latest$", "", short)
+    same = long in (short, base) or (long.startswith(base) and _RELEASE.fullmatch(long[len(base) :]) is not None)
     return asked if same else said
 
 

@@ -124,6 +124,8 @@ _IN_200: Mapping[str, tuple[str, Again, bytes]] = {  # how gateways put an upstr
     ),
     "error_in_error": ("http_502", "retried", _json({"error": {"error": {"code": 502}}})),
     "error_event": ("http_503", "retried", b'event: error\ndata: {"error": {"code": 503}}\n\n'),
+    "page_502": ("http_502", "retried", b"<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"),
+    "text_503": ("http_503", "retried", b"no healthy upstream"),
     "error_event_behind_comment": (
         "http_429",
         "retried",
@@ -234,6 +236,7 @@ FAULTS: Mapping[str, Fault] = _named(
     unknown_reasoning=_says("<|channel>thought\nPerhaps <verdict>$loss</verdict>", "length"),
     verdict_amid_text=_says("<verdict>$loss</verdict> would be wrong, since", "unparsable"),
     finish_error=Fault(finish_reason="error", reason="unfinished"),
+    finish_error_empty=Fault(finish_reason="error", message={"content": None}, reason="unfinished"),
     finish_abort=Fault(finish_reason="abort", reason="unfinished"),
     length=Fault(finish_reason="length", reason="length", answer=True),
     content_filter=Fault(finish_reason="content_filter", reason="filter", answer=True),

@@ -133,7 +133,7 @@ def test_a_finish_reason_that_is_no_word_is_no_end():
     """Gemini's numbers, an object with a type, a list: what is not known to be an end may be any."""
     for finish in (["length"], ["stop"], 1, 2, {"type": "stop"}, True, 0, "FINISH_REASON_MAX_TOKENS", "repetition"):
         assert parse_verdict(choice(WIN, finish=finish), LABELS) == Parsed(None, "unfinished", WIN), finish
-    assert parse_verdict(choice(None, finish=2), LABELS).reason == "no_content"
+    assert parse_verdict(choice(None, finish=2), LABELS).reason == "unfinished"
     old = {"message": {"content": WIN}, "finish_details": {"type": "max_tokens"}}
     assert parse_verdict(old, LABELS).reason == "length"
     assert parse_verdict(old | {"finish_details": {"type": "stop"}}, LABELS).outcome == "win"
@@ -240,3 +240,12 @@ def test_json_written_by_a_serializer_is_read_exactly(word, critique):
     if parsed.outcome is None:
         assert parsed.reason == "conflicting"  # a label of ours within the critique, as a verdict
     assert parsed.critique == critique.strip()[:MAX_CRITIQUE]
+
+
+@pytest.mark.parametrize("message", [None, {}, {"content": None}, {"content": ""}, {"content": " \n"}, {"content": []}])
+@pytest.mark.parametrize("finish", ["error", "abort", "network_error", "insufficient_system_resource", 7, {"why": 1}])
+def test_what_its_server_ended_without_a_word_is_no_answer(message, finish):
+    assert parse_verdict({"message": message, "finish_reason": finish}, LABELS).reason == "unfinished"
+    for own in ("stop", None, "tool_calls"):  # ends that are the model's own, with nothing said
+        said = parse_verdict({"message": message, "finish_reason": own}, LABELS).reason
+        assert said == ("unparsable" if message is None else "no_content")

@@ -75,6 +75,14 @@ def test_the_model_that_was_asked_by_another_form_of_its_name(ask, served, caplo
     assert "answers as" not in caplog.text
 
 
+def test_an_alias_of_the_latest_release_stands_for_it():
+    for asked in ("claude-latest", "claude:latest"):
+        for said in ("claude", "claude-20241022", "anthropic/Claude-2024-10-22", "claude-latest", "claude@20241022"):
+            assert answering_model(asked, said) == asked
+        for said in ("claude-mini", "claude-mini-latest", "claud", "claude-2", "gpt"):
+            assert answering_model(asked, said) == said
+
+
 @pytest.mark.parametrize("said", ["small-mini", "smaller", "not-small", "small-turbo-2024-08-06", "large"])
 def test_likeness_is_not_enough(said):
     assert answering_model("small", said) == said
