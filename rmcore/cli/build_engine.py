@@ -237,6 +237,10 @@ def _first_call_cost(judging: Asking) -> float:
     cost = table.cost(JudgeUsage(calls=1, prompt_tokens=3072, completion_tokens=1024), model)
     if cost is None:
         reject("--max-cost", f"no price for {model!r} in {prices}", "a price table that has the judge's model")
+    if cost == 0:
+        reject(
+            "--max-cost", f"a price of 0 for {model!r} in {prices}", "a model that costs something, or no such limit"
+        )
     return cost
 
 
@@ -284,6 +288,8 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
     check_writable(store_file(judging.store), "--store")
     if not judging.judge_model:
         reject("--judge-model", "nothing", "the judge's model name, since --judge-url is given")
+    if not judging.judge_model.strip() or not judging.judge_model.isprintable():
+        reject("--judge-model", repr(judging.judge_model)[:80], "a model's name, on one line")
     if judging.judge_kind != "genrm" and judging.judge_principle:
         reject("--judge-principle", "without --judge-kind genrm", "together with it")
     with as_options(
@@ -298,6 +304,7 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         requests_per_minute="--judge-requests-per-minute",
         tokens_per_minute="--judge-tokens-per-minute",
         template="--judge-template",
+        **{f"template {part}": "--judge-template" for part in ("user", "system")},
     ):
         return _live_judge(judging, url, constitution, rationale)
 

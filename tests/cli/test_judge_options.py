@@ -31,6 +31,9 @@ LIVE = Judging(judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_key_env
         ({"judge_context": 1}, "--judge-context: got 1"),
         ({"judge_requests_per_minute": 0}, "--judge-requests-per-minute: got 0"),
         ({"judge_tokens_per_minute": -1}, "--judge-tokens-per-minute: got -1"),
+        ({"judge_model": " "}, "--judge-model: got ' ', expected a model's name"),
+        ({"judge_model": "m\nn"}, "--judge-model: got 'm\\nn', expected a model's name"),
+        ({"judge_template": Path("{folder}/user.txt")}, "--judge-template: got the field $third"),
         ({"store": "{folder}"}, "--store: got"),
         ({"store": "{file}/verdicts.db"}, "--store: got"),
         ({"store": "{folder}/v.db", "ask_again": ["nonsense"]}, "--ask-again: got 'nonsense', expected one of length,"),
@@ -41,8 +44,10 @@ LIVE = Judging(judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_key_env
 )
 def test_a_value_that_cannot_be_is_told_by_its_option(given: dict[str, Any], says: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "user.txt").write_text("$contract $prompt $first $second $third")
     places = {"folder": tmp_path, "file": tmp_path / "file"}
-    given = {k: v.format(**places) if k == "store" else v for k, v in given.items()}
+    files = {"store": str, "judge_template": Path}
+    given = {k: files[k](str(v).format(**places)) if k in files else v for k, v in given.items()}
     with pytest.raises(InputError) as error:
         make_judge(replace(LIVE, **given))
     assert str(error.value).startswith(says)
@@ -95,6 +100,13 @@ def test_a_budget_without_room_for_a_pair_is_refused(tmp_path: Path) -> None:
         assert len(make_budgets(replace(LIVE, **asking, router_state=state))) == 1, "which may know what pairs cost"
     for given in ({"max_calls": 2}, {"max_calls": 1, "judge_orders": "one"}, {"max_tokens": 8192}):
         assert len(make_budgets(replace(LIVE, budget=None, judge_fraction=0.1, **given))) == 1
+
+
+def test_a_budget_in_money_for_a_model_that_costs_nothing_is_refused(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.json"
+    prices.write_text('{"models": {"m": {"prompt": 0, "completion": 0}}}')
+    with pytest.raises(InputError, match=r"--max-cost: got a price of 0 for 'm' in .*prices\.json"):
+        make_budgets(replace(LIVE, prices=prices, max_cost=1.0))
 
 
 ASKED = {

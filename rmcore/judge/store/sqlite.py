@@ -158,23 +158,32 @@ class SqliteDatabase:
             raise kind(text) from None
 
     def _rescue(self, database: sqlite3.Connection) -> None:
-        """Write what ``database`` still holds to a file again: under its name, or beside a file that took its place.
+        """Write what ``database`` still holds to a file again: under its name, or else beside what took its place, or
+        else in the nearest folder that is still there.
 
         The old connection is kept: closing it would delete the log beside the path, which is another file's by now.
         """
-        replaced = self._path.exists()
-        target = self._path.with_name(f"{self._path.name}.kept-{self._owner.id[:8]}") if replaced else self._path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not replaced:
-                for ending in ("-wal", "-shm"):  # of the lost file; a new one must not take them for its own
-                    Path(f"{self._path}{ending}").unlink(missing_ok=True)
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            database.execute("VACUUM INTO ?", (str(target),))
-            what = "another file lies in its place; its verdicts are kept in" if replaced else "it is written again to"
+        kept, trouble = f"{self._path.name}.kept-{self._owner.id[:8]}", ""
+        there = next(folder for folder in self._path.parents if folder.is_dir())
+        for target in dict.fromkeys((self._path, self._path.with_name(kept), there / kept)):
+            if os.path.lexists(target):
+                trouble = trouble or "another file lies in its place"
+                continue
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target == self._path:
+                    for ending in ("-wal", "-shm"):  # of the lost file; a new one must not take them for its own
+                        Path(f"{target}{ending}").unlink(missing_ok=True)
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                database.execute("VACUUM INTO ?", (str(target),))
+            except (OSError, sqlite3.Error) as error:
+                trouble = trouble or f"its place cannot be written to ({error})"
+                continue
+            what = f"{trouble}; its verdicts are kept in" if trouble else "it is written again to"
             _logger.error("%s: the store was removed while in use; %s %s", self._path, what, target)
-        except (OSError, sqlite3.Error) as error:
-            _logger.error("%s: the store was removed while in use, and its verdicts are lost (%s)", self._path, error)
+            break
+        else:
+            _logger.error("%s: the store was removed while in use, and its verdicts are lost (%s)", self._path, trouble)
         _lost.append(database)
 
     # -- jobs --------------------------------------------------------------------------------------------------------

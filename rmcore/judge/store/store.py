@@ -71,6 +71,7 @@ class VerdictStore:
     """
 
     _writer: Writer | None
+    _silent: bool
 
     def __init__(
         self,
@@ -260,14 +261,21 @@ class VerdictStore:
             delay = min(2 * delay, _LAST_POLL_S)
 
     async def _by(self, job: Future[Any], until: float | None) -> Any:
-        """What the writer answers. It has a moment even after ``until``: what is stored costs nothing.
+        """What the writer answers. It has a moment even after ``until``: what is stored costs nothing. It has none
+        where it let a moment pass before and has answered nobody since, or a batch would take a moment a question.
 
         Raises:
             TimeoutError: it did not answer in time. The job stays in its queue.
         """
-        least = asyncio.get_running_loop().time() + _MOMENT_S
-        async with asyncio.timeout_at(None if until is None else max(until, least)):
-            return await asyncio.wrap_future(job)
+        least = asyncio.get_running_loop().time() + (0.0 if self._silent else _MOMENT_S)
+        try:
+            async with asyncio.timeout_at(None if until is None else max(until, least)):
+                answer = await asyncio.wrap_future(job)
+        except TimeoutError:
+            self._silent = True
+            raise
+        self._silent = False
+        return answer
 
     # -- the writer --------------------------------------------------------------------------------------------------
 
@@ -286,6 +294,7 @@ class VerdictStore:
         self._lock = threading.Lock()
         self._flights: dict[str, Future[Reply | None]] = {}
         self._writer = None
+        self._silent = False
 
     def _check_process(self) -> None:
         """After a fork the writer's thread is not there, and its connection must not be touched, not even closed."""

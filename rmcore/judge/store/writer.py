@@ -78,7 +78,8 @@ class Writer:
         """Do what is queued, close the connection, end the thread. Jobs that come later fail.
 
         It takes five seconds at most where somebody else keeps the database locked or it cannot be reached; what could
-        not be written by then is lost, and the log says how much of it was paid for.
+        not be written by then is lost, and the log says how much of it was paid for. Where nothing was, it does not
+        wait: claims end with their owner.
         """
         if self._process != os.getpid():
             return  # the thread stayed behind when this process was forked off
@@ -114,7 +115,8 @@ class Writer:
                     self._beaten = time.monotonic()
             except UnreachableStoreError as error:
                 batch = [job for job in batch if not job.future.done()]
-                if time.monotonic() < min(began + _PATIENCE_S, self._stop_by):
+                owed = any(isinstance(job, Record) for job in batch)
+                if time.monotonic() < min(began + _PATIENCE_S, self._stop_by) and (owed or not self._stopped):
                     time.sleep(pause)
                     pause = min(2 * pause, _LAST_PAUSE_S)
                     continue

@@ -74,6 +74,48 @@ def test_a_locked_file_does_not_hold_a_pair_beyond_its_deadline(store, path):
     assert not asked
 
 
+def test_a_locked_file_costs_a_batch_one_moment_and_not_one_a_question(store, path):
+    """Two at a time, 40 questions: a quarter of a second for each two of them would be five seconds."""
+
+    async def run() -> list[Reply | BaseException | None]:
+        gate = asyncio.Semaphore(2)
+
+        async def one(k: int) -> Reply | None:
+            async with gate:
+                return await store.once(question(str(k)), never, timeout_s=0.02)
+
+        async def never() -> Reply:
+            raise AssertionError("asked, though what it brings could not be kept")
+
+        return await asyncio.gather(*(one(k) for k in range(40)), return_exceptions=True)
+
+    with locked(path):
+        began = time.monotonic()
+        found = asyncio.run(run())
+        assert time.monotonic() - began < 3.0
+    assert all(isinstance(one, StoreError) for one in found)
+    assert asyncio.run(store.once(question("after"), asked_at_once, timeout_s=5.0)) == reply()
+    assert store._silent is False
+
+
+async def asked_at_once() -> Reply:
+    return reply()
+
+
+def test_closing_waits_for_what_was_paid_for_and_for_nothing_else(path):
+    path.parent.mkdir()
+    store = VerdictStore(path)
+    store.put(question("first"), reply())
+    with locked(path):
+        waiting = store._submit(writer.Claim("a question that nobody has asked yet"))
+        began = time.monotonic()
+        store.close()
+        assert time.monotonic() - began < 3.0, "five seconds are for replies that would be lost"
+        with pytest.raises(StoreError, match="locked"):
+            waiting.result(timeout=1)
+    assert stored(path) == 1
+
+
 def test_a_reply_that_cannot_be_written_by_the_deadline_is_handed_out_and_written_later(store, path, caplog):
     async def run() -> Reply | None:
         with contextlib.ExitStack() as stack:
@@ -164,6 +206,32 @@ def test_a_file_that_took_its_place_is_left_alone_and_the_verdicts_kept_beside_i
     assert stored(kept) == 5
     assert stored(path) == 2
     assert kept.name in caplog.text
+
+
+@pytest.mark.parametrize("what", ["a link to nowhere", "a folder", "the folder is a file", "two folders up is a file"])
+def test_verdicts_whose_place_is_gone_are_kept_nearby(store, path, tmp_path, caplog, what):
+    caplog.set_level(logging.WARNING)
+    for k in range(5):
+        store.put(question(f"before {k}"), reply())
+    if "is a file" in what:
+        folder = path.parent
+        if what.startswith("two"):
+            store.close()
+            folder, path = path.parent, path.parent / "deeper" / path.name
+            path.parent.mkdir()
+            shutil.copy(folder / path.name, path)
+            store = VerdictStore(path)
+            store.put(question("before"), reply())
+        shutil.rmtree(folder)
+        folder.touch()
+    else:
+        for file in path.parent.iterdir():
+            file.unlink()
+        path.mkdir() if what == "a folder" else path.symlink_to(tmp_path / "nowhere" / "v.db")
+    store.close()
+    (kept,) = tmp_path.glob("**/verdicts.db.kept-*")
+    assert stored(kept) == (6 if what.startswith("two") else 5)
+    assert f"its verdicts are kept in {kept}" in caplog.text
 
 
 def test_opening_a_locked_file_takes_no_longer_than_it_may(tmp_path):
