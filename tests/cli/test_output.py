@@ -241,10 +241,13 @@ def test_evaluate_with_an_overlong_response(model: Path, tmp_path: Path) -> None
 
 def test_degenerate_training_says_so(backbone_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"prompt": "red", "chosen": "good red", "rejected": "bad red"}
-    for rows, said in (
-        ([row], "degenerate fit: a single training pair"),
-        ([row] * 4, "degenerate fit: the 4 training pairs are one pair 4 times over"),
-        ([{**row, "label": 0.5}, {**row, "prompt": "blue", "label": 0.5}], "degenerate fit: all 2 labels are 0.5"),
+    swapped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    ties = [{**row, "prompt": " ".join(["blue"] * k), "label": 0.5} for k in range(1, 13)]
+    for rows, said, accuracy in (
+        ([row], "degenerate fit: a single training pair", "100.0%"),
+        ([row] * 4, "degenerate fit: the 4 training pairs are one pair 4 times over", "100.0%"),
+        (ties, "degenerate fit: all 12 labels are 0.5", "not defined, since all labels are ties"),
+        ([row, swapped], "degenerate fit: the head prefers no response to another", "50.0%"),
     ):
         (tmp_path / "p.jsonl").write_text("".join(json_line(r) for r in rows))
         result = call(
@@ -253,6 +256,7 @@ def test_degenerate_training_says_so(backbone_path: Path, tmp_path: Path, caplog
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
         assert said in caplog.text
+        assert f"training accuracy {accuracy}; " in " ".join(result.stderr.split())
 
 
 def test_a_bad_line_leaves_the_results_before_it_and_resume_goes_on(model: Path, tmp_path: Path) -> None:

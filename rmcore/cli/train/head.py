@@ -224,15 +224,19 @@ class HeadRun:
 
     def _line(self, frozen: FrozenHead, fitted: Fit, states: States, out: Path) -> str:
         logit, _ = states.scored(frozen)
-        counts = int(((logit > 0) == (states.labels > 0.5)).sum()), len(states.labels), self.spine.stats.tokens
-        right, rows, tokens = totals(self.ranks, *counts)
+        agrees = logit.sign() * (states.labels - 0.5).sign()  # 0 without a preference, which counts half
+        decided = states.labels != 0.5
+        halves = int((agrees + 1)[decided].sum())
+        counts = halves, int(decided.sum()), len(states.labels), self.spine.stats.tokens
+        halves, told, rows, tokens = totals(self.ranks, *counts)
+        accuracy = f"{50 * halves / told:.1f}%" if told else "not defined, since all labels are ties"
         mixture = fitted.mixture
         beside = "" if mixture is None else f" and {len(mixture.ai)} of a judge at weight {mixture.weight:g}"
         amplitude = f"amplitude {frozen.config.resolved_amplitude:.3g}; " if self.data.held_out_count else ""
         return (
             f"{rows if self.head.mode == 'difference' else rows // 2} pairs{beside}, {tokens} tokens; "
             f"Newton {'converged' if fitted.report.converged else 'stopped'} after {fitted.report.passes} passes; "
-            f"training accuracy {100 * right / rows:.1f}%; {amplitude}wrote {out}"
+            f"training accuracy {accuracy}; {amplitude}wrote {out}"
         )
 
 
