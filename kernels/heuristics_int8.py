@@ -82,7 +82,12 @@ _PRODUCT: _Table = {
 }
 for _table in (_PROJECT, _TWO_TERMS, _PRODUCT):
     _table["sm100"] = _table["sm90"]
-# Both terms' sums of the widest tile spill there.
+# Triton 3.6 has no tcgen05 for bytes: with mma the sums of these tiles spill there unless they are whole, and 8 warps'.
+# So do both terms' sums of the widest tile, with any Triton.
+_PROJECT["sm100"] = (*_PROJECT["sm90"][:-1], (_ANY, Tile(128, 256, 128, 8, 4)))
+_PRODUCT["sm100"] = tuple(
+    (limit, tile._replace(warps=8) if limit == 1024 else tile) for limit, tile in _PRODUCT["sm90"]
+)
 _TWO_TERMS["sm100"] = (*_TWO_TERMS["sm90"][:-1], (_ANY, Tile(64, 64, 128, 4, 5)))
 
 
