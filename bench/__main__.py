@@ -7,6 +7,7 @@ it measured in OUT.jsonl, a row a line.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from rich.table import Table
 from rmcore.evaluation.streams import find_data
 
 from .encode import encode_table
-from .harness import ISA_VARIABLES, as_dict, compile_apart, environment, measure_limits
+from .harness import ISA_VARIABLES, ReadRate, as_dict, compile_apart, environment, measure_limits
 from .plots import draw
 from .results_file import ResultsFile
 from .setup import Row, Setup
@@ -55,9 +56,10 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
     console = Console(stderr=True)
     shown = console.is_terminal or arguments.verbose
     console.print("[dim]measuring this machine's limits[/]")
+    reads = ReadRate() if device.type == "cpu" and _has_kernels() else None
     return Setup(
         device=device,
-        limits=measure_limits(device, quick=arguments.quick),
+        limits=measure_limits(device, quick=arguments.quick, reads=reads),
         sizes=tuple(sizes),
         batches=batches,
         dtypes=(torch.float16, torch.bfloat16) if gpu else (torch.bfloat16, torch.float16, torch.int8),
@@ -70,7 +72,12 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         rounds=arguments.rounds,
         data=find_data(arguments.data),
         note=(lambda text: console.print(f"[dim]{text}[/]")) if shown else (lambda _: None),
+        bandwidth=(lambda: 0.0) if reads is None else reads.again,
     )
+
+
+def _has_kernels() -> bool:
+    return importlib.util.find_spec("rmcore._cpu") is not None
 
 
 def run(setup: Setup, suites: list[str], out: Path, console: Console) -> tuple[ResultsFile, bool]:
@@ -78,7 +85,7 @@ def run(setup: Setup, suites: list[str], out: Path, console: Console) -> tuple[R
     header: dict[str, Any] = {
         "environment": environment(setup.device),
         "limits": as_dict(setup.limits),
-        "method": "weights rotated over copies that together exceed twice the last-level cache; random data; medians",
+        "method": "weights rotated over copies that exceed the last-level cache many times; random data; medians",
     }
     results = ResultsFile(out, header)
     console.print(_rates(header["limits"]), highlight=False)
@@ -86,12 +93,15 @@ def run(setup: Setup, suites: list[str], out: Path, console: Console) -> tuple[R
     if machine.get("load", 0.0) > 1.5 * machine.get("threads", 1):
         load = f"load {machine['load']:.1f} on {machine['threads']} threads"
         console.print(f"[red]others are at work here ({load}): neither limits nor timings are the machine's[/]")
+    bandwidth = setup.limits.bandwidth
     try:
         with _sigterm_interrupts(), results:
             for name in suites:
                 for row in SUITES[name](setup):
                     results.add(row)
                     console.print(_line(row), highlight=False, soft_wrap=True, markup=False)
+                    bandwidth = max(bandwidth, setup.bandwidth())
+            results.raise_bandwidth(bandwidth)
     except KeyboardInterrupt:
         return results, False
     return results, True

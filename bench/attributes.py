@@ -131,6 +131,6 @@ def _timed(setup: Setup, run: _Run, copies: list[AttributeWeights], x: Tensor, w
     off = max(relative_error(got[k][:64], true[k]) for k in range(2))
     figures = {f"{name}_s" if name in ("median", "low", "high") else name: v for name, v in as_dict(timing).items()}
     return figures | {
-        "bytes": moved, "flop": 2.0 * rows * products, "floor_s": floor, "of_limit": floor / timing.median,
+        "bytes": moved, "flop": 2.0 * rows * products, **floor.beside(timing.median),
         "error": off, "right": off <= TOLERANCE[heads.dtype],
     }  # fmt: skip

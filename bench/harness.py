@@ -3,6 +3,10 @@
 Every timed variant gets several copies of its weights and calls rotate over them, so that no call finds its weights in
 the last-level cache (folded weights of h = D = 4096 nearly fit an H200's L2, and a warm loop would flatter). On a GPU
 the rotation is captured in one CUDA graph and replayed; variants that cannot be captured are timed with events.
+
+On a shared machine memory is now slow and now fast. Its limit is the most that was seen in a run, asked again after
+every row (:class:`ReadRate`), and rows are held against that in the end: asked once, at the start, rows measured later
+passed it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from rmcore._base.quantile import quantiles
 __all__ = [
     "ISA_VARIABLES",
     "Call",
+    "Floor",
     "Limits",
+    "ReadRate",
     "Timing",
     "cache_bytes",
     "compile_apart",
@@ -74,6 +80,23 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The least seconds of some work: what moving its bytes takes by the limits, and what its arithmetic takes."""
+
+    memory_s: float
+    arithmetic_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Both at once."""
+        return max(self.memory_s, self.arithmetic_s)
+
+    def beside(self, seconds: float) -> dict[str, float]:
+        """What a row that took ``seconds`` says of its limit."""
+        return {"floor_s": self.seconds, **asdict(self), "of_limit": self.seconds / seconds}
+
+
+@dataclass(frozen=True)
 class Limits:
     """What this machine can do, measured just now: bytes/s, and operations/s of multiply-adds by dtype."""
 
@@ -82,10 +105,10 @@ class Limits:
     matrix: dict[str, float] = field(default_factory=dict)
     matrix_kind: str = "a large product"
 
-    def floor(self, nbytes: float, flop: float, dtype: str) -> float:
+    def floor(self, nbytes: float, flop: float, dtype: str) -> Floor:
         """The least seconds for moving ``nbytes`` and computing ``flop`` in ``dtype``."""
         rate = self.matrix.get(dtype) or max(self.matrix.values())
-        return max(nbytes / self.bandwidth, flop / rate)
+        return Floor(nbytes / self.bandwidth, flop / rate)
 
 
 def synchronize(device: torch.device) -> None:
@@ -106,9 +129,20 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=32 << 20)
 
 
+def cold_bytes(device: torch.device) -> int:
+    """How many bytes a rotation walks through.
+
+    A last-level cache of a CPU need not evict what is oldest, and then keeps a part of any cyclic walk: of 3 copies of
+    50 MB, 32 MB may be there, a fifth; of 16 times the cache, a sixteenth at most. Of large caches less than 16 times:
+    1 GB is walked through, or twice the cache.
+    """
+    cache = cache_bytes(device)
+    return 2 * cache if device.type == "cuda" else max(2 * cache, min(16 * cache, 1 << 30))
+
+
 def rotations(nbytes: int, device: torch.device, limit: int = 256) -> int:
     """How many copies of ``nbytes`` a rotation needs so that each is out of the cache when its turn comes again."""
-    return min(limit, max(1, math.ceil(2 * cache_bytes(device) / max(nbytes, 1)) + 1))
+    return min(limit, max(1, math.ceil(cold_bytes(device) / max(nbytes, 1)) + 1))
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, *, budget_s: float = 1.0, min_samples: int = 7) -> Timing:
@@ -189,14 +223,16 @@ def _timing(samples: list[float], calls: int, method: str) -> Timing:
     return Timing(median, low, high, len(samples), calls, method)
 
 
-def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:
+def measure_limits(device: torch.device, *, quick: bool = False, reads: ReadRate | None = None) -> Limits:
     """Bandwidth (GPU: device-to-device copy, read + write; CPU: read by all threads) and multiply-add rate by dtype.
+
+    ``reads`` is what goes on measuring a CPU's memory afterwards.
 
     On a CPU both come from loops of our own (``csrc/cpu/read_rate.cpp``, ``multiply_all.cpp``), for the instruction set
     the kernels run with: what torch gets may be an emulation, thousands of times slower than the machine.
     """
     if device.type == "cpu":
-        return _cpu_limits(quick)
+        return _cpu_limits(quick, reads)
     size = 1 << (28 if quick else 30)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
@@ -209,28 +245,47 @@ def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:
     return Limits(2 * size / seconds, "copy, read + write", matrix, f"torch's product of {n} × {n} matrices")
 
 
-def _cpu_limits(quick: bool) -> Limits:
-    size, threads = 1 << 28, torch.get_num_threads()
+def _cpu_limits(quick: bool, reads: ReadRate | None) -> Limits:
     try:
         from rmcore import _cpu
     except ImportError:  # no kernels of ours either: torch's float32 is what can be asked for
-        data, n = torch.randn(size // 4), 1024 if quick else 2048
-        a = torch.randn(n, n)
+        size, n = 1 << 28, 1024 if quick else 2048
+        data, a = torch.randn(size // 4), torch.randn(n, n)
         read, product = _least_s(data.sum), _least_s(lambda: a @ a)
         return Limits(size / read, "torch's sum", {"float32": 2 * n**3 / product}, "torch's float32 product")
-    page = 2 << 20
-    raw = torch.zeros(size + page, dtype=torch.uint8)
-    start = raw.data_ptr() + -raw.data_ptr() % page
-    _cpu.advise_huge(start, size)
-    raw.fill_(1)
-    # A quarter at a time, in turn, so that none is found in the cache: short calls are not all disturbed by others.
-    part, rounds, matrix = size // 4, 50_000, {}
-    read = _least_s(*(partial(_cpu.read_all, start + i * part, part, threads) for i in range(4)))
+    threads, rounds, matrix = torch.get_num_threads(), 50_000, {}
+    bandwidth = (reads or ReadRate()).again(1.0)
     for name in ("float32", "bfloat16", "float16", "int8"):
         operations = _cpu.multiply_all(name, rounds, threads)  # the same at every call
         matrix[name] = operations / _least_s(partial(_cpu.multiply_all, name, rounds, threads))
     told = f"multiply-adds on registers, {_cpu.isa()}"
-    return Limits(part / read, "read by all threads, huge pages wished for", matrix, told)
+    return Limits(bandwidth, "read by all threads, the most in this run", matrix, told)
+
+
+class ReadRate:
+    """Bytes a second that all threads read together, in a loop of our own (csrc/cpu/read_rate.cpp): the most so far.
+
+    Others on the machine only ever take from it. Pieces of 64 MB are read in turn, of as much as a rotation of weights
+    has, so that both find the cache alike; short calls are not all disturbed by others. Needs ``rmcore._cpu``.
+    """
+
+    def __init__(self) -> None:
+        from rmcore import _cpu
+
+        page, part = 2 << 20, 64 << 20
+        pieces = max(4, math.ceil(cold_bytes(torch.device("cpu")) / part))
+        self._memory = torch.zeros(pieces * part + page, dtype=torch.uint8)
+        start = self._memory.data_ptr() + -self._memory.data_ptr() % page
+        _cpu.advise_huge(start, pieces * part)
+        self._memory.fill_(1)
+        threads = torch.get_num_threads()
+        self._calls = [partial(_cpu.read_all, start + i * part, part, threads) for i in range(pieces)]
+        self._part, self._most = part, 0.0
+
+    def again(self, budget_s: float = 0.1) -> float:
+        """Measure for ``budget_s`` seconds; the most there was, now or earlier."""
+        self._most = max(self._most, self._part / min(_samples_cpu(self._calls, budget_s, 20)))
+        return self._most
 
 
 def _least_s(*calls: Call) -> float:

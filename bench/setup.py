@@ -35,3 +35,5 @@ class Setup:
     layers: int | None = None
     rounds: int | None = None
     data: Path | None = None
+    bandwidth: Callable[[], float] = lambda: 0.0
+    """Bytes a second that the memory gives at most, asked again; 0 where that is known."""

@@ -31,7 +31,7 @@ from .attributes import attributes
 from .eager import eager
 from .encode import encode
 from .engine import engine
-from .harness import Timing, as_dict, left_out, relative_error, rotations, synchronize, time_calls
+from .harness import Floor, Timing, as_dict, left_out, relative_error, rotations, synchronize, time_calls
 from .peers import PEERS, TOLERANCE, Peer, Problem, make_problem, ours, peer_truth, truth
 from .setup import Row, Setup
 
@@ -46,15 +46,14 @@ def _backends(op: str, setup: Setup, dtype: torch.dtype, rows: int, weights: Any
     return [name for name, explanation in zip(names, told, strict=True) if explanation.backend != "none"]
 
 
-def _row(suite: str, variant: str, dtype: torch.dtype, timing: Timing, floor: float, **more: Any) -> Row:
+def _row(suite: str, variant: str, dtype: torch.dtype, timing: Timing, floor: Floor, **more: Any) -> Row:
     return {
         "suite": suite,
         "variant": variant,
         "dtype": str(dtype).removeprefix("torch."),
         **more,
         **{f"{name}_s" if name in ("median", "low", "high") else name: v for name, v in as_dict(timing).items()},
-        "floor_s": floor,
-        "of_limit": floor / timing.median,
+        **floor.beside(timing.median),
     }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from rmcore.bench import __main__ as command
 from rmcore.bench import harness, suites
@@ -15,6 +18,13 @@ from rmcore.bench.harness import Limits
 from rmcore.bench.setup import Setup
 
 _cpu = pytest.importorskip("rmcore._cpu")
+
+
+class Reads:
+    """Memory that is known: nothing is read."""
+
+    def again(self, budget_s: float = 0.1) -> float:
+        return 3e9
 
 
 def test_rates_are_those_of_the_instruction_set_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,13 +35,14 @@ def test_rates_are_those_of_the_instruction_set_in_force(monkeypatch: pytest.Mon
             if isa not in ("scalar", _cpu.best_isa()) and not (isa == "avx2" and "avx" in _cpu.best_isa()):
                 continue
             _cpu.set_isa(isa)
-            limits = harness.measure_limits(torch.device("cpu"), quick=True)
+            limits = harness.measure_limits(torch.device("cpu"), quick=True, reads=Reads())  # type: ignore[arg-type]
+            assert limits.bandwidth == 3e9
             assert limits.matrix_kind == f"multiply-adds on registers, {isa}"
             # Operations of one call: as many sums, each of as many numbers as one multiplication takes.
             rates = {kind: limits.matrix[kind] / limits.matrix["float32"] for kind in kinds}
             bf16 = 2.0 if isa == "avx512_bf16" else 1.0
             assert rates == {"float32": 1.0, "bfloat16": bf16, "float16": 1.0, "int8": times_float32}
-            assert limits.floor(1.0, 1e12, "float16") == 1e12 / limits.matrix["float16"]
+            assert limits.floor(1.0, 1e12, "float16").seconds == 1e12 / limits.matrix["float16"]
     finally:
         _cpu.set_isa("auto")
 
@@ -41,6 +52,54 @@ def test_rows_that_pass_a_limit_say_that_the_limit_is_wrong() -> None:
     assert command._limits_passed([*rows[:2], {"suite": "memory", "variant": "v"}]) == ""
     told = command._limits_passed(rows)
     assert told.startswith("2 variants pass the limits measured, score v3 at 170%: the limits are wrong")
+
+
+def test_rows_are_held_against_the_most_the_memory_gave_in_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was slow when it was asked first: a row measured later would pass that limit."""
+    rates = iter((20e9, 50e9, 40e9))
+    setup = Setup(
+        torch.device("cpu"), Limits(30e9, "made up", {"float32": 1e12}), ((64, 64),), (1,), (torch.float32,), 0.0,
+        bandwidth=lambda: next(rates),
+    )  # fmt: skip
+
+    def suite(setup: Setup) -> Any:
+        for flop, seconds in ((1e6, 1e-3), (1e9, 2e-3), (9e8, 1e-3)):
+            floor = setup.limits.floor(45e6, flop, "float32")
+            yield {"suite": "score", "variant": "v", "h": 1, "d": 1, "rows": 1, "median_s": seconds} | floor.beside(
+                seconds
+            )
+
+    monkeypatch.setitem(command.SUITES, "score", suite)
+    monkeypatch.setattr(command, "environment", lambda device: {})
+    results, complete = command.run(setup, ["score"], tmp_path / "out", Console(quiet=True))
+    assert complete
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["limits"]["bandwidth"] == 50e9
+    first, second, third = document["rows"]
+    assert [row["of_limit"] for row in results.rows] == pytest.approx([0.9, 0.5, 0.9])
+    assert (first["floor_s"], second["floor_s"], third["floor_s"]) == pytest.approx((9e-4, 1e-3, 9e-4))
+    told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert told[1]["of_limit"] == pytest.approx(1.5)  # as it stood when the row was measured
+
+
+def test_copies_walk_through_many_times_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 32 << 20)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [harness.rotations(50 << 20, of) for of in (cpu, gpu)] == [12, 3]
+    assert harness.rotations(1 << 10, cpu) == 256
+    assert harness.cold_bytes(cpu) == 512 << 20
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1 << 30)
+    assert harness.cold_bytes(cpu) == 2 << 30
+
+
+def test_the_most_that_was_read_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1 << 20)
+    reads = harness.ReadRate()
+    taken = iter(([2e-3, 1e-3], [4e-3]))
+    monkeypatch.setattr(harness, "_samples_cpu", lambda *_: next(taken))
+    assert reads.again() == reads.again() == (64 << 20) / 1e-3
 
 
 def test_bad_arguments_of_the_loop_raise() -> None:
