@@ -83,11 +83,11 @@ def test_trl_gives_none(engine, expected):
     assert rewards[0] == pytest.approx(-rewards[1])
 
 
-def test_get_reward_gives_the_neutral_value(reward_model_path):
+def get_reward(reward_model_path, **limit):
     pytest.importorskip("fastapi")
     from rmcore.integrations.server import ServeSettings, create_app
 
-    model = RewardModel.from_pretrained(reward_model_path, **LIMIT)
+    model = RewardModel.from_pretrained(reward_model_path, **limit)
     app = create_app(RewardEngine(model), ServeSettings(group_size=3))
 
     async def main():
@@ -97,7 +97,17 @@ def test_get_reward_gives_the_neutral_value(reward_model_path):
                 body = {"query": [PROMPT + text for text in TEXTS], "prompts": [PROMPT] * 3}
                 return (await client.post("/get_reward", json=body)).json()
 
-    got = asyncio.run(main())
+    return asyncio.run(main())
+
+
+def test_a_server_names_its_own_options(reward_model_path):
+    """A client has no limits to set, so "pass a policy" alone would be no remedy."""
+    got = get_reward(reward_model_path, max_length=LIMIT["max_length"])
+    assert got["error"]["message"].endswith("no-reward; to the server, that is: rmcore serve --max-length, --overlong")
+
+
+def test_get_reward_gives_the_neutral_value(reward_model_path):
+    got = get_reward(reward_model_path, **LIMIT)
     assert (got["rewards"][2], got["scores"][2]) == (0.0, 0.5)
     assert got["rewards"][0] > 0 > got["rewards"][1]
 

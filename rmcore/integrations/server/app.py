@@ -230,7 +230,7 @@ def _add_handlers(app: FastAPI) -> None:
 
         app.add_exception_handler(kind, handler)
 
-    handle(InputError, lambda error: error_response(422, "invalid", str(error)))
+    handle(InputError, lambda error: error_response(422, "invalid", for_clients(str(error))))
     handle(NonFiniteError, lambda error: error_response(422, "not_scorable", str(error)))
     handle(ConflictError, lambda error: error_response(409, "conflict", str(error)))
     handle(LateError, lambda error: error_response(410, "late", str(error)))
@@ -244,6 +244,13 @@ def _add_handlers(app: FastAPI) -> None:
 def _busy(error: BusyError) -> Response:
     seconds = str(max(1, math.ceil(error.retry_after_s)))
     return error_response(429, "busy", str(error), {"Retry-After": seconds})
+
+
+def for_clients(said: str) -> str:
+    """What is said of an input, to who can set no limits: they are the server's."""
+    return (
+        f"{said}; to the server, that is: rmcore serve --max-length, --overlong" if "overlong policy" in said else said
+    )
 
 
 def _invalid(error: RequestValidationError) -> Response:
