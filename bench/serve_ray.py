@@ -51,7 +51,7 @@ RUNS = {
     "replicas": ServeScale(replicas=2),
     "processes": ServeScale(replicas=2),
     "scaling": ServeScale(replicas=1, max_replicas=2, upscale_delay_s=3.0, downscale_delay_s=10.0),
-    "nodes": ServeScale(replicas=2, assemblers=3, entries=3),
+    "nodes": ServeScale(replicas=2, assemblers=3, entries=3, overhead_cpus=0.1),  # none on the head
 }
 """What is started for each."""
 

@@ -56,7 +56,7 @@ def _cluster(nodes: int) -> Iterator[Any]:
             found = Cluster(initialize_head=True, head_node_args=head)
             stack.callback(found.shutdown)
             for _ in range(nodes):
-                found.add_node(num_cpus=2, object_store_memory=_MEMORY)
+                found.add_node(num_cpus=4, object_store_memory=_MEMORY)
             how = {"address": found.address}
         ray.init(log_to_driver=False, logging_level="ERROR", **how)
         stack.callback(ray.shutdown)

@@ -57,6 +57,7 @@ class ServeScale:
         assemblers: processes that put groups together. Fixed while the server runs.
         entries: processes that let requests in.
         num_cpus, num_gpus: of a replica.
+        overhead_cpus: of an assembler, and of an entry; above 0 keeps them off a head node that has no CPUs.
     """
 
     replicas: int = 1
@@ -68,6 +69,7 @@ class ServeScale:
     entries: int = 2
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    overhead_cpus: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("replicas", "assemblers", "entries"):
@@ -77,7 +79,7 @@ class ServeScale:
             reject("max_replicas", self.max_replicas, f"at least replicas = {self.replicas}, or None")
         if not self.batches > 0:
             reject("batches", self.batches, "above 0")
-        for name in ("num_cpus", "num_gpus", "upscale_delay_s", "downscale_delay_s"):
+        for name in ("num_cpus", "num_gpus", "overhead_cpus", "upscale_delay_s", "downscale_delay_s"):
             if not getattr(self, name) >= 0:
                 reject(name, getattr(self, name), "at least 0")
 
@@ -210,7 +212,7 @@ class GroupServer:
             name: self._deployment(
                 _Assembler,
                 name,
-                ray_actor_options={"num_cpus": 0},
+                ray_actor_options={"num_cpus": self.scale_now.overhead_cpus},
                 max_ongoing_requests=_MANY,
                 graceful_shutdown_timeout_s=settings.answer_within_s,
             ).bind(replicas, make, own, self._model)
@@ -220,7 +222,7 @@ class GroupServer:
             _Entry,
             "Entry",
             num_replicas=self.scale_now.entries,
-            ray_actor_options={"num_cpus": 0},
+            ray_actor_options={"num_cpus": self.scale_now.overhead_cpus},
             max_ongoing_requests=_MANY,
             graceful_shutdown_timeout_s=settings.answer_within_s,
         )

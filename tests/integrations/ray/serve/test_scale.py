@@ -21,6 +21,7 @@ def test_what_cannot_be_is_refused():
         ("downscale_delay_s", float("nan")),
         ("num_cpus", -1.0),
         ("num_gpus", -0.5),
+        ("overhead_cpus", -0.1),
     ):
         with pytest.raises(InputError, match=name):
             ServeScale(**{name: value})
