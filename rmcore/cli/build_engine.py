@@ -213,11 +213,12 @@ def make_budgets(judging: Asking) -> list[Budget]:
         with as_options(limit="--max-cost"):
             budgets.append(Budget(judging.max_cost, "cost", first_estimate=orders * _first_call_cost(judging)))
     state = getattr(judging, "router_state", None)
+    options = {"calls": "--max-calls", "tokens": "--max-tokens", "cost": "--max-cost"}
     for budget in budgets if state is None or not state.exists() else ():
         least = budget.stats().per_pair
         if budget.limit < least:
             reject(
-                f"--max-{budget.unit}",
+                options[budget.unit],
                 f"{budget.limit:g}",
                 f"at least {least:g}, which is set aside for a pair until it is known what pairs cost",
                 "Less asks nothing",
