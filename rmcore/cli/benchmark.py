@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,12 +87,18 @@ def benchmark(
     """
     kept = Kept()
     with reported_errors(kept):
+        from rmcore.model.uncertainties import UNCERTAINTIES
+
         if show_list:
             _list()
             return
         job = _checked(names, data, out, uncertainty, variance, routing, replicates, asking, loading, overwrite)
         with _judge_of(job, asking) as verdicts:
             kept.store = asking.store
+            for model, word in product(job.models, job.estimators):
+                limits: dict[str, Any] = {"max_length": loading.max_length, "overlong": loading.overlong}
+                # Further estimators, which are registered here alone, are no model's own.
+                check_options(model, uncertainty=word if word in UNCERTAINTIES else None, variance=variance, **limits)
             _run(job, verdicts, routing, lambda model: load_model(model, loading, kept, deterministic=deterministic))
 
 
@@ -154,10 +161,6 @@ def _checked(
         reject("--replicates", replicates, "at least 0")
     check_folder(out, "--out")
     check_device(loading.device)
-    limits: dict[str, Any] = {"max_length": loading.max_length, "overlong": loading.overlong}
-    for model in models:
-        for word in estimators:
-            check_options(model, uncertainty=word or None, variance=variance, **limits)
     told = routing.budgets
     shares = published_budgets(asked.name) if told == "published" else numbers_of("--budgets", told)
     cuts = numbers_of("--thresholds", routing.thresholds)

@@ -44,7 +44,8 @@ def describe(name: str) -> Described | None:
 
     Raises CheckpointError where there is no such folder or repository, or ``rmcore.json`` cannot be read.
     """
-    file = files_of(name, None, {"cache_dir": None, "local_files_only": False})
+    hub = {"cache_dir": None, "local_files_only": False}
+    file = files_of(name, None, hub, expected=f"a folder with {CONFIG_FILE}")
     ours = file(CONFIG_FILE)
     if ours is None:
         published = file("config.json")

@@ -146,12 +146,14 @@ def file_of(
         raise told from error
 
 
-def files_of(name: str, revision: str | None, options: Mapping[str, Any]) -> Callable[[str], Path | None]:
+def files_of(
+    name: str, revision: str | None, options: Mapping[str, Any], *, expected: str = "a folder"
+) -> Callable[[str], Path | None]:
     """Where the files of a folder or a repository are, by name: downloaded if need be, None where there is none.
 
-    ``options`` are cache_dir and local_files_only of the hub.
+    ``options`` are cache_dir and local_files_only of the hub, ``expected`` as for :func:`folder_of`.
     """
-    folder = folder_of(name, revision)
+    folder = folder_of(name, revision, expected=expected)
 
     def file(wanted: str) -> Path | None:
         if folder is None:
