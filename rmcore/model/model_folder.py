@@ -19,7 +19,7 @@ from rmcore.model.error_prior import ErrorPrior, read_error_prior, write_error_p
 from rmcore.model.folder_files import BASE, folder_digests
 from rmcore.model.uncertainties import find_estimator
 
-__all__ = ["ModelParts", "read_model", "write_model"]
+__all__ = ["ModelParts", "check_width", "read_model", "write_model"]
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +122,28 @@ def read_model(
         find_estimator(uncertainty, head, estimators)
     except (InputError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: got an estimators section that does not fit ({error})") from error
-    loaded = _read_backbone(folder, name, values, limits, loading) if backbone is None else backbone
+    if backbone is None:
+        loaded = _read_backbone(folder, name, values, head, limits, loading)
+    else:
+        loaded = backbone
+        check_width(head, backbone)
     checkpoint.check_digest(folder, values)
     return ModelParts(loaded, head, prior, estimators, uncertainty, critiqued)
 
 
+def check_width(head: FrozenHead, backbone: Backbone) -> None:
+    """Raises InputError for a head that is not as wide as the backbone's states."""
+    if head.config.hidden_size != backbone.hidden_size:
+        reject("head.hidden_size", head.config.hidden_size, f"the backbone's {backbone.hidden_size}")
+
+
 def _read_backbone(
-    folder: Path, name: str, values: Mapping[str, Any], limits: Mapping[str, Any], loading: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    values: Mapping[str, Any],
+    head: FrozenHead,
+    limits: Mapping[str, Any],
+    loading: Mapping[str, Any],
 ) -> Backbone:
     try:
         config = BackboneConfig.from_dict(values["backbone"])
@@ -143,6 +158,7 @@ def _read_backbone(
             config = replace(config, name=str(folder / "backbone"), revision=None)
         config = replace(config, **limits)
         loaded = Backbone.from_pretrained(config, expected_files=values.get("backbone_files"), **loading)
+        check_width(head, loaded)
     except (InputError, KeyError, TypeError) as error:
         if limits and isinstance(error, InputError) and str(error).startswith("max_length: "):
             raise  # the caller's own

@@ -43,7 +43,7 @@ from rmcore.model.encoding_stats import EncodingStats
 from rmcore.model.error_prior import ErrorPrior
 from rmcore.model.error_prior_fit import error_prior_of
 from rmcore.model.folder_files import BASE, folder_digests
-from rmcore.model.model_folder import ModelParts, read_model, write_model
+from rmcore.model.model_folder import ModelParts, check_width, read_model, write_model
 from rmcore.model.response_scores import ResponseScores, pair_squares
 from rmcore.model.signal import fill_unread
 from rmcore.model.text import EncodedText, OverlongPolicy, TextLimit
@@ -78,8 +78,7 @@ class RewardModel:
     critiqued: bool | None = None
 
     def __init__(self, backbone: Backbone, head: FrozenHead, error_prior: ErrorPrior | None = None) -> None:
-        if head.config.hidden_size != backbone.hidden_size:
-            reject("head.hidden_size", head.config.hidden_size, f"the backbone's {backbone.hidden_size}")
+        check_width(head, backbone)
         self.backbone = backbone
         self.head = head if head.device == backbone.device else head.to(backbone.device)
         self.error_prior = error_prior
