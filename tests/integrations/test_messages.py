@@ -73,6 +73,7 @@ def edges(engine, model, tmp_path_factory) -> dict[str, Edge]:
         (folder / "groups.jsonl").write_text(json.dumps({"prompt": prompt, "responses": responses}) + "\n")
         with pytest.MonkeyPatch.context() as patched:  # what is loaded is not what is tested
             patched.setattr(RewardModel, "from_pretrained", classmethod(lambda *_, **__: model))
+            patched.setattr("rmcore.model.described.describe", lambda _: None)
             result = CliRunner().invoke(app, ["score", "rm", str(folder / "groups.jsonl")])
         if result.exit_code:
             raise InputError(result.stderr.replace("\n", " "))

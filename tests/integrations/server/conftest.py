@@ -210,6 +210,8 @@ class EchoEngine:
     ``gate`` holds scoring; texts with ``crash`` raise what no input should, ``nan`` have no preference.
     """
 
+    judge = None
+
     def __init__(self) -> None:
         self.scored: list[tuple[object, list[str]]] = []
         self.open = True
