@@ -77,7 +77,7 @@ class Soak:
     latency_s: tuple[float, float] = (0.3, 0.7)
     rate: float = 120.0
     timeout_s: float = 40.0
-    deadline_s: float = 480.0
+    deadline_s: float = 900.0
     seed: int = 0
     storms: list[Storm] = field(init=False)
 
