@@ -133,3 +133,11 @@ def test_filter_and_best_of_score_behind_critiques_and_keep_them(trained, tmp_pa
         else:
             assert (line["index"], line["response"]) == (0, "tree 1")
             assert line["scores"][0] > 0 > line["scores"][1], "the responses' words say nothing"
+
+
+def test_held_out_pairs_that_want_no_uncertainty_are_told_of(trained, tmp_path):
+    """All of them right: the amplitude would be 0 and u 1 everywhere."""
+    _, prefs, given = trained
+    result = call("train", prefs, "--critiques", "--calibrate", prefs, "--no-error-prior", *given, "-o", tmp_path / "m")
+    assert result.exit_code == 0, result.stderr
+    assert "40 pairs want amplitude 0" in result.stderr.replace("\n", " ")

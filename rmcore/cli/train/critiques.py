@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmcore.cli.checks import Kept, save_or_say
+from rmcore.cli.train.head import calibrated_or_told
 from rmcore.cli.train.options import HeadOptions, RecipeOptions
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def train_critiques(
         found = unseen.states.pairs(scores.logit, scores.variance)
         labels = unseen.labels.new_tensor([held_out[k].label for k in unseen.kept])
         calibrated = fit_amplitude(frozen, found.logit, found.variance, labels.to(found.logit.device))
-        frozen = frozen if calibrated.config.resolved_amplitude == 0 else calibrated
+        frozen = calibrated_or_told(frozen, calibrated, len(held_out))
     model = RewardModel(spine, frozen)
     model.critiqued = True
     if recipe.error_prior:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rmcore.model.training_pairs import Preference
     from rmcore.model.tune import Trial
 
-__all__ = ["HeadRun"]
+__all__ = ["HeadRun", "calibrated_or_told"]
 
 
 @dataclass(frozen=True)
@@ -193,13 +193,7 @@ class HeadRun:
         from rmcore.head.fit import fit_amplitude
 
         calibrated = fit_amplitude(frozen, *unseen.scored(frozen), unseen.labels, ranks=self.ranks)
-        if calibrated.config.resolved_amplitude:
-            return calibrated
-        notes.print(
-            f"--calibrate: {self.data.held_out_count} pairs want amplitude 0, which makes u = 1 everywhere and "
-            f"leaves routers nothing to go by; it stays {frozen.config.resolved_amplitude:.3g}"
-        )
-        return frozen
+        return calibrated_or_told(frozen, calibrated, self.data.held_out_count)
 
     def _error_prior(
         self,
@@ -238,6 +232,17 @@ class HeadRun:
             f"Newton {'converged' if fitted.report.converged else 'stopped'} after {fitted.report.passes} passes; "
             f"training accuracy {accuracy}; {amplitude}wrote {out}"
         )
+
+
+def calibrated_or_told(frozen: FrozenHead, calibrated: FrozenHead, pairs: int) -> FrozenHead:
+    """The calibrated head; the one before, with a word, where that many held-out pairs want no uncertainty at all."""
+    if calibrated.config.resolved_amplitude:
+        return calibrated
+    notes.print(
+        f"--calibrate: {pairs} pairs want amplitude 0, which makes u = 1 everywhere and "
+        f"leaves routers nothing to go by; it stays {frozen.config.resolved_amplitude:.3g}"
+    )
+    return frozen
 
 
 def _tuned(config: HeadConfig, trials: Sequence[Trial]) -> str:
