@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -230,7 +231,10 @@ class BatchScorer:
         if self._is_full():
             self._full.set()
         if self._dispatcher is None:
-            self._dispatcher = asyncio.create_task(self._dispatch(), name="rmcore batches")
+            # A batch belongs to none of its callers. What is called in the context of a request, Ray Serve cancels with
+            # that request, and with it all the groups beside.
+            own = contextvars.Context()
+            self._dispatcher = asyncio.create_task(self._dispatch(), name="rmcore batches", context=own)
         return request
 
     def _withdraw(self, request: _Request) -> None:
@@ -305,6 +309,11 @@ class BatchScorer:
     async def _fly(self, batch: list[_Request], permit: _Permit) -> None:
         try:
             await self._score(batch, permit, self.clock.now())
+        except BaseException as error:  # whatever it is, nobody is left waiting
+            cancelled = isinstance(error, asyncio.CancelledError)
+            self._fail(batch, BusyError("the batch of this group was cancelled", 1.0) if cancelled else error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             permit.free()
             self._room.release()
@@ -345,13 +354,13 @@ class BatchScorer:
         except Exception:  # the verdicts are paid for and in; a full disk must not lose them too
             log.exception("the state could not be saved; a restart would go on from the one before")
 
-    def _fail(self, requests: list[_Request], error: Exception) -> None:
+    def _fail(self, requests: list[_Request], error: BaseException) -> None:
+        requests = [request for request in requests if not request.future.done()]
         self.stats.failed_groups += len(requests)
         if not isinstance(error, InputError):
             log.error("%d groups could not be scored", len(requests), exc_info=error)
         for request in requests:
-            if not request.future.done():
-                request.future.set_exception(error)
+            request.future.set_exception(error)
 
     def _deliver(self, batch: list[_Request], scores: GroupScores, started: float) -> None:
         ended = self.clock.now()

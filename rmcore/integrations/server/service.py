@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_TOLD_S = 10.0
 _FEW = 4
 """Groups whose answers are made on the event loop: a millisecond each, and a thread has its price too."""
 
@@ -104,10 +105,25 @@ class RewardService:
     async def drain(self) -> None:
         """Take nothing new; return when everything accepted has its result, at the latest ``drain_s`` and scoring."""
         self.draining = True
-        self.scorer.close()  # open groups are admitted already
-        await self.assembly.drain(self.settings.drain_s)
-        await self.scorer.drain()
-        await self.peers.aclose()
+        telling = asyncio.create_task(self._tell_of_drain(), name="rmcore drain told")
+        try:
+            self.scorer.close()  # open groups are admitted already
+            await self.assembly.drain(self.settings.drain_s)
+            await self.scorer.drain()
+            await self.peers.aclose()
+        finally:
+            telling.cancel()
+
+    async def _tell_of_drain(self) -> None:
+        while True:
+            await self.scorer.clock.sleep(_TOLD_S)
+            log.warning(
+                "draining: %d groups open, %d members waiting, %d groups in the queue, %d batches under way",
+                self.assembly.open_groups,
+                self.assembly.waiting,
+                self.scorer.queued,
+                self.scorer.in_flight,
+            )
 
     # -- the routes' verbs -------------------------------------------------------------------------------------------
 

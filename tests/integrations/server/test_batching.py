@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 
 import pytest
@@ -285,6 +286,62 @@ def test_several_groups_are_accepted_together_or_not_at_all():
         with pytest.raises(InputError, match=r"responses\[1\]: got an empty list"):
             await scorer.submit([("p", ["a"]), ("q", [])])
         assert scorer.queued == 0
+
+    go(main())
+
+
+def test_a_batch_belongs_to_none_of_its_callers():
+    """Ray Serve cancels with a request what was called in its context: that must not be the batch of everybody."""
+    request = contextvars.ContextVar("request", default="nobody's")
+
+    async def main():
+        class Seen(Engine):
+            async def score_async(self, *arguments, **options):
+                contexts.append(request.get())
+                return await super().score_async(*arguments, **options)
+
+        contexts: list[str] = []
+        scorer = BatchScorer(Seen(), max_groups=2, max_wait_s=0.0)
+
+        async def ask(name):
+            request.set(name)
+            return await scorer.score(name, ["a", "bb"])
+
+        await asyncio.gather(*map(ask, "abcde"))
+        assert contexts == ["nobody's"] * 3
+
+    go(main())
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemError])
+def test_whatever_ends_a_batch_nobody_is_left_waiting(error, caplog):
+    async def main():
+        class Ends(Engine):
+            async def score_async(self, *arguments, **options):
+                if not self.batches:
+                    self.batches.append([])
+                    raise error
+                return await super().score_async(*arguments, **options)
+
+        scorer = BatchScorer(Ends(), max_groups=2, max_wait_s=0.0, max_in_flight=1)
+        ended = await asyncio.gather(*start(scorer, 4), return_exceptions=True)
+        kind = BusyError if error is asyncio.CancelledError else error
+        assert [type(one) for one in ended] == [kind, kind, GroupScore, GroupScore]
+        await scorer.drain()
+        assert scorer.stats.failed_groups == 2
+
+    go(main())
+
+
+def test_what_fails_while_answers_go_out_reaches_those_who_have_none():
+    async def main():
+        def observe(groups):
+            raise ZeroDivisionError
+
+        scorer = BatchScorer(Engine(), max_wait_s=0.0, observe=observe)
+        assert isinstance(await scorer.score("p", ["a", "bb"]), GroupScore)
+        assert scorer.stats.failed_groups == 0
+        await scorer.drain()
 
     go(main())
 

@@ -616,6 +616,25 @@ def _wait(condition):
         time.sleep(0.005)
 
 
+def test_a_drain_says_what_it_waits_for(make_app, talk, echo_engine, monkeypatch, caplog):
+    async def main(client):
+        echo_engine.open = False
+        call = asyncio.create_task(client.post("/v1/groups", json=GROUP))
+        await until(lambda: service.scorer.in_flight == 1)
+        drained = asyncio.create_task(service.drain())
+        await until(lambda: caplog.messages)
+        echo_engine.open = True
+        await drained
+        return (await call).status_code
+
+    monkeypatch.setattr("rmcore.integrations.server.service._TOLD_S", 0.01)
+    app = make_app(echo_engine)
+    service = app.state.service
+    assert talk(app, main) == 200
+    told = "draining: 0 groups open, 0 members waiting, 0 groups in the queue, 1 batches under way"
+    assert caplog.messages[0] == told
+
+
 def test_draining_takes_nothing_new_and_finishes_what_is_open(make_app, talk, echo_engine):
     async def main(client):
         half = asyncio.create_task(client.post("/v1/rendezvous", json=member(0, "3")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import hashlib
 import logging
 import uuid
@@ -106,7 +107,9 @@ class Entry:
         """Answer a request of the network."""
         if not self._beats:
             beating = [self._vouching(), *map(self._beat, self._assemblers.values())]
-            self._beats = [asyncio.create_task(one, name="rmcore beat") for one in beating]
+            # Not this request's: Serve cancels with a request what is called in its context.
+            own = contextvars.Context
+            self._beats = [asyncio.create_task(one, name="rmcore beat", context=own()) for one in beating]
         reply = Response()
         sent = bytearray()
 

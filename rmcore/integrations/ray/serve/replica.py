@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ _FAILURES = 3
 """Batches in a row that fail as a whole, after which a replica says that it is ill."""
 _DEATHS = 3
 """Replicas that may die of one batch. It may be the batch's fault."""
+_ASKED = 3
+"""Replicas that are asked at once, at most, for a batch that none of them answers."""
 
 
 class Replica:
@@ -148,9 +150,14 @@ class RemoteEngine:
     A batch whose replica dies goes to another one as it is: scoring has no side effect but questions to the judge,
     which are asked and paid for once in a shared judge or store.
 
+    Not every death is told: where a node is gone, or a call was given to a replica as it died, an answer may never
+    come. So a batch that nobody has answered for a while goes to a further replica too, and the first answer counts;
+    one that is only slow is not given up.
+
     Args:
-        call: asks a replica.
+        call: asks a replica; cancelled, it takes the question back.
         lost: the exceptions that mean that it died.
+        ask_again_s: how long a batch waits for its answer before a further replica is asked.
         principle: of the judge behind the replicas.
         takes_principles: whether it takes one with a pair.
     """
@@ -164,12 +171,14 @@ class RemoteEngine:
         call: ScoreCalls,
         lost: tuple[type[Exception], ...],
         *,
+        ask_again_s: float = 170.0,
         principle: str = "",
         takes_principles: bool = False,
     ) -> None:
         self.head_version: int | None = None
         self.judge = SimpleNamespace(principle=principle, takes_principles=takes_principles)
-        self.deaths = 0
+        self.deaths = self.asked_again = 0
+        self.ask_again_s = ask_again_s
         self._call, self._lost = call, lost
 
     async def score_async(
@@ -184,14 +193,32 @@ class RemoteEngine:
         """As the engine's. Raises BusyError where several replicas died of the batch, and what a replica raises."""
         if progress is not None:
             progress("encoding", 1, 1)  # the replicas see to their backbones themselves
-        for _ in range(_DEATHS):
-            try:
-                scores = await self._call(prompts, responses, *([] if principles is None else [principles]))
-            except self._lost as error:
-                self.deaths += 1
-                log.warning("a replica died with a batch of %d groups (%s)", len(prompts), type(error).__name__)
-                continue
-            if scores.head_version is not None:
-                self.head_version = scores.head_version
-            return scores
+        how: list[Sequence[str]] = [] if principles is None else [principles]
+        scores = await self._first_answer(lambda: self._call(prompts, responses, *how), len(prompts))
+        if scores.head_version is not None:
+            self.head_version = scores.head_version
+        return scores
+
+    async def _first_answer(self, ask: Callable[[], Coroutine[Any, Any, GroupScores]], groups: int) -> GroupScores:
+        deaths = 0
+        asked = {asyncio.create_task(ask(), name="rmcore batch at a replica")}
+        try:
+            while deaths < _DEATHS:
+                wait_s = self.ask_again_s if len(asked) < _ASKED else None
+                done, asked = await asyncio.wait(asked, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+                for call in done:
+                    error = asyncio.CancelledError() if call.cancelled() else call.exception()
+                    if not isinstance(error, (asyncio.CancelledError, *self._lost)):
+                        return call.result()
+                    deaths += 1
+                    self.deaths += 1
+                    log.warning("a replica died with a batch of %d groups (%s)", groups, type(error).__name__)
+                if not done:
+                    self.asked_again += 1
+                    log.warning("no replica has answered for %d groups in %g s: a further one is asked", groups, wait_s)
+                if deaths < _DEATHS and (not asked or not done):
+                    asked.add(asyncio.create_task(ask(), name="rmcore batch at a replica"))
+        finally:
+            for call in asked:
+                call.cancel()
         raise BusyError(f"{_DEATHS} replicas died, one after the other, with the batch this group was in", 5.0)

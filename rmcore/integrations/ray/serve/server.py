@@ -11,6 +11,7 @@ whole batches to replicas, of which any will do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import re
@@ -207,7 +208,7 @@ class GroupServer:
         replicas = self._replicas()
         # Those that only wait for their judge are under way, too.
         own = replace(settings, batches_in_flight=settings.batches_in_flight * self.scale_now.most)
-        make = functools.partial(_remote_engine, **self._judge)
+        make = functools.partial(_remote_engine, ask_again_s=settings.answer_within_s, **self._judge)
         assemblers = {
             name: self._deployment(
                 _Assembler,
@@ -279,16 +280,24 @@ class _Proxies:
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
+        self._looking: asyncio.Future[list[Any]] | None = None
 
     async def __call__(self) -> bool:
         try:
             async with asyncio.timeout(_PING_S):
-                handles = await asyncio.to_thread(self._found)
+                handles = await self._looked()
                 await asyncio.gather(*(handle.check_health.remote() for handle in handles))
         except Exception as error:
             log.info("a proxy does not answer: %s", type(error).__name__)
             return False
         return True
+
+    async def _looked(self) -> list[Any]:
+        # No time limit ends a thread, so there is one at a time: while Ray does not answer, every beat would add one.
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._found))
+            self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._looking)
 
     def _found(self) -> list[Any]:
         ray = ray_module()
@@ -307,32 +316,45 @@ class _Called:
         self._handle = handle
 
     async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
-        reply: RawReply = await self._handle.request.remote(entry, request, resent)
+        reply: RawReply = await _answer(self._handle.request.remote(entry, request, resent))
         return reply
 
     async def beat(self, entry: str, vouched: bool = True) -> None:
-        await self._handle.beat.remote(entry, vouched)
+        await _answer(self._handle.beat.remote(entry, vouched))
 
     async def metrics(self) -> str:
-        page: str = await self._handle.metrics.remote()
+        page: str = await _answer(self._handle.metrics.remote())
         return page
 
     async def ready(self) -> bool:
-        found: bool = await self._handle.ready.remote()
+        found: bool = await _answer(self._handle.ready.remote())
         return found
 
 
-def _remote_engine(replicas: Any, **judge: Any) -> RemoteEngine:
+async def _answer(response: Any) -> Any:
+    """Of a call by handle. What is cancelled over there, or on its way, was lost: only what is cancelled here ends."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        waiting = asyncio.current_task()
+        if waiting is not None and waiting.cancelling():
+            with contextlib.suppress(Exception):  # it may never have been taken to anybody
+                response.cancel()
+            raise
+        raise ray_module("ray.exceptions").TaskCancelledError from None
+
+
+def _remote_engine(replicas: Any, *, ask_again_s: float, **judge: Any) -> RemoteEngine:
     async def call(
         prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], *principles: Sequence[str]
     ) -> GroupScores:
-        scores: GroupScores = await replicas.score.remote(prompts, responses, *principles)
+        scores: GroupScores = await _answer(replicas.score.remote(prompts, responses, *principles))
         return scores
 
-    return RemoteEngine(call, _lost(), **judge)
+    return RemoteEngine(call, _lost(), ask_again_s=ask_again_s, **judge)
 
 
 def _lost() -> tuple[type[Exception], ...]:
-    """What Ray raises where the other process has died, or cannot be reached: never what that one raised itself."""
+    """What Ray raises where the other process has died, cannot be reached or lets go: never what that one raised."""
     errors = ray_module("ray.exceptions")
-    return (errors.RayActorError,)
+    return (errors.RayActorError, errors.TaskCancelledError)

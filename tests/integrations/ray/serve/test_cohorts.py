@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import pytest
 from support.json_numbers import Numbers
 
 from rmcore._base.errors import RmcoreError
-from rmcore.integrations.ray.serve import assembler, entry, presence, replica
+from rmcore.integrations.ray.serve import assembler, entry, presence, replica, server
 from rmcore.integrations.ray.serve.replica import RemoteEngine, Replica
 
 
@@ -324,6 +326,161 @@ def test_a_batch_whose_replica_dies_goes_to_another_as_it_is(lost):
         deaths["asked"] = -5
         with pytest.raises(Exception, match="3 replicas died"):
             await remote.score_async(["p"], [["1", "2"]])
+
+    go(main)
+
+
+def test_a_batch_that_nobody_answers_goes_to_a_further_replica():
+    async def main():
+        engine, asked, taken_back = Numbers(), [], []
+
+        async def call(prompts, responses):
+            asked.append(prompts)
+            if len(asked) < 3:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    taken_back.append(len(asked))
+            return await engine.score_async(prompts, responses, on_error="return")
+
+        remote = RemoteEngine(call, (), ask_again_s=0.02)
+        scores = await remote.score_async(["p"], [["1", "2"]])
+        assert scores[0].preference.tolist() == [[0, -1], [1, 0]]
+        await settle()
+        assert (len(asked), len(taken_back), remote.asked_again, remote.deaths) == (3, 2, 2, 0)
+
+    go(main)
+
+
+def test_a_replica_that_is_only_slow_is_not_given_up():
+    async def main():
+        engine, asked = Numbers(), []
+
+        async def call(prompts, responses):
+            asked.append(len(asked))
+            await asyncio.sleep(0.2 if len(asked) == 1 else 60)
+            return await engine.score_async(prompts, responses, on_error="return")
+
+        remote = RemoteEngine(call, (), ask_again_s=0.01)
+        scores = await remote.score_async(["p"], [["1", "2"]])
+        assert scores[0].preference.tolist() == [[0, -1], [1, 0]]
+        assert len(asked) == 3  # at most so many at once
+
+    go(main)
+
+
+def test_a_call_that_is_cancelled_on_its_way_goes_to_another(lost):
+    async def main():
+        engine, asked = Numbers(), []
+
+        async def call(prompts, responses):
+            asked.append(prompts)
+            if len(asked) == 1:
+                raise asyncio.CancelledError
+            return await engine.score_async(prompts, responses, on_error="return")
+
+        remote = RemoteEngine(call, (lost,))
+        assert len(await remote.score_async(["p"], [["1", "2"]])) == 1
+        assert remote.deaths == 1
+
+    go(main)
+
+
+def test_whoever_goes_away_takes_neither_a_batch_nor_a_beat_along(cluster_of):
+    """As Serve does it: with a request end the calls that were made in its context."""
+    request = contextvars.ContextVar("request", default=None)
+
+    async def main():
+        engine, seen = Numbers(), []
+
+        async def call(prompts, responses):
+            seen.append(request.get())
+            return await engine.score_async(prompts, responses, on_error="return")
+
+        cluster = cluster_of(None, calls=call)
+        for process in cluster.assemblers:
+            beat = process.assembler.beat
+
+            async def seen_beat(*arguments, beat=beat):
+                seen.append(request.get())
+                await beat(*arguments)
+
+            process.assembler.beat = seen_beat
+
+        async def post(slot):
+            request.set(f"request {slot}")
+            return await cluster.post(0, "/v1/rendezvous", member(7, slot))
+
+        answers = await asyncio.gather(*map(post, range(3)))
+        assert [status for status, _ in answers] == [200] * 3
+        assert len(seen) >= 3
+        assert set(seen) == {None}
+
+    go(main)
+
+
+class Response:
+    """Of a call by handle; says what becomes of it."""
+
+    def __init__(self, result=None):
+        self.result, self.taken_back = result, 0
+
+    def __await__(self):
+        if self.result is None:
+            return asyncio.Event().wait().__await__()
+        return asyncio.sleep(0, self.result()).__await__()
+
+    def cancel(self):
+        self.taken_back += 1
+
+
+def cancelled():
+    raise asyncio.CancelledError
+
+
+def test_only_who_is_cancelled_here_ends(monkeypatch):
+    """A call that Serve cancels looks like a cancellation of the one that waits for it."""
+
+    class TaskCancelledError(Exception):
+        pass
+
+    errors = SimpleNamespace(TaskCancelledError=TaskCancelledError)
+    monkeypatch.setattr(server, "ray_module", lambda name: errors)
+
+    async def main():
+        assert await server._answer(Response(lambda: 5)) == 5
+        with pytest.raises(TaskCancelledError):
+            await server._answer(Response(cancelled))
+        response = Response()
+        waiting = asyncio.ensure_future(server._answer(response))
+        await settle()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert response.taken_back == 1
+
+    go(main)
+
+
+def test_a_ray_that_does_not_answer_is_asked_by_one_thread_at_a_time(monkeypatch):
+    monkeypatch.setattr(server, "_PING_S", 0.02)
+    asked, answers = [], threading.Event()
+
+    def found():
+        asked.append(1)
+        answers.wait(20)
+        return []
+
+    async def main():
+        proxies = server._Proxies()
+        monkeypatch.setattr(proxies, "_found", found)
+        assert await asyncio.gather(*(proxies() for _ in range(5))) == [False] * 5
+        assert not await proxies()
+        assert len(asked) == 1
+        answers.set()
+        await asyncio.wait({proxies._looking})
+        assert await proxies()
+        assert len(asked) == 2
 
     go(main)
 
