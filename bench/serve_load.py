@@ -48,6 +48,8 @@ TOLERANCE = 1e-3
 """Of preferences, logits: what is computed together may show in the last bits; groups differ by far more."""
 
 _RETRY_S = {"openrlhf": 1.0}
+_ALONE = 5
+"""So many times OpenRLHF's client asks for a reward that cannot be, since a response's siblings are not there."""
 
 
 @dataclass
@@ -312,6 +314,7 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak, goes_on: Callable[[
 
     async def ask(connection: Client, call: Call) -> tuple[int, Any]:
         """The answer; asked again, as trainers' clients do, where a proxy says that it has lost its server."""
+        alone = 0
         while True:
             try:
                 await connection.send(call.path, call.body)
@@ -323,6 +326,9 @@ async def drive(url: str, pool: Sequence[Group], soak: Soak, goes_on: Callable[[
                 connection.hang_up()
                 status, reply = 0, ""
             if not soak.ask_again or (status not in (0, 429, 502, 503) and not isinstance(reply, str)):
+                return status, reply
+            alone += isinstance(reply, dict) and reply.get("error", {}).get("type") == "no_preference"
+            if alone == _ALONE:
                 return status, reply
             outcome.counts["asked_again"] += 1
             await asyncio.sleep(1.0)

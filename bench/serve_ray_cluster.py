@@ -65,18 +65,26 @@ def _cluster(nodes: int) -> Iterator[Any]:
 
 @contextmanager
 def started(
-    model: Path, journal: Path, soak: Soak, scale: ServeScale, *, nodes: int = 0, judge_url: str | None = None
+    model: Path,
+    journal: Path,
+    soak: Soak,
+    scale: ServeScale,
+    *,
+    nodes: int = 0,
+    judge_url: str | None = None,
+    share: float = 0.05,
+    batch_wait_s: float = 0.004,
 ) -> Iterator[tuple[GroupServer, str, Any]]:
     """A group server on a cluster of this machine, its URL, and the cluster where that has several ``nodes``.
 
-    With ``judge_url`` the least certain twentieth of each batch is asked of that judge.
+    With ``judge_url`` the least certain ``share`` of each batch is asked of that judge.
     """
     from rmcore.cli.on_ray import batch_routing, engine_of, shared_judge
     from rmcore.cli.options import Judging
 
     judging = Judging()
     if judge_url is not None:
-        judging = Judging(judge_url=judge_url, judge_model="slow", judge_key_env="", budget=0.05, rank_by="u")
+        judging = Judging(judge_url=judge_url, judge_model="slow", judge_key_env="", budget=share, rank_by="u")
     with _cluster(nodes) as cluster, ExitStack() as stack:
         judge = None
         if judge_url is not None:
@@ -84,7 +92,9 @@ def started(
             stack.callback(judge.close)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        settings = ServeSettings(port=port, group_size=soak.group, time_limit_s=soak.time_limit_s)
+        settings = ServeSettings(
+            port=port, group_size=soak.group, time_limit_s=soak.time_limit_s, batch_wait_s=batch_wait_s
+        )
         device = {"backend": "auto", "device": "cpu"}
         make = functools.partial(engine_of, str(model), batch_routing(judging), device, judge)
         server = GroupServer(make, settings, scale, model="tiny", journal=journal)

@@ -80,7 +80,8 @@ def run(reward: GroupReward, samples: list[Any], **args: Any) -> list[float]:
 
 
 def same(ours: Any, exact: torch.Tensor) -> None:
-    torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), exact, rtol=0, atol=1e-6)
+    # Two forward passes in float32, of layers 32 wide, agree to some 1e-6 where threads divide the sums differently.
+    torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["server", "process"])

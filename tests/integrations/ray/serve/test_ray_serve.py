@@ -36,6 +36,35 @@ def test_nothing_is_lost_or_mixed(which, tmp_path):
     assert (tmp_path / "serve_ray.png").stat().st_size > 10_000
 
 
+def test_a_caller_that_goes_away_takes_no_groups_of_others_along(reward_model_path, tmp_path):
+    """Two callers in one batch, which waits for its judge; the one that started it goes. Serve cancels its request."""
+    from rmcore.bench.serve_load import Soak
+    from rmcore.bench.serve_ray_cluster import slow_judge, started
+    from rmcore.integrations.ray.serve import ServeScale
+
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    body = {"prompt": "red", "responses": ["good clear tree", "bad vague tree"]}
+    one = ServeScale(replicas=1, assemblers=1, entries=1)
+    how = {"share": 1.0, "batch_wait_s": 1.0}
+    with (
+        slow_judge(5.0) as judge,
+        started(reward_model_path, journal, Soak(), one, judge_url=judge.base_url, **how) as (server, url, _),
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        assert client.post("/v1/groups", json=body).status_code == 200
+        gone = _in_thread(client.post, "/v1/groups", json={**body, "prompt": "blue"}, timeout=3.0)
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert client.post("/v1/groups", json={**body, "prompt": "green"}).status_code == 200
+        assert time.monotonic() - began < 20
+        with pytest.raises(httpx.ReadTimeout):
+            gone()
+        page = client.get("/metrics").text
+        assert re.search(r"^rmcore_batches_total\{.*\} 2\.0$", page, re.M), page
+        server.drain()
+
+
 def test_the_command_serves_drains_and_ends(reward_model, reward_model_path, tmp_path):
     """One group through each way in, a version that comes while it serves, and SIGTERM with a group half there."""
     from rmcore import RewardEngine
