@@ -59,6 +59,8 @@ class GroupAssembly:
             waits for others: a trainer that was killed and started again must not meet what it left behind.
         max_members: members waiting at most; more are refused with :class:`BusyError`.
         max_kept: finished groups remembered at most, the latest ones.
+        finished: called with each scored group before its results go out: to have it remembered elsewhere, too
+            (:meth:`restore`). They wait for it, so it must be quick; what it raises is logged.
         clock: a seam for tests.
     """
 
@@ -71,6 +73,7 @@ class GroupAssembly:
         abandon_s: float = 15.0,
         max_members: int = 65_536,
         max_kept: int = 16_384,
+        finished: Callable[[OpenGroup], Awaitable[None]] | None = None,
         clock: Clock | None = None,
     ) -> None:
         if not time_limit_s > 0:
@@ -89,6 +92,7 @@ class GroupAssembly:
         self.abandon_s = abandon_s
         self.max_members = max_members
         self.max_kept = max_kept
+        self.finished = finished
         self.stats = AssemblyStats()
         self.clock: Clock = clock or SystemClock()
         self._groups: dict[Hashable, OpenGroup] = {}
@@ -218,6 +222,20 @@ class GroupAssembly:
         self._add(filling, slot, response, note)
         return await self._wait(filling, slot)
 
+    def restore(self, group: OpenGroup, keep_s: float) -> None:
+        """Remember for ``keep_s`` a group that an assembly before this one scored, as one of its own.
+
+        Groups are to come in the order of their ``keep_s``, before any member; one of a name in use is left out.
+        """
+        if group.by_content:
+            self._serial += 1
+            group.key = ("content", group.digest, self._serial)
+            self._by_prompt.setdefault(group.digest, []).append(group)
+        elif group.key in self._groups:
+            return
+        self._groups[group.key] = group
+        self._finished[group.key] = (self.clock.now() + keep_s, group)
+
     async def drain(self, within_s: float | None = None) -> None:
         """Take no new groups, let the open ones fill until their time limit, and return when all are scored.
 
@@ -288,6 +306,7 @@ class GroupAssembly:
             group.prompt = None
             for slot in group.slots.values():
                 slot.text = None
+            await self._tell(group)
             return group.outcome
         except Exception:
             # Its members are told, and may come again as a new group: an error is not a result to remember.
@@ -296,6 +315,14 @@ class GroupAssembly:
             raise
         finally:
             group.closed = True
+
+    async def _tell(self, group: OpenGroup) -> None:
+        if self.finished is None:
+            return
+        try:
+            await self.finished(group)
+        except Exception:  # the group has its result, whoever else knows
+            log.exception("a scored group is remembered here alone")
 
     async def _scored(self, group: OpenGroup) -> Outcome:
         slots = tuple(sorted(group.slots))

@@ -13,7 +13,6 @@ import hmac
 import ipaddress
 import logging
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import Histogram
@@ -21,25 +20,32 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rmcore._base.clock import Clock, SystemClock
+from rmcore.integrations.server.members import MemberResult
 from rmcore.integrations.server.schema import OPEN_PATHS, error_response
 from rmcore.integrations.server.settings import ServeSettings
 
-__all__ = ["Guard", "lost", "when_lost"]
+__all__ = ["Guard", "follow", "lost", "reached"]
 
 log = logging.getLogger(__name__)
 
-_LOST = "rmcore.lost"
+_FOLLOWED = "rmcore.followed"
 
 
-def when_lost(scope: Scope, call: Callable[[], None]) -> None:
-    """Have ``call`` called if the answer to this request does not go out as a success to a client that is there."""
-    scope.setdefault(_LOST, []).append(call)
+def follow(scope: Scope, result: MemberResult) -> None:
+    """Have a member told if the answer to this request does not go out as a success to a client that is there."""
+    scope.setdefault(_FOLLOWED, []).append(result)
 
 
 def lost(scope: Scope) -> None:
     """The answer did not reach its client, as somebody found out later."""
-    for call in scope.get(_LOST, ()):
-        call()
+    for result in scope.get(_FOLLOWED, ()):
+        result.lost()
+
+
+def reached(scope: Scope) -> None:
+    """The answer has reached its client, as somebody found out later."""
+    for result in scope.get(_FOLLOWED, ()):
+        result.reached()
 
 
 class Guard:

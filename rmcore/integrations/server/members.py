@@ -79,6 +79,11 @@ class MemberResult:
         if self._slot is not None:
             self._slot.delivered = False
 
+    def reached(self) -> None:
+        """Tell that this result is known to have reached its caller, where that is found out."""
+        if self._slot is not None:
+            self._slot.reached = self._slot.delivered
+
 
 @dataclass
 class AssemblyStats:
@@ -97,13 +102,16 @@ class AssemblyStats:
 
 @dataclass(eq=False)
 class Slot:
-    """A member. ``left_at`` is when its last waiter went away."""
+    """A member. ``left_at`` is when its last waiter went away; ``delivered`` means that its result went out, and
+    ``reached`` that it is known to have arrived.
+    """
 
     digest: bytes
     text: Canonical | None  # until the group is scored
     note: object = None
     waiters: int = 0
     delivered: bool = False
+    reached: bool = False
     left_at: float = 0.0
 
 
@@ -132,7 +140,7 @@ class OpenGroup:
     slots: dict[int, Slot] = field(default_factory=dict)
     whole: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
-    task: asyncio.Task[Outcome] | None = None
+    task: asyncio.Future[Outcome] | None = None
     outcome: Outcome | None = None
 
 

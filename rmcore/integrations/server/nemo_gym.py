@@ -30,6 +30,7 @@ from rmcore._base import large
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt
 from rmcore.engine.groups import GroupScore
+from rmcore.integrations.server.guard import follow
 from rmcore.integrations.server.gym_bonuses import Shape
 from rmcore.integrations.server.members import prompt_digest
 from rmcore.integrations.server.schema import check_encodable, error_response, json_response, win_rates
@@ -118,6 +119,7 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
             )
         else:
             result = await service.assembly.join_by_content(prompt, response, size, kin=body.task_index, **about)
+            follow(request.scope, result)
         group, reward = result.group, _rewards(service, result.group, result.notes)[result.index]
         told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": _metrics(group)}
         if body.group_id is not None:

@@ -20,7 +20,7 @@ from rmcore.engine.groups import GroupScore
 from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
-from rmcore.integrations.server.guard import Guard, when_lost
+from rmcore.integrations.server.guard import Guard, follow
 from rmcore.integrations.server.members import prompt_digest
 from rmcore.integrations.server.metrics import ServerMetrics
 from rmcore.integrations.server.peers import Peers
@@ -165,7 +165,7 @@ class RewardService:
         if request.group_id is None or request.slot is None:
             result = await self.assembly.join_by_content(prompt, response, request.k)
             if scope is not None:
-                when_lost(scope, result.lost)
+                follow(scope, result)
             return result
         return await self.assembly.join(
             request.group_id, request.slot, request.k, prompt, response, attempt=request.attempt
@@ -190,7 +190,7 @@ class RewardService:
             return [], [], []
         if count == 1 and size is not None:
             result = await self.assembly.join_by_content(prompts[0], responses[0], size)
-            when_lost(scope, result.lost)
+            follow(scope, result)
             if len(result.slots) == 1:
                 return [math.nan], [math.nan], [None]
             values = self._rewards_of(result.group)

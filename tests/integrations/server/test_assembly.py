@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rmcore._base.errors import InputError
 from rmcore.engine.groups import GroupScore
 from rmcore.integrations.server.assembly import BusyError, ConflictError, GroupAssembly, LateError
+from rmcore.integrations.server.members import OpenGroup, Outcome, Slot, group_digest, text_digest
 
 
 async def settle() -> None:
@@ -298,6 +299,73 @@ def test_a_scored_group_keeps_no_texts(make):
         assert [slot.text for slot in group.slots.values()] == [None, None]
         with pytest.raises(ConflictError):
             await assembly.join("g", 0, 2, "q", "x")
+
+    go(main())
+
+
+# -- remembered elsewhere, too ---------------------------------------------------------------------------------------
+
+
+def test_results_wait_until_somebody_else_knows_and_go_out_whatever_becomes_of_that(make, caplog):
+    async def main():
+        assembly, _, _ = make()
+        told, known = [], asyncio.Event()
+
+        async def finished(group):
+            told.append((group.key, [slot.text for slot in group.slots.values()], group.outcome.slots))
+            await known.wait()
+            raise ZeroDivisionError
+
+        assembly.finished = finished
+        calls = [asyncio.create_task(assembly.join("g", k, 2, "p", "xy"[k])) for k in (0, 1)]
+        await settle()
+        assert told == [(("id", "g", 0), [None, None], (0, 1))]
+        assert not any(call.done() for call in calls)
+        again = asyncio.create_task(assembly.join("g", 0, 2, "p", "x"))  # waits as they do
+        await settle()
+        assert not again.done()
+        known.set()
+        assert [(await call).index for call in (*calls, again)] == [0, 1, 0]
+        assert "remembered here alone" in caplog.text
+        assert assembly.stats.failed_groups == 0
+
+    go(main())
+
+
+def finished_elsewhere(key, texts, *, by_content=False):
+    slots = {k: Slot(text_digest(text), None) for k, text in enumerate(texts)}
+    group = OpenGroup(key, None, group_digest("p"), len(texts), 0.0, by_content=by_content, slots=slots, closed=True)
+    group.outcome = Outcome(scored(texts), tuple(slots), {k: k for k in slots}, (None,) * len(texts))
+    group.task = asyncio.get_running_loop().create_future()
+    group.task.set_result(group.outcome)
+    return group
+
+
+def test_a_group_that_was_scored_elsewhere_is_one_of_its_own(make):
+    async def main():
+        assembly, scorer, clock = make()
+        theirs = finished_elsewhere(("content", "theirs", 1), ["x", "x", "yyy"], by_content=True)
+        theirs.slots[2].delivered = True
+        assembly.restore(theirs, 60.0)
+        assembly.restore(finished_elsewhere(("id", "g", 0), ["x", "yy"]), 300.0)
+        assembly.restore(finished_elsewhere(("id", "g", 0), ["other", "texts"]), 300.0)  # the first one holds
+        assert (await assembly.join("g", 1, 2, "p", "yy")).index == 1
+        with pytest.raises(ConflictError):
+            await assembly.join("g", 0, 2, "p", "other")
+        # Equal texts are members of their own: each is given once.
+        first = [await assembly.join_by_content("p", "x", 3) for _ in range(2)]
+        assert sorted(result.index for result in first) == [0, 1]
+        # A third one is of a new group, as is what had arrived.
+        new = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("x", "yyy", "zz")]
+        assert [(await one).complete for one in new] == [True] * 3
+        assert scorer.calls == [("p", ["x", "yyy", "zz"])]
+        await clock.advance(61)
+        await assembly.join("h", 0, 1, "p", "x")
+        assert theirs.key not in assembly._groups
+        assert ("id", "g", 0) in assembly._groups
+        await clock.advance(240)
+        await assembly.join("i", 0, 1, "p", "x")
+        assert ("id", "g", 0) not in assembly._groups
 
     go(main())
 

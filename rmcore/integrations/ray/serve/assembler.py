@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Message, Scope
 
+from rmcore._base.clock import Clock, SystemClock
+from rmcore.integrations.ray.serve.copies import Aged, Copies, CopyCalls
 from rmcore.integrations.ray.serve.keys import BY_CONTENT
 from rmcore.integrations.ray.serve.presence import BEAT_S, Presence
 from rmcore.integrations.ray.serve.replica import RemoteEngine
 from rmcore.integrations.server.app import create_app
-from rmcore.integrations.server.guard import lost
+from rmcore.integrations.server.guard import lost, reached
 from rmcore.integrations.server.members import RESENT
 from rmcore.integrations.server.settings import ServeSettings
 
 __all__ = ["GIVEN_UP", "Assembler", "RawReply", "RawRequest"]
+
+log = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -61,6 +68,9 @@ class Assembler:
         settings: as of ``rmcore serve``.
         model: a name for ``/health``.
         presence: of the entries; a seam for tests.
+        name: its own.
+        assemblers: all of them by name, to keep copies of each other's scored groups; none for no copies.
+        clock: of its age, and that of copies; a seam for tests.
     """
 
     def __init__(
@@ -69,37 +79,63 @@ class Assembler:
         settings: ServeSettings,
         model: str = "",
         presence: Presence | None = None,
+        name: str = "",
+        assemblers: Mapping[str, CopyCalls] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.engine = make()
         self.app = create_app(self.engine, settings, model=model)  # type: ignore[arg-type]
         self.service = self.app.state.service
         self.presence = presence or Presence()
-        self._watch: asyncio.Task[None] | None = None
+        self.life = uuid.uuid4().hex
+        self.copies = Copies(name, assemblers, clock) if assemblers and len(assemblers) > 1 else None
+        if self.copies is not None:
+            self.service.assembly.finished = self.copies.hand_on
+        self._clock: Clock = clock or SystemClock()
+        self._born = self._clock.now()
+        self._succeeds = False
+        self._tasks: tuple[asyncio.Task[None], asyncio.Task[None]] | None = None
 
-    async def beat(self, entry: str, vouched: bool = True) -> None:
-        """An entry's sign of life; ``vouched`` as of :meth:`~rmcore.integrations.ray.serve.presence.Presence.heard`."""
+    async def beat(self, entry: str, vouched: bool = True, knew: str = "") -> str:
+        """An entry's sign of life; returns this process's ``life``.
+
+        Args:
+            entry: its name.
+            vouched: as of :meth:`~rmcore.integrations.ray.serve.presence.Presence.heard`.
+            knew: as of :meth:`request`.
+        """
         self.presence.heard(entry, vouched=vouched)
-        self._watched()
+        self._begin(knew)
+        return self.life
 
-    def _watched(self) -> None:
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._watching(), name="rmcore entries")
+    def _begin(self, knew: str) -> asyncio.Task[None]:
+        """What goes on while it serves, from the first sign of an entry; returns what is to be done before."""
+        self._succeeds |= bool(knew) and knew != self.life
+        if self._tasks is None:
+            own = contextvars.Context  # not the caller's, with whose request Serve would cancel it
+            restoring = asyncio.create_task(self._restore(), name="rmcore restored", context=own())
+            self._tasks = restoring, asyncio.create_task(self._watching(), name="rmcore entries", context=own())
+        return self._tasks[0]
 
-    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
+    async def request(self, entry: str, request: RawRequest, resent: bool = False, knew: str = "") -> RawReply:
         """Answer a request of an entry, or :data:`GIVEN_UP`.
 
         Args:
             entry: its name.
             request: as it came.
             resent: the process that had it died, and may have answered siblings of it.
+            knew: the ``life`` of the assembler of this name that the entry heard of last. Where it is another one, this
+                assembler is a successor, and for the first ``time_limit_s`` all it is sent counts as ``resent``: a call
+                may have waited for its start without anybody's seeing a death, or its caller may have asked again.
         """
+        await asyncio.shield(self._begin(knew))
         self.presence.called(entry)
-        self._watched()
         text = b""
         if request.path in BY_CONTENT:
             text = hashlib.sha256(request.body).digest()
             await self.presence.no_repetition(entry, text)
-        token = RESENT.set(resent)
+        young = self._clock.now() - self._born < self.service.settings.time_limit_s
+        token = RESENT.set(resent or (self._succeeds and young))
         try:
             scope = _scope(request)
             answering = asyncio.ensure_future(self._answer(scope, request.body))
@@ -115,8 +151,17 @@ class Assembler:
         if answering.cancelled():
             return GIVEN_UP
         if text:
-            self.presence.answered(entry, text, functools.partial(lost, scope))
+            self.presence.answered(entry, text, *(functools.partial(told, scope) for told in (lost, reached)))
         return answering.result()
+
+    async def hold(self, origin: str, copies: Sequence[Aged], reached: Mapping[str, Sequence[int]]) -> None:
+        """Keep copies, as :class:`~rmcore.integrations.ray.serve.copies.CopyCalls` says."""
+        if self.copies is not None:
+            self.copies.hold(origin, copies, reached)
+
+    async def held(self, asker: str) -> list[Aged]:
+        """The copies of another's groups, likewise."""
+        return [] if self.copies is None else self.copies.held(asker)
 
     async def drain(self) -> None:
         """Take nothing new; return when everything accepted has its answer."""
@@ -134,6 +179,15 @@ class Assembler:
         while True:
             await asyncio.sleep(BEAT_S)
             self.presence.give_up_silent()
+            if self.copies is not None:
+                self.copies.beat()
+
+    async def _restore(self) -> None:
+        if self.copies is not None:
+            try:
+                await self.copies.restore(self.service.assembly)
+            except Exception:  # it serves without
+                log.exception("copies of the groups of the assembler before could not be had")
 
     async def _answer(self, scope: Scope, body_sent: bytes) -> RawReply:
         status, headers, body = 0, tuple[tuple[bytes, bytes], ...](), bytearray()

@@ -54,12 +54,12 @@ _HOP = frozenset({b"connection", b"content-length", b"keep-alive", b"transfer-en
 class AssemblerCalls(Protocol):
     """An assembler, from another process."""
 
-    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
+    async def request(self, entry: str, request: RawRequest, resent: bool = False, knew: str = "") -> RawReply:
         """Its answer."""
         ...
 
-    async def beat(self, entry: str, vouched: bool = True) -> None:
-        """Take note that the entry is alive, and whether all are that it has calls from."""
+    async def beat(self, entry: str, vouched: bool = True, knew: str = "") -> str:
+        """Take note that the entry is alive, and whether all are that it has calls from; returns its ``life``."""
         ...
 
     async def metrics(self) -> str:
@@ -98,6 +98,7 @@ class Entry:
         self._texts: Counter[bytes] = Counter()
         self.resent = 0
         self._assemblers, self._lost = assemblers, lost
+        self._lives: dict[str, str] = {}  # of assemblers, as last heard
         self._clock: Clock = clock or SystemClock()
         seconds = Histogram("rmcore_entry_request_seconds", "Time to answer.", ("path",), registry=CollectorRegistry())
         self._guard = Guard(self._app, settings, _PATHS, seconds, clock)
@@ -106,7 +107,7 @@ class Entry:
     async def __call__(self, request: Request) -> Response:
         """Answer a request of the network."""
         if not self._beats:
-            beating = [self._vouching(), *map(self._beat, self._assemblers.values())]
+            beating = [self._vouching(), *map(self._beat, self._assemblers)]
             # Not this request's: Serve cancels with a request what is called in its context.
             own = contextvars.Context
             self._beats = [asyncio.create_task(one, name="rmcore beat", context=own()) for one in beating]
@@ -144,18 +145,19 @@ class Entry:
 
     async def _ask(self, request: RawRequest) -> RawReply:
         """The answer of the assembler that has the request's group, whatever becomes of that assembler meanwhile."""
-        assembler = await self._owner_of(request)
+        name = await self._owner_of(request)
         with self._remembered(request) as seen:
             if seen and not await self._vouched():
                 with contextlib.suppress(Exception):  # it is being started again, and remembers nobody
-                    await assembler.beat(self.name, False)
-            return await self._asked(assembler, request)
+                    await self._assemblers[name].beat(self.name, False, self._lives.get(name, ""))
+            return await self._asked(name, request)
 
-    async def _asked(self, assembler: AssemblerCalls, request: RawRequest) -> RawReply:
+    async def _asked(self, name: str, request: RawRequest) -> RawReply:
         deaths = 0
         while deaths < _DEATHS:
             try:
-                reply = await assembler.request(self.name, request, deaths > 0)
+                knew = self._lives.get(name, "")
+                reply = await self._assemblers[name].request(self.name, request, deaths > 0, knew)
             except self._lost as error:
                 deaths += 1
                 self.resent += 1
@@ -199,14 +201,14 @@ class Entry:
         self._doubting = now if self._doubting is None else self._doubting
         return now - self._doubting > _DOUBT_S
 
-    async def _owner_of(self, request: RawRequest) -> AssemblerCalls:
+    async def _owner_of(self, request: RawRequest) -> str:
         names = list(self._assemblers)
         if request.method != "POST":
-            return self._assemblers[names[0]]
+            return names[0]
         named = next((value for name, value in request.headers if name.lower() == b"idempotency-key"), None)
         arguments = request.path, request.body, None if named is None else named.decode("latin-1")
         key = await asyncio.to_thread(request_key, *arguments) if is_large(request.body) else request_key(*arguments)
-        return self._assemblers[owner(key, names)]
+        return owner(key, names)
 
     async def _vouching(self) -> None:
         # One for all assemblers, a moment before their beats: who lost a caller's connection asks again a second later.
@@ -214,10 +216,11 @@ class Entry:
             self._vouch = await self._vouched()
             await self._clock.sleep(BEAT_S)
 
-    async def _beat(self, assembler: AssemblerCalls) -> None:
+    async def _beat(self, name: str) -> None:
         while True:
             try:
-                await assembler.beat(self.name, self._vouch)
+                knew = self._lives.get(name, "")
+                self._lives[name] = await self._assemblers[name].beat(self.name, self._vouch, knew) or knew
             except Exception as error:  # it is being started again
                 log.info("no beat: %s", type(error).__name__)
             await self._clock.sleep(BEAT_S)

@@ -17,6 +17,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rmcore._base.clock import Clock, SystemClock
@@ -25,6 +26,14 @@ __all__ = ["BEAT_S", "Presence"]
 
 BEAT_S = 0.5
 """Seconds from one sign of life to the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    at: float
+    text: bytes
+    lost: Callable[[], None]
+    reached: Callable[[], None]
 
 
 class Presence:
@@ -44,7 +53,7 @@ class Presence:
         self._doubtful: set[str] = set()
         self._calls: defaultdict[str, set[asyncio.Future[Any]]] = defaultdict(set)
         self._texts: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
-        self._answered: defaultdict[str, list[tuple[float, bytes, Callable[[], None]]]] = defaultdict(list)
+        self._answered: defaultdict[str, list[_Answer]] = defaultdict(list)
         self._beats: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
     def heard(self, entry: str, *, vouched: bool = True) -> None:
@@ -63,14 +72,15 @@ class Presence:
         self._doubtful.discard(entry)
         self._vouched[entry] = now
         answered = self._answered.pop(entry, [])
-        for at, text, lost in answered:
+        for one in answered:
             if doubted:
-                lost()
-            if doubted or at <= now - 2 * BEAT_S:
-                self._release(entry, text)
-        answered = [] if doubted else answered
-        if latest := [one for one in answered if one[0] > now - 2 * BEAT_S]:
-            self._answered[entry] = latest
+                one.lost()
+            elif one.at <= now - 2 * BEAT_S:
+                one.reached()
+            else:
+                self._answered[entry].append(one)
+                continue
+            self._release(entry, one.text)
         self._beats.pop(entry, asyncio.Event()).set()
 
     def called(self, entry: str) -> None:
@@ -96,10 +106,12 @@ class Presence:
                 del self._calls[entry]
             self._release(entry, text)
 
-    def answered(self, entry: str, text: bytes, lost: Callable[[], None]) -> None:
-        """A call has its answer; ``lost`` is called if its entry does not vouch for two more beats."""
+    def answered(
+        self, entry: str, text: bytes, lost: Callable[[], None], reached: Callable[[], None] = lambda: None
+    ) -> None:
+        """A call has its answer; ``reached`` is called if its entry vouches for two more beats, otherwise ``lost``."""
         self._texts[text][entry] += 1
-        self._answered[entry].append((self._clock.now(), text, lost))
+        self._answered[entry].append(_Answer(self._clock.now(), text, lost, reached))
 
     async def no_repetition(self, entry: str, text: bytes) -> None:
         """Return when the entries that have a call with this text under way have vouched for it, or are given up."""
@@ -120,10 +132,10 @@ class Presence:
             self._beats.pop(entry, asyncio.Event()).set()
             for call in self._calls.pop(entry, ()):
                 self.given_up += call.cancel()
-            for _, text, lost in self._answered.pop(entry, ()):
+            for one in self._answered.pop(entry, ()):
                 self.given_up += 1
-                lost()
-                self._release(entry, text)
+                one.lost()
+                self._release(entry, one.text)
 
     def _release(self, entry: str, text: bytes) -> None:
         self._texts[text][entry] -= 1

@@ -17,7 +17,7 @@ import logging
 import re
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
 from rmcore.integrations.ray.cluster import ray_module
 from rmcore.integrations.ray.serve.assembler import Assembler, RawReply, RawRequest
+from rmcore.integrations.ray.serve.copies import Aged
 from rmcore.integrations.ray.serve.entry import Entry
 from rmcore.integrations.ray.serve.replica import RemoteEngine, Replica
 from rmcore.integrations.server.settings import ServeSettings
@@ -216,7 +217,7 @@ class GroupServer:
                 ray_actor_options={"num_cpus": self.scale_now.overhead_cpus},
                 max_ongoing_requests=_MANY,
                 graceful_shutdown_timeout_s=settings.answer_within_s,
-            ).bind(replicas, make, own, self._model)
+            ).bind(replicas, make, own, self._model, name, self._assembler_names(), self.name)
             for name in self._assembler_names()
         }
         entry = self._deployment(
@@ -265,8 +266,39 @@ class GroupServer:
 
 
 class _Assembler(Assembler):
-    def __init__(self, replicas: Any, make: Callable[..., RemoteEngine], settings: ServeSettings, model: str) -> None:
-        super().__init__(functools.partial(make, replicas), settings, model)
+    def __init__(
+        self,
+        replicas: Any,
+        make: Callable[..., RemoteEngine],
+        settings: ServeSettings,
+        model: str,
+        name: str,
+        names: Sequence[str],
+        application: str,
+    ) -> None:
+        others = {other: _Other(other, application) for other in names}
+        super().__init__(functools.partial(make, replicas), settings, model, name=name, assemblers=others)
+
+
+class _Other:
+    """An assembler, for another one: by its name, since of two only one could be bound to the other."""
+
+    def __init__(self, name: str, application: str) -> None:
+        self._name, self._application = name, application
+        self._handle: Any = None
+
+    async def hold(self, origin: str, copies: Sequence[Aged], reached: Mapping[str, Sequence[int]]) -> None:
+        await _answer((await self._found()).hold.remote(origin, copies, reached))
+
+    async def held(self, asker: str) -> list[Aged]:
+        copies: list[Aged] = await _answer((await self._found()).held.remote(asker))
+        return copies
+
+    async def _found(self) -> Any:
+        if self._handle is None:
+            find = ray_module("ray.serve").get_deployment_handle
+            self._handle = await asyncio.to_thread(find, self._name, self._application)
+        return self._handle
 
 
 class _Entry(Entry):
@@ -315,12 +347,13 @@ class _Called:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
-        reply: RawReply = await _answer(self._handle.request.remote(entry, request, resent))
+    async def request(self, entry: str, request: RawRequest, resent: bool = False, knew: str = "") -> RawReply:
+        reply: RawReply = await _answer(self._handle.request.remote(entry, request, resent, knew))
         return reply
 
-    async def beat(self, entry: str, vouched: bool = True) -> None:
-        await _answer(self._handle.beat.remote(entry, vouched))
+    async def beat(self, entry: str, vouched: bool = True, knew: str = "") -> str:
+        life: str = await _answer(self._handle.beat.remote(entry, vouched, knew))
+        return life
 
     async def metrics(self) -> str:
         page: str = await _answer(self._handle.metrics.remote())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -21,20 +23,33 @@ class LostError(Exception):
 
 
 class Process:
-    """An assembler's process, by a handle: calls to it end with its death, and it is started anew."""
+    """An assembler's process, by a handle: calls to it end with its death, and wait until it is started anew."""
 
     def __init__(self, make: Callable[[], Assembler]) -> None:
         self.make = make
         self.assembler = make()
         self.died = asyncio.Event()
+        self.up = asyncio.Event()
+        self.up.set()
         self.beats = True
+        self.answers_copies = True
 
     def kill(self) -> None:
+        self.die()
+        self.start()
+
+    def die(self) -> None:
         died, self.died = self.died, asyncio.Event()
+        self.up.clear()
         for group in self.assembler.service.assembly._groups.values():
             group.task.cancel()
-        self.assembler = self.make()
+        for task in (*(self.assembler._tasks or ()), *(self.assembler.copies._tasks if self.assembler.copies else ())):
+            task.cancel()
         died.set()
+
+    def start(self) -> None:
+        self.assembler = self.make()
+        self.up.set()
 
     async def _call(self, work: Any, died: asyncio.Event) -> Any:
         working, dying = asyncio.ensure_future(work), asyncio.ensure_future(died.wait())
@@ -49,18 +64,43 @@ class Process:
                 working.cancel()
                 await asyncio.wait({working})
 
-    async def request(self, entry: str, request: RawRequest, resent: bool = False) -> RawReply:
-        return await self._call(self.assembler.request(entry, request, resent), self.died)
+    async def request(self, entry: str, request: RawRequest, resent: bool = False, knew: str = "") -> RawReply:
+        await self.up.wait()
+        return await self._call(self.assembler.request(entry, request, resent, knew), self.died)
 
-    async def beat(self, entry: str, vouched: bool = True) -> None:
-        if self.beats:
-            await self.assembler.beat(entry, vouched)
+    async def beat(self, entry: str, vouched: bool = True, knew: str = "") -> str:
+        await self.up.wait()
+        return await self.assembler.beat(entry, vouched, knew) if self.beats else ""
+
+    async def hold(self, *arguments: Any) -> None:
+        await self._copies("hold", *arguments)
+
+    async def held(self, asker: str) -> Any:
+        return await self._copies("held", asker)
+
+    async def _copies(self, method: str, *arguments: Any) -> Any:
+        await self.up.wait()
+        if not self.answers_copies:
+            await asyncio.Event().wait()
+        sent = pickle.loads(pickle.dumps(arguments))
+        return pickle.loads(pickle.dumps(await self._call(getattr(self.assembler, method)(*sent), self.died)))
 
     async def metrics(self) -> str:
         return await self.assembler.metrics()
 
     async def ready(self) -> bool:
         return self.assembler.ready()
+
+
+class _Other:
+    def __init__(self, named: dict[str, Process], name: str) -> None:
+        self.named, self.name = named, name
+
+    async def hold(self, *arguments: Any) -> None:
+        await self.named[self.name].hold(*arguments)
+
+    async def held(self, asker: str) -> Any:
+        return await self.named[self.name].held(asker)
 
 
 class Cluster:
@@ -70,11 +110,18 @@ class Cluster:
         async def call(prompts: Any, responses: Any) -> Any:
             return await engine.score_async(prompts, responses, on_error="return")
 
-        def make() -> Assembler:
-            return Assembler(lambda: RemoteEngine(calls or call, (LostError,)), settings, "tiny")
+        names = [f"Assembler{number}" for number in range(assemblers)]
+        named: dict[str, Any] = dict.fromkeys(names)
 
-        self.assemblers = [Process(make) for _ in range(assemblers)]
-        named = {f"Assembler{number}": process for number, process in enumerate(self.assemblers)}
+        def make(name: str) -> Assembler:
+            # Each finds the others' processes by name, as there are none of them yet.
+            others = {other: _Other(named, other) for other in names}
+            engine = functools.partial(RemoteEngine, calls or call, (LostError,))
+            return Assembler(engine, settings, "tiny", name=name, assemblers=others)
+
+        for name in names:
+            named[name] = Process(functools.partial(make, name))
+        self.assemblers = list(named.values())
         self.proxies = True
         self.entries = [Entry(named, (LostError,), settings, callers=self._answer) for _ in range(entries)]
 

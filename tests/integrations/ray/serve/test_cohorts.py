@@ -478,7 +478,9 @@ def test_a_ray_that_does_not_answer_is_asked_by_one_thread_at_a_time(monkeypatch
         assert not await proxies()
         assert len(asked) == 1
         answers.set()
-        await asyncio.wait({proxies._looking})
+        looking = proxies._looking
+        assert looking is not None
+        await asyncio.wait({looking})
         assert await proxies()
         assert len(asked) == 2
 

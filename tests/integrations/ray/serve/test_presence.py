@@ -31,17 +31,19 @@ def clock():
 
 
 def test_an_answer_counts_as_delivered_when_its_entry_has_lived_on_for_two_beats(clock):
-    presence, lost = Presence(patience_s=3.0, clock=clock), []
+    presence, lost, reached = Presence(patience_s=3.0, clock=clock), [], []
     presence.heard("a")
-    presence.answered("a", b"early", lambda: lost.append("early"))
+    presence.answered("a", b"early", lambda: lost.append("early"), lambda: reached.append("early"))
     clock.time += BEAT_S
     presence.heard("a")  # was on its way when the answer was
     clock.time += BEAT_S
-    presence.answered("a", b"late", lambda: lost.append("late"))
+    presence.answered("a", b"late", lambda: lost.append("late"), lambda: reached.append("late"))
+    assert reached == []
     presence.heard("a")
+    assert reached == ["early"]
     clock.time += 3.1
     presence.give_up_silent()
-    assert lost == ["late"]
+    assert (lost, reached) == (["late"], ["early"])
     assert presence.given_up == 1
     presence.give_up_silent()
     assert presence.given_up == 1
