@@ -73,11 +73,11 @@ def started(
     nodes: int = 0,
     judge_url: str | None = None,
     share: float = 0.05,
-    batch_wait_s: float = 0.004,
+    **settings: float,
 ) -> Iterator[tuple[GroupServer, str, Any]]:
     """A group server on a cluster of this machine, its URL, and the cluster where that has several ``nodes``.
 
-    With ``judge_url`` the least certain ``share`` of each batch is asked of that judge.
+    With ``judge_url`` the least certain ``share`` of each batch is asked of that judge; ``settings`` are the server's.
     """
     from rmcore.cli.on_ray import batch_routing, engine_of, shared_judge
     from rmcore.cli.options import Judging
@@ -92,12 +92,10 @@ def started(
             stack.callback(judge.close)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        settings = ServeSettings(
-            port=port, group_size=soak.group, time_limit_s=soak.time_limit_s, batch_wait_s=batch_wait_s
-        )
+        given: dict[str, Any] = {"port": port, "group_size": soak.group, "time_limit_s": soak.time_limit_s, **settings}
         device = {"backend": "auto", "device": "cpu"}
         make = functools.partial(engine_of, str(model), batch_routing(judging), device, judge)
-        server = GroupServer(make, settings, scale, model="tiny", journal=journal)
+        server = GroupServer(make, ServeSettings(**given), scale, model="tiny", journal=journal)
         stack.callback(server.serve.shutdown)
         stack.callback(server.stop)
         with following(journal, server.publish, every_s=0.5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -37,31 +38,46 @@ def test_nothing_is_lost_or_mixed(which, tmp_path):
 
 
 def test_a_caller_that_goes_away_takes_no_groups_of_others_along(reward_model_path, tmp_path):
-    """Two callers in one batch, which waits for its judge; the one that started it goes. Serve cancels its request."""
+    """Two callers in one batch, which waits for a replica; the one that started it goes. Serve cancels its request."""
     from rmcore.bench.serve_load import Soak
     from rmcore.bench.serve_ray_cluster import slow_judge, started
     from rmcore.integrations.ray.serve import ServeScale
+    from rmcore.integrations.ray.serve.keys import request_key
+    from rmcore.integrations.server.placing import owner
+
+    def of(assembler):
+        """Bodies that it answers."""
+        for number in itertools.count():
+            body = json.dumps({"prompt": f"red {number}", "responses": ["good clear tree", "bad vague tree"]}).encode()
+            if owner(request_key("/v1/groups", body), ["Assembler0", "Assembler1"]) == assembler:
+                yield body
 
     journal = tmp_path / "journal"
     journal.mkdir()
-    body = {"prompt": "red", "responses": ["good clear tree", "bad vague tree"]}
-    one = ServeScale(replicas=1, assemblers=1, entries=1)
-    how = {"share": 1.0, "batch_wait_s": 1.0}
+    scale = ServeScale(replicas=1, assemblers=2, entries=1)
+    how = {"share": 1.0, "batch_wait_s": 0.5, "batches_in_flight": 1}
     with (
-        slow_judge(5.0) as judge,
-        started(reward_model_path, journal, Soak(), one, judge_url=judge.base_url, **how) as (server, url, _),
+        slow_judge(6.0) as judge,
+        started(reward_model_path, journal, Soak(), scale, judge_url=judge.base_url, **how) as (server, url, _),
         httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
     ):
-        assert client.post("/v1/groups", json=body).status_code == 200
-        gone = _in_thread(client.post, "/v1/groups", json={**body, "prompt": "blue"}, timeout=3.0)
-        time.sleep(0.3)
+
+        def post(body, **options):
+            headers = {"content-type": "application/json"}
+            return client.post("/v1/groups", content=body, headers=headers, **options).status_code
+
+        first, second = of("Assembler0"), of("Assembler1")
+        assert post(next(first)) == post(next(second)) == 200
+        busy = _in_thread(post, next(first))
+        time.sleep(1.0)  # the only replica has a batch, and takes no other
+        gone = _in_thread(post, next(second), timeout=2.0)
+        time.sleep(0.2)
         began = time.monotonic()
-        assert client.post("/v1/groups", json={**body, "prompt": "green"}).status_code == 200
-        assert time.monotonic() - began < 20
+        assert post(next(second)) == 200
+        assert time.monotonic() - began > 6.0  # it had to wait for the batch before
         with pytest.raises(httpx.ReadTimeout):
             gone()
-        page = client.get("/metrics").text
-        assert re.search(r"^rmcore_batches_total\{.*\} 2\.0$", page, re.M), page
+        assert busy() == 200
         server.drain()
 
 
