@@ -1,15 +1,16 @@
-"""Calling asynchronous code from synchronous code, whether or not a loop is running in this thread."""
+"""Synchronous and asynchronous code that call each other: a loop of the library's own, and threads of a call's own."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
-__all__ = ["BackgroundTask", "background_loop", "run_sync", "start_sync"]
+__all__ = ["BackgroundTask", "background_loop", "cancelled_here", "own_thread", "run_sync", "start_sync"]
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ def background_loop() -> asyncio.AbstractEventLoop:
         alive = _thread is not None and _thread.is_alive() and _owner == os.getpid()
         if _loop is None or _loop.is_closed() or not alive:
             _loop, _owner = asyncio.new_event_loop(), os.getpid()
-            _thread = threading.Thread(target=_loop.run_forever, name="rmcore-judge", daemon=True)
+            _thread = threading.Thread(target=_run, args=(_loop,), name="rmcore-judge", daemon=True)
             _thread.start()
         return _loop
 
@@ -109,3 +110,68 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop for as long as the process lives.
+
+    What a task raises to end the process (``sys.exit`` in a judge, say) is its caller's to be told; asyncio ends the
+    loop with it, and everybody else on it would wait for ever.
+    """
+    while True:
+        try:
+            loop.run_forever()
+        except (KeyboardInterrupt, SystemExit):
+            continue
+        return
+
+
+def cancelled_here() -> bool:
+    """Whether the running task is being cancelled, so that a ``CancelledError`` at hand is meant for it.
+
+    One that comes out of something that was awaited, and that somebody else cancelled, is an error like any other: let
+    through, it would end this task without a word.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def own_thread(work: Callable[[], T], name: str, *, daemon: bool = False) -> asyncio.Future[T]:
+    """Run ``work`` in a new thread, in this context; a future of the running loop that is done when the thread is.
+
+    For what may take long. The loop's executor has a few threads for everybody: whoever comes while they are busy waits
+    for strangers, and a call that was cancelled keeps its thread to the end.
+
+    Args:
+        work: what to run. It goes on if the future is cancelled.
+        name: of the thread.
+        daemon: whether the process may end before it.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def finish(found: Callable[[], T], error: BaseException | None) -> None:
+        thread.join()  # it has nothing left to do
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(found())
+        else:  # a future refuses StopIteration
+            future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+
+    def run() -> None:
+        result: list[T] = []
+        error: BaseException | None = None
+        try:
+            result.append(context.run(work))
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(finish, result.pop, error)
+        except RuntimeError:  # the loop was closed meanwhile: nobody is left to be told
+            pass
+
+    thread = threading.Thread(target=run, name=name, daemon=daemon)
+    thread.start()
+    return future

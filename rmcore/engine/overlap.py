@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rmcore._base.loop import start_sync
+from rmcore._base.loop import own_thread, start_sync
 from rmcore.engine.judging import ExitError, JudgeQueue
 
 __all__ = ["StoppedError", "run_alongside", "run_alongside_async", "short_turns"]
@@ -56,7 +55,7 @@ async def run_alongside_async(work: Callable[[], None], queue: JudgeQueue | None
     Cancelling this cancels the judge's calls, sets ``stop``, at which the work raises :class:`StoppedError` at its
     next step, and waits for both: nothing is left behind.
     """
-    working = _in_thread(work)
+    working = own_thread(work, "rmcore-score")
     judging = None if queue is None else asyncio.create_task(queue.run())
     both: set[asyncio.Future[None]] = {working} if judging is None else {working, judging}
     try:
@@ -78,38 +77,6 @@ async def run_alongside_async(work: Callable[[], None], queue: JudgeQueue | None
             judging.cancel()
         await _ended(both)
         raise
-
-
-def _in_thread(work: Callable[[], None]) -> asyncio.Future[None]:
-    """Run ``work`` in a new thread; a future of the running loop that is done when the thread is.
-
-    Not on the loop's executor: a call cancelled while that is full would have to wait for strangers.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def finish(error: BaseException | None) -> None:
-        thread.join()  # it has nothing left to do
-        if error is None:
-            future.set_result(None)
-        else:  # a future refuses StopIteration
-            future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            context.run(work)
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(finish, error)
-        except RuntimeError:  # the loop was closed meanwhile: nobody is left to be told
-            pass
-
-    thread = threading.Thread(target=run, name="rmcore-score")
-    thread.start()
-    return future
 
 
 async def _ended(tasks: set[asyncio.Future[None]]) -> None:

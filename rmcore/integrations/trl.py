@@ -252,10 +252,10 @@ class PairwiseReward:
         references = await asyncio.to_thread(self._references, asked, columns, trainer)
         rows = _Rows(asked, answers, self._keys(prompts, columns), references)
         try:
-            async with asyncio.timeout(self.deadline_s):
-                if self.partial_groups == "gather":
-                    rewards, scores, over = await self._gathered(rows, trainer)
-                else:
+            if self.partial_groups == "gather":
+                rewards, scores, over = await self._gathered(rows, trainer)
+            else:
+                async with asyncio.timeout(self.deadline_s):
                     size = self._group_size(rows.keys, trainer)
                     rewards, scores, over = await self._score(split_groups(rows.keys, size, setting=LOCALITY), rows)
         finally:
@@ -294,6 +294,7 @@ class PairwiseReward:
         from accelerate import PartialState
         from accelerate.utils import gather_object
 
+        until = asyncio.get_running_loop().time() + self.deadline_s
         state = PartialState()
         # Collectives block, so they leave the event loop alone; every rank makes the same two.
         everything = await asyncio.to_thread(gather_object, [rows])
@@ -304,7 +305,8 @@ class PairwiseReward:
             everyone = _Rows.joined(everything)
             groups = split_groups(everyone.keys, self._group_size(everyone.keys, trainer), setting="")
             share = groups[state.process_index :: state.num_processes]
-            rewards, scores, over = await self._score(share, everyone)
+            async with asyncio.timeout_at(until):  # not of the collectives: a rank that is late is in both all the same
+                rewards, scores, over = await self._score(share, everyone)
             mine = dict(zip([row for group in share for row in group], rewards, strict=True))
         except Exception as caught:  # told to all ranks, or they would wait for this one until ddp_timeout
             error = caught

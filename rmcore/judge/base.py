@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from rmcore._base.errors import JudgeError
+from rmcore._base.loop import cancelled_here
 from rmcore._base.prompt import Prompt, Response
 
 __all__ = [
@@ -205,8 +206,7 @@ async def isolated_verdicts(judge: Judge, pairs: Sequence[Pair]) -> tuple[list[V
     try:
         answers: list[object] = list(await judge.judge(pairs))
     except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if cancelled_here():
             raise
         return [Verdict.none("raised_CancelledError")] * len(pairs), error
     except Exception as error:

@@ -16,7 +16,7 @@ from rmcore._base import large
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.client.secrets import without_secret
 from rmcore._base.errors import InputError, JudgeError
-from rmcore._base.loop import run_sync
+from rmcore._base.loop import cancelled_here, run_sync
 from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
@@ -305,7 +305,9 @@ class ChatJudge:
                 reason = "store" if self.store is not None and isinstance(error, store_error()) else "bad_pair"
                 return Reply(Verdict.none(reason), detail=str(error))
             return replace(reply, verdict=exchanged(reply.verdict)) if exchange else reply
-        except Exception as error:  # the contract of a judge: a pair's trouble stays with the pair
+        except (Exception, asyncio.CancelledError) as error:  # the contract of a judge: a pair's trouble is its own
+            if isinstance(error, asyncio.CancelledError) and cancelled_here():
+                raise
             return Reply(Verdict.none(f"error_{type(error).__name__}"))
 
     async def _fitted(self, pair: Pair, exchange: bool, deadline: float | None, fit: Fit) -> Reply:

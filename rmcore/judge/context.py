@@ -111,8 +111,7 @@ class ContextWindow:
             texts, parts = await _aside(self._texts, pair)
             long = self.limit is None and not self._asked and sum(map(len, texts)) > _ASK_FROM
             if long and await _aside(self._total, texts) > _ASK_FROM:
-                self._asked = True
-                self._learn(await self._ask(), "as its list of models says")
+                self._learn(await self._told(), "as its list of models says")
             if self.limit is not None:
                 await self._plan(fit, texts, parts, self.limit)
             fit.planned = True
@@ -133,8 +132,7 @@ class ContextWindow:
             texts, parts = await _aside(self._texts, pair)
             limit = overflow.limit or self.limit
             if limit is None and not self._asked:
-                self._asked = True
-                limit = await self._ask()
+                limit = await self._told()
             if limit is None:
                 # A size that depends on the pair alone, so that the same pair is cut in the same way another time.
                 fit.scale /= 4
@@ -179,6 +177,15 @@ class ContextWindow:
         return replace(verdict, reason=f"{_CUT_OFF}{asked + said}")
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    async def _told(self) -> int | None:
+        """What the server says. It is asked once; again if whoever asked went away before the answer."""
+        self._asked = True
+        try:
+            return await self._ask()
+        except BaseException:
+            self._asked = False
+            raise
 
     def _learn(self, limit: int | None, how: str) -> None:
         if limit is not None and (self.limit is None or limit < self.limit):

@@ -359,3 +359,26 @@ def test_engine_options_are_checked_before_a_model_loads(arguments, message, mon
     monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=message):
         PairwiseReward(tmp_path, **arguments)
+
+
+def test_a_rank_that_is_out_of_time_tells_the_others(reward_model, monkeypatch):
+    """Or they would wait for it in the second collective until ddp_timeout."""
+    import accelerate.utils
+
+    class Stuck:
+        async def judge(self, pairs):
+            await asyncio.sleep(3600)
+
+    told = []
+
+    def gather_object(mine):
+        told.append(mine)
+        return mine
+
+    monkeypatch.setattr(accelerate.utils, "gather_object", gather_object)
+    engine = RewardEngine(reward_model, Stuck(), BudgetRouter(1.0))
+    reward = PairwiseReward(engine, num_generations=2, deadline_s=0.3, partial_groups="gather")
+    with pytest.raises(TimeoutError):
+        call(reward, ["red", "red"], ["good", "bad"])
+    assert len(told) == 2
+    assert told[1][0][1].startswith("TimeoutError")

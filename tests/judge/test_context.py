@@ -261,3 +261,27 @@ def test_the_template_alone_may_be_too_long(serve, make_judge, ask):
     with serve(context_tokens=2048) as server:
         verdict = ask(make_judge(server.base_url, prompt=long, context_tokens=2048), LONG)[0]
     assert (verdict.reason, server.requests) == ("too_long", 0)
+
+
+def test_the_context_is_asked_for_again_where_whoever_asked_went_away(mock_judge, chat_reply):
+    asked, hold = [], asyncio.Event()
+
+    async def handler(request):
+        if request.method == "GET":
+            asked.append(request)
+            await hold.wait()
+            return httpx.Response(200, json={"data": [{"id": "judge-model", "max_model_len": 4096}]})
+        return chat_reply(request, "<verdict>$win</verdict>")
+
+    async def main():
+        judge = mock_judge(handler, orders="one")
+        leaves = asyncio.create_task(judge.judge([BOTH]))
+        while not asked:
+            await asyncio.sleep(0)
+        leaves.cancel()
+        await asyncio.wait({leaves})
+        hold.set()
+        await judge.judge([BOTH])
+        assert (len(asked), judge.context.limit) == (2, 4096)
+
+    asyncio.run(main())

@@ -19,17 +19,19 @@ import os
 import random
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from rmcore._base.client.breaker import BreakerState, CircuitBreaker
-from rmcore._base.client.causes import ConnectionFailedError
+from rmcore._base.client.causes import ConnectionFailedError, connection_trouble
 from rmcore._base.client.concurrency import AdaptiveConcurrency, ConcurrencyState
 from rmcore._base.client.exchange import OVERLOAD, Attempt, Exchange, Send
 from rmcore._base.client.latency import LatencyEstimate
-from rmcore._base.client.limits import Limits, LimitsState, RateLimits
+from rmcore._base.client.limits import Admission, Limits, LimitsState, RateLimits
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.clock import Clock
+from rmcore._base.loop import cancelled_here
 from rmcore._base.retry import retry_after_s, retry_delay_s
 
 __all__ = ["Call", "Client", "ClientState"]
@@ -194,8 +196,7 @@ class Client:
                         reservation.withdraw()
                         continue
                     slot.sent()
-                    with self.exchange.session() as send:  # making a connection takes time that is not the server's
-                        result = await self._exchange_in_time(send, request, deadline)
+                    result = await self._sent(reservation, request, deadline)
                     result.reservation = reservation
                     if result.body is None and result.status >= 400:
                         reservation.unpaid()
@@ -204,6 +205,17 @@ class Client:
                     permit.report(result.alive if result.sent else None, result.reason)
         finally:
             slot.release(result.signal if result.sent else "neutral")
+
+    async def _sent(self, reservation: Admission, request: _Request, deadline: float | None) -> Attempt:
+        """One exchange on a connection; where not even that can be had, for want of files say, nothing is counted."""
+        with ExitStack() as stack:
+            try:  # making a connection takes time that is not the server's
+                send = stack.enter_context(self.exchange.session())
+            except OSError as error:
+                reservation.withdraw()
+                trouble = connection_trouble(error, self.exchange.place)
+                return Attempt(reason="connection", detail=str(trouble), retry=not trouble.lasting)
+            return await self._exchange_in_time(send, request, deadline)
 
     async def _exchange_in_time(self, send: Send, request: _Request, deadline: float | None) -> Attempt:
         """One exchange, at most ``timeout_s`` long, not past the deadline, and seen by limits and latency."""
@@ -223,6 +235,10 @@ class Client:
             return Attempt(reason="connection", detail=str(error), retry=not error.lasting)
         except OSError:
             return Attempt(reason="connection", retry=True)
+        except asyncio.CancelledError:
+            if cancelled_here():
+                raise
+            return Attempt(reason="error_CancelledError")  # of something that the transport or function waited for
         except Exception as error:  # a transport or a function of the user's own may raise anything
             # The type only: messages of HTTP libraries can quote headers, and one of them holds the key.
             return Attempt(reason=f"error_{type(error).__name__}")

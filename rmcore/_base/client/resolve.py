@@ -8,6 +8,7 @@ looked up here first; a request goes out only once that has worked.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import socket
 import threading
@@ -74,9 +75,14 @@ class Resolver:
         with self._lock:
             flight = self._flight
             if flight is None:
-                flight = self._flight = Future()
+                flight = Future()
                 flight.set_running_or_notify_cancel()  # so that whoever stops waiting does not stop the others
-                threading.Thread(target=self._look_up, args=(flight,), name="rmcore-dns", daemon=True).start()
+                thread = threading.Thread(target=self._look_up, args=(flight,), name="rmcore-dns", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads: not a flight that never ends
+                    raise OSError(errno.EAGAIN, str(error)) from None
+                self._flight = flight
             return flight
 
     def _look_up(self, flight: Future[None]) -> None:

@@ -10,24 +10,41 @@ is kept, and what is under way is waited for.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import reject
 from rmcore._base.files import write_atomic
+from rmcore._base.loop import own_thread
 from rmcore.engine.routing import Budget
+from rmcore.engine.routing.routers import Reservation
 from rmcore.integrations.ray.cluster import ray_module
-from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, checked_verdicts, close_judge, takes_principles
+from rmcore.judge.base import (
+    Judge,
+    JudgeUsage,
+    Pair,
+    Verdict,
+    checked_verdicts,
+    close_judge,
+    log_judge_error,
+    takes_principles,
+)
 from rmcore.judge.keys import pair_key
 
 __all__ = ["BUDGET", "ActorJudge", "SharedJudge", "start_judge"]
 
 BUDGET = "budget"
 """``Verdict.reason`` of a pair that the budget had no room for."""
+
+log = logging.getLogger(__name__)
+
 _CONCURRENT_CALLS = 4096
 
 
@@ -56,7 +73,8 @@ class SharedJudge:
         self.asked = self.repeated = self.refused = 0
         self._state = state
         self._answers: dict[str, asyncio.Future[Verdict]] = {}
-        self._asking: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Task[list[Verdict]]] = set()
+        self._saving = asyncio.Lock()
         if state is not None and state.exists():
             kept = json.loads(state.read_text(encoding="utf-8"))
             if not isinstance(kept, list) or len(kept) != len(self.budgets):
@@ -67,32 +85,35 @@ class SharedJudge:
     async def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict a pair, in order; deadlines are seconds from now.
 
-        A pair with a principle of its own, which the real judge would not read, has none (``no_principles``).
+        A question under way for somebody else is waited for until the pair's own deadline, and asked again where it
+        failed only for the other's. A pair with a principle of its own, which the real judge would not read, has none
+        (``no_principles``).
         """
         if not self.takes_principles and any(pair.principle for pair in pairs):
             others = iter(await self.judge([pair for pair in pairs if not pair.principle]))
             return [Verdict.none("no_principles") if pair.principle else next(others) for pair in pairs]
-        loop, mine = asyncio.get_running_loop(), {}
-        waited: list[asyncio.Future[Verdict]] = []
-        for pair in pairs:
-            key = f"{pair_key(pair.prompt, pair.first, pair.second)}{pair.principle}"
-            if key not in self._answers:
-                self._answers[key] = loop.create_future()
-                mine[key] = replace(pair, deadline=None if pair.deadline is None else time.monotonic() + pair.deadline)
-            else:
-                self.repeated += 1
-            waited.append(self._answers[key])
-        own = {id(self._answers[key]) for key in mine}
-        if mine:
-            # A task of its own: what was asked is paid for, so it is kept even if the scorer that asked is killed.
-            asking = asyncio.ensure_future(self._ask(mine))
-            self._asking.add(asking)  # the loop itself holds tasks weakly
-            asking.add_done_callback(self._asking.discard)
-        found = await asyncio.gather(*(asyncio.shield(future) for future in waited))
-        verdicts = []
-        for verdict, future in zip(found, waited, strict=True):
-            verdicts.append(verdict if id(future) in own else replace(verdict, usage=JudgeUsage(cache_hits=1)))
-            own.discard(id(future))
+        now = time.monotonic()
+        asked = [pair if pair.deadline is None else replace(pair, deadline=now + pair.deadline) for pair in pairs]
+        verdicts: list[Verdict] = [Verdict.none("not_asked")] * len(asked)
+        missing = list(range(len(asked)))
+        while missing:
+            flights, own = self._join([asked[k] for k in missing])
+            again = []
+            for k, flight in zip(missing, flights, strict=True):
+                until = asked[k].deadline
+                # The judge itself keeps the deadline of what was asked here, and tells what it cost.
+                bound = None if until is None or flight in own else max(0.0, until - time.monotonic())
+                await asyncio.wait({flight}, timeout=bound)  # unlike awaiting it, this leaves it alone when cancelled
+                if not flight.done():
+                    verdicts[k] = Verdict.none("deadline")
+                elif flight in own:
+                    own.discard(flight)
+                    verdicts[k] = flight.result()
+                elif flight.result().reason == "deadline" and (until is None or time.monotonic() < until):
+                    again.append(k)
+                else:
+                    verdicts[k] = replace(flight.result(), usage=JudgeUsage(cache_hits=1))
+            missing = again
         return verdicts
 
     def stats(self) -> dict[str, Any]:
@@ -109,43 +130,89 @@ class SharedJudge:
         """Close the judge's connections and store."""
         await close_judge(self.inner)
 
-    async def _ask(self, questions: dict[str, Pair]) -> None:
-        futures = {key: self._answers[key] for key in questions}
-        try:
-            verdicts = await self._within_budgets(list(questions.values()))
-        except Exception as error:
-            verdicts = [Verdict.none(f"raised_{type(error).__name__}")] * len(questions)
-        for (key, future), verdict in zip(futures.items(), verdicts, strict=True):
+    def _join(self, pairs: list[Pair]) -> tuple[list[asyncio.Future[Verdict]], set[asyncio.Future[Verdict]]]:
+        """Where the answer to each pair will be, and those of them that are asked for now."""
+        loop, mine = asyncio.get_running_loop(), dict[str, Pair]()
+        flights = []
+        for pair in pairs:
+            key = f"{pair_key(pair.prompt, pair.first, pair.second)}{pair.principle}"
+            if key not in self._answers:
+                self._answers[key] = loop.create_future()
+                mine[key] = pair
+            else:
+                self.repeated += 1
+            flights.append(self._answers[key])
+        own = {self._answers[key] for key in mine}
+        if mine:
+            # A task of its own, in a context of its own: what was asked is paid for, so it is kept even if the scorer
+            # that asked is killed, and belongs to nobody who may be cancelled.
+            context = contextvars.Context()
+            asking = loop.create_task(self._within_budgets(list(mine.values())), context=context)
+            self._asking.add(asking)  # the loop itself holds tasks weakly
+            asking.add_done_callback(partial(self._answered, list(mine)))
+        return flights, own
+
+    def _answered(self, keys: list[str], asking: asyncio.Task[list[Verdict]]) -> None:
+        """However asking ended, and if it never began: whoever waits is told."""
+        self._asking.discard(asking)
+        error = asyncio.CancelledError() if asking.cancelled() else asking.exception()
+        if error is not None:
+            log_judge_error(error, "the shared judge", len(keys))
+        reason = "" if error is None else f"raised_{type(error).__name__}"
+        verdicts = asking.result() if error is None else [Verdict.none(reason)] * len(keys)
+        for key, verdict in zip(keys, verdicts, strict=True):
+            flight = self._answers[key]
             if verdict.failed:  # may be asked again
                 del self._answers[key]
-            future.set_result(verdict)
+            flight.set_result(verdict)
 
     async def _within_budgets(self, pairs: list[Pair]) -> list[Verdict]:
-        room, reservations = len(pairs), []
-        for budget in self.budgets:
-            reservations.append(budget.reserve(room))
-            room = reservations[-1].pairs
-        held = [budget.shrink(r, room) for budget, r in zip(self.budgets, reservations, strict=True)]
-        self._save()
+        held, room = self._reserve(len(pairs))
+        usage: JudgeUsage | None = JudgeUsage()  # nothing is asked yet
         try:
+            if not await self._saved():
+                # Without its books a budget buys nothing: what they do not hold would be spent again after a restart.
+                return [Verdict.none("store")] * len(pairs)
+            usage = None
             verdicts = await checked_verdicts(self.inner, pairs[:room])
-        except BaseException:
-            for budget, reservation in zip(self.budgets, held, strict=True):
-                budget.settle(reservation, None)
-            raise
-        usage = JudgeUsage.total(verdict.usage for verdict in verdicts)
-        for budget, reservation in zip(self.budgets, held, strict=True):
-            budget.settle(reservation, usage)
+            usage = JudgeUsage.total(verdict.usage for verdict in verdicts)
+        finally:
+            for budget, reservation in held:
+                self._settle(budget, reservation, usage)
         self.usage = replace(self.usage + usage, latencies_s=())
         self.asked += room
         self.refused += len(pairs) - room
-        self._save()
+        await self._saved()  # where not, the books still hold what was reserved, which is no less
         return verdicts + [Verdict.none(BUDGET)] * (len(pairs) - room)
 
-    def _save(self) -> None:
-        """Keep what is spent; what is in flight counts, since an actor that dies cannot settle it."""
-        if self.budgets and self._state is not None:
-            write_atomic(self._state, json.dumps([budget.state_dict() for budget in self.budgets]))
+    def _reserve(self, pairs: int) -> tuple[list[tuple[Budget, Reservation]], int]:
+        """What each budget has set aside, and for how many of the pairs all have room."""
+        held: list[tuple[Budget, Reservation]] = []
+        room = pairs
+        for budget in self.budgets:
+            held.append((budget, budget.reserve(room)))
+            room = held[-1][1].pairs
+        return [(budget, budget.shrink(reservation, room)) for budget, reservation in held], room
+
+    def _settle(self, budget: Budget, reservation: Reservation, usage: JudgeUsage | None) -> None:
+        try:
+            budget.settle(reservation, usage)
+        except Exception:  # a judge's usage may be anybody's, and the verdicts are in
+            log.exception("the judge's usage cannot be booked; what was reserved counts as spent")
+            budget.settle(reservation, None)
+
+    async def _saved(self) -> bool:
+        """Keep what is spent, in a thread; what is in flight counts, since an actor that dies cannot settle it."""
+        if not self.budgets or self._state is None:
+            return True
+        async with self._saving:  # one after the other: the latest is what stays
+            books = json.dumps([budget.state_dict() for budget in self.budgets])
+            try:
+                await own_thread(partial(write_atomic, self._state, books), "rmcore-budgets")
+            except OSError:
+                log.exception("%s: what the budgets have spent could not be kept", self._state)
+                return False
+        return True
 
 
 class ActorJudge:

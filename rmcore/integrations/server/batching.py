@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -288,7 +289,13 @@ class BatchScorer:
                     continue
                 flight = asyncio.create_task(self._fly(batch, permit), name="rmcore batch")
                 self._flights.add(flight)
-                flight.add_done_callback(self._flights.discard)
+                flight.add_done_callback(functools.partial(self._landed, batch, permit))
+        except BaseException as error:  # there is nobody to start further batches: nobody is left waiting for one
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._characters = 0
+            self._fail(waiting, _told(error))
+            raise
         finally:
             self._dispatcher = None
 
@@ -307,16 +314,16 @@ class BatchScorer:
             time_up.cancel()
 
     async def _fly(self, batch: list[_Request], permit: _Permit) -> None:
-        try:
-            await self._score(batch, permit, self.clock.now())
-        except BaseException as error:  # whatever it is, nobody is left waiting
-            cancelled = isinstance(error, asyncio.CancelledError)
-            self._fail(batch, BusyError("the batch of this group was cancelled", 1.0) if cancelled else error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            permit.free()
-            self._room.release()
+        await self._score(batch, permit, self.clock.now())
+
+    def _landed(self, batch: list[_Request], permit: _Permit, flight: asyncio.Task[None]) -> None:
+        """However a batch ended, and if it never began: its places are free, and nobody is left waiting."""
+        self._flights.discard(flight)
+        permit.free()
+        self._room.release()
+        error = asyncio.CancelledError() if flight.cancelled() else flight.exception()
+        if error is not None:
+            self._fail(batch, _told(error))
 
     async def _score(self, batch: list[_Request], permit: _Permit, started: float) -> None:
         """Score a batch in one call. A group that cannot be scored fails alone, and no router is asked twice for it."""
@@ -413,6 +420,12 @@ class _Permit:
         if self._held:
             self._held = False
             self._semaphore.release()
+
+
+def _told(error: BaseException) -> BaseException:
+    """What those are told whose batch ended with ``error``: a future that raised CancelledError would cancel them."""
+    cancelled = isinstance(error, asyncio.CancelledError)
+    return BusyError("the batch of this group was cancelled", 1.0) if cancelled else error
 
 
 def _error_of(future: asyncio.Future[ScoredGroup]) -> BaseException | None:

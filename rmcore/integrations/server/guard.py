@@ -107,6 +107,11 @@ class Guard:
                     refusal = refused.response
             if refusal is not None:
                 await refusal(scope, receive, noting_send)
+        except _LetGoError:
+            log.warning("the answer to a request to %s was cancelled, though its client is there", path)
+            if not status:
+                again = error_response(503, "cancelled", "the answer was cancelled; ask again", {"Retry-After": "1"})
+                await again(scope, receive, noting_send)
         except Exception:
             # The trace may hold texts of the request, so it is for the log only.
             log.exception("a request to %s failed", path)
@@ -181,6 +186,8 @@ class Guard:
         both: set[asyncio.Future[Any]] = {answering, watching}
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if answering.cancelled():
+                raise _LetGoError
             if answering.done():
                 answering.result()
                 return True
@@ -200,6 +207,10 @@ class _RefusedError(Exception):
     def __init__(self, response: Response) -> None:
         super().__init__()
         self.response = response
+
+
+class _LetGoError(Exception):
+    """Somebody else cancelled the answer."""
 
 
 async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore.integrations.server.assembly import ConflictError
+from rmcore.integrations.server.members import BusyError, ConflictError
 
 __all__ = ["ReplyStore"]
 
@@ -54,21 +55,23 @@ class ReplyStore:
 
         Raises:
             ConflictError: the key was used for another content.
+            BusyError: the work was cancelled, by none of those who asked for it.
         """
         self._forget_old()
         kept, running = self._kept.get(key), self._running.get(key)
         if kept is None and running is None:
-            task = asyncio.create_task(_run(work), name="rmcore reply")
+            # In a context of its own: what is called in that of a request may be cancelled with it (Ray Serve does).
+            task = asyncio.create_task(_run(work), name="rmcore reply", context=contextvars.Context())
             self._running[key] = (digest, task)
             task.add_done_callback(lambda done: self._finish(key, digest, done))
-            return await asyncio.shield(task), False
+            return await _outcome(task), False
         if digest != (kept.digest if kept is not None else running[0] if running is not None else b""):
             raise ConflictError("Idempotency-Key: got one that was used for another request, expected a new one")
         self.replayed += 1
         if kept is not None:
             return kept.body, True
         assert running is not None
-        return await asyncio.shield(running[1]), True
+        return await _outcome(running[1]), True
 
     def _finish(self, key: Hashable, digest: bytes, task: asyncio.Task[bytes]) -> None:
         del self._running[key]
@@ -89,3 +92,11 @@ class ReplyStore:
 
 async def _run(work: Callable[[], Awaitable[bytes]]) -> bytes:
     return await work()
+
+
+async def _outcome(task: asyncio.Task[bytes]) -> bytes:
+    """What a task comes to. It is left alone where the waiting is cancelled."""
+    await asyncio.wait({task})
+    if task.cancelled():
+        raise BusyError("the work for this request was cancelled", 1.0)
+    return task.result()

@@ -11,7 +11,10 @@ import inspect
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
+
+from rmcore._base.loop import own_thread
 
 __all__ = [
     "CompletionError",
@@ -115,7 +118,8 @@ class _OpenAI:
             given["extra_body"] = extra  # a client library takes fields it does not know under this name only
         if self._asynchronous:
             return await create(messages=messages, **given)
-        found = await asyncio.to_thread(create, messages=messages, **given)
+        # A server that hangs must not take the threads that everybody shares.
+        found = await own_thread(partial(create, messages=messages, **given), "rmcore-completion", daemon=True)
         return await found if inspect.isawaitable(found) else found
 
 
@@ -167,9 +171,22 @@ class _Transformers:
         top = int(parameters.pop("top_logprobs", 0)) if parameters.pop("logprobs", False) else 0
         if parameters:
             raise CompletionError(400, f"{min(parameters)} is not supported by a model in this process")
-        return await asyncio.to_thread(self._generate, messages, limit or self._max_new_tokens, temperature, top)
+        gone = threading.Event()
+        work = partial(self._generate, messages, limit or self._max_new_tokens, temperature, top, gone)
+        try:
+            return await own_thread(work, "rmcore-generation")
+        except asyncio.CancelledError:
+            gone.set()
+            raise
 
-    def _generate(self, messages: Sequence[Mapping[str, str]], limit: int, temperature: float, top: int) -> Any:
+    def _generate(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        limit: int,
+        temperature: float,
+        top: int,
+        gone: threading.Event,
+    ) -> Any:
         import torch
 
         tokenizer = self._tokenizer
@@ -178,6 +195,8 @@ class _Transformers:
         given = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(self._model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         with self._lock, torch.inference_mode():
+            if gone.is_set():  # while it waited its turn
+                return None
             out = self._model.generate(
                 **given, **sampling, max_new_tokens=limit, return_dict_in_generate=True, output_logits=bool(top)
             )

@@ -287,15 +287,26 @@ class SharedLimits:
         if self._process != os.getpid():  # forked: the thread stayed behind
             self._start_anew()
         with self._lock:
-            add()
             if self._thread is None:
                 self._closing = False
-                self._thread = threading.Thread(target=self._work, name="rmcore-limits", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="rmcore-limits", daemon=True)
+                thread.start()
+                self._thread = thread
                 _running.add(self)
+            add()
             self._wake.notify()
 
     def _work(self) -> None:
+        try:
+            self._admit_all()
+        except BaseException:  # nobody may wait for ever, whatever happened
+            _logger.exception("%r: ended; whoever asks next starts it again", self)
+            with self._lock:
+                self._orders.clear()  # one of them may be the cause. What they would settle stays counted as reserved
+        finally:
+            self._end()
+
+    def _admit_all(self) -> None:
         pause, down_since = 0.0, math.inf
         while True:
             with self._lock:
@@ -326,7 +337,6 @@ class SharedLimits:
                     self._asked.remove(one)
             for one, answer in done:  # without the lock: whoever gave up meanwhile gives it back at once
                 one.future.set_result(answer)
-        self._end()
 
     def _end(self) -> None:
         with self._lock:

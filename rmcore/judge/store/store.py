@@ -282,7 +282,7 @@ class VerdictStore:
     def _submit(self, job: Any) -> Future[Any]:
         self._check_process()
         with self._lock:
-            if self._writer is None:
+            if self._writer is None or self._writer.ended:
                 connect = partial(self.location.connect, self.lease_s, self.clock)
                 self._writer = Writer(str(self.location), connect, self.reuse, self.lease_s)
                 # At exit too: what is in the queue then is paid for.

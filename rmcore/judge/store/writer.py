@@ -96,13 +96,27 @@ class Writer:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        database = self._connect()
-        going = True
-        while going:
-            batch, going = self._next()
-            owed, self._owed = self._owed, []
-            self._try_until_done(database, owed + batch, going)
-        database.close()
+        try:
+            database = self._connect()
+            going = True
+            while going:
+                batch, going = self._next()
+                owed, self._owed = self._owed, []
+                self._try_until_done(database, owed + batch, going)
+            database.close()
+        except BaseException as error:  # nobody may wait for ever, whatever happened
+            _logger.exception("%s: the store's thread ended", self._place)
+            with self._closed:
+                self._stopped = True
+            left = []
+            while not self._jobs.empty():
+                left.append(self._jobs.get_nowait())
+            self._fail([job for job in left if job is not None], StoreError(f"{self._place}: {type(error).__name__}"))
+
+    @property
+    def ended(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._stopped
 
     def _try_until_done(self, database: Database, batch: list[Job], going: bool) -> None:
         began, pause = time.monotonic(), _FIRST_PAUSE_S

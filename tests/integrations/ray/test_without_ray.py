@@ -176,3 +176,93 @@ def test_without_ray_the_extra_is_named():
         connect("local"),
     ):
         pass
+
+
+# -- several who ask, and what goes wrong for one ----------------------------------------------------------------------
+
+
+class Deadlines(Told):
+    """Answers when it is told to, and keeps the deadlines of its pairs."""
+
+    async def judge(self, pairs):
+        self.asked += pairs
+        try:
+            async with asyncio.timeout(min(pair.deadline for pair in pairs) - time.monotonic()):
+                await self.answers.wait()
+        except TimeoutError:
+            return [Verdict.none("deadline", JudgeUsage(calls=1)) for _ in pairs]
+        return [Verdict.of("win", usage=JudgeUsage(calls=1)) for _ in pairs]
+
+
+def within(seconds, pairs=PAIRS[:2]):
+    return [replace(pair, deadline=seconds) for pair in pairs]
+
+
+def test_who_has_more_time_asks_again_where_anothers_ran_out():
+    async def main():
+        judge = Deadlines(answers=False)
+        shared = SharedJudge(lambda: judge)
+        short = asyncio.create_task(shared.judge(within(0.05)))
+        await asyncio.sleep(0)
+        patient = asyncio.create_task(shared.judge(within(60)))
+        assert {verdict.reason for verdict in await short} == {"deadline"}
+        judge.answers.set()
+        verdicts = await asyncio.wait_for(patient, 5)
+        assert [(verdict.preference, verdict.usage.calls) for verdict in verdicts] == [(1, 1), (1, 1)]
+        assert len(judge.asked) == 4
+
+    asyncio.run(main())
+
+
+def test_who_has_less_time_waits_no_longer_for_another():
+    async def main():
+        judge = Deadlines(answers=False)
+        shared = SharedJudge(lambda: judge)
+        patient = asyncio.create_task(shared.judge(within(60)))
+        await asyncio.sleep(0)
+        short = await asyncio.wait_for(shared.judge(within(0.05)), 5)
+        assert [(verdict.reason, verdict.usage) for verdict in short] == [("deadline", JudgeUsage())] * 2
+        judge.answers.set()
+        assert [verdict.preference for verdict in await patient] == [1, 1]
+        assert len(judge.asked) == 2
+
+    asyncio.run(main())
+
+
+def test_books_that_cannot_be_kept_cost_no_verdict_and_no_room(tmp_path, monkeypatch):
+    """Before it asks a full disk stops it, or a restart would spend it again; after it the verdicts are in."""
+    from rmcore.integrations.ray import judge as module
+
+    full: list[bool] = []
+
+    def write(path, text):
+        if full.pop(0):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_atomic", write)
+
+    async def main():
+        judge = Told()
+        shared = SharedJudge(lambda: judge, lambda: [Budget(4, "calls", max_per_pair=1)], tmp_path / "b.json")
+        full[:] = [True]
+        assert {verdict.reason for verdict in await shared.judge(PAIRS[:3])} == {"store"}
+        assert (judge.asked, shared.budgets[0].stats().left) == ([], 4)
+        full[:] = [False, True]
+        assert [verdict.preference for verdict in await shared.judge(PAIRS[:3])] == [1, 1, 1]
+        assert (shared.budgets[0].stats().spent, shared.budgets[0].stats().reserved) == (3, 0)
+
+    asyncio.run(main())
+
+
+def test_a_usage_that_cannot_be_booked_costs_the_reservation_and_no_verdict():
+    class Odd(Told):
+        async def judge(self, pairs):
+            return [Verdict.of("win", usage=JudgeUsage(calls=-7)) for _ in pairs]
+
+    async def main():
+        shared = SharedJudge(Odd, lambda: [Budget(4, "calls", max_per_pair=1), Budget(9, "pairs")])
+        verdicts = await shared.judge(PAIRS[:3])
+        assert [verdict.preference for verdict in verdicts] == [1, 1, 1]
+        assert all(budget.stats().reserved == 0 for budget in shared.budgets)
+
+    asyncio.run(main())

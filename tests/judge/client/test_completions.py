@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -331,3 +332,68 @@ def test_a_model_in_this_process_knows_its_special_tokens(tiny):
     known = transformers_completions(model, tokenizer).special_tokens
     assert set(tokenizer.all_special_tokens) <= set(known)
     assert known == tuple(sorted(known))
+
+
+def test_a_synchronous_client_that_hangs_takes_no_thread_from_anybody():
+    release = threading.Event()
+
+    def create(**given):
+        release.wait(20)
+        return FakeCompletion({})
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    options = ClientOptions(concurrency=64, first_concurrency=64, timeout_s=0.05, retry=RetryPolicy(max_attempts=1))
+    judge = ChatJudge(model="m", complete=openai_completions(client), judge_id="j", client=options, orders="one")
+
+    async def main():
+        verdicts = await judge.judge([Pair("p", f"a{k}", "b") for k in range(64)])
+        assert {verdict.reason for verdict in verdicts} == {"timeout"}
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 5) == 1
+
+    try:
+        asyncio.run(main())
+    finally:
+        release.set()
+
+
+def test_what_nobody_waits_for_is_not_generated():
+    started, release, generated = threading.Event(), threading.Event(), []
+
+    class Slow:
+        device = "cpu"
+
+        def generate(self, **given):
+            generated.append(1)
+            started.set()
+            release.wait(10)
+            raise ValueError("enough")
+
+    class Tokens:
+        chat_template = "x"
+
+        def apply_chat_template(self, messages, **how):
+            return "x"
+
+        def __call__(self, text, **how):
+            class Given(dict):
+                def to(self, device):
+                    return self
+
+            return Given(input_ids=None)
+
+    complete = transformers_completions(Slow(), Tokens())
+
+    async def main():
+        calls = [asyncio.create_task(complete([])) for _ in range(20)]
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        for call in calls[1:]:
+            call.cancel()
+        await asyncio.wait(calls[1:])
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 5) == 1
+        release.set()
+        with pytest.raises(ValueError, match="enough"):
+            await calls[0]
+
+    asyncio.run(main())
+    assert generated == [1]

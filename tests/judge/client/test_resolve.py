@@ -136,3 +136,16 @@ def test_the_process_ends_though_the_resolver_hangs():
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=90, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "deadline"), done.stderr
+
+
+def test_a_thread_that_cannot_be_started_costs_one_attempt_and_no_more(monkeypatch):
+    resolver = Resolver(URL, through_proxy=False, within_s=5, lookup=lambda host, port: None)
+
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(ConnectionFailedError):
+            asyncio.run(resolver.check())
+    asyncio.run(resolver.check())

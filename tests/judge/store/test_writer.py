@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from rmcore.judge import JudgeUsage, Verdict
+from rmcore.judge import JudgeUsage, Verdict, VerdictStore
 from rmcore.judge.store import writer as module
 from rmcore.judge.store.protocol import BUSY, Claim, Find, Record, Release, StoreError, UnreachableStoreError
 from rmcore.judge.store.records import Question, Reply
@@ -147,3 +148,37 @@ def test_any_other_error_ends_its_batch_only(made, memory, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             made.submit(Find("k")).result(5)
     assert made.submit(Find("k")).result(5) is None
+
+
+def test_a_thread_that_ends_tells_all_who_wait_and_says_so(memory, monkeypatch, caplog):
+    made = Writer("place", lambda: memory, "replies", 0.2)
+    waiting = threading.Event()
+
+    def broken(self):
+        waiting.wait(5)
+        raise MemoryError
+
+    monkeypatch.setattr(Writer, "_next", broken)
+    first = made.submit(Find("k"))  # the thread is in the real one
+    jobs = [made.submit(Find("k")) for _ in range(3)]
+    waiting.set()
+    for job in [first, *jobs]:
+        try:
+            job.result(5)
+        except StoreError as error:
+            assert "MemoryError" in str(error)  # noqa: PT017
+    assert "the store's thread ended" in caplog.text
+    assert made.ended
+    with pytest.raises(StoreError, match="closed"):
+        made.submit(Find("k")).result(5)
+
+
+def test_a_store_whose_thread_ended_has_another(tmp_path, monkeypatch):
+    with VerdictStore(tmp_path / "v.db") as store:
+        assert store.get(question(1)) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "_next", lambda self: 1 / 0)
+            with contextlib.suppress(StoreError):
+                store.get(question(1))
+            store._writer._thread.join(5)
+        assert store.get(question(1)) is None
