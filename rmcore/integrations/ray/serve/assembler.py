@@ -14,7 +14,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Message, Scope
@@ -38,13 +38,14 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class RawRequest:
-    """A request as it came to an entry."""
+    """A request as it came to an entry; ``call`` names it, so that one that is sent again is known for the same."""
 
     method: str
     path: str
     query: bytes
     headers: Headers
     body: bytes
+    call: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,12 @@ class RawReply:
 
 GIVEN_UP = RawReply(0)
 """The assembler took the entry for dead. What is not dead asks again."""
+
+
+@dataclass(eq=False)
+class _Call:
+    scope: Scope = field(default_factory=dict)
+    answering: asyncio.Future[RawReply] | None = None
 
 
 class Assembler:
@@ -94,6 +101,7 @@ class Assembler:
         self._clock: Clock = clock or SystemClock()
         self._born = self._clock.now()
         self._succeeds = False
+        self._calls: dict[str, _Call] = {}
         self._tasks: tuple[asyncio.Task[None], asyncio.Task[None]] | None = None
 
     async def beat(self, entry: str, vouched: bool = True, knew: str = "") -> str:
@@ -130,15 +138,18 @@ class Assembler:
         """
         await asyncio.shield(self._begin(knew))
         self.presence.called(entry)
-        text = b""
+        text, call = b"", _Call()
         if request.path in BY_CONTENT:
             text = hashlib.sha256(request.body).digest()
+            await self._instead(request.call, call)
             await self.presence.no_repetition(entry, text)
+            if self._calls.get(request.call, call) is not call:
+                return GIVEN_UP  # it was sent again meanwhile
         young = self._clock.now() - self._born < self.service.settings.time_limit_s
         token = RESENT.set(resent or (self._succeeds and young))
         try:
-            scope = _scope(request)
-            answering = asyncio.ensure_future(self._answer(scope, request.body))
+            scope = call.scope = _scope(request)
+            answering = call.answering = asyncio.ensure_future(self._answer(scope, request.body))
         finally:
             RESENT.reset(token)
         with self.presence.holding(entry, answering, text):
@@ -148,11 +159,33 @@ class Assembler:
                 answering.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait({answering})
+                if answering.cancelled():
+                    self._over(request.call, call)
         if answering.cancelled():
             return GIVEN_UP
         if text:
-            self.presence.answered(entry, text, *(functools.partial(told, scope) for told in (lost, reached)))
+            over = functools.partial(self._over, request.call, call)
+            self.presence.answered(entry, text, functools.partial(over, lost), functools.partial(over, reached))
         return answering.result()
+
+    async def _instead(self, name: str, call: _Call) -> None:
+        """Have a call take the place of an earlier one of its name, whose answer its entry will not get: it took this
+        process for dead, which was only out of reach. Otherwise its member would be there twice.
+        """
+        if not name:
+            return
+        earlier, self._calls[name] = self._calls.get(name), call
+        if earlier is None or earlier.answering is None:
+            return
+        earlier.answering.cancel()
+        await asyncio.wait({earlier.answering})
+        lost(earlier.scope)
+
+    def _over(self, name: str, call: _Call, tell: Callable[[Scope], None] | None = None) -> None:
+        if tell is not None and self._calls.get(name, call) is call:
+            tell(call.scope)
+        if self._calls.get(name) is call:
+            del self._calls[name]
 
     async def hold(self, origin: str, copies: Sequence[Aged], reached: Mapping[str, Sequence[int]]) -> None:
         """Keep copies, as :class:`~rmcore.integrations.ray.serve.copies.CopyCalls` says."""

@@ -138,7 +138,7 @@ class Entry:
             await answer(scope, receive, send)
             return
         headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
-        raw = RawRequest(scope["method"], path, scope["query_string"], headers, body)
+        raw = RawRequest(scope["method"], path, scope["query_string"], headers, body, uuid.uuid4().hex)
         reply = await self._ask(raw)
         await send({"type": "http.response.start", "status": reply.status, "headers": list(reply.headers)})
         await send({"type": "http.response.body", "body": reply.body})

@@ -47,6 +47,11 @@ class Process:
             task.cancel()
         died.set()
 
+    def out_of_reach(self) -> None:
+        """For a moment: calls end as if it had died, and go on there."""
+        died, self.died = self.died, asyncio.Event()
+        died.set()
+
     def start(self) -> None:
         self.assembler = self.make()
         self.up.set()

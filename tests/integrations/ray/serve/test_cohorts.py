@@ -209,6 +209,67 @@ def test_what_a_dead_entry_had_under_way_is_given_up(cluster_of):
     go(main)
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_a_dead_entry_was_answered_is_given_again(cluster_of):
+    async def main():
+        engine = Numbers()
+        cluster = cluster_of(engine, assemblers=1, nemo_gym=True)
+        known = cluster.place(0).assembler
+        known.presence = presence.Presence(patience_s=0.1)
+        for path, bodies in (
+            ("/get_reward", [reward("q", n) for n in (1, 2, 6)]),
+            ("/verify", [rollout(f"{n} x") for n in (1, 2, 6)]),
+            ("/v1/rendezvous", [{"prompt": "p", "k": 3, "response": f"{n} x"} for n in (1, 2, 6)]),
+        ):
+            before = len(engine.scored)
+            rest = [asyncio.create_task(cluster.post(1, path, body)) for body in bodies[1:]]
+            request = assembler.RawRequest("POST", path, b"", HEADERS, json.dumps(bodies[0]).encode())
+            first = await known.request("dead", request)
+            await asyncio.gather(*rest)
+            began = asyncio.get_running_loop().time()
+            status, again = await cluster.post(1, path, bodies[0])
+            assert asyncio.get_running_loop().time() - began < 5
+            assert (status, again) == (first.status, json.loads(first.body))
+            assert len(engine.scored) == before + 1
+
+    go(main)
+
+
+@pytest.mark.parametrize("when", ["waiting", "answered"])
+def test_a_member_sent_again_to_an_assembler_that_was_only_out_of_reach_is_not_two_members(cluster_of, when):
+    """Ray says that it cannot be reached; its calls go on there."""
+
+    async def main():
+        engine = Numbers()
+        cluster = cluster_of(engine, assemblers=1)
+        process = cluster.place(0)
+        posts = [asyncio.create_task(cluster.post(n % 2, "/get_reward", reward("q", n))) for n in (1, 1)]
+        await settle()
+        if when == "answered":  # and the answers are on their way
+            known, answer = process.assembler, process.assembler._answer
+
+            async def answered(scope, body):
+                reply = await answer(scope, body)
+                process.out_of_reach()
+                return reply
+
+            known._answer = answered
+            posts.append(asyncio.create_task(cluster.post(1, "/get_reward", reward("q", 6))))
+            await settle()
+            known._answer = answer
+        else:
+            process.out_of_reach()
+            await asyncio.sleep(0.15)  # all are there again
+            posts.append(asyncio.create_task(cluster.post(1, "/get_reward", reward("q", 6))))
+        done = await asyncio.gather(*posts)
+        assert [reply["rewards"][0] for _, reply in done] == pytest.approx([-5 / 3, -5 / 3, 10 / 3])
+        assert [sorted(group) for group in engine.scored] == [["1 x", "1 x", "6 x"]]
+        assert sum(one.resent for one in cluster.entries) >= 2
+        assert len(process.assembler._calls) == 3
+
+    go(main)
+
+
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("again", [0, 1])
 @pytest.mark.usefixtures("quick")
