@@ -32,6 +32,7 @@ from rmcore.judge.question.sanitise import breakable
 from rmcore.judge.question.soft import MIN_MASS
 from rmcore.judge.store.prices import PriceTable, answering_model, price_call
 from rmcore.judge.store.records import Question, Reply, reply_text
+from rmcore.judge.tokenizers import tokens_of
 from rmcore.judge.wrappers.canary_pairs import CANARY_ID
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class ChatJudge:
         context_tokens: tokens that the judge's model takes, question and answer together. ``None``: learnt from the
             server's list of models or from its errors. Give it for a server that cuts long questions by itself without
             a word (Ollama).
-        tokenizer: the judge's tokenizer (``encode``), or a function from a text to its number of tokens. ``None``: an
-            estimate from the characters, from above.
+        tokenizer: the judge's tokenizer (``encode``), whose special tokens are broken up in the texts, or a function
+            from a text to its number of tokens. ``None``: an estimate from the characters, from above.
         deadline_s: seconds for one :meth:`judge` call over all its pairs; what is not answered by then fails with
             ``deadline``. ``None``: no limit. A pair's own ``deadline`` counts where it is earlier.
         temperature, max_tokens, max_completion_tokens: sent only if given, since endpoints differ in what they
@@ -166,7 +167,7 @@ class ChatJudge:
             given_prompt,
             output=given_prompt.output if output is None else output,
             max_response_chars=given_prompt.max_response_chars if max_response_chars is None else max_response_chars,
-            special_tokens=given_prompt.special_tokens or breakable(getattr(complete, "special_tokens", ())),
+            special_tokens=given_prompt.special_tokens or _own_tokens(complete, tokenizer),
         )
         self.constitution = constitution
         self.soft, self.min_mass = soft, min_mass
@@ -444,3 +445,9 @@ class ChatJudge:
                 counts,
                 detail,
             )
+
+
+def _own_tokens(complete: object, tokenizer: object) -> tuple[str, ...]:
+    """The special tokens that a judge's completion function or tokenizer is known to have."""
+    known = getattr(complete, "tokenizer", None) if tokenizer is None else tokenizer
+    return breakable(dict.fromkeys([*getattr(complete, "special_tokens", ()), *tokens_of(known)]))

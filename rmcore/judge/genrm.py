@@ -62,7 +62,8 @@ class GenRMJudge(ChatJudge):
 
     def _version(self, principles: tuple[str, ...]) -> str:
         principle = "\n".join(principles) or self.principle
-        digest = hashlib.sha256(principle.encode("utf-8", "surrogatepass")).hexdigest()[:12] if principle else ""
+        said = "\0".join([principle, *self.prompt.special_tokens])
+        digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:12] if said else ""
         return f"{GENRM_VERSION}:{digest}" if digest else GENRM_VERSION
 
     async def _call(
@@ -76,7 +77,9 @@ class GenRMJudge(ChatJudge):
         principles: tuple[str, ...],
     ) -> Reply:
         principle = "\n".join(principles) or self.principle
-        messages, broken = await large.call(genrm_messages, prompt, first, second, principle, cut)
+        messages, broken = await large.call(
+            genrm_messages, prompt, first, second, principle, cut, self.prompt.special_tokens
+        )
         payload = {"model": self.model, "messages": messages, **self._limited(answer_tokens)}
         reply = await self.client.complete(payload, deadline=deadline)
         answered = self._answered(reply.model)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from rmcore._base.loop import own_thread
+from rmcore.judge.tokenizers import tokens_of
 
 __all__ = [
     "CompletionError",
@@ -160,9 +161,7 @@ class _Transformers:
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """The tokenizer's own."""
-        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
-        own = {str(token) for token in added if token.special} | set(getattr(self._tokenizer, "all_special_tokens", ()))
-        return tuple(sorted(own))
+        return tokens_of(self._tokenizer)
 
     async def __call__(self, messages: list[dict[str, str]], /, **parameters: Any) -> Any:
         parameters.pop("model", None)

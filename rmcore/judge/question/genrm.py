@@ -17,20 +17,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rmcore._base.errors import reject
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response, message_text, response_text
 from rmcore.judge.question.cut import Cut, ends
-from rmcore.judge.question.sanitise import sanitise
+from rmcore.judge.question.sanitise import RULES, sanitise
 from rmcore.judge.question.verdict import Labels, parse_verdict
 
 __all__ = ["GENRM_VERSION", "GenRMScores", "genrm_messages", "read_scores", "scores_of"]
 
-GENRM_VERSION: Final = "genrm-1"
+GENRM_VERSION: Final = f"genrm-1, {RULES}"
 """Of the form of the question, part of a store's keys."""
 
 _NUMBER = re.compile(r"\s*\d{1,3}(?:\.\d{1,9})?\s*", re.ASCII)
 _NO_LABELS = Labels("\0win", "\0loss", "\0tie")  # in no reply: its final answer is read, and no verdict of ours in it
 _GONE = "\n[… {} characters are not shown …]\n"
 _TIE_BREAK = 10.0
+_OWN_ROLES = ("principle", "response_1", "response_2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,26 @@ def scores_of(preference: float) -> GenRMScores:
 
 
 def genrm_messages(
-    prompt: Prompt, first: Response, second: Response, principle: str = "", cut: Cut | None = None
+    prompt: Prompt,
+    first: Response,
+    second: Response,
+    principle: str = "",
+    cut: Cut | None = None,
+    tokens: tuple[str, ...] = (),
 ) -> tuple[list[dict[str, str]], int]:
-    """The messages of one question, and how many control sequences were broken up in the texts.
+    """The messages of one question, and how many control sequences were broken up in the texts and the principle.
+
+    ``tokens`` are broken besides those that are known by their shape.
 
     Raises:
-        InputError: the texts are refused.
+        InputError: the texts are refused; or a prompt has a message in a role that only a question has.
     """
     cut = cut or Cut()
     turns = canonical_prompt(prompt)
     spoken = [("user", turns)] if isinstance(turns, str) else [(turn["role"], message_text(turn)) for turn in turns]
+    for k, (role, _) in enumerate(spoken):
+        if role.lower() in _OWN_ROLES:
+            reject(f"prompt[{k}].role", repr(role), f"a role besides {', '.join(_OWN_ROLES)}, which a question has")
     if cut.prompt:  # of several messages the longest gives way
         longest = max(range(len(spoken)), key=lambda k: len(spoken[k][1]))
         spoken[longest] = (spoken[longest][0], _shortened(spoken[longest][1], cut.prompt))
@@ -77,7 +89,7 @@ def genrm_messages(
         spoken.append((role, _shortened(response_text(canonical_response(response)), gone)))
     messages, broken = [], 0
     for role, text in spoken:
-        clean, count = (text, 0) if role == "principle" else sanitise(text)
+        clean, count = sanitise(text, tokens)
         messages.append({"role": role, "content": clean})
         broken += count
     return messages, broken

@@ -291,7 +291,10 @@ class JudgePrompt:
         }
         # Template substitutes in one pass over the template: what it puts in is never looked at again.
         system, user = self._with_principles()
-        trusted["principles"] = _PRINCIPLES + "".join(f"- {text}\n" for text in self.principles)
+        # Whose words they are nobody knows here: a request may bring its own.
+        safe = [sanitise(text, self.special_tokens) for text in self.principles]
+        count += sum(broken for _, broken in safe)
+        trusted["principles"] = _PRINCIPLES + "".join(f"- {text}\n" for text, _ in safe)
         if not self.principles:
             trusted["principles"] = ""
         messages = [{"role": "system", "content": string.Template(system).substitute(trusted)}]

@@ -11,7 +11,7 @@ between the parts, closed by a slash or not:
 - between angle brackets: ``<|x|>``, ``<|x>``, ``<x|>``, ``<UPPER_CASE>``, ``<with_underscores>``, ``<word:word>``, and
   ``<[x]>``, names without a mark of their own (``<s>``, ``<pad>``, ``<think>``), of which there is a list;
 - between square ones: ``[UPPER_CASE]``, ``[|x|]``, ``[@x@]``; MiniMax's ``]~b]`` and ``[e~[``; Falcon's ``>>TITLE<<``;
-  Kimi's ``◁x▷``; and ``/no_think``, which some chat templates obey.
+  OLMo's ``|||IP_ADDRESS|||``; Kimi's ``◁x▷``; and ``/no_think``, which some chat templates obey.
 
 So ordinary text that has such a shape gets a sign too: ``[TODO]``, ``buffer[MAX_LEN]``, ``<YOUR_NAME>``, ``<TABLE>``,
 ``vector<my_type>``, ``<xsl:template>``. It stays readable, and the contract tells the judge what the sign means. Left
@@ -34,7 +34,7 @@ from rmcore._base.large import pieces
 
 __all__ = ["ESCAPE", "RULES", "blank", "breakable", "restore", "sanitise"]
 
-RULES = "sanitise 3"
+RULES = "sanitise 4"
 """Part of a prompt's version: which sequences are broken shapes the question."""
 
 ESCAPE = "\u241b"
@@ -127,14 +127,18 @@ def _any_of(words: str, numbered: str = "") -> str:
 
 
 # Tags that open or close reasoning, with attributes or without.
-_REASONING = _any_of("thinking thoughts thought reasoning reflection analysis scratchpad seed:think")
+_REASONING = _any_of(
+    "thinking thoughts thought reasoning reflection analysis scratchpad cot seed:think answer response"
+)
 # Names between brackets that are control tokens of some model and have no shape that tells them from other words.
 _NAMES = _any_of(
-    "s bos eos pad unk mask gmask cls sep sop eop sod eod eot eom eoh eoa image video audio speech global-img box ref "
-    "quad reponame filename pr escape role 2mass",
+    "s bos eos pad unk mask gmask cls sep sop eop sod eod eot eom eoh eoa image video audio speech global-img box "
+    "ref quad reponame filename pr escape role 2mass img imgpad slice 用户",
     "unused extra reserved special pad unk image token ctrl",
 )
-_SQUARE = _any_of("inst think start_header_id end_header_id", "unused extra_id_ reserved_ special_ control_")
+_SQUARE = _any_of(
+    "inst think start_header_id end_header_id multimodal toxicity=0", "unused extra_id_ reserved_ special_ control_"
+)
 # Types of C between angle brackets, the one kind of name with an underscore that code is full of.
 _C_TYPES = r"(?:u?int(?:_fast|_least)?(?:8|16|32|64|ptr|max)|s?size|ptrdiff|wchar|char(?:8|16|32)|time|clock|off|pid)_t"
 
@@ -194,9 +198,10 @@ _DANGEROUS = re.compile(
             rf"&(?=(?i:lt|\#0{{0,6}}+60|\#x0{{0,6}}+3c);?(?:{_after_left('[&>]', '[^<>&' + chr(92) + 'n]')}))",
             rf"\[(?={_SQUARE_LEFT})",
             rf"\](?={_SQUARE_RIGHT})",
-            rf">(?=>{_T}[A-Z_]{{2,64}}+{_T}<<)",  # >>TITLE<<
+            rf">(?=>{_T}[A-Z][A-Z0-9_]{{1,64}}+{_T}<<)",  # >>TITLE<<
+            rf"\|(?=\|\|{_T}[A-Z][A-Z0-9_]{{1,64}}+{_T}\|\|\||(?:ENDOFTEXT|SPEAKER|NEWLINE)\|)",  # |||IP_ADDRESS|||
             rf"◁(?={_S}/?{_S}{_W}{{1,64}}+{_S}▷)",
-            rf"/(?=(?i:no_?think)(?!{_W}))|(?<!\S)/(?=(?i:think)(?!\S))",
+            rf"/(?=(?i:no_?think|think_o(?:n|ff))(?!{_W}))|(?<!\S)/(?=(?i:think)(?!\S))",
             rf"{_V}(?!{ESCAPE})",
         ]
     )

@@ -29,6 +29,8 @@ else: the verdict then counts for less, in proportion."""
 _OUTCOMES: tuple[Outcome, ...] = ("win", "loss", "tie")
 _DECORATION = b" \t\r\n*_`\"'"
 _MAX_TOKENS = 1 << 20
+_ALONE = 0.99
+"""From which probability on the written token needs no alternatives beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,11 @@ def soft_preference(choice: object, labels: Labels, outcome: Outcome, least: flo
         index += 1
     lead = pieces[index][: at - start].rstrip(_DECORATION)
     mass = dict.fromkeys(_OUTCOMES, 0.0)
-    for token, probability in _alternatives(_read(entries[index])).items():
+    found, own = _alternatives(_read(entries[index])), pieces[index]
+    if found and (own not in found or (len(found) == 1 and found[own] < _ALONE)):
+        # Of the token that was written nothing is known, or of no other: what the rest says, or hides, is no measure.
+        return Soft(None, reason="no_logprobs")
+    for token, probability in found.items():
         if token.startswith(lead):
             begun = token[len(lead) :].lstrip(_DECORATION).upper()
             for word in _OUTCOMES:

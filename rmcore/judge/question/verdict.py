@@ -6,12 +6,13 @@ fields ``critique`` and ``verdict``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rmcore._base.large import find_all, read_json
+from rmcore._base.large import LARGE, find_all, pieces, read_json
 from rmcore.judge.base import Outcome
 
 __all__ = ["MAX_CRITIQUE", "UNANSWERED", "Labels", "Parsed", "Statement", "parse_verdict", "statements"]
@@ -26,26 +27,41 @@ _TAG = re.compile(r"<\s{0,8}verdict\s{0,8}>([^<>]{0,200})<\s{0,8}/\s{0,8}verdict
 _PAIR = re.compile(r'(?<!\\)"verdict"\s{0,8}:\s{0,8}"([^"\\<>]{0,200})"')
 # Where reasoning begins and ends when a server leaves it in the text: tags of many names, Magistral's and Kimi's
 # brackets, and the channels of gpt-oss. `rmcore.judge.question.sanitise` breaks all of these in untrusted text.
-_THINK = r"think|thinking|thoughts?|reasoning|reflection|seed:think"
+_THINK = r"think|thinking|thoughts?|reasoning|reflection|seed:think|longcat_think"
 _THINK_OPEN = re.compile(
     rf"<\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[THINK\]|◁think▷|<\|channel\|>\s?(?:analysis|commentary)\b", re.IGNORECASE
 )
 _THINK_CLOSE = re.compile(
     rf"<\s{{0,8}}/\s{{0,8}}(?:{_THINK})\s{{0,8}}>|\[/THINK\]|◁/think▷|"
-    r"<\|channel\|>\s?final\s?(?:<\|constrain\|>\s?\w{1,20}\s?)?<\|message\|>",
+    r"<\|channel\|>\s?final\s?(?:<\|constrain\|>\s?\w{1,20}\s?)?<\|message\|>|"
+    r"<\|END_THINKING\|>|<\|end_of_thought\|>|<channel\|>|<\|inner_suffix\|>",
     re.IGNORECASE,
 )
 # Reasoning formats that nobody has listed: `<analysis>`, `<think type=x>`, `<|START_THINKING|>`, `<|channel>thought`.
 # What ends something (`<end_of_turn>`) opens nothing.
 _OPENING = re.compile(
-    r"\s*<\|?(?!\s{0,8}verdict\b|\w{0,40}(?:end|eot|eos))(?P<name>[A-Za-z][\w:]{0,39})(?:\s[^<>\n]{0,80})?\|?>",
+    r"\s*<\|?(?!\s{0,8}verdict\b|\w{0,40}(?:end|eot|eos))(?P<name>[^\W\d][\w:.-]{0,39})(?:\s[^<>\n]{0,80})?\|?>",
     re.IGNORECASE,
 )
-# What may follow a verdict: white space, emphasis, closing brackets and tags, and the tokens that end a turn.
-_TAIL_PART = re.compile(
-    r"[\s*_`\"'.,}\])]{1,4096}|<\s{0,8}/[^<>\n]{1,40}>|<\|[^<>|\n]{0,20}(?:end|eot)[^<>|\n]{0,20}\|>", re.IGNORECASE
+# The same behind other words, where the name alone tells it.
+_THOUGHTS = (
+    rf"(?!end)(?:(?:start|begin)_(?:of_)?)?(?:\w{{1,20}}_)?(?:{_THINK}|analysis|scratchpad|cot|inner_prefix)(?:_start)?"
 )
+_MIDWAY = re.compile(
+    rf"<\s{{0,8}}\|?(?P<name>{_THOUGHTS})(?:\s[^<>\n]{{0,80}})?\|?>|<\|channel>\s?(?P<channel>thought|analysis)\b|"
+    rf"\[\s?(?P<square>{_THOUGHTS})\s?\]",
+    re.IGNORECASE,
+)
+_PLAIN = {ord("｜"): "|", ord("▁"): "_"}  # as DeepSeek's tokens have them
+# What may follow a verdict: white space, emphasis, punctuation, closing brackets and tags, tokens that end a turn.
+_TAIL_PART = re.compile(
+    r"[\s\u200b\ufeff*_`\"'.,!。！$|~}\\\])-]{1,4096}|<\s{0,8}/[^<>\n]{1,40}>|"
+    r"<[|｜][^<>|｜\n]{0,20}(?:end|eot|eos)[^<>|｜\n]{0,20}[|｜]>|<(?:end|eot|eos)\w{0,20}>",
+    re.IGNORECASE,
+)
+_MOST_BRACES = 16  # opening ones that are looked at for the object around a verdict
 _REACH = 512  # no pattern of a tag or a label looks further from where it begins
+_CLOSING_WORDS = re.compile(r"[\s`}\])]{0,80}[^\W\d]{1,20}(?: [^\W\d]{1,20}){0,2}[.!]\s{0,80}")
 _FENCED = re.compile(r"```[a-zA-Z]{0,10}\s*(\{.*\})\s*```", re.DOTALL)
 _DECORATION = " \t\r\n*_`\"'"  # what models put around a label they mean
 
@@ -54,6 +70,10 @@ _FINISHED = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequenc
 """``finish_reason`` of a text that the model itself ended; empty where an endpoint says nothing of it."""
 _ENDED = _FINISHED | {"tool_calls", "function_call", "tool_use"}
 """The same of an answer without text, which may have called a tool instead."""
+_LENGTH = frozenset({"length", "max_tokens", "model_length", "max_output_tokens"})
+_FILTERED = frozenset(
+    {"content_filter", "safety", "prohibited_content", "blocklist", "recitation", "spii", "sensitive"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +119,12 @@ class Parsed:
 
 
 class Statement(NamedTuple):
-    """What stands in one place that has the form of a verdict: where the text begins, and which verdict it is."""
+    """What stands in one place that has the form of a verdict: where its text begins, and which verdict it is."""
 
     start: int
     outcome: Outcome | None
+    stop: int
+    """Where the tag or the pair ends."""
 
 
 def statements(text: str, labels: Labels) -> list[Statement]:
@@ -110,8 +132,10 @@ def statements(text: str, labels: Labels) -> list[Statement]:
 
     A JSON pair with anything else is left out: it may be a quotation, which a tag in a final answer hardly is.
     """
-    tags = [Statement(tag.start(1), labels.outcome(tag[1])) for tag in find_all(_TAG, text, _REACH)]
-    pairs = [Statement(pair.start(1), labels.outcome(pair[1])) for pair in find_all(_PAIR, text, _REACH)]
+    tags, pairs = (
+        [Statement(found.start(1), labels.outcome(found[1]), found.end()) for found in find_all(form, text, _REACH)]
+        for form in (_TAG, _PAIR)
+    )
     return sorted(tags + [pair for pair in pairs if pair.outcome is not None], key=lambda statement: statement.start)
 
 
@@ -126,7 +150,7 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
     If the answer is a JSON object (code fences aside) with a ``verdict``, that field is the verdict and ``critique``
     the critique. Otherwise every ``<verdict>LABEL</verdict>`` and every ``"verdict": "LABEL"`` counts. Whole labels of
     ours count only, in any number, if all agree; labels that disagree are ``conflicting``. A last tag or field that
-    holds anything but a label takes back what stood before it: ``unparsable``.
+    holds anything but a label takes back what stood before it, as does any text behind it: ``unparsable``.
 
     Total: any object whatever gives a :class:`Parsed`, never an exception.
     """
@@ -143,15 +167,16 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
     else:
         refused = False
     text = content if isinstance(content, str) else ""
-    if finish in ("length", "max_tokens", "model_length", "max_output_tokens"):
+    if finish in _LENGTH:
         return Parsed(None, "length", text[:MAX_CRITIQUE])
-    if finish in ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "spii", "sensitive"):
+    if finish in _FILTERED:
         return Parsed(None, "filter", text[:MAX_CRITIQUE])
     if refused or finish == "refusal" or message.get("refusal"):
         return Parsed(None, "refusal", text[:MAX_CRITIQUE])
-    if finish not in (_FINISHED if text.strip() else _ENDED) or (text.strip() and reply.get("error")):
+    went_on = reply.get("error") or any(message.get(name) for name in ("error", "tool_calls", "function_call"))
+    if finish not in (_FINISHED if text.strip() else _ENDED) or (text.strip() and went_on):
         # Not a list of failures, which is never complete: "error", "abort" and what comes next year are no end, and
-        # least of all of an answer without a word.
+        # least of all of an answer without a word. Words beside a call of a tool are none's end either.
         return Parsed(None, "unfinished", text[:MAX_CRITIQUE])
     if content is not None and not isinstance(content, str):
         return Parsed(None, "unparsable")
@@ -164,7 +189,11 @@ def _finish(reply: Mapping[object, object]) -> str:
     if said is None and isinstance(details := reply.get("finish_details"), Mapping):
         said = details.get("type")
     # A number or an object is a reason too, and no end that is known.
-    return "" if said is None else said.lower() if isinstance(said, str) else f"of type {type(said).__name__}"
+    ended = "" if said is None else said.lower() if isinstance(said, str) else f"of type {type(said).__name__}"
+    if ended in _ENDED:  # a gateway's word for its upstream's, which may know better
+        own = (reply.get(name) for name in ("native_finish_reason", "stop_reason"))
+        return next((word for it in own if isinstance(it, str) and (word := it.lower()) in _LENGTH | _FILTERED), ended)
+    return ended
 
 
 def _join_parts(parts: list[object]) -> tuple[str | None, bool]:
@@ -199,23 +228,39 @@ def _read(text: str, labels: Labels) -> Parsed:
         return parsed
     if _opens_and_does_not_close(answer):
         return Parsed(None, "length", answer[:MAX_CRITIQUE])
-    tags = list(find_all(_TAG, answer, _REACH))
-    critique = _without(tags, answer)
-    if tags and not _is_tail(answer, tags[-1].end()) and not _holds(_PAIR, answer, tags[-1].end()):
+    critique = _without(list(find_all(_TAG, answer, _REACH)), answer)
+    found = statements(answer, labels)
+    outcomes = [statement.outcome for statement in found]
+    if found and not _is_tail(answer, found[-1].stop) and not _ends_object(answer, found[-1].stop):
         # A verdict ends an answer. With more behind it, it was thought aloud, and perhaps not the last thought.
-        outcomes = {statement.outcome for statement in statements(answer, labels)}
-        return Parsed(None, "conflicting" if len(outcomes - {None}) > 1 else "unparsable", critique[:MAX_CRITIQUE])
-    return _decide([statement.outcome for statement in statements(answer, labels)], critique)
+        conflict = len(set(outcomes) - {None}) > 1
+        return Parsed(None, "conflicting" if conflict else "unparsable", critique[:MAX_CRITIQUE])
+    return _decide(outcomes, critique)
 
 
 def _opens_and_does_not_close(answer: str) -> bool:
-    """Whether an answer begins with something of the shape of a reasoning tag, of whatever name, that is not closed."""
-    opening = _OPENING.match(answer)
-    if opening is None:
-        return False
-    name = re.escape(re.sub(r"(?i)^start_|_start$|^begin_", "", opening["name"]))
-    closing = rf"(?i)<\s{{0,8}}/\s{{0,8}}{name}\b|<\|?(?:end_)?{name}(?:_end)?\|>"
-    return not _holds(re.compile(closing), answer, opening.end())
+    """Whether an answer begins with something of the shape of a reasoning tag, of whatever name, that is not closed;
+    or has one of the names that such tags have behind other words.
+    """
+    if any(chr(sign) in answer for sign in _PLAIN):
+        answer = "".join(piece.translate(_PLAIN) for piece in pieces(answer))
+    first = _OPENING.match(answer)
+    opened = [(first["name"], first.end())] if first is not None else []
+    for found in find_all(_MIDWAY, answer, _REACH):
+        opened.append((found["name"] or found["channel"] or found["square"], found.end()))
+        del opened[1:-1]  # the first and the last tell
+    return any(not _closes(name, answer, end) for name, end in opened)
+
+
+def _closes(opened: str, answer: str, start: int) -> bool:
+    name = re.escape(re.sub(r"(?i)^start_(?:of_)?|_start$|^begin_(?:of_)?|_prefix$", "", opened))
+    forms = (
+        rf"<\s{{0,8}}/\s{{0,8}}(?:begin_(?:of_)?)?{name}\b",
+        rf"<\|?(?:end_(?:of_)?)?{name}(?:_end|_suffix)?\|>|<channel\|>",
+        rf"\[\s?(?:/\s?{name}|end_(?:of_)?{name})\s?\]",
+    )
+    closing = "(?i)" + "|".join(forms)
+    return _holds(re.compile(closing), answer, start)
 
 
 def _holds(pattern: re.Pattern[str], text: str, start: int = 0) -> bool:
@@ -237,6 +282,26 @@ def _is_tail(text: str, start: int) -> bool:
             return False
         start = part.end()
     return True
+
+
+def _ends_object(text: str, place: int) -> bool:
+    """Whether ``place`` is within a whole JSON object, with nothing that counts behind it: three words at most, such as
+    "That is all."
+    """
+    if len(text) > LARGE:  # a text of that size is no such answer
+        return False
+    start, decoder = place, json.JSONDecoder()
+    for _ in range(_MOST_BRACES):
+        start = text.rfind("{", 0, start)
+        if start < 0:
+            break
+        try:
+            _, stop = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        if stop >= place:
+            return _is_tail(text, stop) or _CLOSING_WORDS.fullmatch(text, stop) is not None
+    return False
 
 
 def _read_object(text: str, labels: Labels) -> Parsed | None:

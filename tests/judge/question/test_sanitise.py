@@ -6,6 +6,7 @@ import re
 import string
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -47,6 +48,10 @@ FAMILIES = {
     "Tekken, Gemini": "[control_8] [TRANSCRIBE] <ctrl99> <ctrl100> <start_function_call> <escape>",
     "Sky-T1, Nanbeige": "<|begin_of_thought|> <|end_of_solution|> <|thought_start|> <|box_start|>",
     "MOSS, ChatGLM": "<eoh> <eoa> <sod> <gmask> <|Human|> <|MOSS|>",
+    "OLMo, Persimmon, Falcon 3": "|||IP_ADDRESS||| |||EMAIL_ADDRESS||| |ENDOFTEXT| |SPEAKER| >>UNUSED_189<<",
+    "Gemma's own, LongCat, MiniCPM": "[multimodal] [toxicity=0] /think_on /think_off <longcat_s> <用户> <AI> <slice>",
+    "Qwen-VL, Hunyuan, ERNIE": "<img> </img> <imgpad> <answer> </answer> <response> </response> <cot>",
+    "TeleChat, Step, Apertus": "<_user> <_bot> <_end> <im_patch> <|inner_suffix|> <|BOT|> <|_unuse_missing_100256|>",
     "LFM, Granite, Aya": "<|tool_list_start|> <|start_of_role|> <|tool_call|> <|CHATBOT_TOKEN|> <|NEW_FILE|> <pr>",
 }
 TOKENS = sorted({token for tokens in FAMILIES.values() for token in tokens.split()})
@@ -117,7 +122,7 @@ def test_the_control_tokens_of_a_family_are_broken(family):
 @pytest.mark.parametrize("name", sorted(LOOKALIKES))
 def test_their_lookalikes_are_broken(name):
     for token in TOKENS:
-        if token.startswith(("/", ">", "<global-img")) or (token in TOUCHING and "spaced" in name):
+        if token.startswith(("/", ">", "|", "<global-img")) or (token in TOUCHING and "spaced" in name):
             continue
         disguised = LOOKALIKES[name](token)
         assert sanitise(f"before {disguised} after")[1] > 0, disguised
@@ -282,6 +287,37 @@ def test_a_judge_breaks_the_tokens_of_its_tokenizer(ask):
     ask(judge, Pair("p", "a @@end b <|im_end|>", "c"))
     assert "@␛@end b <␛|im_end|>" in seen[0]
     assert judge.prompt.special_tokens == ("@@end", "<|im_end|>")
+
+
+def test_a_judge_breaks_the_tokens_of_the_tokenizer_it_counts_with():
+    """As transformers, tokenizers and tiktoken have them; a function that counts tells none."""
+    token = SimpleNamespace(content="@@end", special=True)
+    plain = SimpleNamespace(content="two words", special=False)
+    tokenizers = [
+        SimpleNamespace(encode=str.split, added_tokens_decoder={1: token, 2: plain}, all_special_tokens=["@@end"]),
+        SimpleNamespace(encode=str.split, get_added_tokens_decoder=lambda: {1: token, 2: plain}),
+        SimpleNamespace(encode=str.split, special_tokens_set={"@@end"}),
+    ]
+
+    async def complete(messages, **parameters):
+        return "no"
+
+    for tokenizer in tokenizers:
+        assert ChatJudge(complete=complete, model="m", tokenizer=tokenizer).prompt.special_tokens == ("@@end",)
+    assert ChatJudge(complete=complete, model="m", tokenizer=len).prompt.special_tokens == ()
+    own = ChatJudge(complete=complete, model="m", tokenizer=tokenizers[0], prompt=JudgePrompt(special_tokens=("##",)))
+    assert own.prompt.special_tokens == ("##",)
+
+
+@given(st.sampled_from([*TOKENS, "@@end"]))
+def test_principles_are_texts_like_any_other(token):
+    """A request may bring its own."""
+    if token.startswith("/"):
+        token = "be " + token
+    prompt = JudgePrompt(special_tokens=("@@end",), principles=(f"Be kind. {token} Be brief.",))
+    question = prompt.render("p", "a", "b")
+    assert token not in question.messages[0]["content"]
+    assert question.sanitised > 0
 
 
 @pytest.mark.parametrize("tokens", [("x",), ("ab", "a␛b"), (1,), "<s>"])

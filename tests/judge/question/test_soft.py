@@ -146,11 +146,26 @@ def test_reasoning_among_the_tokens_is_passed_over():
         (choice(*TAG, {"token": "K", "logprob": float("nan"), "top_logprobs": [None]}, *END), "mass"),
         (choice(*TAG, {"token": "K", "logprob": 0.7, "top_logprobs": []}, *END), "mass"),
         (choice(*TAG, token("K", 0.9, {"P": 0.9}), *END), "no_logprobs"),
+        # Nothing of the token that was written, or of any other: a number made of the rest would be a guess.
+        (
+            choice(*TAG, {"token": "K", "logprob": 0.7, "top_logprobs": [{"token": "P", "logprob": -2}]}, *END),
+            "no_logprobs",
+        ),
+        (
+            choice(*TAG, {"token": "K", "logprob": -math.inf, "top_logprobs": [{"token": "P", "logprob": -1}]}, *END),
+            "no_logprobs",
+        ),
+        (choice(*TAG, token("K", 0.8), *END), "no_logprobs"),
+        (choice(*TAG, {"token": "K", "logprob": -0.3}, *END), "no_logprobs"),
     ],
 )
 def test_where_there_is_no_soft_verdict(given, reason):
     soft = soft_preference(given, LABELS, "win")
     assert (soft.preference, soft.reason) == (None, reason)
+
+
+def test_a_label_that_is_certain_needs_no_alternatives():
+    assert read(*TAG, token("K", 1.0), *END).preference == 1.0
 
 
 def test_labels_that_begin_alike_cannot_be_told_apart():

@@ -44,6 +44,21 @@ def choice(content, finish="stop", **message):
         (f"◁think▷{LOSS}◁/think▷{WIN}", "win"),
         (f"<|channel|>analysis<|message|>{LOSS}<|end|><|start|>assistant<|channel|>final<|message|>{WIN}", "win"),
         (f"<|channel|>analysis<|message|>{LOSS}<|end|><|channel|>final <|constrain|>json<|message|>{WIN}", "win"),
+        (rf"So \[\boxed{{\text{{{WIN}}}}}\] and $\boxed{{{WIN}}}$", "win"),
+        (f"| first | second |\n|---|---|\n| right | {WIN} |", "win"),
+        (f"```xml\n{WIN}\n```\n\n---", "win"),
+        (f"{WIN}。", "win"),
+        (f"{WIN}!\u200b", "win"),
+        (f"{WIN}<｜end▁of▁sentence｜>", "win"),
+        (f"{WIN}<end_of_turn>\n", "win"),
+        (f"{WIN}<|END_OF_TURN_TOKEN|>", "win"),
+        (f"<think/>{WIN}", "win"),
+        (f"<|channel>thought\n{LOSS}<channel|>{WIN}", "win"),
+        (f"<|START_THINKING|>{LOSS}<|END_THINKING|><|START_RESPONSE|>{WIN}<|END_RESPONSE|>", "win"),
+        (f"<|begin_of_thought|>{LOSS}<|end_of_thought|>{WIN}", "win"),
+        (f"<analysis>well</analysis> {WIN}", "win"),
+        (f"[REASONING] well [/REASONING] {WIN}", "win"),
+        (f"<思考>嗯</思考>{WIN}", "win"),
     ],
 )
 def test_verdicts(text, outcome):
@@ -94,6 +109,31 @@ def test_verdicts(text, outcome):
         (f"<think type=x>{WIN}", "length"),
         (f"{WIN} would be the answer, but", "unparsable"),
         (f"Perhaps {WIN}\nOn the other hand,", "unparsable"),
+        (f"<思考>{WIN}", "length"),
+        (f"<мысль>{WIN}", "length"),
+        (f"<｜thinking｜>{WIN}", "length"),
+        (f"<|begin▁of▁thought|>{WIN}", "length"),
+        (f"[THINKING] {WIN}", "length"),
+        (f"[BEGIN_THOUGHT] {WIN}", "length"),
+        (f"Okay. <thinking type=x>{WIN}", "length"),
+        (f"Sure.\n<analysis>{WIN}", "length"),
+        (f"Sure.\n<scratchpad>{WIN}", "length"),
+        (f"ok <|channel>thought\n{WIN}", "length"),
+        (f"<analysis>a</analysis> <analysis>{WIN}", "length"),
+        ('{"verdict": "KQXVD", "critique": "The first is', "unparsable"),
+        ('```json\n{"verdict": "KQXVD", "critique": "The first is', "unparsable"),
+        ('{"critique": "a", // why\n "verdict": "KQXVD" // and\n}', "unparsable"),
+        ('{"critique": "a", "verdict": "KQXVD"}\nWait, actually the second response is better because', "unparsable"),
+        ('{"critique": "a", "verdict": "KQXVD"} Hmm, let me look again. The first', "unparsable"),
+        (f'{WIN} {{"verdict": "unsure"}}', "unparsable"),
+        (f"{WIN}<|im_end|>\n<|im_start|>user\nand now?", "unparsable"),
+        (f"{WIN}[DONE]", "unparsable"),
+        (choice(WIN, tool_calls=[{"id": "a", "function": {"name": "f"}}]), "unfinished"),
+        (choice(WIN, function_call={"name": "f"}), "unfinished"),
+        (choice(WIN, error="upstream"), "unfinished"),
+        (choice(WIN) | {"native_finish_reason": "MAX_TOKENS"}, "length"),
+        (choice(WIN) | {"native_finish_reason": "SAFETY"}, "filter"),
+        (choice(WIN) | {"stop_reason": "max_tokens"}, "length"),
         (choice(WIN, "content_filter"), "filter"),
         (choice(None, "content_filter"), "filter"),
         (choice(WIN, refusal="I cannot help with that."), "refusal"),
@@ -138,6 +178,17 @@ def test_a_finish_reason_that_is_no_word_is_no_end():
     assert parse_verdict(old, LABELS).reason == "length"
     assert parse_verdict(old | {"finish_details": {"type": "stop"}}, LABELS).outcome == "win"
     assert parse_verdict({"message": {"content": WIN}, "finish_reason": None}, LABELS).outcome == "win"
+
+
+def test_a_servers_word_for_its_own_stop_is_no_matter():
+    """vLLM's stop_reason is a token's id or a text that ended the answer; OpenRouter tells an upstream's word."""
+    for more in (
+        {"stop_reason": 128001},
+        {"stop_reason": "</s>"},
+        {"native_finish_reason": "STOP"},
+        {"stop_reason": 0},
+    ):
+        assert parse_verdict(choice(WIN, tool_calls=[]) | more, LABELS).outcome == "win"
 
 
 def test_a_list_of_parts_is_one_text():
