@@ -23,6 +23,8 @@ from rmcore._base.members import unique_members
 __all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 
 _MARK = b"\xef\xbb\xbf"
+TABLE = "Convert it, with pandas: pandas.read_csv(...).to_json('data.jsonl', orient='records', lines=True)"
+"""What to do with a table that is no Parquet file."""
 _CONVERT = "not UTF-8 but {0} text. Convert it: iconv -f {0} -t UTF-8 {{source}}"
 # What is no JSON, by its first bytes, the longer ones first; of UTF-16 and UTF-32 without a mark a "{" or "[".
 _FOREIGN = {
@@ -35,17 +37,34 @@ _FOREIGN = {
     **{bytes([c, 0]): _CONVERT.format("UTF-16LE") for c in b"{["},
     **{bytes([0, c]): _CONVERT.format("UTF-16BE") for c in b"{["},
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for. Fetch that: git lfs pull",
-    b"PK\x03\x04": "a zip archive (or a spreadsheet, or a torch file). Unpack it, and give the JSON Lines in it",
+    **dict.fromkeys(
+        (b"PK\x03\x04", b"PK\x05\x06"),
+        "a zip archive (or a spreadsheet, or a torch file). Unpack it, and give the JSON Lines in it",
+    ),
+    **dict.fromkeys(
+        (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07"),
+        "a 7z or RAR archive, which is not read. Unpack it, and give the JSON Lines in it",
+    ),
+    b"\x1f\x9d": "a file of Unix compress, which is not read. Unpack it: uncompress {source}",
+    b"LZIP": "an lzip file, which is not read. Unpack it: lzip -d {source}",
+    b"\x5d\x00\x00": "an lzma file of the old form, which is not read. Unpack it: unlzma {source}",
+    b"\xff\x06\x00\x00sNaPpY": "a Snappy file, which is not read. Unpack it first",
     b"\xff\xff\xff\xff": "a stream of Arrow's, which is not read: datasets and pyarrow convert it to Parquet",
     b"ARROW1": "an Arrow (Feather) file, which is not read: pandas.read_feather(...).to_parquet(...) converts it",
     b"\x04\x22\x4d\x18": "an lz4 file, which is not read. Unpack it: lz4 -d {source}",
     b"\x1f\x8b": "a gzip file in a compressed file. Unpack it once: gzip -d",
-    b"\x80\x04\x95": "a pickle, which is never read, since loading one runs code",
-    b"\x80\x05\x95": "a pickle, which is never read, since loading one runs code",
+    **{bytes([0x80, k]): "a pickle, which is never read, since loading one runs code" for k in (2, 3, 4, 5)},
+    b"PARE": "an encrypted Parquet file, which is not read",
+    b"ORC": "an ORC file, which is not read. " + TABLE.replace("read_csv", "read_orc"),
+    b"Obj\x01": "an Avro file, which is not read. Convert it to JSON Lines, with fastavro say",
+    b"\x89HDF": "an HDF5 file, which is not read. " + TABLE.replace("read_csv", "read_hdf"),
+    b"\x93NUMPY": "an array of numpy, which has no prompts and responses",
+    b"%PDF": "a PDF document",
+    b"<?xml": "an XML document, which is not read. Convert it to JSON Lines",
     b"SQLite format 3": "an SQLite database. Write its rows out as JSON Lines",
-    b"<!DOCTYPE": "an HTML page, perhaps a download page or an error's, not the data itself",
-    b"<!doctype": "an HTML page, perhaps a download page or an error's, not the data itself",
-    b"<html": "an HTML page, perhaps a download page or an error's, not the data itself",
+    **dict.fromkeys(
+        (b"<!doctype", b"<html"), "an HTML page, perhaps a download page or an error's, not the data itself"
+    ),
 }
 _FORM = "one JSON object a line, or one array of objects"
 
@@ -110,12 +129,15 @@ def _stdin() -> BinaryIO:
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _NAMES = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
+_SKIPPABLE = [bytes([0x50 + k]) for k in range(16)]
 # What Members and Zstd raise.
 _BROKEN = (OSError, EOFError)
 
 
 def _kind(stream: Any) -> str:
     head = stream.peek(8)
+    if head[:1] in _SKIPPABLE and head[1:4] == b"\x2a\x4d\x18":
+        return "zstd"  # with a frame of others' data in front, as pzstd writes it
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
 
 
@@ -150,7 +172,8 @@ def read_json(stream: BinaryIO, source: str, wanted: tuple[int, int] | None = No
         for number, line in enumerate(stream, 1):
             if not begun and (what := foreign(line)):
                 raise DataError(what.format(source=source), source=source, line=1)
-            line = line.removeprefix(_MARK)
+            while line.startswith(_MARK):  # of each of several files that were joined
+                line = line.removeprefix(_MARK)
             if number == 1 and line.lstrip().startswith(b"["):
                 yield from _read_array(line + stream.read(), source)
                 return
@@ -199,7 +222,7 @@ def foreign(line: bytes) -> str:
     """What a file is whose first line this is, where that is known to be no JSON; with ``{source}`` for its name."""
     start = line.removeprefix(_MARK).lstrip(b" \t\r\n")
     for magic, what in _FOREIGN.items():
-        if start.startswith(magic):
+        if start.startswith(magic) or (magic[:1] == b"<" and start[:9].lower().startswith(magic)):
             return what
     if line[257:262] == b"ustar":
         return "a tar archive. Unpack it, and give the JSON Lines in it"
@@ -214,13 +237,11 @@ def foreign(line: bytes) -> str:
     return ""
 
 
-TABLE = "Convert it, with pandas: pandas.read_csv(...).to_json('data.jsonl', orient='records', lines=True)"
-"""What to do with a table that is no Parquet file."""
-
-
 def _explain(error: Exception, line: bytes) -> str:
     """What JSON's reader says, and what it comes from where one line shows that."""
     start = line.strip()
+    if start.startswith(b"{") and start.endswith(b"},"):
+        return f"{error}; a comma behind an object: lines have none, and an array has brackets around it"
     if start in (b"{", b"[{") or (start.startswith(b"{") and start.endswith((b",", b"[", b"{"))):
         return f"{error}; an object over several lines: write it in one, as jq -c . does"
     if b"}\r{" in start:

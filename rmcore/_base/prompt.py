@@ -41,6 +41,7 @@ __all__ = [
     "json_object",
     "message_text",
     "response_text",
+    "says_nothing",
     "text_length",
 ]
 
@@ -213,7 +214,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
     role = value.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         reject(f"{where}.role", repr(role)[:80], "one plain word such as 'user'")
-    said = {name: part for name, part in value.items() if name not in ("role", "content") and not _says_nothing(part)}
+    said = {name: part for name, part in value.items() if name not in ("role", "content") and not says_nothing(part)}
     for name in said:
         if name not in _FIELDS:
             reject(f"{where}.{name!s:.40}", type(said[name]).__name__, f"nothing but {', '.join(_FIELDS)}")
@@ -241,7 +242,7 @@ def _content(value: object, where: str, silent: bool) -> str:
     if isinstance(value, str):
         return value
     where = f"{where}.content"
-    if _says_nothing(value):
+    if says_nothing(value):
         if not silent:
             reject(where, "nothing" if value is None else "an empty list", "text")
         return ""
@@ -253,7 +254,7 @@ def _content(value: object, where: str, silent: bool) -> str:
         if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
             reject(where, f"list with a part of type {kind!r:.60}", "text, or a list of text parts")
         for name, said in part.items():
-            if name not in ("type", "text") and not _says_nothing(said):
+            if name not in ("type", "text") and not says_nothing(said):
                 reject(where, f"list with a part that has {name!r:.60}", "parts of a type and a text")
         texts.append(part["text"])
     return "".join(texts)
@@ -263,7 +264,7 @@ def _tool_call(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         reject(where, type(value).__name__, "a call: an id, a function's name and arguments")
     # An index is the call's place among the others, which the list has already.
-    call = {name: part for name, part in value.items() if name != "index" and not _says_nothing(part)}
+    call = {name: part for name, part in value.items() if name != "index" and not says_nothing(part)}
     kind = call.pop("type", "function")
     if kind != "function":
         reject(f"{where}.type", repr(kind)[:80], "'function'")
@@ -273,7 +274,7 @@ def _tool_call(value: object, where: str) -> dict[str, Any]:
         reject(f"{where}.function", type(function).__name__, "a name and arguments")
     unknown = [*rest, *(name for name in function if name not in ("name", "arguments"))]
     for name in unknown:
-        if not _says_nothing({**rest, **function}[name]):
+        if not says_nothing({**rest, **function}[name]):
             reject(f"{where}.{name!s:.40}", "something", "nothing but an id, a function's name and arguments")
     name = _string(function.get("name"), f"{where}.function.name")
     arguments = _arguments(function.get("arguments"), f"{where}.function.arguments")
@@ -283,7 +284,7 @@ def _tool_call(value: object, where: str) -> dict[str, Any]:
 
 def _arguments(value: object, where: str) -> str:
     """Arguments as JSON text, in one spelling if they are an object; what a model wrote that is none stays as it is."""
-    if _says_nothing(value):
+    if says_nothing(value):
         return "{}"
     if isinstance(value, str):
         found = json_object(value)
@@ -330,7 +331,8 @@ def _numbered(messages: list[dict[str, Any]], prefix: str) -> list[dict[str, Any
     return messages
 
 
-def _says_nothing(value: object) -> bool:
+def says_nothing(value: object) -> bool:
+    """Whether a field's value is as good as absent: None, or an empty text, list or object."""
     return value is None or (isinstance(value, (str, list, tuple, Mapping)) and len(value) == 0)
 
 

@@ -350,3 +350,43 @@ def test_more_that_is_no_json_lines_is_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"g:1: .*{said}"):
             list(read_groups(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"PK\x05\x06" + bytes(18), "a zip archive"),
+        (b"7z\xbc\xaf\x27\x1c\0", "a 7z or RAR archive"),
+        (b"Rar!\x1a\x07\0", "a 7z or RAR archive"),
+        (b"\x1f\x9d\x90", "Unix compress"),
+        (b"LZIP\x01", "an lzip file"),
+        (lzma.compress(ROW, format=lzma.FORMAT_ALONE), "an lzma file of the old form"),
+        (b"\xff\x06\0\0sNaPpY", "a Snappy file"),
+        (pickle.dumps([1], protocol=2), "a pickle, which is never read"),
+        (b"PARE" + bytes(9), "an encrypted Parquet file"),
+        (b"ORC" + bytes(9), r"an ORC file.*pandas\.read_orc"),
+        (b"Obj\x01" + bytes(9), "an Avro file"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x93NUMPY\x01\0", "an array of numpy"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"<?xml version='1.0'?>", "an XML document"),
+        (b"<!DocType HTML>", "an HTML page"),
+        (b"<HTML>", "an HTML page"),
+        (ROW.strip() + b",\n" + ROW, "a comma behind an object: lines have none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "bytes",
+)
+def test_further_formats_are_named(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "rows").write_bytes(data)
+    with pytest.raises(DataError, match=says):
+        list(read_lines(tmp_path / "rows"))
+
+
+def test_marks_of_joined_files_and_frames_of_others_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf" + ROW)
+    assert len(list(read_lines(tmp_path / "rows"))) == 1
+    pyarrow = pytest.importorskip("pyarrow")
+    frame, other = pyarrow.compress(ROW, codec="zstd", asbytes=True), b"\x5a\x2a\x4d\x18\x04\0\0\0abcd"
+    for data, count in ((other + frame, 1), (frame + other, 1), (frame + other + frame, 2), (other, 0)):
+        (tmp_path / "rows").write_bytes(data)
+        assert len(list(read_lines(tmp_path / "rows"))) == count

@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any, TypeAlias
 
 from rmcore._base.errors import InputError, reject
-from rmcore._base.prompt import canonical_prompt, canonical_response
+from rmcore._base.prompt import canonical_prompt, canonical_response, says_nothing
 from rmcore.model.data.conversations import is_whole, split_conversations, with_roles
 from rmcore.model.data.critiques import COLUMNS as CRITIQUE_COLUMNS
 from rmcore.model.data.critiques import critiques_of_preference
@@ -51,7 +51,7 @@ def parse_preferences(value: Mapping[str, Any], *, critiques: bool = False) -> l
     form = _form_of(value)
     said = critiques_of_preference(value) if critiques else None
     for name in _MEDIA:
-        if value.get(name):
+        if not says_nothing(value.get(name)):
             reject(name, "images, video or sound", "text only: what a response is about would be left out")
     found = [
         Preference(
@@ -76,10 +76,10 @@ def unused_columns(value: Mapping[str, Any]) -> list[str]:
         for name, said in value.items()
         if isinstance(name, str)
         and name not in read
-        and said not in (None, "", [], {})
         and (_STRENGTH.search(name) or _CHOICE.search(name))
+        and not says_nothing(said)
     ]
-    found += [name for name in ("tools", "chat_template_kwargs") if value.get(name) not in (None, "", [], {})]
+    found += [name for name in ("tools", "chat_template_kwargs") if not says_nothing(value.get(name))]
     return found + (["label"] if isinstance(value.get("label"), str) else [])
 
 
@@ -358,11 +358,8 @@ def _probability(value: Mapping[str, Any]) -> float:
     if label is None:
         return 1.0
     if isinstance(label, str):
-        if not _names_a_side(label):
-            try:
-                float(label)
-            except ValueError:
-                return 1.0  # a word: who labelled, say; told as unused
+        if not _names_a_side(label) and not _is_number(label):
+            return 1.0  # a word: who labelled, say; told as unused
         reject("label", f"{label!r:.40}, a text", "a number in [0.5, 1]")
     number = _number(label)
     if number is None or number > 1:
@@ -394,6 +391,15 @@ def _names_a_side(label: str) -> bool:
     """
     words = set(_WORDS.findall(label.lower()))
     return bool(words & _SIDE) and words <= _OF_A_SIDE
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is one in any spelling: ``0.3``, ``nan``, ``75%``, ``0,75``, ``½``, other scripts' digits."""
+    try:
+        float(text)
+    except ValueError:
+        return any(sign.isnumeric() for sign in text) and not any(sign.isalpha() for sign in text)
+    return True
 
 
 def _number(value: Any) -> float | None:

@@ -16,6 +16,7 @@ from rmcore.model.data.parts import WHOLE, Part, rows_of
 __all__ = ["HUB", "hub_rows", "object_rows", "parquet_rows", "saved_rows"]
 
 HUB = "hf://"
+_AT_ONCE = 256
 _HUB_NAME = re.compile(
     r"hf://(?:datasets/)?(?P<name>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/:]+))?(?:/(?P<config>[^/:]+))?(?::(?P<split>.+))?"
 )
@@ -28,19 +29,39 @@ def parquet_rows(stream: BinaryIO, source: str, part: Part = WHOLE) -> Iterator[
     number = 0
     try:
         file = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
+        names = file.schema_arrow.names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # of which one would be dropped
+            raise DataError(f"{source}: got the column {twice!r} twice, expected each once", source=source)
         low, high = part.bounds(file.metadata.num_rows)
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if number >= high or number + size <= low:
                 number += size
                 continue
-            for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                for value in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=_AT_ONCE, row_groups=[group]):
+                for value in _values(batch):
                     number += 1
                     if low < number <= high:
                         yield Row(number, value, "row")
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"not a whole Parquet file ({error})", source=source, line=number + 1, unit="row") from error
+    except (UnicodeDecodeError, OverflowError) as error:
+        raise DataError(
+            f"a value in this row or in the {_AT_ONCE} from it that cannot be read ({error})",
+            source=source,
+            line=number + 1,
+            unit="row",
+        ) from error
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; a map is a dictionary, unless a key comes twice in one."""
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
+    except KeyError:
+        found = batch.to_pylist()
+    return found
 
 
 def object_rows(rows: Iterable[Any], source: str = "rows", part: Part = WHOLE) -> Iterator[Row]:
@@ -61,7 +82,20 @@ def object_rows(rows: Iterable[Any], source: str = "rows", part: Part = WHOLE) -
             raise DataError(
                 f"got a {type(value).__name__}, expected a mapping of columns", source=source, line=number, unit="row"
             )
-        yield Row(number, dict(value), "row")
+        yield Row(number, {name: _plain(part) for name, part in value.items()}, "row")
+
+
+def _plain(value: Any) -> Any:
+    """A value with Python's own in place of numpy's, which pandas and formatted data sets have, and None for NA."""
+    if type(value) in (str, bytes, int, float, bool) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if type(value).__module__ == "numpy":  # arrays and scalars
+        return _plain(value.tolist())
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
 def saved_rows(folder: Path, part: Part = WHOLE) -> Iterator[Row]:

@@ -376,3 +376,16 @@ def test_columns_that_say_otherwise_are_told(caplog):
 def test_more_forms_that_hold_no_pairs_are_refused_by_name(columns, name):
     with pytest.raises(InputError, match=name):
         parse_preferences(dict.fromkeys(columns, "x"))
+
+
+@pytest.mark.parametrize("label", ["75%", "0,75", " 0.75 ", "1/2", "½", "٠٫٧٥", "０．３", "nan", "-inf", "1e-1", "1_0"])
+def test_a_number_in_words_is_no_word(label):
+    """Read as a word it would be told as unused, and the pair be trained on as certain."""
+    with pytest.raises(InputError, match=r"label: got .*, a text, expected a number in"):
+        parse_preference({"prompt": "p", "chosen": "a", "rejected": "b", "label": label})
+
+
+def test_a_word_with_a_digit_names_who_labelled(caplog):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "label": "annotator-7"}
+    assert parse_preference(row).label == 1.0
+    assert unused_columns(row) == ["label"]

@@ -143,6 +143,55 @@ def test_datasets_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         list(read_preferences("hf://org/name"))
 
 
+def test_values_of_numpy_and_pandas_are_pythons_own(tmp_path: Path) -> None:
+    """As rows of a DataFrame or of a formatted data set have them: arrays for lists, NA for nothing, in any column."""
+    pandas, numpy = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    more = {"state": numpy.arange(3.0), "margin": pandas.NA, "images": numpy.array([]), "label": numpy.float32(0.75)}
+    assert [pair.label for pair in read_preferences([{**row, **more}, {**row, "label": pandas.NA}])] == [0.75, 1.0]
+    with pytest.raises(DataError, match="images: got images, video or sound"):
+        list(read_preferences([{**row, "images": numpy.array([1, 2])}]))
+    for label in (numpy.True_, numpy.int8(0), numpy.array([0.75]), float("nan")):
+        with pytest.raises(DataError, match="row 1: label: got "):
+            list(read_preferences([{**row, "label": label}]))
+    (group,) = read_groups([{"prompt": "q", "responses": numpy.array(["a", "b"], dtype=object), "id": numpy.int64(3)}])
+    assert (group.responses, group.id) == (("a", "b"), 3)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(uniform()[:2]), tmp_path / "p.parquet")
+    records = pandas.read_parquet(tmp_path / "p.parquet").to_dict("records")
+    assert [pair.chosen for pair in read_preferences(records)] == ["yes 0", "yes 1"]
+
+
+def test_what_a_parquet_file_may_hold_besides(tmp_path: Path) -> None:
+    """Messages as maps; a key twice in a map that nobody reads; a column twice, text that is none, no date of ours."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, maps = tmp_path / "p.parquet", pyarrow.map_(pyarrow.string(), pyarrow.string())
+
+    def written(*more: Any, **columns: Any) -> Path:
+        plain = {"prompt": ["q"], "chosen": ["a"], "rejected": ["b"], **columns}
+        names = [*plain, *(name for name, _ in more)]
+        parquet.write_table(pyarrow.table([*plain.values(), *(value for _, value in more)], names=names), path)
+        return path
+
+    said = {
+        name: pyarrow.array([[[("role", role), ("content", name)]]], pyarrow.list_(maps))
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    }
+    (pair,) = read_preferences(written(**said))
+    assert (pair.prompt, pair.chosen) == ([{"role": "user", "content": "prompt"}], "chosen")
+    (pair,) = read_preferences(written(meta=pyarrow.array([[("k", "1"), ("k", "2")]], maps)))
+    assert pair.chosen == "a"
+    with pytest.raises(DataError, match="got the column 'chosen' twice"):
+        list(read_preferences(written(("chosen", ["c"]))))
+    buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    for more in (
+        {"chosen": pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)},
+        {"day": pyarrow.array([9_000_000], pyarrow.date32())},
+    ):
+        with pytest.raises(DataError, match=r"row 1: a value in this row or in the 256 from it that cannot be read \("):
+            list(read_preferences(written(**more)))
+
+
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
