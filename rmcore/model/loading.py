@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +42,8 @@ __all__ = [
     "with_base",
 ]
 
+_logger = logging.getLogger(__name__)
+
 REMOTE_CODE = "remote-code"
 """What stands for a family in the configuration of a model whose own code is run."""
 
@@ -52,6 +56,10 @@ UNREAD_TENSORS = (
 """Patterns of tensors that may be left over in a classifier's files: buffers of old versions, and the language model's
 head, which its score does not go through."""
 
+
+_POOLER = re.compile(r"(?:^|\.)pooler\.")
+"""Of a body's tensors those that no state that is read here goes through."""
+_LAYERED = re.compile(r"\.\d+\.")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that are what they say."""
@@ -153,9 +161,74 @@ def located(config: BackboneConfig, options: Options) -> BackboneConfig:
             config = replace(config, revision=commit_of(config.name, config.revision, **options.hub))
     files = files_of(config.name, config.revision, options.hub)
     require_libraries(config.name, files, gguf=config.gguf_file is not None)
+    _check_index(config.name, files(_INDEX), folder)
     if config.gguf_file is not None and files(config.gguf_file) is None:
         raise CheckpointError(f"backbone: got {config.name!r} without {config.gguf_file}, expected that GGUF file")
     return config
+
+
+_INDEX = "model.safetensors.index.json"
+_FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
+
+
+def _check_numbers(source: BackboneConfig, model: Any, options: Options) -> None:
+    """Raise CheckpointError for weights that are whole numbers or bytes, and which no configuration says to scale.
+
+    transformers would take them for what they are: 8-bit weights, say, without their scales.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = files_of(source.name, source.revision, options.hub)
+    index = files(_INDEX)
+    names = ["model.safetensors"] if index is None else sorted(set(_json(index)["weight_map"].values()))
+    own = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for path in filter(None, map(files, names)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError):  # loading has read it
+            continue
+        for name, kind in kinds.items():
+            if kind not in _FLOAT_NAMES and any(name[at:] in own for at in _beginnings(name)):
+                raise CheckpointError(
+                    f"backbone: got {source.name!r} with {name} in {kind} and no quantization_config that says what "
+                    "that stands for, expected floating-point weights"
+                )
+
+
+def _beginnings(name: str) -> list[int]:
+    """Where a tensor's name may begin without the prefix of a model around the body."""
+    return [0, *(found.end() for found in re.finditer(r"\.", name))]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_index(name: str, index: Path | None, folder: Path | None) -> None:
+    """Raise CheckpointError for an index whose shards are other files than safetensors beside it, or not there.
+
+    transformers takes a shard's format from its name, and would read a pickle, or a file anywhere on the machine.
+    """
+    if index is None:
+        return
+    try:
+        placed = _json(index)["weight_map"]
+        shards = sorted(set(placed.values()))
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not an index of safetensors files ({error!r})") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"backbone: got {name!r} with the shard {shard!r} in {_INDEX}, expected safetensors files: weights in "
+                "other formats may run code, so they are not read"
+            )
+        if os.path.isabs(shard) or ".." in Path(shard).parts:
+            raise CheckpointError(
+                f"backbone: got {name!r} with the shard {shard!r} in {_INDEX}, expected files of its own folder"
+            )
+        if folder is not None and not (folder / shard).is_file():
+            raise CheckpointError(f"backbone: got {name!r} without {shard}, which {_INDEX} names")
 
 
 def gguf_named(config: BackboneConfig) -> BackboneConfig:
@@ -223,6 +296,8 @@ def read_model(
                 raise
             attention = ("eager", f"this model does not support {attention[0]}")
             model, info = read(attn_implementation="eager")
+    if source.gguf_file is None and not is_quantised(model):
+        _check_numbers(source, model, options)
     if getattr(model.config, "return_dict", True) is False:
         model.config.return_dict = True  # how its outputs are held, which a configuration of old may say
     for name, found, wanted in sorted(info.get("mismatched_keys", ())):
@@ -251,11 +326,23 @@ def load(
     if config.family == REMOTE_CODE:
         loader = _own_loader(config, options)
     model, info, attention = read_model(loader, config, device, dtype, attn_implementation, options)
-    if config.gguf_file is not None and info["missing_keys"]:
+    missing = [name for name in info["missing_keys"] if config.kind == "classifier" or not _POOLER.search(name)]
+    if missing and (config.gguf_file is not None or config.kind != "classifier"):
         raise CheckpointError(
-            f"backbone: got {config.gguf_file!r} without {', '.join(by_weight(info['missing_keys'])[:4])}, which its "
+            f"backbone: got {config.gguf_file or config.name!r} without {', '.join(by_weight(missing)[:4])}, which its "
             "body wants: nothing is made up"
         )
+    if config.kind != "classifier":
+        inner = [name for name in info["unexpected_keys"] if _LAYERED.search(name)]
+        inner = [name for name in inner if not any(fnmatch(name, pattern) for pattern in UNREAD_TENSORS)]
+        if inner:
+            _logger.warning(
+                "%s: %s has no use for %d tensors of its layers, which are not computed: %s",
+                config.name,
+                type(model).__name__,
+                len(inner),
+                ", ".join(sorted(inner)[:4]),
+            )
     if config.kind == "classifier":
         if info["missing_keys"]:
             raise CheckpointError(

@@ -33,6 +33,7 @@ from rmcore._base.prompt import (
     response_text,
 )
 from rmcore.model.chat import Known, render_conversation, render_pieces
+from rmcore.model.encoding.chance import refuse_chance
 from rmcore.model.encoding.limits import OverlongPolicy, Run, TextLimit, shorten
 from rmcore.model.encoding.pieces import pieces_of, splits_at_spaces
 from rmcore.model.encoding.surrogates import without_surrogates
@@ -128,6 +129,9 @@ class TextEncoder:
         overlong: what happens to longer ones.
         date: YYYY-MM-DD, told to a chat template that asks for the day; None leaves the template the clock.
         positions: how far ``max_length`` may go, for error messages; None if nobody knows.
+
+    Raises:
+        InputError: an argument is out of range; or the tokenizer or its chat template draws at random.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class TextEncoder:
             reject("chat", repr(chat), "auto, always or never")
         if chat == "always" and not getattr(tokenizer, "chat_template", None):
             reject("chat", "'always'", "a tokenizer with a chat template")
+        refuse_chance(tokenizer, template=chat != "never")
         self.tokenizer = tokenizer
         self.template = template or PairTemplate()
         self.chat = chat

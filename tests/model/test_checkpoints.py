@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.chat_templates import CHAT_MODELS
 from support.families import LAYOUTS
 from support.models import TOKENIZERS, _model, own_inputs
 from tokenizers import processors
+from torch import Tensor
 
-from rmcore._base.errors import CheckpointError
+from rmcore._base.errors import CheckpointError, InputError
 from rmcore.model.backbone import Backbone, BackboneConfig
 from rmcore.model.check import check_model
 from rmcore.model.reward_model import RewardModel
+from rmcore.model.text import TextEncoder
 from rmcore.model.training_pairs import Preference
 
 PAIRS = [Preference(f"what is {k}?", f"a good answer {k}", "a bad one, and long " * (k + 1)) for k in range(4)]
@@ -249,3 +253,117 @@ def test_a_lora_adapter_scores_as_peft_does(tmp_path):
         theirs = float(own(input_ids=torch.tensor([text.ids])).logits)
     assert float(model.row_scores(model.backbone.hidden([text]))) == pytest.approx(theirs, rel=1e-4)
     assert check_model(model, PAIRS).passed
+
+
+# -- what a body's folder may lack, or hold instead ------------------------------------------------------------------
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def body(tmp_path):
+    saved(tmp_path, TOKENIZERS["chatml"](), "qwen2")
+    return tmp_path
+
+
+def load(folder: Path) -> Backbone:
+    return Backbone.from_pretrained(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("part", ["layers.1.mlp.up_proj.weight", "embed_tokens", ".2.", "norm.weight"])
+def test_nothing_of_a_body_is_made_up(body, part):
+    def drop(tensors):
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    changed(body, drop)
+    with pytest.raises(CheckpointError, match=r"without .*, which its body wants: nothing is made up"):
+        load(body)
+
+
+def test_a_pooler_that_is_not_there_is_no_matter(tmp_path):
+    saved(tmp_path, TOKENIZERS["bert"](), "bert")
+    before = load(tmp_path)
+    changed(tmp_path, lambda tensors: [tensors.pop(f"pooler.dense.{name}") for name in ("weight", "bias")])
+    text = before.encoder.encode("what?", "good")
+    assert torch.equal(load(tmp_path).hidden([text]), before.hidden([text]))
+
+
+def test_tensors_of_layers_that_are_not_computed_are_told(body, caplog):
+    changed(body, lambda tensors: tensors.update({"layers.0.mlp.up_proj.weight_scale_inv": torch.ones(4)}))
+    load(body)
+    assert (
+        "no use for 1 tensors of its layers, which are not computed: layers.0.mlp.up_proj.weight_scale" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_nobody_says_how_to_scale(body, dtype):
+    name = "layers.1.mlp.up_proj.weight"
+    changed(body, lambda tensors: tensors.update({name: (tensors[name] * 100).to(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"{name} in \w+ and no quantization_config"):
+        load(body)
+
+
+@pytest.mark.parametrize(
+    ("shard", "says"),
+    [
+        ("pytorch_model-1.bin", "expected safetensors files: weights in other formats may run code"),
+        ("../w.safetensors", "expected files of its own folder"),
+        ("/w.safetensors", "expected files of its own folder"),
+        ("gone.safetensors", "without gone.safetensors, which model.safetensors.index.json names"),
+        (7, "expected safetensors files"),
+    ],
+)
+def test_an_index_names_safetensors_of_its_own_folder(body, shard, says):
+    """transformers would read the first as a pickle, and the next two from wherever they are."""
+    weights = body / "model.safetensors"
+    placed = dict.fromkeys(load_file(weights), shard)
+    torch.save(load_file(weights), body / "pytorch_model-1.bin")
+    weights.rename(body.parent / "w.safetensors")
+    (body / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    with pytest.raises(CheckpointError, match=says):
+        load(body)
+
+
+# -- tokens that are drawn at random ---------------------------------------------------------------------------------
+
+
+def test_dropout_of_merges_is_switched_off(caplog):
+    tokenizer, text = TOKENIZERS["chatml"](), ("the quick brown fox", "jumps over the lazy dog")
+    before = TextEncoder(tokenizer).encode(*text).ids
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    assert len({tuple(tokenizer(text[0])["input_ids"]) for _ in range(20)}) > 1
+    encoder = TextEncoder(tokenizer)
+    assert {encoder.encode(*text).ids for _ in range(20)} == {before}
+    assert "leaves out merges at random (dropout 0.5), which is switched off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        "{{ ['a', 'b']|random }}",
+        "{%- set x = range(9) | \n random -%}{{ x }}",
+        "{{ lipsum(1) }}",
+        "{{ [[1, 2]]|map('random')|list }}",
+        "{% filter random %}ab{% endfilter %}",
+    ],
+)
+def test_a_template_that_draws_at_random_is_refused(drawn):
+    tokenizer = TOKENIZERS["chatml"]()
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template + drawn
+    with pytest.raises(InputError, match=r"chat_template: got one with (random|lipsum), which draws at random"):
+        TextEncoder(tokenizer)
+    TextEncoder(tokenizer, chat="never")
+    tokenizer.chat_template = {"default": template, "tools": template + drawn}
+    with pytest.raises(InputError, match="which draws at random"):
+        TextEncoder(tokenizer)
+    for text in ("a | random text", "{# x|random, lipsum() #}", "{{ messages[0]['random'] }}{{ messages[0].lipsum }}"):
+        tokenizer.chat_template = template + text
+        TextEncoder(tokenizer)
