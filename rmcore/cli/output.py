@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -247,8 +248,13 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
         try:
             yield output
             output.flush()
+            _still_there(output.stream, partial)
         except BaseException:
             same = output.count == count and output.rewritten is None
+            if not (fresh and same):
+                with suppress(OSError, ValueError, RmcoreError):  # what went wrong is on its way already
+                    output.flush()
+                    _still_there(output.stream, partial)
             _keep(output, path, partial, nothing=fresh and same)
             raise
         finally:
@@ -259,6 +265,30 @@ def opened_output(out: str, *, resume: bool = False) -> Iterator[Output]:
             _write_parquet(partial, path)
         else:
             replace_file(partial, path)
+
+
+def _still_there(stream: IO[Any], partial: Path) -> None:
+    """Write a partial file again where somebody removed it, or its folder, from under us: its results are still had.
+
+    Raises RmcoreError where another file has taken its place, naming the one that the results are in.
+    """
+    try:
+        if os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
+            return
+        place = partial.with_name(f"{partial.name}.{secrets.token_hex(4)}")
+    except FileNotFoundError:
+        place = partial
+    with _named(str(place)), atomic_file(place) as work, work.open("wb") as copy:
+        at = 0
+        while block := os.pread(stream.fileno(), 1 << 20, at):
+            copy.write(block)
+            at += len(block)
+    if place != partial:
+        raise RmcoreError(
+            f"--out: another program has put a file in the place of {partial}, which is left as it is; the results are "
+            f"in {place}"
+        )
+    notes.print(f"rmcore: {partial} was removed while it was written, and is there again", markup=False)
 
 
 _ROWS_AT_ONCE = 1000

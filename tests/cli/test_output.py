@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support.warm import MODEL, WarmPython
 from typer.testing import CliRunner, Result
 
-from rmcore._base.errors import InputError
+from rmcore._base.errors import InputError, RmcoreError
 from rmcore.cli import app
 from rmcore.cli.output import check_file, json_line, opened_output
 
@@ -384,6 +384,50 @@ def test_whatever_ends_a_run_what_was_written_stays(tmp_path: Path, error: type[
     with pytest.raises(error):
         write()
     assert (out.read_text(), (tmp_path / "out.partial").read_text()) == ("old", '{"id": 0}\n')
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_folder_that_is_removed_meanwhile_costs_no_result(
+    tmp_path: Path, error: type[BaseException] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "folder" / "out"
+
+    def write() -> None:
+        with opened_output(str(out)) as output:
+            output.write({"id": 0})
+            output.flush()
+            shutil.rmtree(out.parent)
+            output.write({"id": 1})
+            if error is not None:
+                raise error
+
+    if error is None:
+        write()
+    else:
+        with pytest.raises(error):
+            write()
+    assert ids(out if error is None else out.with_name("out.partial")) == [0, 1]
+    assert "out.partial was removed while it was written, and is there again" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_file_that_took_the_place_meanwhile_is_not_taken_for_ours(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write() -> None:
+        with opened_output(str(out)) as output:
+            output.write({"id": 0})
+            (tmp_path / "out.partial").unlink()
+            (tmp_path / "out.partial").write_text("another program's")
+
+    with pytest.raises(
+        RmcoreError, match=r"is left as it is; the results are in .*out\.partial\.[0-9a-f]{8}"
+    ) as caught:
+        write()
+    assert (tmp_path / "out.partial").read_text() == "another program's"
+    assert not out.exists()
+    assert ids(Path(str(caught.value).rpartition(" in ")[2])) == [0]
 
 
 def test_devices_and_pipes_are_written_as_they_are(model: Path, tmp_path: Path) -> None:
