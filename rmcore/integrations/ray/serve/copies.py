@@ -247,11 +247,14 @@ class Copies:
                 log.warning("%s takes no copies of %s's groups (%s)", holder, self.name, type(error).__name__)
             self._away.add(holder)
         else:
-            if holder in self._away:
-                log.warning("%s takes copies of %s's groups again", holder, self.name)
-            self._away.discard(holder)
+            self._is_back(holder)
         finally:
             self._under_way[holder] -= 1
+
+    def _is_back(self, holder: str) -> None:
+        if holder in self._away:
+            self._away.discard(holder)
+            log.warning("%s takes copies of %s's groups again", holder, self.name)
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         # Not a request's: Serve cancels with a request what is called in its context.
@@ -274,6 +277,7 @@ class Copies:
     def held(self, asker: str) -> list[Aged]:
         """As :meth:`CopyCalls.held`. What the asker's predecessor held of this one's groups is given to it anew."""
         if asker in self._holders:
+            self._is_back(asker)
             mine = self._shelves[self.name].aged(self._clock.now())
             self._begin(self._give(asker, mine, {}, _REPAIR_S))
         return self._shelves[asker].aged(self._clock.now())

@@ -81,6 +81,43 @@ def test_a_caller_that_goes_away_takes_no_groups_of_others_along(reward_model_pa
         server.drain()
 
 
+def test_a_member_whose_answer_was_lost_with_its_assembler_gets_it_from_the_successor(reward_model_path, tmp_path):
+    from rmcore.bench.serve_load import Soak
+    from rmcore.bench.serve_ray_cluster import kill_one, started
+    from rmcore.integrations.ray.serve import ServeScale
+
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    texts = ["good clear tree", "bad vague tree", "kind red house", "odd wrong house"]
+    calls = [
+        (
+            "/v1/rendezvous",
+            [{"group_id": 1, "slot": k, "k": 4, "prompt": "red", "response": texts[k]} for k in range(4)],
+        ),
+        ("/get_reward", [{"query": [f"blue {text}"], "prompts": ["blue "]} for text in texts]),
+    ]
+    three = ServeScale(replicas=1, assemblers=3, entries=1)
+    with (
+        started(reward_model_path, journal, Soak(), three) as (_, url, _),
+        httpx.Client(base_url=url, timeout=120, trust_env=False) as client,
+    ):
+        answers = []
+        for path, bodies in calls:
+            sent = [_in_thread(client.post, path, json=body) for body in bodies]
+            replies = [answer() for answer in sent]
+            assert [reply.status_code for reply in replies] == [200] * 4
+            answers.append(replies[1].json())
+        whole = r'^rmcore_assembled_groups_total\{assembler="(\w+)",outcome="whole"\} [12]\.0$'
+        owners = re.findall(whole, client.get("/metrics").text, re.M)
+        assert owners
+        for name in owners:
+            kill_one(name)
+        time.sleep(1.0)
+        for (path, bodies), answer in zip(calls, answers, strict=True):
+            assert client.post(path, json=bodies[1]).json() == answer
+        assert not re.findall(whole, client.get("/metrics").text, re.M)
+
+
 def test_the_command_serves_drains_and_ends(reward_model, reward_model_path, tmp_path):
     """One group through each way in, a version that comes while it serves, and SIGTERM with a group half there."""
     from rmcore import RewardEngine
