@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from rmcore._base.errors import reject
 
-__all__ = ["RetryPolicy", "backoff_s", "retry_after_s", "retry_delay_s", "should_retry"]
+__all__ = [
+    "RetryPolicy",
+    "backoff_s",
+    "retry_after_s",
+    "retry_delay_s",
+    "should_retry",
+    "time_told_s",
+    "wait_in_words_s",
+]
 
-_RETRIED = frozenset({408, 409, 429})
+_RETRIED = frozenset({408, 409, 424, 425, 429})
 _QUOTA = "insufficient_quota"
+_DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|μs|ms|s|m|h|d))+", re.ASCII)
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|μs|ms|s|m|h|d)", re.ASCII)
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PLAIN = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
+_EPOCH_S, _EPOCH_MS = 1e9, 1e12
+"""From here on a number is a point in time, since 1970: as a wait it would be 30 years."""
+_IN_WORDS = re.compile(
+    r"(?i)\b(?:try again|retry|retry your request|wait)[ :]{1,2}(?:in|after|for)?:? ?"
+    r"((?:\d{1,6}(?:\.\d{1,9})?(?:ms|s|m|h)){1,4}\b|\d{1,6}(?:\.\d{1,9})? ?(?:seconds?|secs?|minutes?|mins?)\b)"
+)
+_WORDS = re.compile(r"([\d.]+) ?(sec|min)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +67,8 @@ class RetryPolicy:
 def should_retry(status: int, code: str = "") -> bool:
     """Whether a reply with HTTP ``status`` may turn out well next time; ``code`` is the error's code or type.
 
-    408, 409, 429 and everything from 500 on, but not a used-up quota, which waiting does not refill.
+    408, 409, 424 (a model that failed behind its gateway), 425, 429 and everything from 500 on, but not a used-up
+    quota, which waiting does not refill.
     """
     if status == 429 and code == _QUOTA:
         return False
@@ -55,7 +76,10 @@ def should_retry(status: int, code: str = "") -> bool:
 
 
 def retry_after_s(headers: Mapping[str, str], wall_s: float) -> float | None:
-    """How long the server asks to wait: ``retry-after-ms``, else ``retry-after`` in seconds or as an HTTP date.
+    """How long the server asks to wait: ``retry-after-ms``, else ``retry-after`` as :func:`time_told_s` reads it.
+
+    Of several numbers (a server and a proxy have both set the header) the largest counts. A point in time is compared
+    with the reply's own ``date`` where it has one, so that this machine's clock may be wrong.
 
     Args:
         headers: with lower-case names, or a mapping that does not mind the case.
@@ -67,15 +91,56 @@ def retry_after_s(headers: Mapping[str, str], wall_s: float) -> float | None:
     ms = _number(headers.get("retry-after-ms"))
     if ms is not None:
         return ms / 1000.0
-    value = headers.get("retry-after")
-    seconds = _number(value)
-    if seconds is not None or not value:
-        return seconds
+    value = headers.get("retry-after") or ""
+    sent = _point_in_time(headers.get("date") or "")
+    seconds = time_told_s(value, wall_s if sent is None else sent)
+    if seconds is None and "," in value:
+        several = [_number(part) for part in value.split(",")]
+        return None if None in several else max(number for number in several if number is not None)
+    return seconds
+
+
+def time_told_s(text: str | None, wall_s: float | None = None) -> float | None:
+    """Seconds from now that a header means: so many, a duration (``6m0s``, ``1.5s``, ``20ms``, ``1h2m3s``), or a point
+    in time, as an HTTP date, by RFC 3339, or as seconds or milliseconds since 1970.
+
+    Args:
+        text: the header's value.
+        wall_s: the time now, in seconds since the epoch; without it points in time say nothing.
+
+    Returns:
+        Seconds, at least 0; ``None`` for anything else: a missing, negative, endless or unreadable value.
+    """
+    text = (text or "").strip()[:64]
+    number = _number(text)
+    if number is not None:
+        if number < _EPOCH_S:
+            return number
+        if wall_s is None or not _PLAIN.fullmatch(text):
+            return None
+        return max(0.0, (number / 1000 if number >= _EPOCH_MS else number) - wall_s)
+    if _DURATION.fullmatch(text):
+        return sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(text))
+    at = None if wall_s is None else _point_in_time(text)
+    return None if at is None or wall_s is None else max(0.0, at - wall_s)
+
+
+def wait_in_words_s(message: str) -> float | None:
+    """Seconds that an error's message asks to wait ("Please try again in 7.66s", "retry after 26 seconds"), if any."""
+    found = _IN_WORDS.search(message)
+    if found is None:
+        return None
+    words = _WORDS.match(found[1])
+    return time_told_s(found[1]) if words is None else float(words[1]) * (60.0 if words[2].lower() == "min" else 1.0)
+
+
+def _point_in_time(text: str) -> float | None:
+    """Seconds since the epoch of an HTTP date or an RFC 3339 time."""
     try:
-        date = parsedate_to_datetime(value)
+        date = datetime.fromisoformat(text) if text[:4].isdigit() else parsedate_to_datetime(text)
         if date.tzinfo is None:  # "-0000": the standard's way of saying UTC
             date = date.replace(tzinfo=UTC)
-        return max(0.0, date.timestamp() - wall_s)
+        return date.timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
@@ -93,12 +158,13 @@ def retry_delay_s(
     """Seconds to wait before the next try of a call worth retrying; ``None``: give it up.
 
     ``attempt`` counts the failed tries before this one, from 0. Given up are the last attempt allowed and a server that
-    asks for a wait beyond ``policy.max_retry_after_s``.
+    asks for a wait beyond ``policy.max_retry_after_s``. One that asks for none is asked again at once, and from then on
+    after waits of our own, or all attempts would be over in a moment.
     """
     if attempt + 1 >= policy.max_attempts:
         return None
     asked = retry_after_s(headers, wall_s)
-    if asked is None:
+    if asked is None or (asked == 0 and attempt > 0):
         return backoff_s(policy, attempt, unit)
     return asked if asked <= policy.max_retry_after_s else None
 

@@ -5,6 +5,7 @@ All words are our own. Messages of HTTP libraries can quote headers, and one of 
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -22,6 +23,22 @@ _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 _PROXIES = ("http", "https", "all")
 _OWN_AUTHORITY = "if it is your own authority's, name its file in SSL_CERT_FILE"
 _ANOTHER_HOST = "give the host that it is for, or have one made for this host"
+_LOCAL = {
+    errno.EMFILE: "this process has too many open files; raise its limit (ulimit -n), or lower the concurrency",
+    errno.ENFILE: "this machine has too many open files; lower the concurrency",
+    errno.EADDRNOTAVAIL: "this machine has no address or port left to connect from; lower the concurrency",
+    errno.ENOBUFS: "this machine has no room for further connections; lower the concurrency",
+    errno.ENOMEM: "this machine has no memory for further connections; lower the concurrency",
+    errno.EAGAIN: "this process cannot start further threads; raise its limit (ulimit -u), or lower the concurrency",
+}
+"""What a connection fails for that is no fault of the other side."""
+_NO_WAY = {
+    errno.ENETUNREACH: "no route to {place}; check the network",
+    errno.EHOSTUNREACH: "no route to {place}; check the host's name and the network",
+    errno.ETIMEDOUT: "{place} does not answer; check the host's name and the network",
+    errno.EACCES: "this machine does not allow connections to {place}; check its firewall",
+    errno.EPERM: "this machine does not allow connections to {place}; check its firewall",
+}
 _CERTIFICATE = {
     9: "it begins later: is this machine's clock right?",
     10: "it must be renewed, unless this machine's clock is wrong",
@@ -32,11 +49,13 @@ _CERTIFICATE = {
 
 
 class ConnectionFailedError(ConnectionError):
-    """No connection, or a broken one; ``str`` says why and what to do. ``lasting``: trying again will not help."""
+    """No connection, or a broken one; ``str`` says why and what to do. ``lasting``: trying again will not help.
+    ``local``: something of this machine has run out, and with fewer at once there may be enough.
+    """
 
-    def __init__(self, words: str, *, lasting: bool = False) -> None:
+    def __init__(self, words: str, *, lasting: bool = False, local: bool = False) -> None:
         super().__init__(words)
-        self.lasting = lasting
+        self.lasting, self.local = lasting, local
 
 
 def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
@@ -45,6 +64,10 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
     host = parts.hostname or "?"
     place = f"{f'[{host}]' if ':' in host else host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
     proxy = _proxy_of(parts.scheme, host)
+    numbers = [cause.errno for cause in _chain(error) if isinstance(cause, OSError) and type(cause) in _PLAIN_OS_ERRORS]
+    local = next((number for number in numbers if number in _LOCAL), None)
+    if local is not None:
+        return ConnectionFailedError(_LOCAL[local], local=True)
     for cause in _chain(error):
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -63,6 +86,8 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
                 return ConnectionFailedError(f"DNS: no address is known for the proxy of {proxy}; check that variable")
             return ConnectionFailedError(f"DNS: no address is known for {host}; check the host's name and the network")
         if "ProxyError" in kinds:
+            if str(cause).startswith("407"):
+                return ConnectionFailedError(f"the proxy of {proxy} wants a login", lasting=True)
             return ConnectionFailedError(
                 f"the proxy of {_proxy_variables(parts.scheme)} does not let the request through"
             )
@@ -80,7 +105,12 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
             return ConnectionFailedError(
                 _broken(str(cause), f"{place}, or the proxy of {proxy}," if proxy else place, parts.scheme)
             )
-    return ConnectionFailedError(f"no connection to {place}")
+    way = next((_NO_WAY[number] for number in numbers if number in _NO_WAY), "no connection to {place}")
+    return ConnectionFailedError(way.format(place=f"{place}, or the proxy of {proxy}" if proxy else place))
+
+
+_PLAIN_OS_ERRORS = (OSError, BlockingIOError, PermissionError, TimeoutError)
+"""As opposed to those of TLS and DNS, which count in numbers of their own."""
 
 
 def _https(scheme: str) -> str:

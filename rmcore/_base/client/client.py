@@ -214,7 +214,7 @@ class Client:
             except OSError as error:
                 reservation.withdraw()
                 trouble = connection_trouble(error, self.exchange.place)
-                return Attempt(reason="connection", detail=str(trouble), retry=not trouble.lasting)
+                return self._unconnected(trouble)
             return await self._exchange_in_time(send, request, deadline)
 
     async def _exchange_in_time(self, send: Send, request: _Request, deadline: float | None) -> Attempt:
@@ -232,7 +232,7 @@ class Client:
             waited = f"no whole reply within {left if cut else self.options.timeout_s:.3g} s"
             return Attempt(reason="deadline" if cut else "timeout", detail=waited, retry=not cut)
         except ConnectionFailedError as error:
-            return Attempt(reason="connection", detail=str(error), retry=not error.lasting)
+            return self._unconnected(error)
         except OSError:
             return Attempt(reason="connection", retry=True)
         except asyncio.CancelledError:
@@ -250,6 +250,9 @@ class Client:
             if asked is not None and asked <= self.options.retry.max_retry_after_s:
                 self._limits.hold(asked)  # one call was refused, all are meant
         return result
+
+    def _unconnected(self, error: ConnectionFailedError) -> Attempt:
+        return Attempt(reason="connection", detail=str(error), retry=not error.lasting, local=error.local)
 
     def _until(self, deadline: float | None) -> float | None:
         """The latest moment at which beginning an attempt makes sense."""

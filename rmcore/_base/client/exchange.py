@@ -28,18 +28,21 @@ from rmcore._base.client.overflow import Overflow, model_context, read_overflow
 from rmcore._base.client.resolve import Resolver
 from rmcore._base.errors import JudgeError
 from rmcore._base.http import Connections
-from rmcore._base.retry import should_retry
+from rmcore._base.retry import should_retry, wait_in_words_s
 
 if TYPE_CHECKING:
     import httpx
 
 __all__ = ["MAX_ERROR_BODY", "OVERLOAD", "Attempt", "Exchange", "HttpExchange", "Send", "failure", "finished"]
 
+_REPLIES = frozenset({200, 201, 203})
+"""Statuses that a completion comes with: gateways make a 201 of it (a POST), proxies that change it a 203."""
 OVERLOAD = frozenset({429, 503, 529})
 """Statuses that say "too many", as against "broken"."""
 
 MAX_ERROR_BODY = 65_536
 _MODELS_S = 5.0
+_RETRY_DELAY = re.compile(rb'"retryDelay"\s{0,4}:\s{0,4}"(\d{1,6}(?:\.\d{1,9})?)s"')  # Google's
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -55,6 +58,8 @@ class Attempt:
     status: int = 0
     sent: bool = True
     reservation: Admission | None = None
+    local: bool = False
+    """It failed for want of something of this machine's own."""
     overflow: Overflow | None = None
 
     @property
@@ -64,11 +69,15 @@ class Attempt:
             return "success"
         if self.reason == "timeout":
             return "timeout"
+        if self.local:
+            return "refused"  # fewer at once may do
         return "refused" if self.status in OVERLOAD and self.retry else "neutral"
 
     @property
     def alive(self) -> bool | None:
         """What it says about the endpoint being there at all; ``None``: nothing."""
+        if self.local:
+            return None
         if self.reason in ("timeout", "connection"):
             return False
         if not self.status:
@@ -253,7 +262,7 @@ class HttpExchange:
         url = self.address.url
         content = body if self.method == "POST" else None
         async with client.stream(self.method, url, content=content, headers=sent) as response:
-            failed = response.status_code != 200
+            failed = response.status_code not in _REPLIES
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
                 detail = "a compressed reply, although none was asked for; switch that off at the server or its proxy"
                 if failed:  # what it says is not read; that it failed, and how, its status says
@@ -294,4 +303,8 @@ def failure(status: int, content: bytes, detail: str, headers: Mapping[str, str]
     reason = code if code == "insufficient_quota" else f"http_{status}"
     overflow = read_overflow(status, code, error_words(content) if words is None else words)
     retry = should_retry(status, code) and overflow is None
+    if retry and status in OVERLOAD and not ("retry-after" in headers or "retry-after-ms" in headers):
+        told = _RETRY_DELAY.search(content[:MAX_ERROR_BODY])
+        wait = float(told[1]) if told else wait_in_words_s(error_words(content) if words is None else words)
+        headers = dict(headers) if wait is None else {**headers, "retry-after": str(wait)}
     return Attempt(None, reason, detail, retry, headers, status, overflow=overflow)

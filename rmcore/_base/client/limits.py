@@ -29,13 +29,19 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.retry import time_told_s
 
-__all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "Used", "held_by", "reset_after_s"]
+__all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "Used", "held_by"]
 
-_DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|μs|ms|s|m|h|d))+", re.ASCII)
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|μs|ms|s|m|h|d)", re.ASCII)
-_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PLAIN = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_KINDS = ("requests", "tokens")
+_RESETS = (
+    *((f"x-ratelimit-remaining-{kind}", f"x-ratelimit-reset-{kind}") for kind in _KINDS),
+    *((f"anthropic-ratelimit-{kind}-remaining", f"anthropic-ratelimit-{kind}-reset") for kind in _KINDS),
+    *((f"{prefix}-remaining", f"{prefix}-reset") for prefix in ("x-ratelimit", "ratelimit")),
+)
+"""Headers of what remains, and of when there will be more."""
+_IETF = re.compile(r"[;,] ?r(?:emaining)?=0[;,] ?(?:t|reset)=(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +193,15 @@ class RateLimits:
                 self._queue.wake_first()
 
     def observe(self, headers: Mapping[str, str]) -> None:
-        """Read the ``x-ratelimit-*`` headers of a reply: where nothing remains, calls are held until the reset.
+        """Read the rate-limit headers of a reply: where nothing remains, calls are held until the reset.
 
-        What cannot be understood is ignored; see :func:`reset_after_s` for what can.
+        What cannot be understood is ignored; see :func:`held_by` for what can.
         """
-        for kind in ("requests", "tokens"):
+        for kind in _KINDS:
             limit = headers.get(f"x-ratelimit-limit-{kind}", "")
             if _PLAIN.fullmatch(limit):
                 self._server[kind] = int(float(limit))
-        seconds = held_by(headers)
+        seconds = held_by(headers, self._clock.wall())
         if seconds is not None:
             self.hold(seconds)
 
@@ -304,24 +310,16 @@ class Reservation:
         self._owner._withdraw(self)
 
 
-def held_by(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the last reset of what a reply's ``x-ratelimit-*`` headers say is used up; ``None`` if nothing."""
-    resets = [
-        reset_after_s(headers.get(f"x-ratelimit-reset-{kind}"))
-        for kind in ("requests", "tokens")
-        if _PLAIN.fullmatch(remaining := headers.get(f"x-ratelimit-remaining-{kind}", "")) and float(remaining) == 0
-    ]
-    return max((seconds for seconds in resets if seconds is not None), default=None)
+def held_by(headers: Mapping[str, str], wall_s: float | None = None) -> float | None:
+    """Seconds until the last reset of what a reply's rate-limit headers say is used up; ``None`` if nothing.
 
-
-def reset_after_s(text: str | None) -> float | None:
-    """Seconds meant by an ``x-ratelimit-reset-*`` header: ``6m0s``, ``1.5s``, ``20ms``, ``1h2m3s`` or plain seconds.
-
-    ``None`` for anything else: a missing, negative, endless or unreadable value says nothing.
+    Read are ``x-ratelimit-*`` (with and without a kind), ``anthropic-ratelimit-*``, and the IETF's ``ratelimit-*`` and
+    ``ratelimit``, with resets as :func:`~rmcore._base.retry.time_told_s` reads them at ``wall_s``.
     """
-    text = (text or "").strip()[:64]
-    if _PLAIN.fullmatch(text):
-        return float(text)
-    if not _DURATION.fullmatch(text):
-        return None
-    return sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(text))
+    resets = [
+        time_told_s(headers.get(reset), wall_s)
+        for left, reset in _RESETS
+        if _PLAIN.fullmatch(found := headers.get(left, "")) and float(found) == 0
+    ]
+    resets += [float(seconds) for seconds in _IETF.findall(headers.get("ratelimit", "")[:400])]
+    return max((seconds for seconds in resets if seconds is not None), default=None)

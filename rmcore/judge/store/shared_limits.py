@@ -225,7 +225,7 @@ class SharedLimits:
 
     def observe(self, headers: Mapping[str, str]) -> None:
         """Read the ``x-ratelimit-*`` headers of a reply: where nothing remains, everybody is held until the reset."""
-        seconds = held_by(headers)
+        seconds = held_by(headers, self.clock.wall())
         if seconds is not None:
             self.hold(seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import ssl
@@ -228,6 +229,14 @@ def _caused(outer: BaseException, cause: BaseException) -> BaseException:
         (ssl.SSLCertVerificationError(1, "self-signed"), "SSL_CERT_FILE"),
         (ConnectionResetError(), "reset"),
         (OSError("sk-secret"), "no connection to judge.example:443"),
+        (OSError(errno.EMFILE, "sk-secret"), "too many open files; raise its limit (ulimit -n)"),
+        (OSError(errno.EADDRNOTAVAIL, "sk-secret"), "no address or port left to connect from"),
+        (OSError(errno.EHOSTUNREACH, "sk-secret"), "no route to judge.example:443"),
+        (OSError(errno.ETIMEDOUT, "sk-secret"), "judge.example:443 does not answer"),
+        (OSError(errno.EPERM, "sk-secret"), "does not allow connections to judge.example:443"),
+        # of a name with two addresses, one of which cannot work here: what the other says
+        (ExceptionGroup("all", [OSError(errno.ENETUNREACH, "x"), ConnectionRefusedError()]), "connection refused"),
+        (ExceptionGroup("all", [ConnectionRefusedError(), OSError(errno.ENETUNREACH, "x")]), "connection refused"),
     ],
 )
 def test_the_innermost_cause_is_the_one_told(cause, says):
@@ -269,6 +278,22 @@ def test_a_proxy_is_blamed_where_one_is_asked_and_nowhere_else(monkeypatch, caus
     assert "roxy" not in str(connection_trouble(error, "http://judge.example/v1"))
     monkeypatch.setenv("NO_PROXY", "judge.example")
     assert "roxy" not in str(connection_trouble(error, URL))
+
+
+def test_a_proxy_that_wants_a_login_is_not_asked_again(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    trouble = connection_trouble(httpx.ProxyError("407 Proxy Authentication Required"), URL)
+    assert (str(trouble), trouble.lasting) == ("the proxy of HTTPS_PROXY wants a login", True)
+    trouble = connection_trouble(httpx.ProxyError("503 Service Unavailable"), URL)
+    assert ("does not let the request through" in str(trouble), trouble.lasting) == (True, False)
+
+
+def test_only_what_is_this_machines_own_is_local():
+    for number in range(1, 134):
+        own = connection_trouble(_caused(httpx.ConnectError("x"), OSError(number, "x")), URL)
+        told = number in (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
+        assert own.local is told
+    assert not connection_trouble(_caused(httpx.ConnectError("x"), ssl.SSLError(errno.EAGAIN, "x")), URL).local
 
 
 # -- the environment -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import pickle
 import random
@@ -559,3 +560,85 @@ def test_an_upstream_error_is_never_stored_as_the_judges_answer(tmp_path, chat_r
             judge.close()
             assert verdict.failed is (preference is None)
             assert verdict.reason == (("http_429", "http_429", "unfinished")[k] if preference is None else "")
+
+
+# -- what stands between -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(201, ""), (203, ""), (202, "http_202"), (204, "http_204"), (206, "http_206")]
+)
+def test_a_completion_of_a_gateway_that_says_created_is_one(play, code, reason):
+    async def work(clock, endpoint, client):
+        return await client.complete({})
+
+    reply = play(work, lambda n, t: httpx.Response(code, json=REPLY))
+    assert (reply.choice is not None, reply.reason) == (not reason, reason)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "Please try again in 7s.", "code": "rate_limit_exceeded"}},
+        [{"error": {"code": 429, "details": [{"@type": "x/google.rpc.RetryInfo", "retryDelay": "7s"}]}}],
+        {"error": {"message": "Please retry after 7 seconds."}},
+    ],
+)
+def test_a_wait_that_the_body_asks_for_holds_all(play, body):
+    async def work(clock, endpoint, client):
+        first = asyncio.create_task(client.complete({}))
+        await clock.sleep(2)
+        assert (await client.complete({})).choice is not None
+        assert (await first).choice is not None
+        return endpoint.times
+
+    times = play(work, lambda n, t: httpx.Response(429, json=body) if n == 0 else ok())
+    assert times == pytest.approx([0, 8, 8], abs=0.1)
+
+
+def test_words_about_another_wait_do_not_count_beside_a_header(play):
+    async def work(clock, endpoint, client):
+        assert (await client.complete({})).choice is not None
+        return endpoint.times
+
+    body = {"error": {"message": "Please try again in 50s."}}
+    answers = [httpx.Response(429, json=body, headers={"retry-after": "3"}), ok()]
+    assert play(work, lambda n, t: answers[n]) == pytest.approx([0, 4])
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EADDRNOTAVAIL])
+def test_what_this_machine_lacks_is_met_with_fewer_at_once_and_is_no_outage(virtual, number):
+    """Only so many connections can be open here: nobody is lost to it, and the endpoint is not shut out."""
+
+    class Narrow(Endpoint):
+        async def __call__(self, request):
+            if self.now >= 4:
+                raise httpx.ConnectError("x") from OSError(number, "x")
+            return await super().__call__(request)
+
+    async def work(clock):
+        retry = RetryPolicy(max_attempts=8, jitter=0)
+        client = client_of(Narrow(clock), concurrency=64, first_concurrency=64, retry=retry)
+        return await asyncio.gather(*(client.complete({}) for _ in range(40))), client.state
+
+    replies, state = virtual(work)
+    assert [reply.reason for reply in replies] == [""] * 40
+    assert state.breaker.opened == 0
+    assert state.concurrency.limit < 64
+
+
+def test_a_connection_that_cannot_even_be_made_is_tried_again_and_counts_nothing(play):
+    async def work(clock, endpoint, client):
+        session, failed = client.exchange.session, []
+
+        def refused():
+            if not failed:
+                failed.append(1)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return session()
+
+        client.exchange.session = refused
+        reply = await client.complete({}, deadline=clock.now() + 60)
+        return reply.choice is not None, client.state.limits.requests, reply.usage.attempts
+
+    assert play(work, requests_per_minute=10) == (True, 1, 2)
