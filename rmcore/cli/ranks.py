@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_count", "main_process", "many_processes", "part_of", "started_ranks", "totals"]
 
+_TIMES = (("PATIENCE", 60.0), ("MEET_WITHIN", 300.0))
+"""Of :meth:`rmcore.head.ranks.Ranks.here`, from the environment."""
+
 
 def many_processes() -> bool:
     """Whether accelerate or torchrun started several of us."""
@@ -42,7 +45,8 @@ def started_ranks() -> Iterator[Ranks | None]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with Ranks.here(patience=float(os.environ.get("RMCORE_PATIENCE", "60"))) or _alone() as ranks:
+    patience, within = (float(os.environ.get(f"RMCORE_{name}", default)) for name, default in _TIMES)
+    with Ranks.here(patience=patience, meet_within=within) or _alone() as ranks:
         quiet, notes.quiet = notes.quiet, notes.quiet or ranks.rank > 0
         try:
             yield ranks

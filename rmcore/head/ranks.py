@@ -8,12 +8,14 @@ with an error where a process was killed, where NCCL's waits.
 No rank waits for one that is gone. Each writes a heartbeat to the job's store; rank 0 names one that fell silent, a
 rank whose work raised says so there before it leaves, and whoever waits looks there between looks at its transfer.
 Encoding may therefore take one rank hours longer than another, and a dead one is still told within ``patience``.
+A rank whose torchrun is gone tells the others and ends, whatever it is at.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmcore._base.errors import RankError, reject
+from rmcore.head.meeting import Launcher, meet
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -71,6 +74,7 @@ class Ranks:
         self._group, self._store = group, store.clone()  # type: ignore[attr-defined]
         self._interval = patience / 12
         self._names = {r: f"rank {r}" for r in range(self.size)}
+        self._launcher = Launcher()
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._beat, args=(store.clone(),), daemon=True)  # type: ignore[attr-defined]
         self._pulse.start()
@@ -99,16 +103,24 @@ class Ranks:
         return cls(own, store, patience=patience)
 
     @classmethod
-    def here(cls, *, patience: float = 60.0) -> Ranks | None:
+    def here(cls, *, patience: float = 60.0, meet_within: float = 300.0) -> Ranks | None:
         """Those this process was started with (torchrun, or an initialised ``torch.distributed``); None if it is alone.
 
         Where only the environment says so (WORLD_SIZE, as torchrun sets it), ``torch.distributed`` is initialised, over
         gloo.
+
+        Args:
+            patience: see the class.
+            meet_within: seconds until all ranks must have come, where ``torch.distributed`` is initialised here.
+
+        Raises:
+            RankError: some did not come, and the message says which; or the launcher or the job's store is gone.
+            InputError: the environment has WORLD_SIZE but not the rest of what torchrun sets.
         """
         if not dist.is_available():
             return None
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("gloo")
+            meet(meet_within)
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return None
         return cls.of(patience=patience)
@@ -256,7 +268,7 @@ class Ranks:
         return [bytes(store.get(key)) if store.check([key]) else b"" for key in keys]
 
     def _beat(self, store: Store) -> None:
-        """The heartbeat, in a thread of its own; on rank 0 it watches the others', on the others rank 0's."""
+        """The heartbeat, in a thread of its own: rank 0 watches the others', the others rank 0's, and all torchrun."""
         watched = list(range(1, self.size)) if self.rank == 0 else [0]
         heard = {r: (b"", time.monotonic()) for r in watched}
         with suppress(RuntimeError):  # the store's keeper is gone: told by _look
@@ -265,6 +277,10 @@ class Ranks:
                 if self._ended.wait(self._interval):
                     store.set(f"beat/{self.rank}", "end")
                     return
+                if self._launcher.gone:
+                    told = f"{self._launcher} of {self._names[self.rank]} ended"
+                    store.compare_set("gone", "", json.dumps([[self.rank], told]))
+                    break
                 beats = self._beats(store)
                 for r in watched:
                     if beats[r] != heard[r][0] or beats[r] == b"end":
@@ -275,6 +291,9 @@ class Ranks:
                     store.compare_set(
                         "gone", "", json.dumps([silent, f"{names} gave no sign of life for {self.patience:g} s"])
                     )
+        while not self._ended.wait(self._interval):  # who waits for a transfer has read why by then
+            if self._launcher.gone:
+                os.kill(os.getpid(), signal.SIGTERM)  # as the launcher would have, had it had the time
 
 
 def working(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
