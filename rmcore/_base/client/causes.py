@@ -17,7 +17,14 @@ from pathlib import Path
 
 from rmcore._base.errors import JudgeError
 
-__all__ = ["ConnectionFailedError", "check_environment", "connection_trouble", "not_a_completion", "status_hint"]
+__all__ = [
+    "ConnectionFailedError",
+    "check_environment",
+    "connection_trouble",
+    "not_a_completion",
+    "past_proxies",
+    "status_hint",
+]
 
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 _PROXIES = ("http", "https", "all")
@@ -63,7 +70,7 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or "?"
     place = f"{f'[{host}]' if ':' in host else host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-    proxy = _proxy_of(parts.scheme, host)
+    proxy = _proxy_of(parts)
     numbers = [cause.errno for cause in _chain(error) if isinstance(cause, OSError) and type(cause) in _PLAIN_OS_ERRORS]
     local = next((number for number in numbers if number in _LOCAL), None)
     if local is not None:
@@ -237,13 +244,17 @@ def _proxy_variables(scheme: str) -> str:
     return " or ".join(name for name in _proxy_names((scheme, "all")) if os.environ.get(name))
 
 
-def _proxy_of(scheme: str, host: str) -> str:
-    """The variables whose proxy requests to ``host`` go through; empty where they go there themselves."""
+def _proxy_of(parts: urllib.parse.SplitResult) -> str:
+    """The variables whose proxy requests to a URL go through; empty where they go there themselves."""
+    return "" if _loopback(parts.hostname or "?") or past_proxies(parts) else _proxy_variables(parts.scheme)
+
+
+def past_proxies(parts: urllib.parse.SplitResult) -> bool:
+    """Whether ``NO_PROXY`` names a URL's host, with or without its port."""
     import urllib.request  # has all of http.client with it, and is needed where something went wrong only
 
-    if _loopback(host) or urllib.request.proxy_bypass(host):
-        return ""
-    return _proxy_variables(scheme)
+    host = parts.hostname or "?"
+    return bool(urllib.request.proxy_bypass(host if ":" in host else parts.netloc.rpartition("@")[2] or host))
 
 
 def _loopback(host: str) -> bool:

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from rmcore._base.client.causes import ConnectionFailedError, connection_trouble
+from rmcore._base.client.causes import ConnectionFailedError, connection_trouble, past_proxies
 
 __all__ = ["Resolver"]
 
@@ -48,7 +48,10 @@ class Resolver:
         self._flight: Future[None] | None = None
         self._known_until = float("-inf")
         proxies = urllib.request.getproxies() if through_proxy else {}
-        behind = bool({parts.scheme, "all"} & proxies.keys()) and not urllib.request.proxy_bypass(self._host)
+        named = bool({parts.scheme, "all"} & proxies.keys())
+        behind = named and not past_proxies(parts)
+        # Of NO_PROXY there are several readings, and by another one it is the proxy that knows the name.
+        self._certain = not named
         if behind or not self._host or _is_address(self._host):
             self._known_until = float("inf")
 
@@ -68,7 +71,8 @@ class Resolver:
                 f"DNS: no answer about {self._host} within {self._within:g} s; check the resolver and the network"
             ) from None
         except OSError as error:
-            raise connection_trouble(error, self._url) from None
+            if self._certain:
+                raise connection_trouble(error, self._url) from None
         self._known_until = max(self._known_until, time.monotonic() + _KEPT_S)
 
     def _join(self) -> Future[None]:

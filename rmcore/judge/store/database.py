@@ -70,6 +70,10 @@ _REMEDY = (
     "It is damaged, or no store, and is left as it is: name another file for new verdicts; what of it can be read "
     "`sqlite3 FILE .recover | sqlite3 NEW` may save"
 )
+_PROTECTED = (
+    "This user must be able to write to the file, and to its folder, where sqlite keeps its log: change who may, or "
+    "name another file"
+)
 
 
 def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
@@ -79,13 +83,15 @@ def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = 
     locks of others, and so does each statement later; then it fails with "database is locked".
 
     Raises:
-        StoreError: the file is damaged, foreign, of a later version, or (``read_only``) missing or empty;
+        StoreError: the file is damaged, foreign, of a later version, not to be written to, or (``read_only``) missing
+            or empty;
             or it lies where sqlite cannot keep a write-ahead log, such as a network file system.
     """
     path = Path(path).absolute()
     try:
         if not read_only:
             _create_file(path)
+            _check_writable(path)
         elif not path.is_file():
             raise StoreError(f"{path}: got {'no file' if path.is_dir() else 'nothing'}, expected a verdict store")
         return _open(path, read_only, busy_s)
@@ -96,7 +102,9 @@ def open_database(path: str | Path, *, read_only: bool = False, busy_s: float = 
 
 
 def remedy(error: sqlite3.Error) -> str:
-    """What to do about a damaged file, to go behind the error; empty for errors of another kind."""
+    """What to do about a damaged or protected file, to go behind the error; empty for errors of another kind."""
+    if "readonly" in str(error):
+        return f". {_PROTECTED}"
     damaged = any(words in str(error) for words in ("malformed", "not a database", "no such table", "no such column"))
     return f". {_REMEDY}" if damaged else ""
 
@@ -106,7 +114,9 @@ def _open(path: Path, read_only: bool, busy_s: float) -> sqlite3.Connection:
     database = _connect(path, "ro" if read_only else "rw", busy_s)
     try:
         _wait_until(database, until)
+        database.execute("BEGIN")  # one view: another process may be making the store at this moment
         version = _check_owner(database, path)
+        database.execute("COMMIT")
         if read_only:
             if not version:
                 raise StoreError(f"{path}: got an empty file, expected a verdict store")
@@ -135,6 +145,15 @@ def _create_file(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         pass
+
+
+def _check_writable(path: Path) -> None:
+    """Else sqlite opens it for reading, and the first question finds out that nothing can be kept."""
+    logs = [Path(f"{path}-wal"), Path(f"{path}-shm")]
+    beside = logs if all(log.exists() for log in logs) else [path.parent]  # the folder, to make them in
+    for one in (path, *beside):
+        if not os.access(one, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise StoreError(f"{path}: {one} cannot be written to. {_PROTECTED}")
 
 
 def _connect(path: Path, mode: str, busy_s: float) -> sqlite3.Connection:

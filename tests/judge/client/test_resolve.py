@@ -149,3 +149,27 @@ def test_a_thread_that_cannot_be_started_costs_one_attempt_and_no_more(monkeypat
         with pytest.raises(ConnectionFailedError):
             asyncio.run(resolver.check())
     asyncio.run(resolver.check())
+
+
+def test_a_name_that_only_the_proxy_may_know_is_left_to_the_request(monkeypatch):
+    """``.test`` in NO_PROXY is the name ``test`` too for urllib, and is not for httpx."""
+
+    def lookup(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", ".test")
+    asyncio.run(Resolver("https://test/v1", through_proxy=True, within_s=1, lookup=lookup).check())
+    monkeypatch.delenv("HTTPS_PROXY")
+    with pytest.raises(ConnectionFailedError, match="no address is known for test"):
+        asyncio.run(Resolver("https://test/v1", through_proxy=True, within_s=1, lookup=lookup).check())
+
+
+@pytest.mark.parametrize(("port", "looked_up"), [("", 0), (":8443", 1)])
+def test_a_port_in_no_proxy_counts(monkeypatch, port, looked_up):
+    calls = []
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "judge.test:8443")
+    url = f"https://judge.test{port}/v1"
+    asyncio.run(Resolver(url, through_proxy=True, within_s=1, lookup=lambda *at: calls.append(at)).check())
+    assert len(calls) == looked_up

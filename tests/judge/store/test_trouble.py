@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sqlite3
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from rmcore.judge import ChatJudge, JudgeUsage, Pair, Verdict, VerdictStore, chat
+from rmcore.judge.store import database as database_module
 from rmcore.judge.store import writer
-from rmcore.judge.store.database import StoreError
+from rmcore.judge.store.database import SCHEMA_VERSION, StoreError, open_database
 from rmcore.judge.store.records import Question, Reply
 
 PAID = JudgeUsage(calls=1, attempts=1, seconds=0.5)
@@ -259,3 +263,73 @@ def test_closing_connections_that_do_not_close_is_given_up(make_judge, caplog, m
     asyncio.run(judge.aclose())
     assert time.monotonic() - began < 5.0
     assert "did not close within 0.1 s" in caplog.text
+
+
+# -- who may not write -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_user():
+    """A folder of another user's, and who runs the test as that user."""
+    if not hasattr(os, "seteuid") or os.geteuid() != 0:
+        yield contextlib.nullcontext
+    else:
+
+        @contextlib.contextmanager
+        def become():
+            os.seteuid(65534)
+            try:
+                yield
+            finally:
+                os.seteuid(0)
+
+        yield become
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "log"])
+def test_a_store_that_cannot_be_written_to_is_told_before_anything_is_asked(another_user, what):
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+        stack.enter_context(another_user())
+        path = folder / "v.db"
+        store = VerdictStore(path)
+        if what == "folder":
+            store.close()
+            protected = folder
+        else:
+            store.get(question("p"))  # the log is there
+            protected = path if what == "file" else Path(f"{path}-wal")
+        mode = protected.stat().st_mode
+        protected.chmod(0o555 if what == "folder" else 0o444)
+        with pytest.raises(StoreError, match="must be able to write"):
+            VerdictStore(path)
+        if what == "folder":
+            with pytest.raises(StoreError, match=r"must be able to write|Permission denied"):
+                VerdictStore(folder / "new.db")
+        protected.chmod(mode)
+        store.close()
+        VerdictStore(path).close()
+
+
+def test_a_store_that_another_process_is_making_is_not_taken_for_a_strangers(tmp_path, monkeypatch):
+    path, connect = tmp_path / "v.db", database_module._connect
+
+    def traced(*given):
+        connection, done = connect(*given), []
+
+        def another(statement):
+            if statement == "PRAGMA user_version" and not done:
+                done.append(1)
+                with monkeypatch.context() as patch, contextlib.suppress(StoreError):
+                    patch.setattr(database_module, "_connect", connect)
+                    open_database(path, busy_s=0.05).close()
+
+        connection.set_trace_callback(another)
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database_module, "_connect", traced)
+        with contextlib.closing(open_database(path, busy_s=5)) as database:
+            assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)

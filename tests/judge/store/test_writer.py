@@ -167,6 +167,7 @@ def test_a_thread_that_ends_tells_all_who_wait_and_says_so(memory, monkeypatch, 
             job.result(5)
         except StoreError as error:
             assert "MemoryError" in str(error)  # noqa: PT017
+    made._thread.join(5)
     assert "the store's thread ended" in caplog.text
     assert made.ended
     with pytest.raises(StoreError, match="closed"):
