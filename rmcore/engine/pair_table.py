@@ -71,6 +71,8 @@ class PairTable:
         measures: (ΣK,) float64 on the CPU by name: what the engine's uncertainty says of each response besides
             (:class:`~rmcore.head.estimators.PairEstimate`), NaN where it was left unread.
         shared: difference mode: v is the variance of a difference of two rows' scores, which a group's pairs share.
+        alike: (Q,) bool on the head's device: the hidden rows of a pair are the same, as far as the head's scores tell:
+            in concat mode those of its two orders. None where there is one order.
     """
 
     layout: PairLayout
@@ -86,6 +88,7 @@ class PairTable:
         self.parts: dict[str, Tensor] = {}
         self.measures: dict[str, Tensor] = {}
         self.shared = False
+        self.alike: Tensor | None = None
 
     def __len__(self) -> int:
         return self.layout.pairs
@@ -98,6 +101,7 @@ class PairTable:
         table = cls._of(torch.stack([value.double() for value in scores]), layout, finite=finite)
         table.row_novelty = None if scores.row_novelty is None else scores.row_novelty.double()
         table.shared = True
+        table.alike = (table.logit == 0) & (table.variance == 0)
         return table
 
     @classmethod
@@ -115,7 +119,9 @@ class PairTable:
         g, v, u, p = values
         both = [reference.mean_of_orders(x[forward], x[backward], mean) for x in (g, p)]
         sure = [(x[forward] + x[backward]) / 2 for x in (v, u)]
-        return cls._of(torch.stack([both[0], *sure, both[1]]), layout)
+        table = cls._of(torch.stack([both[0], *sure, both[1]]), layout)
+        table.alike = (g[forward] == g[backward]) & (v[forward] == v[backward])
+        return table
 
     @classmethod
     def _of(cls, values: Tensor, layout: PairLayout, *, one_order: bool = False, finite: bool = False) -> PairTable:
@@ -149,6 +155,8 @@ class PairTable:
         for name in sorted(set.intersection(*(set(table.measures) for table in tables))):
             result.measures[name] = torch.cat([table.measures[name] for table in tables])
         result.shared = all(table.shared for table in tables)
+        alike = [table.alike for table in tables if table.alike is not None]
+        result.alike = torch.cat(alike) if len(alike) == len(tables) else None
         start = 0
         for table in tables:
             result.verdicts |= {start + row: verdict for row, verdict in table.verdicts.items()}
@@ -166,6 +174,7 @@ class PairTable:
             layout = PartialLayout(sizes, [self.layout.edges[k] for k in keep.nonzero()[:, 0].tolist()])
         table = PairTable(layout, self.values[:, pairs.to(self.values.device)], self.one_order)
         table.shared = self.shared
+        table.alike = None if self.alike is None else self.alike[pairs.to(self.alike.device)]
         table.parts = {name: part[pairs.to(part.device)] for name, part in self.parts.items()}
         rows = torch.repeat_interleave(keep, self.layout.sizes)
         table.measures = {name: values[rows] for name, values in self.measures.items()}
@@ -180,6 +189,7 @@ class PairTable:
         table.parts = {name: part[left] for name, part in self.parts.items()}
         table.measures = dict(self.measures)
         table.complete, table.row_novelty, table.shared = self.complete, self.row_novelty, self.shared
+        table.alike = None if self.alike is None else self.alike[left]
         return table
 
     # -- columns -----------------------------------------------------------------------------------------------------

@@ -378,6 +378,8 @@ class ScoreCall:
             if states is not None:
                 texts = merged_texts(texts, states.flat.tolist())
             signal = pair_signals(texts, table.layout.pair_rows(mode, one_order=self.one_order), mode)
+            if table.alike is not None:  # states may be the same where texts are not: a window's, the first token's
+                signal = torch.where(signal == PairSignal.PRESENT, table.alike.cpu().to(torch.uint8), signal)
             if any(unread := [text.unread for text in texts]):
                 mask = torch.tensor(unread)
                 table.measures = {name: of.masked_fill(mask, torch.nan) for name, of in table.measures.items()}
@@ -387,6 +389,8 @@ class ScoreCall:
             # Hidden rows from elsewhere: v = ‖U(φ_i − φ_j)‖² is 0 where they are equal; answers' own spread is not.
             nothing = table.logit == 0 if "aleatoric" in table.parts else table.variance == 0
             signal = nothing.cpu().to(torch.uint8) * int(PairSignal.EQUAL_INPUTS)
+        elif self.responses is not None and table.alike is not None:
+            signal = table.alike.cpu().to(torch.uint8) * int(PairSignal.EQUAL_INPUTS)
         else:
             return
         table.silence(signal)

@@ -139,10 +139,13 @@ def encode_pairs(
     hidden = fill_unread(rows, [texts[k : k + 2] for k in range(0, len(texts), 2)])
     noise = None if said is None or mode != "difference" else said.score_variance
     tokens = torch.tensor([text.content_tokens for text in texts], dtype=torch.float64)
+    states = hidden.view(len(pairs), 2, -1)
+    equal = torch.tensor([content_key(pair.first) == content_key(pair.second) for pair in pairs], dtype=torch.bool)
+    alike = (states[:, 0] == states[:, 1]).all(-1).cpu() & ~equal  # although the texts are not
     return PairStates(
-        hidden.view(len(pairs), 2, -1),
+        states,
         tokens.view(-1, 2),
-        torch.tensor(silent, dtype=torch.bool),
+        torch.tensor(silent, dtype=torch.bool) | alike,
         None if noise is None else noise.view(-1, 2),
     )
 

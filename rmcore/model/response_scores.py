@@ -132,6 +132,8 @@ def pair_squares(
     if ordered:
         g, v = g[0, rows.T], v[0, rows.T]  # (2, Q): of (i, j) and of (j, i)
     same = _equal_texts(responses, layout)
+    # States may be the same where texts are not, such as a first token's: then nothing is known either.
+    alike = (g[0] == g[1]) & (v[0] == v[1]) if ordered else (g[0] == 0) & (v[0] == 0) & (kind == "difference")
     g, v = g.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
     u = reference.uncertainty(v, amplitude)
     p = reference.preference(g, u) if preference is None else preference.double().cpu()[None].masked_fill(same, 0.0)
@@ -141,7 +143,7 @@ def pair_squares(
     inputs = [text for group in encoded for text in group]
     signal = pair_signals(inputs, rows, mode)
     unread = signal == PairSignal.UNREAD
-    silent = unread | ((signal == PairSignal.EQUAL_INPUTS) & ~same)
+    silent = unread | (((signal == PairSignal.EQUAL_INPUTS) | alike) & ~same)
     p, u = p.masked_fill(silent, torch.nan), u.masked_fill(silent, torch.inf)
     g, v = g.masked_fill(unread, torch.nan), v.masked_fill(unread, torch.nan)
     told = {name: part.double().cpu().masked_fill(same, 0.0) for name, part in (parts or {}).items()}

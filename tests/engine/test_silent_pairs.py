@@ -16,6 +16,8 @@ from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning.judged import judged_pairs
 from rmcore.engine.routing import AdaptiveRouter, AlwaysRoute, Budget, NeverRoute, RandomRouter, ThresholdRouter
 from rmcore.engine.selection import best_of, member_uncertainty
+from rmcore.evaluation.evaluate import encode_pairs
+from rmcore.evaluation.streams import StreamPair
 from rmcore.judge.base import Verdict
 from rmcore.model import Preference, RewardModel
 
@@ -167,6 +169,46 @@ def test_hidden_rows_from_elsewhere(hand_head):
     assert known.uncertainty[0, 1] == math.inf
     same = engine.score_hidden(hidden, [3], prompts=["Q"], responses=[["a", "a", "c"]])[0]
     assert same.uncertainty[0, 1] == 1
+
+
+def test_hidden_rows_of_pairs_from_elsewhere(hand_head):
+    """In concat mode the two orders of such a pair have one row."""
+    hidden = torch.tensor([[1.0, 2.0], [3.0, 1.0], [1.0, 2.0], [0.0, 1.0], [2.0, 2.0], [0.5, 1.0]])
+    engine = RewardEngine(hand_head([1.0, 0.5], "concat"))
+    known = engine.score_hidden(hidden, [3], prompts=["Q"], responses=[["a", "b", "c"]])
+    assert known[0].uncertainty[0, 1] == math.inf
+    assert known[0].preference[0, 1].isnan()
+    assert bool(known[0].uncertainty[2].isfinite().all())
+    assert known.summary()["no_signal"]["equal_inputs"] == 1
+    same = engine.score_hidden(hidden, [3], prompts=["Q"], responses=[["a", "a", "c"]])[0]
+    assert (same.preference[0, 1], same.uncertainty[0, 1]) == (0, 1)
+    judged = RewardEngine(engine.head, Judge(), BudgetRouter(count=1))
+    assert judged.score_hidden(hidden, [3], prompts=["Q"], responses=[["a", "b", "c"]])[0].routed[0, 1]
+
+
+def test_equal_states_of_different_inputs_tell_nothing_either(hand_head, table_model):
+    """A decoder's first token knows nothing of what follows, and a window's last nothing of what it cannot see."""
+    states = {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [0.0, 1.0]}
+    model = table_model(hand_head([1.0, 0.5]), lambda prompt, text: states[text])
+    group = RewardEngine(model).score(["Q"], [["a", "b", "c"]])[0]
+    assert [(d.i, d.j, d.by, d.no_signal) for d in group.decisions] == [(0, 1, "nobody", "equal_inputs")]
+    assert group.uncertainty[0, 1] == math.inf
+    assert RewardEngine(model).score(["Q"], [["a", "a", "c"]])[0].uncertainty[0, 1] == 1
+
+
+def test_the_model_alone_and_evaluation_say_so_too(make_backbone):
+    backbone = make_backbone("llama")
+    pairs = [Preference(f"what {k}", "the quick fox", "a bad answer is long") for k in range(8)]
+    model, _ = RewardModel.fit(backbone, pairs, num_features=32)
+    first = RewardModel(make_backbone("llama", pooling="first"), model.head)
+    for group in (
+        first.score("what", ["the quick fox", "a bad answer"]),
+        RewardEngine(first).score(["what"], [["x", "y"]])[0],
+    ):
+        assert group.uncertainty[0, 1] == math.inf
+        assert group.preference[0, 1].isnan()
+    asked = [StreamPair("what", "the quick fox", second, 1.0, "x") for second in ("a bad answer", "the quick fox")]
+    assert encode_pairs(first.backbone, asked, "difference").silent.tolist() == [True, False]
 
 
 def test_a_table_made_again_from_groups_counts_them_too(model):
