@@ -29,14 +29,15 @@ _CODES = ("code", "status", "statuscode", "httpstatus", "httpcode", "errorcode")
 _WORDS = ("code", "type", "status", "errorcode", "errortype", "_type")
 _MESSAGES = (
     *("message", "msg", "statusmsg", "errormessage", "errormsg", "faultstring"),
-    *("detail", "title", "errordescription", "reason", "error"),
+    *("detail", "title", "errordescription", "reason", "exception", "error"),
 )
 _HOLDERS = ("error", "errors", "fault")
 _NOTHING: tuple[object, ...] = (None, "", 0, False, 200, "200", "0", [], {})
 _NUMBERED = re.compile(
     r"(?i)(?:^\W{0,3}|\b(?:http|status(?: code)?|error(?: code)?|code)\W{1,3})([45]\d\d)\b|\b([45]\d\d) status code\b"
+    r"|\| (5\d\d): "  # Cloudflare's titles
 )
-_TITLE = re.compile(rb"(?is)<title[^<>]{0,80}>([^<>]{1,200})<")
+_TITLE = re.compile(rb"(?is)<title[^<>]{0,80}>([^<>]{1,200})(?:<|\Z)")
 _TAG = re.compile(rb"<[^<>]{1,200}>")
 _PASSING = frozenset({429, 500, 502, 503, 504})
 # What APIs call a status in words: OpenAI's and Anthropic's types, Google's codes, the standard's phrases.
@@ -47,9 +48,14 @@ _NAMED = tuple(
         (r"(?:requests?|qps|concurrency)[ _]?limit|rate exceeded|slow.?down|并发数?过高|请求过多|请求频率|限流", 429),
         (r"bad.?gateway", 502),
         (r"gateway.?time.?out|deadline.?exceeded|timed.?out|^time.?out|timeout.?error", 504),
-        (r"(?:upstream|request).{0,20} time.?out", 504),
+        (r"(?:upstream|request|stream).{0,20} time.?out", 504),
         (r"overloaded|service.{0,13}unavailable|temporarily unavailable|^unavailable$", 503),
-        (r"currently loading|too busy|no healthy upstream|upstream connect error|繁忙|过载", 503),
+        (r"currently loading|too busy|no healthy upstream|upstream connect error|繁忙|过载|混み合", 503),
+        (r"請求過多|リクエストが多すぎ|요청이 너무 많|demasiadas (?:solicitudes|peticiones)|trop de requêtes", 429),
+        (r"zu viele anfragen|слишком много запросов|troppe richieste|muitas (?:solicitações|requisições)", 429),
+        (r"(?:try again|retry) later|^try again|稍[后後候]再?重?[试試]|請稍|请稍|しばらく|잠시 후|나중에 다시", 503),
+        (r"(?:inténtelo|intente|tente).{0,20}(?:más tarde|mais tarde)|réessayer|réessayez|später erneut", 503),
+        (r"попробуйте позже|повторите.{0,20}позже|riprova.{0,20}più tardi", 503),
         (r"internal.?(?:server.?)?error|server.?error|api_error|^internal$", 500),
         (r"authentication|unauthenticated|unauthorized|invalid.?api.?key", 401),
         (r"permission|forbidden", 403),
@@ -140,7 +146,13 @@ def _said(value: object) -> Iterator[Mapping[str, object] | str]:
 
 def _says_something(said: Mapping[str, object] | str) -> bool:
     """Whether an error is one: some gateways send its fields with nothing in them beside every answer."""
-    return isinstance(said, str) or any(value not in _NOTHING for value in said.values())
+    if isinstance(said, str):
+        return True
+    fields = _folded(said)
+    codes = [fields[name] for name in _CODES if name in fields]
+    if codes and all(type(code) is not bool and code in (0, 200, "0", "200") for code in codes):
+        return False  # "success", by whatever words
+    return any(value not in _NOTHING for value in said.values())
 
 
 def _status(said: Mapping[str, object] | str) -> int | None:
@@ -173,7 +185,7 @@ def _status_of_words(text: str) -> int | None:
     """The status that a message names or describes, if it is one that passes; a refusal has words of many kinds."""
     text = text[:_MAX_WORDS]
     if (found := _NUMBERED.search(text)) is not None:
-        return int(found[1] or found[2])
+        return int(found[1] or found[2] or found[3])
     return next((status for pattern, status in _NAMED if status in _PASSING and pattern.search(text)), None)
 
 

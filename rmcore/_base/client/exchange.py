@@ -289,8 +289,16 @@ class HttpExchange:
         return failure(status, content, "; ".join(word for word in (said, hint) if word), headers)
 
 
+_ALIVE = re.compile(rb"\s*(?::[^\n]*\n\s*)+(?=\{)")
+
+
 def finished(content: bytes, key: str, headers: Mapping[str, str]) -> Attempt:
-    """A whole reply of status 200, unless it holds an error of another status: that one counts then."""
+    """A whole reply of status 200, unless it holds an error of another status: that one counts then.
+
+    Lines that a gateway sends to keep a connection alive (``: keep-alive``) are no part of it.
+    """
+    if content[:64].lstrip().startswith(b":") and (found := _ALIVE.match(content)) is not None:
+        content = content[found.end() :]
     status = embedded_status(content)
     if status is not None:
         return failure(status, content, error_detail(content, key), headers)

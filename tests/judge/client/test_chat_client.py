@@ -520,6 +520,22 @@ FAILED = {"message": {"content": "par"}, "finish_reason": "error"}
         # An error's fields with nothing in them, and words within an answer.
         ({"error": {"code": 0, "message": ""}, "errors": [], "detail": None, "choices": [FINISHED]}, "", 1),
         ({"choices": [{"message": {"content": "error 429: rate limit"}, "finish_reason": "stop"}], "code": 500}, "", 1),
+        ({"error": {"code": 0, "message": "success"}, "choices": [FINISHED]}, "", 1),
+        ({"error": {"code": "200", "msg": "ok"}, "choices": [FINISHED]}, "", 1),
+        # "Busy, later" in other languages, pages that break off, keep-alives before an answer.
+        ({"error": {"code": "1234", "message": "网络错误，请稍后重试"}}, "http_503", 3),
+        ({"error": "サーバーが混み合っています"}, "http_503", 3),
+        ({"error": "요청이 너무 많습니다"}, "http_429", 3),
+        ({"detail": "Demasiadas solicitudes"}, "http_429", 3),
+        ({"message": "Trop de requêtes, réessayez"}, "http_429", 3),
+        ({"error": {"message": "Bitte später erneut versuchen"}}, "http_503", 3),
+        ({"error": {"message": "Сервис занят, попробуйте позже"}}, "http_503", 3),
+        ({"error": {"message": "Prompt is not valid"}}, "no_choices", 1),
+        ({"exception": "java.net.SocketTimeoutException: Read timed out"}, "http_504", 3),
+        (b"<html><head><title>api.example.com | 524: A timeout occurred", "http_524", 3),
+        (b"stream timeout", "http_504", 3),
+        (b": keep-alive\n\n: keep-alive\n\n" + json.dumps({"choices": [FINISHED]}).encode(), "", 1),
+        (b": keep-alive\n\n" + json.dumps({"error": ERROR}).encode(), "http_429", 3),
     ],
     ids=str,
 )
