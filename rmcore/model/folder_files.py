@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ DECIDING = (
     *("*.codes", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json", "dict.txt", "emoji.json", "byte_maps.json"),
     *("normalizer.json", "word_*.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
 )
+_logger = logging.getLogger(__name__)
+
 BASE = "base_model"
 """Under which name the model that an adapter belongs to is told: a file of its folder behind it, or a hub's commit."""
 _LARGE = 32 * 2**20
@@ -80,6 +83,14 @@ def _base_of(folder: Path) -> dict[str, str]:
         return {BASE: name}
     if os.path.samefile(name, folder):
         return {}
+    if not os.path.isabs(name):
+        _logger.warning(
+            "%s: its adapter_config.json names the model below it by the relative path %r: from another folder than "
+            "%s it is not found. An absolute path is",
+            folder,
+            name,
+            os.getcwd(),
+        )
     return {f"{BASE}/{file}": digest for file, digest in folder_digests(Path(name)).items()}
 
 

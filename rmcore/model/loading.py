@@ -139,6 +139,11 @@ def with_base(
     that of its default branch now. Raises CheckpointError.
     """
     name = files.get(BASE)
+    if name is not None and any(file.startswith(f"{BASE}/") for file in recorded):
+        raise CheckpointError(
+            f"backbone: got an adapter of {name!r}, which was a folder when the model was saved, and is none from "
+            f"{os.getcwd()!r}. Name it by its absolute path in adapter_config.json"
+        )
     if name is None or importlib.util.find_spec("peft") is None:  # which loading says
         return dict(files), options
     known, _, commit = recorded.get(BASE, "").rpartition("@")

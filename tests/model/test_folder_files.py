@@ -20,6 +20,7 @@ from rmcore.cli import app
 from rmcore.head.checkpoint import _SINCE_0_1_0, check_digest
 from rmcore.model import Backbone, Preference, RewardModel, folder_files
 from rmcore.model.folder_files import check_files, folder_digests
+from rmcore.model.loading import Options, with_base
 
 PAIRS = [Preference(**row) for row in preference_rows(6)]
 
@@ -216,3 +217,18 @@ def test_a_large_file_is_read_once_and_again_when_it_changed(tmp_path: Path, mon
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a program would that hides its traces
     assert folder_digests(folder) != first
     assert read == ["model.safetensors"] * 2
+
+
+def test_a_relative_base_that_is_not_found_is_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("base", "adapter", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    monkeypatch.chdir(tmp_path)
+    recorded = folder_digests(tmp_path / "adapter")
+    assert "by the relative path 'base': from another folder than" in caplog.text
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"an adapter of 'base', which was a folder when .*, and is none from "):
+        with_base(folder_digests(tmp_path / "adapter"), recorded, Options())
