@@ -166,6 +166,9 @@ class RemoteModel(torch.nn.Module):
                     found.update(enumerate(await self._part(part, every, deadline), start))
                 except BackendError as error:
                     failed.append(error)
+                except Exception as error:  # of a reply that is read here; the others' requests are waited for
+                    kind = type(error).__name__
+                    failed.append(BackendError(f"{self.url}: got a reply of another form ({kind}), expected states"))
 
         requests = -(-len(texts) // _TEXTS)
         await asyncio.gather(*(work() for _ in range(min(self.client.options.concurrency, requests))))

@@ -178,6 +178,7 @@ def first_data(change: Any) -> Any:
         (lambda reply: {"data": [None, 3]}, r"texts \[\], expected"),
         (lambda reply: reply | {"data": reply["data"][:1]}, r"texts \[1\], expected of 0 to 1"),
         (lambda reply: reply | {"data": [e | {"index": 0} for e in reply["data"]]}, r"texts \[0\]"),
+        (lambda reply: reply | {"data": [e | {"index": [0]} for e in reply["data"]]}, "another form"),
         (first_data(lambda row: row[:-1]), r"shape \(31,\) for \d+ tokens, expected \(32,\)"),
         (first_data(lambda row: [row, row]), r"shape \(2, 32\)"),
         (first_data(lambda row: [row, row[:3]]), "neither base64 of float32 nor numbers"),

@@ -46,6 +46,7 @@ BUDGET = "budget"
 log = logging.getLogger(__name__)
 
 _CONCURRENT_CALLS = 4096
+_CLOSE_S = 15.0
 
 
 class SharedJudge:
@@ -243,7 +244,10 @@ class ActorJudge:
     def close(self) -> None:
         """Close the judge and end its actor."""
         ray = ray_module()
-        ray.get(self.actor.close.remote())
+        try:
+            ray.get(self.actor.close.remote(), timeout=_CLOSE_S)
+        except Exception:  # it hangs, or is gone already
+            log.warning("the shared judge did not close within %g s and is ended", _CLOSE_S, exc_info=True)
         ray.kill(self.actor)
 
 

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from functools import partial
 from typing import TypeAlias
 
 from rmcore._base.clock import Clock, SystemClock
@@ -266,9 +267,15 @@ class GroupAssembly:
         group = OpenGroup(key, prompt, digest, size, self.clock.now() + self.time_limit_s, principle)
         self._groups[key] = group
         group.task = asyncio.create_task(self._run(group), name="rmcore group")
-        # Somebody may have gone away before the end: nobody is then left to look at the exception.
-        group.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        group.task.add_done_callback(partial(self._ended, group))
         return group
+
+    def _ended(self, group: OpenGroup, task: asyncio.Task[Outcome]) -> None:
+        if task.cancelled():  # by somebody else, and maybe before it began: not a group that others may wait for
+            group.closed = True
+            self._forget(group)
+        else:
+            task.exception()  # looked at: there may be nobody left who does
 
     def _add(self, group: OpenGroup, slot: int, response: Canonical, note: object) -> None:
         if group.closed:
@@ -377,8 +384,10 @@ class GroupAssembly:
         self._waiting += 1
         try:
             assert group.task is not None
-            # Shielded: a caller that is cancelled leaves the group alone.
-            outcome = await asyncio.shield(group.task)
+            await asyncio.wait({group.task})  # unlike awaiting it, this leaves it alone when the caller is cancelled
+            if group.task.cancelled():
+                raise BusyError("the group was cancelled", 1.0)
+            outcome = group.task.result()
             member.delivered = True
             return MemberResult(outcome.score, outcome.rows[slot], outcome.slots, group.size, member, outcome.notes)
         finally:

@@ -214,3 +214,32 @@ def test_an_answer_that_somebody_else_cancels_is_asked_for_again(started):
     assert [message["status"] for message in messages if "status" in message] == [200 if started else 503]
     if not started:
         assert (b"retry-after", b"1") in messages[0]["headers"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("by_content", [False, True])
+def test_a_group_that_somebody_else_cancels_is_told_and_comes_together_anew(begun, by_content):
+    async def score(prompt, responses):
+        return numbers(responses, None)
+
+    async def main():
+        assembly = GroupAssembly(score)
+
+        def join(slot):
+            if by_content:
+                return assembly.join_by_content("p", f"{slot}", 2)
+            return assembly.join("g", slot, 2, "p", f"{slot}")
+
+        lost = asyncio.create_task(join(0))
+        while not named("rmcore group"):
+            await asyncio.sleep(0)
+        if begun:
+            await settle()
+        named("rmcore group")[0].cancel()
+        with pytest.raises(BusyError, match="cancelled"):
+            await lost
+        parts = await asyncio.gather(join(0), join(1))
+        assert [part.group.preference[part.index].sum() for part in parts] == [-1, 1]
+        assert assembly.waiting == assembly.open_groups == 0
+
+    go(main())
