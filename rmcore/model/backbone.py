@@ -1,8 +1,7 @@
-"""A Hugging Face backbone as a function from encoded texts to pooled hidden states, computing little twice.
+"""A Hugging Face backbone as a function from encoded texts to pooled hidden states.
 
-Texts are deduplicated. A decoder's texts that begin alike are encoded as packed trees
-(:mod:`rmcore.model.encoding.packing`), the rest sorted by length and padded, both within a token budget. A chosen layer
-stops the forward pass there. transformers is imported on first use.
+What is computed of them, and what is not computed twice, is in :mod:`rmcore.model.text_states`; one forward pass in
+:mod:`rmcore.model.forward`. transformers is imported on first use.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from rmcore.head.attributes.scores import AttributeScores
 from rmcore.model.agreement import require_same_tokens
 from rmcore.model.backbone_config import BackboneConfig, Pooling
 from rmcore.model.backbone_loading import BackboneLoading, Deterministic
+from rmcore.model.backbone_saving import save_backbone
 from rmcore.model.encoding.architecture import (
     block,
     embedding_rows,
@@ -37,18 +37,18 @@ from rmcore.model.encoding.architecture import (
 )
 from rmcore.model.encoding.limits import check_positions
 from rmcore.model.encoding.packing import Pack
-from rmcore.model.encoding.sharing import Kind, PrefixSharing
-from rmcore.model.encoding.tree_attention import Packing, TreeAttentionError
-from rmcore.model.encoding_stats import EncodingStats, length_batches, warn_of_cuts
+from rmcore.model.encoding.sharing import Kind
+from rmcore.model.encoding.tree_attention import Packing
+from rmcore.model.encoding_stats import EncodingStats, warn_of_cuts
 from rmcore.model.families.load import Loaded
 from rmcore.model.families.pairs import PairTextEncoder
-from rmcore.model.families.tensors import EMBEDDED_HEAD, LANGUAGE_HEAD
 from rmcore.model.forward import ForwardPass
 from rmcore.model.loading import FLOATS, REMOTE_CODE, choose_attention, is_quantised
 from rmcore.model.remote import RemoteModel
 from rmcore.model.state_cache import StateCache
 from rmcore.model.template_date import reads_clock
 from rmcore.model.text import EncodedText, OverlongPolicy, PairTemplate, TextEncoder, TextLimit
+from rmcore.model.text_states import TextStates
 from rmcore.ops.dispatch import Explanation
 from rmcore.ops.reference import OrderMean
 
@@ -61,9 +61,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-_REMOTE_TEXTS = 256
-"""Texts between two reports of progress where states come from a server."""
 
 
 class Backbone(BackboneLoading):
@@ -156,14 +153,14 @@ class Backbone(BackboneLoading):
         self._tree_kinds = tree_kinds
         self._lock = threading.Lock()
         self._loaded = self._weights_version()
-        self._sharing = PrefixSharing(
-            model,
-            packing,
-            encode_pack=self._pass.encode_pack,
-            encode_alone=lambda ids: self._forward([ids])[0],
-            layers=config.layer or int(getattr(text_config(model), "num_hidden_layers", 0)),
+        self._states = TextStates(
+            self._pass,
+            tokenizer,
+            packing=packing,
+            tree_kinds=tree_kinds,
+            rows=self.rows,
             max_length=self.positions or self.encoder.max_length,
-            kinds=tree_kinds,
+            deterministic=deterministic,
         )
 
     def with_packing(self, packing: Packing) -> Backbone:
@@ -262,7 +259,7 @@ class Backbone(BackboneLoading):
     @property
     def packing(self) -> Packing:
         """How shared beginnings were asked to be encoded."""
-        return self._sharing.packing
+        return self._states.sharing.packing
 
     def text_limit(self, max_length: int | None = None, overlong: OverlongPolicy | None = None) -> TextLimit:
         """The limit of texts with some of it given, the rest as configured; raises InputError for an impossible one."""
@@ -296,7 +293,7 @@ class Backbone(BackboneLoading):
 
         The first call may run the model on a few made-up tokens, to see that a packed tree changes nothing.
         """
-        return self._sharing.explain()
+        return self._states.sharing.explain()
 
     def explain_head(self, rows: int | None = None) -> Explanation:
         """Who computes a published model's gate and attributes for so many texts: a backend of
@@ -315,26 +312,14 @@ class Backbone(BackboneLoading):
         Raises InputError for a server's body and for quantised weights, which are where they came from;
         CheckpointError where transformers refuses, as it does for adapters beside an old peft.
         """
-        if self.remote:
-            reject("backbone", "'embed' for hidden states from a server", "'name', and the server again when it loads")
-        if getattr(self.model, "is_quantized", False) and not hasattr(self.model, "peft_config"):
-            reject("backbone", "'embed' for quantised weights", "'name', which loads them from where they are")
-        try:
-            self.model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": dict(state_dict)}))
-        except ValueError as error:  # of adapters, where peft is older than transformers wants it for saving
-            raise CheckpointError(f"backbone: got weights that transformers cannot save ({error})") from error
-        self.tokenizer.save_pretrained(folder)
-        from safetensors.torch import save_file
-
-        if self.language_head is not None and self.published is None:
-            kept = {f"lm_head.{name}": tensor.contiguous() for name, tensor in self.language_head.items()}
-            save_file(kept, folder / LANGUAGE_HEAD)
-        if self.published is not None:
-            head = {name: tensor.contiguous() for name, tensor in self.published.head_tensors().items()}
-            save_file(head, folder / EMBEDDED_HEAD)
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            config = {**self.published.head_keys, **config}  # transformers leaves some out: temperature, say
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_backbone(
+            folder,
+            self.model,
+            self.tokenizer,
+            published=self.published,
+            language_head=self.language_head,
+            state_dict=state_dict,
+        )
 
     def scalar_head(self) -> tuple[Tensor, float]:
         """(weight (h,), bias) of a reward model's last linear layer, for :func:`rmcore.head.fit.upgrade`.
@@ -427,95 +412,26 @@ class Backbone(BackboneLoading):
         progress: Callable[[int, int], None] | None,
         stats: EncodingStats | None,
     ) -> Tensor:
-        distinct: dict[tuple[int, ...], int] = {}
-        read = [k for k, text in enumerate(texts) if not text.unread]
-        rows = [distinct.setdefault(self.input_ids(texts[k]), len(distinct)) for k in read]
-        ids = list(distinct)
-        if () in distinct:
-            reject(f"texts[{read[rows.index(distinct[()])]}]", "no tokens at all", "at least one token")
-        self._check_ids(ids)
         call = EncodingStats(
             texts=len(texts),
-            encoded=len(ids),
-            tokens=sum(map(len, ids)),
             truncated_texts=sum(text.cut_tokens > 0 for text in texts),
             cut_tokens=sum(text.cut_tokens for text in texts),
-            unread_texts=len(texts) - len(read),
+            unread_texts=sum(text.unread for text in texts),
         )
-        width = self._row_width
-        pooled = torch.empty(len(ids), width, dtype=torch.float32, device=self.device)
-        cache = None if self.changed else self.state_cache
-        todo = list(range(len(ids)))
-        if cache is not None:
-            known, states = cache.read(ids)
-            pooled[torch.tensor(known, dtype=torch.long, device=self.device)] = states.to(self.device)
-            todo = sorted(set(todo) - set(known))
-            call.cached = len(known)
-        done = call.tokens - sum(len(ids[k]) for k in todo)
-        with torch.inference_mode():
-            for part, states in self._encode([ids[k] for k in todo], call) if todo else ():
-                batch = [todo[k] for k in part]
-                pooled[torch.tensor(batch, device=self.device)] = states
-                if cache is not None:
-                    cache.write([ids[k] for k in batch], states)
-                done += sum(len(ids[k]) for k in batch)
-                if progress is not None:
-                    progress(done, call.tokens)
+        states = self._states.of(
+            [None if text.unread else self.input_ids(text) for text in texts],
+            call,
+            width=self._row_width,
+            tokens_per_batch=self.tokens_per_batch,
+            cache=None if self.changed else self.state_cache,
+            progress=progress,
+        )
         with self._lock:  # reading, adding and writing back is not one step
             self.stats.add(call)
         if stats is not None:
             stats.add(call)
         warn_of_cuts(texts, call)
-        states = pooled[torch.tensor(rows, dtype=torch.long, device=self.device)]
-        if call.unread_texts:
-            every = torch.full((len(texts), width), torch.nan, dtype=torch.float32, device=self.device)
-            every[torch.tensor(read, dtype=torch.long, device=self.device)] = states
-            states = every
         return states
-
-    def _check_ids(self, texts: Sequence[tuple[int, ...]]) -> None:
-        most = max(map(max, texts), default=0)
-        if self.rows is not None and most >= self.rows:
-            name = self.tokenizer.convert_ids_to_tokens(most)
-            raise CheckpointError(
-                f"backbone: got token {most} ({name!r}) from the tokenizer, expected one of the model's {self.rows}. "
-                "They are not of one model"
-            )
-
-    def _encode(self, ids: list[tuple[int, ...]], stats: EncodingStats) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """(indices of texts, their pooled states) of one forward pass after another."""
-        if isinstance(self.model, RemoteModel) and self.config.pooling == "last":
-            for start in range(0, len(ids), _REMOTE_TEXTS):
-                part = ids[start : start + _REMOTE_TEXTS]
-                found, error = self.model.states_so_far(part, every=False)
-                stats.padded_tokens += sum(len(part[k]) for k in found)
-                if found:  # of a server that is gone in the middle, what came is kept first
-                    yield [start + k for k in found], torch.stack(list(found.values()))
-                if error is not None:
-                    raise error
-            return
-        if self.deterministic == "batch":
-            for k, text in enumerate(ids):
-                states, tokens = self._forward([text])
-                stats.padded_tokens += tokens
-                yield [k], states
-            return
-        kind, packs, padded = self._sharing.split(ids, self.tokens_per_batch)
-        while packs and kind is not None:
-            texts = [ids[text] for text in packs[0].texts]
-            try:
-                states, _ = self._pass.encode_pack(packs[0], texts, kind)
-            except TreeAttentionError as error:
-                kind = self._sharing.give_up(kind, str(error))
-                continue
-            pack = packs.pop(0)
-            stats.packed_tokens += len(pack)
-            yield pack.texts, states
-        padded += [text for pack in packs for text in pack.texts]
-        for batch in length_batches([len(ids[k]) for k in padded], self.tokens_per_batch):
-            states, tokens = self._forward([ids[padded[k]] for k in batch])
-            stats.padded_tokens += tokens
-            yield [padded[k] for k in batch], states
 
     def input_ids(self, text: EncodedText) -> tuple[int, ...]:
         """The token ids of a text as the model gets them: with what its family ends every text with.
@@ -543,19 +459,6 @@ class Backbone(BackboneLoading):
         counts = content_tokens.to(device=pooled.device, dtype=torch.float32)
         feature = self.config.length_feature * (torch.log1p(counts) - 5)
         return torch.cat([pooled, feature[:, None]], dim=1)
-
-    def _forward(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        longest = max(map(len, ids))
-        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
-        if self.rows is not None and padding >= self.rows:
-            padding = 0  # padding is masked, so that any id will do that the model knows
-        input_ids = torch.full((len(ids), longest), padding, dtype=torch.long)
-        mask = torch.zeros(len(ids), longest, dtype=torch.long)
-        for row, text in enumerate(ids):
-            input_ids[row, : len(text)] = torch.tensor(text)
-            mask[row, : len(text)] = 1
-        states = self.pooled_states(input_ids.to(self.device), mask.to(self.device), full=True)
-        return states.float(), input_ids.numel()
 
     def model_inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What the model's forward takes for a batch (B, T) and its mask."""

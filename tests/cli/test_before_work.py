@@ -15,6 +15,7 @@ from rmcore.cli import app, build_engine
 from rmcore.cli.options import Judging
 from rmcore.engine.routing import BudgetRouter, LearnedRouter, LearnedScore, NeverRoute, ThresholdRouter
 from rmcore.model import Backbone, RewardModel
+from rmcore.model.text_states import TextStates
 
 
 def call(*arguments: object) -> Result:
@@ -164,13 +165,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Texts of each forward pass."""
     seen: list[int] = []
-    forward = Backbone._forward
+    forward = TextStates.padded
 
     def counted(self, ids):
         seen.append(len(ids))
         return forward(self, ids)
 
-    monkeypatch.setattr(Backbone, "_forward", counted)
+    monkeypatch.setattr(TextStates, "padded", counted)
     return seen
 
 
@@ -210,7 +211,7 @@ def test_upgrade_encodes_once(preferences, classifier_path, tmp_path, cache, pas
 def test_an_interrupted_run_says_what_is_kept_and_goes_on(
     preferences, backbone_path, tmp_path, cache, monkeypatch
 ) -> None:
-    forward = Backbone._forward
+    forward = TextStates.padded
     done: list[int] = []
 
     def interrupted(self, ids):
@@ -219,17 +220,19 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(
         done.append(len(ids))
         return forward(self, ids)
 
-    monkeypatch.setattr("rmcore.model.backbone.length_batches", lambda lengths, _: [[k] for k in range(len(lengths))])
-    monkeypatch.setattr(Backbone, "_forward", interrupted)
+    monkeypatch.setattr(
+        "rmcore.model.text_states.length_batches", lambda lengths, _: [[k] for k in range(len(lengths))]
+    )
+    monkeypatch.setattr(TextStates, "padded", interrupted)
     result = train(preferences, backbone_path, tmp_path / "rm")
     assert result.exit_code == 130
     assert f"interrupted; {sum(done)} encoded texts are kept in {cache}" in result.stderr
-    monkeypatch.setattr(Backbone, "_forward", forward)
+    monkeypatch.setattr(TextStates, "padded", forward)
     result = train(preferences, backbone_path, tmp_path / "rm")
     assert result.exit_code == 0, result.stderr
     without = train(preferences, backbone_path, tmp_path / "rm2", "--no-cache")
     assert without.exit_code == 0
-    monkeypatch.setattr(Backbone, "_forward", interrupted)
+    monkeypatch.setattr(TextStates, "padded", interrupted)
     assert "nothing is kept" in train(preferences, backbone_path, tmp_path / "rm3", "--no-cache").stderr
 
 

@@ -59,7 +59,7 @@ def groups(seed: int, sizes: tuple[int, ...], longest: int) -> list[EncodedText]
 
 def one_at_a_time(backbone: Backbone, texts: list[EncodedText]) -> torch.Tensor:
     with torch.inference_mode():
-        return torch.cat([backbone._forward([text.ids])[0] for text in texts])
+        return torch.cat([backbone._states.padded([text.ids])[0] for text in texts])
 
 
 @pytest.mark.parametrize("packing", ["flex", "sdpa"])

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from rmcore._base.errors import InputError
 from rmcore.cli import app
-from rmcore.model.backbone import Backbone
 from rmcore.model.check import check_model, sample_preferences
 from rmcore.model.reward_model import RewardModel
+from rmcore.model.text_states import TextStates
 from rmcore.model.training_pairs import Preference
 
 
@@ -66,7 +66,7 @@ def test_a_fitted_model_is_held_against_its_backbone(make_backbone, preferences)
 
 def test_states_that_are_off_fail_and_the_text_is_named(folders, monkeypatch):
     model = RewardModel.from_pretrained(folders["chat"], device="cpu")
-    forward = Backbone._forward
+    forward = TextStates.padded
 
     def off(self, ids):
         states, tokens = forward(self, ids)
@@ -74,7 +74,7 @@ def test_states_that_are_off_fail_and_the_text_is_named(folders, monkeypatch):
         states[longest] *= 1.1
         return states, tokens
 
-    monkeypatch.setattr(Backbone, "_forward", off)
+    monkeypatch.setattr(TextStates, "padded", off)
     items = [Preference("what?", "short", "a response that is longer than the other one by far")]
     report = check_model(model, items)
     assert not report.passed
@@ -109,8 +109,8 @@ def test_the_command_says_so_by_its_exit_code(folders, tmp_path, monkeypatch):
     good = run(app, ["check", str(folders["chat"]), str(pairs), "--device", "cpu", "-o", str(tmp_path / "report.md")])
     assert (good.exit_code, "**PASS**" in good.stdout) == (0, True), good.output
     assert (tmp_path / "report.md").read_text(encoding="utf-8") in good.stdout
-    forward = Backbone._forward
-    monkeypatch.setattr(Backbone, "_forward", lambda self, ids: (forward(self, ids)[0] + torch.ones(32), 1))
+    forward = TextStates.padded
+    monkeypatch.setattr(TextStates, "padded", lambda self, ids: (forward(self, ids)[0] + torch.ones(32), 1))
     bad = run(app, ["check", str(folders["chat"]), str(pairs), "--device", "cpu"])
     assert (bad.exit_code, "**FAIL**" in bad.stdout) == (1, True), bad.output
     assert run(app, ["check", str(tmp_path / "nothing"), "--device", "cpu"]).exit_code in (1, 2)

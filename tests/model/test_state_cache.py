@@ -48,13 +48,13 @@ def test_an_interrupted_run_goes_on_where_it_was(load, monkeypatch) -> None:
     first = load(tokens_per_batch=8, packing="padded")
     passes = []
 
-    def forward(ids, run=first._forward):
+    def forward(ids, run=first._states.padded):
         if len(passes) == 2:
             raise KeyboardInterrupt
         passes.append(len(ids))
         return run(ids)
 
-    monkeypatch.setattr(first, "_forward", forward)
+    monkeypatch.setattr(first._states, "padded", forward)
     with pytest.raises(KeyboardInterrupt):
         first.hidden(encoded(first))
     second = load(tokens_per_batch=8, packing="padded")

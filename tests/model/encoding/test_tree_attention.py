@@ -118,7 +118,7 @@ def groups(seed: int, sizes: tuple[int, ...] = (4, 1, 3), longest: int = 60) -> 
 
 def one_at_a_time(backbone: Backbone, texts: list[EncodedText]) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([backbone._forward([text.ids])[0] for text in texts])
+        return torch.cat([backbone._states.padded([text.ids])[0] for text in texts])
 
 
 def relative(a: Tensor, b: Tensor) -> float:
