@@ -358,7 +358,13 @@ class PairwiseReward:
             keys = list(columns[self.group_by])
             if len(keys) != len(prompts):
                 reject(self.group_by, f"{len(keys)} values", f"{len(prompts)}, one a row")
-            return keys
+            # A row without an id belongs with its prompt's, not with all others without one.
+            return [
+                prompt_key(prompt, f"prompts[{k}]")
+                if key is None or (isinstance(key, float) and math.isnan(key))
+                else key
+                for k, (key, prompt) in enumerate(zip(keys, prompts, strict=True))
+            ]
         return [prompt_key(prompt, f"prompts[{k}]") for k, prompt in enumerate(prompts)]
 
     def _group_size(self, keys: list[Any], trainer: Any) -> int:

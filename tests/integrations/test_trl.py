@@ -255,6 +255,17 @@ def test_group_size_from_runs_and_from_an_id_column(reward_model):
     assert [group.size for group in reward.last] == [4]
 
 
+def test_rows_without_an_id_belong_with_their_prompts(reward_model):
+    """A column of nulls made one group of all rows, scored against the first row's prompt."""
+    reward = PairwiseReward(RewardEngine(reward_model))
+    completions = ["good clear", "bad", "right kind", "odd rude"]
+    for nothing in (None, math.nan):
+        call(reward, ["red", "red", "blue", "blue"], completions, prompt_id=[nothing] * 4)
+        assert [group.size for group in reward.last] == [2, 2]
+        with pytest.raises(GroupingError, match="the prompt of row 0 again in row 2"):
+            call(reward, ["red", "blue", "red", "blue"], completions, prompt_id=[nothing] * 4)
+
+
 def test_a_response_without_a_preference_is_none(reward_model):
     class Failing:
         async def judge(self, pairs):

@@ -166,6 +166,16 @@ def test_a_missing_field_is_named_with_the_setting(missing, manager_of, tokenize
         asyncio.run(manager_of().run_single(data))
 
 
+@pytest.mark.parametrize("nothing", [None, "", float("nan")])
+def test_an_id_that_is_nothing_is_a_missing_one(nothing, manager_of, tokenizer):
+    """As text it would be one name for every sample without."""
+    for name in ("uid", "session_id"):
+        data = sample(tokenizer, GROUPS[0][0], "good", uid="u", session_id=0)
+        data.non_tensor_batch[name] = np.array([nothing], dtype=object)
+        with pytest.raises(InputError, match=rf"non_tensor_batch\['{name}'\]"):
+            asyncio.run(manager_of().run_single(data))
+
+
 def test_validation_with_another_n_needs_a_split(manager_of, tokenizer):
     manager = manager_of(n=4, val_n=1)
     prompt = GROUPS[0][0]

@@ -180,10 +180,12 @@ def conversation(given: Any) -> Canonical:
     if isinstance(given, str):
         return canonical_prompt(given)
     messages = []
-    for item in given if isinstance(given, list) else []:
+    for k, item in enumerate(given if isinstance(given, list) else []):
         if not isinstance(item, Mapping) or item.get("type", "message") != "message":
             continue
-        messages.append({"role": item.get("role", "user"), "content": _text(item.get("content"))})
+        messages.append(
+            {"role": item.get("role", "user"), "content": _text(item.get("content"), f"input[{k}].content")}
+        )
     if not messages:
         reject("input", "no message", "a text, or messages with role and content")
     return canonical_prompt(messages)
@@ -195,20 +197,23 @@ def _output_text(response: Mapping[str, Any], where: str) -> str:
     if not isinstance(output, list):
         reject(where, "no output", "an object of the Responses API with a list `output`")
     items = [item for item in output if isinstance(item, Mapping) and item.get("type") == "message"]
-    return "".join(_text(item.get("content")) for item in items)
+    return "".join(_text(item.get("content"), f"{where}.output") for item in items)
 
 
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "".join(
-        part["text"]
-        for part in parts
-        if isinstance(part, Mapping)
-        and part.get("type") in ("input_text", "output_text", "text")
-        and isinstance(part.get("text"), str)
-    )
+def _text(content: Any, where: str) -> str:
+    """The text of a content, what a refusal says included; what is no text is refused, or it would be missing."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        reject(where, type(content).__name__, "a text, or a list of parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        name = "refusal" if kind == "refusal" else "text"
+        if kind not in ("input_text", "output_text", "text", "refusal") or not isinstance(part.get(name), str):
+            reject(where, f"a part of type {kind!r:.60}", "parts of text")
+        texts.append(part[name])
+    return "".join(texts)
 
 
 def _rewards(service: RewardService, group: GroupScore, shapes: Sequence[Any]) -> list[float]:

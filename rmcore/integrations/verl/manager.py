@@ -115,7 +115,7 @@ class PairwiseRewardManager:
         size = self._group_size(about)
         prompt = _messages(about)
         response = await asyncio.to_thread(self._decode, item)
-        if "uid" not in about and "session_id" not in about:
+        if not _told(about, "uid") and not _told(about, "session_id"):
             where = "a sample without uid"
             part = await self.client.meet(prompt, response, size)
         else:
@@ -157,7 +157,7 @@ class PairwiseRewardManager:
 
     def _place(self, about: Mapping[str, Any]) -> tuple[str, int]:
         for name in ("uid", "session_id"):
-            if name not in about:
+            if not _told(about, name):
                 reject(
                     f"non_tensor_batch[{name!r}]",
                     "nothing",
@@ -179,6 +179,12 @@ class PairwiseRewardManager:
                 f"{self.n} as actor_rollout_ref.rollout.n, or a 'split' in each row's extra_info ('train' or another)",
             )
         return self.n if split == "train" else self.val_n
+
+
+def _told(about: Mapping[str, Any], name: str) -> bool:
+    """Whether a sample has a value there: None, a NaN and an empty text would make one group of all that have none."""
+    value = about.get(name)
+    return not (value is None or value == "" or (isinstance(value, float) and math.isnan(value)))
 
 
 def _at(config: Any, path: str, default: Any = None) -> Any:

@@ -11,9 +11,11 @@ import subprocess
 import httpx
 import pytest
 
+from rmcore._base.errors import InputError
 from rmcore.engine import RewardEngine
 from rmcore.engine.routing import AlwaysRoute, BudgetRouter
 from rmcore.integrations.server.gym_bonuses import GymBonuses, Shape
+from rmcore.integrations.server.nemo_gym import _output_text, conversation
 from rmcore.judge import GenRMJudge
 from rmcore.judge.base import JudgeUsage, Verdict
 
@@ -355,3 +357,18 @@ def test_nemo_gyms_own_client_and_models_take_it(judged_engine, make_app, serve_
     assert told["rewards"] == pytest.approx(told["verified"])
     assert told["rewards"] == pytest.approx(told["theirs"])  # its own functions add the same
     assert told["metrics"]["genrm_pairs_asked"] == 6
+
+
+def test_what_is_said_in_parts_is_said_and_what_is_no_text_is_refused():
+    """A refusal was nothing, and so worse than any answer; an image in a question was not there."""
+    said = [{"type": "output_text", "text": "I am sorry. "}, {"type": "refusal", "refusal": "I cannot."}]
+    response = {"output": [{"type": "reasoning"}, {"type": "message", "content": said}, {"type": "function_call"}]}
+    assert _output_text(response, "response") == "I am sorry. I cannot."
+    assert conversation([{"role": "user", "content": said[:1]}]) == [{"role": "user", "content": "I am sorry. "}]
+    for part in ({"type": "input_image", "image_url": "x"}, {"type": "input_file"}, {"type": "output_text"}, 7):
+        with pytest.raises(InputError, match=r"input\[0\]\.content: got a part of type"):
+            conversation([{"role": "user", "content": [part]}])
+        with pytest.raises(InputError, match=r"response\.output: got a part of type"):
+            _output_text({"output": [{"type": "message", "content": [part]}]}, "response")
+    with pytest.raises(InputError, match=r"input\[0\]\.content: got int"):
+        conversation([{"role": "user", "content": 3}])
