@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import httpx
 
-__all__ = ["Connections", "LoopConnections", "check_base_url"]
+__all__ = ["Connections", "LoopConnections", "check_base_url", "is_loopback"]
 
 _logger = logging.getLogger(__name__)
 
@@ -170,14 +170,20 @@ def check_base_url(base_url: str) -> tuple[str, bool]:
         raise JudgeError(f"base_url: got a URL without http(s) scheme or host, {expected}")
     if port == 0:
         raise JudgeError(f"base_url: got a URL with port 0, {expected}")
-    loopback = _is_loopback(host)
+    loopback = is_loopback(host)
     if parts.scheme == "http" and not loopback:
         _logger.warning("judge at %s: plain http, so prompts and key cross the network unencrypted", host)
     return base_url.rstrip("/"), loopback
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether connections to ``host`` stay on this machine. Those to the address that servers bind to and print
+    (``0.0.0.0``, ``::``) do.
+    """
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        name = host.rstrip(".")
+        return name == "localhost" or name.endswith(".localhost")
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rmcore._base.errors import JudgeError
+from rmcore._base.http import is_loopback
 
 __all__ = [
     "ConnectionFailedError",
@@ -105,7 +106,7 @@ def connection_trouble(error: BaseException, url: str) -> ConnectionFailedError:
                     f"or name {host} in NO_PROXY if it needs none"
                 )
             return ConnectionFailedError(f"nothing listens at {place}: connection refused; is the server running?")
-        if isinstance(cause, ConnectionResetError):
+        if isinstance(cause, (ConnectionResetError, BrokenPipeError)):
             through = f", or the proxy of {proxy}," if proxy else ""
             return ConnectionFailedError(f"{place}{through} reset the connection{_https(parts.scheme)}")
         if "RemoteProtocolError" in kinds:
@@ -134,7 +135,9 @@ def _broken(said: str, place: str, scheme: str) -> str:
     return f"{place} answered with something other than HTTP/1.1{https}"
 
 
-def status_hint(status: int, url: str, headers: Mapping[str, str], key_env: str | None, *, explained: bool) -> str:
+def status_hint(
+    status: int, url: str, headers: Mapping[str, str], key_env: str | None, *, explained: bool, key: str = ""
+) -> str:
     """What to do about an error status; empty where the endpoint's own words must do (``explained``: it has some)."""
     path = urllib.parse.urlsplit(url).path
     if 300 <= status < 400:
@@ -151,7 +154,16 @@ def status_hint(status: int, url: str, headers: Mapping[str, str], key_env: str 
             return "there is no such path; base URLs mostly end in /v1"
         return "" if explained else "there is no such path; check the base URL"
     if status == 401:
-        return f"the key of {key_env} is not accepted" if key_env else "no key was sent"
+        return f"the key of {key_env} is not accepted{_odd(key)}" if key_env else "no key was sent"
+    return ""
+
+
+def _odd(key: str) -> str:
+    """What a key has around it that mostly is no part of one."""
+    if key[:1] in ("'", '"') and key[-1:] == key[:1]:
+        return "; it stands in quotation marks, which were sent with it"
+    if key.lower().startswith("bearer "):
+        return "; it begins with the word Bearer, which was sent twice"
     return ""
 
 
@@ -246,7 +258,7 @@ def _proxy_variables(scheme: str) -> str:
 
 def _proxy_of(parts: urllib.parse.SplitResult) -> str:
     """The variables whose proxy requests to a URL go through; empty where they go there themselves."""
-    return "" if _loopback(parts.hostname or "?") or past_proxies(parts) else _proxy_variables(parts.scheme)
+    return "" if is_loopback(parts.hostname or "?") or past_proxies(parts) else _proxy_variables(parts.scheme)
 
 
 def past_proxies(parts: urllib.parse.SplitResult) -> bool:
@@ -255,10 +267,6 @@ def past_proxies(parts: urllib.parse.SplitResult) -> bool:
 
     host = parts.hostname or "?"
     return bool(urllib.request.proxy_bypass(host if ":" in host else parts.netloc.rpartition("@")[2] or host))
-
-
-def _loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -285,7 +285,9 @@ class HttpExchange:
     def _failed(self, response: httpx.Response, content: bytes, key: str, said: str) -> Attempt:
         """An error status, with what the endpoint ``said`` and what to do about it."""
         status, headers, explained = response.status_code, response.headers, bool(error_code(content))
-        hint = scrub(status_hint(status, self.address.url, headers, self.api_key_env, explained=explained), key)
+        hint = scrub(
+            status_hint(status, self.address.url, headers, self.api_key_env, explained=explained, key=key), key
+        )
         return failure(status, content, "; ".join(word for word in (said, hint) if word), headers)
 
 

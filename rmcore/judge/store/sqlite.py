@@ -6,6 +6,7 @@ A write-ahead log needs a local file system: no sharing between machines.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -152,8 +153,7 @@ class SqliteDatabase:
         except UnreachableStoreError:
             raise
         except (StoreError, sqlite3.Error) as error:
-            # "locked" is by another process, which may be done soon; a full disk or a file gone bad is not.
-            kind = UnreachableStoreError if "locked" in str(error) else StoreError
+            kind = UnreachableStoreError if _passes(error) else StoreError
             text = str(error) if isinstance(error, StoreError) else f"{self._path}: {error}{remedy(error)}"
             raise kind(text) from None
 
@@ -246,6 +246,20 @@ def _transaction(database: sqlite3.Connection, durable: bool) -> Iterator[None]:
 
 
 _lost: list[sqlite3.Connection] = []  # to files that are gone
+
+
+def _passes(error: Exception) -> bool:
+    """Whether trying again may help: another process has the file locked, or this one has no file left to open.
+
+    A full disk, or a file gone bad, does not pass so soon.
+    """
+    said = str(error)
+    if "unable to open" in said:
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as trouble:
+            return trouble.errno in (errno.EMFILE, errno.ENFILE)
+    return "locked" in said or os.strerror(errno.EMFILE) in said or os.strerror(errno.ENFILE) in said
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -145,6 +145,45 @@ def test_a_path_that_the_endpoint_explains_is_not_explained_again():
     assert "OPENAI_API_KEY" in status_hint(401, URL, {}, "OPENAI_API_KEY", explained=True)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ('"sk-abcdefgh"', "stands in quotation marks"),
+        ("'sk-abcdefgh'", "stands in quotation marks"),
+        ("Bearer sk-abcdefgh", "begins with the word Bearer"),
+        ("sk-abcdefgh", None),
+        ('"sk-abcdefgh', None),
+    ],
+)
+def test_what_is_around_a_key_that_is_not_accepted_is_told(ask, mock_judge, monkeypatch, caplog, value, says):
+    monkeypatch.setenv("RMCORE_TEST_KEY", value)
+    judge = mock_judge(lambda request: httpx.Response(401, json={}), api_key_env="RMCORE_TEST_KEY", orders="one")
+    assert ask(judge).reason == "http_401"
+    assert "the key of RMCORE_TEST_KEY is not accepted" in caplog.text
+    assert "abcdefgh" not in caplog.text
+    assert ("quotation" in caplog.text or "Bearer" in caplog.text) is (says is not None)
+    assert says is None or says in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("localhost", True), ("localhost.", True), ("x.localhost", True), ("127.0.0.2", True), ("[::1]", True),
+        ("0.0.0.0", True), ("[::]", True), ("[::ffff:127.0.0.1]", True),
+        ("10.0.0.1", False), ("judge.example", False), ("[2001:db8::1]", False), ("localhost.example", False),
+    ],
+)  # fmt: skip
+def test_no_proxy_is_asked_for_this_machine_however_it_is_called(monkeypatch, caplog, host, here):
+    """Servers print the address that they bind to, and that is what people paste."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    exchange = ChatJudge(f"http://{host}:8000/v1", "m", None).client.exchange
+    assert exchange.address.loopback is here
+    assert exchange.connections._trust_env is not here
+    assert ("plain http" in caplog.text) is not here
+    told = str(connection_trouble(ConnectionRefusedError(), f"http://{host}:8000/v1"))
+    assert ("proxy of HTTP_PROXY" in told) is not here
+
+
 @given(st.binary(max_size=300))
 def test_any_reply_is_named(body):
     assert not_a_completion(body)
@@ -228,6 +267,7 @@ def _caused(outer: BaseException, cause: BaseException) -> BaseException:
         (ExceptionGroup("all", [OSError(), ConnectionRefusedError()]), "nothing listens at judge.example:443"),
         (ssl.SSLCertVerificationError(1, "self-signed"), "SSL_CERT_FILE"),
         (ConnectionResetError(), "reset"),
+        (BrokenPipeError(), "reset"),
         (OSError("sk-secret"), "no connection to judge.example:443"),
         (OSError(errno.EMFILE, "sk-secret"), "too many open files; raise its limit (ulimit -n)"),
         (OSError(errno.EADDRNOTAVAIL, "sk-secret"), "no address or port left to connect from"),

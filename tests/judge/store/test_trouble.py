@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from rmcore.judge import ChatJudge, JudgeUsage, Pair, Verdict, VerdictStore, cha
 from rmcore.judge.store import database as database_module
 from rmcore.judge.store import writer
 from rmcore.judge.store.database import SCHEMA_VERSION, StoreError, open_database
+from rmcore.judge.store.protocol import Find
 from rmcore.judge.store.records import Question, Reply
 
 PAID = JudgeUsage(calls=1, attempts=1, seconds=0.5)
@@ -333,3 +335,21 @@ def test_a_store_that_another_process_is_making_is_not_taken_for_a_strangers(tmp
         patch.setattr(database_module, "_connect", traced)
         with contextlib.closing(open_database(path, busy_s=5)) as database:
             assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+def test_no_file_left_to_open_is_waited_for(path):
+    import resource
+
+    path.parent.mkdir()
+    store, limits = VerdictStore(path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    question_asked = question("p")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        job = store._submit(Find(question_asked.key))  # the first: it opens the file
+        time.sleep(0.1)
+        assert not job.done()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert job.result(5) is None
+    store.close()
