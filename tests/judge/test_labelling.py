@@ -146,6 +146,15 @@ def test_a_constitution_file_and_what_is_wrong_with_one(tmp_path):
             Constitution(*wrong)
 
 
+def test_a_principle_is_a_line_whatever_else_unicode_calls_a_lines_end(tmp_path):
+    file = tmp_path / "principles.txt"
+    file.write_bytes("Be honest\u2028and kind.\r\nBe\x0bbrief\x85.\n".encode())
+    assert Constitution.from_file(file).principles == ("Be honest\u2028and kind.", "Be\x0bbrief\x85.")
+    file.write_bytes("Be brief.\n".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"principles\.txt: got NUL characters, as UTF-16 text has them"):
+        Constitution.from_file(file)
+
+
 def test_the_judge_is_shown_the_pairs_principles_and_each_draw_is_a_question_of_its_own(tmp_path):
     asked = []
 

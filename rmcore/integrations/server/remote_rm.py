@@ -25,7 +25,7 @@ _SPECIAL = re.compile(
 )
 """Special tokens as tokenizers write them out: by their shapes, since there are more than anybody lists."""
 _AHEAD = re.compile(
-    rf"{_SPECIAL.pattern}|<[\w:./-]{{1,64}}>|\[[\w@:/-]{{1,64}}\]|\[\|\w{{1,64}}\|\]|\]~!?\w{{1,16}}[\[\]]"
+    rf"{_SPECIAL.pattern}|<[\w:./-]{{1,64}}>|\[[\w@:/-]{{1,64}}\]|\[\|\w{{1,64}}\|\]|\][!~]{{1,2}}\w{{1,16}}~?[\[\]]"
 )
 """What is skipped in front of a prompt, where nothing else can stand: of wider shapes (``<seed:bos>``, ``]~!b[``)."""
 

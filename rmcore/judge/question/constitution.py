@@ -66,11 +66,14 @@ class Constitution:
             OSError: the file cannot be read.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+            text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"constitution {Path(path).name}: not UTF-8: {error.reason} at byte {error.start}"
             ) from None
+        if "\0" in text:
+            reject(f"constitution {Path(path).name}", "NUL characters, as UTF-16 text has them", "UTF-8 text")
+        lines = text.split("\n")  # not at what else Unicode ends lines with: a principle may hold it
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         try:
             return cls(tuple(found), per_question, seed)

@@ -43,13 +43,13 @@ _OPENING = re.compile(
     r"\s*<\|?(?!\s{0,8}verdict\b|\w{0,40}(?:end|eot|eos))(?P<name>[^\W\d][\w:.-]{0,39})(?:\s[^<>\n]{0,80})?\|?>",
     re.IGNORECASE,
 )
-# The same behind other words, where the name alone tells it.
+# The same behind other words, where the name alone tells it; in square brackets few do, since headings look like that.
 _THOUGHTS = (
     rf"(?!end)(?:(?:start|begin)_(?:of_)?)?(?:\w{{1,20}}_)?(?:{_THINK}|analysis|scratchpad|cot|inner_prefix)(?:_start)?"
 )
 _MIDWAY = re.compile(
     rf"<\s{{0,8}}\|?(?P<name>{_THOUGHTS})(?:\s[^<>\n]{{0,80}})?\|?>|<\|channel>\s?(?P<channel>thought|analysis)\b|"
-    rf"\[\s?(?P<square>{_THOUGHTS})\s?\]",
+    r"\[\s?(?P<square>(?:begin_|start_)?(?:think|thinking|thoughts?))\s?\]",
     re.IGNORECASE,
 )
 _PLAIN = {ord("｜"): "|", ord("▁"): "_"}  # as DeepSeek's tokens have them

@@ -134,7 +134,18 @@ BOS = [
     "[gMASK]<sop>",
     "<seed:bos>",
 ]
-BOS += ["]~!b[", "[@BOS@]", "<begin_of_document>", "<eod>", "<unused0>", "<extra_id_0>", "[|system|]", "<unk>", "[CLS]"]
+BOS += [
+    "]~!b[",
+    "]!p~[",
+    "[@BOS@]",
+    "<begin_of_document>",
+    "<eod>",
+    "<unused0>",
+    "<extra_id_0>",
+    "[|system|]",
+    "<unk>",
+    "[CLS]",
+]
 
 
 @given(

@@ -58,6 +58,7 @@ def choice(content, finish="stop", **message):
         (f"<|begin_of_thought|>{LOSS}<|end_of_thought|>{WIN}", "win"),
         (f"<analysis>well</analysis> {WIN}", "win"),
         (f"[REASONING] well [/REASONING] {WIN}", "win"),
+        (f"[Analysis]\nThe first is right.\n[Verdict]\n{WIN}", "win"),
         (f"<思考>嗯</思考>{WIN}", "win"),
     ],
 )
