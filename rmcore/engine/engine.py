@@ -8,36 +8,25 @@ A judge that fails never loses a batch: its pairs keep the head's p̃ and a reco
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import logging
-import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from rmcore._base import tracing
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore._base.loop import background_loop
 from rmcore._base.progress import Progress
 from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
-from rmcore.engine.judging import JudgeQueue
-from rmcore.engine.learning import UpdateReport, VerdictLearner
-from rmcore.engine.learning.learner import check_same_features
-from rmcore.engine.monitor import note_scores
+from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.options import check_engine_options, check_estimator_goes
-from rmcore.engine.overlap import run_alongside, run_alongside_async
-from rmcore.engine.routing import LearnedRouter, NeverRoute, Router, is_budgeted
-from rmcore.engine.routing.state import write_state
+from rmcore.engine.routing import LearnedRouter, NeverRoute, Router
+from rmcore.engine.running import CallRunner
 from rmcore.engine.score_call import OnError, ScoreCall, check_group_sizes
-from rmcore.engine.scored_part import ScoredPart
 from rmcore.engine.selection import BestOf, Measure, Ties, best_of, check_measured, check_selection
-from rmcore.engine.state import engine_state, load_engine_file, load_engine_state
-from rmcore.engine.steps import plan, route, score_pairs, settle
+from rmcore.engine.served_head import ServedHead
 from rmcore.head.estimators import PairEstimator, VarianceKind
 from rmcore.head.frozen import FrozenHead
 from rmcore.judge.base import Judge, takes_principles
@@ -56,7 +45,7 @@ DEFAULT_FRACTION = 0.25
 """Of the pairs that go to a judge where nobody says how many."""
 
 
-class RewardEngine:
+class RewardEngine(ServedHead):
     """Scores groups of responses.
 
     Args:
@@ -231,7 +220,7 @@ class RewardEngine:
             NonFiniteError: the backbone produced NaN or Inf and ``nonfinite`` is ``raise``.
         """
         given = critiques, principles, max_length, overlong, on_error, progress
-        return self._run(self._call_with_texts(prompts, responses, *given))
+        return self._runner.run(self._call_with_texts(prompts, responses, *given))
 
     async def score_async(
         self,
@@ -251,7 +240,7 @@ class RewardEngine:
         CancelledError comes out, neither a thread nor a task is left.
         """
         given = critiques, principles, max_length, overlong, on_error, progress
-        return await self._run_async(self._call_with_texts(prompts, responses, *given))
+        return await self._runner.run_async(self._call_with_texts(prompts, responses, *given))
 
     def score_hidden(
         self,
@@ -277,7 +266,7 @@ class RewardEngine:
 
         Raises as :meth:`score`.
         """
-        return self._run(self._call_with_rows(hidden, group_sizes, prompts, responses, states, on_error))
+        return self._runner.run(self._call_with_rows(hidden, group_sizes, prompts, responses, states, on_error))
 
     async def score_hidden_async(
         self,
@@ -290,7 +279,9 @@ class RewardEngine:
         on_error: OnError = "raise",
     ) -> GroupScores:
         """As :meth:`score_hidden`, for callers in an event loop: the head runs in a thread, the judge is awaited."""
-        return await self._run_async(self._call_with_rows(hidden, group_sizes, prompts, responses, states, on_error))
+        return await self._runner.run_async(
+            self._call_with_rows(hidden, group_sizes, prompts, responses, states, on_error)
+        )
 
     def best_of(
         self,
@@ -327,84 +318,13 @@ class RewardEngine:
         """Raise InputError for a measure of responses that this engine's uncertainty does not tell."""
         check_measured(measure, getattr(self.estimator, "measures", ()))
 
-    # -- learning ----------------------------------------------------------------------------------------------------
+    # -- a call, from its arguments ----------------------------------------------------------------------------------
 
-    def update(self, scores: GroupScores) -> UpdateReport:
-        """Learn from the verdicts of a scored batch (:class:`~rmcore.engine.learning.VerdictLearner`).
-
-        The next score call uses the new head, as do ``model`` and what it saves; calls under way finish with theirs.
-
-        Raises InputError for an engine without a learner; otherwise as the learner's ``learn``.
-        """
-        learner = self._checked_learner()
-        report = learner.update(scores)
-        self._serve_head_of(learner)
-        return report
-
-    def revert(self, version: int) -> None:
-        """Serve an earlier (or later) version of the head again, bit for bit. Raises as the learner's ``revert``."""
-        learner = self._checked_learner()
-        learner.revert(version)
-        self._serve_head_of(learner)
-
-    def serve_head(self, head: FrozenHead, version: int) -> None:
-        """Serve a version that somebody else has learned (:func:`rmcore.engine.learning.read_version`).
-
-        The next score call uses it, and its results say ``version``; calls under way finish with theirs.
-
-        Raises InputError for an engine that learns itself, one whose uncertainty is not the head's, and for a head with
-        other features.
-        """
-        if self.learner is not None:
-            reject("head", "one for an engine with a learner", "an engine without: there is one writer")
-        if self.estimator is not None:
-            reject("head", f"one for an engine whose uncertainty is {self.estimator.name!r}", "the head's own")
-        check_same_features(head, self.head)
-        with self._publishing:
-            self._publish(head, version)
-
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a restart must not lose, as JSON values: the router's state, budgets included, and which head this is.
-
-        With a learner the state names the head's version; the head itself lies in the learner's journal. What is in
-        flight counts as spent.
-        """
-        return engine_state(self)
-
-    def load_state_dict(self, state: object) -> None:
-        """Go on from a state of :meth:`state_dict`: a router made alike, the same head; a learner goes to its version.
-
-        Raises:
-            CheckpointError: damaged, or of another router, head or journal, named. Nothing is changed.
-            InputError: reservations are in flight.
-        """
-        load_engine_state(self, state)
-
-    def save_state(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`state_dict` to a JSON file, whole or not at all."""
-        write_state(path, engine_state(self))
-
-    def load_state(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a file of :meth:`save_state`. Raises as :meth:`load_state_dict`, naming the file."""
-        load_engine_file(self, path)
-
-    def _checked_learner(self) -> VerdictLearner:
-        if self.learner is None:
-            reject("learner", "None", "a VerdictLearner, given when the engine was made")
-        return self.learner
-
-    def _serve_head_of(self, learner: VerdictLearner) -> None:
-        with self._publishing:  # of two updates at once, the one that publishes last must not publish the older head
-            self._publish(*learner.current)
-
-    def _publish(self, head: FrozenHead, version: int) -> None:
-        self.head, self.head_version = head, version
-        if self.model is not None:
-            self.model.head = head
-
-    # -- a call, from its arguments to its result --------------------------------------------------------------------
+    @property
+    def _runner(self) -> CallRunner:
+        return CallRunner(
+            self.judge, self.router, self.clock, self.nonfinite, self.epsilon, tokens=self.micro_batch_tokens
+        )
 
     def _call_with_texts(
         self,
@@ -473,74 +393,9 @@ class RewardEngine:
             estimator=self.estimator,
             variance=self.variance,
             head_version=version,
-            novelty=self._may_ask and head.rows is not None if self.novelty is None else self.novelty,
+            novelty=self._runner.may_ask and head.rows is not None if self.novelty is None else self.novelty,
         )
         call.kept = None if self.learner is None else []
         if self.judge_deadline_s is not None:
             call.deadline = call.started + self.judge_deadline_s
         return call
-
-    def _run(self, call: ScoreCall) -> GroupScores:
-        try:
-            with tracing.span("rmcore.score") as span:
-                if self._may_ask:
-                    call.queue = self._judge_queue(call, background_loop())
-                run_alongside(functools.partial(self._work, call), call.queue)
-                return note_scores(span, call.result(self.epsilon))
-        finally:
-            settle(call, self.router)
-
-    async def _run_async(self, call: ScoreCall) -> GroupScores:
-        try:
-            with tracing.span("rmcore.score") as span:
-                if self._may_ask:
-                    call.queue = self._judge_queue(call, asyncio.get_running_loop())
-                await run_alongside_async(functools.partial(self._work, call), call.queue, call.unwanted)
-                return note_scores(span, call.result(self.epsilon))
-        finally:
-            settle(call, self.router)
-
-    def _judge_queue(self, call: ScoreCall, loop: asyncio.AbstractEventLoop) -> JudgeQueue:
-        assert self.judge is not None
-        return JudgeQueue(self.judge, loop, self.clock, deadline=call.deadline, answered=call.report_answers)
-
-    # -- the algorithm, step by step ---------------------------------------------------------------------------------
-
-    def _work(self, call: ScoreCall) -> None:
-        """Everything but the judge: encoding, then backbone, head and router, micro-batch by micro-batch."""
-        if call.hidden is None:
-            call.encode()
-        if not call.sizes:
-            return  # no group is left
-        if is_budgeted(self.router):
-            self.router.begin_step()
-        batches = plan(call, overlap=self._may_overlap, tokens=self.micro_batch_tokens)
-        call.micro_batches, call.why_no_overlap = len(batches), self._why_no_overlap(len(batches))
-        for batch in batches:
-            part = score_pairs(call, batch, getattr(self.router, "sketch", None) if self._may_ask else None)
-            part.first = sum(len(earlier.groups) for earlier in call.parts)
-            call.parts.append(part)
-            if not call.why_no_overlap:
-                route(call, part, self.router, may_ask=self._may_ask)
-        if call.why_no_overlap:
-            call.parts = [ScoredPart.joined(call.parts)]
-            route(call, call.parts[0], self.router, may_ask=self._may_ask)
-
-    @property
-    def _may_ask(self) -> bool:
-        return self.judge is not None and not (isinstance(self.router, NeverRoute) and self.nonfinite == "raise")
-
-    @property
-    def _whole_batch(self) -> bool:
-        return getattr(self.router, "whole_batch", True)
-
-    @property
-    def _may_overlap(self) -> bool:
-        return self._may_ask and not self._whole_batch and not isinstance(self.router, NeverRoute)
-
-    def _why_no_overlap(self, batches: int) -> str:
-        if not self._may_ask:
-            return "no judge is asked"
-        if self._whole_batch:
-            return f"{type(self.router).__name__} chooses from the whole batch"
-        return "one micro-batch" if batches == 1 else ""

@@ -720,7 +720,7 @@ def test_a_pair_the_head_cannot_score_and_the_budget_does_not_reach(hand_head, s
 
 
 def test_no_loop_is_started_where_nobody_is_asked(make_engine, monkeypatch):
-    monkeypatch.setattr("rmcore.engine.engine.background_loop", lambda: pytest.fail("no judge, no loop"))
+    monkeypatch.setattr("rmcore.engine.running.background_loop", lambda: pytest.fail("no judge, no loop"))
     assert len(make_engine(None, NeverRoute()).score(PROMPTS, RESPONSES)) == 6
     assert len(make_engine(Gated(), NeverRoute()).score(PROMPTS, RESPONSES)) == 6
 
