@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from support.cancelling import cancelled_everywhere
 
 from rmcore import BudgetRouter, RewardEngine, RewardModel
 from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine.micro_batches import micro_batches
-from rmcore.engine.routing import AlwaysRoute, NeverRoute, Reservation, ThresholdRouter
+from rmcore.engine.routing import AdaptiveRouter, AlwaysRoute, Budget, NeverRoute, Reservation, ThresholdRouter
 from rmcore.judge import run_sync
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 
@@ -382,6 +383,43 @@ def test_cancelling_stops_backbone_and_judge_and_leaves_nothing(make_engine):
     assert judge.cancelled == len(judge.calls)
     assert len(table.encoded) == 6, "the micro-batch it was in is finished, the other three are not begun"
     assert not engine_threads()
+
+
+def test_cancelled_anywhere_books_are_exact_and_others_have_their_scores(make_engine):
+    """Whatever the one who left was waiting for: what it had under way counts as spent, and nothing stays reserved."""
+
+    class Told:
+        def __init__(self) -> None:
+            self.under_way = 0
+            self.asked = 0
+
+        async def judge(self, pairs):
+            self.under_way += 1
+            self.asked += len(pairs)
+            try:
+                await asyncio.sleep(0)
+            finally:
+                self.under_way -= 1
+            return [WIN] * len(pairs)
+
+    async def scenario(start):
+        judge, budget = Told(), Budget(1000, "calls", max_per_pair=2)
+        engine = make_engine(judge, AdaptiveRouter(1.0, budget=budget))
+        before = asyncio.all_tasks()
+        leaves = start(engine.score_async(PROMPTS, RESPONSES))
+        stays = asyncio.create_task(engine.score_async(PROMPTS[:2], RESPONSES[:2]))
+        assert [len(group.decisions) for group in await asyncio.wait_for(stays, PATIENCE)] == [1, 1]
+        await asyncio.wait({leaves}, timeout=PATIENCE)
+        assert leaves.done()
+        assert asyncio.all_tasks() == before
+        assert not engine_threads()
+        assert judge.under_way == 0
+        stats = budget.stats()
+        assert stats.reserved == 0
+        # A pair costs a call here, and two where nobody can say: those of the one who left.
+        assert judge.asked <= stats.spent <= 2 + 2 * len(PROMPTS)
+
+    assert cancelled_everywhere(scenario) > 2
 
 
 def test_cancelling_between_two_forward_passes(make_backbone, preferences):

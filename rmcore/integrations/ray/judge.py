@@ -209,7 +209,7 @@ class SharedJudge:
         async with self._saving:  # one after the other: the latest is what stays
             books = json.dumps([budget.state_dict() for budget in self.budgets])
             try:
-                await own_thread(partial(write_atomic, self._state, books), "rmcore-budgets")
+                await own_thread(partial(write_atomic, self._state, books), "rmcore-budgets", daemon=True)
             except OSError:
                 log.exception("%s: what the budgets have spent could not be kept", self._state)
                 return False
