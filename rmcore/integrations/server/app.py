@@ -94,7 +94,9 @@ def create_app(
     )
     app.state.service = service
     app.router.route_class = BodyRoute
-    _add_routes(app, service)
+    _add_group_routes(app, service)
+    _add_openrlhf_route(app, service)
+    _add_state_routes(app, service)
     if settings.nemo_gym:
         from rmcore.integrations.server.nemo_gym import add_nemo_gym_routes
 
@@ -107,7 +109,9 @@ def create_app(
     return app
 
 
-def _add_routes(app: FastAPI, service: RewardService) -> None:
+def _add_group_routes(app: FastAPI, service: RewardService) -> None:
+    """Groups that come whole, and groups whose members come one by one."""
+
     @app.post(
         "/v1/groups",
         response_model=GroupReply | list[GroupReply],
@@ -154,6 +158,8 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
             return answer
         return json_response(member_reply(body, await service.join(body, request.scope)))
 
+
+def _add_openrlhf_route(app: FastAPI, service: RewardService) -> None:
     @app.post(
         "/get_reward",
         response_model=RewardReply,
@@ -172,6 +178,10 @@ def _add_routes(app: FastAPI, service: RewardService) -> None:
             return error_response(503, "no_preference", "no preference is known for a response, so it has no reward")
         logs = {} if set(versions) <= {None} else {"head_version": versions[0] if len(set(versions)) == 1 else versions}
         return json_response({"rewards": rewards, "scores": rates, "extra_logs": logs})
+
+
+def _add_state_routes(app: FastAPI, service: RewardService) -> None:
+    """How the server is, to people and machines that watch it."""
 
     @app.get("/health", response_model=HealthReply, responses=_errors(without=(400, 401, 422, 429)))
     async def health() -> Response:
