@@ -86,14 +86,14 @@ def object_rows(rows: Iterable[Any], source: str = "rows", part: Part = WHOLE) -
 
 
 def _plain(value: Any) -> Any:
-    """A value with Python's own in place of numpy's, which pandas and formatted data sets have, and None for NA."""
+    """A value with Python's own in place of numpy's and torch's, as formatted data sets have them; None for NA."""
     if type(value) in (str, bytes, int, float, bool) or value is None:
         return value
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
-    if type(value).__module__ == "numpy":  # arrays and scalars
+    if type(value).__module__ in ("numpy", "torch"):  # arrays and scalars
         return _plain(value.tolist())
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 

@@ -162,6 +162,13 @@ def test_values_of_numpy_and_pandas_are_pythons_own(tmp_path: Path) -> None:
     assert [pair.chosen for pair in read_preferences(records)] == ["yes 0", "yes 1"]
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_data_sets_in_another_format(datasets: Any, form: str) -> None:
+    row = {**uniform()[0], "label": 0.75, "state": [1.0, 2.0]}
+    (pair,) = read_preferences(datasets.Dataset.from_list([row]).with_format(form))
+    assert (pair.prompt, pair.chosen, pair.label) == ([USER], "yes 0", 0.75)
+
+
 def test_what_a_parquet_file_may_hold_besides(tmp_path: Path) -> None:
     """Messages as maps; a key twice in a map that nobody reads; a column twice, text that is none, no date of ours."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
