@@ -312,7 +312,8 @@ def failure(status: int, content: bytes, detail: str, headers: Mapping[str, str]
     code = error_code(content)
     reason = code if code == "insufficient_quota" else f"http_{status}"
     overflow = read_overflow(status, code, error_words(content) if words is None else words)
-    retry = should_retry(status, code) and overflow is None
+    told_to = {"true": True, "false": False}.get(headers.get("x-should-retry", "").strip().lower())  # OpenAI, Anthropic
+    retry = (should_retry(status, code) if told_to is None else told_to) and overflow is None
     if retry and status in OVERLOAD and not ("retry-after" in headers or "retry-after-ms" in headers):
         told = _RETRY_DELAY.search(content[:MAX_ERROR_BODY])
         wait = float(told[1]) if told else wait_in_words_s(error_words(content) if words is None else words)

@@ -612,6 +612,17 @@ def test_a_wait_that_the_body_asks_for_holds_all(play, body):
     assert times == pytest.approx([0, 8, 8], abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("code", "says", "attempts"),
+    [(429, "false", 1), (500, "False ", 1), (400, "true", 2), (429, "true", 2), (429, "maybe", 2), (400, "", 1)],
+)
+def test_a_server_that_knows_whether_trying_again_helps_is_believed(play, code, says, attempts):
+    async def work(clock, endpoint, client):
+        return (await client.complete({})).usage.attempts
+
+    assert play(work, lambda n, t: ok() if n else status(code, x_should_retry=says)) == attempts
+
+
 def test_words_about_another_wait_do_not_count_beside_a_header(play):
     async def work(clock, endpoint, client):
         assert (await client.complete({})).choice is not None
