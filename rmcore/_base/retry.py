@@ -16,6 +16,7 @@ __all__ = [
     "backoff_s",
     "retry_after_s",
     "retry_delay_s",
+    "sent_at_s",
     "should_retry",
     "time_told_s",
     "wait_in_words_s",
@@ -92,12 +93,17 @@ def retry_after_s(headers: Mapping[str, str], wall_s: float) -> float | None:
     if ms is not None:
         return ms / 1000.0
     value = headers.get("retry-after") or ""
-    sent = _point_in_time(headers.get("date") or "")
-    seconds = time_told_s(value, wall_s if sent is None else sent)
+    seconds = time_told_s(value, sent_at_s(headers, wall_s))
     if seconds is None and "," in value:
         several = [_number(part) for part in value.split(",")]
         return None if None in several else max(number for number in several if number is not None)
     return seconds
+
+
+def sent_at_s(headers: Mapping[str, str], wall_s: float | None) -> float | None:
+    """When a reply was sent, by its own ``date``, or else ``wall_s``: what points in time in it are compared with."""
+    sent = _point_in_time(headers.get("date") or "")
+    return wall_s if sent is None else sent
 
 
 def time_told_s(text: str | None, wall_s: float | None = None) -> float | None:

@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
-from rmcore._base.retry import time_told_s
+from rmcore._base.retry import sent_at_s, time_told_s
 
 __all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "Used", "held_by"]
 
@@ -314,8 +314,10 @@ def held_by(headers: Mapping[str, str], wall_s: float | None = None) -> float | 
     """Seconds until the last reset of what a reply's rate-limit headers say is used up; ``None`` if nothing.
 
     Read are ``x-ratelimit-*`` (with and without a kind), ``anthropic-ratelimit-*``, and the IETF's ``ratelimit-*`` and
-    ``ratelimit``, with resets as :func:`~rmcore._base.retry.time_told_s` reads them at ``wall_s``.
+    ``ratelimit``, with resets as :func:`~rmcore._base.retry.time_told_s` reads them, at the reply's own date or else at
+    ``wall_s``.
     """
+    wall_s = sent_at_s(headers, wall_s)
     resets = [
         time_told_s(headers.get(reset), wall_s)
         for left, reset in _RESETS

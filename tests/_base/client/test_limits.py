@@ -300,6 +300,10 @@ def test_a_small_request_does_not_overtake_a_large_one(virtual):
             },
             2.0,
         ),
+        (
+            {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1700003604", "date": "Tue, 14 Nov 2023 23:13:20 GMT"},
+            4.0,  # by the server's clock, which is an hour ahead
+        ),
         ({"ratelimit-remaining": "0", "ratelimit-reset": "7"}, 7.0),
         ({"ratelimit": '"api";r=0;t=8, "day";r=12;t=3600'}, 8.0),
         ({"ratelimit": "limit=10, remaining=0, reset=9"}, 9.0),
