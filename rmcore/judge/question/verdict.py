@@ -40,16 +40,19 @@ _THINK_CLOSE = re.compile(
 # Reasoning formats that nobody has listed: `<analysis>`, `<think type=x>`, `<|START_THINKING|>`, `<|channel>thought`.
 # What ends something (`<end_of_turn>`) opens nothing.
 _OPENING = re.compile(
-    r"\s*<\|?(?!\s{0,8}verdict\b|\w{0,40}(?:end|eot|eos))(?P<name>[^\W\d][\w:.-]{0,39})(?:\s[^<>\n]{0,80})?\|?>",
+    r"\s*<\|?(?!\s{0,8}verdict\b|\w{0,40}(?:end|eot|eos))(?P<name>[^\W\d][\w:.-]{0,39})"
+    r"(?:\s[^<>\n]{0,79}[^<>\n/])?\s?\|?>",
     re.IGNORECASE,
 )
 # The same behind other words, where the name alone tells it; in square brackets few do, since headings look like that.
 _THOUGHTS = (
     rf"(?!end)(?:(?:start|begin)_(?:of_)?)?(?:\w{{1,20}}_)?(?:{_THINK}|analysis|scratchpad|cot|inner_prefix)(?:_start)?"
 )
+_QUOTED = r"(?<![\w,;`'\"(] )(?<![\w`'\"(])"  # what stands within a sentence or quotation marks is spoken of
 _MIDWAY = re.compile(
-    rf"<\s{{0,8}}\|?(?P<name>{_THOUGHTS})(?:\s[^<>\n]{{0,80}})?\|?>|<\|channel>\s?(?P<channel>thought|analysis)\b|"
-    r"\[\s?(?P<square>(?:begin_|start_)?(?:think|thinking|thoughts?))\s?\]",
+    rf"{_QUOTED}<\s{{0,8}}(?P<name>{_THOUGHTS})(?:\s[^<>\n]{{0,79}}[^<>\n/])?\s?>|"
+    rf"<\|(?P<token>{_THOUGHTS})\|?>|<\|channel>\s?(?P<channel>thought|analysis)\b|"
+    rf"{_QUOTED}\[\s?(?P<square>(?:begin_|start_)?(?:think|thinking|thoughts?))\s?\]",
     re.IGNORECASE,
 )
 _PLAIN = {ord("｜"): "|", ord("▁"): "_"}  # as DeepSeek's tokens have them
@@ -247,7 +250,7 @@ def _opens_and_does_not_close(answer: str) -> bool:
     first = _OPENING.match(answer)
     opened = [(first["name"], first.end())] if first is not None else []
     for found in find_all(_MIDWAY, answer, _REACH):
-        opened.append((found["name"] or found["channel"] or found["square"], found.end()))
+        opened.append((next(filter(None, found.groups())), found.end()))
         del opened[1:-1]  # the first and the last tell
     return any(not _closes(name, answer, end) for name, end in opened)
 

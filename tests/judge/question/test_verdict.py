@@ -60,6 +60,9 @@ def choice(content, finish="stop", **message):
         (f"[REASONING] well [/REASONING] {WIN}", "win"),
         (f"[Analysis]\nThe first is right.\n[Verdict]\n{WIN}", "win"),
         (f"<思考>嗯</思考>{WIN}", "win"),
+        (f"<think />{WIN}", "win"),
+        (f"The second has an <analysis> tag, and (<scratchpad>) or `<cot>` without need.\n{WIN}", "win"),
+        (f"It writes [thinking] at first. {WIN}", "win"),
     ],
 )
 def test_verdicts(text, outcome):
