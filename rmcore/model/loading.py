@@ -331,7 +331,10 @@ def load(
     if config.family == REMOTE_CODE:
         loader = _own_loader(config, options)
     model, info, attention = read_model(loader, config, device, dtype, attn_implementation, options)
-    missing = [name for name in info["missing_keys"] if config.kind == "classifier" or not _POOLER.search(name)]
+    missing = info["missing_keys"]
+    if config.kind != "classifier":
+        own = {name for name, _ in model.named_buffers()}  # which a model computes by itself
+        missing = [name for name in missing if name not in own and not _POOLER.search(name)]
     if missing and (config.gguf_file is not None or config.kind != "classifier"):
         raise CheckpointError(
             f"backbone: got {config.gguf_file or config.name!r} without {', '.join(by_weight(missing)[:4])}, which its "
