@@ -27,7 +27,15 @@ OTHERS = {
     *("--repo-type", "--local-dir"),  # hf download
 }
 # Keys of the judge's store, names of what one process keeps, of spans.
-NO_IMPORTS = {"rmcore.pair", "rmcore.call", "rmcore.lost", "rmcore.commands", "rmcore.score", "rmcore.train"}
+NO_IMPORTS = {
+    "rmcore.pair",
+    "rmcore.call",
+    "rmcore.lost",
+    "rmcore.followed",
+    "rmcore.commands",
+    "rmcore.score",
+    "rmcore.train",
+}
 # Tables of the judge's store in PostgreSQL, whose schema has this name too.
 TABLES = set(re.findall(r"CREATE TABLE (rmcore\.\w+)", (ROOT / "judge/store/postgres_schema.py").read_text()))
 # Arguments of trl, verl, transformers, torch and pandas that messages advise.
