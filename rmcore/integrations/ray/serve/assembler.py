@@ -20,6 +20,7 @@ from typing import Any
 from starlette.types import Message, Scope
 
 from rmcore._base.clock import Clock, SystemClock
+from rmcore._base.loop import cancelled_here
 from rmcore.integrations.ray.serve.copies import Aged, Copies, CopyCalls
 from rmcore.integrations.ray.serve.keys import BY_CONTENT
 from rmcore.integrations.ray.serve.presence import BEAT_S, Presence
@@ -219,7 +220,9 @@ class Assembler:
         if self.copies is not None:
             try:
                 await self.copies.restore(self.service.assembly)
-            except Exception:  # it serves without
+            except (Exception, asyncio.CancelledError) as error:  # it serves without
+                if isinstance(error, asyncio.CancelledError) and cancelled_here():
+                    raise
                 log.exception("copies of the groups of the assembler before could not be had")
 
     async def _answer(self, scope: Scope, body_sent: bytes) -> RawReply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -95,7 +96,8 @@ class Replica:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage != "judging" and done >= total:
-                loop.call_soon_threadsafe(free)
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(free)
 
         await self._backbone.acquire()
         try:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import RmcoreError, reject
+from rmcore._base.loop import cancelled_here
 from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
@@ -319,7 +320,9 @@ class _Proxies:
             async with asyncio.timeout(_PING_S):
                 handles = await self._looked()
                 await asyncio.gather(*(handle.check_health.remote() for handle in handles))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and cancelled_here():
+                raise
             log.info("a proxy does not answer: %s", type(error).__name__)
             return False
         return True
@@ -369,8 +372,7 @@ async def _answer(response: Any) -> Any:
     try:
         return await response
     except asyncio.CancelledError:
-        waiting = asyncio.current_task()
-        if waiting is not None and waiting.cancelling():
+        if cancelled_here():
             with contextlib.suppress(Exception):  # it may never have been taken to anybody
                 response.cancel()
             raise

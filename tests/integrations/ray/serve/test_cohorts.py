@@ -523,6 +523,18 @@ def test_only_who_is_cancelled_here_ends(monkeypatch):
     go(main)
 
 
+def test_a_proxy_whose_call_somebody_else_cancels_does_not_answer(monkeypatch):
+    """And the vouching, which asks, goes on."""
+
+    async def main():
+        proxies = server._Proxies()
+        check = SimpleNamespace(remote=lambda: Response(cancelled))
+        monkeypatch.setattr(proxies, "_found", lambda: [SimpleNamespace(check_health=check)])
+        assert not await proxies()
+
+    go(main)
+
+
 def test_a_ray_that_does_not_answer_is_asked_by_one_thread_at_a_time(monkeypatch):
     monkeypatch.setattr(server, "_PING_S", 0.02)
     asked, answers = [], threading.Event()

@@ -122,7 +122,7 @@ def test_where_nobody_is_left_who_knows_a_member_gets_no_result_of_its_own(clust
 
     async def main():
         engine = Numbers()
-        cluster = cluster_of(engine, assemblers=2, time_limit_s=0.25)
+        cluster = cluster_of(engine, assemblers=2, time_limit_s=1.0)
         first = await asyncio.gather(*(cluster.post(n % 2, *way(n)) for n in range(3)))
         assert [status for status, _ in first] == [200] * 3
         for process in cluster.assemblers:
