@@ -151,11 +151,12 @@ class Writer:
                 later = replace(job, future=Future())
                 later.future.set_running_or_notify_cancel()
                 self._owed.append(later)
-            if not job.future.done():
-                job.future.set_exception(error)
         paid = sum(isinstance(job, Record) for job in self._owed)
         if paid:
             _logger.error("%s: %d replies that were paid for are not stored yet (%s)", self._place, paid, error)
+        for job in batch:
+            if not job.future.done():
+                job.future.set_exception(error)
 
     def _fail(self, batch: list[Job], error: BaseException) -> None:
         batch = [job for job in batch if not job.future.done()]

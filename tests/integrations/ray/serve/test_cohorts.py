@@ -131,7 +131,7 @@ def test_an_assembler_that_dies_gets_all_its_open_groups_again(cluster_of):
 def test_of_a_group_that_a_dead_assembler_has_answered_in_part_nobody_gets_half(cluster_of):
     async def main():
         engine = Numbers()
-        cluster = cluster_of(engine, assemblers=1, time_limit_s=0.3)
+        cluster = cluster_of(engine, assemblers=1, time_limit_s=1.0)
         process = cluster.place(0)
         two = [asyncio.create_task(cluster.post(n, "/v1/rendezvous", member(1, n))) for n in range(2)]
         await settle()

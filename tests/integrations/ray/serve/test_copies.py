@@ -104,7 +104,7 @@ def test_a_group_scored_in_part_stays_so(cluster_of):
 
     async def main():
         engine = Numbers()
-        cluster = cluster_of(engine, assemblers=2, time_limit_s=0.3)
+        cluster = cluster_of(engine, assemblers=2, time_limit_s=1.0)
         first = await asyncio.gather(*(cluster.post(n, *by_id(n)) for n in (0, 1)))
         assert [(status, reply["complete"]) for status, reply in first] == [(200, False)] * 2
         owner_of(cluster).kill()
@@ -147,7 +147,7 @@ def test_a_call_that_waited_while_the_successor_started_is_not_scored_without_it
 
     async def main():
         engine = Numbers()
-        cluster = cluster_of(engine, assemblers=1, time_limit_s=0.4)
+        cluster = cluster_of(engine, assemblers=1, time_limit_s=1.0)
         await asyncio.gather(*(cluster.post(n % 2, *by_id(n)) for n in range(3)))
         await asyncio.sleep(0.05)
         process = cluster.place(0)
