@@ -54,6 +54,7 @@ RUNS = {
     "nodes": ServeScale(replicas=2, assemblers=3, entries=3, overhead_cpus=0.1),  # none on the head
 }
 """What is started for each."""
+PLOTS = {"serve_ray.png": ("replicas", "processes"), "serve_ray_nodes.png": ("scaling", "nodes")}
 
 VERSIONS = 4
 """Of the head, the first included."""
@@ -372,6 +373,18 @@ def _draw_run(figures: dict[str, Any], outcome: Outcome, above: Any, below: Any,
     below.legend(frameon=False, fontsize=7)
 
 
+def write(figures: dict[str, Any], outcomes: dict[str, Outcome], out: Path) -> None:
+    """``serve_ray.json``, in which runs of before stay that were not made again, and a plot of every two runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "serve_ray.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    runs = {which: figures.get(which, before.get(which)) for which in RUNS}
+    path.write_text(json.dumps({k: v for k, v in runs.items() if v is not None}, indent=2, allow_nan=False) + "\n")
+    for name, drawn in PLOTS.items():
+        if both := {which: outcomes[which] for which in drawn if which in outcomes}:
+            draw(figures, both, out / name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -381,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     a = parser.parse_args(argv)
-    figures: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
+    figures: dict[str, Any] = {}
     outcomes: dict[str, Outcome] = {}
     for which in a.runs:
         soak = Soak(a.clients, a.seconds, hang_up=a.hang_up, pool=600, time_limit_s=150.0, answer_s=165.0)
@@ -389,13 +402,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if which in ("scaling", "nodes"):
             # What is asked here is whether anything is lost by itself; a call dropped while all is slow waits long.
             soak.clients, soak.hang_up = min(a.clients, 64), 0.0
+        where = environment(torch.device("cpu"))
         figures[which], outcomes[which] = run(soak, which)
+        figures[which]["environment"] = where
         print(f"{which}: {figures[which]['groups']} groups in {figures[which]['seconds']} s")
         for name, passed in figures[which]["checks"].items():
             print(f"{'ok    ' if passed else 'FAILED'} {name}")
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "serve_ray.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
-    draw(figures, outcomes, a.out / "serve_ray.png")
+    write(figures, outcomes, a.out)
     return 0 if all(all(figures[which]["checks"].values()) for which in a.runs) else 1
 
 
