@@ -364,6 +364,10 @@ def test_a_template_that_draws_at_random_is_refused(drawn):
     tokenizer.chat_template = {"default": template, "tools": template + drawn}
     with pytest.raises(InputError, match="which draws at random"):
         TextEncoder(tokenizer)
-    for text in ("a | random text", "{# x|random, lipsum() #}", "{{ messages[0]['random'] }}{{ messages[0].lipsum }}"):
+    tokenizer.chat_template = "{{ lipsum() }}"
+    with pytest.raises(InputError, match="lipsum"):
+        TextEncoder(tokenizer)
+    harmless = "a | random text", "{# x|random, lipsum() #}", "{{ messages[0]['random'] }}{{ messages[0].lipsum }}"
+    for text in (*harmless, "{{ ['random'].index('random') }}"):
         tokenizer.chat_template = template + text
         TextEncoder(tokenizer)

@@ -60,8 +60,8 @@ class ServeSettings:
         end_tokens: taken off the end of a response in ``query``, and off its start before the prompt.
         prompt_prefix, prompt_suffix: of the policy's chat template; taken off the prompts of ``/get_reward``.
         time_limit_s: from the first member of a group to its scoring, whoever is missing by then.
-        answer_within_s: a call of ``/get_reward`` that takes longer is answered 503, before OpenRLHF gives up at 180 s. On
-            Ray also how long a batch may be without an answer before a further replica is asked for it too.
+        answer_within_s: a call of ``/get_reward`` that takes longer is answered 503, before OpenRLHF gives up at 180 s.
+            On Ray also how long a batch may be without an answer before a further replica is asked for it too.
         keep_s: how long results are remembered for callers that ask again.
         drain_s: after SIGTERM, how long open groups may wait for missing members.
         read_s: how long a request's body may take to arrive.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 from rmcore._base.errors import reject
@@ -55,10 +54,11 @@ def _drawn(template: str) -> Iterator[str]:
         tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind not in _EMPTY]  # noqa: S701 - nothing is rendered
     except TemplateSyntaxError:  # which rendering says
         return
-    for (_, before), (kind, value) in pairwise(tokens):
+    tokens = [("", ""), *tokens]  # the second one has two before it, too
+    for (_, called), (_, before), (kind, value) in zip(tokens, tokens[1:], tokens[2:], strict=False):
         if kind == "name" and (
             (value == "random" and before in ("|", "filter")) or (value == "lipsum" and before != ".")
         ):
             yield value
-        if kind == "string" and value.strip("'\"") == "random" and before == "(":  # map('random')
+        if kind == "string" and value.strip("'\"") == "random" and (called, before) == ("map", "("):
             yield "random"
