@@ -2,7 +2,7 @@
 
 The columns are those of the file (:mod:`rmcore.judge.store.database`), so one reader reads both. ``record`` is
 new: by it a call that is written again, after a connection was lost in the middle of its commit, is known. ``limits``
-and ``admissions`` belong to :mod:`rmcore.judge.store.shared_limits`.
+and ``admissions`` belong to :mod:`rmcore.judge.store.admissions`.
 """
 
 from __future__ import annotations

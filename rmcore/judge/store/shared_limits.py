@@ -36,18 +36,16 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from rmcore._base.client.limits import LimitsState, Used, held_by
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore.judge.base import JudgeUsage
+from rmcore.judge.store.admissions import Admissions, agreed_currency
 from rmcore.judge.store.postgres_url import PostgresUrl
 from rmcore.judge.store.prices import Price, PriceTable
 from rmcore.judge.store.protocol import StoreError
-
-if TYPE_CHECKING:
-    from rmcore.judge.store.postgres_connection import Connection
 
 __all__ = ["SharedAdmission", "SharedLimits"]
 
@@ -56,28 +54,8 @@ _logger = logging.getLogger(__name__)
 _POLL_S: Final = 1.0  # longest sleep: others may give tokens back
 _PATIENCE_S: Final = 30.0
 _CLOSE_S: Final = 6.0
-_RUN: Final = "run:"
 _BILLION: Final = 10**9  # money is counted in billionths
 _MOST_MONEY: Final = 9e9  # of which 64 bits hold so many
-
-_CURRENCY: Final = """
-    INSERT INTO rmcore.limits (name, currency) VALUES (%s, %s) ON CONFLICT (name) DO UPDATE
-    SET currency = CASE WHEN rmcore.limits.currency = '' THEN excluded.currency ELSE rmcore.limits.currency END
-    RETURNING currency"""
-
-_LOCK: Final = """
-    SELECT name, greatest(0, extract(epoch FROM held_until - clock_timestamp()))::float8, requests, tokens
-    FROM rmcore.limits WHERE name = ANY(%s) ORDER BY name FOR UPDATE"""
-_WINDOW: Final = """
-    SELECT count(*), coalesce(sum(tokens), 0)::bigint FROM rmcore.admissions
-    WHERE name = %s AND at > clock_timestamp() - %s * interval '1 s'"""
-# The oldest admission that must leave the window before another one has room.
-_READY: Final = """
-    SELECT greatest(0, extract(epoch FROM min(at) + %s * interval '1 s' - clock_timestamp()))::float8 FROM (
-        SELECT at, count(*) OVER w AS requests, sum(tokens) OVER w AS tokens FROM rmcore.admissions
-        WHERE name = %s AND at > clock_timestamp() - %s * interval '1 s'
-        WINDOW w AS (ORDER BY at, id)) AS entries
-    WHERE requests >= %s AND tokens >= %s"""
 
 
 @dataclass(slots=True)
@@ -109,11 +87,11 @@ class SharedAdmission:
     def _settle(self, tokens: int, cost: int) -> None:
         if (tokens, cost) != (self.tokens, self.cost):
             self.tokens, self.cost = tokens, cost
-            self._owner._later(lambda connection, names: _settle(connection, names, self.id, tokens, cost))
+            self._owner._later(lambda rows: rows.settle(self.id, tokens, cost))
 
     def withdraw(self) -> None:
         """Count it no longer."""
-        self._owner._later(lambda connection, names: _withdraw(connection, names, self.id))
+        self._owner._later(lambda rows: rows.withdraw(self.id))
 
 
 class SharedLimits:
@@ -187,7 +165,7 @@ class SharedLimits:
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: a copy in another process has a connection of its own, to the same limits."""
-        own = ("_lock", "_asked", "_orders", "_wake", "_thread", "_connection", "_seen", "_process", "_closing")
+        own = ("_lock", "_asked", "_orders", "_wake", "_thread", "_rows", "_seen", "_process", "_closing")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -232,7 +210,7 @@ class SharedLimits:
     def hold(self, seconds: float) -> None:
         """Admit nobody anywhere for ``seconds``, at most ``max_hold_s``."""
         seconds = min(seconds, self.max_hold_s)
-        self._later(lambda connection, names: _hold(connection, names, seconds))
+        self._later(lambda rows: rows.hold(seconds))
 
     def close(self) -> None:
         """Write what is waiting and close the connection. The limits can be used again."""
@@ -261,7 +239,7 @@ class SharedLimits:
 
         try:
             with connect(str(self.location)) as connection:
-                ((found,),) = connection.execute(_CURRENCY, (_RUN + self.run, self.currency)).fetchall()
+                found = agreed_currency(connection, self.run, self.currency)
         except psycopg.Error as error:
             raise StoreError(str(meaning(error, str(self.location)))) from None
         if found != self.currency:
@@ -274,13 +252,13 @@ class SharedLimits:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._asked: deque[_Asked] = deque()
-        self._orders: deque[Callable[[Connection, list[str]], None]] = deque()
+        self._orders: deque[Callable[[Admissions], None]] = deque()
         self._seen: tuple[int, int, float] = (0, 0, -math.inf)
-        self._connection: Connection | None = None
+        self._rows: Admissions | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
 
-    def _later(self, order: Callable[[Connection, list[str]], None]) -> None:
+    def _later(self, order: Callable[[Admissions], None]) -> None:
         self._begin(lambda: self._orders.append(order))
 
     def _begin(self, add: Callable[[], None]) -> None:
@@ -341,12 +319,12 @@ class SharedLimits:
     def _end(self) -> None:
         with self._lock:
             self._thread = None
-            connection, self._connection = self._connection, None
+            rows, self._rows = self._rows, None
             left, self._asked = self._asked, deque()
         for one in left:
             one.future.set_result("limits")
-        if connection is not None:
-            connection.close()
+        if rows is not None:
+            rows.connection.close()
 
     def _drop_late(self) -> None:
         now = time.monotonic()
@@ -362,7 +340,7 @@ class SharedLimits:
                 one.future.set_result("limits")
 
     def _step(
-        self, asked: list[_Asked], orders: list[Callable[[Connection, list[str]], None]]
+        self, asked: list[_Asked], orders: list[Callable[[Admissions], None]]
     ) -> tuple[list[tuple[_Asked, SharedAdmission | str]], float]:
         """One transaction: the orders, then as many admissions as there is room for.
 
@@ -373,33 +351,29 @@ class SharedLimits:
 
         from rmcore.judge.store.postgres_connection import connect, in_transaction, meaning
 
-        names = sorted({self.name, _RUN + self.run})
         try:
-            if self._connection is None:
-                self._connection = connect(str(self.location))
-                insert = "INSERT INTO rmcore.limits (name) VALUES (%s) ON CONFLICT (name) DO NOTHING"
-                for name in names:
-                    self._connection.execute(insert, (name,))
-            with in_transaction(self._connection):
-                rows = {row[0]: row[1:] for row in self._connection.execute(_LOCK, (names,))}
+            if self._rows is None:
+                self._rows = Admissions(connect(str(self.location)), self.name, self.run, self.window_s)
+                self._rows.make_names()
+            with in_transaction(self._rows.connection):
+                held = self._rows.lock()
                 for order in orders:
-                    order(self._connection, [self.name, _RUN + self.run])
-                return self._admit(self._connection, asked, rows)
+                    order(self._rows)
+                return self._admit(self._rows, asked, held)
         except psycopg.Error as error:
-            broken, self._connection = self._connection, None
+            broken, self._rows = self._rows, None
             if broken is not None:
-                broken.close()
+                broken.connection.close()
             raise meaning(error, str(self.location)) from None
 
     def _admit(
-        self, connection: Connection, asked: list[_Asked], rows: Mapping[str, tuple[Any, ...]]
+        self, rows: Admissions, asked: list[_Asked], held: float
     ) -> tuple[list[tuple[_Asked, SharedAdmission | str]], float]:
         if not asked:
             return [], 0.0
-        (total_requests, total_tokens, total_cost) = _totals(connection, _RUN + self.run)
+        total_requests, total_tokens, total_cost = rows.totals()
         most_cost = None if self.max_cost is None else math.floor(_BILLION * self.max_cost)
-        held = rows[self.name][0] or 0.0
-        ((requests, tokens),) = connection.execute(_WINDOW, (self.name, self.window_s)).fetchall()
+        requests, tokens = rows.in_window()
         self._seen = (requests, tokens, time.monotonic() + held)
         done: list[tuple[_Asked, SharedAdmission | str]] = []
         admitted: list[SharedAdmission] = []
@@ -413,7 +387,7 @@ class SharedLimits:
                 pause = held
                 break
             if _over(requests + 1, self.requests_per_minute) or _over(tokens + one.tokens, self.tokens_per_minute):
-                pause = self._ready(connection, requests, tokens, one.tokens) if not admitted else 0.001
+                pause = self._ready(rows, requests, tokens, one.tokens) if not admitted else 0.001
                 break
             admission = SharedAdmission(self, str(uuid.uuid4()), one.tokens, one.cost)
             admitted.append(admission)
@@ -422,30 +396,15 @@ class SharedLimits:
             total_requests, total_tokens = total_requests + 1, total_tokens + one.tokens
             total_cost += one.cost
         if admitted:
-            self._write(connection, admitted)
+            rows.admit([(one.id, one.tokens, one.cost) for one in admitted])
         return done, min(pause, _POLL_S)
 
-    def _write(self, connection: Connection, admitted: list[SharedAdmission]) -> None:
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO rmcore.admissions (id, name, at, tokens, cost) VALUES (%s, %s, clock_timestamp(), %s, %s)",
-                [(one.id, self.name, one.tokens, one.cost) for one in admitted],
-            )
-        sums = [sum(getattr(one, what) for one in admitted) for what in ("tokens", "cost")]
-        _add(connection, _RUN + self.run, len(admitted), *sums)
-        # Those that left every window are of no use; a run's sums are kept apart.
-        connection.execute(
-            "DELETE FROM rmcore.admissions WHERE name = %s AND at < clock_timestamp() - %s * interval '2 s'",
-            (self.name, max(self.window_s, 600.0)),
-        )
-
-    def _ready(self, connection: Connection, requests: int, tokens: int, more: int) -> float:
+    def _ready(self, rows: Admissions, requests: int, tokens: int, more: int) -> float:
         """Seconds until there is room for a request of ``more`` tokens, unless others give some back."""
         too_many = 0 if self.requests_per_minute is None else requests + 1 - self.requests_per_minute
         too_much = 0 if self.tokens_per_minute is None else tokens + more - self.tokens_per_minute
-        values = (self.window_s, self.name, self.window_s, too_many, too_much)
-        ((seconds,),) = connection.execute(_READY, values).fetchall()
-        return _POLL_S if seconds is None else max(float(seconds), 0.001)
+        seconds = rows.seconds_until(too_many, too_much)
+        return _POLL_S if seconds is None else max(seconds, 0.001)
 
 
 _running: weakref.WeakSet[SharedLimits] = weakref.WeakSet()
@@ -465,39 +424,3 @@ def _over(value: int, limit: int | None) -> bool:
 def _give_back(future: Future[Any]) -> None:
     if not future.cancelled() and isinstance(future.result(), SharedAdmission):
         future.result().withdraw()
-
-
-def _totals(connection: Connection, run: str) -> tuple[int, int, int]:
-    ((requests, tokens, cost),) = connection.execute(
-        "SELECT requests, tokens, cost FROM rmcore.limits WHERE name = %s", (run,)
-    ).fetchall()
-    return requests, tokens, cost
-
-
-def _add(connection: Connection, run: str, requests: int, tokens: int, cost: int) -> None:
-    connection.execute(
-        "UPDATE rmcore.limits SET requests = requests + %s, tokens = tokens + %s, cost = cost + %s WHERE name = %s",
-        (requests, tokens, cost, run),
-    )
-
-
-def _settle(connection: Connection, names: list[str], id: str, tokens: int, cost: int) -> None:
-    """Done twice it is done once, in case a connection was lost in the middle."""
-    before = connection.execute("SELECT tokens, cost FROM rmcore.admissions WHERE id = %s", (id,)).fetchone()
-    if before is not None:  # else it left the window long ago, and its reservation stays counted
-        connection.execute("UPDATE rmcore.admissions SET tokens = %s, cost = %s WHERE id = %s", (tokens, cost, id))
-        _add(connection, names[1], 0, tokens - before[0], cost - before[1])
-
-
-def _withdraw(connection: Connection, names: list[str], id: str) -> None:
-    gone = connection.execute("DELETE FROM rmcore.admissions WHERE id = %s RETURNING tokens, cost", (id,)).fetchone()
-    if gone is not None:
-        _add(connection, names[1], -1, -gone[0], -gone[1])
-
-
-def _hold(connection: Connection, names: list[str], seconds: float) -> None:
-    connection.execute(
-        "UPDATE rmcore.limits SET held_until = greatest(held_until, clock_timestamp() + %s * interval '1 s') "
-        "WHERE name = %s",
-        (seconds, names[0]),
-    )
