@@ -14,7 +14,7 @@ from rmcore.cli.output import Run
 from rmcore.cli.score import with_scoring
 
 if TYPE_CHECKING:
-    from rmcore.engine.groups import GroupScore
+    from rmcore.engine.group_score import GroupScore
     from rmcore.engine.selection import Measure
     from rmcore.model.data import Group
 

@@ -30,7 +30,7 @@ from rmcore.cli.console import notes
 from rmcore.cli.records import Chain, json_line
 
 if TYPE_CHECKING:
-    from rmcore.engine.groups import GroupScore
+    from rmcore.engine.group_score import GroupScore
     from rmcore.engine.selection import Measure
     from rmcore.model.data import Group
 

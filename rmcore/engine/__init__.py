@@ -16,7 +16,8 @@ from rmcore._base import lazy
 
 if TYPE_CHECKING:
     from rmcore.engine.engine import RewardEngine
-    from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
+    from rmcore.engine.group_score import GroupScore, PairDecision
+    from rmcore.engine.groups import GroupScores
 
 __all__ = ["GroupScore", "GroupScores", "PairDecision", "RewardEngine"]
 
@@ -24,6 +25,7 @@ __getattr__, __dir__, _ = lazy.attach(
     __name__,
     {
         "rmcore.engine.engine": ("RewardEngine",),
-        "rmcore.engine.groups": ("GroupScore", "GroupScores", "PairDecision"),
+        "rmcore.engine.group_score": ("GroupScore", "PairDecision"),
+        "rmcore.engine.groups": ("GroupScores",),
     },
 )

@@ -19,7 +19,8 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore._base.progress import Progress
 from rmcore._base.prompt import Prompt, Response
-from rmcore.engine.groups import GroupScore, GroupScores, PairDecision
+from rmcore.engine.group_score import GroupScore, PairDecision
+from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.options import check_engine_options, check_estimator_goes
 from rmcore.engine.routing import LearnedRouter, NeverRoute, Router

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from rmcore._base.errors import NonFiniteError, reject
 from rmcore._base.prompt import Response, response_text
-from rmcore.engine.groups import GroupScore, table_of
+from rmcore.engine.group_score import GroupScore
+from rmcore.engine.groups import table_of
 from rmcore.engine.pair_table import PairState, PairTable
 from rmcore.ops.pair_layout import PairLayout
 

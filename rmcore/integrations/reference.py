@@ -20,7 +20,7 @@ import torch
 from rmcore._base.errors import DataError, reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response, content_key
 from rmcore.engine.engine import RewardEngine
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 from rmcore.engine.routing import NeverRoute
 from rmcore.model.text import OverlongPolicy
 

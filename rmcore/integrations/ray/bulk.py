@@ -18,7 +18,7 @@ from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.ray.cluster import ray_module
 
 if TYPE_CHECKING:
-    from rmcore.engine.groups import GroupScore
+    from rmcore.engine.group_score import GroupScore
     from rmcore.model.data import Group
 
 __all__ = ["Chunk", "ChunkScorer", "Pool", "read_chunks", "score_in_order"]

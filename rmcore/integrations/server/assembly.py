@@ -24,7 +24,7 @@ from typing import TypeAlias
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 from rmcore.integrations.server.members import (
     RESENT,
     AssemblyStats,

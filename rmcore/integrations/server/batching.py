@@ -23,7 +23,8 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_groups, text_length
 from rmcore.engine.engine import RewardEngine
-from rmcore.engine.groups import GroupScore, GroupScores
+from rmcore.engine.group_score import GroupScore
+from rmcore.engine.groups import GroupScores
 from rmcore.integrations.server.assembly import BusyError
 from rmcore.integrations.server.stream import StreamStats
 from rmcore.judge.base import JudgeUsage

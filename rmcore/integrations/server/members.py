@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_json, canonical_prompt, canonical_response
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 
 __all__ = [
     "RESENT",

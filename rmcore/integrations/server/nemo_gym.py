@@ -29,7 +29,7 @@ from starlette.responses import Response
 from rmcore._base import large
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, canonical_prompt
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 from rmcore.integrations.server.guard import follow
 from rmcore.integrations.server.gym_bonuses import Shape
 from rmcore.integrations.server.members import prompt_digest

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from torch import Tensor
 
 from rmcore._base.errors import InputError
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 from rmcore.engine.usage import usage_summary
 from rmcore.integrations.server.assembly import MemberResult
 from rmcore.integrations.server.batching import ScoredGroup

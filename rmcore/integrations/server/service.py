@@ -16,7 +16,7 @@ from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, text_length
 from rmcore.engine.engine import RewardEngine
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup

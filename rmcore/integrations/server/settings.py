@@ -55,8 +55,8 @@ class ServeSettings:
         baseline: what ``/get_reward``'s rewards are for: ``leave-one-out`` for OpenRLHF's ``rloo``, ``group-mean`` for
             its ``dr_grpo``.
         reliability_tau: ``/get_reward``'s rewards give back advantages weighted by 1/(1 + variance/τ), less their
-            group's mean (:meth:`~rmcore.engine.groups.GroupScore.rewards_for`). None: unweighted. The other routes have
-            ``advantage_variance`` in their replies, for their clients to weigh by.
+            group's mean (:meth:`~rmcore.engine.group_score.GroupScore.rewards_for`). None: unweighted. The other routes
+            have ``advantage_variance`` in their replies, for their clients to weigh by.
         end_tokens: taken off the end of a response in ``query``, and off its start before the prompt.
         prompt_prefix, prompt_suffix: of the policy's chat template; taken off the prompts of ``/get_reward``.
         time_limit_s: from the first member of a group to its scoring, whoever is missing by then.

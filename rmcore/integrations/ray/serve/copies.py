@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore.engine.groups import GroupScore
+from rmcore.engine.group_score import GroupScore
 from rmcore.integrations.server.assembly import GroupAssembly
 from rmcore.integrations.server.members import OpenGroup, Outcome, Slot
 
@@ -56,7 +56,7 @@ class GroupCopy:
         name: of the copy; no other has it.
         key, digest, size, principle, by_content: the group's.
         members: digest of each slot's text.
-        score: the :class:`~rmcore.engine.groups.GroupScore` by field, tensors as bytes.
+        score: the :class:`~rmcore.engine.group_score.GroupScore` by field, tensors as bytes.
         slots, rows, notes: of its :class:`~rmcore.integrations.server.members.Outcome`.
         reached: slots whose results are known to have arrived.
         nbytes: what it takes, about.
