@@ -48,9 +48,9 @@ from .serve_ray_cluster import kill_node, kill_one, processes, running, slow_jud
 __all__ = ["RUNS", "Event", "main", "run", "versions_of"]
 
 RUNS = {
-    "replicas": ServeScale(replicas=2),
-    "processes": ServeScale(replicas=2),
-    "scaling": ServeScale(replicas=1, max_replicas=2, upscale_delay_s=3.0, downscale_delay_s=10.0),
+    "replicas": ServeScale(replicas=2, assemblers=2),
+    "processes": ServeScale(replicas=2, assemblers=2),
+    "scaling": ServeScale(replicas=1, max_replicas=2, assemblers=2, upscale_delay_s=3.0, downscale_delay_s=10.0),
     "nodes": ServeScale(replicas=2, assemblers=3, entries=3, overhead_cpus=0.1),  # none on the head
 }
 """What is started for each."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rmcore._base import launcher as _launcher  # noqa: F401 - which parent started this process, before it may go
 from rmcore._base import lazy, moved
 from rmcore._base.version import __version__
 

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from rmcore._base.launcher import end_with_launcher
 from rmcore._base.version import __version__
 from rmcore.cli import (
     accounts,
@@ -99,4 +100,5 @@ def root(
 
 def main() -> None:
     """Entry point of the ``rmcore`` command."""
+    end_with_launcher()
     app()

@@ -47,8 +47,13 @@ class ServingOnRay:
         str, typer.Option(metavar="N|MIN:MAX", help="With --ray: models loaded; MIN:MAX as there is work.")
     ] = "1"
     ray_assemblers: Annotated[
-        int, typer.Option(help="With --ray: processes in which groups come together, fixed while it serves.", min=1)
-    ] = 2
+        int,
+        typer.Option(
+            help="With --ray: processes in which groups come together, fixed while it serves. Of three any two may die "
+            "at once.",
+            min=1,
+        ),
+    ] = 3
     ray_entries: Annotated[int, typer.Option(help="With --ray: processes that let requests in.", min=1)] = 2
     ray_gpus: Annotated[float, typer.Option(help="With --ray: GPUs of a replica; 0.5 puts two on one.", min=0)] = 0.0
     ray_cpus: Annotated[float, typer.Option(help="With --ray: CPUs of a replica.", min=0)] = 1.0

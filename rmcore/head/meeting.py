@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 from rmcore._base.errors import RankError, reject
+from rmcore._base.launcher import Launcher
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["Launcher", "meet"]
+__all__ = ["meet"]
 
 _LOOK = 0.5
 """Seconds between two looks at who has come."""
@@ -29,21 +30,6 @@ _TRY = 5.0
 """Seconds of an attempt to reach the store; between two, the launcher is looked at."""
 _TORCHS_OWN = timedelta(minutes=30)
 """How long its store and its default group wait once all have met; that is not ours to change."""
-
-
-class Launcher:
-    """The process that started this one, where that is torchrun: its workers end with it. Others may go on alone."""
-
-    def __init__(self) -> None:
-        self._process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    @property
-    def gone(self) -> bool:
-        """Whether it ended, so that this process has another parent."""
-        return self._process is not None and os.getppid() != self._process
-
-    def __str__(self) -> str:
-        return f"the launcher (process {self._process})"
 
 
 def meet(within: float) -> None:

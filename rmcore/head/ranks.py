@@ -31,12 +31,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmcore._base.errors import RankError, reject
-from rmcore.head.meeting import Launcher, meet
+from rmcore._base.launcher import Launcher, end_with_launcher
+from rmcore.head.meeting import meet
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["Ranks", "Shared", "working"]
+__all__ = ["Ranks", "Shared", "end_with_launcher", "working"]
 
 _FOREVER = timedelta(days=30)
 """Of a transfer: who is waited for is watched by heartbeat, not by a limit on how long its work may take."""

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from rmcore.cli import app
 from rmcore.cli.serve_ray import ServingOnRay
+from rmcore.integrations.ray.serve import ServeScale
+from rmcore.integrations.ray.serve.copies import holders
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,11 @@ def test_replicas_are_a_number_or_a_range() -> None:
     found = ServingOnRay(ray_replicas="1:8", ray_gpus=0.5, ray_entries=4).scale()
     assert (found.replicas, found.max_replicas, found.most, found.num_gpus, found.entries) == (1, 8, 8, 0.5, 4)
     assert ServingOnRay().scale().most == 1
+
+
+def test_the_command_starts_as_many_processes_as_the_class() -> None:
+    """Of assemblers three: then each has two that hold copies of its groups, and any two may die at once."""
+    scale = ServingOnRay().scale()
+    assert scale == ServeScale()
+    names = [f"Assembler{number}" for number in range(scale.assemblers)]
+    assert {len(holders(name, names)) for name in names} == {2}

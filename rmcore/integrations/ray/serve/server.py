@@ -57,7 +57,8 @@ class ServeScale:
         batches: under way or waiting a replica, at which another one is started.
         upscale_delay_s: for so long there must be as many before one is started.
         downscale_delay_s: for so long there must be fewer before one goes.
-        assemblers: processes that put groups together. Fixed while the server runs.
+        assemblers: processes that put groups together. Fixed while the server runs. Each has the copies of its scored
+            groups at the next two, so of three any two may die at once.
         entries: processes that let requests in.
         num_cpus, num_gpus: of a replica.
         overhead_cpus: of an assembler, and of an entry; above 0 keeps them off a head node that has no CPUs.
@@ -68,7 +69,7 @@ class ServeScale:
     batches: float = 2.0
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
-    assemblers: int = 2
+    assemblers: int = 3
     entries: int = 2
     num_cpus: float = 1.0
     num_gpus: float = 0.0
