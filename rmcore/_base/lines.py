@@ -26,16 +26,12 @@ _MARK = b"\xef\xbb\xbf"
 TABLE = "Convert it, with pandas: pandas.read_csv(...).to_json('data.jsonl', orient='records', lines=True)"
 """What to do with a table that is no Parquet file."""
 _CONVERT = "not UTF-8 but {0} text. Convert it: iconv -f {0} -t UTF-8 {{source}}"
-# What is no JSON, by its first bytes, the longer ones first; of UTF-16 and UTF-32 without a mark a "{" or "[".
+# What is no JSON, by its first bytes, the longer ones first.
 _FOREIGN = {
     b"\xff\xfe\0\0": _CONVERT.format("UTF-32"),
     b"\0\0\xfe\xff": _CONVERT.format("UTF-32"),
     b"\xff\xfe": _CONVERT.format("UTF-16"),
     b"\xfe\xff": _CONVERT.format("UTF-16"),
-    **{bytes([c, 0, 0, 0]): _CONVERT.format("UTF-32LE") for c in b"{["},
-    **{bytes([0, 0, 0, c]): _CONVERT.format("UTF-32BE") for c in b"{["},
-    **{bytes([c, 0]): _CONVERT.format("UTF-16LE") for c in b"{["},
-    **{bytes([0, c]): _CONVERT.format("UTF-16BE") for c in b"{["},
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for. Fetch that: git lfs pull",
     **dict.fromkeys(
         (b"PK\x03\x04", b"PK\x05\x06"),
@@ -65,6 +61,13 @@ _FOREIGN = {
     **dict.fromkeys(
         (b"<!doctype", b"<html"), "an HTML page, perhaps a download page or an error's, not the data itself"
     ),
+}
+# Of text without a mark: where the zero bytes are in its first two characters, which JSON has out of ASCII.
+_WIDE = {
+    (1, 0, 0, 0): _CONVERT.format("UTF-32LE"),
+    (0, 0, 0, 1): _CONVERT.format("UTF-32BE"),
+    (1, 0, 1, 0): _CONVERT.format("UTF-16LE"),
+    (0, 1, 0, 1): _CONVERT.format("UTF-16BE"),
 }
 _FORM = "one JSON object a line, or one array of objects"
 
@@ -167,11 +170,16 @@ def read_json(stream: BinaryIO, source: str, wanted: tuple[int, int] | None = No
     Blank lines are skipped but counted. Of the others only those from the first number of ``wanted`` up to before the
     second are parsed.
     """
-    number, begun, place = 0, False, 0
+    number, begun, place, start = 0, False, 0, b""
     try:
         for number, line in enumerate(stream, 1):
-            if not begun and (what := foreign(line)):
-                raise DataError(what.format(source=source), source=source, line=1)
+            if not begun:
+                start += line
+                if b"\0" in start[:8]:  # in UTF-16 and UTF-32 a line feed may be half of one
+                    start += stream.read(4)
+                if what := foreign(start):
+                    raise DataError(what.format(source=source), source=source, line=1)
+                start = start[:8]
             while line.startswith(_MARK):  # of each of several files that were joined
                 line = line.removeprefix(_MARK)
             if number == 1 and line.lstrip().startswith(b"["):
@@ -220,6 +228,11 @@ def _look_for_damage(stream: BinaryIO) -> None:
 
 def foreign(line: bytes) -> str:
     """What a file is whose first line this is, where that is known to be no JSON; with ``{source}`` for its name."""
+    first = line[:4]
+    if first.isascii() and all(chr(c).isprintable() or c in b"\0\t\r\n" for c in first):
+        form = tuple(int(c > 0) for c in first)
+        if form in _WIDE:
+            return _WIDE[form]
     start = line.removeprefix(_MARK).lstrip(b" \t\r\n")
     for magic, what in _FOREIGN.items():
         if start.startswith(magic) or (magic[:1] == b"<" and start[:9].lower().startswith(magic)):
@@ -240,6 +253,8 @@ def foreign(line: bytes) -> str:
 def _explain(error: Exception, line: bytes) -> str:
     """What JSON's reader says, and what it comes from where one line shows that."""
     start = line.strip()
+    if b"\0" in start:
+        return f"{error}; zero bytes, as where UTF-16 text was appended to UTF-8, or a disk was full"
     if start.startswith(b"{") and start.endswith(b"},"):
         return f"{error}; a comma behind an object: lines have none, and an array has brackets around it"
     if start in (b"{", b"[{") or (start.startswith(b"{") and start.endswith((b",", b"[", b"{"))):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from rmcore._base.errors import DataError, InputError, reject
@@ -34,13 +37,17 @@ class RowParts:
 
 
 def parts_of(row: Row, names: dict[str, str]) -> RowParts:
-    """What is criticised of a row; raises DataError, by its line, for one that has no responses."""
+    """What is criticised of a row; raises DataError, by its line, for one that has no responses, or cannot be written
+    again with its critiques.
+    """
     from rmcore._base.prompt import canonical_prompt, canonical_response
     from rmcore.model.data import groups, parse_group, parse_preferences, preferences
     from rmcore.model.data.columns import map_columns
 
     try:
         value = map_columns(row.value, names, groups.COLUMNS | preferences.COLUMNS)
+        for name, part in row.value.items():
+            _as_json(name, part)
         if "responses" in value:
             group = parse_group(value)
             return RowParts(tuple((group.prompt, response) for response in group.responses), True)
@@ -58,11 +65,28 @@ def written(row: Row, read: RowParts, found: Sequence[Sequence[Critique]], *, dr
     """A row with the critiques of its responses, its line, and what tells which row it was made of."""
     texts = [[one.text for one in own if one.text and not (drop_junk and one.junk)] for own in found]
     failures = [[one.reason for one in own if _asked_again(one)] for own in found]
-    record = {**row.value, "critiques": _by_response(read, texts), "line": row.number}
+    own = {name: _as_json(name, part) for name, part in row.value.items()}
+    record = {**own, "critiques": _by_response(read, texts), "line": row.number}
     record.pop(FAILURES, None)  # of an input that was criticised before
     if any(failures):
         record[FAILURES] = _by_response(read, failures)
     return {**record, "digest": row_digest(row)}
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """A value of a table as a line of JSON holds it: dates and decimals as text. Raises InputError for others."""
+    if isinstance(value, (list, tuple)):
+        return [_as_json(name, part) for part in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(f"{name}.{key}", part) for key, part in value.items()}
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, Decimal) and value.is_finite():
+        return str(value)
+    if not (value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))):
+        got = str(value) if isinstance(value, (float, Decimal)) else f"a value of type {type(value).__name__}"
+        reject(name, got, "what a line of JSON can hold", "Leave the column out of the input")
+    return value
 
 
 def _by_response(read: RowParts, values: list[list[str]]) -> Any:

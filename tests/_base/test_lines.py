@@ -92,6 +92,25 @@ def test_wide_text_is_named_so_that_iconv_reads_it(tmp_path: Path, encoding: str
     assert path.read_bytes().decode(found[1]).lstrip("\ufeff") == start
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_text_is_named_by_its_byte_order_however_it_begins(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "g.jsonl"
+    for start in ("\n", "\r\n", " ", "\t\n", "\n\n ", "\r\n\r\n\r\n", '"a"\n', "# c\n", "//\n", "a,b\n", "10\n", "{\n"):
+        for pack in (bytes, gzip.compress):
+            path.write_bytes(pack((start + ROW.decode()).encode(encoding)))
+            _, error = rows_then_error(path)
+            assert f"iconv -f {encoding.upper()[:6]}{encoding.upper()[7:]} -t UTF-8" in str(error), start
+
+
+def test_utf16_behind_utf8_is_told_by_its_zero_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_bytes(ROW + ROW.decode().encode("utf-16-le"))  # PowerShell's >>
+    found, error = rows_then_error(path)
+    assert len(found) == 1
+    assert error.line == 2
+    assert "zero bytes, as where UTF-16 text was appended" in str(error)
+
+
 @pytest.mark.parametrize("half", [b"\\ud83d", "\ud83d".encode("utf-8", "surrogatepass")])
 def test_half_a_surrogate_pair_is_taken_as_it_is(tmp_path: Path, half: bytes) -> None:
     path = tmp_path / "g.jsonl"

@@ -274,3 +274,31 @@ def test_what_would_buy_every_critique_again_is_refused(endpoint, tmp_path):
         refused = call("critique", rows, *asking, "--store", tmp_path / "v.db", *more)
         assert refused.exit_code == 2
         assert "a critic gives no verdict" in refused.stderr
+
+
+def test_columns_of_a_table_that_json_has_no_form_for(endpoint, tmp_path):
+    """Dates and decimals come back as text; what no line can hold is refused by row and column, before a call."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    state, asking = endpoint
+    source, out = tmp_path / "r.parquet", tmp_path / "o.jsonl"
+    rows = {"prompt": ["p", "q"], "responses": [["one", "two"], ["a", "b"]]}
+    day, price = pyarrow.array([0, 366], pyarrow.int32()).cast(pyarrow.date32()), pyarrow.array([1, 2])
+    seen = pyarrow.array([{"at": 0}, {"at": 1}], pyarrow.struct([("at", pyarrow.timestamp("s", tz="UTC"))]))
+    more = {"day": day, "price": price.cast(pyarrow.decimal128(21, 2)), "seen": seen}
+    parquet.write_table(pyarrow.table({**rows, **more}), source)
+    done = call("critique", source, *asking, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert [(row["day"], row["price"], row["seen"]["at"][:19]) for row in lines(out)] == [
+        ("1970-01-01", "1.00", "1970-01-01T00:00:00"),
+        ("1971-01-02", "2.00", "1970-01-01T00:00:01"),
+    ]
+    asked = state["asked"]
+    late = pyarrow.array([0, 9_000_000], pyarrow.int32()).cast(pyarrow.date32())
+    for odd, says in ((late, "type Unreadable"), ([b"", b"\x89"], "type bytes"), ([1.0, float("nan")], "got nan")):
+        parquet.write_table(pyarrow.table({**rows, "odd": odd}), source)
+        refused = call("critique", source, *asking, "-o", out, "--overwrite")
+        assert refused.exit_code == 2
+        assert says in refused.stderr
+        assert "odd: got" in refused.stderr
+        assert "what a line of JSON can hold" in refused.stderr
+    assert state["asked"] == asked

@@ -5,7 +5,8 @@ responses as ``response_1`` and ``response_2``. The answer holds a JSON object (
 
     {"score_1": 1 to 5, "score_2": 1 to 5, "ranking": 1 (the first is much better) to 6 (the second is)}
 
-A reply without such an object is no verdict. It is never filled up: a missing score is not 3, no ranking not 3.5.
+The object ends the answer. A reply without one, or that goes on in words behind it, is no verdict. It is never filled
+up: a missing score is not 3, no ranking not 3.5.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response, message_text, response_text
 from rmcore.judge.question.cut import Cut, ends
 from rmcore.judge.question.sanitise import RULES, sanitise
-from rmcore.judge.question.verdict import Labels, parse_verdict
+from rmcore.judge.question.verdict import Labels, is_tail, parse_verdict
 
 __all__ = ["GENRM_VERSION", "GenRMScores", "genrm_messages", "read_scores", "scores_of"]
 
@@ -98,14 +99,16 @@ def genrm_messages(
 def read_scores(choice: Mapping[str, object]) -> tuple[GenRMScores | None, str, str]:
     """The scores of a reply, or ``None`` and why there are none; and the final answer.
 
-    Only the final answer counts, as with every judge (:func:`~rmcore.judge.question.verdict.parse_verdict`). Objects
-    that contradict each other, and scores whose ranking says the opposite, are ``conflicting``. Total.
+    Only the final answer counts, as with every judge (:func:`~rmcore.judge.question.verdict.parse_verdict`), and
+    nothing but white space, brackets and the like may follow its scores. Objects that contradict each other, and scores
+    whose ranking says the opposite, are ``conflicting``. Total.
     """
     parsed = parse_verdict(choice, _NO_LABELS)
     if parsed.reason != "unparsable":
         return None, parsed.reason, parsed.critique
-    found = {scores for scores in map(_scores, _objects(parsed.critique)) if scores is not None}
-    if not found:
+    scored = [(scores, end) for value, end in _objects(parsed.critique) if (scores := _scores(value)) is not None]
+    found = {scores for scores, _ in scored}
+    if len(found) <= 1 and (not found or not is_tail(parsed.critique, scored[-1][1])):
         return None, "unparsable", parsed.critique
     if len(found) > 1:
         return None, "conflicting", parsed.critique
@@ -117,7 +120,9 @@ def read_scores(choice: Mapping[str, object]) -> tuple[GenRMScores | None, str, 
 
 def _scores(value: Any) -> GenRMScores | None:
     """Of an object that has all three, each a number in its range."""
-    overall = value.get("overall") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    overall = value.get("overall")
     fields = overall if isinstance(overall, dict) else value
     numbers = [_number(fields.get(name)) for name in ("score_1", "score_2", "ranking")]
     first, second, ranking = numbers
@@ -136,14 +141,20 @@ def _number(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
-    """The outermost JSON objects in ``text``, wherever they stand."""
-    decoder, found, at = json.JSONDecoder(), [], text.find("{")
+def _once(fields: list[tuple[str, Any]]) -> dict[str, Any] | None:
+    """The object; None where a name is there twice, with two values: nobody knows which is meant."""
+    known = dict(fields)
+    return known if all(known[name] == value for name, value in fields) else None
+
+
+def _objects(text: str) -> list[tuple[Any, int]]:
+    """The outermost JSON objects in ``text``, wherever they stand, and where each ends."""
+    decoder, found, at = json.JSONDecoder(object_pairs_hook=_once), list[tuple[Any, int]](), text.find("{")
     tries = 0
     while at >= 0 and tries < 64:  # a text full of braces costs no more than that
         try:
             value, end = decoder.raw_decode(text, at)
-            found.append(value)
+            found.append((value, end))
         except (ValueError, RecursionError):
             end, tries = at + 1, tries + 1
         at = text.find("{", end)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rmcore._base.large import LARGE, find_all, pieces, read_json
 from rmcore.judge.base import Outcome
 
-__all__ = ["MAX_CRITIQUE", "UNANSWERED", "Labels", "Parsed", "Statement", "parse_verdict", "statements"]
+__all__ = ["MAX_CRITIQUE", "UNANSWERED", "Labels", "Parsed", "Statement", "is_tail", "parse_verdict", "statements"]
 
 MAX_CRITIQUE = 32_768
 """Longest critique kept, in characters: enough for any real one, and no reply can fill the memory."""
@@ -56,15 +56,15 @@ _MIDWAY = re.compile(
     re.IGNORECASE,
 )
 _PLAIN = {ord("｜"): "|", ord("▁"): "_"}  # as DeepSeek's tokens have them
-# What may follow a verdict: white space, emphasis, punctuation, closing brackets and tags, tokens that end a turn.
+# What may follow a verdict: white space, emphasis, punctuation, closing brackets and tags, tokens that end a turn;
+# never words, however few ("Actually not."), nor what strikes a text out: `~~` and `</del>`.
 _TAIL_PART = re.compile(
-    r"[\s\u200b\ufeff*_`\"'.,!。！$|~}\\\])-]{1,4096}|<\s{0,8}/[^<>\n]{1,40}>|"
-    r"<[|｜][^<>|｜\n]{0,20}(?:end|eot|eos)[^<>|｜\n]{0,20}[|｜]>|<(?:end|eot|eos)\w{0,20}>",
+    r"[\s\u200b\ufeff*_`\"'.,!。！$|}\\\])-]{1,4096}|<\s{0,8}/(?!\s{0,8}(?:del|strike)\b)\s{0,8}[\w:.-]{1,40}\s{0,8}>|"
+    r"<[|｜][\w▁-]{0,20}(?:end|eot|eos)[\w▁-]{0,20}[|｜]>|<(?:end|eot|eos)\w{0,20}>",
     re.IGNORECASE,
 )
 _MOST_BRACES = 16  # opening ones that are looked at for the object around a verdict
 _REACH = 512  # no pattern of a tag or a label looks further from where it begins
-_CLOSING_WORDS = re.compile(r"[\s`}\])]{0,80}[^\W\d]{1,20}(?: [^\W\d]{1,20}){0,2}[.!]\s{0,80}")
 _FENCED = re.compile(r"```[a-zA-Z]{0,10}\s*(\{.*\})\s*```", re.DOTALL)
 _DECORATION = " \t\r\n*_`\"'"  # what models put around a label they mean
 
@@ -234,7 +234,7 @@ def _read(text: str, labels: Labels) -> Parsed:
     critique = _without(list(find_all(_TAG, answer, _REACH)), answer)
     found = statements(answer, labels)
     outcomes = [statement.outcome for statement in found]
-    if found and not _is_tail(answer, found[-1].stop) and not _ends_object(answer, found[-1].stop):
+    if found and not is_tail(answer, found[-1].stop) and not _ends_object(answer, found[-1].stop):
         # A verdict ends an answer. With more behind it, it was thought aloud, and perhaps not the last thought.
         conflict = len(set(outcomes) - {None}) > 1
         return Parsed(None, "conflicting" if conflict else "unparsable", critique[:MAX_CRITIQUE])
@@ -277,8 +277,8 @@ def _without(found: list[re.Match[str]], text: str) -> str:
     return "".join(text[end:start] for end, start in zip(ends, starts, strict=True))
 
 
-def _is_tail(text: str, start: int) -> bool:
-    """Whether ``text`` from ``start`` on is what may follow a verdict."""
+def is_tail(text: str, start: int) -> bool:
+    """Whether ``text`` from ``start`` on is what may follow a verdict: no words, and nothing that takes it back."""
     while start < len(text):
         part = _TAIL_PART.match(text, start)
         if part is None:
@@ -288,9 +288,7 @@ def _is_tail(text: str, start: int) -> bool:
 
 
 def _ends_object(text: str, place: int) -> bool:
-    """Whether ``place`` is within a whole JSON object, with nothing that counts behind it: three words at most, such as
-    "That is all."
-    """
+    """Whether ``place`` is within a whole JSON object that ends the text as a tag may end it."""
     if len(text) > LARGE:  # a text of that size is no such answer
         return False
     start, decoder = place, json.JSONDecoder()
@@ -303,7 +301,7 @@ def _ends_object(text: str, place: int) -> bool:
         except (ValueError, RecursionError):
             continue
         if stop >= place:
-            return _is_tail(text, stop) or _CLOSING_WORDS.fullmatch(text, stop) is not None
+            return is_tail(text, stop)
     return False
 
 

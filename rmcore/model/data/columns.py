@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rmcore._base.errors import InputError, reject
 
-__all__ = ["map_columns", "parse_columns"]
+__all__ = ["Unreadable", "map_columns", "parse_columns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """In place of a value of a table that Python has nothing for, such as a date in the year 20000, and why.
+
+    It is no text, number or message, so whoever uses the column refuses it, and nobody else minds.
+    """
+
+    why: str
 
 
 def parse_columns(given: Iterable[str]) -> dict[str, str]:
@@ -29,13 +40,16 @@ def map_columns(row: Mapping[str, Any], columns: Mapping[str, str], known: Colle
     A column that is not there is looked for inside others, at its dots: ``prompt=input.text``.
 
     Raises:
-        InputError: a name is none of the ``known`` ones, or a column is missing.
+        InputError: a name is none of the ``known`` ones, or a column is missing, or one of the known cannot be read.
     """
     result = dict(row)
     for name, column in columns.items():
         if name not in known:
             reject("columns", repr(name), f"one of {', '.join(sorted(known))}")
         result[name] = _value(row, column, name)
+    for name, value in result.items():
+        if isinstance(value, Unreadable) and name in known:
+            reject(columns.get(name, name), f"a value that cannot be read ({value.why})", "one that Python can hold")
     return result
 
 

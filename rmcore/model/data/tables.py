@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore._base.lines import Row, optional_module
+from rmcore.model.data.columns import Unreadable
 from rmcore.model.data.parts import WHOLE, Part, rows_of
 
 __all__ = ["HUB", "hub_rows", "object_rows", "parquet_rows", "saved_rows"]
@@ -27,6 +28,8 @@ def parquet_rows(stream: BinaryIO, source: str, part: Part = WHOLE) -> Iterator[
     parquet = optional_module("pyarrow.parquet", source, "a Parquet file")
     arrow = optional_module("pyarrow", source, "a Parquet file")
     number = 0
+    # KeyError: a key twice in a map, or a time zone that nobody knows
+    errors = (KeyError, ValueError, OverflowError, ImportError, arrow.ArrowException)
     try:
         file = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
         names = file.schema_arrow.names
@@ -40,7 +43,7 @@ def parquet_rows(stream: BinaryIO, source: str, part: Part = WHOLE) -> Iterator[
                 number += size
                 continue
             for batch in file.iter_batches(batch_size=_AT_ONCE, row_groups=[group]):
-                for value in _values(batch):
+                for value in _values(batch, errors):
                     number += 1
                     if low < number <= high:
                         yield Row(number, value, "row")
@@ -55,13 +58,28 @@ def parquet_rows(stream: BinaryIO, source: str, part: Part = WHOLE) -> Iterator[
         ) from error
 
 
-def _values(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch; a map is a dictionary, unless a key comes twice in one."""
+def _values(batch: Any, errors: tuple[type[Exception], ...]) -> list[dict[str, Any]]:
+    """The rows of a batch; a map is a dictionary, unless a key comes twice in one. Values that cannot be had are
+    :class:`Unreadable`: dates beyond Python's, text that is no UTF-8, unknown time zones.
+    """
     try:
         found: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
-    except KeyError:
-        found = batch.to_pylist()
+    except errors:
+        columns = [_column(column, errors) for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
     return found
+
+
+def _column(column: Any, errors: tuple[type[Exception], ...]) -> list[Any]:
+    for strict in ({"maps_as_pydicts": "strict"}, {}):
+        try:
+            found: list[Any] = column.to_pylist(**strict)
+            return found
+        except errors as error:
+            why = str(error) or type(error).__name__
+    if len(column) == 1:
+        return [Unreadable(why[:200])]
+    return [_column(column.slice(k, 1), errors)[0] for k in range(len(column))]
 
 
 def object_rows(rows: Iterable[Any], source: str = "rows", part: Part = WHOLE) -> Iterator[Row]:

@@ -32,7 +32,8 @@ def scored(first: object, second: object, ranking: object) -> str:
         (scored(3, 3, 6), -0.25),
         (scored("4", " 2.5 ", "2"), 0.375),
         ("<think>" + scored(1, 5, 6) + "</think> so\n```json\n" + scored(5, 4, 2) + "\n```", 0.25),
-        ("a {brace and } " + scored(1, 2, 4) + " after", -0.25),
+        ("a {brace and } " + scored(1, 2, 4) + "\n```\n<|im_end|>", -0.25),
+        ('{"score_1": 4, "score_1": 4, "score_2": 2, "ranking": 2}', 0.5),
         (json.dumps({"rubric_evaluations": [{"score_1": 1}], "overall": json.loads(scored(4, 2, 2))}), 0.5),
         (scored(4, 2, 2) + "\n" + scored(4, 2, 2), 0.5),
     ],
@@ -56,6 +57,12 @@ def test_scores_are_read_from_the_final_answer(text, preference):
         (choice(scored(None, 2, 2)), "unparsable"),
         (choice('{"score_1": NaN, "score_2": 2, "ranking": 2}'), "unparsable"),
         (choice("{" * 10_000), "unparsable"),
+        (choice(scored(5, 1, 1) + " after"), "unparsable"),
+        (choice("```json\n" + scored(5, 1, 1) + "\n```\nOn second thought, the other one is better."), "unparsable"),
+        (choice(scored(5, 1, 1) + ' {"score_1": "unsure"}'), "unparsable"),
+        (choice("~~" + scored(5, 1, 1) + "~~"), "unparsable"),
+        (choice('{"score_1": 5, "score_1": 1, "score_2": 2, "ranking": 2}'), "unparsable"),  # one name, two values
+        (choice('{"draft": ' + scored(5, 1, 1) + ', "overall": {"score_1": 1, '), "unparsable"),
         (choice(scored(5, 1, 6)), "conflicting"),  # scores one way, ranking the other
         (choice(scored(5, 1, 1) + scored(1, 5, 6)), "conflicting"),
         (choice(scored(5, 1, 1), finish_reason="length"), "length"),

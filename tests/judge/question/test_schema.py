@@ -63,7 +63,7 @@ def json_reply(chat_reply):
         ('{"critique": "It says \\"verdict\\": \\"A\\"", "verdict": "KQXVD"}', "win", 'It says "verdict": "A"'),
         ('{"critique": "<verdict>A</verdict>", "verdict": "KQXVD"}', "win", "<verdict>A</verdict>"),
         ('{"critique": "raw "quotes" in it", "verdict": "KQXVD"}', "win", None),
-        ('My answer:\n{"critique": "c", "verdict" : "KQXVD"}\nThat is all.', "win", None),
+        ('My answer:\n{"critique": "c", "verdict" : "KQXVD"}\n```\n', "win", None),
         ('{"critique": "c", "verdict": "A"} <verdict>KQXVD</verdict>', "win", None),
         ('<verdict>A</verdict> {"verdict": "KQXVD"}', "win", None),
     ],

@@ -170,7 +170,7 @@ def test_data_sets_in_another_format(datasets: Any, form: str) -> None:
 
 
 def test_what_a_parquet_file_may_hold_besides(tmp_path: Path) -> None:
-    """Messages as maps; a key twice in a map that nobody reads; a column twice, text that is none, no date of ours."""
+    """Messages as maps; a key twice in a map that nobody reads; a column twice; text that is none."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path, maps = tmp_path / "p.parquet", pyarrow.map_(pyarrow.string(), pyarrow.string())
 
@@ -191,12 +191,37 @@ def test_what_a_parquet_file_may_hold_besides(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got the column 'chosen' twice"):
         list(read_preferences(written(("chosen", ["c"]))))
     buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
-    for more in (
-        {"chosen": pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)},
-        {"day": pyarrow.array([9_000_000], pyarrow.date32())},
+    with pytest.raises(DataError, match=r"row 1: chosen: got a value that cannot be read \('utf-8' codec can't decode"):
+        list(read_preferences(written(chosen=pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers))))
+
+
+def test_values_that_python_has_nothing_for(tmp_path: Path) -> None:
+    """They are refused by row and column where they are used, and only there."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, whole = tmp_path / "p.parquet", pyarrow.array([0, 2**60, 3], pyarrow.int64())
+    text = [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"a\xffc")]
+    days = pyarrow.array([0, 9_000_000, 3], pyarrow.int32()).cast(pyarrow.date32())
+    twice = pyarrow.StructArray.from_arrays([whole, whole], names=["a", "a"])
+    plain = {"prompt": ["p", "q", "r"], "chosen": ["a"] * 3, "rejected": ["b"] * 3}
+    for odd in (
+        days,
+        pyarrow.ListArray.from_arrays([0, 1, 2, 3], days),
+        whole.cast(pyarrow.timestamp("ms")),
+        whole.cast(pyarrow.timestamp("ms", tz="Mars/Phobos")),
+        whole.cast(pyarrow.duration("ms")),
+        pyarrow.Array.from_buffers(pyarrow.string(), 3, text),
+        twice,
     ):
-        with pytest.raises(DataError, match=r"row 1: a value in this row or in the 256 from it that cannot be read \("):
-            list(read_preferences(written(**more)))
+        parquet.write_table(pyarrow.table({**plain, "extra": odd}), path)
+        assert [pair.prompt for pair in read_preferences(path)] == ["p", "q", "r"]
+        with pytest.raises(
+            DataError, match=r", row [12]: (extra: got a value that cannot be read|chosen(\[0\])?: got \w+, exp)"
+        ):
+            list(read_preferences(path, {"chosen": "extra"}))
+    # where the others are what a used column holds, the one that is not is named
+    parquet.write_table(pyarrow.table({**plain, "chosen": pyarrow.Array.from_buffers(pyarrow.string(), 3, text)}), path)
+    with pytest.raises(DataError, match=r", row 2: chosen: got a value that cannot be read \('utf-8' codec"):
+        list(read_preferences(path))
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
