@@ -19,13 +19,14 @@ from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
 from rmcore._base.progress import Progress
 from rmcore._base.prompt import Prompt, Response
+from rmcore.engine.call_groups import CallGroups, OnError, check_group_sizes
 from rmcore.engine.group_score import GroupScore, PairDecision
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning import VerdictLearner
 from rmcore.engine.options import check_engine_options, check_estimator_goes
 from rmcore.engine.routing import LearnedRouter, NeverRoute, Router
 from rmcore.engine.running import CallRunner
-from rmcore.engine.score_call import OnError, ScoreCall, check_group_sizes
+from rmcore.engine.score_call import ScoreCall
 from rmcore.engine.selection import BestOf, Measure, Ties, best_of, check_measured, check_selection
 from rmcore.engine.served_head import ServedHead
 from rmcore.head.estimators import PairEstimator, VarianceKind
@@ -344,13 +345,13 @@ class RewardEngine(ServedHead):
         call.progress, call.encoding = progress, EncodingStats()
         if (max_length, overlong) != (None, None):
             call.limit = self.model.backbone.text_limit(max_length, overlong)
-        call.check_texts(prompts, responses)
+        call.groups.check_texts(prompts, responses)
         if critiques is not None:
-            call.check_critiques(critiques)
+            call.groups.check_critiques(critiques)
         if principles is not None:
             if any(principles) and not takes_principles(self.judge):
                 reject("principles", "some", "None: there is no judge that takes them")
-            call.check_principles(principles)
+            call.groups.check_principles(principles)
         return call
 
     def _call_with_rows(
@@ -365,12 +366,12 @@ class RewardEngine(ServedHead):
         if (prompts is None) != (responses is None):
             reject("prompts, responses", "only one of them", "both or neither")
         call = self._new_call(on_error)
-        call.sizes = check_group_sizes(group_sizes)
+        call.groups.sizes = check_group_sizes(group_sizes)
         if states is not None:
-            call.check_states(states)
-        call.check_hidden(hidden)
+            call.groups.check_states(states)
+        call.groups.check_hidden(hidden)
         if prompts is not None and responses is not None:
-            call.check_texts(prompts, responses)
+            call.groups.check_texts(prompts, responses)
         elif not isinstance(self.router, NeverRoute):
             reject(
                 "prompts, responses", "None", f"texts, since {type(self.router).__name__} may route pairs to the judge"
@@ -382,21 +383,20 @@ class RewardEngine(ServedHead):
             reject("on_error", repr(on_error), "'raise' or 'return'")
         with self._publishing:
             head, version = self.head, self.head_version
+        groups = CallGroups(head.config, self.orders, self.design, on_error, learning=self.learner is not None)
         call = ScoreCall(
             self.clock,
             head,
+            groups,
             self.model,
-            orders=self.orders,
             nonfinite=self.nonfinite,
             backend=self.backend,
-            on_error=on_error,
-            design=self.design,
             estimator=self.estimator,
             variance=self.variance,
             head_version=version,
             novelty=self._runner.may_ask and head.rows is not None if self.novelty is None else self.novelty,
+            kept=None if self.learner is None else [],
         )
-        call.kept = None if self.learner is None else []
         if self.judge_deadline_s is not None:
             call.deadline = call.started + self.judge_deadline_s
         return call

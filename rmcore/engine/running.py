@@ -81,9 +81,9 @@ class CallRunner:
 
     def _work(self, call: ScoreCall) -> None:
         """Everything but the judge: encoding, then backbone, head and router, micro-batch by micro-batch."""
-        if call.hidden is None:
+        if call.groups.hidden is None:
             call.encode()
-        if not call.sizes:
+        if not call.groups.sizes:
             return  # no group is left
         if is_budgeted(self.router):
             self.router.begin_step()

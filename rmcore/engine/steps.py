@@ -49,24 +49,24 @@ def plan(call: ScoreCall, *, overlap: bool, tokens: int | None) -> list[MicroBat
         overlap: whether a judge may answer for one while the next is encoded; if not, there is nothing to cut for.
         tokens: about how many each has; None for the engine's choice.
     """
-    if call.hidden is not None or call.model is None:
-        return [MicroBatch(0, 0, call.sizes)]
+    if call.groups.hidden is not None or call.model is None:
+        return [MicroBatch(0, 0, call.groups.sizes)]
     limit: float = math.inf
     if overlap:
         total = sum(len(text) for group in call.encoded for text in group)
         least = _LEAST_PASSES * call.model.backbone.tokens_per_batch
         limit = tokens or max(least, total / _MOST_MICRO_BATCHES)
-    return micro_batches(call.sizes, call.encoded, limit)
+    return micro_batches(call.groups.sizes, call.encoded, limit)
 
 
 def score_pairs(call: ScoreCall, batch: MicroBatch, sketch: Tensor | None = None) -> ScoredPart:
     """A micro-batch's pairs as the head sees them, with their distance from ``sketch`` where a router wants that."""
     (hidden, noise), groups = _hidden_rows(call, batch), list(range(batch.first, batch.stop))
-    contain = call.on_error == "return" and call.nonfinite == "raise"
+    contain = call.groups.on_error == "return" and call.nonfinite == "raise"
     try:
         if contain:
-            hidden, groups = call.without_bad_rows(hidden, groups)
-        layout = call.layout_of(groups)
+            hidden, groups = call.groups.without_bad_rows(hidden, groups)
+        layout = call.groups.layout_of(groups)
         if call.nonfinite == "raise" and not contain and not layout.all_paired:
             check_finite(hidden)  # the head looks at the pairs, and the row of a group of one is in none
         hidden = hidden.to(call.head.device)
@@ -77,7 +77,7 @@ def score_pairs(call: ScoreCall, batch: MicroBatch, sketch: Tensor | None = None
     except NonFiniteError as error:
         raise _renumbered(error, batch) from None
     if contain:
-        hidden, groups, table = call.without_overflows(hidden, groups, table)
+        hidden, groups, table = call.groups.without_overflows(hidden, groups, table)
     if call.kept is not None:
         call.kept.append(hidden.detach().to("cpu", copy=True))  # the caller may use its tensor again
     return ScoredPart(groups, table, None if sketch is None else _distance(call, hidden, groups, table, sketch))
@@ -87,18 +87,20 @@ def _distance(call: ScoreCall, hidden: Tensor, groups: list[int], table: PairTab
     """(Q,) float64 on the CPU: the mean of a pair's hidden rows' distances from the nearest of the sketch."""
     with call.time("head"):
         rows = row_distance(hidden, sketch).double().cpu()
-        states = call.states_of(groups)
+        states = call.groups.states_of(groups)
         if states is not None:
             rows = states.mean(rows)
-        return rows[table.layout.pair_rows(call.head.config.mode, one_order=call.one_order)].mean(1)
+        return rows[table.layout.pair_rows(call.head.config.mode, one_order=call.groups.one_order)].mean(1)
 
 
 def _columns(call: ScoreCall, part: ScoredPart, rows: Tensor) -> dict[str, Tensor]:
     """What else is known of some pairs of a part: their group, the length of their responses, their distance."""
     layout = part.table.layout
     columns = {"group": layout.group[rows]}
-    if call.responses is not None:
-        lengths = [text_length(canonical_response(response)) for k in part.groups for response in call.responses[k]]
+    if call.groups.responses is not None:
+        lengths = [
+            text_length(canonical_response(response)) for k in part.groups for response in call.groups.responses[k]
+        ]
         size = torch.tensor(lengths, dtype=torch.float64).log1p()
         columns["log_length_ratio"] = size[layout.first[rows]] - size[layout.second[rows]]
     if part.distance is not None:
@@ -111,8 +113,8 @@ def _hidden_rows(call: ScoreCall, batch: MicroBatch) -> tuple[Tensor, list[Tenso
 
     The latter of a published model of several attributes whose head is asked; else None.
     """
-    if call.hidden is not None:
-        return call.hidden, None
+    if call.groups.hidden is not None:
+        return call.groups.hidden, None
     assert call.model is not None
     with call.time("backbone"):
         groups = call.encoded[batch.first : batch.stop]
@@ -140,7 +142,7 @@ def _table(
     apart = call.model is not None and call.model.deterministic == "batch"
     if head.config.mode == "difference":
         score_pairs = partial(pairs_apart, head) if apart else head.score_pairs
-        states = call.states_of(groups)
+        states = call.groups.states_of(groups)
         rows = layout if states is None else PairLayout(states.rows)
         found: PairEstimate | None = None
         if call.estimator is not None:
@@ -161,10 +163,10 @@ def _table(
         table.parts = {name: part.to(hidden.device) for name, part in parts.items()}
         measures = {} if found is None else dict(found.measures or {})
         table.measures = {name: of if states is None else states.mean(of) for name, of in measures.items()}
-        return table if call.design == "all" else table.narrowed(_compared(call, table))
+        return table if call.groups.design == "all" else table.narrowed(_compared(call, table))
     score = partial(rows_apart, head) if apart else head.score
     scores = score(hidden, backend=backend, nonfinite=nonfinite)
-    return PairTable.of_concat(scores, layout, call.orders, head.config.order_mean)
+    return PairTable.of_concat(scores, layout, call.groups.orders, head.config.order_mean)
 
 
 def _of_responses(
@@ -219,9 +221,9 @@ def _with_columns(
 
 def _compared(call: ScoreCall, table: PairTable) -> PartialLayout:
     """Which pairs of a difference-mode table the design compares."""
-    sizes, (name, rounds) = table.layout.sizes.tolist(), parse_design(call.design)
+    sizes, (name, rounds) = table.layout.sizes.tolist(), parse_design(call.groups.design)
     if name != "swiss":
-        return PartialLayout(sizes, [call.design_of(size) for size in sizes])
+        return PartialLayout(sizes, [call.groups.design_of(size) for size in sizes])
     standing = table.advantages().split(sizes)
     return PartialLayout(sizes, [swiss_pairs(own, rounds) for own in standing])
 
@@ -237,8 +239,8 @@ def _renumbered(error: NonFiniteError, part: MicroBatch) -> NonFiniteError:
 def route(call: ScoreCall, part: ScoredPart, router: Router, *, may_ask: bool) -> None:
     """Decide equal responses by rule, let the router choose among the rest, and hand those over to the judge."""
     table = part.table
-    if call.responses is not None:
-        table.decide_identical(call.responses[group] for group in part.groups)
+    if call.groups.responses is not None:
+        table.decide_identical(call.groups.responses[group] for group in part.groups)
     call.find_silent(part)
     if not may_ask:
         if table.silent:
