@@ -22,6 +22,7 @@ import rmcore
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.engine.acquisition import Acquisition, pair_pool, select_pairs
 from rmcore.evaluation.evaluate import encode_pairs
+from rmcore.evaluation.plots.figure import new_figure
 from rmcore.evaluation.streams import find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
 from rmcore.head.fit import fit
@@ -133,11 +134,7 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Accuracy against labels, the mean over streams and in distribution, every acquisition in one plot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((10, 4))
     names = [name for name in next(iter(figures["curves"].values())) if name not in ("labels", "mean")]
     for axis, name, title in zip(
         figure.subplots(1, 2),

@@ -33,6 +33,7 @@ from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.engine.learning.judged import JudgedPairs
 from rmcore.engine.learning.online import LearningConfig, fold
 from rmcore.evaluation.evaluate import encode_pairs
+from rmcore.evaluation.plots.figure import new_figure
 from rmcore.evaluation.streams import StreamPair, find_data, load_corpus
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit, newton
@@ -414,12 +415,8 @@ def _recorded(pair: StreamPair) -> tuple[float, bool, bool]:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Left: accuracy over the fraction judged. Right: calls saved at each level, against the target."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     colours = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#999999", "#555555")
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((13, 5.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     for curve, colour in zip(figures["curves"][:3], colours, strict=False):
         if curve is figures["curves"][0]:

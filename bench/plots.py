@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rmcore.evaluation.plots.figure import new_figure
+
 from .encode import draw_encode
 from .setup import Row
 
@@ -39,17 +41,8 @@ def draw(rows: list[Row], document: dict[str, Any], out: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _latency(rows: list[Row], document: dict[str, Any], path: Path, size: str) -> None:
-    figure = _figure(9, 5.4)
+    figure = new_figure((9, 5.4))
     axis = figure.subplots()
     own_torch = ("rmcore torch",)  # our fallback is no peer, and three more lines of it hide those that are
     names = [n for n in dict.fromkeys((row["variant"], row["dtype"]) for row in rows) if n[0] not in own_torch]
@@ -85,7 +78,7 @@ def _latency(rows: list[Row], document: dict[str, Any], path: Path, size: str) -
 
 
 def _memory(rows: list[Row], path: Path) -> None:
-    figure = _figure(8, 0.45 * len(rows) + 1.2)
+    figure = new_figure((8, 0.45 * len(rows) + 1.2))
     axis = figure.subplots()
     labels = [
         f"{row['variant']} {row['dtype']}" if row["variant"].startswith("rmcore") else row["variant"] for row in rows
@@ -101,7 +94,7 @@ def _memory(rows: list[Row], path: Path) -> None:
 
 def _encode(rows: list[Row], document: dict[str, Any], path: Path) -> None:
     count = len({row["lengths"] for row in rows})
-    figure = _figure(5.2 * count, 4.2)
+    figure = new_figure((5.2 * count, 4.2))
     axes = figure.subplots(1, count, squeeze=False)[0]
     draw_encode(rows, axes)
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}, {document['environment']['name']}", fontsize=10)

@@ -22,6 +22,7 @@ from torch import Tensor
 import rmcore
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.evaluate import encode_pairs, evaluate_head
+from rmcore.evaluation.plots.figure import new_figure
 from rmcore.evaluation.report import EvaluationReport
 from rmcore.evaluation.streams import Corpus, find_data, load_corpus
 from rmcore.head import HeadConfig, SNGPHead
@@ -132,12 +133,8 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def draw(reports: dict[str, list[EvaluationReport]], corpus: Corpus, path: Path) -> None:
     """One panel a stream: uplift over random against pairs judged, mean and spread over seeds, published points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     looks = {"u": ("#0072B2", "uncertainty u"), "margin": ("#D55E00", "margin"), "rank_sum": ("#009E73", "rank sum")}
-    figure = Figure(figsize=(12, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((12, 3.9))
     axes = figure.subplots(1, len(reports), sharey=True)
     for axis, (name, title, _) in zip(axes, corpus.mixes, strict=True):
         for score, (colour, label) in looks.items():

@@ -33,6 +33,7 @@ from rmcore._base.prompt import canonical_response, text_length
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.engine.routing import BudgetRouter, Candidates, LearnedRouter, RandomRouter, Router
 from rmcore.evaluation.evaluate import PairStates, encode_pairs, recorded_preference
+from rmcore.evaluation.plots.figure import new_figure
 from rmcore.evaluation.streams import StreamPair, find_data, load_corpus, load_test_pairs
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
 from rmcore.head.fit import fit
@@ -408,14 +409,10 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """One panel a budget: every stream's points and intervals, by router; the label as judge."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     looks = {"learned": "#009E73", "u": "#0072B2", "margin": "#D55E00"}
     streams = figures["streams"]["label"]
     names = [*streams, "mean"]
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((12, 5.2))
     axes = figure.subplots(1, len(FRACTIONS), sharey=True)
     place = np.arange(len(names))[::-1]
     for k, (axis, q) in enumerate(zip(axes, FRACTIONS, strict=True)):

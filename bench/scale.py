@@ -35,13 +35,13 @@ import torch
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.quantile import quantiles
 from rmcore.engine import RewardEngine
+from rmcore.evaluation.plots.figure import new_figure
 from rmcore.judge.base import Pair
 from rmcore.judge.chat import ChatJudge
 from rmcore.model import RewardModel
 
 from .harness import environment
 from .overlap import Setting, make_model, make_text, replay_server
-from .plots import _figure
 from .scale_model import JudgeService, Prediction, Service, Step, predict
 from .serve_load import Client, Soak, server
 
@@ -231,7 +231,7 @@ def _compared(step: Step, predicted: Sequence[Prediction], real: dict[str, Any])
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """``scale.png``: a step's seconds against replicas and against the share judged."""
-    figure = _figure(9, 3.8)
+    figure = new_figure((9, 3.8))
     left, right = figure.subplots(1, 2)
     for axis, varied, label in ((left, "replicas", "replicas"), (right, "share", "share of pairs judged")):
         of = [row for row in rows if row["varied"] == varied]

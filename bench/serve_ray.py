@@ -37,6 +37,7 @@ from rmcore import RewardEngine
 from rmcore._base.quantile import quantiles
 from rmcore.engine.learning import LearningConfig, VerdictLearner
 from rmcore.engine.routing import AlwaysRoute
+from rmcore.evaluation.plots.figure import new_figure
 from rmcore.integrations.ray.serve import GroupServer, ServeScale
 from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.testing import ReplayServer
@@ -329,11 +330,7 @@ def _checks(which: str, figures: dict[str, Any], outcome: Outcome, course: Cours
 
 def draw(figures: dict[str, Any], outcomes: dict[str, Outcome], path: Path) -> None:
     """Answers a second by version, and latencies, with what happened."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4 * len(outcomes) + 1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((10, 3.4 * len(outcomes) + 1))
     grid = figure.subplots(2 * len(outcomes), 1, squeeze=False)[:, 0]
     for number, (name, outcome) in enumerate(outcomes.items()):
         _draw_run(figures[name], outcome, grid[2 * number], grid[2 * number + 1], name)

@@ -35,7 +35,7 @@ from rmcore.bench.filters import Run, filter_curves, filter_lines, filter_scores
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.confidence import BETAS, brier_score, confident_score
 from rmcore.evaluation.evaluate import PairStates, encode_pairs, evaluate_pairs
-from rmcore.evaluation.plots import COLOURS, new_figure, plot_style, save_figure
+from rmcore.evaluation.plots.figure import COLOURS, new_figure, plot_style, save_figure
 from rmcore.evaluation.report import ScoredPairs
 from rmcore.evaluation.statistics import correctness, risk_coverage
 from rmcore.evaluation.streams import Corpus, StreamPair, find_data, load_corpus, load_test_pairs

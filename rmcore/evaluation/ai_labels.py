@@ -17,7 +17,7 @@ from scipy import special
 
 from rmcore._base.errors import reject
 from rmcore.evaluation.confidence import brier_score
-from rmcore.evaluation.plots import BASELINE, COLOURS, MUTED, new_figure, plot_style, save_figure
+from rmcore.evaluation.plots.figure import BASELINE, COLOURS, MUTED, new_figure, plot_style, save_figure
 from rmcore.evaluation.report import Array, Estimate, ReliabilityCurve
 from rmcore.evaluation.statistics import (
     Interval,

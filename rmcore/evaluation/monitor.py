@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from rmcore._base.errors import reject
-from rmcore.evaluation.plots import COLOURS, DASHES, new_figure, plot_style, save_figure
+from rmcore.evaluation.plots.figure import COLOURS, DASHES, new_figure, plot_style, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import torch
 
 from rmcore._base.errors import InputError
 from rmcore.evaluation.evaluate import PairStates, evaluate_pairs, scored_pairs
-from rmcore.evaluation.plots import _label
+from rmcore.evaluation.plots.report import _label
 from rmcore.evaluation.report import ScoredPairs
 from rmcore.evaluation.risk import evaluate_risk
 from rmcore.evaluation.statistics import auroc, correctness

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rmcore.evaluation.benchmarks.routing_table import RoutingTable
 from rmcore.evaluation.benchmarks.table import Table
-from rmcore.evaluation.plots import BASELINE, COLOURS, new_figure, percent_axis, plot_style, save_figure
+from rmcore.evaluation.plots.figure import BASELINE, COLOURS, new_figure, percent_axis, plot_style, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
