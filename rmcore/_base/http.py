@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING
 
+from rmcore._base.early_reply import read_while_sending
 from rmcore._base.errors import JudgeError
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class LoopConnections:
             follow_redirects=False,  # a redirect would carry prompts, and perhaps the key, to another host
             trust_env=self._trust_env,
         )
+        if self._transport is None:
+            read_while_sending(client)
         # No request depends on an earlier one: a load balancer's cookie would tie all calls to one backend, and cookies
         # that a server never stops adding make a header that it refuses.
         client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
