@@ -6,122 +6,26 @@ preference pairs with everything else frozen. :func:`fit_pairs` is PURM's: means
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import NonFiniteError, reject
-from rmcore.head.adam import Adam, cosine_rate
+from rmcore._base.errors import reject
 from rmcore.head.attributes.head import AttributeHead
 from rmcore.head.attributes.losses import bradley_terry, gaussian_nll, pinball, purm_logit, sampled_mse
+from rmcore.head.attributes.optimise import FitOptions, Steps, finite_loss, seeded_dropout, split_rows, train
+from rmcore.head.attributes.pair_states import PairStates
 from rmcore.head.posterior import check_finite
 
-__all__ = ["FitOptions", "Objective", "PairStates", "fit_attributes", "fit_gate", "fit_pairs"]
+__all__ = ["FitOptions", "Objective", "PairStates", "default_options", "fit_attributes", "fit_gate", "fit_pairs"]
 
 _RIDGE = 1e-3
 _RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
-_CHECKS = 20
 _CONJUGATE_STEPS = 15
 
 Objective: TypeAlias = Literal["mle", "regression", "pinball"]
-Steps: TypeAlias = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """AdamW over mini-batches, its learning rate falling to 0 by a cosine.
-
-    Attributes:
-        steps: of the optimiser.
-        batch_size: rows a step, drawn without repetition until all have been seen.
-        lr: the first learning rate. Normals' means start at a ridge regression, so steps are for σ and the rest.
-        weight_decay: AdamW's; of the value head in whitened coordinates.
-        spread_prior: variance over the states that the prior of log σ gives it, for ``mle`` and from pairs alone; inf
-            for none.
-        mean_prior: likewise of the reward, from pairs alone.
-        holdout: share of the rows kept out of training; of the weights at each twentieth of the steps those with the
-            least loss on them are kept. 0 trains on all rows and keeps the last weights.
-        seed: of the rows kept out, the mini-batches and sampled rewards.
-    """
-
-    steps: int = 1000
-    batch_size: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    spread_prior: float = 0.1
-    mean_prior: float = 1.0
-    holdout: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                reject(name, getattr(self, name), "a positive whole number")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            reject("lr", self.lr, "a positive finite number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            reject("weight_decay", self.weight_decay, "a finite number, at least 0")
-        for name in ("spread_prior", "mean_prior"):
-            if not getattr(self, name) > 0:
-                reject(name, getattr(self, name), "a positive number, or inf")
-        if not 0 <= self.holdout < 1:
-            reject("holdout", self.holdout, "a number in [0, 1)")
-
-
-@dataclass(frozen=True)
-class PairStates:
-    """Cached states of P preference pairs.
-
-    Attributes:
-        chosen: (P, h).
-        rejected: (P, h).
-        gate: (P, h) states that a gate reads, as ArmoRM's reads the prompt's; None where it reads each response's own.
-        weight: (P,) how much each counts; None for all alike.
-        group: (P,) int64, of the prompt: pairs of one group are held out of training together, since what is learned of
-            one tells of the others. None: each by itself.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    gate: Tensor | None = None
-    weight: Tensor | None = None
-    group: Tensor | None = None
-
-    @classmethod
-    def of_labels(cls, hidden: Tensor, labels: Tensor, pairs: Tensor, group: Tensor | None = None) -> PairStates:
-        """Pairs (N, 2) int64 of rows (R, h) whose first is better with probability ``labels`` (N,).
-
-        A label strictly between 0 and 1 becomes both orders, weighted by it and its rest: its cross-entropy. Without
-        ``group`` (N,), pairs that share rows, directly or by others, are one.
-        """
-        group = _connected(pairs, len(hidden)) if group is None else group
-        first, second = hidden[pairs[:, 0]], hidden[pairs[:, 1]]
-        if bool(((labels == 0) | (labels == 1)).all()):
-            won = (labels == 1)[:, None]
-            return cls(torch.where(won, first, second), torch.where(won, second, first), group=group)
-        keep, chosen, rejected = torch.cat([labels, 1 - labels]), torch.cat([first, second]), torch.cat([second, first])
-        counted = keep > 0
-        return cls(chosen[counted], rejected[counted], weight=keep[counted], group=torch.cat([group, group])[counted])
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and not (
-            self.weight.shape == self.chosen.shape[:1] and bool((self.weight.isfinite() & (self.weight > 0)).all())
-        ):
-            reject("weight", f"shape {tuple(self.weight.shape)}", f"({len(self.chosen)},) positive finite numbers")
-        if self.group is not None and (self.group.shape != self.chosen.shape[:1] or self.group.dtype != torch.int64):
-            reject("group", f"{tuple(self.group.shape)} {self.group.dtype}", f"({len(self.chosen)},) int64")
-        parts = {"chosen": self.chosen, "rejected": self.rejected, "gate": self.gate}
-        for name, part in parts.items():
-            if part is None:
-                continue
-            if part.dim() != 2 or part.shape != self.chosen.shape or not len(part):
-                reject(name, f"shape {tuple(part.shape)}", f"(P, h), that of chosen {tuple(self.chosen.shape)}, P > 0")
-            check_finite(part, name)
 
 
 def default_options(spread: Literal["normal", "quantiles"]) -> FitOptions:
@@ -180,17 +84,17 @@ def fit_attributes(
     with _whitened(head, hidden) as whiten:
         hidden = whiten(hidden)
         if head.config.spread == "normal":
-            _least_squares(weight, hidden, labels, *_split(len(hidden), options))
+            _least_squares(weight, hidden, labels, *split_rows(len(hidden), options))
         penalty = _penalty(weight[1::2], len(hidden), options.spread_prior) if objective == "mle" else None
 
         def step_loss(at: Tensor) -> Tensor:
             found = loss(head.outputs(hidden[at]), labels[at])
             return found if penalty is None else found + penalty(weight[1::2])
 
-        _train([weight], len(hidden), step_loss, options, progress)
+        train([weight], len(hidden), step_loss, options, progress)
         with torch.no_grad():
             value = float(loss(head.outputs(hidden), labels))
-    return _finite(value)
+    return finite_loss(value)
 
 
 def fit_gate(
@@ -228,12 +132,12 @@ def fit_gate(
             logit = (gate(chosen[at]) * means[0][at]).sum(1) - (gate(rejected[at]) * means[1][at]).sum(1)
         return bradley_terry(logit, None if counted is None else counted[at])
 
-    with _seeded_dropout(options.seed):
+    with seeded_dropout(options.seed):
         gate.train()
-        _train(gate.parameters(), len(chosen), loss, options, progress, pairs.group)
+        train(gate.parameters(), len(chosen), loss, options, progress, pairs.group)
     gate.eval()
     with torch.no_grad():
-        return _finite(float(loss(slice(None))))
+        return finite_loss(float(loss(slice(None))))
 
 
 def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | None = None) -> float:
@@ -281,10 +185,10 @@ def fit_pairs(head: AttributeHead, pairs: PairStates, *, options: FitOptions | N
         def penalised(at: Tensor) -> Tensor:
             return loss(at) + priors[0](weight[0::2]) + priors[1](weight[1::2])
 
-        _train([weight], sides.shape[1], penalised, options, group=pairs.group)
+        train([weight], sides.shape[1], penalised, options, group=pairs.group)
         with torch.no_grad():
             value = float(loss(slice(None)))
-    return _finite(value)
+    return finite_loss(value)
 
 
 def _penalty(start: Tensor, rows: int, variance: float) -> Callable[[Tensor], Tensor]:
@@ -311,6 +215,9 @@ def _objective(
         return sampled_mse(outputs[..., 0], outputs[..., 1], labels, noise)
 
     return regression
+
+
+# -- coordinates and start of the value head --------------------------------------------------------------------------
 
 
 class _whitened:  # noqa: N801  # a context, named like one
@@ -341,46 +248,6 @@ class _whitened:  # noqa: N801  # a context, named like one
         with torch.no_grad():
             found = torch.linalg.solve_triangular(self._factor, self._weight.double(), upper=False, left=False)
             self._weight.copy_(found)
-
-
-class _seeded_dropout:  # noqa: N801
-    """Torch's global generator seeded inside, and as it was behind: dropout takes no generator of its own."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        self._fork = torch.random.fork_rng(devices=[])
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *_: object) -> None:
-        self._fork.__exit__(None, None, None)
-
-
-def _connected(pairs: Tensor, rows: int) -> Tensor:
-    """(N,) int64 of pairs (N, 2): the connected part of the graph of rows that a pair is in."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    first, second = pairs.cpu().numpy().T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(rows, rows))
-    return torch.from_numpy(connected_components(graph, directed=False)[1])[pairs[:, 0].cpu()].long()
-
-
-def _split(count: int, options: FitOptions, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(rows kept out, rows to train on), by the seed; whole groups, as many as stay within the share."""
-    generator = torch.Generator().manual_seed(options.seed)
-    if group is None:
-        rows = torch.randperm(count, generator=generator)
-        split = int(options.holdout * count)
-        return rows[:split], rows[split:]
-    _, number, sizes = group.cpu().unique(return_inverse=True, return_counts=True)
-    order = torch.randperm(len(sizes), generator=generator)
-    out = order[sizes[order].cumsum(0) <= options.holdout * count]
-    held = torch.isin(number, out)
-    mixed = torch.randperm(count, generator=generator)
-    return mixed[held[mixed]], mixed[~held[mixed]]
 
 
 @torch.no_grad()
@@ -418,48 +285,3 @@ def _ridge_regression(x: Tensor, y: Tensor, start: Tensor, ridge: float) -> Tens
         residual = residual - step * image
         direction = residual + (residual @ residual / square) * direction
     return found
-
-
-def _train(
-    parameters: Iterable[Tensor],
-    count: int,
-    loss: Callable[[Tensor], Tensor],
-    options: FitOptions,
-    progress: Steps | None = None,
-    group: Tensor | None = None,
-) -> None:
-    parameters = list(parameters)
-    device = parameters[0].device
-    # With β₂ = 0.999 the first gradients, which go as exp(−2 log σ), would set the pace of all that follow.
-    adam = Adam(parameters, options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay)
-    generator = torch.Generator().manual_seed(options.seed + 1)
-    held, rows = _split(count, options, group)
-    held, split = held.to(device), len(held)
-    batch, every = min(options.batch_size, len(rows)), max(options.steps // _CHECKS, 1)
-    order, best, kept = torch.empty(0, dtype=torch.long), math.inf, [p.detach().clone() for p in parameters]
-    for step in range(1, options.steps + 1):
-        if len(order) < batch:
-            order = torch.cat([order, rows[torch.randperm(len(rows), generator=generator)]])
-        at, order = order[:batch].to(device), order[batch:]
-        gradients = torch.autograd.grad(loss(at), parameters)
-        adam.step(gradients, cosine_rate(options.lr, step - 1, options.steps))
-        told = step % every == 0 or step == options.steps
-        if told and progress is not None:
-            progress(step, options.steps)
-        if split and told:
-            with torch.no_grad():
-                value = float(loss(held))
-            if value < best:
-                best, kept = value, [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, one in zip(parameters, kept, strict=True):
-            if split:
-                parameter.copy_(one)
-    if split:
-        _finite(best)
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise NonFiniteError(f"training: got a loss of {value}, expected a finite one. Lower lr, or set weight_decay")
-    return value

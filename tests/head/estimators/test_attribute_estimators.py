@@ -11,8 +11,8 @@ import torch
 from rmcore._base.errors import InputError
 from rmcore.head import HeadConfig
 from rmcore.head.attributes import URM_WEIGHTS, AttributeConfig, AttributeHead, FitOptions, GateConfig, PairStates
-from rmcore.head.attributes.fit import _split
 from rmcore.head.attributes.losses import bradley_terry
+from rmcore.head.attributes.optimise import split_rows
 from rmcore.head.estimators import (
     SNGP,
     URM,
@@ -162,7 +162,7 @@ def test_pairs_that_share_rows_are_held_out_together():
     assert number[1] == number[3] == number[4]
     assert number[0] != number[1]
     group = torch.arange(40) // 4
-    held, rest = _split(40, FitOptions(holdout=0.25), group)
+    held, rest = split_rows(40, FitOptions(holdout=0.25), group)
     assert sorted([*held.tolist(), *rest.tolist()]) == list(range(40))
     assert len(held) == 8
     assert not set(group[held].tolist()) & set(group[rest].tolist())
