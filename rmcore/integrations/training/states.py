@@ -17,10 +17,10 @@ from rmcore.model.backbone import Backbone
 from rmcore.model.encoding.architecture import text_config
 from rmcore.model.encoding.tree_attention import attending
 
-__all__ = ["PairStates", "block_rows"]
+__all__ = ["BatchStates", "block_rows"]
 
 
-class PairStates:
+class BatchStates:
     """States of a batch's pairs, as :class:`~rmcore.integrations.training.collator.PairCollator` has put it together.
 
     Args:

@@ -51,7 +51,7 @@ from rmcore.integrations.training.prepare import (
 )
 from rmcore.integrations.training.replicated_head import HeadCallback, ReplicatedHead
 from rmcore.integrations.training.saving import SavesRewardModel
-from rmcore.integrations.training.states import PairStates, block_rows
+from rmcore.integrations.training.states import BatchStates, block_rows
 from rmcore.model.backbone import Backbone
 
 __all__ = ["PairwiseRewardTrainer"]
@@ -114,7 +114,7 @@ class PairwiseRewardTrainer(SavesRewardModel):
         check_trainable(model)
         loss = loss_of(args, loss)
         collator = PairCollator(model, form)
-        self.pair_states = PairStates(model)
+        self.batch_states = BatchStates(model)
         self.mode = self.head.config.mode
         self.critiques = args.critiques
         self._own_metrics = compute_metrics
@@ -182,8 +182,8 @@ class PairwiseRewardTrainer(SavesRewardModel):
 
         With ``return_outputs`` also the states.
         """
-        every = self.pair_states.tokens(model, inputs)
-        states = self.pair_states.pooled(every, inputs)
+        every = self.batch_states.tokens(model, inputs)
+        states = self.batch_states.pooled(every, inputs)
         columns = {name.removeprefix("column_"): t for name, t in inputs.items() if name.startswith("column_")}
         if self._tokens is not None:
             columns[CRITIQUE_NLL] = self._tokens.nll(every, inputs, training=model.training)
@@ -212,7 +212,7 @@ class PairwiseRewardTrainer(SavesRewardModel):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As ``Trainer.training_step``, the attention of shared prefixes in place for the backward pass too."""
-        with self.pair_states.step():
+        with self.batch_states.step():
             return super().training_step(*args, **kwargs)
 
     # -- one optimiser step --------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class PairwiseRewardTrainer(SavesRewardModel):
 
         def states_of(inputs: dict[str, Any]) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.pair_states(model, self._prepare_inputs(inputs))
+                return self.batch_states(model, self._prepare_inputs(inputs))
 
         return block_rows(
             states_of,

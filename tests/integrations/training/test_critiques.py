@@ -173,7 +173,7 @@ def test_padding_changes_no_token_loss(backbone_of, config_of, critiqued):
         trainer = PairwiseRewardTrainer(backbone, args, head=HEAD, train_dataset=critiqued)
         data = trainer.train_dataset
         batch = trainer.data_collator([data[k] for k in (0, 1, 16)])
-        found.append(trainer._tokens.nll(trainer.pair_states.tokens(trainer.model, batch), batch, training=False))
+        found.append(trainer._tokens.nll(trainer.batch_states.tokens(trainer.model, batch), batch, training=False))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
     assert found[0][2].tolist() == [0, 0]
     assert bool((found[0][:2] > 0).all())
