@@ -19,8 +19,9 @@ from rmcore import ops
 from rmcore.ops import AttributeWeights, Backend
 from rmcore.ops.attribute_weights import reference_scores
 
-from .harness import as_dict, left_out, relative_error, rotations, time_calls
+from .harness import left_out, relative_error, rotations, time_calls
 from .peers import TOLERANCE
+from .rows import dtype_name, time_columns
 from .setup import Row, Setup
 
 __all__ = ["attribute_heads", "attributes"]
@@ -106,7 +107,7 @@ def _measured(setup: Setup, heads: AttributeWeights, dtype: torch.dtype) -> Iter
                 continue
             common: Row = {
                 "suite": f"attributes, {members} head{'s' if members > 1 else ''}", "variant": variant,
-                "dtype": str(kind).removeprefix("torch."), "h": h, "d": h, "rows": rows,
+                "dtype": dtype_name(kind), "h": h, "d": h, "rows": rows,
             }  # fmt: skip
             setup.note(f"attributes h={h} M={members} B={rows} {variant} {common['dtype']}")
             x = torch.randn(rows, h, generator=torch.Generator().manual_seed(rows)).to(setup.device, dtype)
@@ -126,11 +127,10 @@ def _timed(setup: Setup, run: _Run, copies: list[AttributeWeights], x: Tensor, w
     heads, rows = copies[0], len(x)
     products = heads.value.numel() + sum(layer.numel() for layer in heads.layers)
     moved = heads.nbytes() + x.numel() * x.element_size()
-    floor = setup.limits.floor(moved, 2.0 * rows * products, str(heads.dtype).removeprefix("torch."))
+    floor = setup.limits.floor(moved, 2.0 * rows * products, dtype_name(heads.dtype))
     true = reference_scores(x[:64].double(), heads)[0]
     off = max(relative_error(got[k][:64], true[k]) for k in range(2))
-    figures = {f"{name}_s" if name in ("median", "low", "high") else name: v for name, v in as_dict(timing).items()}
-    return figures | {
+    return time_columns(timing) | {
         "bytes": moved, "flop": 2.0 * rows * products, **floor.beside(timing.median),
         "error": off, "right": off <= TOLERANCE[heads.dtype],
     }  # fmt: skip

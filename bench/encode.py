@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .harness import synchronize
+from .rows import dtype_name
 
 if TYPE_CHECKING:
     from rmcore.model.backbone import Backbone
@@ -148,7 +149,7 @@ def encode(setup: Setup) -> Iterator[Row]:
             # A round of K = 16, or of 8 long ones, takes many minutes on a CPU.
             rounds = 1 if setup.quick or (not gpu and (k > 8 or (k > 4 and lengths is FIXED))) else 3
             measured = _measure(variants, texts, setup.device, setup.rounds or rounds)
-            yield from _rows(setup, shape, lengths, k, groups, texts, measured, str(dtype).removeprefix("torch."))
+            yield from _rows(setup, shape, lengths, k, groups, texts, measured, dtype_name(dtype))
 
 
 def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from rmcore.head import FrozenHead, HeadConfig
 
 from .harness import synchronize
 from .peers import make_problem, ours
+from .rows import dtype_name
 from .setup import Row, Setup
 
 __all__ = ["MOST", "engine"]
@@ -54,7 +55,7 @@ def _measure(setup: Setup, head: FrozenHead, groups: int, k: int) -> Row:
     return {
         "suite": "engine",
         "variant": f"{groups} groups of {k}",
-        "dtype": str(setup.dtypes[0]).removeprefix("torch."),
+        "dtype": dtype_name(setup.dtypes[0]),
         "h": HIDDEN_SIZE,
         "d": FEATURES,
         "rows": groups * k,

@@ -27,7 +27,7 @@ from rmcore import ops
 from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
 from rmcore.bench.attributes import attribute_heads
-from rmcore.bench.suites import head_bytes, head_flop
+from rmcore.bench.rows import head_bytes, head_flop
 from rmcore.ops import whole_numbers
 from rmcore.ops.sources import LAUNCHED, kernel_of, sources
 

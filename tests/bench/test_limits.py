@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from rmcore.bench import __main__ as command
-from rmcore.bench import harness, suites
+from rmcore.bench import harness
+from rmcore.bench import score as score_suite
 from rmcore.bench.harness import Limits
 from rmcore.bench.setup import Setup
 
@@ -114,8 +115,10 @@ def test_what_takes_seconds_a_call_is_left_out_and_not_tried_at_larger_batches(m
     asked: list[str] = []
     device, limits = torch.device("cpu"), Limits(1e9, "none", {"float32": 1e9})
     setup = Setup(device, limits, ((64, 64),), (1, 4, 16), (torch.bfloat16,), 0.01, compiled=False)
-    monkeypatch.setattr(suites, "left_out", lambda call, device: (asked.append("x"), harness.left_out(call, device))[1])
-    rows = list(suites.score(setup))
+    monkeypatch.setattr(
+        score_suite, "left_out", lambda call, device: (asked.append("x"), harness.left_out(call, device))[1]
+    )
+    rows = list(score_suite.score(setup))
     variants = {row["variant"] for row in rows}
     assert {"rmcore cpu", "rmcore torch", "torch eager, folded bf16", "torch eager, folded int8"} <= variants
     assert len(rows) == 3 * len(variants)
