@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
-__all__ = ["BackgroundTask", "background_loop", "cancelled_here", "own_thread", "run_sync", "start_sync"]
+__all__ = ["BackgroundTask", "background_loop", "cancelled_here", "own_thread", "run_sync"]
 
 T = TypeVar("T")
 
@@ -22,35 +22,53 @@ _owner = 0  # the process that started the loop's thread: after a fork the loop 
 
 
 class BackgroundTask(Generic[T]):
-    """A coroutine at work on the background loop while the thread that started it does something else."""
+    """A coroutine for the background loop, so that the thread that started it can do something else meanwhile.
 
-    def __init__(self, coro: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    The loop lives in one daemon thread for the whole process, so clients keep their connections between calls. It is
+    safe in a script, inside a running loop (a notebook) and from several threads. An interrupt (Ctrl-C) may come at any
+    moment: make it, then :meth:`start` it inside a ``try`` that ends with :meth:`cancel`.
+
+    Raises:
+        RuntimeError: made on the background loop itself, where waiting for the result would be for ever.
+    """
+
+    def __init__(self, coro: Coroutine[Any, Any, T]) -> None:
+        self._loop = background_loop()
+        if _running_loop() is self._loop:
+            coro.close()
+            raise RuntimeError("run_sync: called on its own background loop; await the coroutine instead")
+        self._coro: Coroutine[Any, Any, T] | None = coro
         self._task: asyncio.Task[T] | None = None
         self._future: Future[T] = Future()
-        loop.call_soon_threadsafe(self._begin, coro)
+
+    def start(self) -> None:
+        """Hand it to the loop and return at once."""
+        self._loop.call_soon_threadsafe(self._begin)
 
     def result(self) -> T:
-        """Wait for its end; what it returned or raised. If the wait is interrupted, :meth:`cancel` comes first."""
-        try:
-            return self._future.result()
-        except BaseException:
-            self.cancel()
-            raise
+        """Wait for its end; what it returned or raised."""
+        return self._future.result()
 
     def cancel(self) -> None:
-        """Cancel it unless it is done, and give it five seconds to clean up."""
+        """Cancel it unless it is done, and give it five seconds to clean up; one that was not started never is."""
         if not self._future.done():
             self._loop.call_soon_threadsafe(self._cancel_task)
             wait([self._future], _CLEANUP_S)
 
-    def _begin(self, coro: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(coro)
-        self._task.add_done_callback(self._ended)
+    def _begin(self) -> None:
+        if self._coro is not None:
+            self._task = self._loop.create_task(self._coro)
+            self._coro = None
+            self._task.add_done_callback(self._ended)
 
     def _cancel_task(self) -> None:
-        assert self._task is not None, "callbacks of a loop run in the order they came"
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        elif self._coro is not None:  # the loop was never told of it
+            self._coro.close()
+            self._coro = None
+            self._future.cancel()
+            self._future.set_running_or_notify_cancel()
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
@@ -64,24 +82,8 @@ class BackgroundTask(Generic[T]):
             self._future.set_result(task.result())
 
 
-def start_sync(coro: Coroutine[Any, Any, T]) -> BackgroundTask[T]:
-    """Start ``coro`` on the library's own background loop and return at once.
-
-    The loop lives in one daemon thread for the whole process, so clients keep their connections between calls. It is
-    safe in a script, inside a running loop (a notebook) and from several threads.
-
-    Raises:
-        RuntimeError: called from the background loop itself, where waiting for the result would be for ever.
-    """
-    loop = background_loop()
-    if _running_loop() is loop:
-        coro.close()
-        raise RuntimeError("run_sync: called on its own background loop; await the coroutine instead")
-    return BackgroundTask(coro, loop)
-
-
 def run_sync(coro: Coroutine[Any, Any, T]) -> T:
-    """Run ``coro`` to its end on the background loop (:func:`start_sync`) and return what it returns.
+    """Run ``coro`` to its end on the background loop (:class:`BackgroundTask`) and return what it returns.
 
     If the wait is interrupted (Ctrl-C), the coroutine is cancelled, and has five seconds to clean up, before the
     interrupt goes on.
@@ -90,7 +92,13 @@ def run_sync(coro: Coroutine[Any, Any, T]) -> T:
         RuntimeError: called from the background loop itself.
         BaseException: whatever ``coro`` raises.
     """
-    return start_sync(coro).result()
+    task = BackgroundTask(coro)
+    try:
+        task.start()
+        return task.result()
+    except BaseException:
+        task.cancel()
+        raise
 
 
 def background_loop() -> asyncio.AbstractEventLoop:

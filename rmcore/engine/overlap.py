@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rmcore._base.loop import own_thread, start_sync
+from rmcore._base.loop import BackgroundTask, own_thread
 from rmcore.engine.judging import ExitError, JudgeQueue
 
 __all__ = ["StoppedError", "run_alongside", "run_alongside_async", "short_turns"]
@@ -33,8 +33,9 @@ def run_alongside(work: Callable[[], None], queue: JudgeQueue | None) -> None:
     if queue is None:
         work()
         return
-    judging = start_sync(queue.run())
+    judging = BackgroundTask(queue.run())
     try:
+        judging.start()
         try:
             with short_turns():
                 work()

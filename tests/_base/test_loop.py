@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from rmcore._base.loop import cancelled_here, own_thread, run_sync, start_sync
+from rmcore._base.loop import BackgroundTask, cancelled_here, own_thread, run_sync
 
 
 async def the_loop():
@@ -76,6 +76,35 @@ def test_an_interrupt_cancels_the_coroutine():
     assert events == ["started", "cancelled"]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupt_while_it_is_handed_over_leaves_nothing_running(monkeypatch, begun):
+    loop, events, closed = run_sync(the_loop()), [], threading.Event()
+    hand_over = loop.call_soon_threadsafe
+
+    async def long():
+        events.append("started")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+
+    def interrupted(callback, *args):
+        monkeypatch.undo()
+        if begun:
+            hand_over(callback, *args)
+            hand_over(closed.set)
+            assert closed.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+    coro = long()
+    with pytest.raises(KeyboardInterrupt):
+        run_sync(coro)
+    assert coro.cr_frame is None, "it is closed or has ended"
+    assert events == ["started", "cancelled"][: 2 * begun]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_has_a_loop_of_its_own():
@@ -96,7 +125,8 @@ def test_what_ends_a_process_reaches_its_caller_and_leaves_the_loop_to_the_other
         await asyncio.sleep(0)
         sys.exit(3)
 
-    stays = start_sync(asyncio.sleep(0.05, "here"))
+    stays = BackgroundTask(asyncio.sleep(0.05, "here"))
+    stays.start()
     before = run_sync(the_loop())
     with pytest.raises(SystemExit):
         run_sync(leaves())
