@@ -237,15 +237,15 @@ triton-gate: $(VENV)/.dev
 
 # For a bare machine with an NVIDIA GPU, torch and triton but no network: installs nothing, every fact is on disk at once.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py run
+	$(PYTHON) -m bench.gpu_check run
 
 # What is left of the time: profiles, tuning, sanitizers, other sizes, encode.
 gpu-check-more:
-	$(PYTHON) bench/gpu_check.py more
+	$(PYTHON) -m bench.gpu_check more
 
 # Here, before: _cuda for the Python of the machine with the GPU, so that nothing needs to be built there.
 gpu-check-prepare: $(VENV)/.dev
-	$(BIN)/python bench/gpu_check.py prepare --python $(GPU_PYTHON)
+	$(BIN)/python -m bench.gpu_check prepare --python $(GPU_PYTHON)
 
 clean:
 	rm -rf $(VENV) $(REWARDBENCH) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """What ``make gpu-check`` has found on cards, as shipped: the table that spares a check or forbids a kernel.
 
-A row of ``proven.json``, written by ``python bench/gpu_check.py report``, is one operation of one backend on one card
+A row of ``proven.json``, written by ``python -m bench.gpu_check report``, is one operation of one backend on one card
 with one version of Triton (none for ``cuda``): whether every case was right, and whether its bits stayed the same over
 fifty calls. A kernel that was wrong or whose bits moved does not serve with that version, whatever its sources have
 become since: only a newer row says otherwise. One that passed needs no check where the sources are the same.

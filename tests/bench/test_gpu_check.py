@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from support import fresh_python
 
-from rmcore.bench import gpu_check
-from rmcore.bench.gpu_check import Run, Step
+from rmcore.bench import gpu_build, gpu_check, gpu_report, gpu_run
+from rmcore.bench.gpu_run import Run, Step
 from rmcore.ops import proven
 
 PROBE = [
@@ -74,7 +74,7 @@ def test_killed_at_ten_random_moments_the_rows_found_so_far_are_whole(tmp_path: 
         found = [json.loads(line) for line in lines]
         assert [row["rows"] for row in found] == list(range(1, len(found) + 1))
         assert all(row["case"] == "score torch" and row["bits_repeat"] and row["us"] > 0 for row in found)
-        assert gpu_check.read_rows(out) == found
+        assert gpu_report.read_rows(out) == found
         counts.append(len(found))
     assert counts[0] == 9
     assert len(set(counts)) > 1  # some ended early, some late
@@ -84,7 +84,7 @@ def test_a_runner_killed_outright_leaves_its_finished_steps(tmp_path: Path):
     code = f"""
 import sys
 from pathlib import Path
-from rmcore.bench.gpu_check import Run, Step
+from rmcore.bench.gpu_run import Run, Step
 run = Run(Path({str(tmp_path)!r}), 60)
 for k in range(1000):
     run.step(Step(f"s{{k}}", 5, (sys.executable, "-S", "-c", "pass")), Path({str(tmp_path)!r}))
@@ -101,7 +101,7 @@ for k in range(1000):
 
 
 def test_at_its_limit_a_step_is_asked_to_report_and_its_children_die_with_it(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "GRACE_S", 2.0)
+    monkeypatch.setattr(gpu_run, "GRACE_S", 2.0)
     code = f"""
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
@@ -186,7 +186,7 @@ def test_a_report_names_the_card_and_needs_to_know_it(tmp_path: Path, capsys):
     path = tmp_path / "rows.jsonl"
     case = {"step": "score", "case": "score cuda", "size": 4096, "dtype": "float16", "rows": 1, "us": 19.5}
     path.write_text(json.dumps(case) + "\n" + '{"step": "sc')
-    assert gpu_check.report(path, tmp_path) == 1
+    assert gpu_report.report(path, tmp_path) == 1
     card = {"step": "environment", "case": "environment", "size": 0, "dtype": "", "name": "NVIDIA H100 80GB HBM3"}
     card |= {
         "versions": {"triton": "3.6.0"},
@@ -195,21 +195,21 @@ def test_a_report_names_the_card_and_needs_to_know_it(tmp_path: Path, capsys):
         "sources": {"triton": {"score": "T"}, "cuda": {"score": "C"}},
     }
     path.write_text(json.dumps(card) + "\n" + json.dumps(case) + "\n" + '{"step": "sc')
-    assert gpu_check.report(path, tmp_path, tmp_path / "proven.json") == 0
+    assert gpu_report.report(path, tmp_path, tmp_path / "proven.json") == 0
     document = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
     assert document["rows"] == [card, case]
     assert "us=19.5" in capsys.readouterr().out
     # A later run that measures less keeps what it did not measure, with its own date and commit.
     other = case | {"rows": 64, "us": 30.0}
     path.write_text("".join(json.dumps(row) + "\n" for row in (card | {"date": "later", "commit": "def"}, other)))
-    assert gpu_check.report(path, tmp_path, tmp_path / "proven.json") == 0
+    assert gpu_report.report(path, tmp_path, tmp_path / "proven.json") == 0
     document = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
     assert document["rows"][1:] == [other]
     assert document["earlier"] == [{"date": "today", "commit": "abc"} | case]
 
 
 def test_the_assembled_tree_is_what_an_installation_has(tmp_path: Path):
-    gpu_check.assemble(tmp_path / "tree")
+    gpu_build.assemble(tmp_path / "tree")
     code = "import rmcore.kernels.heuristics, rmcore.bench.gpu_probe, rmcore; print(rmcore.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "tree")}
     done = subprocess.run(
@@ -221,7 +221,7 @@ def test_the_assembled_tree_is_what_an_installation_has(tmp_path: Path):
 def test_glibc_versions_are_read_from_a_library(tmp_path: Path):
     library = tmp_path / "x.so"
     library.write_bytes(b"\x7fELF...GLIBC_2.17\0GLIBC_2.34\0GLIBC_2.2.5\0GLIBC_PRIVATE\0GLIBC_2.4\0")
-    assert gpu_check.newest_glibc(library) == (2, 34)
+    assert gpu_build.newest_glibc(library) == (2, 34)
 
 
 def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
@@ -243,7 +243,7 @@ def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
         {"case": "power_iteration cuda", "declined": "not part of this build"},
     ]
     table = tmp_path / "proven.json"
-    gpu_check.update_proven(table, card, cases)
+    gpu_report.update_proven(table, card, cases)
     found = {(row["op"], row["backend"]): (row["right"], row["bits_equal"]) for row in json.loads(table.read_text())}
     assert found == {
         ("score", "cuda"): (True, True),
@@ -261,8 +261,8 @@ def test_what_a_run_found_becomes_the_table_that_ops_reads(tmp_path: Path):
     rows_found = [proven.Finding(**row) for row in json.loads(table.read_text())]
     assert {row.triton for row in rows_found if row.backend == "triton"} == {"3.6.0"}
     # A later run with the same Triton replaces its rows, one with another stands beside them.
-    gpu_check.update_proven(table, card | {"commit": "def"}, cases[1:2])
-    gpu_check.update_proven(table, card | {"versions": {"triton": "3.9.0"}}, cases[1:2])
+    gpu_report.update_proven(table, card | {"commit": "def"}, cases[1:2])
+    gpu_report.update_proven(table, card | {"versions": {"triton": "3.9.0"}}, cases[1:2])
     later = [row for row in json.loads(table.read_text()) if row["op"] == "score" and row["backend"] == "triton"]
     assert [(row["triton"], row["commit"], row["bits_equal"]) for row in later] == [
         ("3.6.0", "def", True),
@@ -301,10 +301,10 @@ def test_what_was_timed_side_by_side_becomes_lines_for_the_table(tmp_path: Path,
         "tile project B=64: named 17.0 µs, table 18.3 µs"
         f" -> (64, {tile}),  # measured: 17.0 µs, 18.3 µs with what was here",
     ]
-    assert gpu_check.choices(rows) == told
+    assert gpu_report.choices(rows) == told
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert gpu_check.report(path, None) == 0
+    assert gpu_report.report(path, None) == 0
     assert told[2] in capsys.readouterr().out
 
 
