@@ -104,11 +104,13 @@ class GroupReward:
             samples: one prompt's samples.
 
         Raises:
-            InputError: the samples are no group of one prompt, or no source is named.
+            InputError: the samples are no group of one prompt, no source is named, or ``--reward-key`` is given.
             ServerError: no answer from the group server.
         """
         if not isinstance(samples, Sequence):  # without --group-rm slime hands over one sample
             reject("samples", type(samples).__name__, "a prompt's samples", "Pass --group-rm")
+        if named := getattr(args, "reward_key", None):  # slime would look it up in a number, after the whole rollout
+            reject("--reward-key", repr(named), "none, since these rewards are numbers")
         key = getattr(args, "rmcore_prompt_key", None) or self.prompt_key
         prompts = [_prompt(sample, key, k) for k, sample in enumerate(samples)]
         for k, prompt in enumerate(prompts):

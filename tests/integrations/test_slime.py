@@ -75,6 +75,12 @@ def group(**more: Any) -> list[Sample]:
     return [Sample(response=text, **more) for text in TEXTS]
 
 
+def value_of(sample: Sample, args: Namespace) -> float:
+    """slime's ``Sample.get_reward_value``."""
+    reward: Any = sample.reward
+    return float(reward[args.reward_key] if args.reward_key else reward)
+
+
 def run(reward: GroupReward, samples: list[Any], **args: Any) -> list[float]:
     return asyncio.run(reward(Namespace(**args), samples))
 
@@ -240,3 +246,15 @@ def test_without_a_source_the_setting_is_named(monkeypatch):
 def test_it_pickles():
     copy = pickle.loads(pickle.dumps(GroupReward(GroupClient("http://127.0.0.1:1"), prompt_key="p")))
     assert copy.prompt_key == "p"
+
+
+def test_a_key_of_rewards_that_have_none_is_refused_before_they_are_made(engine):
+    samples = group()
+    args = Namespace(reward_key=None)
+    for sample, reward in zip(samples, run(GroupReward(engine), samples, reward_key=None), strict=True):
+        sample.reward = reward
+    assert sum(value_of(sample, args) for sample in samples) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(TypeError):
+        value_of(samples[0], Namespace(reward_key="score"))
+    with pytest.raises(InputError, match="--reward-key: got 'score', expected none"):
+        run(GroupReward(engine), samples, reward_key="score")
