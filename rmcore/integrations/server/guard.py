@@ -144,8 +144,8 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client went away. Raises _RefusedError for one that is too long or too slow."""
         limit = self.settings.max_body
-        # Closing the connection ends a body nobody reads.
-        too_long = error_response(413, "too_large", f"the body may have {limit} bytes", {"Connection": "close"})
+        # The connection stays: to close it while the body still comes would reset it, and the answer be lost with it.
+        too_long = error_response(413, "too_large", f"the body may have {limit} bytes")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if length.isdigit() and int(length[:20]) > limit:
             raise _RefusedError(too_long)

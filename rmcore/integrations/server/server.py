@@ -86,12 +86,14 @@ def run(
         import uvicorn
     except ModuleNotFoundError as error:
         raise _missing(error) from error
+    from rmcore.integrations.server.connections import bounded
+
     app = create_app(engine, settings, model=model, save_state=save_state)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http="h11",
+        http=bounded(settings.read_s),
         ws="none",
         lifespan="off",
         log_config=None,

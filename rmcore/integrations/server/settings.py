@@ -64,7 +64,7 @@ class ServeSettings:
             On Ray also how long a batch may be without an answer before a further replica is asked for it too.
         keep_s: how long results are remembered for callers that ask again.
         drain_s: after SIGTERM, how long open groups may wait for missing members.
-        read_s: how long a request's body may take to arrive.
+        read_s: how long a request's head may take to arrive, and then its body.
         max_body: bytes of a request's body.
         max_groups: groups in a request.
         max_responses: responses in a group.
