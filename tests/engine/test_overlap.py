@@ -490,13 +490,14 @@ def test_an_interrupt_of_a_sync_call_cancels_the_judge(make_engine, where):
 
 def test_a_judge_that_will_not_be_cancelled_is_left(make_engine, monkeypatch, caplog):
     monkeypatch.setattr("rmcore.engine.judging._PATIENCE_S", 0.01)
-    release = asyncio.Event()
+    asked, release = asyncio.Event(), asyncio.Event()
 
     class Stubborn:
         def __init__(self) -> None:
             self.tries = 0
 
         async def judge(self, pairs):
+            asked.set()
             while not release.is_set():
                 try:
                     await release.wait()
@@ -508,7 +509,7 @@ def test_a_judge_that_will_not_be_cancelled_is_left(make_engine, monkeypatch, ca
 
     async def run() -> None:
         task = asyncio.create_task(make_engine(judge).score_async(["p"], [["1 0", "2 0"]]))
-        await asyncio.sleep(0.02)
+        await asked.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -549,7 +549,10 @@ def test_a_ray_that_does_not_answer_is_asked_by_one_thread_at_a_time(monkeypatch
         monkeypatch.setattr(proxies, "_found", found)
         assert await asyncio.gather(*(proxies() for _ in range(5))) == [False] * 5
         assert not await proxies()
+        while not asked:  # its thread may start later than that
+            await asyncio.sleep(0.001)
         assert len(asked) == 1
+        monkeypatch.setattr(server, "_PING_S", 30.0)
         answers.set()
         looking = proxies._looking
         assert looking is not None
