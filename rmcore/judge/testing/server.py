@@ -14,20 +14,27 @@ import math
 import random
 import re
 import socket
-import string
 import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 from rmcore._base.errors import InputError, reject
-from rmcore.judge.base import Outcome, Verdict
-from rmcore.judge.question.prompt import JudgePrompt, ParsedPrompt
+from rmcore.judge.base import Outcome
+from rmcore.judge.question.prompt import JudgePrompt
 from rmcore.judge.recorded import RecordedJudge
-from rmcore.judge.testing.fault import Ending, Fault
+from rmcore.judge.testing.answers import (
+    Answer,
+    asked_tokens,
+    completion,
+    error_answer,
+    filled,
+    logprobs_of,
+    with_labels,
+)
+from rmcore.judge.testing.fault import Fault
 
 __all__ = ["ReplayServer"]
 
@@ -184,13 +191,13 @@ class ReplayServer:
             delay += self._random.uniform(*self.latency_s) + (self.in_flight / self.rate if self.rate else 0.0)
         return delay
 
-    def _answer(self, request: bytes, authorization: str, fault: Fault | None) -> _Answer:
+    def _answer(self, request: bytes, authorization: str, fault: Fault | None) -> Answer:
         """The answer to one chat request."""
         if fault is not None and fault.raw is not None:
-            return _Answer(_filled(fault.raw, request), raw=True)
+            return Answer(filled(fault.raw, request), raw=True)
         if fault is not None and (fault.body is not None or fault.status >= 400):
-            answer = _error(fault.status, fault.code, "injected fault")
-            answer.body = answer.body if fault.body is None else _filled(fault.body, request)
+            answer = error_answer(fault.status, fault.code, "injected fault")
+            answer.body = answer.body if fault.body is None else filled(fault.body, request)
         else:
             answer = self._true_answer(request, authorization, fault)
         if fault is not None:
@@ -200,26 +207,28 @@ class ReplayServer:
         self.statuses[answer.status] += 1
         return answer
 
-    def _true_answer(self, request: bytes, authorization: str, fault: Fault | None) -> _Answer:
+    def _true_answer(self, request: bytes, authorization: str, fault: Fault | None) -> Answer:
         if self._require_key is not None and authorization != f"Bearer {self._require_key}":
-            return _error(401, "invalid_api_key", "missing or wrong key")
+            return error_answer(401, "invalid_api_key", "missing or wrong key")
         try:
             payload = json.loads(request)
             messages = payload["messages"]
             refused = next((name for name in self._refuses if name in payload), None)
             if refused is not None:
-                return _error(400, "unsupported_parameter", f"Unsupported parameter: '{refused}' is not supported.")
+                return error_answer(
+                    400, "unsupported_parameter", f"Unsupported parameter: '{refused}' is not supported."
+                )
             if "system" in self._refuses and any(message["role"] == "system" for message in messages):
-                return _error(400, "invalid_request_error", "System role not supported")
+                return error_answer(400, "invalid_request_error", "System role not supported")
             too_long = self._too_long(payload)
             if too_long:
-                return _error(400, "BadRequestError", too_long)
+                return error_answer(400, "BadRequestError", too_long)
             question = JudgePrompt.parse(messages)
             verdict = self.recorded.lookup(question.prompt, question.first, question.second)
         except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            return _error(400, "not_a_question", f"not a question of this library ({type(error).__name__})")
+            return error_answer(400, "not_a_question", f"not a question of this library ({type(error).__name__})")
         if verdict.reason == "no_record" and (fault is None or fault.message is None):
-            return _error(404, "no_record", "no verdict is recorded for this pair")
+            return error_answer(404, "no_record", "no verdict is recorded for this pair")
         outcome = verdict.outcome
         text = "I cannot tell which response is better."
         if outcome is not None:
@@ -227,17 +236,17 @@ class ReplayServer:
             text = f"{critique}\n<verdict>{label}</verdict>"
             if question.output == "json_schema":
                 text = json.dumps({"critique": critique, "verdict": label})
-        logprobs = _logprobs(text, question, verdict) if payload.get("logprobs") and outcome is not None else None
+        logprobs = logprobs_of(text, question, verdict) if payload.get("logprobs") and outcome is not None else None
         message: dict[str, object] = {"role": "assistant", "content": text}
         if fault is not None and fault.message is not None:
-            message |= {name: _with_labels(value, question) for name, value in fault.message.items()}
+            message |= {name: with_labels(value, question) for name, value in fault.message.items()}
         if self._answers_as is not None:
             payload["model"] = self._answers_as
-        return _Answer(_completion(payload, message, fault.finish_reason if fault else "stop", logprobs))
+        return Answer(completion(payload, message, fault.finish_reason if fault else "stop", logprobs))
 
     def _too_long(self, payload: Mapping[str, Any]) -> str:
         """What vLLM says of a question and its answer that the context has no room for."""
-        asked, most = _asked_tokens(payload), payload.get("max_tokens") or 0
+        asked, most = asked_tokens(payload), payload.get("max_tokens") or 0
         if self._context is None or asked + most <= self._context:
             return ""
         if asked <= self._context:
@@ -255,18 +264,6 @@ class ReplayServer:
         if self._tells_context:
             model["max_model_len"] = self._context
         return json.dumps({"object": "list", "data": [model]}).encode()
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What goes over the wire."""
-
-    body: bytes
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
-    ending: Ending = ""
-    drip_s: float = 0.0
-    raw: bool = False
 
 
 class _Connection(asyncio.Protocol):
@@ -311,7 +308,7 @@ class _Connection(asyncio.Protocol):
         length = int(found[1]) if found else 0
         if method == "POST" and (found is None or length > _MAX_REQUEST):
             self._bad = True
-            self._send(_error(411, "length", "a Content-Length of at most 64 MiB is needed"))
+            self._send(error_answer(411, "length", "a Content-Length of at most 64 MiB is needed"))
             self.transport.close()
             return
         whole = head_ends + 4 + length
@@ -320,9 +317,9 @@ class _Connection(asyncio.Protocol):
         request = bytes(self._buffer[head_ends + 4 : whole])
         del self._buffer[:whole]
         if method == "GET" and path == "/v1/models":
-            self._send(_Answer(self._owner._models()))
+            self._send(Answer(self._owner._models()))
         elif method == "GET" and path == "/v1/stats":
-            self._send(_Answer(json.dumps(self._owner.stats()).encode()))
+            self._send(Answer(json.dumps(self._owner.stats()).encode()))
         elif method == "POST" and path == "/v1/chat/completions":
             key = _AUTHORIZATION.search(head.decode("latin-1"))
             self._begin(request, key[1] if key else "")
@@ -330,7 +327,7 @@ class _Connection(asyncio.Protocol):
             key = _API_KEY.search(head.decode("latin-1"))
             self._begin(request, f"Bearer {key[1]}" if key else "")
         else:
-            self._send(_error(404, "no_route", "only /v1/chat/completions is served"))
+            self._send(error_answer(404, "no_route", "only /v1/chat/completions is served"))
 
     def _begin(self, request: bytes, authorization: str) -> None:
         owner = self._owner
@@ -359,7 +356,7 @@ class _Connection(asyncio.Protocol):
             self._busy = False
             self._owner.in_flight -= 1
 
-    def _send(self, answer: _Answer, *, upto: int | None = None) -> None:
+    def _send(self, answer: Answer, *, upto: int | None = None) -> None:
         status = HTTPStatus(answer.status).phrase if answer.status in HTTPStatus._value2member_map_ else "X"
         fields = {"Content-Length": str(len(answer.body))} | answer.headers
         head = f"HTTP/1.1 {answer.status} {status}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items())
@@ -370,7 +367,7 @@ class _Connection(asyncio.Protocol):
             if self._buffer and not self._bad:
                 self._take_request()
 
-    def _send_badly(self, answer: _Answer) -> None:
+    def _send_badly(self, answer: Answer) -> None:
         if answer.ending == "silent":
             self.transport.close()
             return
@@ -389,71 +386,9 @@ class _Connection(asyncio.Protocol):
             )
             self.transport.abort()
 
-    def _drip(self, answer: _Answer, position: int) -> None:
+    def _drip(self, answer: Answer, position: int) -> None:
         self.transport.write(answer.body[position : position + 1])
         if position + 1 < len(answer.body):
             self._timer = self._loop.call_later(answer.drip_s, self._drip, answer, position + 1)
         else:
             self._ended()
-
-
-def _with_labels(value: object, question: ParsedPrompt) -> object:
-    if not isinstance(value, str):
-        return value
-    labels = question.labels
-    return string.Template(value).safe_substitute(win=labels.win, loss=labels.loss, tie=labels.tie)
-
-
-def _filled(content: bytes, request: bytes) -> bytes:
-    """``content`` with the labels of the question that was asked, if it is one and they are asked for."""
-    if b"$" not in content:
-        return content
-    try:
-        labels = JudgePrompt.parse(json.loads(request)["messages"]).labels
-    except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return content
-    for word in ("win", "loss", "tie"):
-        content = content.replace(b"$" + word.encode(), getattr(labels, word).encode())
-    return content
-
-
-def _asked_tokens(payload: Mapping[str, Any]) -> int:
-    return sum(len(str(m.get("content", ""))) for m in payload["messages"]) // 4 + 1
-
-
-def _logprobs(text: str, question: ParsedPrompt, verdict: Verdict) -> dict[str, object]:
-    """``logprobs`` of a reply in three tokens: what stands before the label, the label, what stands behind it."""
-    labels, preference = question.labels, verdict.preference
-    assert preference is not None
-    chance = {labels.win: (1 + preference) / 2, labels.loss: (1 - preference) / 2}
-    if preference == 0:
-        chance = {labels.tie: 1.0}
-    said = labels.label(verdict.outcome or "tie")
-    before, _, after = text.rpartition(said)
-    listed = [{"token": word, "logprob": math.log(p)} for word, p in chance.items() if p > 0]
-    certain = [{"token": part, "logprob": 0.0, "top_logprobs": []} for part in (before, after)]
-    label = {"token": said, "logprob": math.log(chance[said]), "top_logprobs": listed}
-    return {"content": [certain[0], label, certain[1]]}
-
-
-def _completion(
-    payload: Mapping[str, Any], message: Mapping[str, object], finish_reason: str, logprobs: object = None
-) -> bytes:
-    """A chat completion; tokens are counted as four characters each, so that accounting has something to add up."""
-    asked = _asked_tokens(payload)
-    said = sum(len(text) for text in message.values() if isinstance(text, str)) // 4 + 1
-    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
-    return json.dumps(
-        {
-            "id": "replay",
-            "object": "chat.completion",
-            "created": 0,
-            "model": payload.get("model", "replay"),
-            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}],
-            "usage": usage,
-        }
-    ).encode()
-
-
-def _error(status: int, code: str, message: str) -> _Answer:
-    return _Answer(json.dumps({"error": {"message": message, "type": "replay", "code": code}}).encode(), status)
