@@ -252,7 +252,7 @@ def _labelled(job: _Job) -> Iterator[tuple[list[Candidate], list[SoftLabel]]]:
 
 def _row(candidate: Candidate, found: SoftLabel, job: _Job) -> dict[str, Any]:
     """A preference as TRL and ``rmcore train`` read it, and how it came about."""
-    from rmcore.judge.store.ledger import as_answer
+    from rmcore.judge.store.logged import as_answer
 
     p = found.probability
     assert p is not None

@@ -26,7 +26,8 @@ from rmcore.cli.output import check_file, opened_output
 
 if TYPE_CHECKING:
     from rmcore.judge.store.database import StoreError
-    from rmcore.judge.store.ledger import JudgedPair, LoggedCall, VerdictLedger
+    from rmcore.judge.store.ledger import VerdictLedger
+    from rmcore.judge.store.logged import JudgedPair, LoggedCall
 
 _UNCUT = 1 << 30
 """Columns of a table that goes into a pipe."""

@@ -17,7 +17,8 @@ from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, checked_verdicts
 from rmcore.judge.keys import pair_key
 from rmcore.judge.orders import exchanged
 from rmcore.judge.recorded import RecordedJudge
-from rmcore.judge.store.ledger import LoggedCall, VerdictLedger
+from rmcore.judge.store.ledger import VerdictLedger
+from rmcore.judge.store.logged import LoggedCall
 from rmcore.judge.store.prices import PriceTable
 from rmcore.judge.store.store import VerdictStore
 
