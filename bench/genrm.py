@@ -36,7 +36,8 @@ import torch
 
 import rmcore
 from rmcore._base.client.options import ClientOptions
-from rmcore.bench.routing import CHUNK, RECORDED
+from rmcore.bench.routing import CHUNK
+from rmcore.bench.routing_streams import RECORDED
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.engine import RewardEngine
 from rmcore.engine.learning import VerdictLearner

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import rmcore
-from rmcore.bench.routing import MIXES, candidates_of, load, mixed
+from rmcore.bench.routing_streams import MIXES, candidates_of, load, mixed
 from rmcore.cli.run_demo import DEMO_HEAD
 from rmcore.evaluation.report import ScoredPairs
 from rmcore.evaluation.risk import evaluate_risk
