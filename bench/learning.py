@@ -18,8 +18,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,14 @@ import torch
 from torch import Tensor
 
 import rmcore
-from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
-from rmcore.engine.learning.judged import JudgedPairs
-from rmcore.engine.learning.online import LearningConfig, fold
-from rmcore.evaluation.evaluate import encode_pairs
+from rmcore.cli.run_demo import DEMO_HEAD
 from rmcore.evaluation.plots.figure import new_figure
-from rmcore.evaluation.streams import StreamPair, find_data, load_corpus
+from rmcore.evaluation.streams import find_data
 from rmcore.head import FrozenHead, HeadConfig, SNGPHead
-from rmcore.head.fit import fit, newton
-from rmcore.model.data import read_lines
-from rmcore.model.training_pairs import encode_preferences
+from rmcore.head.fit import fit
+
+from .learning_stream import Material, encode_streams, material_of, read_streams
+from .learning_walk import Choose, Online, Refit, Setup, above, top, walk
 
 __all__ = ["main", "run"]
 
@@ -51,41 +48,7 @@ PUBLISHED = {  # q: routed system (random fixed, random learning, u fixed, u lea
     25: ((58.6, 60.9, 61.9, 64.7), (43.7, 48.3, 53.1)),
     45: ((69.6, 73.0, 74.8, 75.9), (43.7, 52.6, 55.5)),
 }
-SECOND_STREAM_PAIRS = 400
-"""Taken from each of its two parts."""
-FRACTIONS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
 SIXTEENTHS = tuple(k / 16 for k in range(1, 9))
-
-
-@dataclass(frozen=True)
-class Material:
-    """A stream, encoded once, with what the human and the judge said."""
-
-    rows: Tensor
-    """(N, 2, h), the stream's."""
-    truth: np.ndarray
-    """(N,) +1 where the first response is better, −1 where the second is."""
-    judged: dict[str, np.ndarray]
-    """(N,) by judge: its preference in [−1, 1], NaN for no verdict."""
-    flipped: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One way to route and to learn. ``grid`` holds fractions of a chunk, or thresholds as quantiles of the fixed
-    head's u.
-    """
-
-    name: str
-    chunk: int = 64
-    router: str = "budget"
-    judge: str = "label"
-    stream: str = "mixed"
-    weight: float = 1.0
-    grid: Sequence[float] = FRACTIONS
-    note: str = ""
-
-
 SETUPS = (
     Setup("top u of every 64"),
     Setup("top u of every 16", chunk=16, grid=SIXTEENTHS),
@@ -103,126 +66,11 @@ SETUPS = (
 )
 
 
-@dataclass
-class Walk:
-    """What happened on one way through the stream, in its order."""
-
-    right: np.ndarray
-    """(N,) 1 where the routed system is right, ½ for a tie."""
-    alone: np.ndarray
-    judged: np.ndarray
-
-    def accuracy(self) -> float:
-        return 100 * float(self.right.mean())
-
-    def alone_later(self) -> float:
-        return 100 * float(self.alone[len(self.alone) // 2 :].mean())
-
-
-Choose = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-
-
-class Online:
-    """Learns as the library does, one update a chunk."""
-
-    def __init__(self, head: FrozenHead, weight: float) -> None:
-        self.head = head
-        self.settings = LearningConfig(judge_weight=weight)
-        self.shifts: list[float] = []
-
-    def learn(self, pairs: JudgedPairs) -> FrozenHead:
-        """The head after one more chunk."""
-        self.head, report = fold(self.head, pairs, self.settings)
-        self.shifts.append(report.shift / report.weight**0.5)
-        return self.head
-
-
-class Refit:
-    """What online learning is held against: all data kept, β and P fitted anew after each chunk."""
-
-    def __init__(self, head: FrozenHead, train: dict[str, Tensor]) -> None:
-        self.head = head
-        self.hidden, self.labels, self.pairs = (train[name] for name in ("train", "labels", "pairs"))
-
-    def learn(self, pairs: JudgedPairs) -> FrozenHead:
-        """The head after one more chunk."""
-        assert pairs.pairs is not None
-        self.pairs = torch.cat([self.pairs, pairs.pairs + len(self.hidden)])
-        self.hidden = torch.cat([self.hidden, pairs.hidden])
-        self.labels = torch.cat([self.labels, pairs.labels])
-        head = self.head
-        beta, posterior, _ = newton(
-            head.feature_map, self.hidden, self.labels, head.config, pairs=self.pairs, start=head.beta
-        )
-        self.head = FrozenHead(head.config, head.feature_map, beta, head.beta0, posterior)
-        return self.head
-
-
-def walk(
-    head: FrozenHead,
-    material: Material,
-    order: np.ndarray,
-    setup: Setup,
-    choose: Choose,
-    seed: int,
-    learner: Online | Refit | None,
-) -> Walk:
-    """Through the stream once. ``choose`` takes the u of a chunk and says which of its pairs are judged."""
-    rng = np.random.default_rng([seed, 1])
-    preference, flipped = material.judged[setup.judge][order], material.flipped[setup.judge][order]
-    truth, rows = material.truth[order], material.rows[torch.from_numpy(order)]
-    result = Walk(np.zeros(len(order)), np.zeros(len(order)), np.zeros(len(order), dtype=bool))
-    for start in range(0, len(order), setup.chunk):
-        part = slice(start, start + setup.chunk)
-        hidden = rows[part]
-        count = len(hidden)
-        scores = head.score_pairs(hidden.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
-        said = np.sign(scores.logit.double().numpy())
-        asked = choose(scores.uncertainty.double().numpy(), rng)
-        known = asked & ~np.isnan(preference[part])
-        said_by_all = np.where(known, preference[part], said)
-        result.alone[part] = _credit(said, truth[part])
-        result.right[part] = _credit(said_by_all, truth[part])
-        result.judged[part] = asked
-        usable = np.flatnonzero(known & ~flipped[part])
-        if learner is not None and len(usable):
-            new = torch.from_numpy(usable)
-            pairs = JudgedPairs(
-                hidden[new].flatten(0, 1),
-                torch.from_numpy(0.5 + preference[part][usable] / 2).float(),
-                torch.full((len(new),), setup.weight),
-                torch.arange(2 * len(new)).view(-1, 2),
-            )
-            head = learner.learn(pairs)
-    return result
-
-
-def _credit(said: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return np.where(said == 0, 0.5, (np.sign(said) == truth).astype(float))
-
-
-def _top(fraction: float, *, at_random: bool = False) -> Choose:
-    def choose(u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        score = rng.random(len(u)) if at_random else u
-        chosen = np.zeros(len(u), dtype=bool)
-        chosen[np.argsort(-score, kind="stable")[: round(fraction * len(u))]] = True
-        return chosen
-
-    return choose
-
-
-def _above(threshold: float) -> Choose:
-    return lambda u, _rng: u > threshold
-
-
-# -- the figures -----------------------------------------------------------------------------------------------------
-
-
 def run(data: Path, seeds: int, cache: Path | None) -> dict[str, Any]:
     """Encode (or read the cache), walk every setup for every seed; returns the figures, JSON values."""
     started = time.perf_counter()
-    tensors = _encode(data, cache)
-    streams = {name: _material(pairs, tensors[name]) for name, pairs in _streams(data).items()}
+    tensors = encode_streams(data, cache)
+    streams = {name: material_of(pairs, tensors[name]) for name, pairs in read_streams(data).items()}
     heads = []
     for seed in range(seeds):
         head = SNGPHead(HeadConfig(tensors["train"].shape[1], seed=seed, **DEMO_HEAD))
@@ -273,7 +121,7 @@ def _table(heads: list[FrozenHead], material: Material, train: dict[str, Tensor]
                 for seed, (head, order) in enumerate(_orders(heads, material))
             ]
             for by, how in columns
-            for choose in (_top(percent / 100, at_random=by == "random"),)
+            for choose in (top(percent / 100, at_random=by == "random"),)
         }
         ours = [np.mean([w.accuracy() for w in some]) for some in walks.values()]
         later = [("u", "fixed"), ("random", "learning"), ("u", "learning"), ("u", "refit")]
@@ -325,11 +173,11 @@ def _curve(setup: Setup, heads: list[FrozenHead], material: Material) -> dict[st
 
 def _choices(setup: Setup, head: FrozenHead, material: Material) -> list[Choose]:
     if setup.router == "budget":
-        return [_top(fraction) for fraction in setup.grid]
+        return [top(fraction) for fraction in setup.grid]
     count = len(material.rows)
     scores = head.score_pairs(material.rows.flatten(0, 1), torch.full((count,), 2, dtype=torch.int64))
     u = scores.uncertainty.double().numpy()
-    return [_above(float(np.quantile(u, place))) for place in setup.grid]
+    return [above(float(np.quantile(u, place))) for place in setup.grid]
 
 
 def _calls(level: float, points: dict[bool, np.ndarray], pairs: int) -> dict[str, Any]:
@@ -358,56 +206,6 @@ def _needed(level: float, curve: np.ndarray) -> float | None:
 
 def _round(values: Any) -> list[float]:
     return [round(float(value), 2) for value in values]
-
-
-# -- material --------------------------------------------------------------------------------------------------------
-
-
-def _streams(data: Path) -> dict[str, list[StreamPair]]:
-    corpus = load_corpus(data)
-    second = []
-    for name in ("pandalm", "hh_harmless"):
-        rows = [row for _, row in read_lines(data / f"{name}.jsonl.gz")]
-        for k in np.random.default_rng(0).permutation(len(rows))[:SECOND_STREAM_PAIRS]:
-            pair = StreamPair(rows[k]["prompt"], rows[k]["chosen"], rows[k]["rejected"], 1.0, name)
-            second.append(pair if k % 2 else pair.swapped())
-    return {"mixed": [pair for part in corpus.parts.values() for pair in part], "second": second}
-
-
-def _encode(data: Path, cache: Path | None) -> dict[str, Tensor]:
-    """Hidden rows of the training pairs and of both streams, from the cache where there is one."""
-    from safetensors.torch import load_file, save_file
-
-    if cache is not None and cache.is_file():
-        return load_file(cache)
-    backbone = demo_backbone()
-    hidden, labels, pairs = encode_preferences(backbone, load_corpus(data).train, "difference")
-    assert pairs is not None
-    tensors = {"train": hidden, "labels": labels, "pairs": pairs}
-    for name, stream in _streams(data).items():
-        tensors[name] = encode_pairs(backbone, stream, "difference").hidden.contiguous()
-    if cache is not None:
-        save_file(tensors, cache)
-    return tensors
-
-
-def _material(stream: list[StreamPair], rows: Tensor) -> Material:
-    truth = np.array([1.0 if pair.label > 0.5 else -1.0 for pair in stream])
-    recorded = np.array([_recorded(pair) for pair in stream])
-    return Material(
-        rows=rows,
-        truth=truth,
-        judged={"label": truth, "gpt-4": np.where(recorded[:, 2] > 0, recorded[:, 0], truth)},
-        flipped={"label": np.zeros(len(stream), dtype=bool), "gpt-4": recorded[:, 1] > 0},
-    )
-
-
-def _recorded(pair: StreamPair) -> tuple[float, bool, bool]:
-    """GPT-4's preference with both orders averaged, whether they disagree, and whether it was asked at all."""
-    if pair.verdicts is None:
-        return float("nan"), False, False
-    known = [{"win": 1.0, "loss": -1.0, "tie": 0.0}[word] for word in pair.verdicts if word is not None]
-    return (float(np.mean(known)) if known else float("nan")), len(known) == 2 and known[0] * known[1] < 0, True
 
 
 # -- picture ---------------------------------------------------------------------------------------------------------
