@@ -43,6 +43,10 @@ __all__ = ["AssemblyStats", "BusyError", "ConflictError", "GroupAssembly", "Late
 
 log = logging.getLogger(__name__)
 
+_STALLED_S = 1.0
+"""Seconds by which a timer may be late on a loop that is only busy."""
+_CATCH_UP_S = 5.0
+
 Score: TypeAlias = Callable[..., Awaitable[GroupScore]]
 """Scores one group: ``score(prompt, responses)``, with ``principle=`` where it has one of its own; batching across
 groups is its business."""
@@ -369,6 +373,16 @@ class GroupAssembly:
         return None
 
     async def _until_whole(self, group: OpenGroup) -> None:
+        """Until all have come, or the time limit; where this process stood still over it, until it has caught up."""
+        await self._whole_within(group)
+        late_s = self.clock.now() - group.deadline
+        if late_s > _STALLED_S and not group.whole.is_set() and not self._cut_short.is_set():
+            # Nobody was let in meanwhile (a suspended machine, a paused container); who came waits at the door.
+            log.warning("stood still for %.1f s over a group's time limit; its members get as long to come in", late_s)
+            group.deadline = self.clock.now() + min(late_s, _CATCH_UP_S)
+            await self._whole_within(group)
+
+    async def _whole_within(self, group: OpenGroup) -> None:
         whole = asyncio.ensure_future(group.whole.wait())
         limit = asyncio.ensure_future(self.clock.sleep(max(0.0, group.deadline - self.clock.now())))
         cut = asyncio.ensure_future(self._cut_short.wait())

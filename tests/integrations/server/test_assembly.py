@@ -94,6 +94,27 @@ def test_the_time_limit_scores_those_present_and_refuses_the_late(make):
     go(main())
 
 
+def test_who_came_while_the_process_stood_still_was_in_time(make):
+    """Suspended over the time limit, it finds timers and members' requests at once; the timers must not win."""
+
+    async def main():
+        assembly, scorer, clock = make()
+        waiting = [
+            asyncio.create_task(assembly.join(group, k, 3, "p", "x" * (k + 1))) for group in "gh" for k in (0, 2)
+        ]
+        await clock.advance(106)
+        third = await assembly.join("g", 1, 3, "p", "xx")
+        assert third.complete
+        assert all([(await task).complete for task in waiting[:2]])
+        await clock.advance(4.9)
+        assert not any(task.done() for task in waiting[2:])
+        await clock.advance(0.1)
+        assert [(await task).slots for task in waiting[2:]] == [(0, 2)] * 2
+        assert scorer.calls == [("p", ["x", "xx", "xxx"]), ("p", ["x", "xxx"])]
+
+    go(main())
+
+
 def test_a_cancelled_waiter_does_not_cancel_the_group_and_its_retry_takes_over(make):
     async def main():
         assembly, scorer, _ = make()
