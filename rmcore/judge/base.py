@@ -26,6 +26,7 @@ __all__ = [
     "Outcome",
     "Pair",
     "Verdict",
+    "buys_once",
     "checked_verdicts",
     "close_judge",
     "isolated_verdicts",
@@ -177,6 +178,18 @@ def takes_principles(judge: object) -> bool:
         return bool(said)
     behind = [tier.judge for tier in getattr(judge, "tiers", ())] or [getattr(judge, "inner", None)]
     return all(one is not None and takes_principles(one) for one in behind)
+
+
+def buys_once(judge: object) -> bool:
+    """Whether what a judge was asked is not paid for again, whoever asks: it says so (``buys_once``), or has a store,
+    or those behind it.
+    """
+    if (said := getattr(judge, "buys_once", None)) is not None:
+        return bool(said)
+    if getattr(judge, "store", None) is not None:
+        return True
+    behind = [tier.judge for tier in getattr(judge, "tiers", ())] or [getattr(judge, "inner", None)]
+    return all(one is not None and buys_once(one) for one in behind)
 
 
 async def checked_verdicts(judge: Judge, pairs: Sequence[Pair], *, name: str = "judge") -> list[Verdict]:

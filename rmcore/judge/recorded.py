@@ -50,6 +50,9 @@ class RecordedJudge:
         InputError: a key or a verdict of ``verdicts`` is malformed, or ``orders`` is neither word.
     """
 
+    buys_once = True
+    """It buys nothing."""
+
     def __init__(self, verdicts: Mapping[str, Recorded], *, orders: Orders = "both") -> None:
         self.orders: Orders = check_orders(orders)
         for key, outcome in verdicts.items():

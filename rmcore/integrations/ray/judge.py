@@ -14,6 +14,7 @@ import contextvars
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -56,14 +57,21 @@ class SharedJudge:
         make: makes the judge, in the actor.
         budgets: makes hard limits over all scorers. Which pairs they still have room for is a matter of who asks first.
         state: file that keeps what the budgets have spent over a restart of the actor, and of the job.
+        keep: answers that are remembered, the latest ones; a kilobyte or two each. Older ones are the store's, and
+            without one are bought again where they are asked for again.
     """
+
+    buys_once = True
 
     def __init__(
         self,
         make: Callable[[], Judge | None],
         budgets: Callable[[], Sequence[Budget]] = tuple,
         state: Path | None = None,
+        keep: int = 100_000,
     ) -> None:
+        if keep < 0:
+            reject("keep", keep, "at least 0")
         inner = make()
         if inner is None:
             reject("make", "None", "what makes a judge")
@@ -74,6 +82,8 @@ class SharedJudge:
         self.asked = self.repeated = self.refused = 0
         self._state = state
         self._answers: dict[str, asyncio.Future[Verdict]] = {}
+        self._keep = keep
+        self._kept: deque[str] = deque()  # of the answers, those that are known, the oldest first
         self._asking: set[asyncio.Task[list[Verdict]]] = set()
         self._saving = asyncio.Lock()
         if state is not None and state.exists():
@@ -165,7 +175,11 @@ class SharedJudge:
             flight = self._answers[key]
             if verdict.failed:  # may be asked again
                 del self._answers[key]
+            else:
+                self._kept.append(key)
             flight.set_result(verdict)
+        while len(self._kept) > self._keep:
+            del self._answers[self._kept.popleft()]
 
     async def _within_budgets(self, pairs: list[Pair]) -> list[Verdict]:
         held, room = self._reserve(len(pairs))
@@ -225,6 +239,7 @@ class ActorJudge:
 
     takes_principles = True
     """The judge behind it says of each pair whether it does."""
+    buys_once = True
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor

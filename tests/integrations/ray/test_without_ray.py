@@ -7,6 +7,7 @@ import importlib.util
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from rmcore.engine import RewardEngine
 from rmcore.engine.routing import Budget, BudgetRouter
 from rmcore.integrations.ray import ActorJudge, Scorer, SharedJudge, connect
 from rmcore.integrations.ray.bulk import Chunk, ChunkScorer, read_chunks
-from rmcore.judge.base import JudgeUsage, Pair, Verdict
+from rmcore.integrations.ray.serve.replica import Replica
+from rmcore.judge.base import JudgeUsage, Pair, Verdict, buys_once
+from rmcore.judge.recorded import RecordedJudge
+from rmcore.judge.wrappers.disagreement import MonitoredJudge
 
 PAIRS = [Pair("p", f"first {k}", "second") for k in range(6)]
 
@@ -66,6 +70,45 @@ def test_a_question_is_asked_once_whoever_asks():
     assert [verdict.preference for verdict in again] == [1.0] * 3
     assert sorted(str(pair.first) for pair in judge.asked) == sorted(["first 1", *(f"first {k}" for k in range(5))])
     assert shared.stats()["usage"]["calls"] == shared.stats()["asked"] == 6
+
+
+def test_only_so_many_answers_are_remembered():
+    judge = Told()
+    judge.failing = {"first 1"}
+
+    async def scenario():
+        shared = SharedJudge(lambda: judge, keep=3)
+        await shared.judge(PAIRS)  # five answers, of which three stay
+        await shared.judge(PAIRS[3:])
+        assert len(judge.asked) == 6
+        again = await shared.judge(PAIRS[:3])
+        return [verdict.preference for verdict in again]
+
+    assert asyncio.run(scenario()) == [1.0, None, 1.0]
+    assert [pair.first for pair in judge.asked[6:]] == ["first 0", "first 1", "first 2"]
+    with pytest.raises(InputError, match="keep: got -1"):
+        SharedJudge(lambda: judge, keep=-1)
+
+
+@pytest.mark.parametrize(
+    ("judge", "once"),
+    [
+        (Told(), False),
+        (MonitoredJudge(Told()), False),
+        (RecordedJudge({}), True),
+        (MonitoredJudge(RecordedJudge({})), True),
+        (SharedJudge(Told), True),
+        (ActorJudge(None), True),
+        (SimpleNamespace(store="verdicts.sqlite"), True),
+        (SimpleNamespace(store=None), False),
+        (SimpleNamespace(tiers=[SimpleNamespace(judge=Told()), SimpleNamespace(judge=RecordedJudge({}))]), False),
+        (SimpleNamespace(tiers=[SimpleNamespace(judge=RecordedJudge({}))]), True),
+    ],
+)
+def test_a_replica_says_where_a_batch_asked_again_is_paid_for_again(judge, once, caplog):
+    with caplog.at_level("WARNING"):
+        Replica(lambda: SimpleNamespace(head=None, judge=judge))
+    assert ("is paid for again" not in caplog.text) == once == buys_once(judge)
 
 
 def test_a_budget_holds_over_all_and_over_a_restart(tmp_path):

@@ -19,6 +19,7 @@ from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning import read_version
 from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import BusyError
+from rmcore.judge.base import buys_once
 
 __all__ = ["RemoteEngine", "Replica", "ScoreCalls"]
 
@@ -45,6 +46,14 @@ class Replica:
         self, make: Callable[[], RewardEngine], journal: Path | None = None, reliability_tau: float | None = None
     ) -> None:
         self.engine = make()
+        judge = getattr(self.engine, "judge", None)
+        if judge is not None and not buys_once(judge):
+            log.warning(
+                "%s: this replica's judge is its own and keeps nothing, so a batch that is asked of a further replica "
+                "(up to %d) is paid for again; give it a store, or all replicas one judge (start_judge)",
+                type(judge).__name__,
+                _ASKED,
+            )
         if reliability_tau is not None:
             check_reliability(reliability_tau, mode=self.engine.head.config.mode, design=self.engine.design)
         self._base = self.engine.head
