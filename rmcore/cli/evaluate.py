@@ -76,7 +76,7 @@ def evaluate(
             reject("--replicates", replicates, "at least 1")
         if alpha is not None:
             check_risk(alpha, delta, risk_method)
-        check_folder(out, "--out")
+        files = _checked_files(out, inputs=[preferences, train_data], overwrite=overwrite)
         check_device(loading.device)
         check_options(
             model,
@@ -85,9 +85,6 @@ def evaluate(
             max_length=loading.max_length,
             overlong=loading.overlong,
         )
-        files = [] if out is None else [out / "report.json", out / "report.png"]
-        for file in files:
-            check_file(str(file), inputs=[preferences, train_data], overwrite=overwrite, resumable=False, rows=False)
         names = parse_columns(columns or [])
         rows = list(read_preference_rows(preferences, names, critiques=critiques))
         items = [(pair, row) for row in rows for pair in row.pairs]
@@ -96,12 +93,7 @@ def evaluate(
         loaded = load_model(model, loading, kept, deterministic=deterministic)
         estimator = loaded.estimator_named(doubting.uncertainty)
         labels = [pair.label for pair, _ in items]
-        soft = sum(0.5 < label < 1 for label in labels)
-        if soft:
-            notes.print(
-                f"{soft} of {len(items)} labels are between 0.5 and 1: for accuracy the chosen response counts as the "
-                "better; how near the model comes to the labels themselves is told apart"
-            )
+        soft = any(0.5 < label < 1 for label in labels)
         pairs, states, known = _encoded(
             loaded, items, None if train_data is None else str(train_data), names, critiques
         )
@@ -122,14 +114,34 @@ def evaluate(
                 scored.logit, scored.label, [row.number for _, row in items], [row.subset for _, row in items]
             ),
         )
-        if silent := int(states.silent.sum()):
-            notes.print(
-                f"{silent} of {len(items)} pairs carry no signal: the model's inputs are equal, or one is too long and "
-                "unread. They count as no preference, and as the most uncertain"
-            )
+        _note_odd(labels, int(states.silent.sum()))
         found.show(by_subset=len(items) > len(rows) or any(row.subset for row in rows))
         if files:
             found.write(*files)
+
+
+def _checked_files(out: Path | None, *, inputs: Sequence[str | Path | None], overwrite: bool) -> list[Path]:
+    """The report and its picture, which may be written; none without a folder."""
+    check_folder(out, "--out")
+    files = [] if out is None else [out / "report.json", out / "report.png"]
+    for file in files:
+        check_file(str(file), inputs=inputs, overwrite=overwrite, resumable=False, rows=False)
+    return files
+
+
+def _note_odd(labels: Sequence[float], silent: int) -> None:
+    """Tell of labels that are no certainties, and of pairs whose inputs tell nothing."""
+    soft = sum(0.5 < label < 1 for label in labels)
+    if soft:
+        notes.print(
+            f"{soft} of {len(labels)} labels are between 0.5 and 1: for accuracy the chosen response counts as the "
+            "better; how near the model comes to the labels themselves is told apart"
+        )
+    if silent:
+        notes.print(
+            f"{silent} of {len(labels)} pairs carry no signal: the model's inputs are equal, or one is too long and "
+            "unread. They count as no preference, and as the most uncertain"
+        )
 
 
 def _encoded(
