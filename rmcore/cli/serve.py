@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -14,20 +13,12 @@ from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.console import notes, reported_errors
+from rmcore.cli.serve_options import GymOptions, OpenRLHFOptions, PeerOptions, ServeJudging, ServeLimits, serve_settings
 from rmcore.cli.serve_ray import ServingOnRay, serve_on_ray
 
 __all__ = ["serve"]
 
 _TOKEN_VARIABLE = "RMCORE_SERVE_TOKEN"  # noqa: S105 - a name, no secret
-_JUDGE_S = 40.0
-"""Left to the judge: with the time limit of a group, within the 180 s after which OpenRLHF gives up."""
-
-
-@dataclass(frozen=True)
-class ServeJudging(options.Judging):
-    """The options of every command that may ask a judge, with a deadline: a client waits for the answer."""
-
-    judge_deadline: options.JudgeDeadline = _JUDGE_S
 
 
 @options.with_options
@@ -39,58 +30,10 @@ def serve(
     token_env: Annotated[
         str, typer.Option(help="Environment variable with the bearer token clients must send, if it is set.")
     ] = _TOKEN_VARIABLE,
-    group_size: Annotated[
-        int | None, typer.Option(help="K of OpenRLHF's groups (n_samples_per_prompt); needed for its single calls.")
-    ] = None,
-    baseline: Annotated[
-        Literal["leave-one-out", "group-mean"],
-        typer.Option(help="What OpenRLHF's rewards are for: leave-one-out (rloo) or group-mean (dr_grpo)."),
-    ] = "leave-one-out",
-    reliability_tau: Annotated[
-        float | None,
-        typer.Option(
-            help="OpenRLHF's rewards give back advantages times 1/(1 + variance/τ): those the head leaves open "
-            "count less. Difference mode."
-        ),
-    ] = None,
-    prompt_prefix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's start.")] = "",
-    prompt_suffix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's end.")] = "",
-    end_token: Annotated[
-        list[str] | None, typer.Option(help="Special token at the end of OpenRLHF's responses, besides common ones.")
-    ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds a group waits for its members.")] = 120.0,
-    drain: Annotated[float, typer.Option(help="After SIGTERM: seconds open groups may wait for members.")] = 20.0,
-    batch: Annotated[int, typer.Option(help="Groups scored together at most.")] = 64,
-    batch_wait: Annotated[float, typer.Option(help="Seconds an idle server waits for company.")] = 0.004,
-    max_queue: Annotated[int, typer.Option(help="Groups that may wait for a batch.")] = 1024,
-    max_members: Annotated[int, typer.Option(help="Single responses that may wait for their siblings.")] = 8192,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20,
-    max_responses: Annotated[int, typer.Option(help="Responses in a group.")] = 64,
-    max_chars: Annotated[int, typer.Option(help="Characters of a prompt or a response.")] = 200_000,
-    nemo_gym: Annotated[
-        bool,
-        typer.Option(
-            "--nemo-gym", help="Also speak NeMo-Gym's genrm_compare: /compare, /verify in cohorts of --group-size."
-        ),
-    ] = False,
-    nemo_gym_bonus: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="With --nemo-gym: what short and plain responses get, by the names of genrm_compare's configuration, "
-            "as in answer_bonus=0.1.",
-        ),
-    ] = None,
-    peers: Annotated[
-        str | None,
-        typer.Option(
-            help="URLs of all servers that share a trainer's members, this one's too, separated by commas. A group is "
-            "put together at one of them, whichever its members come to. The same list and token at each."
-        ),
-    ] = None,
-    advertise: Annotated[
-        str | None, typer.Option(help="Which URL of --peers this server is. [default: http://HOST:PORT]")
-    ] = None,
+    openrlhf: OpenRLHFOptions,
+    limits: ServeLimits,
+    gym: GymOptions,
+    peering: PeerOptions,
     design: Annotated[
         str, typer.Option(help="Which pairs of a group are compared: all, circular, regular:k, swiss:k.")
     ] = "all",
@@ -124,8 +67,6 @@ def serve(
     with reported_errors():
         from rmcore.engine.learning.follow import following, served_from
         from rmcore.integrations.server import run
-        from rmcore.integrations.server.gym_bonuses import bonuses_of
-        from rmcore.integrations.server.settings import END_TOKENS, ServeSettings
 
         on_ray.check()
         if journal is not None and not journal.is_dir():
@@ -133,32 +74,7 @@ def serve(
         token = os.environ.get(token_env) if token_env else None
         if token == "":  # set, but empty: somebody's secret did not arrive
             reject(f"the variable {token_env}", "an empty value", "a token, or no such variable")
-        settings = ServeSettings(
-            host=host,
-            port=port,
-            token=token,
-            group_size=group_size,
-            baseline=baseline,
-            reliability_tau=reliability_tau,
-            prompt_prefix=prompt_prefix,
-            prompt_suffix=prompt_suffix,
-            end_tokens=(*END_TOKENS, *(end_token or ())),
-            time_limit_s=time_limit,
-            answer_within_s=time_limit + (_JUDGE_S if judging.judge_deadline is None else judging.judge_deadline) + 10,
-            drain_s=drain,
-            batch_groups=batch,
-            batch_wait_s=batch_wait,
-            max_queue=max_queue,
-            max_groups=min(256, max_queue),
-            max_members=max_members,
-            max_body=max_body,
-            max_responses=max_responses,
-            max_chars=max_chars,
-            nemo_gym=nemo_gym,
-            gym_bonuses=bonuses_of(nemo_gym_bonus or ()),
-            peers=() if peers is None else tuple(url.strip() for url in peers.split(",")),
-            advertise=advertise,
-        )
+        settings = serve_settings(host, port, token, openrlhf, limits, gym, peering, judging.judge_deadline)
         if settings.answer_within_s >= 180:
             notes.print(
                 f"[yellow]answers may take {settings.answer_within_s:g} s, and OpenRLHF gives up after 180: lower "
