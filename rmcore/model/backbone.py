@@ -117,21 +117,7 @@ class Backbone(BackboneLoading, BackboneHead):
         check_positions(config.max_length, self.positions)
         self.published = published
         self.deterministic = deterministic
-        append_eos = config.append_eos if config.append_eos is not None else config.pooling == "last"
-        self.encoder = (PairTextEncoder if self.pairwise else TextEncoder)(
-            tokenizer,
-            template=PairTemplate(config.single_template, config.pair_template),
-            chat=config.chat,
-            two_texts=takes_two_texts(model, tokenizer),
-            split_special_tokens=config.split_special_tokens,
-            append_eos=append_eos,
-            max_length=config.max_length or self._content_positions(),
-            overlong=config.overlong,
-            date=config.date,
-            positions=self.positions,
-        )
-        if isinstance(self.encoder, PairTextEncoder) and published is not None:
-            self.encoder.form = published.pooler.family.pair_form
+        self.encoder = self._text_encoder(model)
         separator = pair_separator(model, tokenizer)
         if separator is not None and not config.split_special_tokens:
             reject("split_special_tokens", False, "True with token types, which a separator in a text would shift")
@@ -159,6 +145,25 @@ class Backbone(BackboneLoading, BackboneHead):
             max_length=self.positions or self.encoder.max_length,
             deterministic=deterministic,
         )
+
+    def _text_encoder(self, model: Any) -> TextEncoder:
+        """What makes tokens of texts; of pairs of them where the model reads two at a time."""
+        config = self.config
+        encoder = (PairTextEncoder if self.pairwise else TextEncoder)(
+            self.tokenizer,
+            template=PairTemplate(config.single_template, config.pair_template),
+            chat=config.chat,
+            two_texts=takes_two_texts(model, self.tokenizer),
+            split_special_tokens=config.split_special_tokens,
+            append_eos=config.append_eos if config.append_eos is not None else config.pooling == "last",
+            max_length=config.max_length or self._content_positions(),
+            overlong=config.overlong,
+            date=config.date,
+            positions=self.positions,
+        )
+        if isinstance(encoder, PairTextEncoder) and self.published is not None:
+            encoder.form = self.published.pooler.family.pair_form
+        return encoder
 
     def with_packing(self, packing: Packing) -> Backbone:
         """The same model with shared beginnings encoded another way, and counts of its own."""
