@@ -77,58 +77,11 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
 
     @app.post("/compare")
     async def compare(body: CompareRequest) -> Response:
-        principle = _principle(service, body.principle)
-        if not body.response_objs:
-            return json_response({"rewards": [], "comparison_results": [], "metrics": {}})
-        prompt = await large.call(conversation, body.conversation_history)
-        responses = [_output_text(one, f"response_objs[{k}]") for k, one in enumerate(body.response_objs)]
-        shapes = [_shape(service, *both) for both in zip(body.response_objs, responses, strict=True)]
-        if len(responses) > service.settings.max_responses:
-            reject("response_objs", len(responses), f"at most {service.settings.max_responses}")
-        group = await service.scorer.score(prompt, responses, principle=principle)
-        rewards = _rewards(service, group, shapes)
-        silent = [k for k, reward in enumerate(rewards) if not math.isfinite(reward)]
-        if silent and len(rewards) > 1:
-            return error_response(503, "no_preference", f"no preference is known for responses {silent}")
-        if silent:
-            rewards = [_MIDDLE]  # one response, and nobody to compare it with
-        return json_response(
-            {"rewards": rewards, "comparison_results": _comparisons(group), "metrics": _metrics(group)}
-        )
+        return await _compare(service, body)
 
     @app.post("/verify")
     async def verify(body: VerifyRequest, request: Request) -> Response:
-        principle = _principle(service, body.principle)
-        size = service.settings.group_size
-        if size is None:
-            reject("group size", "none", "rmcore serve --group-size N, the rollouts of a prompt")
-        prompt = await large.call(conversation, body.responses_create_params.get("input"))
-        response = _output_text(body.response, "response")
-        # What of: a name for the group, or the task's index, which comes again in every epoch, and the prompt.
-        about: dict[str, Any] = {"principle": principle, "note": _shape(service, body.response, response)}
-        by_name = body.group_id is not None and body.rollout_index is not None
-        key = (body.group_id, body.group_attempt) if by_name else (prompt_digest(prompt),)
-        if (answer := await service.peers.answer(request, "nemo-gym", *key)) is not None:
-            return answer
-        if body.group_id is not None and body.rollout_index is not None:
-            if not 0 <= body.rollout_index < size:
-                reject("_ng_rollout_index", body.rollout_index, f"from 0 to {size - 1}")
-            name = ("nemo-gym", body.group_id)
-            result = await service.assembly.join(
-                name, body.rollout_index, size, prompt, response, attempt=body.group_attempt, **about
-            )
-        else:
-            result = await service.assembly.join_by_content(prompt, response, size, kin=body.task_index, **about)
-            follow(request.scope, result)
-        group, reward = result.group, _rewards(service, result.group, result.notes)[result.index]
-        told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": _metrics(group)}
-        if body.group_id is not None:
-            told["_ng_group_attempt"] = body.group_attempt
-        if not math.isfinite(reward):
-            # A number must stand there; the flag says that it is none.
-            why = "no preference is known for this response"
-            told |= {"reward": 0.0, "mask_sample": True, "failure_kind": "rmcore:no_preference", "failure_reason": why}
-        return json_response(body.model_dump(by_alias=True, exclude_unset=True) | told)
+        return await _verify(service, body, request)
 
     @app.post("/seed_session")
     async def seed_session() -> Response:
@@ -146,6 +99,61 @@ def add_nemo_gym_routes(app: FastAPI, service: RewardService) -> None:
         if rewards:
             metrics |= {"mean/reward": statistics.fmean(rewards), "std/reward": statistics.pstdev(rewards)}
         return json_response({"group_level_metrics": [], "agent_metrics": metrics, "key_metrics": metrics})
+
+
+async def _compare(service: RewardService, body: CompareRequest) -> Response:
+    """Rewards of one group."""
+    principle = _principle(service, body.principle)
+    if not body.response_objs:
+        return json_response({"rewards": [], "comparison_results": [], "metrics": {}})
+    prompt = await large.call(conversation, body.conversation_history)
+    responses = [_output_text(one, f"response_objs[{k}]") for k, one in enumerate(body.response_objs)]
+    shapes = [_shape(service, *both) for both in zip(body.response_objs, responses, strict=True)]
+    if len(responses) > service.settings.max_responses:
+        reject("response_objs", len(responses), f"at most {service.settings.max_responses}")
+    group = await service.scorer.score(prompt, responses, principle=principle)
+    rewards = _rewards(service, group, shapes)
+    silent = [k for k, reward in enumerate(rewards) if not math.isfinite(reward)]
+    if silent and len(rewards) > 1:
+        return error_response(503, "no_preference", f"no preference is known for responses {silent}")
+    if silent:
+        rewards = [_MIDDLE]  # one response, and nobody to compare it with
+    return json_response({"rewards": rewards, "comparison_results": _comparisons(group), "metrics": _metrics(group)})
+
+
+async def _verify(service: RewardService, body: VerifyRequest, request: Request) -> Response:
+    """The reward of one rollout, when its siblings are there."""
+    principle = _principle(service, body.principle)
+    size = service.settings.group_size
+    if size is None:
+        reject("group size", "none", "rmcore serve --group-size N, the rollouts of a prompt")
+    prompt = await large.call(conversation, body.responses_create_params.get("input"))
+    response = _output_text(body.response, "response")
+    # What of: a name for the group, or the task's index, which comes again in every epoch, and the prompt.
+    about: dict[str, Any] = {"principle": principle, "note": _shape(service, body.response, response)}
+    by_name = body.group_id is not None and body.rollout_index is not None
+    key = (body.group_id, body.group_attempt) if by_name else (prompt_digest(prompt),)
+    if (answer := await service.peers.answer(request, "nemo-gym", *key)) is not None:
+        return answer
+    if body.group_id is not None and body.rollout_index is not None:
+        if not 0 <= body.rollout_index < size:
+            reject("_ng_rollout_index", body.rollout_index, f"from 0 to {size - 1}")
+        name = ("nemo-gym", body.group_id)
+        result = await service.assembly.join(
+            name, body.rollout_index, size, prompt, response, attempt=body.group_attempt, **about
+        )
+    else:
+        result = await service.assembly.join_by_content(prompt, response, size, kin=body.task_index, **about)
+        follow(request.scope, result)
+    group, reward = result.group, _rewards(service, result.group, result.notes)[result.index]
+    told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": _metrics(group)}
+    if body.group_id is not None:
+        told["_ng_group_attempt"] = body.group_attempt
+    if not math.isfinite(reward):
+        # A number must stand there; the flag says that it is none.
+        why = "no preference is known for this response"
+        told |= {"reward": 0.0, "mask_sample": True, "failure_kind": "rmcore:no_preference", "failure_reason": why}
+    return json_response(body.model_dump(by_alias=True, exclude_unset=True) | told)
 
 
 def _principle(service: RewardService, given: str | None) -> str:
