@@ -32,7 +32,7 @@ from rmcore.judge import ChatJudge, ClientOptions, Pair
 from rmcore.model import RewardModel
 
 from .heartbeat_peer import serve, text_of
-from .serve_load import tiny_model
+from .serve_model import tiny_model
 
 __all__ = ["Delay", "cases", "largest_delay", "main"]
 

@@ -1,4 +1,4 @@
-"""The load of serve_soak and serve_ray: a tiny model, a server around it, clients that know what must come back."""
+"""The load of serve_soak and serve_ray: groups of texts, a server, clients that know what must come back."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rmcore import RewardEngine
 from rmcore.integrations.server.batching import BatchScorer
-from rmcore.model import Preference, RewardModel
-from rmcore.model.backbone import Backbone, BackboneConfig
+
+from .serve_model import BLAME, NEUTRAL, PRAISE
 
 __all__ = [
     "Client",
@@ -37,12 +36,7 @@ __all__ = [
     "measure_batching",
     "score_pool",
     "server",
-    "tiny_model",
 ]
-
-PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
-BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
-NEUTRAL = ["red", "blue", "green", "tree", "house", "river", "stone", "cloud"]
 
 TOLERANCE = 1e-3
 """Of preferences, logits: what is computed together may show in the last bits; groups differ by far more."""
@@ -96,52 +90,7 @@ class Outcome:
     """Of each group's answers."""
 
 
-# -- the model -------------------------------------------------------------------------------------------------------
-
-
-_CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}[EOS]\n{% endfor %}"
-
-
-def tiny_model(seed: int, *, chat: bool = False) -> RewardModel:
-    """A random encoder with a head that likes praise; unknown words are all the same to it. Its tokenizer has a chat
-    template on request.
-    """
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *PRAISE, *BLAME, *NEUTRAL])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106 - no secret
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",  # noqa: S106
-        unk_token="[UNK]",  # noqa: S106
-        eos_token="[EOS]",  # noqa: S106
-    )
-    wrapped.chat_template = _CHAT if chat else None
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=128,
-        pad_token_id=0,
-    )
-    encoder = transformers.BertModel(config).eval()
-    backbone = Backbone(encoder, wrapped, BackboneConfig(pooling="mean", max_length=128))
-    rng = random.Random(seed)
-    items = [
-        Preference(
-            " ".join(rng.sample(NEUTRAL, 3)),
-            " ".join([*rng.sample(PRAISE, 3), *rng.sample(NEUTRAL, 3)]),
-            " ".join([*rng.sample(BLAME, 3), *rng.sample(NEUTRAL, 3)]),
-        )
-        for _ in range(100)
-    ]
-    model, _ = RewardModel.fit(backbone, items, mode="difference", num_features=128, kernel_scale=3.0)
-    return model
+# -- the groups ------------------------------------------------------------------------------------------------------
 
 
 def make_pool(engine: RewardEngine, soak: Soak) -> list[Group]:
@@ -309,73 +258,95 @@ class Work:
 
 async def drive(url: str, pool: Sequence[Group], soak: Soak, goes_on: Callable[[], bool] = lambda: False) -> Outcome:
     """All clients, until the time is up, ``goes_on`` says no, and every group they began is answered."""
-    outcome, work, rng = Outcome(), Work(pool, soak), random.Random(soak.seed + 1)
-    began = time.perf_counter()
+    load = _Load(url, pool, soak, goes_on)
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(soak.clients):
+            tasks.create_task(load.client())
+    load.outcome.seconds = load.seconds
+    load.outcome.groups = load.work.groups
+    return load.outcome
 
-    async def ask(connection: Client, call: Call) -> tuple[int, Any]:
+
+class _Load:
+    """What the clients of a run share."""
+
+    def __init__(self, url: str, pool: Sequence[Group], soak: Soak, goes_on: Callable[[], bool]) -> None:
+        self.url, self.soak, self.goes_on = url, soak, goes_on
+        self.outcome, self.work, self.rng = Outcome(), Work(pool, soak), random.Random(soak.seed + 1)
+        self.began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self.began
+
+    async def client(self) -> None:
+        """One connection, call after call."""
+        connection = Client(self.url)
+        while (call := self.work.next(more=self.seconds < self.soak.seconds or self.goes_on())) is not None:
+            dropped = self.rng.random() < self.soak.hang_up
+            try:
+                if dropped:
+                    await self._hang_up(connection, call)
+                started = time.perf_counter()
+                status, reply = await self._ask(connection, call)
+                seconds = time.perf_counter() - started
+            except (OSError, EOFError, TimeoutError) as error:
+                self.outcome.counts["lost"] += 1
+                self.outcome.errors.append(f"{call.kind}: {type(error).__name__}")
+                connection.hang_up()
+                continue
+            self._note(call, status, reply, started - self.began, seconds)
+            if not dropped:
+                self.outcome.latencies_s.setdefault(call.kind, []).append(seconds)
+            if self.soak.pause_s:
+                await asyncio.sleep(self.soak.pause_s)
+        connection.hang_up()
+
+    async def _hang_up(self, connection: Client, call: Call) -> None:
+        """Send a call and be gone before its answer."""
+        await connection.send(call.path, call.body)
+        await asyncio.sleep(self.rng.random() * 0.2)
+        connection.hang_up()
+        self.outcome.counts["hung_up"] += 1
+        await asyncio.sleep(_RETRY_S.get(call.kind, 0.0))
+
+    async def _ask(self, connection: Client, call: Call) -> tuple[int, Any]:
         """The answer; asked again, as trainers' clients do, where a proxy says that it has lost its server."""
         alone = 0
         while True:
             try:
                 await connection.send(call.path, call.body)
-                async with asyncio.timeout(soak.answer_s):
+                async with asyncio.timeout(self.soak.answer_s):
                     status, reply = await connection.receive()
             except (OSError, EOFError):
-                if not soak.ask_again:
+                if not self.soak.ask_again:
                     raise
                 connection.hang_up()
                 status, reply = 0, ""
-            if not soak.ask_again or (status not in (0, 429, 502, 503) and not isinstance(reply, str)):
+            if not self.soak.ask_again or (status not in (0, 429, 502, 503) and not isinstance(reply, str)):
                 return status, reply
             alone += isinstance(reply, dict) and reply.get("error", {}).get("type") == "no_preference"
             if alone == _ALONE:
                 return status, reply
-            outcome.counts["asked_again"] += 1
+            self.outcome.counts["asked_again"] += 1
             await asyncio.sleep(1.0)
 
-    async def client() -> None:
-        connection = Client(url)
-        while (call := work.next(more=time.perf_counter() - began < soak.seconds or goes_on())) is not None:
-            dropped = rng.random() < soak.hang_up
-            try:
-                if dropped:
-                    await connection.send(call.path, call.body)
-                    await asyncio.sleep(rng.random() * 0.2)
-                    connection.hang_up()
-                    outcome.counts["hung_up"] += 1
-                    await asyncio.sleep(_RETRY_S.get(call.kind, 0.0))
-                started = time.perf_counter()
-                status, reply = await ask(connection, call)
-                seconds = time.perf_counter() - started
-            except (OSError, EOFError, TimeoutError) as error:
-                outcome.counts["lost"] += 1
-                outcome.errors.append(f"{call.kind}: {type(error).__name__}")
-                connection.hang_up()
-                continue
-            outcome.counts[f"status_{status}"] += 1
-            outcome.counts[f"calls_{call.kind}"] += 1
-            if status == 200:
-                outcome.answers.append((started + seconds - began, seconds, call.version(reply)))
-                outcome.versions.setdefault(call.number, set()).add(call.version(reply))
-            if status != 200:
-                outcome.errors.append(f"{call.kind}: {status} {reply}"[:300])
-            elif not call.right(reply):
-                outcome.counts["wrong"] += 1
-                outcome.errors.append(f"{call.kind}: {reply}"[:300])
-            if time.perf_counter() - began < soak.seconds:
-                outcome.groups_in_time += 1.0 if call.kind == "groups" else 1.0 / soak.group
-            if not dropped:
-                outcome.latencies_s.setdefault(call.kind, []).append(seconds)
-            if soak.pause_s:
-                await asyncio.sleep(soak.pause_s)
-        connection.hang_up()
-
-    async with asyncio.TaskGroup() as tasks:
-        for _ in range(soak.clients):
-            tasks.create_task(client())
-    outcome.seconds = time.perf_counter() - began
-    outcome.groups = work.groups
-    return outcome
+    def _note(self, call: Call, status: int, reply: Any, at: float, seconds: float) -> None:
+        """Count an answer to a call that was sent ``at`` seconds after the beginning and took so many."""
+        outcome = self.outcome
+        outcome.counts[f"status_{status}"] += 1
+        outcome.counts[f"calls_{call.kind}"] += 1
+        if status == 200:
+            outcome.answers.append((at + seconds, seconds, call.version(reply)))
+            outcome.versions.setdefault(call.number, set()).add(call.version(reply))
+        if status != 200:
+            outcome.errors.append(f"{call.kind}: {status} {reply}"[:300])
+        elif not call.right(reply):
+            outcome.counts["wrong"] += 1
+            outcome.errors.append(f"{call.kind}: {reply}"[:300])
+        if self.seconds < self.soak.seconds:
+            outcome.groups_in_time += 1.0 if call.kind == "groups" else 1.0 / self.soak.group
 
 
 # -- batching against one at a time ----------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ from rmcore.judge.base import Pair, Verdict
 from rmcore.judge.testing import ReplayServer
 
 from .harness import environment
-from .serve_load import BLAME, PRAISE, Group, Outcome, Soak, drive, make_pool, score_pool, tiny_model
+from .serve_load import Group, Outcome, Soak, drive, make_pool, score_pool
+from .serve_model import BLAME, PRAISE, tiny_model
 from .serve_ray_cluster import kill_node, kill_one, processes, running, slow_judge, started
 
 __all__ = ["RUNS", "Event", "main", "run", "versions_of"]

@@ -27,7 +27,8 @@ from rmcore import RewardEngine
 from rmcore._base.quantile import quantiles
 
 from .harness import environment
-from .serve_load import Outcome, Soak, drive, make_pool, measure_batching, server, tiny_model
+from .serve_load import Outcome, Soak, drive, make_pool, measure_batching, server
+from .serve_model import tiny_model
 
 __all__ = ["main", "run"]
 
