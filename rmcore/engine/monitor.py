@@ -9,18 +9,21 @@ test with a stated rate of false alarms.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from rmcore._base.quantile import quantiles
 from rmcore._base.tracing import Span
+from rmcore.engine.group_score import GroupScore
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.pair_table import PairState
 from rmcore.judge.base import RULE
 
-__all__ = ["LEVELS", "Agreement", "agreement", "monitored", "note_scores"]
+__all__ = ["LEVELS", "Agreement", "agreement", "group_figures", "monitored", "note_scores"]
 
 
 LEVELS: Final = (0.5, 0.9, 0.99)
@@ -63,8 +66,39 @@ def agreement(scores: GroupScores) -> Agreement:
     if not found:
         return Agreement()
     rows = torch.tensor([row for row, _ in found])
-    verdicts = torch.tensor([preference for _, preference in found], dtype=torch.float64)
     head = (table.logit.cpu()[rows] / table.uncertainty.cpu()[rows]).double()
+    return _agreement(head, [preference for _, preference in found])
+
+
+def group_figures(group: GroupScore) -> dict[str, float]:
+    """What a group says of itself, under the names of :func:`monitored` and of the rewards' logs, for a trainer that
+    averages over samples: ``judge_rate`` of its pairs, mean u (1 without a finite one), and judge against head as sums.
+    """
+    above = torch.ones_like(group.routed).triu(1)
+    above &= True if group.compared is None else group.compared
+    u = group.uncertainty[above]
+    u = u[u.isfinite()]
+    judged = [
+        (one.i, one.j, one.verdict.preference)
+        for one in group.decisions
+        if one.by == "judge" and one.verdict is not None and one.verdict.preference and one.verdict.judge != RULE
+    ]
+    seen = Agreement()
+    if judged:
+        i, j, preferences = zip(*judged, strict=True)
+        seen = _agreement((group.logit / group.uncertainty)[list(i), list(j)].double(), preferences)
+    return {
+        "judge_rate": float(group.routed[above].double().mean()) if bool(above.any()) else 0.0,
+        "uncertainty": float(u.mean()) if len(u) else 1.0,
+        "judged": seen.judged,
+        "judge_disagreement": seen.disagreed,
+        "judge_disagreement_expected": seen.expected,
+    }
+
+
+def _agreement(head: Tensor, preferences: Sequence[float]) -> Agreement:
+    """Of the head's p̃ and the verdicts on the same pairs, from the same side."""
+    verdicts = torch.tensor(preferences, dtype=torch.float64)
     usable = head.isfinite() & (head != 0)
     head, verdicts = head[usable], verdicts[usable]
     weight = verdicts.abs()

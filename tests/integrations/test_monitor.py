@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rmcore.engine import RewardEngine
-from rmcore.engine.monitor import Agreement, agreement, monitored
+from rmcore.engine.monitor import Agreement, agreement, group_figures, monitored
 from rmcore.engine.routing import AlwaysRoute, NeverRoute
 from rmcore.evaluation.monitor import plot_monitor
 from rmcore.integrations.monitor import RewardMonitor
@@ -56,6 +56,43 @@ def test_what_has_no_side_does_not_count(reward_model):
     assert agreement(scored(reward_model, lambda pair: Verdict(0.0))) == Agreement()
     assert agreement(scored(reward_model, lambda pair: Verdict.none("refusal"))) == Agreement()
     assert agreement(scored(reward_model, lambda pair: Verdict(1.0, judge=RULE))) == Agreement()
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        None,
+        lambda pair: side(pair, 1.0),
+        lambda pair: side(pair, -0.5),
+        lambda pair: Verdict(0.0),
+        lambda pair: Verdict.none("refusal"),
+        lambda pair: Verdict(1.0, judge=RULE),
+        lambda pair: side(pair, 1.0 if "good" in pair.first + pair.second else -1.0),
+    ],
+)
+def test_what_groups_say_of_themselves_adds_up_to_what_the_call_says(reward_model, say):
+    scores = scored(reward_model, say)
+    told, whole = [group_figures(group) for group in scores], agreement(scores)
+    for name, value in (("judged", whole.judged), ("judge_disagreement", whole.disagreed)):
+        assert sum(one[name] for one in told) == pytest.approx(value)
+    assert sum(one["judge_disagreement_expected"] for one in told) == pytest.approx(whole.expected)
+    summary = scores.summary()
+    pairs = [len(responses) * (len(responses) - 1) // 2 for responses in RESPONSES]
+    routed = sum(one["judge_rate"] * count for one, count in zip(told, pairs, strict=True))
+    assert routed == pytest.approx(summary["routed"])
+    mean_u = sum(one["uncertainty"] * count for one, count in zip(told, pairs, strict=True)) / sum(pairs)
+    assert mean_u == pytest.approx(summary["uncertainty"]["mean"])
+
+
+def test_a_group_without_a_pair_says_so(reward_model):
+    (alone,) = RewardEngine(reward_model).score(["p"], [["good"]])
+    assert group_figures(alone) == {
+        "judge_rate": 0.0,
+        "uncertainty": 1.0,
+        "judged": 0.0,
+        "judge_disagreement": 0.0,
+        "judge_disagreement_expected": 0.0,
+    }
 
 
 def test_the_curves_have_the_same_names_whatever_happened(reward_model):

@@ -171,12 +171,14 @@ def _add_openrlhf_route(app: FastAPI, service: RewardService) -> None:
             # A list's groups are whole, so any server scores it; a single response must meet its siblings.
             if len(body.prompts) == 1 and (answer := await service.peers.answer(request, body.prompts[0])) is not None:
                 return answer
-            rewards, rates, versions = await service.rewards(body, request.scope)
+            rewards, rates, versions, figures = await service.rewards(body, request.scope)
         missing = sum(not math.isfinite(value) for value in (*rewards, *rates))
         if missing:
             # OpenRLHF cannot take a null, and 0 would be a reward like any other.
             return error_response(503, "no_preference", "no preference is known for a response, so it has no reward")
-        logs = {} if set(versions) <= {None} else {"head_version": versions[0] if len(set(versions)) == 1 else versions}
+        logs: dict[str, Any] = {f"rmcore_{name}": value for name, value in figures.items()}
+        if not set(versions) <= {None}:
+            logs["head_version"] = versions[0] if len(set(versions)) == 1 else versions
         return json_response({"rewards": rewards, "scores": rates, "extra_logs": logs})
 
 

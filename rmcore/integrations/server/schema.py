@@ -196,7 +196,7 @@ class RewardReply(BaseModel):
 
     rewards: list[float]
     scores: list[float] = Field(description="Mean win rate against the siblings, in (0, 1).")
-    extra_logs: dict[str, Any]
+    extra_logs: dict[str, Any] = Field(description="What OpenRLHF logs: of a single response, its group's figures.")
 
 
 class MemberRequest(BaseModel):

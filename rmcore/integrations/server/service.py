@@ -17,6 +17,7 @@ from rmcore._base.errors import reject
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_prompt, canonical_response, text_length
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.group_score import GroupScore
+from rmcore.engine.monitor import group_figures
 from rmcore.engine.options import check_reliability
 from rmcore.integrations.server.assembly import GroupAssembly, MemberResult
 from rmcore.integrations.server.batching import BatchScorer, ScoredGroup
@@ -171,8 +172,12 @@ class RewardService:
             request.group_id, request.slot, request.k, prompt, response, attempt=request.attempt
         )
 
-    async def rewards(self, body: RewardRequest, scope: Scope) -> tuple[list[float], list[float], list[int | None]]:
-        """``/get_reward``: rewards and win rates, NaN where there is no preference; and the head's versions."""
+    async def rewards(
+        self, body: RewardRequest, scope: Scope
+    ) -> tuple[list[float], list[float], list[int | None], dict[str, float]]:
+        """``/get_reward``: rewards and win rates, NaN where there is no preference; the head's versions; and, for a
+        single response, what its group says of itself, which OpenRLHF averages over a step's samples.
+        """
         if len(body.query) != len(body.prompts):
             reject("prompts", len(body.prompts), f"{len(body.query)}, one a query")
         count, size = len(body.query), self.settings.group_size
@@ -187,14 +192,14 @@ class RewardService:
         ]
         prompts = [prompt_text(prompt, self.settings, f"prompts[{k}]") for k, prompt in enumerate(body.prompts)]
         if count == 0:
-            return [], [], []
+            return [], [], [], {}
         if count == 1 and size is not None:
             result = await self.assembly.join_by_content(prompts[0], responses[0], size)
             follow(scope, result)
             if len(result.slots) == 1:
-                return [math.nan], [math.nan], [None]
-            values = self._rewards_of(result.group)
-            return [values[0][result.index]], [values[1][result.index]], [result.group.head_version]
+                return [math.nan], [math.nan], [None], {}
+            values, figures = self._rewards_of(result.group), group_figures(result.group)
+            return [values[0][result.index]], [values[1][result.index]], [result.group.head_version], figures
         groups = grouped(body.prompts, size)
         for places in groups:
             if len(places) > self.settings.max_responses:
@@ -205,7 +210,7 @@ class RewardService:
         for places, one, values in zip(groups, scored, found, strict=True):
             for k, reward, rate in zip(places, *values, strict=True):
                 rewards[k], rates[k], versions[k] = reward, rate, one.group.head_version
-        return rewards, rates, versions
+        return rewards, rates, versions, {}
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -482,6 +482,27 @@ def test_openrlhfs_single_calls_find_their_siblings_equal_ones_too(make_app, tal
     assert second_server == {"rewards": [], "scores": [], "extra_logs": {}}
 
 
+def test_openrlhfs_curves_are_the_prometheus_figures(make_app, talk, judged_engine):
+    """It averages each log over a step's samples, as tensors: the same names in all, and ratios of sums."""
+    texts = ["good clear", "bad vague", "odd tree", "good good right", "stone kind"]
+
+    async def main(client):
+        calls = [client.post("/get_reward", json=single(text, prompt=p)) for p in ("red ", "blue ") for text in texts]
+        answers = [answer.json()["extra_logs"] for answer in await asyncio.gather(*calls)]
+        return answers, (await client.get("/metrics")).text
+
+    logs, page = talk(make_app(judged_engine, group_size=5), main)
+    assert len({tuple(one) for one in logs}) == 1
+    mean = {name: float(torch.cat([torch.tensor([one[name]]) for one in logs]).mean()) for name in logs[0]}
+    counted = {name: float(value) for name, value in re.findall(r"^(rmcore_\w+)(?:{[^}]*})? (\S+)$", page, re.M)}
+    for name in ("judge_disagreement", "judge_disagreement_expected"):
+        seen = counted[f"rmcore_{name}_total"] / counted["rmcore_judged_weight_total"]
+        assert mean[f"rmcore_{name}"] / mean["rmcore_judged"] == pytest.approx(seen, rel=1e-5)
+    assert counted["rmcore_judged_weight_total"] > 0
+    assert mean["rmcore_judge_rate"] == counted["rmcore_routed_pairs_total"] / 20 == 1.0
+    assert mean["rmcore_uncertainty"] == pytest.approx(counted["rmcore_pair_uncertainty_sum"] / 20, rel=1e-5)
+
+
 def test_openrlhfs_retry_after_180_seconds_gets_the_result_of_its_first_call(make_app, serve_app, echo_engine):
     """The client's timeout closes the socket; a second later it asks again, from a new one."""
     echo_engine.open = False
