@@ -49,10 +49,13 @@ def whole_rows(x: Tensor, two_terms: bool, *, outliers: bool = True) -> WholeRow
         limit = torch.where(fits, nearby, limit)
         far = fits & (edge * span > _FAR * total)
     apart = torch.where(sizes > limit[:, None], x, torch.zeros_like(x))
-    scaled = (x - apart) * torch.where(edge > 1e-30, WHOLE / edge, torch.zeros_like(edge))[:, None]
+    # A number divided by a tensor, torch multiplies by the reciprocal, and on a GPU so it does the other way round: two
+    # roundings where the kernels have one, and a value near the edge of two whole numbers becomes the other one.
+    largest = torch.full_like(edge, WHOLE)
+    scaled = (x - apart) * torch.where(edge > 1e-30, largest / edge, torch.zeros_like(edge))[:, None]
     whole = scaled.round()
     low = ((scaled - whole) * _LOW).round() if two_terms else torch.zeros_like(whole)
-    return WholeRows(whole, low, (edge / WHOLE)[:, None], apart)
+    return WholeRows(whole, low, (edge / largest)[:, None], apart)
 
 
 def features(hidden: Tensor, feature_map: FeatureMap) -> Tensor:

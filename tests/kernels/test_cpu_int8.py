@@ -46,6 +46,31 @@ def run(hidden, weights):
 # -- score -----------------------------------------------------------------------------------------------------------
 
 
+def test_torch_finds_the_same_whole_numbers_of_every_row():
+    """Of 3,000 rows a few lie so near the edge of two whole numbers that a division rounded twice takes the other."""
+    for h, d, rows in ((384, 700, 1024), (384, 900, 1025), (1003, 1003, 1024)):
+        weights, hidden = make_head(h, d), spread(draw(rows, h, seed=rows)).half()
+        check_same_numbers(run(hidden, weights).double(), whole_numbers.score(hidden, weights), weights)
+
+
+def test_one_whole_number_of_c_may_be_the_next_and_not_all_of_them():
+    """The bound between kernels: c on an edge falls either way, which in a small head is all of the difference."""
+    for d in (17, 130):
+        weights, hidden = make_head(40, d), spread(draw(4, 40))
+        c, factor = whole_numbers.features(hidden, weights.map), whole_numbers.factor(weights)
+        whole, scores = (127 * c).round() / 127, whole_numbers.score(hidden, weights)
+
+        def moved(which, whole=whole, factor=factor, scores=scores):
+            v = ((whole + which / 127) @ factor.mT).square().sum(1)
+            return torch.stack([scores[0], v, *scores[2:]])
+
+        step = whole.sign()
+        for k in range(0, d, 13):
+            check_same_numbers(moved(torch.eye(d)[k] * step), scores, weights)
+        with pytest.raises(AssertionError):
+            check_same_numbers(moved(step), scores, weights)
+
+
 @pytest.mark.parametrize(("h", "d"), SIZES)
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_agrees_with_float64(h, d, calibrated):
