@@ -25,11 +25,13 @@ BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
 MODULES := $(VENV)/.modules-$(shell find rmcore kernels bench examples -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml $(MODULES)
 
-.PHONY: help demo test sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare triton-gate clean
+.PHONY: help demo test sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare gpu-rehearsal triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
 	@echo "make compile-gate  the GPU kernels for every architecture of a release: no spills, within limits"
+	@echo "make triton-gate  every row of Triton's tables under 3.6.0 and this machine's: no spills, no serialised products"
+	@echo "make gpu-rehearsal  the GPU's tests without one: names, devices and addresses as they will be there"
 	@echo "make sanitize  the CPU kernels at odd sizes, in a build that stops at a byte out of bounds or undefined behaviour"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make test-distributed  heads fitted and backbones trained over several processes: torchrun, gloo"
@@ -230,10 +232,20 @@ bench: $(VENV)/.demo
 # Every Triton kernel for every table row on sm_80, 90 and 100, and those of int8 heads on sm_89 and 120 too, with the Triton
 # of the machine with the GPU and with this one: no spills but those listed, no serialised matrix instructions. Minutes; the
 # tests run the ends of the tables.
-triton-gate: $(VENV)/.dev
-	$(BIN)/pip install -q --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
-	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python tests/kernels/compile_triton.py --int8 89 120
+TRITON_36 := $(VENV)/triton-3.6.0
+$(TRITON_36)/.done: | $(VENV)/.torch
+	@echo "== triton 3.6.0 in $(TRITON_36)"
+	@rm -rf $(TRITON_36)
+	@$(PIP) --no-deps --target $(TRITON_36) triton==3.6.0
+	@touch $@
+
+triton-gate: $(VENV)/.dev $(TRITON_36)/.done
+	PYTHONPATH=$(TRITON_36) $(BIN)/python tests/kernels/compile_triton.py --int8 89 120
 	$(BIN)/python tests/kernels/compile_triton.py --int8 89 120
+
+# The GPU's tests on a GPU that is not there: every tensor has a device, plain torch stands in for kernels.
+gpu-rehearsal: $(VENV)/.dev
+	RMCORE_SELF_CHECK=0 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -p support.pretend_plugin tests/gpu
 
 # For a bare machine with an NVIDIA GPU, torch and triton but no network: installs nothing, every fact is on disk at once.
 gpu-check:
@@ -245,7 +257,8 @@ gpu-check-more:
 
 # Here, before: _cuda for the Python of the machine with the GPU, so that nothing needs to be built there.
 gpu-check-prepare: $(VENV)/.dev
-	$(BIN)/python -m bench.gpu_check prepare --python $(GPU_PYTHON)
+	@$(PIP) cmake ninja 'pybind11>=2.13'
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m bench.gpu_check prepare --python $(GPU_PYTHON)
 
 clean:
 	rm -rf $(VENV) $(REWARDBENCH) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

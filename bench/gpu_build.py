@@ -1,4 +1,4 @@
-"""What a run on the GPU machine needs there: rmcore as an installation has it, and ``_cuda``, carried or built.
+"""What a run on the GPU machine needs there: rmcore as an installation has it, and its modules, carried or built.
 
 Of the standard library alone, like all of :mod:`bench.gpu_check`.
 """
@@ -72,11 +72,11 @@ def architecture() -> str:
     return {"90": "90a-real", "100": "100a-real"}.get(number, f"{number}-real" if number else "90a-real")
 
 
-def build_command(build: Path, python: str, architecture: str, pybind11: str) -> list[list[str]]:
-    """cmake's configure and build of ``_cuda`` alone, for one Python and one architecture."""
+def build_command(build: Path, python: str, architecture: str, pybind11: str, *, cpu: bool) -> list[list[str]]:
+    """cmake's configure and build of ``_cuda``, and with ``cpu`` of ``_cpu``, for one Python and one architecture."""
     configure = [
         "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        "-DRMCORE_CPU=OFF", "-DRMCORE_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}",
+        f"-DRMCORE_CPU={'ON' if cpu else 'OFF'}", "-DRMCORE_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}",
         f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={pybind11}",
     ]  # fmt: skip
     return [configure, ["cmake", "--build", str(build)]]
@@ -89,33 +89,44 @@ def pybind11_folder() -> str:
 
 
 def prepare(python: str, architecture: str = "90a-real") -> int:
-    """Build ``_cuda`` for ``python`` (that of the GPU machine) into out/gpu-check-prepared; 0 if it can travel."""
+    """Build for ``python`` (that of the GPU machine) into out/gpu-check-prepared; 0 if ``_cuda`` can travel.
+
+    ``_cpu`` goes along where it can, so that the int8 tests have the CPU's whole numbers to compare with.
+    """
     asked = "import sys, sysconfig; print(sys.executable, sysconfig.get_config_var('EXT_SUFFIX'))"
     done = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"--python {python}: does not run ({done.stderr.strip()[:200]}); name the Python of the GPU machine")
         return 1
     interpreter, suffix = done.stdout.split()  # the interpreter itself, where ``python`` is a launcher
-    PREPARED.mkdir(parents=True, exist_ok=True)
-    for old in PREPARED.glob("*.so"):
-        old.unlink()
-    build = PREPARED / "build"
-    for command in build_command(build, interpreter, architecture, pybind11_folder()):
-        subprocess.run(command, check=True)
-    (built,) = build.rglob("_cuda*.so")
-    if not built.name.endswith(suffix):
-        print(f"{built.name} was built for another Python than {interpreter}, whose modules end in {suffix}")
+    pybind11 = pybind11_folder()
+    if not pybind11:
+        print(f"{sys.executable} has no pybind11, which the build needs: pip install pybind11 cmake ninja")
         return 1
+    shutil.rmtree(PREPARED, ignore_errors=True)  # nothing of an earlier commit, or of a build that failed
+    PREPARED.mkdir(parents=True)
+    build = PREPARED / "build"
+    for command in build_command(build, interpreter, architecture, pybind11, cpu=True):
+        subprocess.run(command, check=True)
+    travels = {built.name.partition(".")[0]: _kept(built, suffix) for built in build.rglob("_*.so")}
+    shutil.rmtree(build)
+    (PREPARED / "COMMIT").write_text(commit() + "\n")
+    return 0 if travels.get("_cuda") else 1
+
+
+def _kept(built: Path, suffix: str) -> bool:
+    """Copy a module that was built to where it is carried from, unless it would not load there."""
+    if not built.name.endswith(suffix):
+        print(f"{built.name} was built for another Python than the one named, whose modules end in {suffix}")
+        return False
     needed = newest_glibc(built)
     if needed > GLIBC:
         print(f"{built.name} needs glibc {needed[0]}.{needed[1]}, newer than {GLIBC[0]}.{GLIBC[1]}: it would not load")
-        return 1
+        return False
     target = PREPARED / built.name
     shutil.copy(built, target)
-    shutil.rmtree(build)
-    (PREPARED / "COMMIT").write_text(commit() + "\n")
     print(f"{target} ({target.stat().st_size >> 10} KiB, glibc {needed[0]}.{needed[1]}): carry {PREPARED}")
-    return 0
+    return True
 
 
 def newest_glibc(library: Path) -> tuple[int, int]:

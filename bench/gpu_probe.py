@@ -236,7 +236,7 @@ def other(probe: Probe) -> None:
 
 def _accumulate(probe: Probe, problem: peers.Problem, backend: Any) -> dict[str, Any]:
     n, device, feature_map = probe.size, probe.device, problem.feature_map
-    count = 65536 if device.type == "cuda" else 512
+    count = min(65536, 16 * n) if device.type == "cuda" else 512
     hidden = torch.randn(count, n, device=device, dtype=probe.dtype)
     labels, beta = torch.ones(count, device=device), torch.zeros(n, device=device)
     precision, gradient = torch.zeros(n, n, device=device), torch.zeros(n, device=device)
@@ -389,8 +389,28 @@ def card(probe: Probe) -> None:
     limits(probe)
 
 
+def self_check(probe: Probe) -> None:
+    """A user's first call on a card that no shipped results stand for: each kernel checks itself, then serves.
+
+    One operation of every kind of kernel, since a check is a process, seconds each.
+    """
+    heads = attribute_heads(min(probe.size, 256), 1, torch.float16).to(probe.device)
+    kinds = [("score", "cuda", torch.float16), ("score", "cuda", torch.int8), ("score", "triton", torch.int8)]
+    for op, backend, dtype in [*kinds, ("score_attributes", "triton", torch.float16)]:
+
+        def checked(op: Any = op, backend: Any = backend, dtype: torch.dtype = dtype) -> dict[str, Any]:
+            weights = heads if op == "score_attributes" else None
+            found = ops.explain(op, probe.device, dtype, backend, weights=weights)
+            if found.backend != backend:
+                raise RuntimeError(found.reasons[backend])
+            return {"serves": True}
+
+        probe.attempt(f"self-check of {kernel_of(op, dtype)}, {backend}", checked)
+
+
 STEPS: dict[str, Callable[[Probe], None]] = {
-    step.__name__: step for step in (card, environment, limits, smoke, score, versus, other, eager, forms, tiles)
+    step.__name__: step
+    for step in (card, environment, limits, smoke, score, self_check, versus, other, eager, forms, tiles)
 }
 
 

@@ -515,7 +515,9 @@ def main() -> int:
         arguments.json.write_text(json.dumps([b._asdict() for b in builds], indent=1))
     bad = [b for b in builds if faults(b)]
     stale = [] if arguments.quick else not_spilled([b for b in builds if b.arch in arguments.archs])
-    print("\n".join([*stale, f"{len(builds)} builds, {len(bad)} unsound"]))
+    import triton
+
+    print("\n".join([*stale, f"Triton {triton.__version__}: {len(builds)} builds, {len(bad)} unsound"]))
     return 1 if bad or stale else 0
 
 
