@@ -34,6 +34,8 @@ _PASSED_ON = "x-rmcore-peers"
 """On a request from another server: the digest of the list that sent it here."""
 _KEPT = ("authorization", "content-type")
 _CONNECT_S = 5.0
+_ANSWERS = 2.0
+"""Times ``answer_within_s`` until an owner that says nothing is taken for gone."""
 
 
 class Peers:
@@ -52,6 +54,7 @@ class Peers:
         self.urls = tuple(url for url, _ in checked)
         self.own = settings.own_address
         self.members: Counter[str] = Counter()
+        self._answer_within_s = settings.answer_within_s
         self._digest = hashlib.sha256(json.dumps(sorted(self.urls)).encode()).hexdigest()
         self._connections = Connections(
             timeout_s=settings.answer_within_s,
@@ -96,8 +99,9 @@ class Peers:
                     f"{url}{request.url.path}",
                     content=await request.body(),
                     headers={**headers, _PASSED_ON: self._digest},
-                    # The owner says when the time is up; a caller that leaves cancels this.
-                    timeout=httpx.Timeout(None, connect=_CONNECT_S),
+                    # The owner says when the time is up, and a caller that leaves cancels this; but from a machine that
+                    # went without a word nothing ever comes. Who asks again finds the member it asked for.
+                    timeout=httpx.Timeout(_ANSWERS * self._answer_within_s, connect=_CONNECT_S),
                 )
         except (httpx.TransportError, OSError) as error:
             self.members["unreachable"] += 1

@@ -87,7 +87,9 @@ def run(
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     from rmcore.integrations.server.connections import bounded
+    from rmcore.integrations.server.open_files import make_room
 
+    make_room(settings)
     app = create_app(engine, settings, model=model, save_state=save_state)
     config = uvicorn.Config(
         app,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +149,26 @@ def test_a_server_that_is_down_leaves_its_groups_unscored_and_says_so(network):
     assert URLS[2] in answer.json()["error"]["message"]
     assert service(net, URLS[0]).peers.members == {"unreachable": 1}
     assert sum(scored(net).values()) == 0
+
+
+def test_an_owner_that_went_without_a_word_is_not_waited_for_for_ever(new_echo_engine):
+    """Its machine is gone, so no connection breaks: here one that takes requests and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        gone = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = ServeSettings(
+            peers=(URLS[0], gone), advertise=URLS[0], time_limit_s=0.1, answer_within_s=0.2, batch_wait_s=0.0
+        )
+        transport = httpx.ASGITransport(create_app(new_echo_engine(), settings), raise_app_exceptions=False)
+        group = next(name for name in itertools.count() if owner(group_key(name, 0), settings.peers) == gone)
+        body = {"group_id": group, "slot": 0, "k": 2, "prompt": "p", "response": "1"}
+
+        async def main() -> httpx.Response:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                return await asyncio.wait_for(client.post("/v1/rendezvous", json=body), 30)
+
+        answer = asyncio.run(main())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert f"belongs to {gone}, which does not answer (ReadTimeout)" in answer.json()["error"]["message"]
 
 
 def test_a_client_tries_until_the_owner_is_back(network, manual_clock):
