@@ -16,8 +16,7 @@ from rmcore._base import lazy, moved
 from rmcore._base.version import __version__
 
 if TYPE_CHECKING:
-    from rmcore import ops
-    from rmcore._base import errors
+    from rmcore import errors, ops
     from rmcore.engine.advantage import grpo_advantages, rloo_advantages
     from rmcore.engine.engine import RewardEngine
     from rmcore.engine.groups import GroupScores
@@ -48,11 +47,11 @@ __all__ = [
 __getattr__, __dir__, _ = lazy.attach(
     __name__,
     {
-        "rmcore._base.errors": (),
         "rmcore.engine.advantage": ("grpo_advantages", "rloo_advantages"),
         "rmcore.engine.engine": ("RewardEngine",),
         "rmcore.engine.groups": ("GroupScores",),
         "rmcore.engine.routing": ("AdaptiveRouter", "BudgetRouter"),
+        "rmcore.errors": (),
         "rmcore.head": ("FrozenHead", "HeadConfig", "SNGPHead"),
         "rmcore.judge": ("ChatJudge",),
         "rmcore.model": ("Backbone", "Preference", "RewardModel"),

@@ -44,6 +44,16 @@ def test_errors_can_be_caught_by_a_public_name():
         rmcore.rloo_advantages(__import__("torch").zeros(2, 3))
 
 
+def test_the_errors_public_module_has_every_class_that_there_is():
+    from rmcore import errors
+    from rmcore._base import errors as defined
+    from rmcore.errors import InputError
+
+    assert InputError is defined.InputError
+    classes = {name for name, value in vars(defined).items() if isinstance(value, type)}
+    assert set(errors.__all__) == classes
+
+
 def test_what_never_was_is_an_ordinary_error():
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'rmcore\.nothing'"):
         importlib.import_module("rmcore.nothing")

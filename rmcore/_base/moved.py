@@ -15,7 +15,6 @@ MODULES = {
     "data": "rmcore.model.data",
     "demo": "rmcore.cli.run_demo",
     "encoding": "rmcore.model.encoding",
-    "errors": "rmcore._base.errors",
     "evaluate": "rmcore.evaluation.statistics",
     "fit": "rmcore.head.fit",
     "groups": "rmcore.engine.groups",
