@@ -32,8 +32,6 @@ from rmcore.model.training_pairs import encode_preferences
 __all__ = ["learning_curve", "main"]
 
 START, STEP = 50, 50
-ONE_A_PROMPT = ("delta_ucb", "thompson")
-"""With two responses a prompt these rank pairs; with more they also choose the pair."""
 
 
 def learning_curve(

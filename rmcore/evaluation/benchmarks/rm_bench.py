@@ -31,6 +31,7 @@ from rmcore.evaluation.benchmarks.item import (
 __all__ = ["BENCHMARK", "DOMAINS", "LEVELS", "STYLES", "levels_of"]
 
 STYLES = ("concise", "detailed plain", "detailed markdown")
+"""Of the right and of the wrong responses, in the order of a file's lists."""
 DOMAINS = {
     "chat": ("chat",),
     "math": ("math",),
@@ -40,7 +41,7 @@ DOMAINS = {
 """Domain → the parts that it is the mean of."""
 LEVELS = ("easy", "normal", "hard")
 _PARTS = tuple(part for parts in DOMAINS.values() for part in parts)
-_CELLS = tuple((i, j) for i in range(3) for j in range(3))
+_CELLS = tuple((i, j) for i in range(len(STYLES)) for j in range(len(STYLES)))
 
 
 def _read(row: Mapping[str, Any], context: Context) -> Item:
