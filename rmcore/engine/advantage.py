@@ -61,7 +61,8 @@ def group_rewards(
     With S_i = Σ_j p̃_ij over the m members that have preferences (ΣS = 0): S_i/m for a leave-one-out baseline (TRL's
     RLOOTrainer), S_i/(m−1) for a group mean without std scaling (GRPOTrainer with scale_rewards="none"). Members
     without a usable pair get NaN, which trainers are told as None. The identity is exact when every pair between the m
-    members has a preference. (..., K, K) → (..., K). ``complete`` as in :func:`rloo_advantages`.
+    members has a preference. (..., K, K) → (..., K). ``complete`` as in :func:`rloo_advantages`. Raises InputError for
+    what is no square, and for another baseline.
     """
     _check_square(preferences)
     if baseline not in ("leave-one-out", "group-mean"):
@@ -158,6 +159,7 @@ def grpo_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 
     """A_i = (r_i − mean) / (std + eps) over the last dimension (arXiv:2402.03300), std unbiased as in TRL.
 
     ``scale_by_std=False`` leaves the division out (Dr. GRPO, arXiv:2503.20783). (..., K) → (..., K); K = 1 gives 0.
+    Raises InputError without a last dimension, or where it is empty.
     """
     if rewards.dim() < 1 or rewards.shape[-1] == 0:
         reject("rewards", f"shape {tuple(rewards.shape)}", "(..., K) with K ≥ 1")

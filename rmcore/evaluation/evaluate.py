@@ -115,7 +115,8 @@ def encode_pairs(
     """Encode labelled pairs; a text that occurs in several of them is encoded once.
 
     With ``critiques``, of each pair those of its first and of its second response, each response is read behind each
-    of its own, in concat mode of one at most (:mod:`rmcore.model.critiques`).
+    of its own, in concat mode of one at most (:mod:`rmcore.model.critiques`). Raises InputError for what is no
+    critique, and for a pair that cannot be encoded, naming it.
     """
     if critiques is not None:
         known = read_critiques(critiques, [(pair.first, pair.second) for pair in pairs])
@@ -311,6 +312,17 @@ def evaluate_pairs(
     """Judge the head, then every score as a router: u, margin -|g|, their rank sum, novelty, the controls, and random.
 
     AUROC is of the head's errors; pairs it gives no preference on (g = 0) are neither and are left out of that one.
+
+    Args:
+        pairs: what the head, the judge and the labels say.
+        fractions: shares of pairs judged, in [0, 1], at which routing is told.
+        replicates: of the bootstrap over prompts; 0 for no intervals.
+        level: of the intervals.
+        bins: of the calibration errors and the reliability curve.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: nothing but ties, or an argument out of its bounds.
     """
     keep = pairs.decided()
     if not keep.any():

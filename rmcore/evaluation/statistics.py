@@ -65,7 +65,7 @@ def correctness(preference: npt.ArrayLike, label: npt.ArrayLike) -> Array:
     """1 where the sign of ``preference`` agrees with the label, 0 where not, 0.5 where it is 0; NaN where it is NaN.
 
     A preference of exactly 0 (identical responses, a judge's tie) leaves the choice to a coin, hence half a point.
-    Labels must be 0 or 1: against a tie nothing is right or wrong.
+    Labels must be 0 or 1, or InputError is raised: against a tie nothing is right or wrong.
     """
     preference = as_vector("preference", preference, missing=True)
     label = as_vector("label", label, length=preference.size)
@@ -105,7 +105,9 @@ def reliability_curve(
 
     Confidence in the preferred response, not P(first), because which response comes first is arbitrary: the curve
     must not change when pairs are swapped. Bounds are Wilson's score interval (Wilson 1927), which stays inside
-    [0, 1] and is honest in small bins; it treats pairs as independent.
+    [0, 1] and is honest in small bins; it treats pairs as independent. ``binning``: as many pairs in each (``mass``),
+    or equal widths of confidence (``width``). Raises InputError for numbers outside [0, 1] and arrays of different
+    lengths.
     """
     probability = as_vector("probability", probability, low=0, high=1)
     label = as_vector("label", label, length=probability.size, low=0, high=1)
@@ -153,7 +155,10 @@ def average_ranks(score: npt.ArrayLike) -> Array:
 
 
 def rank_sum(*scores: npt.ArrayLike) -> Array:
-    """Sum of the average ranks: a score that is high where several scores agree, free of their units."""
+    """Sum of the average ranks: a score that is high where several scores agree, free of their units.
+
+    Raises InputError without a score, and for scores of different lengths.
+    """
     if not scores:
         reject("scores", "none", "at least one score array")
     first = average_ranks(scores[0])
@@ -174,7 +179,7 @@ def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 def auroc(score: npt.ArrayLike, positive: npt.ArrayLike) -> float:
     """P(a positive scores above a negative) + ½·P(they tie): the Mann-Whitney statistic over n₊·n₋, exact.
 
-    NaN with a single class.
+    NaN with a single class. Raises InputError for values of ``positive`` other than 0 and 1, and other lengths.
     """
     score = as_vector("score", score)
     positive = as_vector("positive", positive, length=score.size)
@@ -229,7 +234,7 @@ def uplift_over_random(
 
     Bounds: percentile bootstrap (Efron 1979) over **prompts** drawn with replacement (``cluster`` gives each pair's
     prompt; by default each pair is its own). The same seed draws the same prompts for every score. With a single
-    prompt, or ``replicates=0``, the bounds are NaN.
+    prompt, or ``replicates=0``, the bounds are NaN. Raises InputError for arrays of different lengths.
     """
     score, _, gain = judge_gains(score, correct_head, correct_judge)
     at = as_vector("fractions", fractions, low=0, high=1)

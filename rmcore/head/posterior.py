@@ -119,7 +119,10 @@ class Posterior:
         return gradient, float(total)
 
     def merge(self, other: Posterior) -> None:
-        """Add the data of another posterior (another shard, another rank); ridge and likelihood must agree."""
+        """Add the data of another posterior (another shard, another rank).
+
+        Raises InputError where width, ridge or likelihood differ.
+        """
         for name in ("num_features", "ridge", "likelihood"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

@@ -90,6 +90,9 @@ class Ranks:
         Args:
             group: such as the data-parallel one; None for all.
             patience: see the class.
+
+        Raises:
+            InputError: ``torch.distributed`` is not initialised.
         """
         whole = dist.group.WORLD if group is None else group
         if whole is None:

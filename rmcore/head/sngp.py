@@ -121,7 +121,10 @@ class SNGPHead(nn.Module):
 
     @torch.no_grad()
     def set_length_scale(self, hidden: Tensor) -> float:
-        """ℓ by the median rule over these rows (N, h), times the configured factor; kept and returned."""
+        """ℓ by the median rule over these rows (N, h), times the configured factor; kept and returned.
+
+        Raises InputError where all rows are equal, NonFiniteError where one is NaN or Inf.
+        """
         check_finite(hidden)
         z = self.hidden_to_z(hidden.float(), converged=True)
         try:

@@ -280,6 +280,9 @@ class GroupClient:
         Args:
             query: prompt and response in one text each, special tokens included. A single one waits for its siblings.
             prompts: the prompt each starts with.
+
+        Raises:
+            InputError: something that is no text; otherwise what the other calls raise.
         """
         for name, texts in (("query", query), ("prompts", prompts)):
             for k, text in enumerate(texts):

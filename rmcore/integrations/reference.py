@@ -122,7 +122,8 @@ async def preference_over_reference(
         overlong: what happens to longer ones.
 
     Pairs without a preference (over-long under ``no-reward``, equal when cut) are left out. A prompt without an
-    answer, and one that cannot be scored, lowers ``share``; the latter is logged.
+    answer, and one that cannot be scored, lowers ``share``; the latter is logged. Raises InputError for an engine of a
+    head alone, which scores no texts.
     """
     if engine.model is None:
         reject("engine.model", "a FrozenHead", "a RewardModel to score texts")

@@ -247,6 +247,9 @@ class RewardModel(RewardModelEncoding, RewardModelFitting, RewardModelFiles):
             pairs: g and v (Q,) of something else on the same rows, in the order in which the head gives them: pairs
                 i < j in difference mode, a value a row in concat mode.
             attributes: of a published reward model that scores several, for all rows.
+
+        Raises:
+            InputError: another ``variance`` than the epistemic in concat mode; an unknown ``uncertainty``.
         """
         sizes = torch.tensor([len(group) for group in responses])
         estimator = None if pairs is not None else self.estimator_named(uncertainty)

@@ -196,7 +196,10 @@ class Budget:
                 self._account = _Account(None)
 
     def reserve(self, pairs: int) -> Reservation:
-        """Set aside what ``pairs`` pairs may cost, or as many of them as fit; its ``pairs`` says how many did."""
+        """Set aside what ``pairs`` pairs may cost, or as many of them as fit; its ``pairs`` says how many did.
+
+        Raises InputError unless ``pairs`` is a non-negative integer.
+        """
         if not isinstance(pairs, int) or isinstance(pairs, bool) or pairs < 0:
             reject("pairs", repr(pairs), "a non-negative integer")
         with self._lock:
@@ -207,7 +210,10 @@ class Budget:
             return self._set_aside(granted, granted * rate, self._account)
 
     def shrink(self, reservation: Reservation, pairs: int) -> Reservation:
-        """Give part of one back before anything was asked: a reservation for ``pairs`` of its pairs takes its place."""
+        """Give part of one back before anything was asked: a reservation for ``pairs`` of its pairs takes its place.
+
+        Raises InputError for more pairs than it has, and for a reservation that is not open.
+        """
         with self._lock:
             amount, account = self._close(reservation)
             if not isinstance(pairs, int) or not 0 <= pairs <= reservation.pairs:

@@ -1,4 +1,8 @@
-"""The figures of an evaluation, a router's run and a judge's bill. Each returns a matplotlib Figure, saves if asked."""
+"""The figures of an evaluation, a router's run and a judge's bill. Each returns a matplotlib Figure, saves if asked.
+
+``path`` is a .png to write; ``scores`` names those to draw, at most six. InputError is raised for another ending, and
+for a score that the report does not have; PlotsUnavailableError where matplotlib is not installed.
+"""
 
 from __future__ import annotations
 

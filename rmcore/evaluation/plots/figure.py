@@ -76,7 +76,10 @@ def plot_style() -> Any:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure of a size in inches that needs no display."""
+    """An empty figure of a size in inches that needs no display.
+
+    Raises PlotsUnavailableError where matplotlib is not installed.
+    """
     _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -95,7 +98,10 @@ def _matplotlib() -> Any:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Figure:
-    """Write a PNG at 150 dpi, whole or not at all: readers never see half a file, a failure leaves the old one."""
+    """Write a PNG at 150 dpi, whole or not at all: readers never see half a file, a failure leaves the old one.
+
+    Raises InputError for another ending than .png.
+    """
     path = Path(path)
     if path.suffix.lower() != ".png":
         reject("path", str(path), "a file name ending in .png")

@@ -36,6 +36,10 @@ def plot_routing(history: Sequence[StepRecord], path: str | Path | None = None) 
     Args:
         history: of an :class:`~rmcore.engine.routing.adaptive.AdaptiveRouter`.
         path: a .png to write.
+
+    Raises:
+        InputError: no step, or another ending.
+        PlotsUnavailableError: matplotlib is not installed.
     """
     if not history:
         reject("history", "no steps", "at least one")
@@ -64,6 +68,10 @@ def plot_accounts(accounts: Accounts, path: str | Path | None = None) -> Figure:
     Args:
         accounts: of at least one step.
         path: a .png to write.
+
+    Raises:
+        InputError: no step, or another ending.
+        PlotsUnavailableError: matplotlib is not installed.
     """
     if not accounts.steps:
         reject("accounts", "no steps", "at least one")

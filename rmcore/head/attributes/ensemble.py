@@ -71,19 +71,22 @@ class EnsembleScores:
         return torch.stack(norms).amax(0)
 
     def uncertainty(self, measure: Measure = "gap") -> Tensor:
-        """(N,) :attr:`gap` or :attr:`covariance_norm`."""
+        """(N,) :attr:`gap` or :attr:`covariance_norm`; raises InputError for another measure."""
         if measure not in ("gap", "covariance"):
             reject("measure", repr(measure), "'gap' or 'covariance'")
         return self.gap if measure == "gap" else self.covariance_norm
 
     def penalised(self, penalty: float, measure: Measure = "gap") -> Tensor:
-        """(N,) mean − λ u, whose largest is best-of-n's choice."""
+        """(N,) mean − λ u, whose largest is best-of-n's choice; raises InputError for a negative or infinite λ."""
         if not (math.isfinite(penalty) and penalty >= 0):
             reject("penalty", penalty, "a finite number, at least 0")
         return self.mean - penalty * self.uncertainty(measure)
 
     def kept(self, threshold: float, measure: Measure = "gap") -> Tensor:
-        """(N,) bool: u ≤ threshold. A pair is kept, as in the paper, where both its answers are."""
+        """(N,) bool: u ≤ threshold. A pair is kept, as in the paper, where both its answers are.
+
+        Raises InputError for a threshold of NaN, and for another measure.
+        """
         if math.isnan(threshold):
             reject("threshold", threshold, "a number")
         return self.uncertainty(measure) <= threshold

@@ -22,7 +22,10 @@ class Unreadable:
 
 
 def parse_columns(given: Iterable[str]) -> dict[str, str]:
-    """``["prompt=question", "chosen=good,rejected=bad"]`` as a mapping from rmcore's names to the file's."""
+    """``["prompt=question", "chosen=good,rejected=bad"]`` as a mapping from rmcore's names to the file's.
+
+    Raises InputError for what is no NAME=COLUMN, and for a name that comes twice.
+    """
     found: dict[str, str] = {}
     for pair in (part for text in given for part in text.split(",")):
         name, equals, column = (part.strip() for part in pair.partition("="))

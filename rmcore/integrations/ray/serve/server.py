@@ -158,7 +158,7 @@ class GroupServer:
         """Have all replicas serve a version of the journal's head, those that start later, too.
 
         They change one after the other, soon after this returns; every batch is scored by one version, which its
-        answers name. Before :meth:`start` it is what they start with.
+        answers name. Before :meth:`start` it is what they start with. Raises InputError without a journal.
         """
         if self._journal is None:
             reject("version", version, "none, since there is no journal")
