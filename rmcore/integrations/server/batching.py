@@ -94,8 +94,9 @@ class BatchScorer:
             for no limit; the engine splits large batches by tokens anyhow.
         max_wait_s: how long the first group of a batch waits for company while the backbone is idle.
         max_queue: groups waiting for a batch at most; more are refused with
-        :class:`~rmcore.integrations.server.assembly.BusyError`. max_in_flight: batches under way at most, those
-        included that only wait for the judge. clock: of waits and of the seconds reported; a seam for tests.
+            :class:`~rmcore.integrations.server.members.BusyError`.
+        max_in_flight: batches under way at most, those included that only wait for the judge.
+        clock: of waits and of the seconds reported; a seam for tests.
         observe: called with each batch's groups when it is done, for histograms.
         save_state: called in a thread when a batch is scored, before its answers go out; what it raises is logged.
     """

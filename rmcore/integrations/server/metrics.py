@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -125,6 +125,10 @@ def _batches(service: CountedService) -> Iterator[Metric]:
     yield _counters("rmcore_groups", "Groups by outcome.", "outcome", outcomes)
     yield _counter("rmcore_responses", "Scored responses.", stats.responses)
     yield _counter("rmcore_unscorable_responses", "Those without a preference.", stats.unscorable_responses)
+    engine: Any = scorer.engine
+    if hasattr(engine, "asked_again"):  # whose batches go to other processes
+        calls = {"lost": engine.deaths, "asked_again": engine.asked_again}
+        yield _counters("rmcore_replica_calls", "Batches whose replica died or is slow.", "outcome", calls)
     pairs = {by: stats.pairs[by] for by in ("head", "judge", "judge_failed", "identical", "nobody")}
     yield _counters("rmcore_pairs", "Pairs by who decided them.", "by", pairs)
 

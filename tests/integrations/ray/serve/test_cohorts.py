@@ -18,6 +18,7 @@ from support.json_numbers import Numbers
 from rmcore._base.errors import RmcoreError
 from rmcore.integrations.ray.serve import assembler, entry, presence, replica, server
 from rmcore.integrations.ray.serve.replica import RemoteEngine, Replica
+from rmcore.integrations.server import create_app
 
 
 def member(group, slot, size=3):
@@ -409,6 +410,10 @@ def test_a_batch_that_nobody_answers_goes_to_a_further_replica():
         assert scores[0].preference.tolist() == [[0, -1], [1, 0]]
         await settle()
         assert (len(asked), len(taken_back), remote.asked_again, remote.deaths) == (3, 2, 2, 0)
+        page = create_app(remote).state.service.metrics.page()[0].decode()
+        assert 'rmcore_replica_calls_total{outcome="asked_again"} 2.0' in page
+        assert 'rmcore_replica_calls_total{outcome="lost"} 0.0' in page
+        assert "rmcore_replica_calls" not in create_app(engine).state.service.metrics.page()[0].decode()
 
     go(main)
 
