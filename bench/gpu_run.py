@@ -59,11 +59,12 @@ class Run:
     def step(self, step: Step, tree: Path) -> None:
         """Run one step to its end or its limit, and note what came of it."""
         left = self.ends - time.monotonic()
-        if step.needs in self.out_of_the_running:
-            self.write(step=step.name, skipped=f"{step.needs} failed its smoke test")
-            return
-        if left < 10:
-            self.write(step=step.name, skipped="no time left")
+        skipped = f"{step.needs} failed its smoke test" if step.needs in self.out_of_the_running else ""
+        skipped = skipped or ("no time left" if left < 10 else "")
+        if skipped:
+            self.write(step=step.name, skipped=skipped)
+            if step.disqualifies:  # what was not shown to be right is timed no more than what is wrong
+                self.out_of_the_running.add(step.disqualifies)
             return
         began = time.monotonic()
         rows_before = self.rows.stat().st_size if self.rows.exists() else 0

@@ -155,6 +155,24 @@ def test_a_backend_that_fails_its_smoke_test_is_timed_no_more_and_the_other_is(t
     assert found["score-triton"]["rc"] == 0
 
 
+def test_what_was_not_tried_is_not_timed_either(tmp_path: Path):
+    run = Run(tmp_path, 60)
+    run.step(script("exit(1)", "smoke-cuda", disqualifies="cuda"), tmp_path)
+    run.step(script("pass", "smoke-int8-cuda", needs="cuda", disqualifies="cuda int8"), tmp_path)
+    run.step(script("pass", "score-int8-cuda", needs="cuda int8"), tmp_path)
+    found = [row for row in rows(run) if "skipped" in row]
+    assert [row["step"] for row in found] == ["smoke-int8-cuda", "score-int8-cuda"]
+
+
+def test_a_row_cut_short_by_a_kill_stops_nothing(tmp_path: Path):
+    good = json.dumps({"err_g": 1e-4, "err_v": 1e-3, "finite": True, "bits_repeat": True})
+    cut = good + "\n" + good[:20] + "\n"
+    text = f"import os; open(os.environ['RMCORE_GPU_ROWS'], 'a').write({cut!r})"
+    run = Run(tmp_path, 60)
+    run.step(script(text, "smoke-cuda", disqualifies="cuda"), tmp_path)
+    assert run.out_of_the_running == set()
+
+
 def test_without_time_left_nothing_starts_and_the_rows_say_so(tmp_path: Path):
     run = Run(tmp_path, 5)
     run.step(script("open('ran', 'w')"), tmp_path)
