@@ -26,8 +26,8 @@ Weights: TypeAlias = FeatureMap | HeadWeights | AttributeWeights | Tensor
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "cuda"]
 OPS = ("score", "accumulate", "pair_variance", "power_iteration", "score_attributes")
 
-# Fastest first, by device type. On CPUs the order is measured (bench/results/cpu.json). On GPUs it is by design, not
-# yet by measurement: one launch with grid barriers for small batches, GEMM-shaped kernels for the rest.
+# Fastest first, by device type, as measured (bench/results/cpu.json, gpu-*.json): on GPUs one launch with grid barriers
+# for small batches, GEMM-shaped kernels for the rest (_order).
 _ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _ALL = ("cuda", "triton", "cpu", "torch")
 LATENCY_ROWS = 16
