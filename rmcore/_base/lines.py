@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from rmcore._base.compressed import Members, Zstd
 from rmcore._base.errors import DataError
-from rmcore._base.members import unique_members
+from rmcore._base.json_members import unique_members
 
 __all__ = ["TABLE", "Row", "foreign", "opened", "optional_module", "read_json"]
 

@@ -20,7 +20,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from rmcore._base.errors import reject
-from rmcore._base.members import unique_members
+from rmcore._base.json_members import unique_members
 
 __all__ = [
     "EXTRA_FIELDS",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
-from rmcore._base.members import unique_members
+from rmcore._base.json_members import unique_members
 from rmcore._base.version import __version__
 from rmcore.head.config import HeadConfig
 from rmcore.head.frozen import FrozenHead

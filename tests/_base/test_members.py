@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmcore._base.errors import CheckpointError, RmcoreError
-from rmcore._base.members import DuplicateKeyError, unique_members
+from rmcore._base.json_members import DuplicateKeyError, unique_members
 from rmcore._base.prompt import json_object
 from rmcore.engine.routing.state import read_state
 from rmcore.head.checkpoint import read_config

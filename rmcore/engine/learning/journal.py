@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, InputError
 from rmcore._base.files import atomic_file, digest_file, sync_path
-from rmcore._base.members import unique_members
+from rmcore._base.json_members import unique_members
 from rmcore._base.version import __version__
 
 __all__ = ["Journal", "Version", "Versions"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from rmcore._base.errors import CheckpointError
 from rmcore._base.files import write_atomic
-from rmcore._base.members import unique_members
+from rmcore._base.json_members import unique_members
 from rmcore.engine.routing.routers import Router
 
 __all__ = ["StatefulRouter", "generator_of", "keep_spent", "plain", "read_state", "write_state"]

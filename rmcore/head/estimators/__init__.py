@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from rmcore._base.errors import CheckpointError, InputError, reject
 from rmcore._base.files import atomic_folder, digest_file
-from rmcore._base.members import unique_members
+from rmcore._base.json_members import unique_members
 from rmcore._base.version import __version__
 from rmcore.head.estimators.attributes import URM, URME, AttributeLabels
 from rmcore.head.estimators.combined import SNGPWithURM

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore._base.errors import DataError, InputError, reject
-from rmcore._base.members import DuplicateKeyError, unique_members
+from rmcore._base.json_members import DuplicateKeyError, unique_members
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["Price", "PriceTable", "answering_model", "price_call"]
