@@ -123,7 +123,7 @@ class Writer:
         while True:
             try:
                 if batch:
-                    self._do(database, batch)
+                    self._work_off(database, batch)
                 if going and self._held and time.monotonic() - self._beaten > self._lease_s / 4:
                     database.beat()
                     self._beaten = time.monotonic()
@@ -186,7 +186,7 @@ class Writer:
                 return batch, True
         return batch, False
 
-    def _do(self, database: Database, batch: list[Job]) -> None:
+    def _work_off(self, database: Database, batch: list[Job]) -> None:
         """Look up first, since what is stored needs no lock; then write the rest in one transaction, in order."""
         keys = dict.fromkeys(job.key for job in batch if isinstance(job, (Find, Claim)))
         found = database.find(list(keys), self._reuse) if keys else {}
