@@ -31,7 +31,7 @@ from rmcore.judge.labelling import SoftLabel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Agreement", "LabelReport", "PositionBias", "label_report", "plot_labels"]
+__all__ = ["HumanAgreement", "LabelReport", "PositionBias", "label_report", "plot_labels"]
 
 _BINS = 10
 
@@ -55,7 +55,7 @@ class PositionBias:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class HumanAgreement:
     """Labels held against people's, over the pairs that people decided.
 
     Attributes:
@@ -99,7 +99,7 @@ class LabelReport:
     mean_entropy: float
     refused: dict[str, int]
     position: PositionBias | None
-    agreement: Agreement | None
+    agreement: HumanAgreement | None
     level: float = 0.95
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _position(labels: Sequence[SoftLabel], interval: Any) -> PositionBias | None
 
 def _agreement(
     labels: Sequence[SoftLabel], probability: Array, people: list[float | None], interval: Any, level: float
-) -> Agreement | None:
+) -> HumanAgreement | None:
     rows = [k for k, said in enumerate(people) if said not in (None, 0.5) and not np.isnan(probability[k])]
     if not rows:
         return None
@@ -212,7 +212,7 @@ def _agreement(
         one_order = mean_with_interval(correctness(forward - 0.5, truth[both]), interval([rows[n] for n in both]))
     with np.errstate(divide="ignore"):
         loss = -np.log(np.where(truth == 1, p, 1 - p))
-    return Agreement(
+    return HumanAgreement(
         pairs=len(rows),
         accuracy=mean_with_interval(correctness(p - 0.5, truth), interval(rows)),
         one_order=one_order,
