@@ -16,6 +16,7 @@ MODULES = {
     "demo": "rmcore.cli.run_demo",
     "encoding": "rmcore.model.encoding",
     "evaluate": "rmcore.evaluation.statistics",
+    "evaluation.monitor": "rmcore.evaluation.plots.monitor",
     "fit": "rmcore.head.fit",
     "groups": "rmcore.engine.groups",
     "judge.accept": "rmcore.judge.wrappers.tiers",

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rmcore._base.files import write_atomic
-from rmcore.evaluation.monitor import MONITOR_PREFIX, plot_monitor
 from rmcore.evaluation.plots import PlotsUnavailableError
+from rmcore.evaluation.plots.monitor import MONITOR_PREFIX, plot_monitor
 
 __all__ = ["RewardMonitor"]
 

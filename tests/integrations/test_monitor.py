@@ -12,7 +12,7 @@ import torch
 from rmcore.engine import RewardEngine
 from rmcore.engine.monitor import Agreement, agreement, group_figures, monitored
 from rmcore.engine.routing import AlwaysRoute, NeverRoute
-from rmcore.evaluation.monitor import plot_monitor
+from rmcore.evaluation.plots.monitor import plot_monitor
 from rmcore.integrations.monitor import RewardMonitor
 from rmcore.judge import Pair, Verdict
 from rmcore.judge.base import RULE

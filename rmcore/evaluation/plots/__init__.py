@@ -1,4 +1,4 @@
-"""The figures of an evaluation, a router's run and a judge's bill. Each returns a matplotlib Figure, saves if asked.
+"""The figures of an evaluation, of a run and a judge's bill. Each returns a matplotlib Figure, saves if asked.
 
 ``path`` is a .png to write; ``scores`` names those to draw, at most six. InputError is raised for another ending, and
 for a score that the report does not have; PlotsUnavailableError where matplotlib is not installed.
@@ -7,6 +7,7 @@ for a score that the report does not have; PlotsUnavailableError where matplotli
 from __future__ import annotations
 
 from rmcore.evaluation.plots.figure import PlotsUnavailableError, new_figure, percent_axis, plot_style, save_figure
+from rmcore.evaluation.plots.monitor import plot_monitor
 from rmcore.evaluation.plots.report import (
     plot_accuracy_cost,
     plot_reliability,
@@ -22,6 +23,7 @@ __all__ = [
     "percent_axis",
     "plot_accounts",
     "plot_accuracy_cost",
+    "plot_monitor",
     "plot_reliability",
     "plot_report",
     "plot_risk_coverage",
