@@ -38,6 +38,8 @@ class HeadConfig:
         row_ridge: s of the row posterior (:mod:`rmcore.head.rows`), in units of its prior; None for a head without one.
             Difference mode only: None in concat mode, whose v measures distance by itself.
         order_mean: what is averaged over the two orders of a pair in concat mode, ``logits`` or ``probabilities``.
+
+    Raises InputError for a word that is none of these, a size below 1, and a number that is not finite and positive.
     """
 
     hidden_size: int
@@ -89,7 +91,7 @@ class HeadConfig:
 
     @property
     def resolved_amplitude(self) -> float:
-        """A, with the default filled in."""
+        """``a`` of u = √(1 + a v), with the default filled in."""
         return reference.mean_field_amplitude() if self.amplitude is None else self.amplitude
 
     def to_dict(self) -> dict[str, Any]:

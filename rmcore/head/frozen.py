@@ -59,6 +59,8 @@ class FrozenHead:
         posterior: the posterior fitted with exactly this ``feature_map``, or None for a head that will not learn.
         weights: the serving weights, where already built (loading); otherwise from the posterior.
         rows: the row posterior of the same features, or None: then the head knows no :meth:`novelty`.
+
+    Raises InputError for neither posterior nor weights.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class FrozenHead:
 
     @torch.no_grad()
     def novelty(self, hidden: Tensor, *, backend: Backend = "auto") -> Tensor:
-        """N (R,) float32 in (0, 1] of rows (R, h): how far each is from the training rows (:mod:`rmcore.head.rows`).
+        """How far each row of (R, h) is from the training rows: (R,) float32 in (0, 1] (:mod:`rmcore.head.rows`).
 
         A row that is not finite, or overflows the serving dtype, gets NaN.
 
@@ -216,7 +218,15 @@ class FrozenHead:
 
         The factors are rebuilt before they next serve.
 
-        Raises InputError where the head was saved without its posterior.
+        Args:
+            hidden: (R, h) rows.
+            labels: (N,) in [0, 1]: of rows in concat mode, else of pairs, that the first is the better.
+            pairs: (N, 2) int64 of rows, in difference mode; None in concat mode.
+            sample_weight: (N,) how much each counts; None for all alike.
+
+        Raises:
+            InputError: the head was saved without its posterior, or shapes that do not fit.
+            NonFiniteError: a row is NaN or Inf.
         """
         if self.posterior is None:
             reject("posterior", "none", "a head fitted here or saved with include_posterior=True")
@@ -234,7 +244,7 @@ class FrozenHead:
         *,
         backend: Backend = "auto",
     ) -> RowPosterior | None:
-        """The row posterior after new pairs; None where there is none."""
+        """The row posterior after rows (R, h) of new pairs (N, 2), with weights (N,) or not; None where there is none."""
         if self.rows is None or pairs is None:
             return self.rows
         return self.rows.with_rows(counted_rows(hidden, pairs, sample_weight), backend=backend)

@@ -102,7 +102,7 @@ class RowPosterior:
 
     @torch.no_grad()
     def novelty(self, hidden: Tensor, *, backend: Backend = "auto") -> Tensor:
-        """N (R,) float32 of rows (R, h); a row that is not finite, or overflows, gets NaN."""
+        """``n`` (R,) float32 of rows (R, h); a row that is not finite, or overflows, gets NaN."""
         n = ops.score(hidden, self.weights, backend=backend).variance
         if self.feature_map.features == "linear":
             norm = _squared_norm(self.feature_map, hidden).to(n)

@@ -28,7 +28,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One training pair: ``chosen`` is better than ``rejected`` with probability ``label``."""
+    """One training pair: ``chosen`` is better than ``rejected`` with probability ``label``.
+
+    Nothing is checked before the pair is read: what fits one is told by the fit, which names the pair.
+    """
 
     prompt: Prompt
     chosen: Response

@@ -255,6 +255,13 @@ class BudgetRouter:
     """Routes the highest-scoring pairs of the batch: a ``fraction`` of them (rounded down), or at most ``count``.
 
     Equal scores are taken in the order of the batch.
+
+    Args:
+        fraction: in [0, 1]; exactly one of this and the next is given.
+        count: at least 0.
+        by: the score, such as ``u``, ``margin``, ``rank_sum`` or ``novelty`` (:func:`rank_score`).
+
+    Raises InputError for both or neither, for one out of bounds, and for a score there is not.
     """
 
     fraction: float | None = None
