@@ -139,10 +139,6 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
                 found[name][stream.name].append(figures)
                 runs[name][stream.name].append(kept)
         print(f"seed {seed} done", flush=True)
-    filters = {
-        name: {stream: filter_curves(kept, replicates=replicates) for stream, kept in own.items()}
-        for name, own in runs.items()
-    }
     attributes = _attributes(data, backbone, replicates)
     score = _score_seconds(fitted, states.hidden.flatten(0, 1))
     return {
@@ -167,7 +163,7 @@ def run(data: Path, seeds: int, replicates: int = 1000) -> dict[str, Any]:
                 "score_us": round(1e6 * score[name]),
                 "bytes": _bytes(fitted[name]),
                 "streams": {
-                    stream: {**_over_seeds(values), "filter": filters[name][stream]}
+                    stream: {**_over_seeds(values), "filter": filter_curves(runs[name][stream], replicates=replicates)}
                     for stream, values in found[name].items()
                 },
             }

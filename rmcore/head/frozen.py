@@ -244,7 +244,7 @@ class FrozenHead:
         *,
         backend: Backend = "auto",
     ) -> RowPosterior | None:
-        """The row posterior after rows (R, h) of new pairs (N, 2), with weights (N,) or not; None where there is none."""
+        """The row posterior after rows (R, h) of new pairs (N, 2), with weights (N,); None where there is none."""
         if self.rows is None or pairs is None:
             return self.rows
         return self.rows.with_rows(counted_rows(hidden, pairs, sample_weight), backend=backend)
