@@ -55,7 +55,7 @@ class DisagreementAlarm:
             ``stats()["recent"]["explaining_judge_error"]`` is the e that explains what was seen of late. Where that is
             near 0.5 or above, the head itself is wrong and no setting helps.
         run_length: c, the least expected number of prompts to a false alarm. A larger one delays a true alarm by
-            log(c) over the information in a prompt; the test in ``tests/judge/test_alarm.py`` holds the delays.
+            log(c) over the information in a prompt; ``tests/judge/wrappers/test_disagreement.py`` holds the delays.
         window: prompts over which :meth:`stats` reports recent rates. While disagreement lasts, an alarm is repeated
             after so many prompts, not at every crossing; without a crossing for so many prompts it is over.
         on_alarm: called with each :class:`~rmcore.judge.wrappers.alarm.Alarm`.
