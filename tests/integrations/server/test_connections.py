@@ -57,6 +57,37 @@ def test_a_client_that_writes_before_it_reads_learns_that_its_body_is_too_long(m
         connection.close()
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_the_refusal_comes_before_the_end_of_a_connection_that_is_to_be_closed(make_app, echo_engine, version):
+    """As urllib asks for it, and nginx, which speaks HTTP/1.0 to what is behind it."""
+    head = f"POST /v1/groups HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 8000000\r\n\r\n"
+    with serving(make_app(echo_engine, max_body=100_000), 60) as port:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), 60) as client:
+                client.sendall(head.encode())
+                for _ in range(100):
+                    client.sendall(b" " * 80_000)
+                answer = b""
+                while got := client.recv(65_536):
+                    answer += got
+            assert answer.startswith(b"HTTP/1.1 413")
+            assert b"too_large" in answer
+
+
+def test_what_lingers_does_not_keep_the_server(make_app, echo_engine):
+    head = b"POST /v1/groups HTTP/1.0\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n"
+    begun = time.monotonic()
+    with serving(make_app(echo_engine, max_body=1000), 60) as port:
+        client = socket.create_connection(("127.0.0.1", port), 60)
+        client.sendall(head + b" " * 5000)
+        answer = b""
+        while got := client.recv(65_536):
+            answer += got
+        assert b"too_large" in answer
+    assert time.monotonic() - begun < 30  # it would linger for a minute
+    client.close()
+
+
 def test_a_head_that_does_not_come_is_given_up(make_app, echo_engine):
     with serving(make_app(echo_engine), 0.2) as port:
         for before in (b"", HEAD):
@@ -70,10 +101,12 @@ def test_a_head_that_does_not_come_is_given_up(make_app, echo_engine):
                     assert client.recv(65_536) == b""
 
 
-def test_a_refused_body_does_not_come_for_ever(make_app, echo_engine):
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_refused_body_does_not_come_for_ever(make_app, echo_engine, version):
+    head = f"POST /v1/groups HTTP/{version}\r\nHost: localhost\r\nContent-Length: 1000000000000\r\n\r\n"
     with serving(make_app(echo_engine, max_body=1000), 0.2) as port:
         client = socket.create_connection(("127.0.0.1", port), 60)
-        client.sendall(b"POST /v1/groups HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000000\r\n\r\n")
+        client.sendall(head.encode())
         assert client.recv(65_536).startswith(b"HTTP/1.1 413")
         begun = time.monotonic()
         with suppress(ConnectionError):
