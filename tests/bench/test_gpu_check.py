@@ -121,7 +121,7 @@ except KeyboardInterrupt:
     assert row["rc"] == 124
     child = int((tmp_path / "child").read_text())
     state = Path(f"/proc/{child}/stat")
-    for _ in range(200):
+    for _ in range(3000):
         if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             break
         time.sleep(0.01)

@@ -143,7 +143,7 @@ def test_a_hang_is_a_timeout_and_tried_again(replay, make_judge):
     verdict, requests = replay(make_judge, [Fault(delay_s=30)], timeout_s=0.3)
     assert (verdict.preference, requests) == (1, 2)
     verdict, requests = replay(
-        make_judge, lambda _: Fault(delay_s=30), timeout_s=0.2, retry=RetryPolicy(max_attempts=2)
+        make_judge, lambda _: Fault(delay_s=30), timeout_s=0.5, retry=RetryPolicy(max_attempts=2)
     )
     assert (verdict.reason, requests) == ("timeout", 2)
 

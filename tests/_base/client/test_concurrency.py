@@ -184,7 +184,8 @@ def test_places_are_never_lost_or_doubled_whatever_is_cancelled(virtual, ceiling
         state = concurrency.state
         assert (state.in_flight, state.queued) == (0, 0)
         assert 1 <= state.limit <= ceiling
-        assert state.peak_in_flight == most <= ceiling
+        # A place that was given in the moment its caller was cancelled counts, and nobody was in it.
+        assert most <= state.peak_in_flight <= ceiling
         for task in tasks:
             assert task.cancelled() or task.exception() is None
 

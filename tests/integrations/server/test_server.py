@@ -9,6 +9,7 @@ import random
 import re
 import socket
 import time
+from collections import Counter
 
 import httpx
 import pytest
@@ -33,11 +34,10 @@ def single(response, prompt="<s>ask</s>", end="<|im_end|>"):
 
 
 async def until(condition):
-    for _ in range(2000):
-        if condition():
-            return
+    limit = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
         await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
 
 
 # -- /v1/groups ------------------------------------------------------------------------------------------------------
@@ -733,7 +733,7 @@ def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, seed)
     engine = new_echo_engine()
     app = create_app(engine, ServeSettings(group_size=3, time_limit_s=2.0, batch_wait_s=0.0, batch_groups=4))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    kinds = []
+    kinds, hung_up = [], Counter()
 
     async def main():
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -747,6 +747,7 @@ def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, seed)
                         await asyncio.sleep(0)
                     lost.cancel()
                     await asyncio.wait({lost})
+                    hung_up[str(body.get("prompts"))] += 1
                 return (await client.post(path, json=body)).json()
 
             async def whole(name, texts):
@@ -778,6 +779,9 @@ def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, seed)
     assembly = app.state.service.assembly
     assert assembly.waiting == assembly.open_groups == 0
     assert assembly.stats.partial_groups == assembly.stats.late_members == 0
-    # Assembled groups are scored once, however often their members call.
-    assert assembly.stats.groups == kinds.count("joined") + kinds.count("by_content")
+    # Assembled groups are scored once, however often their members call; but where nothing names a member, and all of a
+    # group's callers hung up once it was scored, their second calls are a group again.
+    known = kinds.count("joined") + kinds.count("by_content")
+    again = sum(calls == 3 for prompt, calls in hung_up.items() if prompt != "None")
+    assert known <= assembly.stats.groups <= known + again
     assert len(engine.scored) - assembly.stats.groups >= kinds.count("whole")

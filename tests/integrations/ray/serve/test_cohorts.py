@@ -175,7 +175,7 @@ def test_a_member_known_by_its_text_whose_entry_died_is_not_two_members(cluster_
         engine = Numbers()
         cluster = cluster_of(engine, assemblers=1)
         known = cluster.place(0).assembler
-        known.presence = presence.Presence(patience_s=0.1)
+        known.presence = presence.Presence(patience_s=1.0)
         # As the entry's process dies its calls go on: what it had asked is not cancelled.
         orphan = asyncio.create_task(cluster.post(0, "/get_reward", reward("q", 1)))
         await settle()
@@ -197,7 +197,7 @@ def test_what_a_dead_entry_had_under_way_is_given_up(cluster_of):
         engine = Numbers()
         cluster = cluster_of(engine, assemblers=1)
         known = cluster.place(0).assembler
-        known.presence = presence.Presence(patience_s=0.1)
+        known.presence = presence.Presence(patience_s=1.0)
         request = assembler.RawRequest("POST", "/get_reward", b"", HEADERS, json.dumps(reward("q", 1)).encode())
         orphan = asyncio.create_task(known.request("dead", request))
         await settle()
@@ -216,7 +216,7 @@ def test_what_a_dead_entry_was_answered_is_given_again(cluster_of):
         engine = Numbers()
         cluster = cluster_of(engine, assemblers=1, nemo_gym=True)
         known = cluster.place(0).assembler
-        known.presence = presence.Presence(patience_s=0.1)
+        known.presence = presence.Presence(patience_s=1.0)
         for path, bodies in (
             ("/get_reward", [reward("q", n) for n in (1, 2, 6)]),
             ("/verify", [rollout(f"{n} x") for n in (1, 2, 6)]),
@@ -251,16 +251,17 @@ def test_a_member_sent_again_to_an_assembler_that_was_only_out_of_reach_is_not_t
 
             async def answered(scope, body):
                 reply = await answer(scope, body)
+                known._answer = answer
                 process.out_of_reach()
                 return reply
 
             known._answer = answered
             posts.append(asyncio.create_task(cluster.post(1, "/get_reward", reward("q", 6))))
-            await settle()
-            known._answer = answer
         else:
             process.out_of_reach()
-            await asyncio.sleep(0.15)  # all are there again
+            while sum(one.resent for one in cluster.entries) < 2:
+                await asyncio.sleep(0.001)
+            await settle()
             posts.append(asyncio.create_task(cluster.post(1, "/get_reward", reward("q", 6))))
         done = await asyncio.gather(*posts)
         assert [reply["rewards"][0] for _, reply in done] == pytest.approx([-5 / 3, -5 / 3, 10 / 3])
