@@ -173,7 +173,8 @@ def _score_once(
         out.fill_(float("nan"))
         ops.score(hidden, copies[0], backend=backend, out=out)
         same &= torch.equal(out, first)
-    facts["bits_repeat"] = same
+    if probe.repeats:  # of none, as under a profiler, nobody knows
+        facts["bits_repeat"] = same
     if timed:
         spare = torch.empty(4, rows, device=device)
         calls = [partial(ops.score, hidden, copy, backend=backend, out=spare) for copy in copies]

@@ -85,8 +85,7 @@ STEPS = (
     ("score", "--rows", "1", "--dtype", "int8"),
     ("score", "--rows", "9"),
     ("other",),
-    ("forms", "--rows", "1", "--forms", "streamed", "tail"),
-    ("tiles",),
+    ("forms", "--rows", "1", "--forms", "streamed"),
     ("self_check",),
 )
 
@@ -120,6 +119,16 @@ def test_the_steps_of_the_probe_on_a_card_of_another_name(gpu, tmp_path, monkeyp
     monkeypatch.setattr(self_check, "_run", lambda *_: pytest.fail("what was proven is checked again"))
     monkeypatch.setenv("RMCORE_SELF_CHECK", "1")
     assert self_check.refusal("triton", "score", DEVICE) is None
+
+
+def test_a_profiler_s_single_call_says_nothing_of_bits(gpu, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert gpu_probe.main(["smoke", "--size", "96", "--repeats", "0", "--rows", "1", "--out", str(out)]) == 0
+    rows = gpu_report.read_rows(out)
+    assert len(rows) == 2
+    assert all(row["finite"] and "bits_repeat" not in row for row in rows)
+    environment = {"name": "NVIDIA H200", "versions": {}, "commit": "abc"}
+    assert gpu_report.findings(environment, rows) == []
 
 
 def test_an_unknown_card_checks_its_kernels_and_uses_them(gpu, monkeypatch):
