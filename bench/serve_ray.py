@@ -176,6 +176,8 @@ def run(soak: Soak, which: str) -> tuple[dict[str, Any], Outcome]:
         outcome = asyncio.run(drive(url, pool, soak, course.goes_on))
         happening.join(_PATIENCE_S)
         told = _metrics(url)
+        # A replica that Serve has let go of ends a moment later, on a busy machine a long one.
+        _until(lambda: len(processes("Replica")) == server.scale_now.replicas, _PATIENCE_S)
         left = len(processes("Replica"))
         began = time.perf_counter()
         server.drain()
