@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_numbers
 
 __all__ = [
     "RetryPolicy",
@@ -56,13 +56,11 @@ class RetryPolicy:
     max_retry_after_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            reject("max_attempts", self.max_attempts, "at least 1")
-        if not 0 <= self.jitter <= 1:
-            reject("jitter", self.jitter, "a fraction in [0, 1]")
-        for name in ("base_s", "max_backoff_s", "max_retry_after_s"):
-            if not getattr(self, name) >= 0:
-                reject(name, getattr(self, name), "seconds, at least 0")
+        check_numbers(self, COUNT, "max_attempts", expected="at least 1")
+        check_numbers(self, Within(least=0, most=1), "jitter", expected="a fraction in [0, 1]")
+        check_numbers(self, Within(least=0), "base_s", "max_backoff_s", expected="seconds, at least 0")
+        patient = Within(least=0, finite=False)  # inf: as long as it asks for
+        check_numbers(self, patient, "max_retry_after_s", expected="seconds, at least 0, or inf")
 
 
 def should_retry(status: int, code: str = "") -> bool:

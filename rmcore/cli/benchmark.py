@@ -21,6 +21,7 @@ from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import notes, print_markdown, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
 from rmcore.cli.model_checks import check_options
+from rmcore.cli.numbers import number
 from rmcore.cli.output import check_file
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def benchmark(
     variance: options.Variance = None,
     routing: Routing,
     replicates: Annotated[
-        int, typer.Option(help="Bootstrap replicates, clustered by prompt; 0 for no intervals.")
+        int, number(help="Bootstrap replicates, clustered by prompt; 0 for no intervals.", least=0)
     ] = 1000,
     overwrite: options.Overwrite = False,
     asking: options.Asking,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rmcore._base.errors import reject
+from rmcore.cli.numbers import number
 
 if TYPE_CHECKING:
     from rmcore.cli.benchmark_tables import Wanted
@@ -54,10 +55,10 @@ class Routing:
         ),
     ] = None
     judge_params: Annotated[
-        float | None, typer.Option(help="Accuracy at equal FLOP: the judge's parameters, as in 32e9.")
+        float | None, number(help="Accuracy at equal FLOP: the judge's parameters, as in 32e9.", least=0)
     ] = None
     model_params: Annotated[
-        float | None, typer.Option(help="The model's parameters; default: those of its backbone.")
+        float | None, number(help="The model's parameters; default: those of its backbone.", least=0)
     ] = None
     judge_price: Annotated[
         str | None,
@@ -65,9 +66,9 @@ class Routing:
             help="Accuracy at equal money: the judge's prices of a million prompt and completion tokens, 2.5,10."
         ),
     ] = None
-    model_price: Annotated[float, typer.Option(help="Price of a million tokens that the model reads.")] = 0.0
+    model_price: Annotated[float, number(help="Price of a million tokens that the model reads.", least=0)] = 0.0
     judge_answer_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer of the judge, where it reports none.", min=0)
+        int, number(help="Tokens of an answer of the judge, where it reports none.", least=0)
     ] = 256
 
     @property

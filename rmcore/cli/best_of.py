@@ -10,6 +10,7 @@ import typer
 
 from rmcore._base.errors import reject
 from rmcore.cli.console import notes
+from rmcore.cli.numbers import number
 from rmcore.cli.output import Run
 from rmcore.cli.score import with_scoring
 
@@ -24,7 +25,7 @@ __all__ = ["best_of_command", "filter_command"]
 @with_scoring
 def best_of_command(
     load: Callable[..., Run],
-    penalty: Annotated[float, typer.Option(help="c: choose by mean preference minus c times uncertainty.")] = 0.0,
+    penalty: Annotated[float, number(help="c: choose by mean preference minus c times uncertainty.", least=0)] = 0.0,
     ties: Annotated[
         Literal["first", "shortest", "longest"], typer.Option(help="Which of equally good ones.")
     ] = "first",
@@ -63,20 +64,20 @@ def best_of_command(
 @with_scoring
 def filter_command(
     load: Callable[..., Run],
-    max_u: Annotated[float | None, typer.Option(help="Highest uncertainty kept; u is at least 1.")] = None,
+    max_u: Annotated[float | None, number(help="Highest uncertainty kept; u is at least 1.", least=1)] = None,
     max_gap: Annotated[
         float | None,
-        typer.Option(help="Instead, of --uncertainty urme: largest gap kept between its heads' rewards."),
+        number(help="Instead, of --uncertainty urme: largest gap kept between its heads' rewards.", least=0),
     ] = None,
     max_covariance: Annotated[
         float | None,
-        typer.Option(help="Instead, of --uncertainty urme: largest norm kept of its heads' covariances."),
+        number(help="Instead, of --uncertainty urme: largest norm kept of its heads' covariances.", least=0),
     ] = None,
     by: Annotated[
         Literal["response", "group"],
         typer.Option(help="response: drop single responses; group: drop groups whose mean is higher."),
     ] = "response",
-    min_responses: Annotated[int, typer.Option(help="A group left with fewer is dropped whole.")] = 2,
+    min_responses: Annotated[int, number(help="A group left with fewer is dropped whole.", least=1)] = 2,
 ) -> None:
     """Drop what the reward model is unsure of, one JSON line a group that stays: input for another command.
 

@@ -13,6 +13,7 @@ from rmcore.cli import options
 from rmcore.cli.checks import check_device
 from rmcore.cli.console import notes, print_markdown, reported_errors
 from rmcore.cli.model_checks import check_options
+from rmcore.cli.numbers import number
 
 __all__ = ["check"]
 
@@ -23,9 +24,9 @@ def check(
         str | None,
         typer.Argument(help="Preferences to score: a file, - or hf://org/name:split; default: a few made up."),
     ] = None,
-    most: Annotated[int, typer.Option(help="Most preferences to take.", min=1)] = 64,
+    most: Annotated[int, number(help="Most preferences to take.", least=1)] = 64,
     tolerance: Annotated[
-        float | None, typer.Option(help="Allowed difference of scores; default: rounding of the model's dtype.")
+        float | None, number(help="Allowed difference of scores; default: rounding of the model's dtype.", least=0)
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,

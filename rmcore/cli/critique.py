@@ -16,6 +16,8 @@ from rmcore.cli import options
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
 from rmcore.cli.critique_rows import FAILURES, Done, RowParts, parts_of, rows_behind, written
+from rmcore.cli.files import file_read
+from rmcore.cli.numbers import number
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
 from rmcore.cli.records import Chain, model_identity, settings_digest
 
@@ -35,7 +37,7 @@ class Critics:
     """Who writes them, besides an endpoint (``--judge-url``)."""
 
     from_store: Annotated[
-        Path | None, typer.Option(help="Take what is written in this verdict store, of judges and critics; no call.")
+        Path | None, file_read(help="Take what is written in this verdict store, of judges and critics; no call.")
     ] = None
     generate: Annotated[
         str | None,
@@ -44,21 +46,19 @@ class Critics:
             "CLoud's or rmcore's."
         ),
     ] = None
-    samples: Annotated[int, typer.Option(help="Critiques a response.", min=1)] = 1
-    max_chars: Annotated[int, typer.Option(help="Longest critique, in characters; more is cut and counted.", min=1)] = (
-        4096
-    )
+    samples: Annotated[int, number(help="Critiques a response.", least=1)] = 1
+    max_chars: Annotated[int, number(help="Longest critique, in characters; more is cut and counted.", least=1)] = 4096
     temperature: Annotated[
-        float | None, typer.Option(help="Of sampling; default: the endpoint's, 0.7 with --generate.", min=0)
+        float | None, number(help="Of sampling; default: the endpoint's, 0.7 with --generate.", least=0)
     ] = None
     max_tokens_generated: Annotated[
         int,
-        typer.Option(help="Longest critique in tokens with --generate (of an endpoint: --judge-max-tokens).", min=1),
+        number(help="Longest critique in tokens with --generate (of an endpoint: --judge-max-tokens).", least=1),
     ] = 256
     drop_junk: Annotated[
         bool, typer.Option("--drop-junk", help="Leave out critiques that are empty, a few words, a loop or an echo.")
     ] = False
-    seed: Annotated[int, typer.Option(help="Of sampling with --generate.")] = 0
+    seed: Annotated[int, number(help="Of sampling with --generate.", least=0)] = 0
 
 
 @dataclass(frozen=True)

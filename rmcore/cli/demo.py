@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rmcore.cli.console import reported_errors, results_console
+from rmcore.cli.numbers import number
 
 __all__ = ["demo"]
 
@@ -17,7 +18,7 @@ def demo(
         Path | None, typer.Option(help="Folder of preference data; default: RMCORE_DATA, else examples.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and plots.")] = Path("rmcore-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the features and the mixed streams.")] = 0,
+    seed: Annotated[int, number(help="Seed of the features and the mixed streams.", least=0)] = 0,
     full: Annotated[
         bool,
         typer.Option("--full", help="Read all of the data folder's pairs, and whole: minutes, not one, on two cores."),

@@ -15,8 +15,10 @@ from rmcore._base.files import write_atomic
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_folder
 from rmcore.cli.console import encoding_progress, notes, print_markdown, progress_bar, reported_errors
+from rmcore.cli.files import file_read
 from rmcore.cli.load_model import load_model
 from rmcore.cli.model_checks import check_options
+from rmcore.cli.numbers import number
 from rmcore.cli.output import check_file
 
 if TYPE_CHECKING:
@@ -41,13 +43,21 @@ def evaluate(
     model: options.Model,
     preferences: Annotated[str, typer.Argument(help="Held-out preferences: a file, - or hf://org/name:split.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and a plot.")] = None,
-    train_data: Annotated[Path | None, typer.Option("--train", help="Training preferences, for one control.")] = None,
-    replicates: Annotated[int, typer.Option(help="Bootstrap replicates, clustered by prompt.")] = 1000,
+    train_data: Annotated[
+        Path | None, file_read("--train", help="Training preferences, for one control.", rows=True)
+    ] = None,
+    replicates: Annotated[int, number(help="Bootstrap replicates, clustered by prompt.", least=1)] = 1000,
     alpha: Annotated[
         float | None,
-        typer.Option(help="Error rate allowed among the pairs left to the head: prints the threshold that holds it."),
+        number(
+            help="Error rate allowed among the pairs left to the head: prints the threshold that holds it.",
+            above=0,
+            below=1,
+        ),
     ] = None,
-    delta: Annotated[float, typer.Option(help="With --alpha: how often a calibration may fail to hold it.")] = 0.1,
+    delta: Annotated[
+        float, number(help="With --alpha: how often a calibration may fail to hold it.", above=0, below=1)
+    ] = 0.1,
     risk_method: Annotated[
         Literal["fixed-sequence", "conformal"], typer.Option(help="With --alpha: which guarantee.")
     ] = "fixed-sequence",

@@ -10,6 +10,7 @@ import typer
 from rmcore.cli import options
 from rmcore.cli.checks import check_device, check_model_folder
 from rmcore.cli.console import notes, reported_errors
+from rmcore.cli.numbers import number
 
 __all__ = ["export"]
 
@@ -17,7 +18,7 @@ __all__ = ["export"]
 def export(
     model: Annotated[str, typer.Argument(help="A folder written by rmcore train --attributes, or a hub name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
-    member: Annotated[int | None, typer.Option(help="Which head of an ensemble, from 0.")] = None,
+    member: Annotated[int | None, number(help="Which head of an ensemble, from 0.", least=0)] = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:

@@ -17,6 +17,8 @@ from rmcore.cli import options
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.checks import check_folder
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
+from rmcore.cli.files import file_read
+from rmcore.cli.numbers import number
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
 
 if TYPE_CHECKING:
@@ -51,9 +53,9 @@ class Labelling:
         bool, typer.Option(help="Have the judge compare in words first; without, its label is its first thought.")
     ] = True
     constitution: Annotated[
-        Path | None, typer.Option(help="Text file with a principle a line, to judge by; each pair draws a few.")
+        Path | None, file_read(help="Text file with a principle a line, to judge by; each pair draws a few.")
     ] = None
-    principles: Annotated[int, typer.Option(help="How many principles of --constitution a pair is judged by.")] = 1
+    principles: Annotated[int, number(help="How many principles of --constitution a pair is judged by.", least=1)] = 1
     hard: Annotated[
         Literal["keep", "refuse"],
         typer.Option(help="With soft labels: what to do with verdicts of which no probability can be had."),
@@ -61,7 +63,7 @@ class Labelling:
     one_order: Annotated[
         Literal["keep", "refuse"], typer.Option(help="What to do with pairs of which one order failed.")
     ] = "refuse"
-    seed: Annotated[int, typer.Option(help="Of the principles drawn.")] = 0
+    seed: Annotated[int, number(help="Of the principles drawn.", least=0)] = 0
 
 
 @options.with_options
@@ -76,7 +78,7 @@ def label(
     ],
     out: Annotated[str, typer.Option("--out", "-o", help="Where preferences go; - for stdout.")] = "-",
     human: Annotated[
-        str | None, typer.Option(help="Preferences of people: pairs that are among them count for agreement.")
+        str | None, file_read(help="Preferences of people: pairs that are among them count for agreement.", rows=True)
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for labels.json, and labels.png if people's are given.")

@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from rmcore.cli.files import file_read
+from rmcore.cli.numbers import number
+
 T = TypeVar("T")
 
 Model = Annotated[str, typer.Argument(help="A folder written by rmcore train or upgrade, or a hub name.")]
@@ -35,7 +38,12 @@ NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep no encoded texts for later runs, and use none (folder: RMCORE_CACHE).")
 ]
 MaxLength = Annotated[
-    int | None, typer.Option(help="Most tokens a text may have; default: what the model was saved with.")
+    int | None,
+    number(
+        help="Most tokens a text may have; default: what the model was saved with.",
+        least=1,
+        expected="a positive number of tokens",
+    ),
 ]
 # Choices are written out here, not imported, so that --help does not wait for torch; mypy and a test hold them to the
 # types of the library's functions.
@@ -73,15 +81,18 @@ Critiques = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
 
-Threshold = Annotated[float | None, typer.Option(help="Route pairs whose score exceeds this.")]
-BudgetFraction = Annotated[float | None, typer.Option(help="Route this fraction of the pairs of each batch.")]
-JudgeFraction = Annotated[
-    float | None, typer.Option(help="Route this fraction of all pairs by a threshold that follows their scores.")
+Threshold = Annotated[float | None, number(help="Route pairs whose score exceeds this.")]
+BudgetFraction = Annotated[
+    float | None, number(help="Route this fraction of the pairs of each batch.", least=0, most=1)
 ]
-MaxCalls = Annotated[int | None, typer.Option(help="Never more judge calls; rmcore score: with --judge-fraction.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Never more judge tokens; rmcore score: with --judge-fraction.")]
+JudgeFraction = Annotated[
+    float | None,
+    number(help="Route this fraction of all pairs by a threshold that follows their scores.", least=0, most=1),
+]
+MaxCalls = Annotated[int | None, number(help="Never more judge calls; rmcore score: with --judge-fraction.", least=0)]
+MaxTokens = Annotated[int | None, number(help="Never more judge tokens; rmcore score: with --judge-fraction.", least=0)]
 MaxCost = Annotated[
-    float | None, typer.Option(help="With --prices: never more money; rmcore score: with --judge-fraction.")
+    float | None, number(help="With --prices: never more money; rmcore score: with --judge-fraction.", least=0)
 ]
 RouterState = Annotated[
     Path | None, typer.Option(help="With --judge-fraction: file to continue from, if there, and to save to.")
@@ -105,11 +116,11 @@ JudgeOrders = Annotated[Literal["both", "one"], typer.Option(help="Ask both orde
 JudgeSoft = Annotated[bool, typer.Option(help="Read soft verdicts from the judge's token probabilities.")]
 JudgeMinMass = Annotated[
     float,
-    typer.Option(
+    number(
         help="Of soft verdicts: probability of the verdict's words together below which one counts for less, and is no "
         "label; 0 for never.",
-        min=0,
-        max=1,
+        least=0,
+        most=1,
     ),
 ]
 JudgeOutput = Annotated[
@@ -119,21 +130,22 @@ JudgeOutput = Annotated[
         "(response_format), in text after all where the endpoint refuses that."
     ),
 ]
-JudgeTemplate = Annotated[Path | None, typer.Option(help="Text file with the question's template.")]
+JudgeTemplate = Annotated[Path | None, file_read(help="Text file with the question's template.")]
 JudgeMaxTokens = Annotated[
-    int, typer.Option(help="Longest answer in tokens, reasoning included; 0 leaves it to the endpoint.", min=0)
+    int, number(help="Longest answer in tokens, reasoning included; 0 leaves it to the endpoint.", least=0)
 ]
 JudgeContext = Annotated[
     int | None,
-    typer.Option(
+    number(
         help="Tokens that the judge's model takes, question and answer together: longer pairs are cut in the middle. "
-        "Default: what the server says."
+        "Default: what the server says.",
+        least=1,
     ),
 ]
-JudgeTimeout = Annotated[float, typer.Option(help="Seconds for one request and its whole reply.")]
-JudgeConcurrency = Annotated[int, typer.Option(help="Requests in flight at most; it begins low and grows.")]
-JudgeRetries = Annotated[int, typer.Option(help="How often a request that failed is tried again.", min=0)]
-JudgeMaxReply = Annotated[int, typer.Option(help="Bytes of a reply; longer ones are dropped.")]
+JudgeTimeout = Annotated[float, number(help="Seconds for one request and its whole reply.", above=0)]
+JudgeConcurrency = Annotated[int, number(help="Requests in flight at most; it begins low and grows.", least=1)]
+JudgeRetries = Annotated[int, number(help="How often a request that failed is tried again.", least=0)]
+JudgeMaxReply = Annotated[int, number(help="Bytes of a reply; longer ones are dropped.", least=1)]
 Reuse = Annotated[
     Literal["replies", "verdicts"],
     typer.Option(help="What of --store answers again: all replies, or those with a verdict only."),
@@ -146,12 +158,12 @@ AskAgain = Annotated[
     ),
 ]
 JudgeDeadline = Annotated[
-    float | None, typer.Option(help="Seconds from the start of a batch after which verdicts are of no use.")
+    float | None, number(help="Seconds from the start of a batch after which verdicts are of no use.", above=0)
 ]
 JudgeRpm = Annotated[
-    int | None, typer.Option(help="Requests a minute at most; with a --store in PostgreSQL over all its processes.")
+    int | None, number(help="Requests a minute at most; with a --store in PostgreSQL over all its processes.", least=1)
 ]
-JudgeTpm = Annotated[int | None, typer.Option(help="Tokens a minute at most; likewise.")]
+JudgeTpm = Annotated[int | None, number(help="Tokens a minute at most; likewise.", least=1)]
 Run = Annotated[
     str | None,
     typer.Option(
@@ -166,8 +178,8 @@ Store = Annotated[
         "postgresql://[user@]host[:port]/database (password: PGPASSWORD or pgpass).",
     ),
 ]
-Prices = Annotated[Path | None, typer.Option(help="JSON price table of the judge's models, for costs.")]
-Verdicts = Annotated[Path | None, typer.Option(help="Replay recorded verdicts (JSONL) instead of asking.")]
+Prices = Annotated[Path | None, file_read(help="JSON price table of the judge's models, for costs.")]
+Verdicts = Annotated[Path | None, file_read(help="Replay recorded verdicts (JSONL) instead of asking.")]
 
 
 def store_file(store: str | None) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from rmcore.cli.console import reported_errors
+from rmcore.cli.numbers import number
 
 __all__ = ["plan"]
 
@@ -18,25 +19,31 @@ def plan(
     mode: Annotated[
         Literal["difference", "concat"], typer.Option(help="Two texts a pair, or both orders of both responses.")
     ] = "difference",
-    gpus: Annotated[int, typer.Option(help="How many.")] = 1,
+    gpus: Annotated[int, number(help="How many.", least=1)] = 1,
     strategy: Annotated[
         Literal["ddp", "fsdp", "zero3"], typer.Option(help="The model whole on each, or sharded over them.")
     ] = "ddp",
-    batch: Annotated[int, typer.Option(help="Pairs of one forward pass on a GPU.")] = 4,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt, about.")] = 256,
-    response: Annotated[int, typer.Option(help="Tokens of a response, about.")] = 384,
-    pairs: Annotated[int, typer.Option(help="Pairs of an epoch.")] = 80_000,
-    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 1.0,
+    batch: Annotated[int, number(help="Pairs of one forward pass on a GPU.", least=1)] = 4,
+    prompt: Annotated[int, number(help="Tokens of a prompt, about.", least=1)] = 256,
+    response: Annotated[int, number(help="Tokens of a response, about.", least=1)] = 384,
+    pairs: Annotated[int, number(help="Pairs of an epoch.", least=1)] = 80_000,
+    epochs: Annotated[float, number(help="Passes over them.", above=0)] = 1.0,
     precision: Annotated[
         Literal["bf16", "fp32"], typer.Option(help="Arithmetic of the forward pass; weights stay in float32.")
     ] = "bf16",
     checkpointing: Annotated[bool, typer.Option(help="Activations are computed again in backward.")] = False,
-    lora: Annotated[int | None, typer.Option(help="Rank of adapters on all linear layers.")] = None,
-    frozen_bytes: Annotated[float, typer.Option(help="Bytes of a weight under adapters: 2, or 0.55 in 4 bits.")] = 2.0,
-    layer_size: Annotated[int, typer.Option(help="Width of the head's spectral-normalised layer; 0 for none.")] = 1024,
-    features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 2048,
-    tflops: Annotated[float, typer.Option(help="Peak of a GPU in that arithmetic: 989 is an H100's in bf16.")] = 989.0,
-    mfu: Annotated[float, typer.Option(help="Share of it that is reached.")] = 0.4,
+    lora: Annotated[int | None, number(help="Rank of adapters on all linear layers.", least=1)] = None,
+    frozen_bytes: Annotated[
+        float, number(help="Bytes of a weight under adapters: 2, or 0.55 in 4 bits.", above=0)
+    ] = 2.0,
+    layer_size: Annotated[
+        int, number(help="Width of the head's spectral-normalised layer; 0 for none.", least=0)
+    ] = 1024,
+    features: Annotated[int, number(help="Random Fourier features D.", least=1)] = 2048,
+    tflops: Annotated[
+        float, number(help="Peak of a GPU in that arithmetic: 989 is an H100's in bf16.", above=0)
+    ] = 989.0,
+    mfu: Annotated[float, number(help="Share of it that is reached.", above=0, most=1)] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, in bytes.")] = False,
 ) -> None:
     """Say what training takes: parameters, memory of each GPU, FLOP, and hours at a stated share of the peak.

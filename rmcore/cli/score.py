@@ -19,6 +19,7 @@ from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.checks import check_readable, check_writable
 from rmcore.cli.console import count_lines, judge_progress, notes, print_error, progress_bar, reported_errors
 from rmcore.cli.model_checks import check_options
+from rmcore.cli.numbers import number
 from rmcore.cli.output import Line, Output, Run, check_apart, check_file, opened_output
 from rmcore.cli.records import Chain, run_digest
 from rmcore.cli.resumed import groups_behind
@@ -52,7 +53,7 @@ def _scoring(
     critiques: options.Critiques = False,
     judging: options.Judging,
     doubting: options.Doubting,
-    batch: Annotated[int, typer.Option(help="Groups scored, routed and written together.")] = 64,
+    batch: Annotated[int, number(help="Groups scored, routed and written together.", least=1)] = 64,
     design: Annotated[
         str, typer.Option(help="Pairs of a group to compare: all, circular, regular:4 or swiss:3. For large groups.")
     ] = "all",
@@ -70,9 +71,9 @@ def _scoring(
         str | None,
         typer.Option(metavar="ADDRESS", help="Score on a Ray cluster: auto, its address, or local for this machine."),
     ] = None,
-    ray_actors: Annotated[int, typer.Option(help="With --ray: models loaded, each in an actor.", min=1)] = 1,
-    ray_gpus: Annotated[float, typer.Option(help="With --ray: GPUs of an actor; 0.5 puts two on one.", min=0)] = 0.0,
-    ray_cpus: Annotated[float, typer.Option(help="With --ray: CPUs of an actor.", min=0)] = 1.0,
+    ray_actors: Annotated[int, number(help="With --ray: models loaded, each in an actor.", least=1)] = 1,
+    ray_gpus: Annotated[float, number(help="With --ray: GPUs of an actor; 0.5 puts two on one.", least=0)] = 0.0,
+    ray_cpus: Annotated[float, number(help="With --ray: CPUs of an actor.", least=0)] = 1.0,
 ) -> Callable[..., None]:
     """Make the engine the options name; what comes back is a :data:`Run` that takes the command's own options too."""
     from rmcore.engine.accounts import Accounts

@@ -12,6 +12,7 @@ from rmcore.cli.checks import Kept, check_device
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
 from rmcore.cli.load_model import load_model
 from rmcore.cli.model_checks import check_options
+from rmcore.cli.numbers import number
 from rmcore.cli.output import check_file, opened_output
 
 __all__ = ["select"]
@@ -24,13 +25,13 @@ def select(
     groups: Annotated[
         str, typer.Argument(help="Prompts with two responses or more: a file, - or hf://org/name:split.")
     ],
-    count: Annotated[int, typer.Option(help="How many pairs to choose.", min=1)],
+    count: Annotated[int, number(help="How many pairs to choose.", least=1)],
     by: Annotated[
         Literal["bald", "d_optimality", "margin", "coreset", "delta_ucb", "thompson", "random"],
         typer.Option(help="What makes a pair worth a label; delta_ucb and thompson choose one a prompt."),
     ] = "bald",
-    beta: Annotated[float, typer.Option(help="Of delta_ucb: how many standard deviations count.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of random, thompson, and coreset's first pair.")] = 0,
+    beta: Annotated[float, number(help="Of delta_ucb: how many standard deviations count.", least=0)] = 1.0,
+    seed: Annotated[int, number(help="Of random, thompson, and coreset's first pair.", least=0)] = 0,
     out: Annotated[str, typer.Option("--out", "-o", help="File for the pairs, one JSON line each; - is stdout.")] = "-",
     columns: options.Columns = None,
     overwrite: options.Overwrite = False,

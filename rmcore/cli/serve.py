@@ -13,6 +13,7 @@ from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.build_engine import close_engine, make_engine
 from rmcore.cli.console import notes, reported_errors
+from rmcore.cli.numbers import number
 from rmcore.cli.serve_options import GymOptions, OpenRLHFOptions, PeerOptions, ServeJudging, ServeLimits, serve_settings
 from rmcore.cli.serve_ray import ServingOnRay, serve_on_ray
 
@@ -26,7 +27,7 @@ def serve(
     *,
     model: options.Model,
     host: Annotated[str, typer.Option(help="Where to listen; other than loopback needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8400,
+    port: Annotated[int, number(help="0 takes a free one.", least=0, most=65_535)] = 8400,
     token_env: Annotated[
         str, typer.Option(help="Environment variable with the bearer token clients must send, if it is set.")
     ] = _TOKEN_VARIABLE,

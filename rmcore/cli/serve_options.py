@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rmcore.cli import options
+from rmcore.cli.numbers import number
 
 if TYPE_CHECKING:
     from rmcore.integrations.server.settings import ServeSettings
@@ -30,7 +31,7 @@ class OpenRLHFOptions:
     """What OpenRLHF's calls do not say."""
 
     group_size: Annotated[
-        int | None, typer.Option(help="K of OpenRLHF's groups (n_samples_per_prompt); needed for its single calls.")
+        int | None, number(help="K of OpenRLHF's groups (n_samples_per_prompt); needed for its single calls.", least=2)
     ] = None
     baseline: Annotated[
         Literal["leave-one-out", "group-mean"],
@@ -38,9 +39,10 @@ class OpenRLHFOptions:
     ] = "leave-one-out"
     reliability_tau: Annotated[
         float | None,
-        typer.Option(
+        number(
             help="OpenRLHF's rewards give back advantages times 1/(1 + variance/τ): those the head leaves open "
-            "count less. Difference mode."
+            "count less. Difference mode.",
+            above=0,
         ),
     ] = None
     prompt_prefix: Annotated[str, typer.Option(help="Taken off OpenRLHF's prompts: the chat template's start.")] = ""
@@ -54,15 +56,15 @@ class OpenRLHFOptions:
 class ServeLimits:
     """Times, places and sizes."""
 
-    time_limit: Annotated[float, typer.Option(help="Seconds a group waits for its members.")] = 120.0
-    drain: Annotated[float, typer.Option(help="After SIGTERM: seconds open groups may wait for members.")] = 20.0
-    batch: Annotated[int, typer.Option(help="Groups scored together at most.")] = 64
-    batch_wait: Annotated[float, typer.Option(help="Seconds an idle server waits for company.")] = 0.004
-    max_queue: Annotated[int, typer.Option(help="Groups that may wait for a batch.")] = 1024
-    max_members: Annotated[int, typer.Option(help="Single responses that may wait for their siblings.")] = 8192
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20
-    max_responses: Annotated[int, typer.Option(help="Responses in a group.")] = 64
-    max_chars: Annotated[int, typer.Option(help="Characters of a prompt or a response.")] = 200_000
+    time_limit: Annotated[float, number(help="Seconds a group waits for its members.", above=0)] = 120.0
+    drain: Annotated[float, number(help="After SIGTERM: seconds open groups may wait for members.", least=0)] = 20.0
+    batch: Annotated[int, number(help="Groups scored together at most.", least=1)] = 64
+    batch_wait: Annotated[float, number(help="Seconds an idle server waits for company.", least=0)] = 0.004
+    max_queue: Annotated[int, number(help="Groups that may wait for a batch.", least=1)] = 1024
+    max_members: Annotated[int, number(help="Single responses that may wait for their siblings.", least=1)] = 8192
+    max_body: Annotated[int, number(help="Bytes of a request.", least=1)] = 16 * 2**20
+    max_responses: Annotated[int, number(help="Responses in a group.", least=1)] = 64
+    max_chars: Annotated[int, number(help="Characters of a prompt or a response.", least=1)] = 200_000
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rmcore._base.errors import reject
 from rmcore.cli.build_engine import check_key, check_routing
 from rmcore.cli.console import notes
 from rmcore.cli.judge_options import reject_unused
+from rmcore.cli.numbers import number
 from rmcore.cli.on_ray import asks_a_judge, batch_routing, check_settings, engine_of, ray_errors, shared_judge, tell
 from rmcore.cli.options import Judging
 
@@ -48,15 +49,15 @@ class ServingOnRay:
     ] = "1"
     ray_assemblers: Annotated[
         int,
-        typer.Option(
+        number(
             help="With --ray: processes in which groups come together, fixed while it serves. Of three any two may die "
             "at once.",
-            min=1,
+            least=1,
         ),
     ] = 3
-    ray_entries: Annotated[int, typer.Option(help="With --ray: processes that let requests in.", min=1)] = 2
-    ray_gpus: Annotated[float, typer.Option(help="With --ray: GPUs of a replica; 0.5 puts two on one.", min=0)] = 0.0
-    ray_cpus: Annotated[float, typer.Option(help="With --ray: CPUs of a replica.", min=0)] = 1.0
+    ray_entries: Annotated[int, number(help="With --ray: processes that let requests in.", least=1)] = 2
+    ray_gpus: Annotated[float, number(help="With --ray: GPUs of a replica; 0.5 puts two on one.", least=0)] = 0.0
+    ray_cpus: Annotated[float, number(help="With --ray: CPUs of a replica.", least=0)] = 1.0
 
     def check(self) -> None:
         """Raise InputError for options that mean nothing without --ray."""

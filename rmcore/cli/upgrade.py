@@ -12,6 +12,7 @@ from rmcore._base.errors import reject
 from rmcore.cli import options
 from rmcore.cli.checks import Kept, check_device, check_model_folder, save_or_say
 from rmcore.cli.console import encoding_progress, notes, progress_bar, reported_errors
+from rmcore.cli.numbers import number
 from rmcore.cli.ranks import check_count, part_of, started_ranks, totals
 from rmcore.cli.train.options import Chat, Dtype, Overlong, dtype_named
 
@@ -25,9 +26,11 @@ def upgrade(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
     family: Annotated[str | None, typer.Option(help="Its family; default: what its files say.")] = None,
-    ridge: Annotated[float, typer.Option(help="Prior precision of its last layer.")] = 1.0,
+    ridge: Annotated[float, number(help="Prior precision of its last layer.", above=0)] = 1.0,
     dtype: Dtype = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None,
+    max_length: Annotated[
+        int | None, number(help="Most tokens a text may have.", least=1, expected="a positive number of tokens")
+    ] = None,
     overlong: Overlong = "error",
     chat: Chat = "auto",
     embed_backbone: Annotated[bool, typer.Option(help="Store the model's weights in the folder too.")] = False,

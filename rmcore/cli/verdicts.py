@@ -22,6 +22,8 @@ from rmcore._base.errors import InputError
 from rmcore._base.prompt import message_text, response_text
 from rmcore.cli import options
 from rmcore.cli.console import print_error, progress_bar, reported_errors, results_console
+from rmcore.cli.files import file_read
+from rmcore.cli.numbers import number
 from rmcore.cli.output import check_file, opened_output
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ app = typer.Typer(no_args_is_help=True, help="Read a verdict store: show calls, 
 
 Store = Annotated[str, typer.Argument(help="A verdict store, as given to a judge: a file, or postgresql://…")]
 Prices = Annotated[
-    Path | None, typer.Option(help="JSON price table: tokens are priced by it, not by what was known at the time.")
+    Path | None, file_read(help="JSON price table: tokens are priced by it, not by what was known at the time.")
 ]
 Model = Annotated[str | None, typer.Option(help="Only this model.")]
 
@@ -49,7 +51,7 @@ def show(
     ] = None,
     model: Model = None,
     reason: Annotated[str | None, typer.Option(help="Only calls with this reason, such as refusal.")] = None,
-    limit: Annotated[int, typer.Option(help="The latest so many.")] = 20,
+    limit: Annotated[int, number(help="The latest so many.", least=1)] = 20,
 ) -> None:
     """Show the latest calls as a table, or everything about one call or pair.
 
@@ -85,7 +87,7 @@ def export(
     ties: Annotated[bool, typer.Option(help="Also ties.")] = False,
     one_order: Annotated[bool, typer.Option(help="Also pairs with a verdict in one order only.")] = True,
     canaries: Annotated[bool, typer.Option(help="Also pairs made up to test the judge.")] = False,
-    min_preference: Annotated[float, typer.Option(help="Least strength of preference, 0 to 1.")] = 0.0,
+    min_preference: Annotated[float, number(help="Least strength of preference, 0 to 1.", least=0, most=1)] = 0.0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Export preferences as JSON Lines that TRL and `rmcore train` read: prompt, chosen, rejected, and what is known.
@@ -144,7 +146,7 @@ def stats(
 @app.command()
 def quality(
     stores: Annotated[list[str], typer.Argument(help="Verdict stores; those of several judges together.")],
-    replicates: Annotated[int, typer.Option(help="Bootstrap replicates, over pairs.", min=0)] = 200,
+    replicates: Annotated[int, number(help="Bootstrap replicates, over pairs.", least=0)] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Measure judges without knowing the answers: both orders, their own repetitions, and each other.

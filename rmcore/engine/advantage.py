@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.ops import reference
 
 __all__ = [
@@ -119,8 +119,8 @@ def reliability_weights(variance: Tensor, tau: float) -> Tensor:
 
 def check_tau(tau: float, name: str = "tau") -> None:
     """Raise InputError, by ``name``, for a τ that :func:`reliability_weights` would refuse."""
-    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not (math.isfinite(tau) and tau > 0):
-        reject(name, repr(tau), "a positive finite number: the variance at which an advantage counts half")
+    expected = "a positive finite number: the variance at which an advantage counts half"
+    check_number(name, tau, Within(above=0), expected)
 
 
 def reliable_advantages(advantages: Tensor, variance: Tensor, tau: float, *, centred: bool = False) -> Tensor:

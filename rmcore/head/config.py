@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, SEED, Within, check_numbers
 from rmcore.ops import reference
 from rmcore.ops.pair_layout import PairMode
 from rmcore.ops.reference import Activation, Likelihood, OrderMean
@@ -76,16 +76,11 @@ class HeadConfig:
             object.__setattr__(self, "num_features", self.layer_size or self.hidden_size)
         if self.mode == "concat":
             object.__setattr__(self, "row_ridge", None)
-        for name in ("hidden_size", "num_features", "layer_size"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, float) or value < 1):
-                reject(name, value, "a positive integer")
-        for name in ("norm_bound", "kernel_scale", "length_scale", "length_scale_factor", "ridge", "row_ridge"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                reject(name, value, "a positive finite number")
-        if self.amplitude is not None and not (math.isfinite(self.amplitude) and self.amplitude >= 0):
-            reject("amplitude", self.amplitude, "a non-negative finite number or None")
+        check_numbers(self, COUNT, "hidden_size", "num_features", "layer_size", expected="a positive integer")
+        scales = ("norm_bound", "kernel_scale", "length_scale", "length_scale_factor", "ridge", "row_ridge")
+        check_numbers(self, Within(above=0), *scales, expected="a positive finite number")
+        check_numbers(self, Within(least=0), "amplitude", expected="a non-negative finite number or None")
+        check_numbers(self, SEED, "seed")
         if self.layer_size is None and (self.activation != "none" or self.layernorm):
             reject("activation, layernorm", (self.activation, self.layernorm), "none, False where layer_size is None")
 

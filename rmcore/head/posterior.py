@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rmcore import ops
 from rmcore._base.errors import FactorizationError, NonFiniteError, reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.head.ranks import Ranks
 from rmcore.ops import reference
 from rmcore.ops.dispatch import Backend
@@ -40,10 +41,8 @@ class Posterior:
         likelihood: Likelihood = "logistic",
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_features < 1:
-            reject("num_features", num_features, "at least 1")
-        if not (math.isfinite(ridge) and ridge > 0):
-            reject("ridge", ridge, "a positive finite number")
+        check_number("num_features", num_features, COUNT, "at least 1")
+        check_number("ridge", ridge, Within(above=0), "a positive finite number")
         if likelihood not in ("logistic", "gaussian"):
             reject("likelihood", repr(likelihood), "'logistic' or 'gaussian'")
         self.num_features = num_features

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_numbers
 from rmcore.model.template_date import parse_date
 from rmcore.model.text import OverlongPolicy, PairTemplate
 
@@ -78,8 +78,8 @@ class BackboneConfig:
             reject("layer", self.layer, "a layer from 1 of a base model, or None")
         if not isinstance(self.split_special_tokens, bool):
             reject("split_special_tokens", repr(self.split_special_tokens)[:80], "true or false")
-        if not math.isfinite(self.length_feature):
-            reject("length_feature", self.length_feature, "a finite number")
+        check_numbers(self, Within(), "length_feature")
+        check_numbers(self, COUNT, "layer", "max_length")
         if self.date is not None:
             parse_date(self.date)
 

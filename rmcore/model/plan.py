@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore._base.numbers import COUNT, Within, check_numbers
 
 __all__ = ["Plan", "PlanConfig", "Strategy", "plan_training"]
 
@@ -69,14 +70,9 @@ class PlanConfig:
     mfu: float = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "prompt", "response", "pairs", "epochs", "batch", "features", "peak_tflops", "mfu"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                reject(name, value, "a positive number")
-        for name in ("lora", "layer_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                reject(name, value, "at least 1, or None")
+        named = ("gpus", "prompt", "response", "pairs", "epochs", "batch", "features", "peak_tflops", "mfu")
+        check_numbers(self, Within(above=0), *named, "frozen_bytes", expected="a positive number")
+        check_numbers(self, COUNT, "lora", "layer_size", expected="at least 1, or None")
         if self.mfu > 1:
             reject("mfu", self.mfu, "a share of the peak, at most 1")
         if self.strategy not in ("ddp", "fsdp", "zero3"):

@@ -172,7 +172,7 @@ def test_filter_wants_one_measure_that_the_model_tells(files, further):
             ("--max-gap", 1, "--uncertainty", "ensemble"),
             "measure: got 'gap', expected what the engine's uncertainty tells: u",
         ),
-        (("--max-covariance", -1), "max_uncertainty: got -1"),
+        (("--max-covariance", -1), "--max-covariance: got -1"),
     ):
         refused = call("filter", further, files / "groups.jsonl", *more)
         assert refused.exit_code == 2, (more, refused.stderr)

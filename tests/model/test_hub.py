@@ -267,6 +267,7 @@ def with_code(backbone_path: Path, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.usefixtures("remote_code")
 def test_code_beside_a_backbone_runs_only_where_asked_for(
     with_code: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +275,6 @@ def test_code_beside_a_backbone_runs_only_where_asked_for(
         raise AssertionError("a question on stdin")
 
     monkeypatch.setattr("builtins.input", nobody_is_asked)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     Backbone.from_pretrained(str(with_code("bert")), device="cpu")  # transformers has that one itself
     folder = with_code("bert_own")
     with pytest.raises(CheckpointError, match="trust_remote_code"):

@@ -6,6 +6,8 @@ transformers is imported by the fixtures: every process of a run reads this file
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +74,26 @@ def classifier_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertForSequenceClassification(_config()).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where transformers keeps copies of code that comes with a model, for one test alone.
+
+    It puts the folder at the end of ``sys.path``, and what the copies import of each other is looked for along that
+    path: a folder of an earlier test's that is still there would be asked first.
+    """
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    others = [place for place in sys.path if place and (Path(place) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in others])
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    yield tmp_path / "modules"
+    forget()
 
 
 def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

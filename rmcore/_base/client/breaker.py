@@ -31,6 +31,7 @@ from typing import Literal
 from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_numbers
 
 __all__ = ["DEFAULT_BREAKER", "BreakerPolicy", "BreakerState", "CircuitBreaker", "Permit"]
 
@@ -54,12 +55,11 @@ class BreakerPolicy:
     patience_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.failures, int) or isinstance(self.failures, bool) or self.failures < 1:
-            reject("failures", repr(self.failures), "a positive integer")
+        check_numbers(self, COUNT, "failures", expected="a positive integer")
+        check_numbers(self, Within(above=0), "max_cooldown_s", expected="seconds above 0")
         if not 0 < self.cooldown_s <= self.max_cooldown_s:
             reject("cooldown_s", self.cooldown_s, f"seconds above 0 and at most max_cooldown_s={self.max_cooldown_s}")
-        if not self.patience_s >= 0:
-            reject("patience_s", self.patience_s, "seconds, at least 0")
+        check_numbers(self, Within(least=0), "patience_s", expected="seconds, at least 0")
 
 
 DEFAULT_BREAKER = BreakerPolicy()

@@ -29,6 +29,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from rmcore._base.client.queue import Waiter, WaitQueue
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore._base.retry import sent_at_s, time_told_s
 
 __all__ = ["Admission", "Limits", "LimitsState", "RateLimits", "Reservation", "Used", "held_by"]
@@ -133,12 +134,10 @@ class RateLimits:
         clock: Clock | None = None,
     ) -> None:
         for name, value in (("requests_per_minute", requests_per_minute), ("tokens_per_minute", tokens_per_minute)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                reject(name, repr(value), "a positive integer, or None")
-        if not max_hold_s >= 0:
-            reject("max_hold_s", max_hold_s, "seconds, at least 0")
-        if not 0 < window_s < math.inf:
-            reject("window_s", window_s, "seconds above 0")
+            if value is not None:
+                check_number(name, value, COUNT, "a positive integer, or None")
+        check_number("max_hold_s", max_hold_s, Within(least=0), "seconds, at least 0")
+        check_number("window_s", window_s, Within(above=0), "seconds above 0")
         self.requests_per_minute = requests_per_minute
         self.tokens_per_minute = tokens_per_minute
         self._max_hold = max_hold_s

@@ -10,6 +10,7 @@ from rmcore._base.client.breaker import DEFAULT_BREAKER, BreakerPolicy
 from rmcore._base.client.limits import Limits
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import JudgeError
+from rmcore._base.numbers import COUNT, Within
 from rmcore._base.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -65,9 +66,12 @@ class ClientOptions:
         units = {"concurrency": "requests", "first_concurrency": "requests", "timeout_s": "seconds"}
         for name, unit in (units | {"max_reply_bytes": "bytes"}).items():
             value = getattr(self, name)
-            whole = name == "timeout_s" or isinstance(value, int)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not whole or not value > 0:
-                raise JudgeError(f"{name}: got {value!r}, expected a positive number of {unit}")
+            if value not in Within(whole=unit != "seconds", above=0):
+                raise JudgeError(f"{name}: got {value!r:.40}, expected a positive number of {unit}")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            if value is not None and value not in COUNT:
+                raise JudgeError(f"{name}: got {value!r:.40}, expected a positive integer, or None")
         for name, value, kind in (
             ("retry", self.retry, RetryPolicy),
             ("limits", self.limits, Limits),

@@ -12,6 +12,8 @@ from rmcore._base.errors import reject
 from rmcore.cli.benchmark_options import numbers_of
 from rmcore.cli.checks import Kept, save_or_say
 from rmcore.cli.console import progress_bar
+from rmcore.cli.files import file_read
+from rmcore.cli.numbers import number
 from rmcore.cli.train.options import HeadOptions
 
 if TYPE_CHECKING:
@@ -37,13 +39,15 @@ class AttributeOptions:
     ] = None
     pairs: Annotated[
         str | None,
-        typer.Option(help="With --attributes: preferences for the gate and the head. Default: made of the labels."),
+        file_read(
+            help="With --attributes: preferences for the gate and the head. Default: made of the labels.", rows=True
+        ),
     ] = None
     prefer: Annotated[
         str | None,
         typer.Option(help="Without --pairs: the attribute that says which response is preferred; default: the first."),
     ] = None
-    members: Annotated[int, typer.Option(help="With --attributes: heads; several are URME.", min=1)] = 1
+    members: Annotated[int, number(help="With --attributes: heads; several are URME.", least=1)] = 1
     objective: Annotated[
         Literal["mle", "regression"],
         typer.Option(help="With --attributes: mle keeps σ, the reparametrised regression learns means alone."),
@@ -58,7 +62,7 @@ class AttributeOptions:
             help="With --attributes: fixed weights, or where the gate starts, as in 0.3,0.74,0.46,0.47,-0.33."
         ),
     ] = None
-    steps: Annotated[int, typer.Option(help="With --attributes: optimiser steps of each stage.", min=1)] = 1000
+    steps: Annotated[int, number(help="With --attributes: optimiser steps of each stage.", least=1)] = 1000
     label_range: Annotated[
         str | None,
         typer.Option(help="With --attributes: labels outside are errors, as in 1,5. HelpSteer2's attributes have 0,4."),

@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from rmcore._base.errors import InputError, reject
+from rmcore.cli.files import check_named_file
 
 __all__ = ["RunSettings", "read_config", "run_settings"]
 
@@ -53,9 +54,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
+        check_named_file("--config", path)
         values = _yaml(path)
     except InputError as error:
-        raise typer.BadParameter(str(error)) from error
+        typer.echo(f"rmcore: {error}", err=True)
+        raise typer.Exit(2) from error
     options = {p.name for p in context.command.params}
     own = {key.replace("-", "_"): value for key, value in values.items()}
     context.default_map = {**(context.default_map or {}), **{k: v for k, v in own.items() if k in options}}

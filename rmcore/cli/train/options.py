@@ -9,6 +9,8 @@ import typer
 
 from rmcore._base.errors import reject
 from rmcore.cli import options
+from rmcore.cli.files import file_read
+from rmcore.cli.numbers import number
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +54,11 @@ class BackboneOptions:
     pooling: Annotated[Literal["last", "mean", "first"], typer.Option(help="Which token's state, or their mean.")] = (
         "last"
     )
-    layer: Annotated[int | None, typer.Option(help="Pool this layer's output and skip the later ones.")] = None
-    length_feature: Annotated[float, typer.Option(help="Weight of a log-length feature, 0 for none.")] = 0.0
-    max_length: Annotated[int | None, typer.Option(help="Most tokens a text may have.")] = None
+    layer: Annotated[int | None, number(help="Pool this layer's output and skip the later ones.", least=1)] = None
+    length_feature: Annotated[float, number(help="Weight of a log-length feature, 0 for none.")] = 0.0
+    max_length: Annotated[
+        int | None, number(help="Most tokens a text may have.", least=1, expected="a positive number of tokens")
+    ] = None
     overlong: Overlong = "error"
     chat: Chat = "auto"
     device: options.Device = None
@@ -90,16 +94,16 @@ class HeadOptions:
     mode: Annotated[Literal["difference", "concat"], typer.Option(help="A row a response, or a row a pair.")] = (
         "difference"
     )
-    features: Annotated[int, typer.Option(help="Random Fourier features D.")] = 1024
-    layer_size: Annotated[int | None, typer.Option(help="Width of a spectral-normalised layer.")] = None
-    ridge: Annotated[float, typer.Option(help="Prior precision of β.")] = 1.0
-    kernel_scale: Annotated[float, typer.Option(help="κ; 3 suits difference mode.")] = 3.0
-    length_scale_factor: Annotated[float, typer.Option(help="ℓ as a multiple of the median distance.")] = 2.0
+    features: Annotated[int, number(help="Random Fourier features D.", least=1)] = 1024
+    layer_size: Annotated[int | None, number(help="Width of a spectral-normalised layer.", least=1)] = None
+    ridge: Annotated[float, number(help="Prior precision of β.", above=0)] = 1.0
+    kernel_scale: Annotated[float, number(help="κ; 3 suits difference mode.", above=0)] = 3.0
+    length_scale_factor: Annotated[float, number(help="ℓ as a multiple of the median distance.", above=0)] = 2.0
     likelihood: Annotated[
         Literal["logistic", "gaussian"], typer.Option(help="Posterior; gaussian as in the published code.")
     ] = "logistic"
     dtype: Dtype = None
-    seed: Annotated[int, typer.Option(help="Seed of the features.")] = 0
+    seed: Annotated[int, number(help="Seed of the features.", least=0)] = 0
 
     def config(self, hidden_size: int = 1) -> HeadConfig:
         """The head's configuration; of width 1 it is enough to check all else. Raises InputError."""
@@ -127,17 +131,17 @@ class HeadOptions:
 class RecipeOptions:
     """What is done besides a fit of the head, and with which further data."""
 
-    epochs: Annotated[int, typer.Option(help="AdamW epochs over the layer first; needs --layer-size.")] = 0
+    epochs: Annotated[int, number(help="AdamW epochs over the layer first; needs --layer-size.", least=0)] = 0
     finetune_epochs: Annotated[
-        int, typer.Option(help="Epochs over backbone and head first, on transformers' Trainer; stores both.")
+        int, number(help="Epochs over backbone and head first, on transformers' Trainer; stores both.", least=0)
     ] = 0
-    lr_backbone: Annotated[float, typer.Option(help="Learning rate of the backbone.")] = 2e-5
+    lr_backbone: Annotated[float, number(help="Learning rate of the backbone.", above=0)] = 2e-5
     calibrate: Annotated[
-        str | None, typer.Option(help="Held-out preferences: fit the amplitude a of u = √(1 + a v) on them.")
+        str | None, file_read(help="Held-out preferences: fit the amplitude a of u = √(1 + a v) on them.", rows=True)
     ] = None
     critiques: options.Critiques = False
     ai_labels: Annotated[
-        str | None, typer.Option(help="Preferences of a judge (rmcore label), to learn from besides.")
+        str | None, file_read(help="Preferences of a judge (rmcore label), to learn from besides.", rows=True)
     ] = None
     ai_weight: Annotated[
         str,

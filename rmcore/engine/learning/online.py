@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_numbers
 from rmcore.engine.learning.judged import JudgedPairs
 from rmcore.head.fit import Belief, check_data, newton
 from rmcore.head.frozen import FrozenHead
@@ -58,17 +59,12 @@ class LearningConfig:
     max_passes: int = 12
 
     def __post_init__(self) -> None:
-        checks = {
-            "judge_weight": (0 < self.judge_weight < math.inf, "a positive finite number"),
-            "flip_weight": (0 <= self.flip_weight <= 1, "a number in [0, 1]"),
-            "epsilon": (0 <= self.epsilon < 0.5, "a probability below 0.5"),
-            "max_share": (self.max_share > 0, "a positive number"),
-            "max_shift": (self.max_shift > 0, "a positive number"),
-            "max_passes": (self.max_passes >= 1, "at least 1"),
-        }
-        for name, (fits, expected) in checks.items():
-            if not fits:
-                reject(name, getattr(self, name), expected)
+        check_numbers(self, Within(above=0), "judge_weight", expected="a positive finite number")
+        check_numbers(self, Within(least=0, most=1), "flip_weight", expected="a number in [0, 1]")
+        check_numbers(self, Within(least=0, below=0.5), "epsilon", expected="a probability below 0.5")
+        unbounded = Within(above=0, finite=False)
+        check_numbers(self, unbounded, "max_share", "max_shift", expected="a positive number, or inf")
+        check_numbers(self, COUNT, "max_passes", expected="a whole number, at least 1")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.engine.routing.budget import Budget
 from rmcore.engine.routing.drift import Drift, StepLog, StepRecord
 from rmcore.engine.routing.pacing import Pace
@@ -382,13 +383,11 @@ def _values(tensor: Tensor) -> Floats:
 
 
 def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        reject(name, repr(value), "a number in [0, 1]")
+    check_number(name, value, Within(least=0, most=1), "a number in [0, 1]")
 
 
 def _check_count(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        reject(name, repr(value), f"an integer, {low} or more")
+    check_number(name, value, Within(whole=True, least=low), f"an integer, {low} or more")
 
 
 def _check_budgets(budget: object) -> tuple[Budget, ...]:

@@ -36,6 +36,7 @@ from typing import Any, Literal, TypeAlias
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within
 from rmcore.engine.routing.pair_cost import FIRST_ESTIMATE, PairCost
 from rmcore.engine.routing.recent import SlidingSum
 from rmcore.engine.routing.routers import Reservation
@@ -411,7 +412,7 @@ class Budget:
 
     def _grains(self, name: str, value: object, low: int) -> int:
         kind = "number" if self.unit == "cost" else "whole number"
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = value in Within()
         grains = round(value * self._scale) if number else -1  # type: ignore[operator]
         if grains < low or (self.unit != "cost" and grains != value):
             reject(name, repr(value), f"a finite {kind}, {'positive' if low else 'not negative'}")

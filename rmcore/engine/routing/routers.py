@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 
 if TYPE_CHECKING:
     from rmcore.judge.base import JudgeUsage
@@ -367,8 +368,8 @@ def _check_budget(fraction: float | None, count: int | None) -> None:
         reject("fraction, count", (fraction, count), "exactly one of them")
     if fraction is not None and not 0 <= fraction <= 1:
         reject("fraction", fraction, "a number in [0, 1]")
-    if count is not None and count < 0:
-        reject("count", count, "a non-negative number of pairs")
+    if count is not None:
+        check_number("count", count, Within(whole=True, least=0), "a non-negative number of pairs")
 
 
 def _budget(fraction: float | None, count: int | None, pairs: int) -> int:

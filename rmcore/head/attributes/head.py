@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, check_numbers
 from rmcore.head.attributes.gating import GateConfig, GatingNetwork
 from rmcore.head.attributes.losses import quantile_levels
 from rmcore.head.attributes.scores import AttributeScores
@@ -49,8 +50,7 @@ class AttributeConfig:
     gate: GateConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.hidden_size < 1:
-            reject("hidden_size", self.hidden_size, "a positive whole number")
+        check_numbers(self, COUNT, "hidden_size", "quantiles", expected="a positive whole number")
         if not self.names or len(set(self.names)) != len(self.names) or not all(self.names):
             reject("names", list(self.names), "at least one name, each once")
         if self.spread not in ("normal", "quantiles"):

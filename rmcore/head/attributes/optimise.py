@@ -10,7 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rmcore._base.errors import NonFiniteError, reject
+from rmcore._base.errors import NonFiniteError
+from rmcore._base.numbers import COUNT, SEED, Within, check_numbers
 from rmcore.head.adam import Adam, cosine_rate
 
 __all__ = ["FitOptions", "Steps", "finite_loss", "seeded_dropout", "split_rows", "train"]
@@ -48,18 +49,13 @@ class FitOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                reject(name, getattr(self, name), "a positive whole number")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            reject("lr", self.lr, "a positive finite number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            reject("weight_decay", self.weight_decay, "a finite number, at least 0")
-        for name in ("spread_prior", "mean_prior"):
-            if not getattr(self, name) > 0:
-                reject(name, getattr(self, name), "a positive number, or inf")
-        if not 0 <= self.holdout < 1:
-            reject("holdout", self.holdout, "a number in [0, 1)")
+        check_numbers(self, COUNT, "steps", "batch_size", expected="a positive whole number")
+        check_numbers(self, Within(above=0), "lr", expected="a positive finite number")
+        check_numbers(self, Within(least=0), "weight_decay")
+        unbounded = Within(above=0, finite=False)
+        check_numbers(self, unbounded, "spread_prior", "mean_prior", expected="a positive number, or inf")
+        check_numbers(self, Within(least=0, below=1), "holdout", expected="a number in [0, 1)")
+        check_numbers(self, SEED, "seed")
 
 
 def train(

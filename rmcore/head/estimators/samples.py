@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, SEED, Within, check_numbers
 from rmcore.head.adam import Adam
 from rmcore.head.estimators.protocol import PairEstimate, row_differences, row_sums
 from rmcore.head.estimators.tensors import read_tensors, write_tensors
@@ -150,17 +151,13 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                reject(name, getattr(self, name), "at least 1")
+        check_numbers(self, COUNT, "epochs", "batch_size", expected="at least 1")
+        check_numbers(self, SEED, "seed")
         if any(width < 1 for width in self.layers):
             reject("layers", self.layers, "positive widths")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            reject("learning_rate", self.learning_rate, "a positive finite number")
-        if not (math.isfinite(self.anchor) and self.anchor >= 0):
-            reject("anchor", self.anchor, "a finite number from 0")
-        if not 0 <= self.dropout < 1:
-            reject("dropout", self.dropout, "a share in [0, 1)")
+        check_numbers(self, Within(above=0), "learning_rate", expected="a positive finite number")
+        check_numbers(self, Within(least=0), "anchor", expected="a finite number from 0")
+        check_numbers(self, Within(least=0, below=1), "dropout", expected="a share in [0, 1)")
 
 
 def train_networks(hidden: Tensor, labels: Tensor, pairs: Tensor, members: int, how: Training) -> RewardNetworks:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rmcore._base.errors import DataError
+from rmcore._base.numbers import COUNT, Within, check_numbers
 from rmcore.engine.engine import RewardEngine
 from rmcore.integrations.ray.cluster import ray_module
 
@@ -40,6 +41,10 @@ class Pool:
     size: int = 1
     num_gpus: float = 0.0
     num_cpus: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, COUNT, "size")
+        check_numbers(self, Within(least=0), "num_gpus", "num_cpus")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import TypeAlias
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response
 from rmcore.engine.group_score import GroupScore
 from rmcore.integrations.server.members import (
@@ -81,16 +82,11 @@ class GroupAssembly:
         finished: Callable[[OpenGroup], Awaitable[None]] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        if not time_limit_s > 0:
-            reject("time_limit_s", time_limit_s, "seconds above 0")
-        if not keep_s >= 0:
-            reject("keep_s", keep_s, "seconds, at least 0")
-        if not abandon_s >= 0:
-            reject("abandon_s", abandon_s, "seconds, at least 0")
-        if max_members < 1:
-            reject("max_members", max_members, "at least 1")
-        if max_kept < 0:
-            reject("max_kept", max_kept, "at least 0")
+        check_number("time_limit_s", time_limit_s, Within(above=0), "seconds above 0")
+        check_number("keep_s", keep_s, Within(least=0), "seconds, at least 0")
+        check_number("abandon_s", abandon_s, Within(least=0), "seconds, at least 0")
+        check_number("max_members", max_members, COUNT, "at least 1")
+        check_number("max_kept", max_kept, Within(whole=True, least=0), "at least 0")
         self.score = score
         self.time_limit_s = time_limit_s
         self.keep_s = keep_s

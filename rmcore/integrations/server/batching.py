@@ -21,6 +21,7 @@ from typing import Any
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_groups, text_length
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.group_score import GroupScore
@@ -116,12 +117,10 @@ class BatchScorer:
     ) -> None:
         limits = (("max_groups", max_groups), ("max_queue", max_queue), ("max_in_flight", max_in_flight))
         for name, value in limits:
-            if value < 1:
-                reject(name, value, "at least 1")
-        if max_characters is not None and max_characters < 1:
-            reject("max_characters", max_characters, "at least 1, or None")
-        if not max_wait_s >= 0:
-            reject("max_wait_s", max_wait_s, "seconds, at least 0")
+            check_number(name, value, COUNT, "at least 1")
+        if max_characters is not None:
+            check_number("max_characters", max_characters, COUNT, "at least 1, or None")
+        check_number("max_wait_s", max_wait_s, Within(least=0), "seconds, at least 0")
         self.engine = engine
         self.max_groups = max_groups
         self.max_characters = max_characters

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.integrations.server.members import BusyError, ConflictError
 
 __all__ = ["ReplyStore"]
@@ -32,10 +32,8 @@ class ReplyStore:
     """
 
     def __init__(self, keep_s: float, max_bytes: int, clock: Clock | None = None) -> None:
-        if not keep_s >= 0:
-            reject("keep_s", keep_s, "seconds, at least 0")
-        if max_bytes < 1:
-            reject("max_bytes", max_bytes, "at least 1")
+        check_number("keep_s", keep_s, Within(least=0), "seconds, at least 0")
+        check_number("max_bytes", max_bytes, COUNT, "at least 1")
         self.keep_s, self.max_bytes = keep_s, max_bytes
         self.replayed = 0
         self._clock: Clock = clock or SystemClock()

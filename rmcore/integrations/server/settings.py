@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from rmcore._base.errors import InputError, JudgeError, reject
 from rmcore._base.http import check_base_url
+from rmcore._base.numbers import COUNT, Within, check_numbers
 from rmcore.engine.advantage import check_tau
 from rmcore.integrations.server.gym_bonuses import GymBonuses
 
@@ -114,8 +114,7 @@ class ServeSettings:
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535:
-            reject("port", self.port, "0 to 65535")
+        check_numbers(self, Within(whole=True, least=0, most=65_535), "port", expected="0 to 65535")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
             reject("token", "other characters", "printable ASCII without spaces")
         if self.token == "":
@@ -133,19 +132,14 @@ class ServeSettings:
         if self.gym_bonuses and not self.nemo_gym:
             reject("gym_bonuses", "some", "none without nemo_gym")
         for name in ("time_limit_s", "answer_within_s", "read_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                reject(name, value, "seconds above 0")
+            check_numbers(self, Within(above=0), name, expected="seconds above 0")
         for name in ("keep_s", "drain_s", "batch_wait_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                reject(name, value, "seconds, at least 0")
+            check_numbers(self, Within(least=0), name, expected="seconds, at least 0")
         if self.time_limit_s >= self.answer_within_s:
             reject("time_limit_s", self.time_limit_s, f"below answer_within_s = {self.answer_within_s:g}")
         limits = ("max_body", "max_groups", "max_responses", "max_chars", "max_members", "max_queue")
         for name in (*limits, "batch_groups", "batches_in_flight", "replay_bytes"):
-            if getattr(self, name) < 1:
-                reject(name, getattr(self, name), "at least 1")
+            check_numbers(self, COUNT, name, expected="at least 1")
         if self.max_groups > self.max_queue:
             reject("max_groups", self.max_groups, f"at most max_queue = {self.max_queue}, or it could never be taken")
         self._check_peers()

@@ -8,7 +8,6 @@ A table is a mapping of model to price, or a JSON file, prices in one currency p
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore._base.json_members import DuplicateKeyError, unique_members
+from rmcore._base.numbers import Within, check_number
 from rmcore.judge.base import JudgeUsage
 
 __all__ = ["Price", "PriceTable", "answering_model", "price_call"]
@@ -49,9 +49,8 @@ class Price:
             value = getattr(self, part.name)
             if value is None and part.name in ("cached", "reasoning"):
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and value >= 0):
-                reject(part.name, repr(value)[:80], "a price per million tokens: a finite number, at least 0")
+            expected = "a price per million tokens: a finite number, at least 0"
+            check_number(part.name, value, Within(least=0), expected)
 
     def most(self, tokens: int) -> float:
         """The most that so many tokens can cost, whichever they are."""

@@ -35,6 +35,7 @@ from typing import Any
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.judge.store.location import locate
 from rmcore.judge.store.protocol import BUSY, Claim, Find, Location, Record, Release, Reuse, StoreError
 from rmcore.judge.store.records import Question, Reply
@@ -87,10 +88,8 @@ class VerdictStore:
             reuse = frozenset(reuse)
         elif reuse not in ("replies", "verdicts"):
             reject("reuse", repr(reuse)[:80], "'replies', 'verdicts' or a set of reasons")
-        if not lease_s > 0:
-            reject("lease_s", lease_s, "seconds above 0")
-        if not open_s > 0:
-            reject("open_s", open_s, "seconds above 0")
+        check_number("lease_s", lease_s, Within(above=0), "seconds above 0")
+        check_number("open_s", open_s, Within(above=0), "seconds above 0")
         self.reuse: Reuse = reuse
         self.lease_s = lease_s
         self.clock: Clock = clock or SystemClock()

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, check_numbers
 
 __all__ = ["OverlongPolicy", "Run", "TextLimit", "check_positions", "shorten"]
 
@@ -49,8 +50,7 @@ class TextLimit:
     def __post_init__(self) -> None:
         if self.overlong not in _POLICIES:
             reject("overlong", repr(self.overlong), f"one of {', '.join(_POLICIES)}")
-        if self.max_length is not None and self.max_length < 1:
-            reject("max_length", self.max_length, "a positive number of tokens or None")
+        check_numbers(self, COUNT, "max_length", expected="a positive number of tokens or None")
 
 
 def check_positions(max_length: int | None, positions: int | None) -> None:

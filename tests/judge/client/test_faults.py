@@ -155,7 +155,7 @@ def test_each_kind_is_followed_by_what_is_right_and_leaves_what_is_right(tmp_pat
         servers = {kind: served(fault) for kind, fault in KINDS.items()}
 
         async def asked(kind):
-            options = ClientOptions(timeout_s=0.2 if kind in SLOW and not healthy else 20.0, retry=QUICK)
+            options = ClientOptions(timeout_s=0.2 if kind in SLOW and not healthy else 60.0, retry=QUICK)
             before = servers[kind].requests
             async with ChatJudge(
                 servers[kind].base_url, "m", None, orders="one", client=options, store=store, judge_id="m"
@@ -180,7 +180,8 @@ def test_each_kind_is_followed_by_what_is_right_and_leaves_what_is_right(tmp_pat
                 assert (kind, verdict.reason, verdict.usage.cache_hits) == (kind, KINDS[kind].reason, 1)
                 assert requests == 0
             else:
-                assert (kind, verdict.failed, requests) == (kind, False, 1)
+                assert (kind, verdict.failed, verdict.usage.attempts) == (kind, False, 1)
+                assert requests == 1 or kind in SLOW  # of those that were given up, some may have come only now
 
 
 def test_all_kinds_at_once(score):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -180,16 +179,13 @@ def with_code(folder: Path, scale: float, loader: str = "AutoModelForSequenceCla
 
 
 @pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """Where transformers keeps copies of such code."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # another test's, which looks into another folder
-    monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115  # nobody answers a question
+def nobody(monkeypatch):
+    """Who would answer a question."""
+    monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115
 
 
-def test_code_runs_when_trusted_only_and_nobody_is_asked(tmp_path, modules):
+@pytest.mark.usefixtures("remote_code", "nobody")
+def test_code_runs_when_trusted_only_and_nobody_is_asked(tmp_path):
     folder = with_code(tmp_path / "own", 1.0)
     with pytest.raises(CheckpointError, match="trust_remote_code=True"):
         RewardModel.from_pretrained(folder, device="cpu")

@@ -24,6 +24,7 @@ from typing import Any
 
 from rmcore._base.errors import RmcoreError, reject
 from rmcore._base.loop import cancelled_here
+from rmcore._base.numbers import COUNT, Within, check_numbers
 from rmcore._base.prompt import Prompt, Response
 from rmcore.engine.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
@@ -77,15 +78,13 @@ class ServeScale:
 
     def __post_init__(self) -> None:
         for name in ("replicas", "assemblers", "entries"):
-            if getattr(self, name) < 1:
-                reject(name, getattr(self, name), "at least 1")
+            check_numbers(self, COUNT, name, expected="at least 1")
+        check_numbers(self, COUNT, "max_replicas")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             reject("max_replicas", self.max_replicas, f"at least replicas = {self.replicas}, or None")
-        if not self.batches > 0:
-            reject("batches", self.batches, "above 0")
+        check_numbers(self, Within(above=0), "batches", expected="a finite number above 0")
         for name in ("num_cpus", "num_gpus", "overhead_cpus", "upscale_delay_s", "downscale_delay_s"):
-            if not getattr(self, name) >= 0:
-                reject(name, getattr(self, name), "at least 0")
+            check_numbers(self, Within(least=0), name, expected="at least 0")
 
     @property
     def most(self) -> int:

@@ -1,0 +1,96 @@
+"""Options of all commands: numbers that make no sense and files that cannot be read are told by option and value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+from rmcore.cli import app
+
+READ = {"--prices", "--judge-template", "--verdicts", "--constitution", "--from-store", "--train", "--calibrate"}
+READ |= {"--ai-labels", "--human", "--config"}
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, one in getattr(command, "commands", {}).items():
+        yield from commands(one, (*path, name))
+    if path and not hasattr(command, "commands"):
+        yield path, command
+
+
+ALL = dict(commands(typer.main.get_command(app)))
+
+
+def kind_of(option: Any) -> str:
+    """``int``, ``float`` or another word, in the typers that have their own types and in those that have click's."""
+    told = getattr(option, "type_descriptor", None)
+    return getattr(told.annotation, "__name__", "") if told is not None else option.type.name.removesuffix(" range")
+
+
+def options(*kinds: str) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    for path, command in ALL.items():
+        for option in command.params:
+            if kind_of(option) in kinds and option.opts[0].startswith("--"):
+                yield path, max(option.opts, key=len), kind_of(option)
+
+
+def test_no_option_takes_a_number_that_makes_no_sense() -> None:
+    """Every option of every command; each is refused while the line is read, whatever else is missing on it."""
+    runner, seen = CliRunner(), 0
+    told = re.compile(r"got \S+, expected (a|some|an) \w+")
+    done: set[tuple[str, str]] = set()
+    for path, option, kind in options("int", "float", "integer"):
+        if (option, kind) in done and path[0] != "serve":
+            continue
+        done.add((option, kind))
+        for value in ("nan", "1e400") if kind == "float" else (str(10**30),):
+            seen += 1
+            result = runner.invoke(app, [*path, option, value])
+            assert result.exit_code == 2, (path, option, value, result.output)
+            assert f"rmcore: {option}: got" in result.stderr, (path, option, value, result.stderr)
+            assert told.search(result.stderr), (path, option, value, result.stderr)
+    assert seen > 90
+
+
+def test_bounds_of_some_options() -> None:
+    runner = CliRunner()
+    for line, said in (
+        ("score m g --judge-timeout 0", "--judge-timeout: got 0.0, expected a finite number above 0"),
+        ("score m g --judge-retries -1", "--judge-retries: got -1, expected a whole number, at least 0"),
+        ("score m g --budget -0.1", "--budget: got -0.1, expected a number from 0 to 1"),
+        ("score m g --max-cost -1", "--max-cost: got -1.0, expected a finite number, at least 0"),
+        ("serve m --port 70000", "--port: got 70000, expected a whole number from 0 to 65535"),
+        ("serve m --batch 0", "--batch: got 0, expected a whole number, at least 1"),
+        ("evaluate m p --alpha 1", "--alpha: got 1.0, expected a number strictly between 0 and 1"),
+        ("plan --backbone m --mfu 1.5", "--mfu: got 1.5, expected a number above 0, at most 1"),
+        ("verdicts show s --limit 0", "--limit: got 0, expected a whole number, at least 1"),
+    ):
+        result = runner.invoke(app, line.split())
+        assert (result.exit_code, result.stderr) == (2, f"rmcore: {said}\n")
+
+
+def test_a_file_that_cannot_be_read_is_told_by_its_option(tmp_path: Path) -> None:
+    runner, found = CliRunner(), set()
+    for path, command in ALL.items():
+        for option in command.params:
+            name = max(option.opts, key=len)
+            if name not in READ:
+                continue
+            found.add(name)
+            missing = str(tmp_path / "none.json")
+            result = runner.invoke(app, [*path, name, missing])
+            assert result.exit_code == 2, (path, name, result.output)
+            said = f"rmcore: {name}: got {missing!r}, expected a file that can be read: no such file or directory\n"
+            assert result.stderr == said, (path, name)
+    assert found == READ
+    for name, value, said in (
+        ("--prices", str(tmp_path), f"got {str(tmp_path)!r}, a folder, expected a file"),
+        ("--judge-template", str(tmp_path / ("x" * 300)), "expected a file that can be read: file name too long"),
+    ):
+        result = runner.invoke(app, ["score", name, value])
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
