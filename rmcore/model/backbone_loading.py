@@ -18,6 +18,7 @@ from rmcore.model.families.load import Loaded, config_for, load_family
 from rmcore.model.families.remote_code import check_own_scores
 from rmcore.model.folder_files import check_files, folder_digests
 from rmcore.model.hub import folder_of
+from rmcore.model.hub_adapter import hub_adapter
 from rmcore.model.loading import REMOTE_CODE, Options, configured, gguf_named, is_quantised, load, tree_kinds, with_base
 from rmcore.model.remote import RemoteModel, ServerKind
 
@@ -84,6 +85,8 @@ class BackboneLoading:
         device = checked_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options = Options(cache_dir, local_files_only, trust_remote_code)
+        adapter = hub_adapter(config, options)
+        config = config if adapter is None else adapter.local
         folder = folder_of(config.name, config.revision)
         recorded = expected_files or {}
         code = trust_remote_code or any(name.endswith(".py") for name in recorded)
@@ -98,6 +101,8 @@ class BackboneLoading:
             attention = published.attention
         else:
             config, model, tokenizer, attention = load(config, device, dtype, attn_implementation, options)
+        if adapter is not None:
+            config = adapter.by_name(config)
         return cls(
             # Quantised weights are where their library has put them; a GGUF's are floats by now.
             (model if is_quantised(model) else model.to(device)).eval(),
@@ -154,6 +159,8 @@ class BackboneLoading:
         config = configured(name, kwargs)
         if family is not None:
             config = replace(config, kind="classifier", pooling="classifier", family=family)
+        adapter = hub_adapter(config, options)
+        config = config if adapter is None else adapter.local
         found = cls.from_pretrained(
             config_for(config, options),
             device=device,
@@ -166,6 +173,8 @@ class BackboneLoading:
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
+        if adapter is not None:
+            found.config = adapter.by_name(found.config)
         if found.config.family == REMOTE_CODE:
             check_own_scores(found)
         return found

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from rmcore._base.errors import CheckpointError
 
-__all__ = ["FileOf", "is_classifier_adapter", "require_libraries"]
+__all__ = ["FileOf", "check_quantised", "is_classifier_adapter", "require_libraries"]
 
 FileOf: TypeAlias = Callable[[str], Path | None]
 """The local path of one of a checkpoint's files, by name; None where it has no such file."""
@@ -71,6 +71,26 @@ def require_libraries(name: str, file: FileOf, *, gguf: bool = False) -> None:
             f"backbone: got {name!r}, whose weights are quantised by {method}, expected {' and '.join(missing)} to "
             f"load them: pip install {' '.join(missing)}{extra}"
         )
+
+
+def check_quantised(name: str, model: Any) -> None:
+    """Raise CheckpointError where layers of bitsandbytes hold floats: nothing can be computed with these.
+
+    They do where config.json has a ``quantization_config`` and the file's weights are not quantised: transformers
+    leaves that to a device that it places the model on.
+    """
+    for layer, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ not in ("Linear4bit", "Linear8bitLt") or weight is None:
+            continue
+        # 4 bits may be stored in floats, packed into one column
+        if weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features):
+            raise CheckpointError(
+                f"backbone: got {name!r}, whose quantization_config says bitsandbytes and whose {layer}.weight is "
+                f"{str(weight.dtype).removeprefix('torch.')}, not quantised. Expected "
+                "weights that bitsandbytes has quantised (transformers' from_pretrained with device_map, then "
+                "save_pretrained), or no quantization_config in config.json, which loads them as they are"
+            )
 
 
 def is_classifier_adapter(name: str, file: FileOf) -> bool:

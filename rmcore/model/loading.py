@@ -22,7 +22,7 @@ from rmcore.model.backbone_config import BackboneConfig
 from rmcore.model.encoding.tree_attention import Kind
 from rmcore.model.folder_files import BASE
 from rmcore.model.hub import commit_of, files_of, folder_of, hub_failure
-from rmcore.model.libraries import require_libraries
+from rmcore.model.libraries import check_quantised, require_libraries
 
 __all__ = [
     "FLOATS",
@@ -301,6 +301,7 @@ def read_model(
                 raise
             attention = ("eager", f"this model does not support {attention[0]}")
             model, info = read(attn_implementation="eager")
+    check_quantised(source.name, model)
     if source.gguf_file is None and not is_quantised(model):
         _check_numbers(source, model, options)
     if getattr(model.config, "return_dict", True) is False:

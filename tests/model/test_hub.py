@@ -344,6 +344,39 @@ def test_an_adapter_keeps_the_commit_of_the_model_below_it(
     assert fresh.identity != again.backbone.identity, "no state of the one is taken for the other's"
 
 
+def test_an_adapter_on_the_hub_is_loaded_with_the_model_below_it(
+    fake_hub: FakeHub, backbone_path: Path, tmp_path: Path
+) -> None:
+    first = fake_hub.add("they/bert", backbone_path)
+    own = with_lora("they/bert")
+    own.model.save_pretrained(tmp_path / "adapter")
+    own.tokenizer.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    commit = fake_hub.add("they/lora", tmp_path / "adapter")
+    backbone = Backbone.from_pretrained("they/lora", device="cpu", pooling="mean")
+    assert (backbone.config.name, backbone.config.revision) == ("they/lora", commit)
+    assert backbone.files["base_model"] == f"they/bert@{first}"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(backbone.files)
+    pairs = [Preference("red", "good", "bad")]
+    model, _ = RewardModel.fit(backbone, pairs, num_features=8, dtype=torch.float32)
+    torch.testing.assert_close(
+        scores(model), scores(RewardModel.fit(own, pairs, num_features=8, dtype=torch.float32)[0])
+    )
+    model.save_pretrained(tmp_path / "rm")
+    changed = read_folder(backbone_path)
+    tensors = load_file(backbone_path / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"] += 1
+    changed["model.safetensors"] = save(tensors, metadata={"format": "pt"})
+    fake_hub.repos["they/bert"].commit(changed)  # what it was fitted on is what it is loaded with
+    assert torch.equal(scores(load(str(tmp_path / "rm"))), scores(model))
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for base in (str(backbone_path), "./bert", "", None):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": base}))
+        fake_hub.add("they/other", tmp_path / "adapter")
+        with pytest.raises(CheckpointError, match=r"expected one whose adapter_config\.json names its model by a hub"):
+            Backbone.from_pretrained("they/other", device="cpu", pooling="mean")
+
+
 # -- up --------------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_bitsandbytes_scores_as_transformers_does(tmp_path, bitsandbytes, bits):
     upgraded.save_pretrained(tmp_path / "saved")
     again = RewardModel.from_pretrained(tmp_path / "saved", device="cpu").score("what?", ["good", "bad"])
     assert torch.equal(again.uncertainty, upgraded.score("what?", ["good", "bad"]).uncertainty)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("asked", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4", "8"])
+def test_weights_that_are_not_quantised_though_their_configuration_says_so(tmp_path, backbone_path, asked):
+    """They loaded, and the first text ended in an AssertionError of bitsandbytes'."""
+    shutil.copytree(backbone_path, tmp_path / "plain")
+    file = tmp_path / "plain" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for method in ({"quant_method": "bitsandbytes"}, {}):
+        file.write_text(json.dumps(config | {"quantization_config": asked | method}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"query\.weight is float32, not quantised\. Expected weights that"):
+            Backbone.from_pretrained(str(tmp_path / "plain"), device="cpu", pooling="mean")
 
 
 @pytest.mark.parametrize("name", ["inf-orm", "armorm"])
