@@ -21,7 +21,7 @@ ROOMS = ("_base", "ops", "head", "model", "judge", "engine", "evaluation", "inte
 
 # Options of the trainers and servers that rmcore is plugged into, and of git, iconv, pip and the like.
 OTHERS = {
-    *("--algo", "--reward", "--group-rm", "--custom-rm-path", "--rm-url", "--n-samples-per-prompt"),
+    *("--algo", "--reward", "--reward-key", "--group-rm", "--custom-rm-path", "--rm-url", "--n-samples-per-prompt"),
     *("--apply-chat-template", "--custom-config-path", "--disable-rewards-normalization"),
     *("--pooler-config", "--enable-return-hidden-states", "--disable-radix-cache", "--embeddings", "--ubatch-size"),
     *("--repo-type", "--local-dir"),  # hf download
