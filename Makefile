@@ -7,6 +7,8 @@ PIP = $(BIN)/pip install -qq
 TORCH ?= 2.13.0
 # The Python of the machine with the GPU, for gpu-check-prepare.
 GPU_PYTHON ?= python3.12
+# What make test-delays runs.
+TESTS ?= tests/_base tests/engine tests/judge tests/integrations tests/cli
 # Machines without an NVIDIA GPU get torch's CPU build, which is gigabytes smaller. TORCH_CPU=0 or 1 overrides.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_CPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 1)
@@ -25,7 +27,7 @@ BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
 MODULES := $(VENV)/.modules-$(shell find rmcore kernels bench examples -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml $(MODULES)
 
-.PHONY: help demo test sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare gpu-rehearsal triton-gate clean
+.PHONY: help demo test test-delays sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare gpu-rehearsal triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -33,6 +35,7 @@ help:
 	@echo "make triton-gate  every row of Triton's tables under 3.6.0 and this machine's: no spills, no serialised products"
 	@echo "make gpu-rehearsal  the GPU's tests without one: names, devices and addresses as they will be there"
 	@echo "make sanitize  the CPU kernels at odd sizes, in a build that stops at a byte out of bounds or undefined behaviour"
+	@echo "make test-delays  the tests with threads and event loops that are late at random: who depends on coming first fails"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make test-distributed  heads fitted and backbones trained over several processes: torchrun, gloo"
 	@echo "make test-rewardbench  benchmark scores against the rewardbench package, in an environment of its own"
@@ -92,6 +95,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(PYTEST)
+
+# Waiting takes no processor, so more of them run at once.
+test-delays: $(VENV)/.dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist worksteal -p support.delays -o timeout=900 $(TESTS)
 
 # `make test` compiles the GPU kernels for one architecture: this takes a minute or two of both cores for the others, and
 # runs the interpreter's tests that it leaves out.
