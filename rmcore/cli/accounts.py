@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,9 @@ from rmcore.cli.console import notes, on_terminal, reported_errors, results_cons
 
 if TYPE_CHECKING:
     from rmcore.engine.accounts import Accounts
-    from rmcore.engine.routing import Router
+    from rmcore.engine.routing import Budget, Router
 
-__all__ = ["book", "judge_outcome", "print_accounts", "print_budgets", "show_accounts"]
+__all__ = ["book", "judge_outcome", "print_accounts", "print_budgets", "room_in_words", "show_accounts"]
 
 
 def show_accounts(
@@ -60,7 +61,18 @@ def print_budgets(router: Router | None, console: Console) -> None:
         if stats.denied_pairs:
             spent = f"{stats.total:,.6g} spent of {stats.limit:,.6g} {budget.name}"
             left = f"{stats.denied_pairs:,} pairs found no room and keep the head's preference"
-            console.print(f"budget: {spent}; {left}", markup=False, highlight=False, soft_wrap=True)
+            aside = f"{stats.per_pair:,.6g} is set aside for a pair before it is asked"
+            console.print(f"budget: {spent}; {left}; {aside}", markup=False, highlight=False, soft_wrap=True)
+
+
+def room_in_words(budgets: Iterable[Budget]) -> str:
+    """Of each budget, or of those with no room for another pair, what is spent and what a pair would have set aside."""
+    found = [(budget.name, budget.stats()) for budget in budgets]
+    full = [(name, stats) for name, stats in found if stats.left < stats.per_pair]
+    return "; ".join(
+        f"{stats.total:,.6g} of {stats.limit:,.6g} {name} spent, and {stats.per_pair:,.6g} set aside for each to come"
+        for name, stats in full or found
+    )
 
 
 def book(summary: dict[str, Any], accounts: Accounts, judged: Counter[str]) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from rmcore._base.errors import InputError, JudgeError, reject
 from rmcore.cli import options
+from rmcore.cli.accounts import room_in_words
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
 from rmcore.cli.critique_rows import FAILURES, Done, RowParts, parts_of, rows_behind, written
@@ -115,7 +116,10 @@ def critique(
                     output.flush()
                     bar.update(task, completed=output.count)
                 if told.left:
-                    raise JudgeError("the budget ended before the rows did; --resume goes on, with another budget")
+                    why = room_in_words(budgets)
+                    raise JudgeError(
+                        f"the budget ended before the rows did ({why}); --resume goes on, with another budget"
+                    )
         finally:
             _close(critic)
             told.say()

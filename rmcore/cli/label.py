@@ -14,6 +14,7 @@ import typer
 from rmcore._base.errors import JudgeError, reject
 from rmcore._base.files import write_atomic
 from rmcore.cli import options
+from rmcore.cli.accounts import room_in_words
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.checks import check_folder
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
@@ -308,8 +309,8 @@ def _finish(job: _Job, output: Output, folder: Path | None) -> None:
             _write(told, usage_summary(usage), folder)
     if job.left:
         raise JudgeError(
-            f"the budget ended with {job.left} pairs to go; the {output.count} labels so far are kept. "
-            "--resume goes on from them, with a larger budget or a new one"
+            f"the budget ended with {job.left} pairs to go ({room_in_words(job.budgets)}); "
+            f"the {output.count} labels so far are kept. --resume goes on from them, with a larger budget or a new one"
         )
     if not output.count:
         raise JudgeError(f"no label for any of {len(job.labels)} pairs")

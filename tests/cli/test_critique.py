@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -205,6 +206,7 @@ def test_what_was_mended_before_the_budget_ended_is_kept(half_down):
     stopped = call(*given, "--resume", "--max-calls", 20)
     assert stopped.exit_code == 1
     assert "the budget ended before the rows did" in stopped.stderr
+    assert re.search(r"did \(\d+ of \d+ calls[^,]* spent, and \d+ set aside for each to come\)", stopped.stderr)
     assert "asked 3 rows again whose critiques had failed: 3 of them are whole now" in stopped.stderr
     asked = state["asked"]
     done = call(*given, "--resume")
