@@ -128,6 +128,7 @@ sanitize: $(SANITISED)/.done
 	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive RMCORE_SANITISED=$$(ls $(SANITISED)/cpu/_cpu*.so) PYTHONPATH=tests OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -q -p support.sanitised -m "sanitize or not sanitize" --ignore tests/ops/test_self_check.py \
 	  tests/ops $(filter-out %/test_cpu_choice.py,$(wildcard tests/kernels/test_cpu_*.py))
+	RMCORE_FUZZ=200 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m sanitize tests/kernels/test_cpu_fuzz.py
 
 test-distributed: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli tests/integrations
