@@ -121,6 +121,13 @@ def test_over_long_pairs_are_in_the_table(trained, config, preferences, tmp_path
         ({"held_out_pairs": 5}, "held_out_pairs"),
         ({"streaming": True, "remembered": -1}, "remembered"),
         ({"data_report": 3}, "data_report"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan, expected a finite number"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm: got inf, expected a finite number"),
+        ({"use_peft": True, "lora_r": 0}, "lora_r: got 0, expected a whole number, at least 1"),
+        (
+            {"use_peft": True, "lora_dropout": float("nan")},
+            "lora_dropout: got nan, expected a number, at least 0, below 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(config, changes, told):

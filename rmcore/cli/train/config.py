@@ -16,11 +16,13 @@ from typing import Any
 import typer
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.cli.files import check_named_file
 
 __all__ = ["RunSettings", "read_config", "run_settings"]
 
 _KEY = "rmcore.train"
+_LORA_NUMBERS = {"lora_r": COUNT, "lora_alpha": Within(above=0), "lora_dropout": Within(least=0, below=1)}
 _LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": "all-linear"}
 
 
@@ -91,6 +93,11 @@ def run_settings(context: typer.Context, given: list[str] | None) -> RunSettings
         reject("data_report", repr(report), "a file's name")
     use_lora = values.pop("use_peft", False)
     lora = {name: values.pop(name, default) for name, default in _LORA.items()}
+    for name, within in _LORA_NUMBERS.items():
+        check_number(name, lora[name], within)
+    for name, value in values.items():  # the trainer would take nan, and train to nothing
+        if isinstance(value, float):
+            check_number(name, value, Within())
     return RunSettings(
         values,
         lora if use_lora else None,
