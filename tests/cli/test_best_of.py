@@ -133,9 +133,9 @@ def test_a_bad_line_exits_2_and_keeps_everything_before_it_and_a_bad_group_all_o
         (["best-of", "--ties", "random"], "ties"),
         (["best-of", "--batch", "0"], "--batch"),
         (["best-of", "--budget", "0.5"], "judge: got None"),
-        (["filter", "--max-u", "0.9"], "max_uncertainty"),
+        (["filter", "--max-u", "0.9"], "--max-u: got"),
         (["filter", "--max-u", "2", "--by", "pair"], "by"),
-        (["filter", "--max-u", "2", "--min-responses", "0"], "min_responses"),
+        (["filter", "--max-u", "2", "--min-responses", "0"], "--min-responses: got"),
         (["filter"], "--max-u"),
     ],
 )
