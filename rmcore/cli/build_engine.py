@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rmcore._base.errors import reject
 from rmcore.cli.checks import check_backend, check_device, check_writable
+from rmcore.cli.files import reading
 from rmcore.cli.judge_options import as_options, is_given, reject_unused
 from rmcore.cli.model_checks import check_options
 from rmcore.cli.options import Asking, Doubting, Judging, store_file
@@ -234,7 +235,8 @@ def _first_call_cost(judging: Asking) -> float:
     from rmcore.judge.base import JudgeUsage
     from rmcore.judge.store.prices import PriceTable
 
-    table = PriceTable.from_file(prices)
+    with reading("--prices", prices):
+        table = PriceTable.from_file(prices)
     cost = table.cost(JudgeUsage(calls=1, prompt_tokens=3072, completion_tokens=1024), model)
     if cost is None:
         reject("--max-cost", f"no price for {model!r} in {prices}", "a price table that has the judge's model")
@@ -276,7 +278,8 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
     if url is None:
         reject_unused(judging)
     if verdicts is not None:
-        return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
+        with reading("--verdicts", verdicts):
+            return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
     if not rationale and template is not None:
         reject("--no-rationale, --judge-template", "both", "at most one: a template says itself what is to be written")
     if not rationale and judging.judge_output != "text":
@@ -349,7 +352,10 @@ def _live_judge(judging: Asking, url: str, constitution: Constitution | None, ra
                 "none of them: its form is its own",
             )
         return GenRMJudge(url, judging.judge_model, key, principle=judging.judge_principle, **shared)
-    prompt = None if template is None else JudgePrompt.from_file(template)
+    prompt = None
+    if template is not None:
+        with reading("--judge-template", template):
+            prompt = JudgePrompt.from_file(template)
     if not rationale:
         from rmcore.judge.question.prompt import VERDICT_ONLY_USER
 
@@ -409,7 +415,8 @@ def _money(judging: Asking) -> dict[str, Any]:
         return {}
     from rmcore.judge.store.prices import PriceTable
 
-    table = PriceTable.from_file(judging.prices)
+    with reading("--prices", judging.prices):
+        table = PriceTable.from_file(judging.prices)
     price = table.get(judging.judge_model or "")
     return {} if price is None else {"max_cost": judging.max_cost, "price": price, "currency": table.currency}
 
@@ -431,7 +438,8 @@ def make_prices(judging: Asking) -> PriceTable | None:
         return None
     from rmcore.judge.store.prices import PriceTable
 
-    table = PriceTable.from_file(judging.prices)
+    with reading("--prices", judging.prices):
+        table = PriceTable.from_file(judging.prices)
     if judging.judge_model not in table:
         got = f"no price for {judging.judge_model!r} in {judging.prices}"
         reject("--prices", got, f"one; it has {', '.join(sorted(table)) or 'none'}"[:300])

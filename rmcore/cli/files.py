@@ -5,6 +5,8 @@ the option too, before anything else is done.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import typer
 from rmcore._base.errors import InputError, reject
 from rmcore.cli.checks import check_readable
 
-__all__ = ["check_named_file", "file_read"]
+__all__ = ["check_named_file", "file_read", "reading"]
 
 
 def file_read(*flags: str, help: str, rows: bool = False) -> Any:
@@ -37,6 +39,17 @@ def file_read(*flags: str, help: str, rows: bool = False) -> Any:
         return value
 
     return typer.Option(*flags, help=help, callback=check)
+
+
+@contextmanager
+def reading(option: str, path: str | Path) -> Iterator[None]:
+    """What is wrong with what a file holds is told by the option too."""
+    try:
+        yield
+    except InputError as error:
+        if Path(path).name not in str(error):  # of an argument, not of the file
+            raise
+        raise InputError(f"{option}: {error}") from error
 
 
 def check_named_file(option: str, path: str | Path, *, rows: bool = False) -> None:

@@ -18,7 +18,7 @@ from rmcore.cli.accounts import room_in_words
 from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.checks import check_folder
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
-from rmcore.cli.files import file_read
+from rmcore.cli.files import file_read, reading
 from rmcore.cli.numbers import number
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
 
@@ -186,7 +186,8 @@ def _job(
         reject("--max-calls, --max-tokens, --max-cost", "without --judge-url", "together with it")
     principles = None
     if how.constitution is not None:
-        principles = Constitution.from_file(how.constitution, per_question=how.principles, seed=how.seed)
+        with reading("--constitution", how.constitution):
+            principles = Constitution.from_file(how.constitution, per_question=how.principles, seed=how.seed)
     asking = replace(asking, store=store)
     judge = make_judge(asking, constitution=principles, rationale=how.rationale)
     if judge is None:

@@ -22,7 +22,7 @@ from rmcore._base.errors import InputError
 from rmcore._base.prompt import message_text, response_text
 from rmcore.cli import options
 from rmcore.cli.console import print_error, progress_bar, reported_errors, results_console
-from rmcore.cli.files import file_read
+from rmcore.cli.files import file_read, reading
 from rmcore.cli.numbers import number
 from rmcore.cli.output import check_file, opened_output
 
@@ -134,7 +134,11 @@ def stats(
     with _opened(store) as ledger:
         from rmcore.judge.store.prices import PriceTable
 
-        told = ledger.stats(None if prices is None else PriceTable.from_file(prices), unreadable=damage)
+        table = None
+        if prices is not None:
+            with reading("--prices", prices):
+                table = PriceTable.from_file(prices)
+        told = ledger.stats(table, unreadable=damage)
         told["unreadable"] = damage.rows
         if as_json:
             typer.echo(json.dumps(told, indent=2, allow_nan=False))

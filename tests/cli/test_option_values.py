@@ -94,3 +94,26 @@ def test_a_file_that_cannot_be_read_is_told_by_its_option(tmp_path: Path) -> Non
     ):
         result = runner.invoke(app, ["score", name, value])
         assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+def test_what_a_file_holds_is_told_by_its_option_too(tmp_path: Path) -> None:
+    runner, groups = CliRunner(), tmp_path / "g.jsonl"
+    groups.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    live = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--judge-key-env", ""]
+    file = tmp_path / "x.file"
+    file.write_bytes(b"caf\xe9")
+    for command, option, given in (
+        ("score", "--prices", [*live, "--budget", "0.5"]),
+        ("score", "--judge-template", [*live, "--budget", "0.5"]),
+        ("score", "--verdicts", ["--budget", "0.5"]),
+        ("critique", "--judge-template", live),
+        ("label", "--constitution", live),
+    ):
+        model = ["model"] if command == "score" else []
+        result = runner.invoke(app, [command, *model, str(groups), *given, option, str(file)])
+        assert (result.exit_code, result.stderr.splitlines()[-1].startswith(f"rmcore: {option}: ")) == (2, True), (
+            command,
+            option,
+            result.stderr,
+        )
+        assert "x.file" in result.stderr

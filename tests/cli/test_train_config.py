@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_named(config, changes, told):
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     path = tmp_path / "train.yaml"
-    for text in ("- a\n- b\n", "a: [", "1: 2\n"):
+    for text in ("- a\n- b\n", "a: [", "1: 2\n", "ridge: 1\nseed: 0\nridge: 2\n", "[" * 20_000):
         path.write_text(text)
         result = call("train", "--config", path, "-o", tmp_path / "out", "--backbone", "x")
         assert result.exit_code == 2

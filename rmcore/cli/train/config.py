@@ -115,12 +115,22 @@ def _yaml(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise InputError("--config: expected pyyaml to read it: pip install 'rmcore[train]'") from error
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        _check_once(yaml.compose(text, Loader=yaml.SafeLoader), str(path))
+        found = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--config: got {str(path)!r}, which cannot be read as YAML ({error})") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise InputError(f"--config: got {str(path)!r} with no mapping of names to values")
     return found
+
+
+def _check_once(root: Any, path: str) -> None:
+    """Raise InputError for a name that comes twice at the top of a file: YAML takes the last, and says nothing."""
+    names = [key.value for key, _ in root.value] if getattr(root, "id", "") == "mapping" else []
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        reject("--config", f"{path!r} with {twice!r} twice", "each name once")
 
 
 def _scalar(text: str) -> Any:
