@@ -19,6 +19,6 @@ def test_plan_says_what_a_run_takes(backbone_path: Path, tmp_path: Path) -> None
     assert 0 < numbers["trained"] < numbers["parameters"]
     assert numbers["memory"] > numbers["weights"]
     refused = CliRunner().invoke(app, [*given, "--mfu", "2"])
-    assert (refused.exit_code, refused.stderr[:12]) == (2, "rmcore: mfu:")
+    assert (refused.exit_code, refused.stderr[:14]) == (2, "rmcore: --mfu:")
     missing = CliRunner().invoke(app, ["plan", "--backbone", str(tmp_path / "nothing")])
     assert missing.exit_code == 1
