@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rmcore._base.errors import reject
 
-__all__ = ["COUNT", "LARGEST", "SEED", "Within", "check_number", "check_numbers"]
+__all__ = ["COUNT", "LARGEST", "SEED", "Within", "check_number", "check_numbers", "shown_number"]
 
 LARGEST = 2**63 - 1
 """No whole number is larger: none that a file, a database or a tensor could hold."""
@@ -82,10 +82,11 @@ def check_numbers(holder: object, within: Within, *names: str, expected: str = "
 def check_number(name: str, value: object, within: Within, expected: str = "") -> None:
     """Raise InputError for a value that is none of the numbers ``within``; ``expected`` says it in words of its own."""
     if value not in within:
-        reject(name, _told(value), expected or str(within))
+        reject(name, shown_number(value), expected or str(within))
 
 
-def _told(value: object) -> str:
+def shown_number(value: object) -> str:
+    """What came instead of a number, briefly: Python refuses to print a whole number of thousands of digits."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
         return f"{value:.3g}" if value.bit_length() < 1000 else f"a number of {value.bit_length()} bits"
     return repr(value)[:40]

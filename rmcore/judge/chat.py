@@ -17,6 +17,7 @@ from rmcore._base.client.options import ClientOptions
 from rmcore._base.client.secrets import without_secret
 from rmcore._base.errors import InputError, JudgeError
 from rmcore._base.loop import cancelled_here, run_sync
+from rmcore._base.numbers import COUNT, Within, shown_number
 from rmcore._base.prompt import Prompt, Response
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.judge.chat_arguments import check_extra, make_client, open_store, refuse, store_error
@@ -156,8 +157,18 @@ class ChatJudge:
         options = ClientOptions() if client is None else client
         if not isinstance(model, str) or not model:
             raise JudgeError(f"model: got {model!r}, expected the name of a model")
-        if deadline_s is not None and not deadline_s > 0:
-            raise JudgeError(f"deadline_s: got {deadline_s}, expected seconds above 0, or None")
+        for name, value, within in (
+            ("deadline_s", deadline_s, Within(above=0)),
+            ("temperature", temperature, Within(least=0)),
+            ("max_tokens", max_tokens, COUNT),
+            ("max_completion_tokens", max_completion_tokens, COUNT),
+            ("max_response_chars", max_response_chars, COUNT),
+            ("context_tokens", context_tokens, COUNT),
+            ("min_mass", min_mass, Within(least=0, most=1)),
+            ("top_logprobs", top_logprobs, Within(whole=True, least=2, most=20)),
+        ):
+            if value is not None and value not in within:
+                raise JudgeError(f"{name}: got {shown_number(value)}, expected {within}")
         if max_tokens is not None and max_completion_tokens is not None:
             raise JudgeError("max_tokens and max_completion_tokens: got both, expected at most one")
         self.model = model
@@ -171,8 +182,6 @@ class ChatJudge:
         )
         self.constitution = constitution
         self.soft, self.min_mass = soft, min_mass
-        if isinstance(min_mass, bool) or not isinstance(min_mass, (int, float)) or not 0 <= min_mass <= 1:
-            raise JudgeError(f"min_mass: got {min_mass!r:.40}, expected a probability, 0 to 1")
         if min_mass != MIN_MASS and not soft:
             raise JudgeError(f"min_mass: got {min_mass} without soft=True, expected soft verdicts")
         self.rules = rules
@@ -183,8 +192,6 @@ class ChatJudge:
             "max_completion_tokens": max_completion_tokens,
         }
         if soft:
-            if not isinstance(top_logprobs, int) or not 2 <= top_logprobs <= 20:
-                raise JudgeError(f"top_logprobs: got {top_logprobs!r}, expected a number from 2 to 20")
             given |= {"logprobs": True, "top_logprobs": top_logprobs}
         self._parameters: dict[str, object] = {name: value for name, value in given.items() if value is not None}
         self._parameters |= check_extra(extra_body or {}, self._parameters.keys())

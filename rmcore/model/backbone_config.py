@@ -74,12 +74,13 @@ class BackboneConfig:
             reject("family", self.family, f"one with kind='reward', none with kind='base' (it is {self.kind!r})")
         if self.gguf_file is not None and self.kind != "base":
             reject("gguf_file", repr(self.gguf_file), f"None with kind={self.kind!r}: a GGUF file has no reward head")
-        if self.layer is not None and (self.layer < 1 or self.kind != "base"):
+        check_numbers(self, COUNT, "layer", expected="a layer from 1 of a base model, or None")
+        if self.layer is not None and self.kind != "base":
             reject("layer", self.layer, "a layer from 1 of a base model, or None")
         if not isinstance(self.split_special_tokens, bool):
             reject("split_special_tokens", repr(self.split_special_tokens)[:80], "true or false")
         check_numbers(self, Within(), "length_feature")
-        check_numbers(self, COUNT, "layer", "max_length")
+        check_numbers(self, COUNT, "max_length")
         if self.date is not None:
             parse_date(self.date)
 

@@ -78,8 +78,12 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "engine.learning.online.LearningConfig": {},
     "engine.routing.budget.Budget": {"limit": 5, "unit": "calls"},
     "engine.routing.adaptive.AdaptiveRouter": {"target_fraction": 0.1},
+    "engine.routing.learned.LearnedRouter": {"fraction": 0.1},
     "engine.routing.routers.BudgetRouter": {"count": 3},
+    "engine.routing.routers.RandomRouter": {"count": 3},
+    "engine.routing.routers.ThresholdRouter": {"threshold": 1.4},
     "head.attributes.fit.FitOptions": {},
+    "head.attributes.gating.GateConfig": {},
     "head.attributes.head.AttributeConfig": {"hidden_size": 4, "names": ("a", "b")},
     "head.config.HeadConfig": {"hidden_size": 8},
     "head.estimators.samples.Training": {},
@@ -87,13 +91,15 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "integrations.ray.bulk.Pool": {},
     "integrations.ray.serve.server.ServeScale": {},
     "integrations.server.replies.ReplyStore": {"keep_s": 1.0, "max_bytes": 9},
+    "integrations.server.gym_bonuses.GymBonuses": {},
     "integrations.server.settings.ServeSettings": {},
+    "judge.chat.ChatJudge": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None},
     "judge.store.prices.Price": {"prompt": 1.0, "completion": 1.0},
     "model.backbone_config.BackboneConfig": {},
     "model.encoding.limits.TextLimit": {},
     "model.plan.PlanConfig": {},
 }
-ENDLESS = {"max_retry_after_s", "max_share", "max_shift", "spread_prior", "mean_prior"}
+ENDLESS = {"max_retry_after_s", "max_share", "max_shift", "spread_prior", "mean_prior", "threshold"}
 """Arguments whose inf says "no limit", as their docstrings do."""
 
 
@@ -106,8 +112,10 @@ def test_no_constructor_takes_a_number_that_makes_no_sense(name: str) -> None:
     for parameter in inspect.signature(made).parameters.values():
         if not {"int", "float"} & set(str(parameter.annotation).replace("'", "").split(" | ")):
             continue
-        for value in (math.nan, math.inf, -math.inf, HUGE, -HUGE):
+        for value in (math.nan, math.inf, -math.inf, HUGE, -HUGE, "3", True):
             if parameter.name in ENDLESS and value == math.inf:
+                continue
+            if parameter.name == "threshold" and value == -math.inf:
                 continue
             tried += 1
             with pytest.raises((InputError, JudgeError), match=parameter.name):

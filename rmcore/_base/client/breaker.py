@@ -57,7 +57,8 @@ class BreakerPolicy:
     def __post_init__(self) -> None:
         check_numbers(self, COUNT, "failures", expected="a positive integer")
         check_numbers(self, Within(above=0), "max_cooldown_s", expected="seconds above 0")
-        if not 0 < self.cooldown_s <= self.max_cooldown_s:
+        check_numbers(self, Within(above=0), "cooldown_s", expected="seconds above 0")
+        if self.cooldown_s > self.max_cooldown_s:
             reject("cooldown_s", self.cooldown_s, f"seconds above 0 and at most max_cooldown_s={self.max_cooldown_s}")
         check_numbers(self, Within(least=0), "patience_s", expected="seconds, at least 0")
 

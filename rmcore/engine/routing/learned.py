@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.engine.routing.learned_score import LearnedScore
 from rmcore.engine.routing.routers import Candidates
 from rmcore.model.error_prior import ErrorPrior
@@ -48,8 +49,8 @@ class LearnedRouter:
         if (fraction is None) == (threshold is None):
             reject("fraction, threshold", (fraction, threshold), "exactly one of them")
         for name, value in (("fraction", fraction), ("threshold", threshold)):
-            if value is not None and not 0 <= value <= 1:
-                reject(name, value, "a number in [0, 1]")
+            if value is not None:
+                check_number(name, value, Within(least=0, most=1), "a number in [0, 1]")
         if prior is not None and score is not None:
             reject("prior, score", "both", "at most one: a score has its prior")
         self.fraction, self.threshold = fraction, threshold

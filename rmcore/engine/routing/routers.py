@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import reject
-from rmcore._base.numbers import Within, check_number
+from rmcore._base.numbers import SEED, Within, check_number
 
 if TYPE_CHECKING:
     from rmcore.judge.base import JudgeUsage
@@ -242,8 +242,7 @@ class ThresholdRouter:
     whole_batch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
-            reject("threshold", self.threshold, "a number")
+        check_number("threshold", self.threshold, Within(finite=False))
         check_threshold_score(self.by)
 
     def select(self, candidates: Candidates) -> Tensor:
@@ -295,6 +294,7 @@ class RandomRouter:
 
     def __init__(self, fraction: float | None = None, count: int | None = None, *, seed: int = 0) -> None:
         _check_budget(fraction, count)
+        check_number("seed", seed, SEED)
         self.fraction, self.count, self.seed = fraction, count, seed
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -366,8 +366,8 @@ def check_threshold_score(by: RankBy | PairScore) -> None:
 def _check_budget(fraction: float | None, count: int | None) -> None:
     if (fraction is None) == (count is None):
         reject("fraction, count", (fraction, count), "exactly one of them")
-    if fraction is not None and not 0 <= fraction <= 1:
-        reject("fraction", fraction, "a number in [0, 1]")
+    if fraction is not None:
+        check_number("fraction", fraction, Within(least=0, most=1), "a number in [0, 1]")
     if count is not None:
         check_number("count", count, Within(whole=True, least=0), "a non-negative number of pairs")
 

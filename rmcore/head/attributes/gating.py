@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_numbers
 
 __all__ = ["GateConfig", "GatingNetwork"]
 
@@ -38,14 +39,9 @@ class GateConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("selu", "softmax"):
             reject("kind", repr(self.kind), "'selu' or 'softmax'")
-        for name in ("depth", "width"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                reject(name, value, "a positive whole number, or None")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            reject("temperature", self.temperature, "a positive finite number")
-        if not 0 <= self.dropout < 1:
-            reject("dropout", self.dropout, "a number in [0, 1)")
+        check_numbers(self, COUNT, "depth", "width", expected="a positive whole number, or None")
+        check_numbers(self, Within(above=0), "temperature", expected="a positive finite number")
+        check_numbers(self, Within(least=0, below=1), "dropout", expected="a number in [0, 1)")
 
 
 class GatingNetwork(nn.Module):

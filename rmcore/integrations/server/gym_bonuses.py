@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 
 __all__ = ["GymBonuses", "Shape", "bonuses_of"]
 
@@ -66,9 +67,7 @@ class GymBonuses:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                reject(one.name, repr(value), "a number, at least 0")
+            check_number(one.name, getattr(self, one.name), Within(least=0), "a number, at least 0")
         if self.top_percentile > 1:
             reject("top_percentile", self.top_percentile, "a share, 0 to 1")
 

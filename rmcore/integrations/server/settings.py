@@ -125,6 +125,7 @@ class ServeSettings:
             reject("baseline", repr(self.baseline), "'leave-one-out' or 'group-mean'")
         if self.reliability_tau is not None:
             check_tau(self.reliability_tau, "reliability_tau")
+        check_numbers(self, COUNT, "group_size")
         if self.group_size is not None and not 2 <= self.group_size <= self.max_responses:
             reject("group_size", self.group_size, f"2 to max_responses = {self.max_responses}, or None")
         if "" in self.end_tokens:

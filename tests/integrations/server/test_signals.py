@@ -166,9 +166,9 @@ def test_an_idle_server_ends_at_once_and_a_token_is_asked_for(server):
     [
         (["--host", "0.0.0.0"], {}, "host: got '0.0.0.0', expected a loopback address, since there is no token"),
         ([], {"RMCORE_SERVE_TOKEN": ""}, "the variable RMCORE_SERVE_TOKEN: got an empty value"),
-        (["--time-limit", "0"], {}, "time_limit_s"),
+        (["--time-limit", "0"], {}, "--time-limit: got 0"),
         (["--threshold", "1", "--budget", "0.5"], {}, "at most one"),
-        (["--group-size", "1"], {}, "group_size"),
+        (["--group-size", "1"], {}, "--group-size: got 1"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_loaded(arguments, environment, message, monkeypatch):
