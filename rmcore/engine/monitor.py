@@ -72,12 +72,16 @@ def agreement(scores: GroupScores) -> Agreement:
 
 def group_figures(group: GroupScore) -> dict[str, float]:
     """What a group says of itself, under the names of :func:`monitored` and of the rewards' logs, for a trainer that
-    averages over samples: ``judge_rate`` of its pairs, mean u (1 without a finite one), and judge against head as sums.
+    averages over samples: ``judge_rate`` of its pairs, mean u, ``unknown_rate``, and judge against head as sums.
+
+    The mean is that of finite u. Where there is none it is 1, u's least value, since a trainer's logs take numbers:
+    ``unknown_rate``, the share of pairs of which the head knows nothing, says that it is no certainty.
     """
     above = torch.ones_like(group.routed).triu(1)
     above &= True if group.compared is None else group.compared
     u = group.uncertainty[above]
-    u = u[u.isfinite()]
+    known = u.isfinite()
+    unknown, u = (~known).double(), u[known]
     judged = [
         (one.i, one.j, one.verdict.preference)
         for one in group.decisions
@@ -90,6 +94,7 @@ def group_figures(group: GroupScore) -> dict[str, float]:
     return {
         "judge_rate": float(group.routed[above].double().mean()) if bool(above.any()) else 0.0,
         "uncertainty": float(u.mean()) if len(u) else 1.0,
+        "unknown_rate": float(unknown.mean()) if len(unknown) else 0.0,
         "judged": seen.judged,
         "judge_disagreement": seen.disagreed,
         "judge_disagreement_expected": seen.expected,

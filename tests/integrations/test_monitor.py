@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,10 +90,23 @@ def test_a_group_without_a_pair_says_so(reward_model):
     assert group_figures(alone) == {
         "judge_rate": 0.0,
         "uncertainty": 1.0,
+        "unknown_rate": 0.0,
         "judged": 0.0,
         "judge_disagreement": 0.0,
         "judge_disagreement_expected": 0.0,
     }
+
+
+def test_a_group_says_of_how_many_pairs_nothing_is_known(reward_model):
+    (group,) = RewardEngine(reward_model).score(["p"], [["good", "bad", "odd"]])
+    known = group_figures(group)
+    u = group.uncertainty.clone()
+    u[0, 1] = u[1, 0] = torch.inf
+    some = group_figures(replace(group, uncertainty=u))
+    assert (known["unknown_rate"], some["unknown_rate"]) == (0.0, pytest.approx(1 / 3))
+    assert some["uncertainty"] == pytest.approx(float(u[[0, 1], [2, 2]].mean()))
+    none = group_figures(replace(group, uncertainty=torch.full_like(u, torch.inf)))
+    assert (none["unknown_rate"], none["uncertainty"]) == (1.0, 1.0)
 
 
 def test_the_curves_have_the_same_names_whatever_happened(reward_model):
