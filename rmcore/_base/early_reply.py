@@ -11,7 +11,6 @@ httpx has no public way to say how its bytes travel, so :func:`read_while_sendin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +33,12 @@ def read_while_sending(client: httpx.AsyncClient) -> None:
         inner = getattr(pool, "_network_backend", None)
         if inner is not None:
             pool._network_backend = _Backend(inner)  # type: ignore[union-attr]
+
+
+def _seen(reading: asyncio.Task[bytes]) -> None:
+    """An error that nobody will be told of any more is no news in a log either."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 class _Backend:
@@ -79,12 +84,13 @@ class _Stream:
     async def aclose(self) -> None:
         reading, self._reading = self._reading, None
         if reading is not None:
+            reading.add_done_callback(_seen)
             reading.cancel()
-            with contextlib.suppress(BaseException):
+        try:
+            if reading is not None:
                 await asyncio.wait({reading})
-            if not reading.cancelled():
-                reading.exception()
-        await self._inner.aclose()
+        finally:  # a cancellation meanwhile is the caller's, and goes on
+            await self._inner.aclose()
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None

@@ -28,7 +28,8 @@ def _forked() -> None:
     _parent = os.getppid()
 
 
-os.register_at_fork(after_in_child=_forked)
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_forked)
 
 
 class Launcher:

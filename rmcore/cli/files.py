@@ -14,6 +14,7 @@ import typer
 
 from rmcore._base.errors import InputError, reject
 from rmcore.cli.checks import check_readable
+from rmcore.cli.console import reported_errors
 
 __all__ = ["check_named_file", "file_read", "reading"]
 
@@ -31,11 +32,8 @@ def file_read(*flags: str, help: str, rows: bool = False) -> Any:
     def check(ctx: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
         if value is None or ctx.resilient_parsing:
             return value
-        try:
+        with reported_errors():
             check_named_file(max(param.opts, key=len), value, rows=rows)
-        except InputError as error:
-            typer.echo(f"rmcore: {error}", err=True)
-            raise typer.Exit(2) from None
         return value
 
     return typer.Option(*flags, help=help, callback=check)

@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from rmcore._base.errors import InputError
 from rmcore._base.numbers import Within, check_number
+from rmcore.cli.console import reported_errors
 
 __all__ = ["number"]
 
@@ -39,11 +39,8 @@ def number(
         if value is None or ctx.resilient_parsing:
             return value
         within = Within(whole=isinstance(value, int), above=above, least=least, below=below, most=most)
-        try:
+        with reported_errors():
             check_number(max(param.opts, key=len), value, within, expected)
-        except InputError as error:
-            typer.echo(f"rmcore: {error}", err=True)
-            raise typer.Exit(2) from None
         return value
 
     return typer.Option(*flags, help=f"{help} [{bounds}]" if bounds else help, callback=check)

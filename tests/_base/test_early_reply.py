@@ -14,7 +14,7 @@ import pytest
 from rmcore._base.client.address import Address
 from rmcore._base.client.exchange import Attempt, HttpExchange
 from rmcore._base.client.options import ClientOptions
-from rmcore._base.early_reply import read_while_sending
+from rmcore._base.early_reply import _Stream, read_while_sending
 from rmcore._base.http import Connections
 
 LARGE = b"x" * 8_000_000
@@ -144,6 +144,41 @@ def test_a_limit_and_a_caller_that_leaves_end_it_and_leave_nothing_behind(reads)
 
     with serving(silent) as url, clients() as make:
         asyncio.run(main(url))
+
+
+def test_closing_tells_whoever_is_cancelled_meanwhile():
+    """A stream whose read ends late, as one that says goodbye does."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.closed, self.ends, self.waits = False, asyncio.Event(), asyncio.Event()
+
+        async def read(self, size: int, timeout: float | None = None) -> bytes:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.waits.set()
+                await self.ends.wait()
+            return b""
+
+        async def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
+
+        async def aclose(self) -> None:
+            self.closed = True
+
+    async def main() -> None:
+        slow = Slow()
+        stream = _Stream(slow)
+        await stream.write(LARGE)
+        closing = asyncio.create_task(stream.aclose())
+        await slow.waits.wait()
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert slow.closed
+        slow.ends.set()
+
+    asyncio.run(main())
 
 
 def test_a_client_without_such_a_pool_is_left_as_it_is():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import time
 
 from support.warm import WarmPython
+
+from rmcore._base import launcher
 
 LAUNCHER = """
 import os, signal, sys, time
@@ -56,3 +59,9 @@ def test_a_worker_ends_with_its_torchrun_wherever_it_is(warm_python: WarmPython)
 
 def test_what_torchrun_did_not_start_goes_on_alone(warm_python: WarmPython):
     assert ends(warm_python, "alone") == ("alone went on\n", "")
+
+
+def test_where_nothing_forks_it_is_imported_all_the_same(monkeypatch):
+    monkeypatch.delattr(os, "register_at_fork")
+    found = importlib.util.find_spec(launcher.__name__)
+    found.loader.exec_module(importlib.util.module_from_spec(found))

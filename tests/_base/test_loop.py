@@ -48,19 +48,20 @@ def test_its_own_loop_would_wait_for_itself():
         run_sync(inside())
 
 
+async def long(events):
+    events.append("started")
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        events.append("cancelled")
+        raise
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 def test_an_interrupt_cancels_the_coroutine():
     # A process started in the background of a shell ignores the signal; this test must not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     events = []
-
-    async def long():
-        events.append("started")
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            events.append("cancelled")
-            raise
 
     def interrupt():
         while not events:
@@ -70,7 +71,7 @@ def test_an_interrupt_cancels_the_coroutine():
     threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_sync(long())
+            run_sync(long(events))
     finally:
         signal.signal(signal.SIGINT, before)
     assert events == ["started", "cancelled"]
@@ -81,14 +82,6 @@ def test_an_interrupt_while_it_is_handed_over_leaves_nothing_running(monkeypatch
     loop, events, closed = run_sync(the_loop()), [], threading.Event()
     hand_over = loop.call_soon_threadsafe
 
-    async def long():
-        events.append("started")
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            events.append("cancelled")
-            raise
-
     def interrupted(callback, *args):
         monkeypatch.undo()
         if begun:
@@ -98,7 +91,7 @@ def test_an_interrupt_while_it_is_handed_over_leaves_nothing_running(monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
-    coro = long()
+    coro = long(events)
     with pytest.raises(KeyboardInterrupt):
         run_sync(coro)
     assert coro.cr_frame is None, "it is closed or has ended"

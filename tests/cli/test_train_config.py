@@ -122,6 +122,7 @@ def test_over_long_pairs_are_in_the_table(trained, config, preferences, tmp_path
         ({"streaming": True, "remembered": -1}, "remembered"),
         ({"data_report": 3}, "data_report"),
         ({"learning_rate": float("nan")}, "learning_rate: got nan, expected a finite number"),
+        ({"lr_scheduler_kwargs": {"min_lr": float("nan")}}, "lr_scheduler_kwargs.min_lr: got nan"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm: got inf, expected a finite number"),
         ({"use_peft": True, "lora_r": 0}, "lora_r: got 0, expected a whole number, at least 1"),
         (
@@ -134,6 +135,23 @@ def test_what_does_not_fit_is_named(config, changes, told):
     result = call("train", "--config", config(**changes))
     assert result.exit_code == 2, result.stderr
     assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ridge: 1\nseed: 0\nridge: 2\n",
+        "seed: 0\nlr_scheduler_kwargs: {ridge: 1, ridge: 2}\n",
+        "datasets:\n- path: a\n- ridge: 1\n  ridge: 2\n",
+        "a: &x {b: &y [*x, {ridge: 1, ridge: 2}]}\nc: *x\n",
+    ],
+)
+def test_a_name_that_comes_twice_is_told_wherever_it_stands(tmp_path, text):
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    result = call("train", "--config", path, "-o", tmp_path / "out", "--backbone", "x")
+    assert result.exit_code == 2
+    assert "with 'ridge' twice, expected each name once" in result.stderr
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):

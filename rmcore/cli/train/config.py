@@ -17,6 +17,7 @@ import typer
 
 from rmcore._base.errors import InputError, reject
 from rmcore._base.numbers import COUNT, Within, check_number
+from rmcore.cli.console import reported_errors
 from rmcore.cli.files import check_named_file
 
 __all__ = ["RunSettings", "read_config", "run_settings"]
@@ -55,12 +56,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """An eager option's callback: the file's options become the command's defaults, the rest is kept for later."""
     if path is None:
         return None
-    try:
+    with reported_errors():
         check_named_file("--config", path)
         values = _yaml(path)
-    except InputError as error:
-        typer.echo(f"rmcore: {error}", err=True)
-        raise typer.Exit(2) from error
     options = {p.name for p in context.command.params}
     own = {key.replace("-", "_"): value for key, value in values.items()}
     context.default_map = {**(context.default_map or {}), **{k: v for k, v in own.items() if k in options}}
@@ -96,8 +94,7 @@ def run_settings(context: typer.Context, given: list[str] | None) -> RunSettings
     for name, within in _LORA_NUMBERS.items():
         check_number(name, lora[name], within)
     for name, value in values.items():  # the trainer would take nan, and train to nothing
-        if isinstance(value, float):
-            check_number(name, value, Within())
+        _check_finite(name, value)
     return RunSettings(
         values,
         lora if use_lora else None,
@@ -107,6 +104,17 @@ def run_settings(context: typer.Context, given: list[str] | None) -> RunSettings
         data_report=None if report is None else Path(report),
         **counts,
     )
+
+
+def _check_finite(name: str, value: object) -> None:
+    if isinstance(value, float):
+        check_number(name, value, Within())
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_finite(f"{name}.{key}", part)
+    elif isinstance(value, list):
+        for k, part in enumerate(value):
+            _check_finite(f"{name}[{k}]", part)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -126,11 +134,21 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_once(root: Any, path: str) -> None:
-    """Raise InputError for a name that comes twice at the top of a file: YAML takes the last, and says nothing."""
-    names = [key.value for key, _ in root.value] if getattr(root, "id", "") == "mapping" else []
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        reject("--config", f"{path!r} with {twice!r} twice", "each name once")
+    """Raise InputError for a name that comes twice in one mapping: YAML takes the last, and says nothing."""
+    nodes, known = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in known or getattr(node, "id", "") not in ("mapping", "sequence"):
+            continue
+        known.add(id(node))  # a node may be named, and stand in many places
+        if node.id == "sequence":
+            nodes += node.value
+            continue
+        names = [key.value for key, _ in node.value if key.id == "scalar"]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            reject("--config", f"{path!r} with {twice!r} twice", "each name once")
+        nodes += [part for pair in node.value for part in pair]
 
 
 def _scalar(text: str) -> Any:

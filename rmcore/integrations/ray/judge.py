@@ -24,6 +24,7 @@ from typing import Any
 from rmcore._base.errors import reject
 from rmcore._base.files import write_atomic
 from rmcore._base.loop import own_thread
+from rmcore._base.numbers import Within, check_number
 from rmcore.engine.routing import Budget
 from rmcore.engine.routing.routers import Reservation
 from rmcore.integrations.ray.cluster import ray_module
@@ -70,8 +71,7 @@ class SharedJudge:
         state: Path | None = None,
         keep: int = 100_000,
     ) -> None:
-        if keep < 0:
-            reject("keep", keep, "at least 0")
+        check_number("keep", keep, Within(whole=True, least=0))
         inner = make()
         if inner is None:
             reject("make", "None", "what makes a judge")
