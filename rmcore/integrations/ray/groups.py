@@ -55,7 +55,7 @@ class GroupHost:
         from rmcore.integrations.server.schema import MemberRequest, member_reply
 
         request = MemberRequest(**body)
-        return member_reply(request, await self.service.join(request))
+        return await member_reply(request, await self.service.join(request))
 
     async def metrics(self) -> str:
         """What ``GET /metrics`` of a server says."""

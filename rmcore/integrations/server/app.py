@@ -156,7 +156,7 @@ def _add_group_routes(app: FastAPI, service: RewardService) -> None:
     async def join(body: MemberRequest, request: Request) -> Response:
         if (answer := await service.peers.answer(request, *service.member_key(body))) is not None:
             return answer
-        return json_response(member_reply(body, await service.join(body, request.scope)))
+        return json_response(await member_reply(body, await service.join(body, request.scope)))
 
 
 def _add_openrlhf_route(app: FastAPI, service: RewardService) -> None:

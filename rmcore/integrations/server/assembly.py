@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -365,7 +366,7 @@ class GroupAssembly:
             else:
                 self.stats.recovered += len(rows)
                 log.warning("%d members came a second time without their siblings; they share the result", len(rows))
-                return Outcome(earlier.outcome.score, earlier.outcome.slots, rows, earlier.outcome.notes)
+                return replace(earlier.outcome, rows=rows)
         return None
 
     async def _until_whole(self, group: OpenGroup) -> None:
@@ -399,7 +400,15 @@ class GroupAssembly:
                 raise BusyError("the group was cancelled", 1.0)
             outcome = group.task.result()
             member.delivered = True
-            return MemberResult(outcome.score, outcome.rows[slot], outcome.slots, group.size, member, outcome.notes)
+            return MemberResult(
+                outcome.score,
+                outcome.rows[slot],
+                outcome.slots,
+                group.size,
+                member,
+                outcome.notes,
+                outcome.worked_out,
+            )
         finally:
             member.waiters -= 1
             member.left_at = self.clock.now()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from rmcore._base.errors import InputError
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_json, canonical_prompt, canonical_response
 from rmcore.engine.group_score import GroupScore
+from rmcore.integrations.server.once import Once
 
 __all__ = [
     "RESENT",
@@ -60,6 +61,7 @@ class MemberResult:
         slots: which slots were present, in order; shorter than ``size`` if the time limit passed.
         size: how many there should have been.
         notes: what each row's member came with.
+        worked_out: of the group, for all its members.
     """
 
     group: GroupScore
@@ -68,6 +70,7 @@ class MemberResult:
     size: int
     _slot: Slot | None = field(default=None, repr=False, compare=False)
     notes: tuple[object, ...] = ()
+    worked_out: Once = field(default_factory=Once, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:
@@ -117,12 +120,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A scored group: the slots present, and the row of each member; their notes, a row each."""
+    """A scored group: the slots present, and the row of each member; their notes, a row each; what is worked out of
+    them.
+    """
 
     score: GroupScore
     slots: tuple[int, ...]
     rows: dict[int, int]
     notes: tuple[object, ...] = ()
+    worked_out: Once = field(default_factory=Once, repr=False, compare=False)
 
 
 @dataclass(eq=False)

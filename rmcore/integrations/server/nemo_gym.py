@@ -145,8 +145,11 @@ async def _verify(service: RewardService, body: VerifyRequest, request: Request)
     else:
         result = await service.assembly.join_by_content(prompt, response, size, kin=body.task_index, **about)
         follow(request.scope, result)
-    group, reward = result.group, _rewards(service, result.group, result.notes)[result.index]
-    told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": _metrics(group)}
+    group, notes = result.group, result.notes
+    make = lambda: (_rewards(service, group, notes), _metrics(group))  # noqa: E731
+    rewards, metrics = await result.worked_out.get("gym", make, group.size)
+    reward = rewards[result.index]
+    told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": metrics}
     if body.group_id is not None:
         told["_ng_group_attempt"] = body.group_attempt
     if not math.isfinite(reward):

@@ -282,10 +282,7 @@ def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
     figures = usage_summary(scored.usage)
     return {
         "id": name,
-        "advantages": _row(group.advantages),
-        "rewards": _row(group.rewards),
-        "rewards_group_mean": _row(group.rewards_for("group-mean")),
-        "advantage_variance": None if (variance := group.advantage_variance) is None else _row(variance),
+        **_values(group),
         "preference": _rows(group.preference),
         "uncertainty": _rows(group.uncertainty),
         "routed": group.routed.tolist(),
@@ -305,26 +302,38 @@ def group_reply(scored: ScoredGroup, name: int | str | None) -> dict[str, Any]:
     }
 
 
-def member_reply(request: MemberRequest, result: MemberResult) -> dict[str, Any]:
+async def member_reply(request: MemberRequest, result: MemberResult) -> dict[str, Any]:
     """A :class:`MemberReply` as JSON values. A member that is left alone of several has no preference: null, not 0."""
     group, i = result.group, result.index
     alone = len(result.slots) == 1 and result.size > 1
-    values = (group.rewards[i], group.rewards_for("group-mean")[i], group.advantages[i])
-    leave_one_out, group_mean, advantage = (None if alone else _number(float(value)) for value in values)
-    variance = None if alone else group.advantage_variance
+    names = ("rewards", "rewards_group_mean", "advantages", "advantage_variance")
+    values = await result.worked_out.get("values", lambda: _values(group), group.size)
+    leave_one_out, group_mean, advantage, variance = (
+        None if alone or (row := values[name]) is None else row[i] for name in names
+    )
     return {
         "group_id": request.group_id,
         "attempt": request.attempt,
         "slot": result.slots[i] if request.slot is None else request.slot,
         "reward": {"leave_one_out": leave_one_out, "group_mean": group_mean},
         "advantage": advantage,
-        "advantage_variance": None if variance is None else _number(float(variance[i])),
+        "advantage_variance": variance,
         "preference": _row(group.preference[i]),
         "uncertainty": _row(group.uncertainty[i]),
         "routed": group.routed[i].tolist(),
         "slots": list(result.slots),
         "complete": result.complete,
         "head_version": group.head_version,
+    }
+
+
+def _values(group: GroupScore) -> dict[str, Row | None]:
+    variance = group.advantage_variance
+    return {
+        "advantages": _row(group.advantages),
+        "rewards": _row(group.rewards),
+        "rewards_group_mean": _row(group.rewards_for("group-mean")),
+        "advantage_variance": None if variance is None else _row(variance),
     }
 
 

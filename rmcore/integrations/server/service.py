@@ -198,8 +198,10 @@ class RewardService:
             follow(scope, result)
             if len(result.slots) == 1:
                 return [math.nan], [math.nan], [None], {}
-            values, figures = self._rewards_of(result.group), group_figures(result.group)
-            return [values[0][result.index]], [values[1][result.index]], [result.group.head_version], figures
+            group, i = result.group, result.index
+            make = lambda: (*self._rewards_of(group), group_figures(group))  # noqa: E731
+            own, win, figures = await result.worked_out.get("rewards", make, group.size)
+            return [own[i]], [win[i]], [group.head_version], figures
         groups = grouped(body.prompts, size)
         for places in groups:
             if len(places) > self.settings.max_responses:
