@@ -57,6 +57,14 @@ class ServeLimits:
     """Times, places and sizes."""
 
     time_limit: Annotated[float, number(help="Seconds a group waits for its members.", above=0)] = 120.0
+    first_start: Annotated[
+        bool,
+        typer.Option(
+            "--first-start",
+            help="No server was here before: in its first --time-limit, too, groups are scored without members that do "
+            "not come. Otherwise those are refused, since a server that was killed may have answered some of them.",
+        ),
+    ] = False
     drain: Annotated[float, number(help="After SIGTERM: seconds open groups may wait for members.", least=0)] = 20.0
     batch: Annotated[int, number(help="Groups scored together at most.", least=1)] = 64
     batch_wait: Annotated[float, number(help="Seconds an idle server waits for company.", least=0)] = 0.004
@@ -128,6 +136,7 @@ def serve_settings(
         prompt_suffix=openrlhf.prompt_suffix,
         end_tokens=(*END_TOKENS, *(openrlhf.end_token or ())),
         time_limit_s=limits.time_limit,
+        first_start=limits.first_start,
         answer_within_s=limits.time_limit + (_JUDGE_S if judge_deadline is None else judge_deadline) + 10,
         drain_s=limits.drain,
         batch_groups=limits.batch,

@@ -24,6 +24,7 @@ from rmcore._base.http import Connections, check_base_url
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError
+from rmcore.integrations.server.doubts import AGAIN
 from rmcore.integrations.server.members import prompt_digest
 from rmcore.integrations.server.placing import group_key, owner, ranked
 
@@ -39,6 +40,7 @@ Number: TypeAlias = float | None
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RETRIED = frozenset({408, 429, 502, 503, 504})
+_LOST = frozenset({None, 500, 502, 503, 504})
 _REFUSED = {409: ConflictError, 410: LateError, 400: InputError, 413: InputError, 422: InputError}
 # The deadline ends the tries, not their number.
 _RETRY = RetryPolicy(max_attempts=1_000_000, max_retry_after_s=math.inf)
@@ -67,6 +69,11 @@ class _Answer:
         """Whether the same request may be answered next time. A 500 that is not the server's own is a proxy's."""
         said = self._error("type")
         return (self.status in _RETRIED and said != "no_preference") or (self.status == 500 and not said)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the request may have reached a server that has ended since."""
+        return not self.unreachable and self.status in _LOST
 
     @property
     def cause(self) -> str:
@@ -317,6 +324,8 @@ class GroupClient:
             answer = await self._try(f"{url}{path}", content, sent, min(left, self.attempt_timeout_s))
             tries += 1
             elsewhere += answer.unreachable
+            if answer.lost:  # and who had it may have answered its siblings
+                sent[AGAIN] = "1"
             if answer.status == 200:
                 try:
                     return json.loads(answer.text)

@@ -88,7 +88,7 @@ def test_members_meet_and_each_gets_its_own_part(engine, served, group_client):
 
 
 def test_refusals_of_the_server_are_the_errors_of_the_assembly(engine, served, group_client):
-    client = group_client(served(engine, ServeSettings(time_limit_s=0.05)))
+    client = group_client(served(engine, ServeSettings(time_limit_s=0.05, first_start=True)))
 
     async def run() -> Any:
         part = await client.rendezvous("u", 0, 2, PROMPT, "good")

@@ -187,7 +187,7 @@ def test_validation_with_another_n_needs_a_split(manager_of, tokenizer):
 
 
 def test_a_group_that_stays_incomplete_is_scored_without_the_missing_and_never_as_zero(manager_of, engine, tokenizer):
-    manager = manager_of(ServeSettings(time_limit_s=0.3))
+    manager = manager_of(ServeSettings(time_limit_s=0.3, first_start=True))
     prompt, texts = GROUPS[0]
 
     async def run() -> list[Any]:

@@ -9,7 +9,8 @@ every member waits until its group is whole, the group is scored once, and each 
 Rules, the same for both. A member that fails to arrive must not stall its siblings: ``time_limit_s`` after the first
 one came, those present are scored, and a later one is refused (:class:`LateError`), never scored as 0. A caller that
 goes away does not take the group along, and one that asks again gets what the first call got. Of a scored group only
-digests of the texts are kept.
+digests of the texts are kept. What may be the rest of a group that a process before this one has answered is scored
+whole or not at all (:mod:`rmcore.integrations.server.doubts`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from rmcore._base.errors import reject
 from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore._base.prompt import Canonical, Prompt, Response, canonical_response
 from rmcore.engine.group_score import GroupScore
+from rmcore.integrations.server.doubts import Doubts
 from rmcore.integrations.server.members import (
-    RESENT,
     AssemblyStats,
     BusyError,
     ConflictError,
@@ -66,6 +67,8 @@ class GroupAssembly:
             waits for others: a trainer that was killed and started again must not meet what it left behind.
         max_members: members waiting at most; more are refused with :class:`BusyError`.
         max_kept: finished groups remembered at most, the latest ones.
+        doubt_s: seconds from now in which groups that open are scored whole or not at all: a process before this one
+            may have answered some of their members. 0 where there was none.
         finished: called with each scored group before its results go out: to have it remembered elsewhere, too
             (:meth:`restore`). They wait for it, so it must be quick; what it raises is logged.
         clock: a seam for tests.
@@ -80,12 +83,14 @@ class GroupAssembly:
         abandon_s: float = 15.0,
         max_members: int = 65_536,
         max_kept: int = 16_384,
+        doubt_s: float = 0.0,
         finished: Callable[[OpenGroup], Awaitable[None]] | None = None,
         clock: Clock | None = None,
     ) -> None:
         check_number("time_limit_s", time_limit_s, Within(above=0), "seconds above 0")
         check_number("keep_s", keep_s, Within(least=0), "seconds, at least 0")
         check_number("abandon_s", abandon_s, Within(least=0), "seconds, at least 0")
+        check_number("doubt_s", doubt_s, Within(least=0), "seconds, at least 0")
         check_number("max_members", max_members, COUNT, "at least 1")
         check_number("max_kept", max_kept, Within(whole=True, least=0), "at least 0")
         self.score = score
@@ -97,6 +102,7 @@ class GroupAssembly:
         self.finished = finished
         self.stats = AssemblyStats()
         self.clock: Clock = clock or SystemClock()
+        self.doubts = Doubts(doubt_s, keep_s, max_kept, self.clock)
         self._groups: dict[Hashable, OpenGroup] = {}
         self._by_prompt: dict[str, list[OpenGroup]] = {}
         self._finished: OrderedDict[Hashable, tuple[float, OpenGroup]] = OrderedDict()
@@ -217,8 +223,7 @@ class GroupAssembly:
         filling = next((g for g in groups if not g.closed and len(g.slots) < g.size and g.size == size), None)
         if filling is None:
             self._serial += 1
-            filling = self._open(("content", name, self._serial), prompt, name, size, principle)
-            filling.by_content = True
+            filling = self._open(("content", name, self._serial), prompt, name, size, principle, by_content=True)
             self._by_prompt.setdefault(name, []).append(filling)
         slot = next(k for k in range(size) if k not in filling.slots)
         self._add(filling, slot, response, note)
@@ -261,11 +266,13 @@ class GroupAssembly:
         await self.clock.sleep(seconds)
         self._cut_short.set()
 
-    def _open(self, key: Hashable, prompt: Prompt, digest: str, size: int, principle: str) -> OpenGroup:
+    def _open(
+        self, key: Hashable, prompt: Prompt, digest: str, size: int, principle: str, by_content: bool = False
+    ) -> OpenGroup:
         if self._draining:
             self.stats.refused += 1
             raise BusyError("draining: no new groups are taken", 1.0)
-        group = OpenGroup(key, prompt, digest, size, self.clock.now() + self.time_limit_s, principle)
+        group = OpenGroup(key, prompt, digest, size, self.clock.now() + self.time_limit_s, principle, by_content)
         self._groups[key] = group
         group.task = asyncio.create_task(self._run(group), name="rmcore group")
         group.task.add_done_callback(partial(self._ended, group))
@@ -290,7 +297,7 @@ class GroupAssembly:
             self._close_if_empty(group)
             raise BusyError(f"{self._waiting} members wait already", min(self.time_limit_s, 5.0))
         group.slots[slot] = Slot(text_digest(response), response, note)
-        group.resent = group.resent or RESENT.get()
+        self.doubts.look_at(group)
         self.stats.members += 1
         if len(group.slots) == group.size:
             group.whole.set()
@@ -335,10 +342,7 @@ class GroupAssembly:
     async def _scored(self, group: OpenGroup) -> Outcome:
         slots = tuple(sorted(group.slots))
         if len(slots) < group.size and group.resent:
-            raise LateError(
-                f"members: got {len(slots)} of {group.size} within {self.time_limit_s:g} s, sent again since the "
-                "process that had them died, expected all: the others may have their results from it"
-            )
+            raise self.doubts.refuse(group, self.time_limit_s)
         if len(slots) < group.size:
             self.stats.partial_groups += 1
             log.warning("scored %d of %d members: the time limit passed", len(slots), group.size)

@@ -20,7 +20,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rmcore._base.clock import Clock, SystemClock
-from rmcore.integrations.server.members import MemberResult
+from rmcore.integrations.server.doubts import AGAIN
+from rmcore.integrations.server.members import RESENT, MemberResult
 from rmcore.integrations.server.schema import OPEN_PATHS, error_response
 from rmcore.integrations.server.settings import ServeSettings
 
@@ -29,6 +30,7 @@ __all__ = ["Guard", "follow", "lost", "reached"]
 log = logging.getLogger(__name__)
 
 _FOLLOWED = "rmcore.followed"
+_AGAIN = AGAIN.encode()
 
 
 def follow(scope: Scope, result: MemberResult) -> None:
@@ -181,7 +183,12 @@ class Guard:
                 pass
             hung_up.set()
 
-        answering = asyncio.ensure_future(_run(self.app, scope, replay, send))
+        again = any(name == _AGAIN for name, _ in scope["headers"])
+        token = RESENT.set(again or RESENT.get())
+        try:
+            answering = asyncio.ensure_future(_run(self.app, scope, replay, send))
+        finally:
+            RESENT.reset(token)
         watching = asyncio.ensure_future(watch())
         both: set[asyncio.Future[Any]] = {answering, watching}
         try:

@@ -40,7 +40,7 @@ class LateError(InputError):
 
 RESENT: ContextVar[bool] = ContextVar("resent", default=False)
 """Set around a call that is made again since the process that had the group has died: that one may have answered some
-of its members. Such a group is scored whole or not at all."""
+of its members. Such a group is scored whole or not at all (:mod:`rmcore.integrations.server.doubts`)."""
 
 
 class BusyError(RuntimeError):

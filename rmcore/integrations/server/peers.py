@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rmcore._base.http import Connections, check_base_url
+from rmcore.integrations.server.doubts import AGAIN
 from rmcore.integrations.server.placing import group_key, owner
 from rmcore.integrations.server.schema import error_response
 from rmcore.integrations.server.settings import ServeSettings
@@ -32,7 +33,7 @@ __all__ = ["Peers"]
 
 _PASSED_ON = "x-rmcore-peers"
 """On a request from another server: the digest of the list that sent it here."""
-_KEPT = ("authorization", "content-type")
+_KEPT = ("authorization", "content-type", AGAIN)
 _CONNECT_S = 5.0
 _ANSWERS = 2.0
 """Times ``answer_within_s`` until an owner that says nothing is taken for gone."""

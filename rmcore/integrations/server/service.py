@@ -96,6 +96,7 @@ class RewardService:
             time_limit_s=settings.time_limit_s,
             keep_s=settings.keep_s,
             max_members=settings.max_members,
+            doubt_s=0.0 if settings.first_start else settings.time_limit_s,
             clock=clock,
         )
         self.replies = ReplyStore(settings.keep_s, settings.replay_bytes, clock)

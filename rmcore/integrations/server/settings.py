@@ -62,6 +62,9 @@ class ServeSettings:
         time_limit_s: from the first member of a group to its scoring, whoever is missing by then.
         answer_within_s: a call of ``/get_reward`` that takes longer is answered 503, before OpenRLHF gives up at 180 s.
             On Ray also how long a batch may be without an answer before a further replica is asked for it too.
+        first_start: no server was here before this one. Otherwise one may have answered members of groups that open in
+            this one's first ``time_limit_s``: they are scored whole, or refused
+            (:mod:`rmcore.integrations.server.doubts`).
         keep_s: how long results are remembered for callers that ask again.
         drain_s: after SIGTERM, how long open groups may wait for missing members.
         read_s: how long a request's head may take to arrive, and then its body.
@@ -94,6 +97,7 @@ class ServeSettings:
     prompt_suffix: str = ""
     time_limit_s: float = 120.0
     answer_within_s: float = 170.0
+    first_start: bool = False
     keep_s: float = 600.0
     drain_s: float = 20.0
     read_s: float = 60.0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,7 @@ import pytest
 import torch
 import transformers
 import uvicorn
+from support.warm import MODEL
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rmcore.engine import RewardEngine
@@ -160,6 +164,33 @@ def serving(app: Any) -> Iterator[str]:
 @pytest.fixture
 def serve_app() -> Callable[[Any], Any]:
     return serving
+
+
+@pytest.fixture
+def server(reward_model_path, tmp_path, warm_python):
+    """``rmcore serve`` with the arguments given; (process, URL, its log's file). Killed at the end if it still runs."""
+    running = []
+
+    def start(*arguments: str, **environment: str) -> tuple[Any, str, Path]:
+        command = ["-v", "serve", reward_model_path, "--port", "0", *arguments]
+        path = tmp_path / f"server {len(running)}.log"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        with path.open("w") as log:
+            process = warm_python.start(
+                "", *command, module="rmcore.cli", modules=MODEL, stderr=log, stdout=subprocess.DEVNULL, env=env
+            )
+        running.append(process)
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"serving (\S+)", path.read_text())):
+            assert process.poll() is None, path.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process, found[1], path
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
 
 
 class ManualClock:

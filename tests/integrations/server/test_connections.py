@@ -119,7 +119,7 @@ def test_a_refused_body_does_not_come_for_ever(make_app, echo_engine, version):
 
 def test_what_takes_long_to_answer_is_not_given_up(make_app, echo_engine):
     body = json.dumps({"group_id": 1, "slot": 0, "k": 2, "prompt": "red", "response": "good"}).encode()
-    with serving(make_app(echo_engine, time_limit_s=1.0), 0.2) as port:
+    with serving(make_app(echo_engine, time_limit_s=1.0, first_start=True), 0.2) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         for _ in range(2):
             connection.request("POST", "/v1/rendezvous", body, JSON)

@@ -400,7 +400,7 @@ def test_late_contradicting_and_repeated_members(make_app, talk, echo_engine, ma
         single_group = await post(member(0, "1", k=1, group="of one"))
         return conflicts, first.json(), third.json(), late, again.json(), (await lone).json(), single_group.json()
 
-    app = make_app(echo_engine, clock=manual_clock)
+    app = make_app(echo_engine, clock=manual_clock, first_start=True)
     conflicts, first, third, late, again, lone, of_one = talk(app, main)
     assert [c.status_code for c in conflicts] == [409] * 3
     assert first["slots"] == third["slots"] == [0, 2]
@@ -434,7 +434,7 @@ def test_verls_calls(make_app, talk, echo_engine, manual_clock):
         await manual_clock.advance(20)
         return dict(zip(order, await asyncio.gather(*calls), strict=True))
 
-    app = make_app(echo_engine, clock=manual_clock)
+    app = make_app(echo_engine, clock=manual_clock, first_start=True)
     answers = talk(app, main)
     for (step, uid, slot), got in answers.items():
         present = [0, 1, 2] if (step, uid) == (1, "u2") else [0, 1, 2, 3]
@@ -675,7 +675,7 @@ def test_draining_takes_nothing_new_and_finishes_what_is_open(make_app, talk, ec
         refused.append(await client.post("/v1/groups", json=GROUP))
         return before, refused, ready, health, (await half).json(), other.json(), (await lone).json()
 
-    app = make_app(echo_engine, group_size=2, drain_s=0.3)
+    app = make_app(echo_engine, group_size=2, drain_s=0.3, first_start=True)
     service = app.state.service
     before, refused, ready, health, half, other, lone = talk(app, main)
     assert before == 200

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import re
 import signal
-import subprocess
-import time
 from collections import Counter
 
 import httpx
 import pytest
-from support.warm import MODEL
 from typer.testing import CliRunner
 
 from rmcore.cli import app as cli
@@ -23,41 +18,9 @@ from rmcore.judge import ReplayServer
 WORDS = ["good", "clear", "right", "bad", "vague", "wrong", "red", "blue", "green", "tree"]
 
 
-@pytest.fixture
-def server(reward_model_path, tmp_path, warm_python):
-    """``rmcore serve`` with the arguments given; (process, URL). Killed at the end if it still runs."""
-    running = []
-
-    def start(*arguments, **environment):
-        command = ["-v", "serve", reward_model_path, "--port", "0", *arguments]
-        log = (tmp_path / f"server {len(running)}.log").open("w+")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-        process = warm_python.start(
-            "", *command, module="rmcore.cli", modules=MODEL, stderr=log, stdout=subprocess.DEVNULL, env=env
-        )
-        running.append((process, log))
-        deadline = time.monotonic() + 120
-        while not (found := re.search(r"serving (\S+)", _read(log))):
-            assert process.poll() is None, _read(log)
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        return process, found[1], log
-
-    yield start
-    for process, log in running:
-        process.kill()
-        process.wait()
-        log.close()
-
-
-def _read(log):
-    log.seek(0)
-    return log.read()
-
-
 @pytest.mark.slow
 def test_sigterm_under_load_loses_no_accepted_group(server, reward_model):
-    process, url, log = server("--group-size", "3", "--drain", "4", "--batch", "8")
+    process, url, log = server("--group-size", "3", "--drain", "4", "--batch", "8", "--first-start")
     rng = random.Random(0)
     told = asyncio.Event()  # the signal was sent
     outcomes: Counter[str] = Counter()
@@ -137,11 +100,11 @@ def test_sigterm_under_load_loses_no_accepted_group(server, reward_model):
 
     checks: list[tuple[list[str], list[float]]] = []
     ready, refused, half, alone = asyncio.run(asyncio.wait_for(main(), 100))
-    assert process.wait(60) == 0, _read(log)
+    assert process.wait(60) == 0, log.read_text()
     assert (ready["status"], refused) == ("draining", 429)
     assert half == [True, True, True]
     assert (alone["complete"], alone["advantage"]) == (False, None)
-    assert "Traceback" not in _read(log)
+    assert "Traceback" not in log.read_text()
     from rmcore.engine import RewardEngine
 
     engine = RewardEngine(reward_model)
@@ -158,7 +121,7 @@ def test_an_idle_server_ends_at_once_and_a_token_is_asked_for(server):
     assert httpx.get(f"{url}/metrics", headers={"authorization": "Bearer a-token-for-the-test"}).status_code == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
-    assert "a-token" not in _read(log)
+    assert "a-token" not in log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ class Assembler:
         self.engine = make()
         self.app = create_app(self.engine, settings, model=model)  # type: ignore[arg-type]
         self.service = self.app.state.service
+        self.service.assembly.doubts.first_s = 0.0  # entries know whether there was one before
         self.presence = presence or Presence()
         self.life = uuid.uuid4().hex
         self.copies = Copies(name, assemblers, clock) if assemblers and len(assemblers) > 1 else None
