@@ -5,6 +5,7 @@
 
 #include "device.h"
 #include "int8_stream.h"
+#include "mid.h"
 #include "power_iteration.h"
 #include "score.h"
 #include "sources_digest.h"  // made by the build
@@ -97,6 +98,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_ROWS") = kMaxRows;
   m.attr("SOURCES") = RMCORE_CUDA_SOURCES;
   m.attr("SOURCES_INT8") = RMCORE_CUDA_SOURCES_INT8;
+  m.attr("SOURCES_MID") = RMCORE_CUDA_SOURCES_MID;
   py::register_exception<BarrierTimeout>(m, "BarrierTimeout", PyExc_RuntimeError);
   m.def("check_barriers", &check_barriers,
         "Raises BarrierTimeout where a launch since the last call gave up waiting for a thread block.");
@@ -153,6 +155,29 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("head"), py::arg("plan"), py::arg("hidden"), py::arg("dtype"), py::arg("stride"), py::arg("rows"),
       py::arg("out"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"),
       "Scores `rows` hidden rows with an int8 head into out (4, rows) float32, in stream order.");
+
+  py::class_<MidHead>(m, "MidHead", "A head and the tensor maps of its weights, for score_mid.")
+      .def(py::init(&mid_head), py::arg("head"));
+  py::class_<MidPlan>(m, "MidPlan",
+                      "How a batch of exactly `rows` rows is laid out on a device; columns 0: not served.")
+      .def(py::init(&plan_mid_on), py::arg("head"), py::arg("rows"), py::arg("device"))
+      .def_property_readonly("columns", [](const MidPlan& plan) { return plan.shape.columns; })
+      .def_property_readonly("groups", [](const MidPlan& plan) { return plan.shape.groups; })
+      .def_property_readonly("clusters", [](const MidPlan& plan) { return plan.shape.clusters; })
+      .def_readonly("slots", &MidPlan::slots)
+      .def_readonly("shared_bytes", &MidPlan::shared_bytes)
+      .def_readonly("workspace_bytes", &MidPlan::bytes);
+  m.def(
+      "score_mid",
+      [](const MidHead& head, const MidPlan& plan, uintptr_t hidden, const std::string& dtype, int64_t stride, int rows,
+         uintptr_t out, uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream) {
+        if (scalar(dtype) != head.head.dtype) throw py::value_error("dtype: got " + dtype + ", not that of the head");
+        launch_mid(head, plan, pointer<void>(hidden), stride, rows, pointer<float>(out), pointer<void>(workspace),
+                   workspace_bytes, device, stream);
+      },
+      py::arg("head"), py::arg("plan"), py::arg("hidden"), py::arg("dtype"), py::arg("stride"), py::arg("rows"),
+      py::arg("out"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"),
+      "Scores 65 to 512 hidden rows of the head's dtype into out (4, rows) float32, in stream order.");
 
   py::class_<PowerPlan>(m, "PowerPlan", "How a power iteration is laid out on a device.")
       .def(py::init(&plan_power_on), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"), py::arg("device"))

@@ -61,23 +61,22 @@ def test_the_digest_of_cuda_is_of_what_computes_by_name_and_content(tmp_path):
     assert len(found) == 6
 
 
-def test_the_int8_kernel_has_a_digest_of_its_own(tmp_path):
-    """Its files say nothing against what was measured of the others; theirs, which it includes, do against it."""
+def test_kernels_of_their_own_files_have_digests_of_their_own(tmp_path):
+    """Their files say nothing against what was measured of the others; those that they include do against them."""
     folder, out = tmp_path / "cuda", tmp_path / "digest.h"
     shutil.copytree(CUDA, folder)
+    kinds = ("", "_INT8", "_MID")
 
-    def both() -> tuple[str, str]:
-        return cuda_digest(folder, out), cuda_digest(folder, out, "_INT8")
+    def changed(name: str) -> set[str]:
+        before = {which: cuda_digest(folder, out, which) for which in kinds}
+        assert len(set(before.values())) == 3
+        (folder / name).write_text("another")
+        return {which for which in kinds if cuda_digest(folder, out, which) != before[which]}
 
-    before = both()
-    (folder / "int8_stream.cuh").write_text("another")
-    own = both()
-    assert own[0] == before[0]
-    assert own[1] != before[1]
-    (folder / "stream.cuh").write_text("another")
-    other = both()
-    assert other[0] != own[0]
-    assert other[1] != own[1]
+    assert changed("int8_stream.cuh") == {"_INT8"}
+    for name in ("mid.h", "mid.cuh", "mid_ptx.cuh", "mid_plan.cpp", "mid_launch.cpp", "mid_fp16.cu"):
+        assert changed(name) == {"_MID"}
+    assert changed("stream.cuh") == set(kinds)
 
 
 def test_what_the_module_includes_is_in_its_digest():
