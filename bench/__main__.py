@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rmcore._base.arguments import real, whole
 from rmcore.evaluation.streams import find_data
 
 from .encode import encode_table
@@ -202,11 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--suite", action="append", choices=list(SUITES), help="default: all but encode")
     parser.add_argument("--quick", action="store_true", help="small sizes, ends in about a minute on 2 cores")
     parser.add_argument("--size", action="append", metavar="HxD", help="such as 4096x4096; may be given several times")
-    parser.add_argument("--batch", action="append", type=int, metavar="B")
-    parser.add_argument("--group", action="append", type=int, metavar="K", help="encode: responses a prompt")
+    parser.add_argument("--batch", action="append", type=whole(), metavar="B")
+    parser.add_argument("--group", action="append", type=whole(), metavar="K", help="encode: responses a prompt")
     parser.add_argument("--lengths", action="append", choices=("autoj", "512+512"), help="encode: default both")
-    parser.add_argument("--layers", type=int, help="encode: cut the backbone to so many layers, to save time")
-    parser.add_argument("--rounds", type=int, help="encode: how often the variants take turns")
+    parser.add_argument("--layers", type=whole(), help="encode: cut the backbone to so many layers, to save time")
+    parser.add_argument("--rounds", type=whole(), help="encode: how often the variants take turns")
     parser.add_argument("--data", type=Path, help="encode: preference data for lengths; default RMCORE_DATA, if set")
     parser.add_argument("--device")
     parser.add_argument(
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=sorted(HELD_TO),
         help="CPU: hold us and every peer to this instruction set, whatever more the machine has",
     )
-    parser.add_argument("--budget", type=float, help="seconds a variant")
+    parser.add_argument("--budget", type=real(least=0), help="seconds a variant")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peers out")
     parser.add_argument(
         "--out", type=Path, help="results file without its ending; default bench/results/DEVICE or SUITE"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.engine.acquisition import Acquisition, pair_pool, select_pairs
 from rmcore.evaluation.evaluate import encode_pairs
@@ -163,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--labels", type=int, default=500, help="labels to buy in all")
+    parser.add_argument("--seeds", type=whole(), default=8)
+    parser.add_argument("--labels", type=whole(), default=500, help="labels to buy in all")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore._base.files import write_atomic
 from rmcore.bench.uncertainties import fit_estimator, measure
 from rmcore.cli.run_demo import demo_backbone
@@ -108,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--passes", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, help="of each part; default: all")
+    parser.add_argument("--passes", type=whole(), default=10)
+    parser.add_argument("--seeds", type=whole(), default=3)
+    parser.add_argument("--pairs", type=whole(), help="of each part; default: all")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)

@@ -20,6 +20,7 @@ from typing import Any, get_args
 import torch
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore._base.files import write_atomic
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.benchmarks import find_benchmark
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(least=0), default=0)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)

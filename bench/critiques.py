@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore._base.files import write_atomic
 from rmcore.bench.llama_server import PORT, served
 from rmcore.cli import app
@@ -152,11 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="the data folder; default RMCORE_DATA")
     parser.add_argument("--critic", type=Path, required=True, help="a GGUF file of a chat model")
     parser.add_argument("--generate", action="store_true", help="by transformers, not over llama.cpp's server")
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--samples", type=int, default=2, help="critiques a response")
-    parser.add_argument("--tokens", type=int, default=64, help="longest critique")
-    parser.add_argument("--threads", type=int, default=1, help="of the server; more only where cores are free")
-    parser.add_argument("--port", type=int, default=PORT, help="of the server: the same again to go on from the store")
+    parser.add_argument("--pairs", type=whole(), default=200)
+    parser.add_argument("--samples", type=whole(), default=2, help="critiques a response")
+    parser.add_argument("--tokens", type=whole(), default=64, help="longest critique")
+    parser.add_argument("--threads", type=whole(), default=1, help="of the server; more only where cores are free")
+    parser.add_argument(
+        "--port",
+        type=whole(least=0, most=65_535),
+        default=PORT,
+        help="of the server: the same again to go on from the store",
+    )
     parser.add_argument("--work", type=Path, default=Path("out/critiques"), help="where critiques are kept")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(argv)

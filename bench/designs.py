@@ -23,6 +23,7 @@ import torch
 from scipy import stats
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore.engine import RewardEngine
 from rmcore.engine.routing import BudgetRouter
 from rmcore.head import HeadConfig
@@ -92,7 +93,7 @@ def run(groups: int) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=60)
+    parser.add_argument("--groups", type=whole(), default=60)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     rows = run(arguments.groups)

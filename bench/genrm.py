@@ -35,6 +35,7 @@ import numpy.typing as npt
 import torch
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore._base.client.options import ClientOptions
 from rmcore.bench.routing import CHUNK
 from rmcore.bench.routing_streams import RECORDED
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=whole(), default=5)
     parser.add_argument("--stream", action="append", choices=["+".join(stream) for stream in STREAMS])
     parser.add_argument("--more", action="store_true", help="also a head that learns, and verdicts and head combined")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -129,6 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--total", type=float, help="seconds in all; default 420 for run, 280 for more")
     parser.add_argument("--python", default="python3.12", help="prepare: the Python to build for")
     options = parser.parse_args(argv)
+    if options.total is not None and not 0 < options.total < 1e6:
+        parser.error(f"argument --total: got {options.total}, expected seconds above 0")
+    if options.size < 1:
+        parser.error(f"argument --size: got {options.size}, expected a whole number, at least 1")
     if options.what == "prepare":
         return prepare(options.python)
     if options.what == "report":

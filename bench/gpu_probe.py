@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rmcore import ops
+from rmcore._base.arguments import real, whole
 from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
 from rmcore.bench.attributes import attribute_heads
@@ -420,11 +421,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=list(STEPS))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, default=4096, help="h = D")
-    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--size", type=whole(), default=4096, help="h = D")
+    parser.add_argument("--rows", type=whole(), nargs="+")
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--budget", type=float, default=0.04, help="seconds of timing a case")
-    parser.add_argument("--repeats", type=int, default=50, help="calls whose bits must be equal")
+    parser.add_argument("--budget", type=real(least=0), default=0.04, help="seconds of timing a case")
+    parser.add_argument("--repeats", type=whole(least=0), default=50, help="calls whose bits must be equal")
     parser.add_argument("--backends", nargs="*", default=["cuda", "triton"])
     parser.add_argument(
         "--forms", nargs="+", default=["streamed", "tail", "pairs", "launch"], help="which choices to compare"

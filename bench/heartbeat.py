@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rmcore import RewardEngine
+from rmcore._base.arguments import real, whole
 from rmcore.judge import ChatJudge, ClientOptions, Pair
 from rmcore.model import RewardModel
 
@@ -187,11 +188,11 @@ async def _idle() -> Delay:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=10_000_000, help="bytes")
+    parser.add_argument("--size", type=whole(), default=10_000_000, help="bytes")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="at most; the least delay counts, and one in time is enough"
+        "--rounds", type=whole(), default=3, help="at most; the least delay counts, and one in time is enough"
     )
-    parser.add_argument("--most", type=float, default=50.0, help="milliseconds")
+    parser.add_argument("--most", type=real(above=0), default=50.0, help="milliseconds")
     parser.add_argument("--cpu", action="store_true", help="judge by CPU time, on a machine that others use")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     a = parser.parse_args(argv)

@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rmcore import FrozenHead, GroupScores, RewardEngine
+from rmcore._base.arguments import real, whole
 from rmcore._base.prompt import Response, response_text
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.head import HeadConfig, SNGPHead
@@ -322,15 +323,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Soak()
-    parser.add_argument("--pairs", type=int, default=default.pairs)
-    parser.add_argument("--in-flight", type=int, default=default.in_flight)
-    parser.add_argument("--faults", type=float, default=default.faults)
-    parser.add_argument("--storm", type=float, default=default.storm_s, metavar="SECONDS", help="length of each storm")
-    parser.add_argument("--latency", type=float, nargs=2, default=default.latency_s, metavar="SECONDS")
-    parser.add_argument("--rate", type=float, default=default.rate, help="the endpoint's answers a second; 0: any")
-    parser.add_argument("--timeout", type=float, default=default.timeout_s, metavar="SECONDS")
-    parser.add_argument("--deadline", type=float, default=default.deadline_s, metavar="SECONDS")
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--pairs", type=whole(), default=default.pairs)
+    parser.add_argument("--in-flight", type=whole(), default=default.in_flight)
+    parser.add_argument("--faults", type=real(least=0, most=1), default=default.faults)
+    parser.add_argument(
+        "--storm", type=real(least=0), default=default.storm_s, metavar="SECONDS", help="length of each storm"
+    )
+    parser.add_argument("--latency", type=real(least=0), nargs=2, default=default.latency_s, metavar="SECONDS")
+    parser.add_argument(
+        "--rate", type=real(least=0), default=default.rate, help="the endpoint's answers a second; 0: any"
+    )
+    parser.add_argument("--timeout", type=real(above=0), default=default.timeout_s, metavar="SECONDS")
+    parser.add_argument("--deadline", type=real(above=0), default=default.deadline_s, metavar="SECONDS")
+    parser.add_argument("--seed", type=whole(least=0), default=default.seed)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--serve", action="store_true", help="be the endpoint only, until standard input ends")
     a = parser.parse_args(argv)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore.cli.run_demo import DEMO_HEAD
 from rmcore.evaluation.plots.figure import new_figure
 from rmcore.evaluation.streams import find_data
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=whole(), default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--cache", type=Path, help="file that keeps the encoded texts from run to run")
     arguments = parser.parse_args(argv)

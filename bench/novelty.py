@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore.cli.run_demo import DEMO_HEAD, demo_backbone
 from rmcore.evaluation.evaluate import PairStates, encode_pairs, evaluate_pairs, scored_pairs
 from rmcore.evaluation.streams import StreamPair, find_data, load_corpus, load_test_pairs
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=whole(), default=6)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from rmcore._base.arguments import real, whole
 from rmcore._base.client.options import ClientOptions
 from rmcore.engine import RewardEngine
 from rmcore.engine.groups import GroupScores
@@ -250,18 +251,22 @@ def _seconds(call: Any) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=256)
-    parser.add_argument("--responses", type=int, default=4, help="in each group")
-    parser.add_argument("--share", type=float, default=0.25, help="of the pairs that go to the judge")
-    parser.add_argument("--latency", type=float, default=0.3, help="seconds a judge call takes")
-    parser.add_argument("--concurrency", type=int, default=64, help="judge calls at once")
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--tokens-per-batch", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--others", type=float, default=0.2, help="cores that other processes may use in a round")
-    parser.add_argument("--patience", type=int, default=20, help="rounds that may be set aside")
-    parser.add_argument("--sweep", type=int, nargs="*", default=[], metavar="PASSES", help="micro-batch sizes to try")
+    parser.add_argument("--groups", type=whole(), default=256)
+    parser.add_argument("--responses", type=whole(), default=4, help="in each group")
+    parser.add_argument("--share", type=real(least=0, most=1), default=0.25, help="of the pairs that go to the judge")
+    parser.add_argument("--latency", type=real(least=0), default=0.3, help="seconds a judge call takes")
+    parser.add_argument("--concurrency", type=whole(), default=64, help="judge calls at once")
+    parser.add_argument("--hidden-size", type=whole(), default=384)
+    parser.add_argument("--layers", type=whole(), default=3)
+    parser.add_argument("--tokens-per-batch", type=whole(), default=2048)
+    parser.add_argument("--rounds", type=whole(), default=5)
+    parser.add_argument(
+        "--others", type=real(least=0), default=0.2, help="cores that other processes may use in a round"
+    )
+    parser.add_argument("--patience", type=whole(least=0), default=20, help="rounds that may be set aside")
+    parser.add_argument(
+        "--sweep", type=whole(), nargs="*", default=[], metavar="PASSES", help="micro-batch sizes to try"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(argv)
     setting = Setting(

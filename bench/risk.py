@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import rmcore
+from rmcore._base.arguments import real, whole
 from rmcore.bench.routing_streams import MIXES, candidates_of, load, mixed
 from rmcore.cli.run_demo import DEMO_HEAD
 from rmcore.evaluation.report import ScoredPairs
@@ -168,10 +169,10 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 where the bound was exceeded more often than δ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--alpha", type=float, nargs="+", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--delta", type=float, default=0.1)
-    parser.add_argument("--times", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--alpha", type=real(above=0, below=1), nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--delta", type=real(above=0, below=1), default=0.1)
+    parser.add_argument("--times", type=whole(), default=1000)
+    parser.add_argument("--workers", type=whole(), default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from rmcore._base.arguments import real, whole
 from rmcore._base.client.options import ClientOptions
 from rmcore._base.quantile import quantiles
 from rmcore.engine import RewardEngine
@@ -278,23 +279,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="against 1, 2 and 4 real servers on this machine")
-    parser.add_argument("--groups", type=int, default=128, help="prompts of a step")
-    parser.add_argument("--responses", type=int, default=16, help="K, of a prompt")
-    parser.add_argument("--share", type=float, default=0.25, help="of the pairs that go to the judge")
-    parser.add_argument("--orders", type=int, default=2, help="in which a pair is asked")
-    parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--arrive", type=float, default=0.0, help="seconds over which a step's groups arrive")
-    parser.add_argument("--batch-seconds", type=float, default=0.02, help="of a batch, whatever is in it")
-    parser.add_argument("--row", type=float, default=0.041, help="seconds of a response on a replica")
-    parser.add_argument("--call", type=float, default=0.001, help="seconds a replica's interpreter spends on a call")
-    parser.add_argument("--group", type=float, default=0.001, help="seconds it spends on a group's request and answer")
-    parser.add_argument("--concurrency", type=int, default=128, help="judge calls in flight of a replica")
-    parser.add_argument("--judge-seconds", type=float, default=6.0, help="median of a call")
-    parser.add_argument("--judge-p95", type=float, default=20.0, help="its 95%% quantile")
-    parser.add_argument("--judge-slots", type=int, default=512, help="calls it works on at a time; 0: any number")
-    parser.add_argument("--per-minute", type=float, default=0.0, help="calls a minute at most; 0: any number")
-    parser.add_argument("--tokens", type=float, nargs=2, default=(3000.0, 600.0), metavar=("IN", "OUT"))
-    parser.add_argument("--prices", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million")
+    parser.add_argument("--groups", type=whole(), default=128, help="prompts of a step")
+    parser.add_argument("--responses", type=whole(), default=16, help="K, of a prompt")
+    parser.add_argument("--share", type=real(least=0, most=1), default=0.25, help="of the pairs that go to the judge")
+    parser.add_argument("--orders", type=whole(), default=2, help="in which a pair is asked")
+    parser.add_argument("--replicas", type=whole(), default=4)
+    parser.add_argument("--arrive", type=real(least=0), default=0.0, help="seconds over which a step's groups arrive")
+    parser.add_argument("--batch-seconds", type=real(least=0), default=0.02, help="of a batch, whatever is in it")
+    parser.add_argument("--row", type=real(least=0), default=0.041, help="seconds of a response on a replica")
+    parser.add_argument(
+        "--call", type=real(least=0), default=0.001, help="seconds a replica's interpreter spends on a call"
+    )
+    parser.add_argument(
+        "--group", type=real(least=0), default=0.001, help="seconds it spends on a group's request and answer"
+    )
+    parser.add_argument("--concurrency", type=whole(), default=128, help="judge calls in flight of a replica")
+    parser.add_argument("--judge-seconds", type=real(above=0), default=6.0, help="median of a call")
+    parser.add_argument("--judge-p95", type=real(above=0), default=20.0, help="its 95%% quantile")
+    parser.add_argument(
+        "--judge-slots", type=whole(least=0), default=512, help="calls it works on at a time; 0: any number"
+    )
+    parser.add_argument("--per-minute", type=real(least=0), default=0.0, help="calls a minute at most; 0: any number")
+    parser.add_argument("--tokens", type=real(least=0), nargs=2, default=(3000.0, 600.0), metavar=("IN", "OUT"))
+    parser.add_argument(
+        "--prices", type=real(least=0), nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)

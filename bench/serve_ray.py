@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from rmcore import RewardEngine
+from rmcore._base.arguments import real, whole
 from rmcore._base.quantile import quantiles
 from rmcore.engine.learning import LearningConfig, VerdictLearner
 from rmcore.engine.routing import AlwaysRoute
@@ -388,9 +389,11 @@ def write(figures: dict[str, Any], outcomes: dict[str, Outcome], out: Path) -> N
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--hang-up", type=float, default=0.05, help="share of calls dropped and made again")
+    parser.add_argument("--clients", type=whole(), default=200)
+    parser.add_argument("--seconds", type=real(above=0), default=60.0)
+    parser.add_argument(
+        "--hang-up", type=real(least=0, most=1), default=0.05, help="share of calls dropped and made again"
+    )
     parser.add_argument("--runs", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     a = parser.parse_args(argv)

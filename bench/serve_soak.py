@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from rmcore import RewardEngine
+from rmcore._base.arguments import real, whole
 from rmcore._base.quantile import quantiles
 
 from .harness import environment
@@ -117,11 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Soak()
-    parser.add_argument("--clients", type=int, default=default.clients)
-    parser.add_argument("--seconds", type=float, default=default.seconds)
-    parser.add_argument("--hang-up", type=float, default=default.hang_up, help="share of calls dropped and made again")
-    parser.add_argument("--ratio-seconds", type=float, default=default.ratio_seconds, help="of each batching round")
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--clients", type=whole(), default=default.clients)
+    parser.add_argument("--seconds", type=real(above=0), default=default.seconds)
+    parser.add_argument(
+        "--hang-up", type=real(least=0, most=1), default=default.hang_up, help="share of calls dropped and made again"
+    )
+    parser.add_argument(
+        "--ratio-seconds", type=real(above=0), default=default.ratio_seconds, help="of each batching round"
+    )
+    parser.add_argument("--seed", type=whole(least=0), default=default.seed)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     a = parser.parse_args(argv)
     soak = Soak(a.clients, a.seconds, hang_up=a.hang_up, ratio_seconds=a.ratio_seconds, seed=a.seed)

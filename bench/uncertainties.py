@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import rmcore
+from rmcore._base.arguments import whole
 from rmcore._base.files import write_atomic
 from rmcore.bench.attribute_uncertainties import attribute_figures, attribute_lines, calculations, read_data
 from rmcore.bench.filters import Run, filter_curves, filter_lines, filter_scores, summary_lines
@@ -287,8 +288,8 @@ def main(argv: list[str] | None = None, *, work: Callable[[Path, int, int], dict
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="data folder; default: RMCORE_DATA")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--replicates", type=int, default=1000)
+    parser.add_argument("--seeds", type=whole(), default=5)
+    parser.add_argument("--replicates", type=whole(), default=1000)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     data = find_data(arguments.data)

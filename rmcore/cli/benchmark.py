@@ -168,7 +168,7 @@ def _checked(
     judged = asking.verdicts is not None or asking.judge_url is not None
     if not shares and not cuts:
         shares = BUDGETS
-    check_cuts(shares, cuts)
+    check_cuts(shares, cuts, ("--budgets", "--thresholds"))
     routed = routing.routes or judged
     more = routing.further(routed)
     if (routed or more) and (several := len(models) * len(estimators)) > 1:

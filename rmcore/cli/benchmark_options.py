@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.cli.numbers import number
 
 if TYPE_CHECKING:
@@ -111,15 +111,8 @@ def wanted_tables(routing: Routing) -> Wanted:
     price = numbers_of("--judge-price", routing.judge_price)
     if price and len(price) != 2:
         reject("--judge-price", repr(routing.judge_price), "two prices, of prompt and completion tokens, as in 2.5,10")
-    for option, values in (
-        ("--judge-params", (routing.judge_params,)),
-        ("--model-params", (routing.model_params,)),
-        ("--judge-price", price),
-        ("--model-price", (routing.model_price,)),
-    ):
-        for value in values:
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                reject(option, value, "a finite number, at least 0")
+    for value in price:
+        check_number("--judge-price", value, Within(least=0))
     return Wanted(
         scores=tuple(scores),  # type: ignore[arg-type]  # checked above
         keep=keep,

@@ -54,7 +54,7 @@ def make_engine(
     from rmcore.engine.engine import RewardEngine
     from rmcore.model.reward_model import RewardModel
 
-    parse_design(design)
+    parse_design(design, "--design")
     check_writable(judging.router_state, "--router-state")
     doubting = doubting or Doubting()
     adaptive = _adaptive_router(judging)

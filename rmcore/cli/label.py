@@ -168,7 +168,7 @@ def _job(
     from rmcore.model.data import parse_columns, read_rows
     from rmcore.model.data.candidates import candidates
 
-    if parse_design(how.design)[0] == "swiss":
+    if parse_design(how.design, "--design")[0] == "swiss":
         reject("--design", repr(how.design), "all, circular or regular:k: rounds of swiss need a standing")
     if resume and overwrite:
         reject("--resume, --overwrite", "both", "at most one")

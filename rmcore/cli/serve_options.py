@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rmcore._base.errors import InputError
 from rmcore.cli import options
 from rmcore.cli.numbers import number
 
@@ -17,6 +21,19 @@ __all__ = ["GymOptions", "OpenRLHFOptions", "PeerOptions", "ServeJudging", "Serv
 
 _JUDGE_S = 40.0
 """Left to the judge: with the time limit of a group, within the 180 s after which OpenRLHF gives up."""
+_OPTIONS = {
+    "group_size": "--group-size",
+    "max_responses": "--max-responses",
+    "gym_bonuses": "--nemo-gym-bonus",
+    "nemo_gym": "--nemo-gym",
+    "peers": "--peers",
+    "advertise": "--advertise",
+    "host": "--host",
+    "end_tokens": "--end-token",
+    "time_limit_s": "--time-limit",
+}
+"""Settings that others may not go with, by name, and the options that they come from."""
+_SETTING = re.compile(rf"(?<![\w-])(?:{'|'.join(_OPTIONS)})(?=:| =)|(?<=without )nemo_gym|(?<=Set )advertise")
 
 
 @dataclass(frozen=True)
@@ -121,34 +138,43 @@ def serve_settings(
     peering: PeerOptions,
     judge_deadline: float | None,
 ) -> ServeSettings:
-    """The settings; raises InputError for those that cannot be."""
+    """The settings; raises InputError for those that cannot be, by their options' names."""
     from rmcore.integrations.server.gym_bonuses import bonuses_of
     from rmcore.integrations.server.settings import END_TOKENS, ServeSettings
 
-    return ServeSettings(
-        host=host,
-        port=port,
-        token=token,
-        group_size=openrlhf.group_size,
-        baseline=openrlhf.baseline,
-        reliability_tau=openrlhf.reliability_tau,
-        prompt_prefix=openrlhf.prompt_prefix,
-        prompt_suffix=openrlhf.prompt_suffix,
-        end_tokens=(*END_TOKENS, *(openrlhf.end_token or ())),
-        time_limit_s=limits.time_limit,
-        first_start=limits.first_start,
-        answer_within_s=limits.time_limit + (_JUDGE_S if judge_deadline is None else judge_deadline) + 10,
-        drain_s=limits.drain,
-        batch_groups=limits.batch,
-        batch_wait_s=limits.batch_wait,
-        max_queue=limits.max_queue,
-        max_groups=min(256, limits.max_queue),
-        max_members=limits.max_members,
-        max_body=limits.max_body,
-        max_responses=limits.max_responses,
-        max_chars=limits.max_chars,
-        nemo_gym=gym.nemo_gym,
-        gym_bonuses=bonuses_of(gym.nemo_gym_bonus or ()),
-        peers=() if peering.peers is None else tuple(url.strip() for url in peering.peers.split(",")),
-        advertise=peering.advertise,
-    )
+    with _told_by_option():
+        return ServeSettings(
+            host=host,
+            port=port,
+            token=token,
+            group_size=openrlhf.group_size,
+            baseline=openrlhf.baseline,
+            reliability_tau=openrlhf.reliability_tau,
+            prompt_prefix=openrlhf.prompt_prefix,
+            prompt_suffix=openrlhf.prompt_suffix,
+            end_tokens=(*END_TOKENS, *(openrlhf.end_token or ())),
+            time_limit_s=limits.time_limit,
+            first_start=limits.first_start,
+            answer_within_s=limits.time_limit + (_JUDGE_S if judge_deadline is None else judge_deadline) + 10,
+            drain_s=limits.drain,
+            batch_groups=limits.batch,
+            batch_wait_s=limits.batch_wait,
+            max_queue=limits.max_queue,
+            max_groups=min(256, limits.max_queue),
+            max_members=limits.max_members,
+            max_body=limits.max_body,
+            max_responses=limits.max_responses,
+            max_chars=limits.max_chars,
+            nemo_gym=gym.nemo_gym,
+            gym_bonuses=bonuses_of(gym.nemo_gym_bonus or ()),
+            peers=() if peering.peers is None else tuple(url.strip() for url in peering.peers.split(",")),
+            advertise=peering.advertise,
+        )
+
+
+@contextmanager
+def _told_by_option() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_SETTING.sub(lambda found: _OPTIONS[found[0]], str(error))) from None

@@ -217,16 +217,16 @@ _COUNTED = (("regular", True, 0), ("swiss", True, 0), ("swiss", True, 1))
 """A design's name, whether its number is positive, and its remainder by 2."""
 
 
-def parse_design(text: str) -> tuple[str, int]:
+def parse_design(text: str, where: str = "design") -> tuple[str, int]:
     """A design as the engine takes it, its name and number: ``all``, ``circular``, ``regular:4``, ``swiss:3``.
 
     The number is the comparisons a response takes part in (``regular``), or the rounds (``swiss``); 0 for the others.
-    Raises InputError for anything else.
+    Raises InputError for anything else, which ``where`` says by what name it came.
     """
     name, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
     count = int(number) if number.isascii() and number.isdigit() else 0
     if text not in ("all", "circular") and (name, count > 0, count % 2) not in _COUNTED:
-        reject("design", repr(text), "'all', 'circular', 'regular:k' with an even k from 2, or 'swiss:r' with r rounds")
+        reject(where, repr(text), "'all', 'circular', 'regular:k' with an even k from 2, or 'swiss:r' with r rounds")
     return name, count
 
 

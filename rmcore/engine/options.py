@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.engine.advantage import check_tau
 from rmcore.engine.comparisons import parse_design
 from rmcore.engine.learning import VerdictLearner
@@ -50,8 +50,7 @@ def check_engine_options(
         reject("router", type(router).__name__, "an object with a select(candidates) method")
     if judge is None and router is not None and not isinstance(router, NeverRoute):
         reject("judge", "None", f"a judge, since {type(router).__name__} may route pairs")
-    if not 0 < epsilon < 0.5:
-        reject("epsilon", epsilon, "a probability strictly between 0 and 0.5")
+    check_number("epsilon", epsilon, Within(above=0, below=0.5), "a probability strictly between 0 and 0.5")
     if nonfinite not in ("raise", "route"):
         reject("nonfinite", repr(nonfinite), "'raise' or 'route'")
     if nonfinite == "route" and judge is None:
@@ -59,10 +58,10 @@ def check_engine_options(
     if orders not in ("both", "one"):
         reject("orders", repr(orders), "'both' or 'one'")
     explain("score", backend=backend)
-    if judge_deadline_s is not None and not (math.isfinite(judge_deadline_s) and judge_deadline_s > 0):
-        reject("judge_deadline_s", judge_deadline_s, "seconds above 0, or None")
-    if micro_batch_tokens is not None and micro_batch_tokens < 1:
-        reject("micro_batch_tokens", micro_batch_tokens, "at least 1, or None")
+    if judge_deadline_s is not None:
+        check_number("judge_deadline_s", judge_deadline_s, Within(above=0), "seconds above 0, or None")
+    if micro_batch_tokens is not None:
+        check_number("micro_batch_tokens", micro_batch_tokens, COUNT, "at least 1, or None")
     if novelty not in (None, True, False):
         reject("novelty", repr(novelty), "True, False or None")
     if novelty is False and getattr(router, "by", None) == "novelty":

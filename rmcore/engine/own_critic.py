@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore._base.prompt import Prompt, Response, canonical_json, canonical_prompt, canonical_response
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.critics.critique import MAX_CHARS, Critique, bounded, junk_reason
@@ -57,10 +58,8 @@ class OwnCritic:
         if not callable(getattr(model, "generate", None)):
             reject("model", type(model).__name__, "a causal language model with generate()")
         for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                reject(name, repr(value)[:40], "a number, at least 1")
-        if not 0 <= temperature < float("inf"):
-            reject("temperature", temperature, "a finite number, 0 or more")
+            check_number(name, value, COUNT, "a number, at least 1")
+        check_number("temperature", temperature, Within(least=0), "a finite number, 0 or more")
         if samples > 1 and temperature == 0:
             reject("temperature", f"0 for {samples} samples", "one above 0, or they are all equal")
         bounded("", max_chars)

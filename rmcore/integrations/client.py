@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import InputError, JudgeError, RmcoreError, reject
 from rmcore._base.http import Connections, check_base_url
+from rmcore._base.numbers import Within, check_number
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
 from rmcore._base.retry import RetryPolicy, retry_delay_s
 from rmcore.integrations.server.assembly import ConflictError, LateError
@@ -182,8 +183,7 @@ class GroupClient:
             # The value is not shown: it may be the token itself, passed by mistake.
             raise InputError("token_env: got no variable name, expected the NAME of an environment variable")
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
-            if not (math.isfinite(value) and value > 0):
-                reject(name, value, "seconds above 0")
+            check_number(name, value, Within(above=0), "seconds above 0")
         self.token_env = token_env
         self.timeout_s = timeout_s
         self.attempt_timeout_s = attempt_timeout_s

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -69,9 +70,38 @@ def test_bounds_of_some_options() -> None:
         ("evaluate m p --alpha 1", "--alpha: got 1.0, expected a number strictly between 0 and 1"),
         ("plan --backbone m --mfu 1.5", "--mfu: got 1.5, expected a number above 0, at most 1"),
         ("verdicts show s --limit 0", "--limit: got 0, expected a whole number, at least 1"),
+        # Of several numbers in one option, and of settings that are made of several options: as they were typed.
+        ("benchmark m reward-bench --budgets 0.1,2", "--budgets: got 2.0, expected shares of the pairs, in [0, 1]"),
+        ("benchmark m reward-bench --budgets nan", "--budgets: got nan, expected shares of the pairs, in [0, 1]"),
+        ("benchmark m reward-bench --thresholds 1,inf", "--thresholds: got inf, expected finite numbers"),
+        ("benchmark m reward-bench --keep 0", "--keep: got 0.0, expected numbers above 0, at most 1"),
+        ("benchmark m reward-bench --penalties nan", "--penalties: got nan, expected numbers ≥ 0"),
+        (
+            "benchmark m reward-bench --judge-price 1,-2",
+            "--judge-price: got -2.0, expected a finite number, at least 0",
+        ),
+        (
+            "serve m --nemo-gym --nemo-gym-bonus answer_bonus=nan",
+            "--nemo-gym-bonus: got 'answer_bonus=nan', expected a finite number, at least 0 after answer_bonus=",
+        ),
+        (
+            "serve m --nemo-gym --nemo-gym-bonus top_percentile=2",
+            "--nemo-gym-bonus: got 'top_percentile=2', expected a number from 0 to 1 after top_percentile=",
+        ),
+        ("serve m --nemo-gym-bonus answer_bonus=1", "--nemo-gym-bonus: got some, expected none without --nemo-gym"),
+        ("serve m --group-size 99", "--group-size: got 99, expected 2 to --max-responses = 64, or None"),
+        ("serve m --advertise http://a", "--advertise: got 'http://a', expected None, since there are no peers"),
     ):
         result = runner.invoke(app, line.split())
         assert (result.exit_code, result.stderr) == (2, f"rmcore: {said}\n")
+
+
+@pytest.mark.parametrize("command", ["serve m", "label {}", "score m {}"])
+def test_a_design_is_told_by_its_option(command: str, tmp_path: Path) -> None:
+    groups = tmp_path / "g.jsonl"
+    groups.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    result = CliRunner().invoke(app, [*command.format(groups).split(), "--design", "regular:3"])
+    assert (result.exit_code, "rmcore: --design: got 'regular:3', expected 'all'" in result.stderr) == (2, True)
 
 
 def test_a_file_that_cannot_be_read_is_told_by_its_option(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from rmcore._base.client.queue import Waiter, WaitQueue
-from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, check_number
 
 __all__ = ["AdaptiveConcurrency", "ConcurrencyState", "Signal", "Slot"]
 
@@ -74,8 +74,7 @@ class AdaptiveConcurrency:
 
     def __init__(self, ceiling: int, *, start: int = 8) -> None:
         for name, value in (("ceiling", ceiling), ("start", start)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                reject(name, repr(value), "a positive integer")
+            check_number(name, value, COUNT, "a positive integer")
         self._lock = threading.Lock()
         self._queue = WaitQueue()
         self._ceiling = ceiling

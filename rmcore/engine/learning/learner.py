@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rmcore._base.errors import CheckpointError, reject
+from rmcore._base.numbers import COUNT, check_number
 from rmcore.engine.groups import GroupScores
 from rmcore.engine.learning.journal import Journal, Version, Versions
 from rmcore.engine.learning.judged import JudgedPairs, judged_pairs
@@ -72,8 +73,7 @@ class VerdictLearner:
         snapshot_every: int = 16,
         backend: Backend = "auto",
     ) -> None:
-        if snapshot_every < 1:
-            reject("snapshot_every", snapshot_every, "at least 1")
+        check_number("snapshot_every", snapshot_every, COUNT, "at least 1")
         self.config = config or LearningConfig()
         self.snapshot_every = snapshot_every
         self.backend: Backend = backend

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.engine.routing import LearnedRouter, LearnedScore, rank_score
 from rmcore.evaluation.benchmarks.item import Matrix
 from rmcore.evaluation.benchmarks.scoring import Answers
@@ -42,14 +43,14 @@ class Choice:
     threshold: float
 
 
-def check_cuts(budgets: Sequence[float], thresholds: Sequence[float]) -> None:
-    """Raise InputError for a budget that is no share, or a threshold that is no number."""
+def check_cuts(
+    budgets: Sequence[float], thresholds: Sequence[float], names: tuple[str, str] = ("budgets", "thresholds")
+) -> None:
+    """Raise InputError for a budget that is no share, or a threshold that is no number; ``names`` of these two."""
     for budget in budgets:
-        if not 0 <= budget <= 1:
-            reject("budgets", budget, "shares of the pairs, in [0, 1]")
+        check_number(names[0], budget, Within(least=0, most=1), "shares of the pairs, in [0, 1]")
     for threshold in thresholds:
-        if not np.isfinite(threshold):
-            reject("thresholds", threshold, "finite numbers")
+        check_number(names[1], threshold, Within(), "finite numbers")
 
 
 def pair_scores(answers: Answers, by: RouteBy, prior: ErrorPrior | None = None) -> Matrix:

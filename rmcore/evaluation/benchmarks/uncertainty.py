@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore._base.quantile import quantiles
 from rmcore.evaluation.benchmarks.choice import RouteBy, pair_scores
 from rmcore.evaluation.benchmarks.item import Benchmark, Matrix, Score
@@ -34,9 +34,10 @@ PENALTIES = (0.0, 0.5, 1.0)
 
 def check_shares(name: str, shares: Sequence[float], *, low: float = 0.0, high: float = 1.0) -> None:
     """Raise InputError unless all are numbers in (low, high], or [low, high] where low is 0 and high infinite."""
+    endless = math.isinf(high)
+    within = Within(least=low) if endless else Within(above=low, most=high)
     for share in shares:
-        if not (math.isfinite(share) and (low < share <= high or (math.isinf(high) and share == low))):
-            reject(name, share, f"numbers above {low:g}, at most {high:g}" if math.isfinite(high) else "numbers ≥ 0")
+        check_number(name, share, within, "numbers ≥ 0" if endless else f"numbers above {low:g}, at most {high:g}")
 
 
 def filter_table(

@@ -67,9 +67,7 @@ class GymBonuses:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            check_number(one.name, getattr(self, one.name), Within(least=0), "a number, at least 0")
-        if self.top_percentile > 1:
-            reject("top_percentile", self.top_percentile, "a share, 0 to 1")
+            check_number(one.name, getattr(self, one.name), _bounds(one.name))
 
     def __bool__(self) -> bool:
         return any(getattr(self, one.name) > 0 for one in fields(self) if one.name != "top_percentile")
@@ -107,6 +105,10 @@ class GymBonuses:
         return result
 
 
+def _bounds(name: str) -> Within:
+    return Within(least=0, most=1 if name == "top_percentile" else None)
+
+
 def bonuses_of(pairs: Iterable[str]) -> GymBonuses:
     """Bonuses from ``NAME=VALUE``, as of a command line. Raises InputError."""
     known, given = {one.name for one in fields(GymBonuses)}, dict[str, float]()
@@ -118,6 +120,8 @@ def bonuses_of(pairs: Iterable[str]) -> GymBonuses:
             given[name] = float(value)
         except ValueError:
             reject("--nemo-gym-bonus", repr(pair), f"a number after {name}=")
+        if given[name] not in (within := _bounds(name)):
+            reject("--nemo-gym-bonus", repr(pair), f"{within} after {name}=")
     return GymBonuses(**given)
 
 

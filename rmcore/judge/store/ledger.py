@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.numbers import COUNT, check_number
 from rmcore._base.prompt import canonical_prompt, canonical_response
 from rmcore._base.quantile import quantiles
 from rmcore.judge.base import Verdict
@@ -84,8 +85,8 @@ class VerdictLedger:
         Raises:
             InputError: ``key`` is no beginning of a key, or ``limit`` is not positive.
         """
-        if limit is not None and limit < 1:
-            reject("limit", limit, "at least 1")
+        if limit is not None:
+            check_number("limit", limit, COUNT, "at least 1")
         where: list[str] = []
         values: list[object] = []
         if key is not None:

@@ -41,6 +41,7 @@ from typing import Any, Final
 from rmcore._base.client.limits import LimitsState, Used, held_by
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.judge.base import JudgeUsage
 from rmcore.judge.store.admissions import Admissions, agreed_currency
 from rmcore.judge.store.postgres_url import PostgresUrl
@@ -135,18 +136,17 @@ class SharedLimits:
     ) -> None:
         numbers = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
         for argument, value in (numbers | {"max_requests": max_requests, "max_tokens": max_tokens}).items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                reject(argument, repr(value), "a positive integer, or None")
+            if value is not None:
+                check_number(argument, value, COUNT, "a positive integer, or None")
         for argument, word in (("name", name), ("run", run)):
             if not isinstance(word, str) or "\0" in word or (argument == "name" and not word):
                 reject(argument, repr(word)[:80], "a name")
-        if not 0 < window_s < math.inf:
-            reject("window_s", window_s, "seconds above 0")
-        if not max_hold_s >= 0:
-            reject("max_hold_s", max_hold_s, "seconds, at least 0")
-        if max_cost is not None and (price is None or not 0 < max_cost <= _MOST_MONEY):
-            expected = "a positive amount, together with price" if price is None else "a positive amount"
-            reject("max_cost", repr(max_cost), expected)
+        check_number("window_s", window_s, Within(above=0), "seconds above 0")
+        check_number("max_hold_s", max_hold_s, Within(least=0), "seconds, at least 0")
+        if max_cost is not None:
+            check_number("max_cost", max_cost, Within(above=0, most=_MOST_MONEY), "a positive amount")
+            if price is None:
+                reject("max_cost", repr(max_cost), "a positive amount, together with price")
         self.location = PostgresUrl.of(url)
         self.name, self.run = name, run or name
         self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Sequence
 
+from rmcore._base.arguments import real, whole
 from rmcore._base.errors import InputError
 from rmcore.judge.recorded import RecordedJudge
 from rmcore.judge.testing.server import ReplayServer
@@ -21,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Serve recorded verdicts as an OpenAI-compatible endpoint on 127.0.0.1.",
     )
     parser.add_argument("verdicts", help="JSON Lines (or .gz): prompt, first, second, verdict, and optionally order")
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS", help="time each answer takes")
+    parser.add_argument("--port", type=whole(least=0, most=65_535), default=0, help="default: a free one")
+    parser.add_argument("--latency", type=real(least=0), default=0.0, metavar="SECONDS", help="time each answer takes")
     options = parser.parse_args(argv)
     try:
         server = ReplayServer(

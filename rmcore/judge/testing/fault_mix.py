@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import SEED, Within, check_number
 from rmcore.judge.testing.fault import Fault
 from rmcore.judge.testing.faults import FAULTS, STORM_FAULTS
 
@@ -20,7 +21,7 @@ class Storm:
     """From request number ``at`` on, for ``seconds``, every request is refused in the way of ``kind``.
 
     Raises:
-        InputError: ``kind`` is none of :data:`STORM_FAULTS`.
+        InputError: ``kind`` is none of :data:`STORM_FAULTS`, or a number makes no sense.
     """
 
     at: int
@@ -30,6 +31,8 @@ class Storm:
     def __post_init__(self) -> None:
         if self.kind not in STORM_FAULTS:
             reject("kind", repr(self.kind)[:40], f"one of {', '.join(STORM_FAULTS)}")
+        check_number("at", self.at, SEED)
+        check_number("seconds", self.seconds, Within(least=0), "seconds, at least 0")
 
 
 class FaultMix:
@@ -52,8 +55,8 @@ class FaultMix:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not 0 <= share <= 1:
-            reject("share", share, "a fraction in [0, 1]")
+        check_number("share", share, Within(least=0, most=1), "a fraction in [0, 1]")
+        check_number("seed", seed, Within(whole=True))
         self._share, self._storms, self._clock = share, list(storms), clock
         self._kinds = list(FAULTS.values() if kinds is None else kinds)
         self._random = random.Random(seed)

@@ -22,6 +22,7 @@ from http import HTTPStatus
 from typing import Any
 
 from rmcore._base.errors import InputError, reject
+from rmcore._base.numbers import COUNT, Within, check_number, shown_number
 from rmcore.judge.base import Outcome
 from rmcore.judge.question.prompt import JudgePrompt
 from rmcore.judge.recorded import RecordedJudge
@@ -96,10 +97,14 @@ class ReplayServer:
         seed: int = 0,
     ) -> None:
         bounds = latency_s if isinstance(latency_s, tuple) else (latency_s, latency_s)
-        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
-            reject("latency_s", latency_s, "seconds, at least 0, or their bounds")
-        if not rate >= 0:
-            reject("rate", rate, "answers a second, at least 0")
+        seconds = Within(least=0)
+        if len(bounds) != 2 or not all(bound in seconds for bound in bounds) or bounds[0] > bounds[1]:
+            reject("latency_s", shown_number(latency_s), "seconds, at least 0, or their bounds")
+        check_number("rate", rate, Within(least=0), "answers a second, at least 0")
+        check_number("port", port, Within(whole=True, least=0, most=65_535), "0 to 65535")
+        check_number("seed", seed, Within(whole=True))
+        if context_tokens is not None:
+            check_number("context_tokens", context_tokens, COUNT)
         self.recorded = recorded if isinstance(recorded, RecordedJudge) else RecordedJudge(recorded)
         self.latency_s = bounds
         self.rate = rate

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number, shown_number
 from rmcore.judge.base import Judge, JudgeUsage, Pair, Verdict, checked_verdicts, close_judge
 from rmcore.judge.wrappers.alarm import Alarm, AlarmCallback, sound_alarm
 from rmcore.judge.wrappers.canary_pairs import CANARY_KINDS, Canary, CanaryKind, CanaryMaker
@@ -94,8 +95,8 @@ class CanaryJudge:
         if not isinstance(judge, Judge):
             reject("judge", type(judge).__name__, "an object with an async judge(pairs) method")
         for name, value in (("every", every), ("window", window), ("recovery", recovery)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                reject(name, value, "a whole number from 1")
+            check_number(name, value, COUNT, "a whole number from 1")
+        check_number("seed", seed, Within(whole=True))
         if stop not in ("never", "mute"):
             reject("stop", repr(stop), "'never' or 'mute'")
         if on_alarm is not None and not callable(on_alarm):
@@ -303,6 +304,6 @@ def _check_thresholds(threshold: float | Mapping[CanaryKind, float]) -> dict[Can
     if unknown:
         reject("threshold", f"the kinds {unknown}", f"kinds of {', '.join(CANARY_KINDS)}")
     for kind, value in given.items():
-        if not 0 < value < 1:
-            reject("threshold", f"{value} for {kind}", "a rate strictly between 0 and 1")
+        if value not in Within(above=0, below=1):
+            reject("threshold", f"{shown_number(value)} for {kind}", "a rate strictly between 0 and 1")
     return {kind: given.get(kind, 0.2) for kind in CANARY_KINDS}

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.judge.base import RULE, Judge, Pair, Verdict, checked_verdicts, close_judge
 from rmcore.judge.wrappers.alarm import Alarm, AlarmCallback, sound_alarm
 
@@ -72,12 +73,9 @@ class DisagreementAlarm:
         window: int = 500,
         on_alarm: AlarmCallback | None = None,
     ) -> None:
-        if not 0 <= judge_error < 0.5:
-            reject("judge_error", judge_error, "a rate in [0, 0.5)")
-        if not 1 < run_length < math.inf:
-            reject("run_length", run_length, "a finite number of prompts above 1")
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            reject("window", window, "a whole number of prompts from 1")
+        check_number("judge_error", judge_error, Within(least=0, below=0.5), "a rate in [0, 0.5)")
+        check_number("run_length", run_length, Within(above=1), "a finite number of prompts above 1")
+        check_number("window", window, COUNT, "a whole number of prompts from 1")
         if on_alarm is not None and not callable(on_alarm):
             reject("on_alarm", type(on_alarm).__name__, "a function that takes an Alarm, or None")
         self.judge_error = judge_error

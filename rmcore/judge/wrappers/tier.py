@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from rmcore._base.clock import Clock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import COUNT, Within, check_number
 from rmcore.judge.base import RULE, Judge, JudgeUsage, Pair, Verdict
 
 __all__ = ["Accept", "Cascade", "Tier", "TierCounts", "check_bands"]
@@ -43,8 +44,7 @@ class Accept:
     one_order: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_preference <= 1:
-            reject("min_preference", self.min_preference, "a number in [0, 1]")
+        check_number("min_preference", self.min_preference, Within(least=0, most=1), "a number in [0, 1]")
 
     def why_not(self, verdict: Verdict) -> str:
         """``no_verdict``, ``flipped``, ``tie``, ``one_order`` or ``weak``; empty if the verdict is accepted."""
@@ -102,14 +102,12 @@ class Tier:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             reject("name", repr(self.name)[:80], "1 to 48 letters, digits or _ . / @ -")
         low, high = self.uncertainty
-        if not low < high or math.isinf(low):
+        if low not in Within() or high not in Within(above=low, finite=False):
             reject("uncertainty", (low, high), "a band (lo, hi) of u with lo < hi")
         if not callable(self.accept):
             reject("accept", type(self.accept).__name__, "an Accept or a function from a Verdict to a bool")
         for name in ("batch_size", "concurrency"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                reject(name, value, "a whole number from 1")
+            check_number(name, getattr(self, name), COUNT, "a whole number from 1")
 
     def starts(self, u: float) -> bool:
         """Whether u is in the band. Infinite u (a row the head could not score) is in a band without upper end."""

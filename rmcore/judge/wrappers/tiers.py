@@ -8,6 +8,7 @@ from typing import Any
 
 from rmcore._base.clock import Clock, SystemClock
 from rmcore._base.errors import reject
+from rmcore._base.numbers import Within, check_number
 from rmcore.judge.base import Pair, Verdict, close_judge
 from rmcore.judge.wrappers.escalation import Batch
 from rmcore.judge.wrappers.tier import Accept, Cascade, Tier, check_bands
@@ -63,8 +64,8 @@ class TieredJudge:
         names = [tier.name for tier in tiers]
         if len(set(names)) != len(names):
             reject("tiers", f"the names {names}", "a different name for each")
-        if deadline_s is not None and not deadline_s > 0:
-            reject("deadline_s", deadline_s, "seconds above 0, or None")
+        if deadline_s is not None:
+            check_number("deadline_s", deadline_s, Within(above=0), "seconds above 0, or None")
         check_bands(tiers)
         self._cascade = Cascade(tiers, keep_unaccepted, deadline_s, clock or SystemClock())
 
