@@ -29,8 +29,8 @@ from .gpu_run import Step, run
 
 __all__ = ["first_part", "main", "second_part"]
 
-GPU_TESTS = ("cuda", "triton", "cuda_int8", "triton_int8")
-"""Those of int8 heads last."""
+GPU_TESTS = ("cuda", "triton", "cuda_int8", "triton_int8", "cuda_mid")
+"""Those of int8 heads, then those of the launch for 65 to 512 rows, last."""
 NCU = (
     "ncu", "--clock-control", "none", "--target-processes", "all", "--section", "SpeedOfLight",
     "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats", "--section", "LaunchStats",
@@ -63,12 +63,16 @@ def first_part(device: str, size: int) -> list[Step]:
     for name in whole:
         command = _probe("smoke", *common, *small, *int8, name)
         steps.append(Step(f"smoke-int8-{name}", 60, command, disqualifies=f"{name} int8", needs=name))
+    if device == "cuda":  # 65 to 512 rows in one launch: nothing else waits for it, and it has run nowhere
+        steps.append(Step("smoke-mid", 20, _probe("smoke_mid", *common, *large), disqualifies="cuda mid", needs="cuda"))
     if device == "cuda":  # as a user's first call of each does, which no other step is
         cache = {"RMCORE_SELF_CHECK": "1", "RMCORE_CACHE": "off"}
         steps.append(Step("self-check", 75, _probe("self_check", *common, *small), environment=cache))
     for name in backends:
         command = _probe("score", *common, *large, "--backends", name)
         steps.append(Step(f"score-{name}", 40, command, needs=name))
+    if device == "cuda":
+        steps.append(Step("forms-mid", 25, _probe("forms", *common, *large, "--forms", "mid"), needs="cuda mid"))
     for name in whole:
         command = _probe("score", *common, *large, *int8, name)
         steps.append(Step(f"score-int8-{name}", 45, command, needs=f"{name} int8"))
@@ -79,9 +83,15 @@ def first_part(device: str, size: int) -> list[Step]:
         compared = ("--forms", "streamed", "tail", "pairs")
         tune = ("--kernels", "project", "product", "--rows", "64", "1", "512", "--limit", "16")
         tests = ("-n", "12", "--timeout", "90", "--maxfail", "25")  # a test compiles all that it launches
-        for step, limit_s, names in (("tests-int8", 110, GPU_TESTS[2:]), ("tests-kernels", 100, GPU_TESTS[:2])):
+        for step, limit_s, names, needs in (
+            ("tests-int8", 110, GPU_TESTS[2:4], ""),
+            ("tests-mid", 50, GPU_TESTS[4:], "cuda mid"),
+            ("tests-kernels", 100, GPU_TESTS[:2], ""),
+        ):
             files = [f"tests/gpu/test_{name}_gpu.py" for name in names]
-            steps.append(Step(step, limit_s, _pytest(*tests, *files), environment={"OMP_NUM_THREADS": "2"}))
+            steps.append(
+                Step(step, limit_s, _pytest(*tests, *files), needs=needs, environment={"OMP_NUM_THREADS": "2"})
+            )
         steps += [
             Step("eager", 30, _probe("eager", *common)),
             Step("forms", 70, _probe("forms", *common, *large, *compared), needs="triton"),
@@ -95,10 +105,11 @@ def second_part(device: str, size: int) -> list[Step]:
     common = ("--device", device)
     if device != "cuda":
         return [Step("float32", 40, _probe("score", *common, "--size", str(size), "--dtype", "float32"))]
-    kernels = "regex:^(score|stream|project|column|piece|square|product|rows|int8_stream)(_int8|_score)?_kernel"
+    kernels = "regex:^(score|stream|mid|project|column|piece|square|product|rows|int8_stream)(_int8|_score)?_kernel"
     smoke = _probe("smoke", "--repeats", "0", "--rows", "1", "64", "256", "4096")
     whole = _probe("smoke", "--repeats", "0", "--rows", "1", "64", "1024", "--dtype", "int8")
-    sanitized = _pytest("-k", "sanitizer", "tests/gpu/test_cuda_gpu.py", "tests/gpu/test_cuda_int8_gpu.py")
+    files = [f"tests/gpu/test_{name}_gpu.py" for name in ("cuda", "cuda_int8", "cuda_mid")]
+    sanitized = _pytest("-k", "sanitizer", *files)
     tune = ("--kernels", "gram", "project", "product", "--rows", "16384", "16", "256", "1024", "--limit", "24")
     encode = ("--suite", "encode", "--group", "8", "--lengths", "512+512", "--layers", "8", "--rounds", "1")
     return [

@@ -9,14 +9,9 @@ the process ends with exit code 3, since nothing measured after it can be believ
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,86 +23,14 @@ from rmcore._base.arguments import real, whole
 from rmcore.bench import eager as eager_suite
 from rmcore.bench import harness, peers
 from rmcore.bench.attributes import attribute_heads
+from rmcore.bench.gpu_facts import Probe, repeats, timed_facts
 from rmcore.bench.rows import head_bytes, head_flop
 from rmcore.ops import whole_numbers
-from rmcore.ops.sources import LAUNCHED, kernel_of, sources
+from rmcore.ops.backends import cuda, cuda_mid
+from rmcore.ops.sources import CUDA_ALONE, LAUNCHED, kernel_of, sources
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 PEERS = ("torch eager, dense fp32", "torch eager, folded bf16", "torch.compile, folded bf16")
-POISON = ("illegal", "misaligned", "unspecified launch", "device-side assert", "hardware stack")
-"""What CUDA says when a context is lost for good."""
-
-
-class Probe:
-    """What every step works with: its options, and the file that its facts go to."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.step, self.repeats, self.budget_s = options.step, options.repeats, options.budget
-        self.device = torch.device(options.device)
-        self.dtype: torch.dtype = getattr(torch, options.dtype)
-        self.rows_dtype = torch.float16 if self.dtype == torch.int8 else self.dtype
-        self.size: int = options.size
-        self.rows: tuple[int, ...] = tuple(options.rows or ())
-        self.backends: list[str] = options.backends
-        self.forms: list[str] = options.forms
-        self.path = Path(options.out or os.environ.get("RMCORE_GPU_ROWS", "rows.jsonl"))
-        self.path.touch()
-
-    def write(self, case: str, **facts: Any) -> None:
-        """A fact, on disk when this returns."""
-        row = {"step": self.step, "case": case, "size": self.size, "dtype": str(self.dtype)[6:], **facts}
-        line = json.dumps(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        print(line[:300], flush=True)
-
-    def attempt(self, case: str, measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
-        """Measure one case; what it raises is a fact too."""
-        began = time.monotonic()
-        try:
-            found = measure()
-            harness.synchronize(self.device)
-        except Exception as error:  # whatever it was, the next case is worth trying
-            message = f"{type(error).__name__}: {error}"
-            self.write(case, **facts, failed=message[:400], trace=traceback.format_exc()[-800:])
-            if any(word in str(error).lower() for word in POISON):
-                sys.exit(3)
-            return
-        self.write(case, **facts, **found, wall_s=round(time.monotonic() - began, 3))
-
-    def problem(self) -> peers.Problem:
-        """The head to score, of the size asked for."""
-        return peers.make_problem(self.size, self.size, self.device, self.dtype)
-
-    def hidden(self, rows: int) -> Tensor:
-        """Random rows, the same for the same count."""
-        generator = torch.Generator().manual_seed(rows)
-        return torch.randn(rows, self.size, generator=generator).to(self.rows_dtype).to(self.device)
-
-    def runnable(self, op: str, rows: int | None = None, weights: Any = None) -> Iterator[str]:
-        """The backends asked for that can run ``op``; for the others a row says why not."""
-        for backend in self.backends:
-            found = ops.explain(op, self.device, self.dtype, backend, rows=rows, weights=weights)  # type: ignore[arg-type]
-            if found.backend == "none":
-                self.write(f"{kernel_of(op, self.dtype)} {backend}", rows=rows, declined=found.reasons[backend])
-            else:
-                yield backend
-
-
-def _repeats(probe: Probe, call: Callable[[], tuple[Tensor, ...]]) -> bool:
-    """Whether every call gives the bits of the first; one that moves is a race."""
-    first = [part.clone() for part in call()]
-    same = torch.ones((), dtype=torch.bool, device=probe.device)
-    for _ in range(probe.repeats):
-        for part, before in zip(call(), first, strict=True):
-            same &= (part == before).all()
-    return bool(same)
-
-
-def _timed(t: harness.Timing) -> dict[str, Any]:
-    return {"us": 1e6 * t.median, "p10_us": 1e6 * t.low, "p90_us": 1e6 * t.high, "method": t.method}
 
 
 # -- the steps -------------------------------------------------------------------------------------------------------
@@ -115,7 +38,7 @@ def _timed(t: harness.Timing) -> dict[str, Any]:
 
 def environment(probe: Probe) -> None:
     """Card, versions, date, commit."""
-    digests = {name: {op: sources(name, op) for op in LAUNCHED} for name in ("cuda", "triton")}
+    digests = {name: {op: sources(name, op) for op in (*LAUNCHED, *CUDA_ALONE)} for name in ("cuda", "triton")}
     probe.attempt("environment", lambda: harness.environment(probe.device) | {"sources": digests})
 
 
@@ -134,6 +57,16 @@ def limits(probe: Probe) -> None:
 def smoke(probe: Probe) -> None:
     """Right, wrong, hanging or racy: numbers against float64 truth and bits over repeats, before anything is timed."""
     _score(probe, probe.rows or (1, 9, 17, 64, 256, 1024), timed=False)
+
+
+def smoke_mid(probe: Probe) -> None:
+    """The same of the persistent launch for 65 to 512 rows, which nothing else here runs; every row is compared."""
+    problem = probe.problem()
+    with cuda.mid():
+        copies = [peers.ours(problem)]
+        for rows in probe.rows or (65, 130, 256, 300, 512):
+            case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "cuda", False, rows)
+            probe.attempt("score_mid cuda", case, rows=rows)
 
 
 def score(probe: Probe) -> None:
@@ -158,15 +91,21 @@ def _score(probe: Probe, sizes: tuple[int, ...], *, timed: bool) -> None:
 
 
 def _score_once(
-    probe: Probe, problem: peers.Problem, copies: list[Any], hidden: Tensor, backend: Any, timed: bool
+    probe: Probe,
+    problem: peers.Problem,
+    copies: list[Any],
+    hidden: Tensor,
+    backend: Any,
+    timed: bool,
+    compared: int = 64,
 ) -> dict[str, Any]:
     rows, device, n = len(hidden), probe.device, probe.size
     out = torch.full((4, rows), float("nan"), device=device)
     scores = ops.score(hidden, copies[0], backend=backend, out=out)
-    logit, variance = _truth(probe, problem, copies[0], hidden[:64])
+    logit, variance = _truth(probe, problem, copies[0], hidden[:compared])
     facts: dict[str, Any] = {
-        "err_g": harness.relative_error(scores.logit[:64], logit),
-        "err_v": harness.relative_error(scores.variance[:64], variance),
+        "err_g": harness.relative_error(scores.logit[:compared], logit),
+        "err_v": harness.relative_error(scores.variance[:compared], variance),
         "finite": bool(out.isfinite().all()),
     }
     first, same = out.clone(), True
@@ -180,7 +119,7 @@ def _score_once(
         spare = torch.empty(4, rows, device=device)
         calls = [partial(ops.score, hidden, copy, backend=backend, out=spare) for copy in copies]
         timing = harness.time_calls(calls, device, budget_s=probe.budget_s)
-        facts |= _timed(timing)
+        facts |= timed_facts(timing)
         facts["GBs"] = head_bytes(rows, n, n, probe.dtype.itemsize) / timing.median / 1e9
         facts["TFLOPs"] = head_flop(rows, n, n) / timing.median / 1e12
         began = time.perf_counter()
@@ -213,7 +152,7 @@ def versus(probe: Probe) -> None:
 
             def measure(function: Any = function, copies: Any = copies, hidden: Tensor = hidden) -> dict[str, Any]:
                 calls = [partial(function, hidden, *copy) for copy in copies]
-                return _timed(harness.time_calls(calls, probe.device, budget_s=probe.budget_s))
+                return timed_facts(harness.time_calls(calls, probe.device, budget_s=probe.budget_s))
 
             probe.attempt(f"peer {peer.name}", measure, rows=rows)
 
@@ -256,9 +195,9 @@ def _accumulate(probe: Probe, problem: peers.Problem, backend: Any) -> dict[str,
         total = ops.accumulate(few, some, feature_map, beta, precision=p, gradient=slope, backend=backend)
         return p.tril_(), slope, total
 
-    facts["bits_repeat"] = _repeats(probe, bits)
+    facts["bits_repeat"] = repeats(probe, bits)
     timing = harness.time_calls([add], device, budget_s=probe.budget_s, min_samples=3)
-    return facts | _timed(timing) | {"TFLOPs": 3.0 * count * n * n / timing.median / 1e12}
+    return facts | timed_facts(timing) | {"TFLOPs": 3.0 * count * n * n / timing.median / 1e12}
 
 
 def _power(probe: Probe, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -269,14 +208,14 @@ def _power(probe: Probe, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
     sigma, _ = ops.power_iteration(matrix, vector, 1, backend=backend)
     unit = vector.double() / vector.double().norm()
     facts = {"err": harness.relative_error(sigma, (matrix.double() @ unit).norm()), "copies": count}
-    facts["bits_repeat"] = _repeats(probe, partial(ops.power_iteration, matrix, vector, 2, backend=backend))
+    facts["bits_repeat"] = repeats(probe, partial(ops.power_iteration, matrix, vector, 2, backend=backend))
     calls = [partial(ops.power_iteration, copy, vector, 1, backend=backend) for copy in copies]  # cold
     timing = harness.time_calls(calls, device, budget_s=probe.budget_s)
     # Of twenty steps all but the first find what fits in the L2 there, as they do in use.
     twenty = harness.time_calls(
         [partial(ops.power_iteration, matrix, vector, 20, backend=backend)], device, budget_s=probe.budget_s
     )
-    return facts | _timed(timing) | {"us_per_iteration_of_20_warm": 1e6 * twenty.median / 20}
+    return facts | timed_facts(timing) | {"us_per_iteration_of_20_warm": 1e6 * twenty.median / 20}
 
 
 def _attributes(probe: Probe, heads: Any, backend: Any, rows: int) -> dict[str, Any]:
@@ -287,12 +226,12 @@ def _attributes(probe: Probe, heads: Any, backend: Any, rows: int) -> dict[str, 
         "err_g": harness.relative_error(found.mean[:64], want.mean),
         "err_v": harness.relative_error(found.variance[:64], want.variance),
         "finite": bool(found.mean.isfinite().all() and found.variance.isfinite().all()),
-        "bits_repeat": _repeats(probe, lambda: ops.score_attributes(hidden, heads, backend=backend)[:4]),
+        "bits_repeat": repeats(probe, lambda: ops.score_attributes(hidden, heads, backend=backend)[:4]),
     }
     copies = [heads, *(heads.clone() for _ in range(harness.rotations(heads.nbytes(), probe.device) - 1))]
     calls = [partial(ops.score_attributes, hidden, copy, backend=backend) for copy in copies]
     timing = harness.time_calls(calls, probe.device, budget_s=probe.budget_s)
-    return facts | _timed(timing) | {"GBs": heads.nbytes() / timing.median / 1e9, "copies": len(copies)}
+    return facts | timed_facts(timing) | {"GBs": heads.nbytes() / timing.median / 1e9, "copies": len(copies)}
 
 
 def _pairs(probe: Probe, weights: Any, backend: Any, k: int) -> dict[str, Any]:
@@ -302,8 +241,8 @@ def _pairs(probe: Probe, weights: Any, backend: Any, k: int) -> dict[str, Any]:
     want_g, want_v = ops.pair_variance(hidden.double(), sizes, weights, backend="torch")
     facts = {"err_g": harness.relative_error(logit, want_g), "err_v": harness.relative_error(variance, want_v)}
     call = partial(ops.pair_variance, hidden, sizes, weights, backend=backend)
-    facts["bits_repeat"] = _repeats(probe, call)
-    return facts | _timed(harness.time_calls([call], probe.device, budget_s=probe.budget_s))
+    facts["bits_repeat"] = repeats(probe, call)
+    return facts | timed_facts(harness.time_calls([call], probe.device, budget_s=probe.budget_s))
 
 
 def eager(probe: Probe) -> None:
@@ -322,6 +261,7 @@ def eager(probe: Probe) -> None:
 
 FORM_ROWS = {
     "streamed": (1, 4, 8, 16),
+    "mid": (65, 96, 128, 192, 256, 384, 512),
     "tail": (1, 16, 32, 64, 128, 256, 1024, 4096),
     "launch": (1, 64, 256, 1024),
 }
@@ -330,10 +270,10 @@ FORM_ROWS = {
 def forms(probe: Probe) -> None:
     """Ways to do one thing, side by side on the same inputs: ``heuristics.FORMS`` takes the fastest.
 
-    ``streamed`` is the cuda backend's: small batches by the streamed kernel or by the one for every head.
+    ``streamed`` is the cuda backend's: small batches by the streamed kernel or by the one for every head. ``mid`` holds
+    its launch for 65 to 512 rows beside triton.
     """
     from rmcore.kernels import heuristics
-    from rmcore.ops.backends import cuda
 
     problem = probe.problem()
     for name in probe.forms:
@@ -343,6 +283,9 @@ def forms(probe: Probe) -> None:
                 for rows in probe.rows or FORM_ROWS[name]:
                     case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "cuda", True)
                     probe.attempt(f"form streamed {cuda.STREAMED}, score", case, rows=rows, copies=len(copies))
+            continue
+        if name == "mid":
+            _forms_mid(probe, problem)
             continue
         for form in heuristics.CHOICES[name]:
             with heuristics.forms(**{name: form}):
@@ -355,6 +298,15 @@ def forms(probe: Probe) -> None:
                 for rows in probe.rows or FORM_ROWS[name]:
                     case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "triton", True)
                     probe.attempt(f"form {name} {form}, score", case, rows=rows, copies=len(copies))
+
+
+def _forms_mid(probe: Probe, problem: peers.Problem) -> None:
+    with cuda.mid():
+        for backend in ("cuda", "triton"):
+            copies = _copies(probe, problem)
+            for rows in probe.rows or FORM_ROWS["mid"]:
+                case = partial(_score_once, probe, problem, copies, probe.hidden(rows), backend, True)
+                probe.attempt(f"form mid {backend}, score", case, rows=rows, copies=len(copies))
 
 
 TILES: tuple[tuple[str, int, dict[str, Any]], ...] = (
@@ -399,20 +351,25 @@ def self_check(probe: Probe) -> None:
     heads = attribute_heads(min(probe.size, 256), 1, torch.float16).to(probe.device)
     kinds = [("score", "cuda", torch.float16), ("score", "cuda", torch.int8), ("score", "triton", torch.int8)]
     for op, backend, dtype in [*kinds, ("score_attributes", "triton", torch.float16)]:
+        given = {"weights": heads} if op == "score_attributes" else {}
+        probe.attempt(
+            f"self-check of {kernel_of(op, dtype)}, {backend}", partial(_checked, probe, op, backend, dtype, given)
+        )
+    with cuda.mid():
+        case = partial(_checked, probe, "score", "cuda", torch.float16, {"rows": cuda_mid.LEAST_ROWS})
+        probe.attempt("self-check of score_mid, cuda", case)
 
-        def checked(op: Any = op, backend: Any = backend, dtype: torch.dtype = dtype) -> dict[str, Any]:
-            weights = heads if op == "score_attributes" else None
-            found = ops.explain(op, probe.device, dtype, backend, weights=weights)
-            if found.backend != backend:
-                raise RuntimeError(found.reasons[backend])
-            return {"serves": True}
 
-        probe.attempt(f"self-check of {kernel_of(op, dtype)}, {backend}", checked)
+def _checked(probe: Probe, op: str, backend: Any, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
+    found = ops.explain(op, probe.device, dtype, backend, **given)
+    if found.backend != backend:
+        raise RuntimeError(found.reasons[backend])
+    return {"serves": True}
 
 
 STEPS: dict[str, Callable[[Probe], None]] = {
     step.__name__: step
-    for step in (card, environment, limits, smoke, score, self_check, versus, other, eager, forms, tiles)
+    for step in (card, environment, limits, smoke, smoke_mid, score, self_check, versus, other, eager, forms, tiles)
 }
 
 

@@ -16,7 +16,7 @@ from .gpu_build import ROOT
 
 __all__ = ["LIMITS", "choices", "findings", "read_rows", "report", "update_proven"]
 
-OPS = ("score", "score_int8", "accumulate", "pair_variance", "power_iteration", "score_attributes")
+OPS = ("score", "score_int8", "score_mid", "accumulate", "pair_variance", "power_iteration", "score_attributes")
 LIMITS = {"err_g": 0.02, "err_v": 0.05, "err": 0.01, "err_diagonal": 0.02}
 """16-bit products of a thousand terms are right to a few thousandths; a wrong kernel is wrong by far more."""
 

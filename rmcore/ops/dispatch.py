@@ -91,7 +91,8 @@ def _first(
         if why is None and rows is not None and hasattr(module, "declines"):
             why = module.declines(op, rows, weights)
         if why is None and device.type == "cuda":
-            why = refusal(name, kernel_of(op, dtype), device)
+            kernel = module.kernel(op, dtype, rows) if hasattr(module, "kernel") else kernel_of(op, dtype)
+            why = refusal(name, kernel, device)
         if why is None:
             return name, reasons
         reasons[name] = why
@@ -106,6 +107,8 @@ def _order(op: str, device: torch.device, dtype: torch.dtype, rows: int | None) 
     """
     order = _ORDER.get(device.type, ("torch",))
     many = op == "score" and rows is not None and rows > LATENCY_ROWS
+    if device.type == "cuda" and many and _module("cuda").prefers(op, rows, dtype):
+        return order
     if device.type == "cuda" and (many or (op == "power_iteration" and dtype.itemsize == 2)):
         return tuple(sorted(order, key=("triton", "cuda", "torch").index))
     return order

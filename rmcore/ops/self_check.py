@@ -44,6 +44,7 @@ TIME_LIMIT_S = 180.0
 
 REPEATS = 20
 ROWS = (1, 17, 64, 130, 700)
+MID_ROWS = (65, 129, 256, 300, 512)
 # 16-bit products of up to 160 terms, relative to the largest result. A wrong kernel is off by far more than this.
 _TOLERANCE = 2e-2
 _H, _D = 144, 160
@@ -167,7 +168,8 @@ def check(backend: Any, op: str, device: torch.device, dtype: torch.dtype = torc
 
     Args:
         backend: a module of :mod:`rmcore.ops.backends`, or anything with its functions.
-        op: one of :data:`rmcore.ops.OPS`, or ``score_int8`` (:func:`rmcore.ops.sources.kernel_of`).
+        op: one of :data:`rmcore.ops.OPS`, or ``score_int8`` (:func:`rmcore.ops.sources.kernel_of`), or of ``cuda``
+            ``score_mid``.
         device: where.
         dtype: of the weights.
     """
@@ -181,18 +183,18 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _weights(device: torch.device, dtype: torch.dtype) -> Any:
+def _weights(device: torch.device, dtype: torch.dtype, h: int = _H, d: int = _D) -> Any:
     from rmcore.ops import reference
     from rmcore.ops.weights import FeatureMap, HeadWeights
 
-    projection = (_random(_D, _H, seed=0) / (3 * _H**0.5)).to(dtype)
-    phase = torch.rand(_D, generator=torch.Generator().manual_seed(1))
+    projection = (_random(d, h, seed=0) / (3 * h**0.5)).to(dtype)
+    phase = torch.rand(d, generator=torch.Generator().manual_seed(1))
     feature_map = FeatureMap(
         features="rff", projection=projection, phase=phase, layer_weight=None, layer_bias=None, activation="none",
-        layernorm=False, hidden_size=_H, num_features=_D, dtype=dtype,
+        layernorm=False, hidden_size=h, num_features=d, dtype=dtype,
     )  # fmt: skip
-    factor = reference.pack_lower(_random(_D, _D, seed=2).tril() / _D**0.5).to(dtype)
-    weights = HeadWeights(feature_map, _random(_D, seed=3).float(), 0.1, factor, 1.0, 0.4)
+    factor = reference.pack_lower(_random(d, d, seed=2).tril() / d**0.5).to(dtype)
+    weights = HeadWeights(feature_map, _random(d, seed=3).float(), 0.1, factor, 1.0, 0.4)
     return weights.to(device)
 
 
@@ -207,16 +209,30 @@ def _compare(name: str, got: Tensor, want: Tensor, tolerance: float = _TOLERANCE
 
 
 def _score(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    weights = _weights(device, dtype)
+    batches = [_random(rows, _H, seed=rows).to(dtype).to(device) for rows in ROWS]
+    return _scores(backend, weights, batches, partial(_exact, weights))
+
+
+def _exact(weights: Any, hidden: Tensor) -> Tensor:
     from rmcore.ops.backends import torch as plain
 
-    weights = _weights(device, dtype)
+    want = torch.empty(4, len(hidden), dtype=torch.float64, device=hidden.device)
+    plain.score(hidden.double(), weights, want)
+    return want
 
-    def truth(hidden: Tensor) -> Tensor:
-        want = torch.empty(4, len(hidden), dtype=torch.float64, device=device)
-        plain.score(hidden.double(), weights, want)
-        return want
 
-    return _scores(backend, weights, [_random(rows, _H, seed=rows).to(dtype).to(device) for rows in ROWS], truth)
+def _score_mid(backend: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    with backend.mid():
+        for h, d in ((_H, _D), (1096, 1160)):  # a cluster or two, and ten tiles for as many as there are
+            weights = _weights(device, dtype, h, d)
+            for rows in MID_ROWS:
+                if why := backend.declines("score", rows, weights):
+                    return str(why)
+            batches = [_random(rows, h, seed=rows).to(dtype).to(device) for rows in MID_ROWS]
+            if why := _scores(backend, weights, batches, partial(_exact, weights)):
+                return f"h = {h}: {why}"
+    return None
 
 
 def _score_int8(backend: Any, device: torch.device, _dtype: torch.dtype) -> str | None:
@@ -354,6 +370,7 @@ def _score_attributes(backend: Any, device: torch.device, dtype: torch.dtype) ->
 _CHECKS = {
     "score": _score,
     "score_int8": _score_int8,
+    "score_mid": _score_mid,
     "accumulate": _accumulate,
     "pair_variance": _pair_variance,
     "power_iteration": _power_iteration,

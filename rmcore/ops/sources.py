@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["LAUNCHED", "build", "kernel_of", "sources", "triton_sources"]
+__all__ = ["CUDA_ALONE", "LAUNCHED", "build", "kernel_of", "sources", "triton_sources"]
 
 LAUNCHED = {
     "score": ("features", "launches", "score_tail", "variance"),
@@ -29,6 +29,13 @@ LAUNCHED = {
 }
 """The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from; see :func:`kernel_of`."""
 
+_OF_CUDA = {"score_int8": "SOURCES_INT8", "score_mid": "SOURCES_MID"}
+"""Digests of those kernels of ``cuda`` that have files of their own. ``score_mid`` is ``score`` of 65 to 512 rows there
+(:func:`rmcore.ops.backends.cuda.kernel`); no other backend has it."""
+
+CUDA_ALONE = ("score_mid",)
+"""Kernels beside :data:`LAUNCHED` that need a proof of their own."""
+
 
 def kernel_of(op: str, dtype: torch.dtype) -> str:
     """Whose proof an operation needs on weights of ``dtype``: int8 heads have kernels of their own."""
@@ -39,12 +46,13 @@ def kernel_of(op: str, dtype: torch.dtype) -> str:
 def sources(backend: str, op: str) -> str:
     """A digest of what computes ``op`` on a GPU backend; empty where it is not installed or does not know it.
 
-    ``op``: a name of :data:`LAUNCHED`.
+    ``op``: a name of :data:`LAUNCHED` or :data:`CUDA_ALONE`.
     """
     with suppress(ImportError):
         if backend == "cuda":
-            name = "SOURCES_INT8" if op.endswith("_int8") else "SOURCES"
-            return str(getattr(importlib.import_module("rmcore._cuda"), name, ""))
+            return str(getattr(importlib.import_module("rmcore._cuda"), _OF_CUDA.get(op, "SOURCES"), ""))
+        if op in CUDA_ALONE:
+            return ""
         return triton_sources(Path(str(importlib.import_module("rmcore.kernels.common").__file__)).parent, op)
     return ""
 

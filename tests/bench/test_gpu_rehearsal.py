@@ -82,10 +82,12 @@ def test_every_name_that_the_gpu_is_asked_with_exists(path, monkeypatch):
 STEPS = (
     ("smoke", "--rows", "1", "17"),
     ("smoke", "--rows", "1", "17", "--dtype", "int8"),
+    ("smoke_mid", "--rows", "65", "130"),
     ("score", "--rows", "1", "--dtype", "int8"),
     ("score", "--rows", "9"),
     ("other",),
     ("forms", "--rows", "1", "--forms", "streamed"),
+    ("forms", "--rows", "65", "300", "--forms", "mid"),
     ("self_check",),
 )
 
@@ -101,13 +103,18 @@ def test_the_steps_of_the_probe_on_a_card_of_another_name(gpu, tmp_path, monkeyp
     found = {row["case"] for row in rows if "declined" not in row}
     assert {"score cuda", "score triton", "score_int8 cuda", "score_int8 triton", "score_attributes triton"} <= found
     assert {f"form streamed {on}, score" for on in (True, False)} <= found
-    assert {"self-check of score_int8, cuda", "self-check of score_attributes, triton"} <= found
+    assert {f"form mid {name}, score" for name in ("cuda", "triton")} <= found
+    assert {
+        "self-check of score_mid, cuda",
+        "self-check of score_int8, cuda",
+        "self-check of score_attributes, triton",
+    } <= found
     table = tmp_path / "proven.json"
     assert gpu_report.report(out, tmp_path, table) == 0
     assert (tmp_path / "gpu-nvidia-h200.json").is_file()
     proved = {(row["backend"], row["op"]) for row in json.loads(table.read_text())}
     assert proved == {("triton", op) for op in sources.LAUNCHED} | {
-        ("cuda", op) for op in ("score", "score_int8", "power_iteration")
+        ("cuda", op) for op in ("score", "score_int8", "score_mid", "power_iteration")
     }
     assert all(
         row["card"] == "NVIDIA H200" and row["right"] and row["bits_equal"] for row in json.loads(table.read_text())
@@ -152,6 +159,13 @@ def test_an_unknown_card_checks_its_kernels_and_uses_them(gpu, monkeypatch):
         found = ops.explain(op, DEVICE)
         assert found.backend in ("cuda", "triton"), found
     assert len(checked) == len(set(checked)) == 8
+    monkeypatch.setattr(self_check, "MID_ROWS", (65, 130))
+    weights = self_check._weights(DEVICE, torch.float16)
+    assert "is off" in ops.explain("score", DEVICE, torch.float16, "cuda", rows=65, weights=weights).reasons["cuda"]
+    with cuda.mid():  # one choice, and auto asks it first for these sizes alone, once it has checked itself
+        for rows, backend in ((64, "triton"), (65, "cuda"), (512, "cuda"), (513, "triton")):
+            assert ops.explain("score", DEVICE, torch.float16, rows=rows, weights=weights).backend == backend
+    assert checked[8:] == [("cuda", "score_mid")]
 
 
 def test_kernels_are_handed_tensors_of_the_gpu():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rmcore import ops
 from rmcore._base import errors
-from rmcore.ops.backends import cuda
+from rmcore.ops.backends import cuda, cuda_mid
 from rmcore.ops.quantize import quantize_projection
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
@@ -65,7 +68,8 @@ def test_the_module_imports_and_reports_zero_devices():
 
 def test_shapes_it_declines():
     assert cuda.declines("score", 64, head()) is None
-    assert cuda.declines("score", 65, head()) == "batch of 65 rows: the latency kernel serves up to 64"
+    assert str(cuda.declines("score", 65, head())).startswith("batch of 65 rows: the latency kernel serves up to 64;")
+    assert cuda.declines("score", 513, head()) == "batch of 513 rows: the latency kernel serves up to 64"
     assert "projection" in cuda.declines("score", 1, head(h=16, features="linear"))
 
 
@@ -131,6 +135,65 @@ def test_an_int8_head_goes_to_the_native_module_as_it_lies(monkeypatch):
     ):  # fmt: skip
         assert head[name] == tensor.data_ptr(), name
     assert (head["beta0"], head["amplitude"], head["hidden_size"]) == (0.25, math.pi / 8, 40)
+
+
+def test_65_to_512_rows_are_off_until_a_card_has_proven_them():
+    assert cuda.MID is False
+    weights = head()
+    assert "is off" in str(cuda.declines("score", 65, weights))
+    assert not cuda.prefers("score", 65, torch.float16)
+    with cuda.mid():
+        assert cuda.declines("score", 65, weights) is None
+        assert cuda.declines("score", 513, weights) == "batch of 513 rows: the latency kernel serves up to 64"
+        unfolded = replace(weights.map, layer_weight=torch.eye(8).half(), layer_bias=torch.zeros(8))
+        assert "folded" in str(cuda.declines("score", 65, replace(weights, map=unfolded)))
+        asked = {rows: cuda.prefers("score", rows, torch.float16) for rows in (64, 65, 512, 513)}
+        assert asked == {64: False, 65: True, 512: True, 513: False}
+        assert not cuda.prefers("score", 65, torch.int8)
+        assert not cuda.prefers("power_iteration", 65, torch.float16)
+    assert cuda.MID is False
+    # What is proven of the latency kernels says nothing of it, on or off.
+    assert cuda.kernel("score", torch.float16, 64) == cuda.kernel("score", torch.float16) == "score"
+    assert cuda.kernel("score", torch.float16, 65) == "score_mid"
+    assert cuda.kernel("score", torch.int8, 65) == "score_int8"
+
+
+def test_65_to_512_rows_are_handed_over_in_the_heads_dtype_from_multiples_of_16_bytes(monkeypatch):
+    calls: list[Any] = []
+    native = SimpleNamespace(
+        device_count=lambda: 1, properties=lambda _: {"capability": (9, 0), "cooperative": 1},
+        Head=lambda **fields: fields, MidHead=lambda given: ("maps", given),
+        MidPlan=lambda _head, rows, _device: SimpleNamespace(columns=128, workspace_bytes=1024, rows=rows),
+        score_mid=lambda *given: calls.append((given, rows_at(given))),
+    )  # fmt: skip
+
+    def rows_at(given: Any) -> Tensor:
+        """What the addresses say, while the rows are alive."""
+        address, stride, rows = given[2], given[4], given[5]
+        raw = (ctypes.c_char * (2 * stride * rows)).from_address(address)
+        return torch.frombuffer(raw, dtype=torch.float16).view(rows, stride)[:, :8].clone()
+
+    monkeypatch.setattr(cuda, "_native", lambda: native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weights, wide = head(), torch.randn(140, 24).half()
+    scaled = replace(weights, map=replace(weights.map, input_scale=0.25))
+    with cuda.mid():
+        for hidden in (wide[:70, :8], wide[::2, 8:16], wide[::2, 3:11], wide[:70, :16:2], wide[:1, :8].expand(70, -1)):
+            for rows in (hidden, hidden.float(), hidden.double()):
+                out = torch.empty(4, 70)
+                cuda.score(rows, weights, out)
+                given, read = calls.pop()
+                assert given[0][0] == "maps"
+                assert given[1].rows == given[5] == 70
+                assert given[2] % 16 == 0
+                assert given[3] == "float16"
+                assert given[4] % 8 == 0
+                assert given[6] == out.data_ptr()
+                assert torch.equal(read, hidden)
+                assert cuda_mid.in_place(rows, weights) == (given[2] == rows.data_ptr())
+        cuda.score(wide[:70, :8], scaled, out)
+        assert torch.equal(calls.pop()[1], wide[:70, :8] / 4)
 
 
 def test_an_explicit_backend_raises_on_cpu_tensors():

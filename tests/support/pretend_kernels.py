@@ -105,6 +105,11 @@ def _native_score(f: Any, plan: Any, hidden: int, dtype: str, stride: int, rows:
     _recorded(_native_score, f, plan, hidden, dtype, stride, rows, out, *rest)
 
 
+def _native_mid(f: Any, *rest: Any) -> None:
+    """Of rows that were scaled before."""
+    _native_score(SimpleNamespace(**{**vars(f), "input_scale": 1.0}), *rest)
+
+
 def _native_power(
     plan: Any, dtype: str, matrix: int, pitch: int, m: int, h: int, start: int, count: int, sigma: int, new: int,
     workspace: int, size: int, device: int, stream: int,
@@ -137,7 +142,7 @@ def native() -> Any:
     def plan(head: Any, rows: int, device: int, streamed: bool = True) -> SimpleNamespace:
         assert device in (None, 0)
         streamed = streamed and rows <= 16 and not getattr(head, "layer_size", 0)
-        return SimpleNamespace(workspace_bytes=WORKSPACE, streamed=streamed, slots=8)
+        return SimpleNamespace(workspace_bytes=WORKSPACE, streamed=streamed, slots=8, columns=128)
 
     return SimpleNamespace(
         device_count=lambda: 1,
@@ -148,9 +153,12 @@ def native() -> Any:
         Int8Head=lambda **f: SimpleNamespace(**f),
         ScorePlan=plan,
         Int8Plan=plan,
+        MidHead=lambda head: head,
+        MidPlan=plan,
         PowerPlan=lambda *_: SimpleNamespace(workspace_bytes=WORKSPACE),
         score=_native_score,
         score_int8=_native_score,
+        score_mid=_native_mid,
         power_iteration=_native_power,
     )
 

@@ -1,7 +1,8 @@
 """The ``cuda`` backend: latency kernels for small batches on NVIDIA GPUs from compute capability 8.0 (csrc/cuda).
 
-``score`` is one cooperative launch for up to 64 rows, of int8 heads (cuda_int8.py) up to 16; ``power_iteration`` reads
-its matrix once per iteration. Results are bit-identical from run to run. The native module is loaded on first use and
+``score`` is one cooperative launch for up to 64 rows, of int8 heads (cuda_int8.py) up to 16; another one, for 65 to 512
+rows of folded heads on Hopper (cuda_mid.py), is off: :data:`MID`. ``power_iteration`` reads its matrix once per
+iteration. Results are bit-identical from run to run. The native module is loaded on first use and
 allocates nothing: weights are used where they lie (rows that do not begin at multiples of 16 bytes are copied once,
 into ``weights.cache``), and the workspace comes from torch, one for each device and stream.
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,8 +25,9 @@ from torch import Tensor
 
 from rmcore._base.errors import BackendError
 from rmcore.ops import plans
-from rmcore.ops.backends import cuda_int8
+from rmcore.ops.backends import cuda_int8, cuda_mid
 from rmcore.ops.backends.cuda_int8 import aligned as _aligned
+from rmcore.ops.sources import kernel_of
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
@@ -32,9 +35,12 @@ __all__ = [
     "MAX_ROWS",
     "accumulate",
     "declines",
+    "kernel",
+    "mid",
     "pair_variance",
     "plan",
     "power_iteration",
+    "prefers",
     "score",
     "unavailable",
 ]
@@ -47,6 +53,10 @@ MAX_ROWS = 64
 STREAMED = True
 """Whether up to 16 rows of a folded head go to the streamed kernel (csrc/cuda/stream.cuh) where the device has bulk
 copies; off to hold both forms side by side. Read when a head is first scored at a batch size."""
+
+MID = False
+"""Whether 65 to 512 rows of a folded head go to the persistent launch (csrc/cuda/mid.cuh), and ``auto`` asks this
+backend first for them. Off: no card has said that it is right, nor that it is faster than triton."""
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DTYPES = {"score": (torch.float16, torch.bfloat16, torch.int8), "power_iteration": tuple(_NAMES)}
@@ -96,6 +106,32 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
     return cuda_int8.unavailable(_native(), index) if why is None and dtype == torch.int8 else why
 
 
+@contextmanager
+def mid(on: bool = True) -> Iterator[None]:
+    """:data:`MID` for a while, for tests and to time it beside what serves. For the whole process."""
+    global MID
+    before, MID = MID, on
+    try:
+        yield
+    finally:
+        MID = before
+
+
+def _many(op: str, rows: int | None, dtype: torch.dtype) -> bool:
+    """Whether a call is of the sizes that the persistent launch is for."""
+    return op == "score" and dtype != torch.int8 and rows is not None and MAX_ROWS < rows <= cuda_mid.MOST_ROWS
+
+
+def kernel(op: str, dtype: torch.dtype, rows: int | None = None) -> str:
+    """Whose proof such a call needs: the persistent launch has its own."""
+    return "score_mid" if _many(op, rows, dtype) else kernel_of(op, dtype)
+
+
+def prefers(op: str, rows: int | None, dtype: torch.dtype) -> bool:
+    """Whether ``auto`` asks this backend before triton although the batch is no small one."""
+    return MID and _many(op, rows, dtype)
+
+
 def declines(op: str, rows: int, weights: HeadWeights | FeatureMap | Tensor | None) -> str | None:
     """Why a call that :func:`unavailable` allows should go elsewhere for its shape, or None.
 
@@ -106,7 +142,7 @@ def declines(op: str, rows: int, weights: HeadWeights | FeatureMap | Tensor | No
             why: str | None = _run(cuda_int8.declines, _native(), rows, weights)
             return why
         if rows > MAX_ROWS:
-            return f"batch of {rows} rows: the latency kernel serves up to {MAX_ROWS}"
+            return _declines_many(rows, weights)
         if weights.map.projection is None:
             return "linear features without a projection: the latency kernel starts from one"
     if op == "power_iteration" and isinstance(weights, Tensor):
@@ -116,6 +152,25 @@ def declines(op: str, rows: int, weights: HeadWeights | FeatureMap | Tensor | No
             return f"matrix of {weights.shape[1]} columns: the kernel serves up to {widest} in {weights.dtype}"
         if weights.numel() == 0:
             return "empty matrix"
+    return None
+
+
+def _declines_many(rows: int, weights: HeadWeights) -> str | None:
+    """The same for more rows than the latency kernels take."""
+    why = f"batch of {rows} rows: the latency kernel serves up to {MAX_ROWS}"
+    if not _many("score", rows, weights.dtype):
+        return why
+    if not MID:
+        return f"{why}; the launch for up to {cuda_mid.MOST_ROWS} is off (cuda.MID): no GPU has run it"
+    native = _native()
+    found: str | None = _run(cuda_mid.declines, native, weights)
+    if found is not None or native is None or weights.device.type != "cuda":
+        return found
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    prepared = _run(cuda_mid.prepare, native, weights, _prepare(weights).head)
+    if _run(prepared.layout, native, rows, weights.device.index or 0).columns == 0:
+        return f"h = {weights.hidden_size}, D = {weights.num_features}: {rows} rows do not fit the device's clusters"
     return None
 
 
@@ -224,6 +279,11 @@ def _kernel(weights: HeadWeights, rows: int, index: int | None) -> tuple[Callabl
         whole: cuda_int8.Prepared = _run(cuda_int8.prepare, native, weights)
         return native.score_int8, whole.head, _run(whole.layout, native, rows, index or 0)
     prepared, bucket = _prepare(weights), _bucket(rows)
+    if rows > MAX_ROWS:
+        if "cuda_mid" not in weights.cache:
+            _capturing()
+        maps: cuda_mid.Prepared = _run(cuda_mid.prepare, native, weights, prepared.head)
+        return native.score_mid, maps.head, _run(maps.layout, native, rows, index or 0)
     plan = prepared.plans.get(bucket)
     if plan is None:
         plan = prepared.plans[bucket] = _run(native.ScorePlan, prepared.head, bucket, index, STREAMED)
@@ -241,7 +301,9 @@ def score(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     hidden = hidden.detach()
     if hidden.dtype not in _NAMES:
         hidden = hidden.float()
-    if hidden.stride(1) != 1:
+    if rows > MAX_ROWS:
+        hidden = cuda_mid.serving_rows(hidden, weights)
+    elif hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     device = hidden.device
     function, head, plan = _kernel(weights, rows, device.index)
@@ -268,6 +330,8 @@ def plan(hidden: Tensor, weights: HeadWeights) -> plans.Launch | None:
     rows, index = hidden.shape[0], hidden.device.index or 0
     if hidden.dtype not in _NAMES or not rows or hidden.stride(1) != 1:
         return None  # such rows are copied first
+    if rows > MAX_ROWS and not cuda_mid.in_place(hidden, weights):
+        return None
     return _replay(*_kernel(weights, rows, index), hidden, index)
 
 
