@@ -279,7 +279,10 @@ def make_judge(judging: Asking, *, constitution: Constitution | None = None, rat
         reject_unused(judging)
     if verdicts is not None:
         with reading("--verdicts", verdicts):
-            return RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
+            recorded = RecordedJudge.from_file(verdicts, orders=judging.judge_orders)
+        if not len(recorded):
+            reject("--verdicts", f"{str(verdicts)!r}, with no row", "recorded verdicts, a row each")
+        return recorded
     if not rationale and template is not None:
         reject("--no-rationale, --judge-template", "both", "at most one: a template says itself what is to be written")
     if not rationale and judging.judge_output != "text":

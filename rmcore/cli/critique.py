@@ -18,6 +18,7 @@ from rmcore.cli.build_engine import check_key, make_budgets, make_judge
 from rmcore.cli.console import judge_progress, notes, progress_bar, reported_errors
 from rmcore.cli.critique_rows import FAILURES, Done, RowParts, parts_of, rows_behind, written
 from rmcore.cli.files import file_read, reading
+from rmcore.cli.judge_options import as_options
 from rmcore.cli.numbers import number
 from rmcore.cli.output import Output, check_apart, check_file, opened_output
 from rmcore.cli.records import Chain, model_identity, settings_digest
@@ -243,7 +244,8 @@ def _chat(critics: Critics, asking: CriticAsking) -> Critic:
     template = asking.judge_template
     prompt = CriticPrompt()
     if template is not None:
-        with reading("--judge-template", template):
+        named = {f"template{part}": "--judge-template" for part in ("", " user", " system")}
+        with as_options(**named), reading("--judge-template", template):
             prompt = CriticPrompt.from_file(template)
     judge: Any = make_judge(replace(asking, judge_template=None))  # checks the options, and makes what is shared
     return ChatCritic(

@@ -147,3 +147,26 @@ def test_what_a_file_holds_is_told_by_its_option_too(tmp_path: Path) -> None:
             result.stderr,
         )
         assert "x.file" in result.stderr
+
+
+def test_verdicts_of_no_row_and_a_template_with_a_zero_byte_are_refused_before_the_model_loads(tmp_path: Path) -> None:
+    runner, groups = CliRunner(), tmp_path / "g.jsonl"
+    groups.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    live = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--judge-key-env", ""]
+    empty, template = tmp_path / "none.jsonl", tmp_path / "t.txt"
+    for words in ("", "\n\n", "[]"):
+        empty.write_text(words)
+        for command in (
+            ["score", "no-such-model", str(groups), "--budget", "0.5"],
+            ["serve", "no-model", "--budget", "1"],
+        ):
+            result = runner.invoke(app, [*command, "--verdicts", str(empty)])
+            said = f"rmcore: --verdicts: got {str(empty)!r}, with no row, expected recorded verdicts, a row each\n"
+            assert (result.exit_code, result.stderr) == (2, said)
+    for command in (["score", "no-such-model", str(groups), "--budget", "0.5"], ["critique", str(groups)]):
+        fields = "$prompt $first $second" if command[0] == "score" else "$prompt $first"
+        for system, user in (("a\0b ", ""), ("", "a\0b ")):
+            template.write_text(f"--- system ---\n{system}$contract\n--- user ---\n{user}{fields}\n")
+            result = runner.invoke(app, [*command, *live, "--judge-template", str(template)])
+            said = "rmcore: --judge-template: got NUL at character 1, as UTF-16 text has them, expected text\n"
+            assert (result.exit_code, result.stderr) == (2, said), command

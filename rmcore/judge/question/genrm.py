@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from rmcore._base.errors import reject
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response, message_text, response_text
+from rmcore.judge.question.around import is_plain
 from rmcore.judge.question.cut import Cut, ends
 from rmcore.judge.question.sanitise import RULES, sanitise
 from rmcore.judge.question.verdict import Labels, is_tail, parse_verdict
@@ -108,7 +109,7 @@ def read_scores(choice: Mapping[str, object]) -> tuple[GenRMScores | None, str, 
         return None, parsed.reason, parsed.critique
     scored = [(scores, end) for value, end in _objects(parsed.critique) if (scores := _scores(value)) is not None]
     found = {scores for scores, _ in scored}
-    if len(found) <= 1 and (not found or not is_tail(parsed.critique, scored[-1][1])):
+    if len(found) <= 1 and not (scored and _is_meant(parsed.critique, scored[-1][1])):
         return None, "unparsable", parsed.critique
     if len(found) > 1:
         return None, "conflicting", parsed.critique
@@ -116,6 +117,10 @@ def read_scores(choice: Mapping[str, object]) -> tuple[GenRMScores | None, str, 
     if (scores.score_1 - scores.score_2) * (3.5 - scores.ranking) < 0:
         return None, "conflicting", parsed.critique
     return scores, "", parsed.critique
+
+
+def _is_meant(answer: str, end: int) -> bool:
+    return is_tail(answer, end) and is_plain(answer, end, end)
 
 
 def _scores(value: Any) -> GenRMScores | None:

@@ -357,6 +357,8 @@ def _shortened(name: str, value: Canonical, cut: int) -> list[tuple[str, ...]]:
 
 def _fields(template: str, name: str) -> list[str]:
     """The field names of a template in order, repeats included."""
+    if "\0" in template:  # an endpoint may end the question there
+        reject(f"template {name}", f"NUL at character {template.index(chr(0))}, as UTF-16 text has them", "text")
     found = []
     for match in string.Template.pattern.finditer(template):
         field = match["named"] or match["braced"]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from rmcore._base.large import LARGE, find_all, pieces, read_json
 from rmcore.judge.base import Outcome
+from rmcore.judge.question.around import is_plain
 
 __all__ = ["MAX_CRITIQUE", "UNANSWERED", "Labels", "Parsed", "Statement", "is_tail", "parse_verdict", "statements"]
 
@@ -153,7 +154,8 @@ def parse_verdict(reply: object, labels: Labels) -> Parsed:
     If the answer is a JSON object (code fences aside) with a ``verdict``, that field is the verdict and ``critique``
     the critique. Otherwise every ``<verdict>LABEL</verdict>`` and every ``"verdict": "LABEL"`` counts. Whole labels of
     ours count only, in any number, if all agree; labels that disagree are ``conflicting``. A last tag or field that
-    holds anything but a label takes back what stood before it, as does any text behind it: ``unparsable``.
+    holds anything but a label takes back what stood before it, as does any text behind it, and as does a last one that
+    is struck out or within tags of unknown names (:mod:`rmcore.judge.question.around`): ``unparsable``.
 
     Total: any object whatever gives a :class:`Parsed`, never an exception.
     """
@@ -234,11 +236,17 @@ def _read(text: str, labels: Labels) -> Parsed:
     critique = _without(list(find_all(_TAG, answer, _REACH)), answer)
     found = statements(answer, labels)
     outcomes = [statement.outcome for statement in found]
-    if found and not is_tail(answer, found[-1].stop) and not _ends_object(answer, found[-1].stop):
+    if found and not _is_meant(answer, found[-1]):
         # A verdict ends an answer. With more behind it, it was thought aloud, and perhaps not the last thought.
         conflict = len(set(outcomes) - {None}) > 1
         return Parsed(None, "conflicting" if conflict else "unparsable", critique[:MAX_CRITIQUE])
     return _decide(outcomes, critique)
+
+
+def _is_meant(answer: str, last: Statement) -> bool:
+    if not is_plain(answer, last.start, last.stop):
+        return False
+    return is_tail(answer, last.stop) or _ends_object(answer, last.stop)
 
 
 def _opens_and_does_not_close(answer: str) -> bool:

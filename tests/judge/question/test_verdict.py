@@ -63,6 +63,18 @@ def choice(content, finish="stop", **message):
         (f"<think />{WIN}", "win"),
         (f"The second has an <analysis> tag, and (<scratchpad>) or `<cot>` without need.\n{WIN}", "win"),
         (f"It writes [thinking] at first. {WIN}", "win"),
+        # What stands around it is known, closed before it, closed nowhere, or of another paragraph.
+        (f"<div><p align='left'>So: <strong>{WIN}</strong></p></div>", "win"),
+        (f"<Final_Answer>\n{WIN}\n</Final_Answer>", "win"),
+        (f"<judgment>The first.</judgment><decision>{WIN}</decision>", "win"),
+        (f"<foo>one</foo> and <foo/> {WIN}", "win"),
+        (f"It includes <stdio.h> and a vector<int>. {WIN}", "win"),
+        (f"<s>The second is right.</s> {WIN}", "win"),
+        (f"~~The second is right.~~ {WIN}", "win"),
+        (f"The second writes ~~ for about.\n \n{WIN}", "win"),
+        (f"It is ~5 lines shorter. {WIN}", "win"),
+        (f"{WIN}</s>", "win"),
+        (f"It begins with `<s>`, which is no strike. {WIN}", "win"),
     ],
 )
 def test_verdicts(text, outcome):
@@ -136,6 +148,24 @@ def test_verdicts(text, outcome):
         ('{"critique": "c", "verdict": "KQXVD"} Actually not.', "unparsable"),
         ('```json\n{"critique": "c", "verdict": "KQXVD"}\n```\nWrong!', "unparsable"),
         (f"~~{WIN}~~", "unparsable"),
+        (f"~~{WIN}", "unparsable"),
+        (f"~~Right at first, but no: {WIN}", "unparsable"),
+        (f"~~One.~~ ~~Two. **{WIN}**", "unparsable"),
+        (f"~{WIN}", "unparsable"),
+        (f"~ **{WIN}**", "unparsable"),
+        (f"<s>{WIN}</s>", "unparsable"),
+        (f"No: <s>{WIN}", "unparsable"),
+        (f"No: <S class=x>The first? {WIN}", "unparsable"),
+        (f"No: <del>{WIN}", "unparsable"),
+        (f"No: <strike>{WIN}</p>", "unparsable"),
+        (f"<del>{WIN}", "length"),
+        (f"<analysis>{WIN}</analysis>", "unparsable"),
+        (f"Well. <draft>{WIN}</draft>", "unparsable"),
+        (f"<foo><b>{WIN}</b></foo>", "unparsable"),
+        (f"<foo>a</foo><foo>{WIN}</foo>", "unparsable"),
+        (f"<不>{WIN}</不>", "unparsable"),
+        ('<foo>{"critique": "c", "verdict": "KQXVD"}</foo>', "unparsable"),
+        ('Right.\n~~{"critique": "c", "verdict": "KQXVD"}', "unparsable"),
         (f"<del>{WIN}</del>", "unparsable"),
         (f"<strike>{WIN}</ strike >", "unparsable"),
         (f"{WIN}</no, the other one is better>", "unparsable"),
@@ -227,9 +257,12 @@ def test_the_critique_is_bounded():
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("unit", ["<verdict>", "</think>", "<think", "< " * 9, "<verdict>K", "<verdict></", "\n", "<"])
+@pytest.mark.parametrize(
+    "unit", ["<verdict>", "</think>", "<think", "< " * 9, "<verdict>K", "<verdict></", "\n", "<", "<s>", "~", "\n\t"]
+)
 def test_time_is_linear_in_hostile_text(unit):
-    parse_verdict(unit * (2_000_000 // len(unit)), LABELS)
+    for end in ("", WIN):
+        parse_verdict(unit * (1_000_000 // len(unit)) + end, LABELS)
 
 
 PIECES = st.sampled_from(
