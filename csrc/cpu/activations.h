@@ -103,7 +103,7 @@ float quantize_row(int64_t columns, Act* out, int64_t low, Values&& values, Outl
 // c, which is within ±1, in whole numbers of 1/127; a NaN is anything, so that whoever sums must bring it back.
 template <class W>
 void store_feature(typename W::Act* out, Vec c) {
-  if constexpr (Same<W, I8>::value) {
+  if constexpr (kInt8<W>) {
     store_whole(out, nearest(mul(c, splat(kWhole))));
   } else {
     store_act(out, c);
@@ -113,7 +113,7 @@ void store_feature(typename W::Act* out, Vec c) {
 // True where what the products take, bf16 or int8, holds less than the rows do.
 template <class W>
 bool rounds(const Rows& rows) {
-  return Same<W, I8>::value || (!Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16);
+  return kInt8<W> || (!Same<typename W::Act, float>::value && rows.dtype != Dtype::bf16);
 }
 
 // True where rows are worth two terms each: they hold more than one, and the product that takes them is the lesser part

@@ -63,14 +63,15 @@ Dtype weight_dtype(const std::string& name) {
 
 constexpr int64_t kInt8Depth = 65536;  // whole-number sums of more products than this could leave int32
 
-Quantized make_quantized(uintptr_t scale, uintptr_t sum) {
-  return {pointer<const float>(scale), pointer<const int32_t>(sum)};
+Quantized make_quantized(uintptr_t scale, uintptr_t sum, uintptr_t far_first, uintptr_t far_pairs) {
+  return {pointer<const float>(scale), pointer<const int32_t>(sum), pointer<const int64_t>(far_first),
+          pointer<const FarPair>(far_pairs)};
 }
 
 Map make_map(const std::string& dtype, bool cosine, bool tanh, bool layernorm, int64_t hidden, int64_t layer_size,
              int64_t features, uintptr_t layer, uintptr_t layer_bias, uintptr_t projection, uintptr_t phase,
-             float input_scale, uintptr_t projection_scale, uintptr_t projection_sum, uintptr_t hidden_shift,
-             uintptr_t hidden_scale) {
+             float input_scale, uintptr_t projection_scale, uintptr_t projection_sum, uintptr_t projection_far_first,
+             uintptr_t projection_far_pairs, uintptr_t hidden_shift, uintptr_t hidden_scale) {
   require(hidden > 0 && features > 0, "map: expected positive sizes");
   require((layer == 0) == (layer_bias == 0) && (projection == 0) == (phase == 0), "map: a matrix needs its bias");
   require(layer == 0 || layer_size > 0, "map: expected a positive layer size");
@@ -79,8 +80,9 @@ Map make_map(const std::string& dtype, bool cosine, bool tanh, bool layernorm, i
   const Dtype type = weight_dtype(dtype);
   require((hidden_shift == 0) == (hidden_scale == 0), "map: hidden_shift goes with hidden_scale");
   require(type == Dtype::i8 || (projection_scale == 0 && hidden_shift == 0), "map: scales are for int8");
-  require(type != Dtype::i8 || (cosine && layer == 0 && projection_scale != 0 && projection_sum != 0),
-          "map: int8 takes random Fourier features of a folded projection, with its scales and sums");
+  require(type != Dtype::i8 || (cosine && layer == 0 && projection_scale != 0 && projection_sum != 0 &&
+                                projection_far_first != 0 && projection_far_pairs != 0),
+          "map: int8 takes random Fourier features of a folded projection, with its scales, sums and far pairs");
   require(type != Dtype::i8 || (hidden <= kInt8Depth && features <= kInt8Depth), "map: too large for int8");
   return {type,
           cosine,
@@ -94,23 +96,25 @@ Map make_map(const std::string& dtype, bool cosine, bool tanh, bool layernorm, i
           pointer<const void>(projection),
           pointer<const float>(phase),
           input_scale,
-          make_quantized(projection_scale, projection_sum),
+          make_quantized(projection_scale, projection_sum, projection_far_first, projection_far_pairs),
           pointer<const float>(hidden_shift),
           pointer<const float>(hidden_scale)};
 }
 
 Head make_head(const Map& map, uintptr_t beta, uintptr_t factor, float beta0, float factor_scale, float amplitude,
-               uintptr_t factor_row_scale, uintptr_t factor_row_sum, uintptr_t factor_diagonal) {
+               uintptr_t factor_row_scale, uintptr_t factor_row_sum, uintptr_t factor_far_first,
+               uintptr_t factor_far_pairs, uintptr_t factor_diagonal) {
   require(beta != 0 && factor != 0, "head: null pointer");
-  require((map.dtype == Dtype::i8) == (factor_row_scale != 0 && factor_row_sum != 0 && factor_diagonal != 0),
-          "head: int8 needs row scales, row sums and the diagonal");
+  require((map.dtype == Dtype::i8) == (factor_row_scale != 0 && factor_row_sum != 0 && factor_far_first != 0 &&
+                                       factor_far_pairs != 0 && factor_diagonal != 0),
+          "head: int8 needs row scales, row sums, far pairs and the diagonal");
   return {map,
           pointer<const float>(beta),
           pointer<const void>(factor),
           beta0,
           factor_scale,
           amplitude,
-          make_quantized(factor_row_scale, factor_row_sum),
+          make_quantized(factor_row_scale, factor_row_sum, factor_far_first, factor_far_pairs),
           pointer<const float>(factor_diagonal)};
 }
 
@@ -176,12 +180,13 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init(&make_map), py::kw_only(), py::arg("dtype"), py::arg("cosine"), py::arg("tanh"),
            py::arg("layernorm"), py::arg("hidden"), py::arg("layer_size"), py::arg("features"), py::arg("layer"),
            py::arg("layer_bias"), py::arg("projection"), py::arg("phase"), py::arg("input_scale"),
-           py::arg("projection_scale") = 0, py::arg("projection_sum") = 0, py::arg("hidden_shift") = 0,
-           py::arg("hidden_scale") = 0);
+           py::arg("projection_scale") = 0, py::arg("projection_sum") = 0, py::arg("projection_far_first") = 0,
+           py::arg("projection_far_pairs") = 0, py::arg("hidden_shift") = 0, py::arg("hidden_scale") = 0);
   py::class_<Head>(m, "Head", "Head weights in packed form; the caller keeps their tensors alive.")
       .def(py::init(&make_head), py::kw_only(), py::arg("map"), py::arg("beta"), py::arg("factor"), py::arg("beta0"),
            py::arg("factor_scale"), py::arg("amplitude"), py::arg("factor_row_scale") = 0,
-           py::arg("factor_row_sum") = 0, py::arg("factor_diagonal") = 0);
+           py::arg("factor_row_sum") = 0, py::arg("factor_far_first") = 0, py::arg("factor_far_pairs") = 0,
+           py::arg("factor_diagonal") = 0);
 
   py::class_<AttributeHead>(m, "AttributeHead", "Attribute heads in packed form; the caller keeps their tensors alive.")
       .def(py::init(&make_attribute_head), py::kw_only(), py::arg("dtype"), py::arg("hidden"), py::arg("members"),

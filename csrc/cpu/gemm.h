@@ -6,8 +6,8 @@
 // which keeps rounding errors small. The order of additions along k is the same for every row, whatever block it falls
 // in, so a row's result does not depend on its neighbours or on the size of the batch.
 //
-// int8 weights meet activations that are whole numbers −127 … 127 times a factor of the row; their sums are exact, and
-// int32 in `acc` until finish_product.
+// int8 weights meet activations that are whole numbers −127 … 127 times a factor of the row; their sums are exact,
+// after what saturated has been added (saturation.h), and int32 in `acc` until finish_product.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,7 @@
 
 #include "kernels.h"
 #include "multiply.h"
+#include "saturation.h"
 #include "simd.h"
 
 namespace rmcore::cpu::RMCORE_ISA {
@@ -187,19 +188,18 @@ void convert_block(const typename W::Store* w, int k, typename Wide<W>::Store* o
 
 // What int8 products are multiplied with; not read for other weights.
 struct Scales {
-  const float* columns;  // of the panel's 64 columns: the factor of its weights
-  const int32_t* sums;   // of the panel's 64 columns: the sum of its weights
-  const float* rows;     // the factor of each row's activations
+  const float* columns;   // of the panel's 64 columns: the factor of its weights
+  const int32_t* sums;    // of the panel's 64 columns: the sum of its weights
+  const float* rows;      // the factor of each row's activations
+  Saturating saturating;  // I8U only
 };
 
 // Whole-number products → floats: acc[r, c] ← (acc[r, c] − offset · sums[c]) columns[c] rows[r].
-inline void finish_product(int rows, const Scales& scales, float* acc) {
+template <class W>
+void finish_product(int rows, const Scales& scales, float* acc) {
   for (int c = 0; c < kPanel; c += kWidth) {
     const Vec column = load(scales.columns + c);
-    Ints offset{};
-#if defined(__AVX512VNNI__)
-    offset = load_ints(scales.sums + c) * 128;
-#endif
+    const Ints offset = Same<typename W::Act, uint8_t>::value ? load_ints(scales.sums + c) * 128 : Ints{};
     for (int r = 0; r < rows; ++r) {
       float* out = acc + r * kPanel + c;
       store(out, mul(mul(to_float(load_ints(out) - offset), column), splat(scales.rows[r])));
@@ -232,7 +232,8 @@ void panel_product(int rows, const typename W::Act* a, ptrdiff_t lda, ptrdiff_t 
     rows_product<W, kStepLines<W>>(rows, a + k0, lda, W::kStep, block, n, acc, k0 > 0, following);
     if (low != 0) rows_product<W, kStepLines<W>>(rows, a + low + k0, lda, W::kStep, block, n, acc, true, nullptr);
   }
-  if constexpr (Same<W, I8>::value) finish_product(rows, scales, acc);
+  if constexpr (kSaturates<W>) add_saturated<W>(rows, scales.saturating, acc);
+  if constexpr (kInt8<W>) finish_product<W>(rows, scales, acc);
 }
 
 }  // namespace

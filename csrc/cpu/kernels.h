@@ -19,11 +19,20 @@ struct Rows {
   int64_t col_stride;
 };
 
-// What int8 panels of a matrix come with, padded with zeros to whole panels: the factor of each row of the matrix, and
-// the sum of its whole numbers. nullptr for other weights.
+// Two neighbours of a row of int8 weights, k = 2 pair and the next one.
+struct FarPair {
+  int32_t pair;
+  int16_t weights[2];
+};
+
+// What int8 panels of a matrix come with, padded to whole panels: the factor of each row of the matrix, the sum of its
+// whole numbers, and which of its pairs of neighbours, k and k + 1 for even k, have one sign and add up to more than
+// 128 in magnitude (saturation.h). nullptr for other weights.
 struct Quantized {
   const float* scale;
   const int32_t* sum;
+  const int64_t* far_first;  // where each row's begin in far_pairs, and where the last one's end
+  const FarPair* far_pairs;
 };
 
 // A FeatureMap in packed form. `layer` and `projection` are panels (pack.cpp), nullptr where the map has none; bias

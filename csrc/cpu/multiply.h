@@ -8,13 +8,16 @@
 //   bf16, AVX-512 bf16  dot products of pairs
 //   int8, VNNI          dot products of quads, unsigned times signed: activations are stored 128 too high, and what
 //                       128 · Σ weights adds is taken away at the end
+//   int8, AVX2, AVX-512 many rows (I8U): the same by vpmaddubsw, whose sums of pairs are int16, and a multiplication by
+//                       one that sums them in int32; what a pair's sum has beyond int16 is added at the end
+//                       (saturation.h)
 //   int8, elsewhere     both sides as int16, vpmaddwd: pairs are multiplied and summed in int32
 //
 // No whole-number sum can overflow, whatever the bytes: on either side every number is within [−128, 127], so a pair's
-// sum is at most 2 · 128² = 2¹⁵ in int32, and k ≤ 65,536 of them (binding.cpp holds k to that) at most 2³⁰; with VNNI,
-// 65,536 · 255 · 128 < 2³¹. So sums are exact, in any order: every instruction set finds the same whole numbers.
-// (vpmaddubsw would take bytes as they are, but needs a sign moved first and a second multiplication to widen its
-// int16 sums: as many instructions, and more registers than AVX2 has.)
+// sum is at most 2 · 128² = 2¹⁵ in int32, and k ≤ 65,536 of them (binding.cpp holds k to that) at most 2³⁰; with
+// activations 128 too high, 65,536 · 255 · 128 < 2³¹. So sums are exact, in any order: every instruction set finds the
+// same whole numbers. vpmaddubsw takes three instructions for 32 multiply-adds where vpmaddwd takes four, and its
+// weights need no conversion; few rows read too little of a weight for that to count.
 #pragma once
 
 #include <cstddef>
@@ -65,6 +68,13 @@ struct I8 {
 #endif
   static constexpr int kStep = 4;
 };
+// int8 weights as they are, for many rows where there are no dot products of bytes.
+struct I8U {
+  using Store = int8_t;
+  using Act = uint8_t;
+  static constexpr int kDepth = 2048;
+  static constexpr int kStep = 4;
+};
 // int8 weights as int16: pairs [k/2][64][2], where two pairs are a quad's (0, 2) and (1, 3).
 struct I16 {
   using Store = int16_t;
@@ -101,7 +111,7 @@ struct WideOf<BF16> {
   using Type = F32;
 };
 #endif
-#if !defined(__AVX512VNNI__)
+#if !defined(__AVX2__)
 template <>
 struct WideOf<I8> {
   using Type = I16;
@@ -111,6 +121,17 @@ template <class W>
 using Wide = typename WideOf<W>::Type;
 template <class W>
 constexpr bool kConverts = !Same<W, Wide<W>>::value;
+
+template <class W>
+constexpr bool kInt8 = Same<W, I8>::value || Same<W, I8U>::value;
+template <class W>
+constexpr bool kSaturates = Same<W, I8U>::value;
+// int8 weights that many rows share.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+using ManyI8 = I8U;
+#else
+using ManyI8 = I8;
+#endif
 
 // Two neighbours of the activations, or four bytes of them, in every lane.
 template <class Act>
@@ -214,6 +235,22 @@ struct Multiply<I8> {
   static Ints add(Ints x, Ints b, Ints sum) { return multiply_pairs(x, b) + sum; }
 };
 
+#if defined(__AVX2__)
+template <>
+struct Multiply<I8U> {
+  using Sum = Ints;
+  static constexpr int kParts = 1;
+  template <int>
+  static Ints weights(const int8_t* w) {
+    return load_ints(w);
+  }
+  template <int>
+  static Ints rows(const uint8_t* a) {
+    return splat_bits(a);
+  }
+  static Ints add(Ints x, Ints b, Ints sum) { return multiply_quads(x, b) + sum; }
+};
+#else
 template <>
 struct Multiply<I16> {
   using Sum = Ints;
@@ -228,6 +265,7 @@ struct Multiply<I16> {
   }
   static Ints add(Ints x, Ints b, Ints sum) { return multiply_pairs(x, b) + sum; }
 };
+#endif
 #endif
 
 }  // namespace

@@ -56,7 +56,7 @@ size_t multiply_registers(int64_t rounds, int threads) {
 }  // namespace
 
 size_t multiply_all(Dtype dtype, int64_t rounds, int threads) {
-  return with_any_weight_type(dtype,
+  return with_any_weight_type(dtype, kConvertRows,
                               [&](auto weight) { return multiply_registers<Wide<decltype(weight)>>(rounds, threads); });
 }
 

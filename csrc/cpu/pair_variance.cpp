@@ -90,8 +90,8 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
   auto* partial = workspace.take<float>(panels * most_pairs);    // (panel, pair)
   auto* members = workspace.take<Group>(most_groups);
   // int8: how large a row's differences are is known only when all its panels are there.
-  auto* exact = Same<W, I8>::value ? workspace.take<float>(most_rows * stride) : nullptr;
-  auto* delta_factor = Same<W, I8>::value ? workspace.take<float>(most_rows) : nullptr;
+  auto* exact = kInt8<W> ? workspace.take<float>(most_rows * stride) : nullptr;
+  auto* delta_factor = kInt8<W> ? workspace.take<float>(most_rows) : nullptr;
   if (workspace.counting()) return workspace.used();
 
   parallel(threads, [&](Team& team) {
@@ -114,7 +114,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
             for (int64_t r = 0; r < n; ++r) {
               for (int j = 0; j < kPanel; j += kWidth) {
                 const Vec d = load(tile + r * kPanel + j);
-                if constexpr (Same<W, I8>::value) {
+                if constexpr (kInt8<W>) {
                   store(exact + r * stride + panel * kPanel + j, d);
                 } else {
                   store_act(delta + r * stride + panel * kPanel + j, d);
@@ -122,7 +122,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
               }
             }
           });
-      if constexpr (Same<W, I8>::value) {
+      if constexpr (kInt8<W>) {
         team.each(chunk.rows, [&](int64_t r) {
           const float* row = exact + r * stride;
           delta_factor[r] =
@@ -163,7 +163,7 @@ size_t pair_variance_chunks(const Head& head, const Rows& rows, const int64_t* s
 size_t pair_variance(const Head& head, const Rows& rows, const int64_t* group_sizes, int64_t groups, float* logits,
                      float* variances, int threads, void* workspace) {
   if (rows.count == 0) return 0;
-  return with_any_weight_type(head.map.dtype, [&](auto weight) {
+  return with_any_weight_type(head.map.dtype, rows.count, [&](auto weight) {
     return pair_variance_chunks<decltype(weight)>(head, rows, group_sizes, groups, logits, variances, threads,
                                                   workspace);
   });

@@ -47,10 +47,10 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
   auto* c = workspace.take<Act>(chunk * stride);
   auto* logits = workspace.take<float>(chunk * panels);     // (panel, row)
   auto* variances = workspace.take<float>(chunk * panels);  // (panel, row)
-  auto* c_factor = Same<W, I8>::value ? workspace.take<float>(chunk) : nullptr;
+  auto* c_factor = kInt8<W> ? workspace.take<float>(chunk) : nullptr;
   if (workspace.counting()) return workspace.used();
 
-  for (int64_t r = 0; Same<W, I8>::value && r < chunk; ++r) c_factor[r] = 1.0f / kWhole;
+  for (int64_t r = 0; kInt8<W> && r < chunk; ++r) c_factor[r] = 1.0f / kWhole;
 
   parallel(threads, [&](Team& team) {
     for (int64_t start = 0; start < total; start += chunk) {
@@ -85,7 +85,7 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
         }
         g += head.beta0;
         v *= head.factor_scale;
-        if (Same<W, I8>::value) v += g - g;  // whole numbers know no NaN
+        if (kInt8<W>) v += g - g;  // whole numbers know no NaN
         const float u = std::sqrt(1.0f + head.amplitude * v);
         out[start + r] = g;
         out[total + start + r] = v;
@@ -101,8 +101,9 @@ size_t score_chunks(const Head& head, const Rows& rows, float* out, int threads,
 
 size_t score(const Head& head, const Rows& rows, float* out, int threads, void* workspace) {
   if (rows.count == 0) return 0;
-  return with_any_weight_type(
-      head.map.dtype, [&](auto weight) { return score_chunks<decltype(weight)>(head, rows, out, threads, workspace); });
+  return with_any_weight_type(head.map.dtype, rows.count, [&](auto weight) {
+    return score_chunks<decltype(weight)>(head, rows, out, threads, workspace);
+  });
 }
 
 }  // namespace rmcore::cpu::RMCORE_ISA

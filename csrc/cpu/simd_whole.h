@@ -13,7 +13,7 @@
 namespace rmcore::cpu::RMCORE_ISA {
 namespace {
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 
 // Whole numbers −127 … 127 → bytes, 128 too high. A NaN becomes some byte.
 inline void store_whole(uint8_t* p, Vec a) {
@@ -25,7 +25,7 @@ inline Vec load_whole(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(bytes, _mm512_set1_epi32(128)));
 }
 
-#elif defined(__AVX512F__)
+#if !defined(__AVX512VNNI__)
 
 // k of every quad in the order 0, 2, 1, 3, and back.
 inline __m256i swap_middle(__m256i a) {
@@ -52,6 +52,22 @@ inline Ints load_i16_of_quads(const int8_t* p) {
 // a0 b0 + a1 b1 of pairs of int16, in int32.
 inline Ints multiply_pairs(Ints a, Ints b) { return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 
+// Dot products of quads of bytes, those of `a` unsigned, in int32; either pair's sum is held within int16.
+inline Ints multiply_quads(Ints a, Ints b) {
+  return (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
+}
+// What int16 would not hold of numbers.
+inline Ints beyond_i16(Ints a) {
+  const __m512i held =
+      _mm512_min_epi32(_mm512_max_epi32((__m512i)a, _mm512_set1_epi32(-32768)), _mm512_set1_epi32(32767));
+  return (Ints)_mm512_sub_epi32((__m512i)a, held);
+}
+// kWidth pairs of unsigned bytes as pairs of int16.
+inline Ints load_byte_pairs(const uint16_t* p) {
+  return (Ints)_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+
 #elif defined(__AVX2__)
 
 inline __m128i swap_middle(__m128i a) {
@@ -73,6 +89,32 @@ inline Ints load_i16_of_quads(const int8_t* p) {
   return (Ints)_mm256_srai_epi16(kPart == 0 ? _mm256_slli_epi16(quads, 8) : quads, 8);
 }
 inline Ints multiply_pairs(Ints a, Ints b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+
+inline void store_whole(uint8_t* p, Vec a) {
+  const __m256i whole = _mm256_cvtps_epi32(a);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const __m128i high = _mm_add_epi16(words, _mm_set1_epi16(128));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(high, high));
+}
+inline Vec load_whole(const uint8_t* p) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(bytes, _mm256_set1_epi32(128)));
+}
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+inline Ints multiply_quads(Ints a, Ints b) {
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+  __m256i quads;  // the ones stay in memory: in a register they would put one of a product's sums there
+  asm("vpmaddwd %2, %1, %0" : "=x"(quads) : "x"(pairs), "m"(*reinterpret_cast<const __m256i*>(kOnes)));
+  return (Ints)quads;
+}
+inline Ints beyond_i16(Ints a) {
+  const __m256i held =
+      _mm256_min_epi32(_mm256_max_epi32((__m256i)a, _mm256_set1_epi32(-32768)), _mm256_set1_epi32(32767));
+  return (Ints)_mm256_sub_epi32((__m256i)a, held);
+}
+inline Ints load_byte_pairs(const uint16_t* p) {
+  return (Ints)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
 #else  // any machine
 

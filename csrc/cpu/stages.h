@@ -29,12 +29,14 @@ struct FeatureBuffers {
   Act* activated;      // (rows, m)
   int64_t hidden_low;  // from a row to its low term, or 0
   int64_t hidden_stride, layer_stride, activated_stride;
-  float* hidden_factor;                                   // (rows), int8 only
-  float* hidden_low_factor;                               // (rows), of their low terms
-  Outliers* outliers;                                     // (rows), nullptr where nothing is rounded
-  Workspace::PerThread<float> acc;                        // (rows of a task, 64)
-  Workspace::PerThread<typename Wide<W>::Store> scratch;  // (kConvertDepth, 64)
-  Workspace::PerThread<float> low_acc;                    // (rows of a task, 64), int8 in two terms only
+  float* hidden_factor;                                    // (rows), int8 only
+  float* hidden_low_factor;                                // (rows), of their low terms
+  Outliers* outliers;                                      // (rows), nullptr where nothing is rounded
+  Workspace::PerThread<float> acc;                         // (rows of a task, 64)
+  Workspace::PerThread<typename Wide<W>::Store> scratch;   // (kConvertDepth, 64)
+  Workspace::PerThread<float> low_acc;                     // (rows of a task, 64), int8 in two terms only
+  uint16_t *hidden_across, *low_across, *features_across;  // pairs of bytes laid across (saturation.h), I8U only
+  int64_t across_stride;
 };
 
 template <class W>
@@ -46,10 +48,16 @@ FeatureBuffers<W> take_feature_buffers(Workspace& workspace, const Map& map, con
   b.hidden_stride = act_stride<Act>(map.hidden);
   b.hidden_low = two ? rows * b.hidden_stride : 0;
   b.hidden = workspace.take<Act>(rows * b.hidden_stride * (two ? 2 : 1));
-  if (Same<W, I8>::value) {
+  if (kInt8<W>) {
     b.hidden_factor = workspace.take<float>(rows);
     b.hidden_low_factor = workspace.take<float>(rows);
     if (two) b.low_acc = workspace.take_each<float>(threads, task_rows * kPanel);
+  }
+  if constexpr (kSaturates<W>) {
+    b.across_stride = across_stride(rows);
+    b.hidden_across = workspace.take<uint16_t>(round_up(map.hidden, 4) / 2 * b.across_stride);
+    if (two) b.low_across = workspace.take<uint16_t>(round_up(map.hidden, 4) / 2 * b.across_stride);
+    b.features_across = workspace.take<uint16_t>(round_up(map.features, 4) / 2 * b.across_stride);
   }
   if (rounds<W>(hidden)) b.outliers = workspace.take<Outliers>(rows);
   if (map.layer != nullptr) {
@@ -114,14 +122,29 @@ inline void beta_product(int rows, const float* tile, const float* beta, float* 
   }
 }
 
-// Factors of one panel's product with rows from `first` on.
+// What one panel's int8 product with rows from `first` on comes with; `across` are the rows' pairs.
 template <class W>
-Scales scales_of(const Quantized& matrix, int64_t panel, const float* row_factors, int64_t first) {
-  if constexpr (Same<W, I8>::value) {
-    return {matrix.scale + panel * kPanel, matrix.sum + panel * kPanel, row_factors + first};
+Scales scales_of(const Quantized& matrix, int64_t panel, const float* row_factors, int64_t first,
+                 const uint16_t* across, int64_t across_stride) {
+  if constexpr (kInt8<W>) {
+    const int64_t column = panel * kPanel;
+    Saturating saturating{};
+    if (kSaturates<W>) saturating = {matrix.far_first + column, matrix.far_pairs, across + first, across_stride};
+    return {matrix.scale + column, matrix.sum + column, row_factors + first, saturating};
   } else {
     return {};
   }
+}
+
+// A stage: `count` rows of `columns` bytes to pairs that are laid across.
+template <class Act>
+void lay_rows_across(Team& team, const Act* rows, int64_t stride, int64_t count, int64_t columns, uint16_t* across,
+                     int64_t across_stride) {
+  constexpr int64_t kPairs = 256;  // of a task
+  const int64_t pairs = round_up(columns, 4) / 2;
+  team.each(ceil_div(pairs, kPairs), [&](int64_t task) {
+    lay_across(rows, stride, count, task * kPairs, minimum((task + 1) * kPairs, pairs), across, across_stride);
+  });
 }
 
 // acc += what was taken out of rows first … first + rows of hidden states.
@@ -165,13 +188,20 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     Act* row = b.hidden + r * b.hidden_stride;
     const RowValues values(map, rows, start + r);
     Outliers* outliers = b.outliers == nullptr ? nullptr : b.outliers + r;
-    if constexpr (Same<W, I8>::value) {
+    if constexpr (kInt8<W>) {
       b.hidden_factor[r] = load_row_int8(values, map.hidden, row, b.hidden_low, *outliers);
       b.hidden_low_factor[r] = b.hidden_factor[r] * kLowTerm;
     } else {
       load_row(values, map.hidden, row, b.hidden_low, outliers);
     }
   });
+
+  if constexpr (kSaturates<W>) {
+    lay_rows_across(team, b.hidden, b.hidden_stride, count, map.hidden, b.hidden_across, b.across_stride);
+    if (b.hidden_low != 0) {
+      lay_rows_across(team, b.hidden + b.hidden_low, b.hidden_stride, count, map.hidden, b.low_across, b.across_stride);
+    }
+  }
 
   const Act* input = b.hidden;
   int64_t input_stride = b.hidden_stride, low = b.hidden_low;
@@ -194,7 +224,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       }
     });
     team.each(count, [&](int64_t r) {
-      if constexpr (!Same<W, I8>::value)
+      if constexpr (!kInt8<W>)
         finish_layer_row(map, b.layer + r * b.layer_stride, b.activated + r * b.activated_stride);
     });
     input = b.activated;
@@ -225,10 +255,12 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
     const auto* next = following < tasks ? projection + following / groups * k * kPanel : nullptr;
     const auto* weights = projection + panel * k * kPanel;
     const auto product = [&](int64_t from, int64_t two, const float* row_factors, float* to, const void* ahead) {
-      panel_product<W>(static_cast<int>(n), input + first * input_stride + from, input_stride, two, weights, k,
-                       scales_of<W>(map.projection_int8, panel, row_factors, first), to, scratch, ahead);
+      const auto scales = scales_of<W>(map.projection_int8, panel, row_factors, first,
+                                       from == 0 ? b.hidden_across : b.low_across, b.across_stride);
+      panel_product<W>(static_cast<int>(n), input + first * input_stride + from, input_stride, two, weights, k, scales,
+                       to, scratch, ahead);
     };
-    if (Same<W, I8>::value && low != 0) {  // whole numbers of different sizes are summed apart
+    if (kInt8<W> && low != 0) {  // whole numbers of different sizes are summed apart
       float* low_acc = b.low_acc[team.rank()];
       product(0, 0, b.hidden_factor, acc, nullptr);
       product(low, 0, b.hidden_low_factor, low_acc, next);
@@ -237,7 +269,7 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
       product(0, low, b.hidden_factor, acc, next);
     }
     if (map.layer == nullptr) {  // outliers are those of the hidden states
-      const float* scale = Same<W, I8>::value ? map.projection_int8.scale + panel * kPanel : nullptr;
+      const float* scale = kInt8<W> ? map.projection_int8.scale + panel * kPanel : nullptr;
       join_outliers<W>(b, static_cast<int>(n), first, weights, scale, acc);
     }
     finish_features(map, panel, static_cast<int>(n), acc);
@@ -276,6 +308,9 @@ void factor_stage(Team& team, const Head& head, const typename W::Act* c, int64_
   const int64_t size = head.map.features;
   const auto* factor = static_cast<const typename W::Store*>(head.factor);
   const int64_t groups = ceil_div(count, task_rows), panels = panels_of(size), tasks = panels * groups;
+  if constexpr (kSaturates<W>) {
+    lay_rows_across(team, c, stride, count, size, b.features_across, b.across_stride);
+  }
   team.each_ahead(tasks, [&](int64_t task, int64_t following) {
     const int64_t panel = panels - 1 - task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
@@ -283,8 +318,9 @@ void factor_stage(Team& team, const Head& head, const typename W::Act* c, int64_
     float* acc = b.acc[team.rank()];
     panel_product<W>(static_cast<int>(n), c + first * stride, stride, 0, factor + factor_offset(panel),
                      static_cast<int>(factor_depth(size, panel, W::kStep)),
-                     scales_of<W>(head.factor_int8, panel, c_factor, first), acc, b.scratch[team.rank()], next);
-    if constexpr (Same<W, I8>::value) {
+                     scales_of<W>(head.factor_int8, panel, c_factor, first, b.features_across, b.across_stride), acc,
+                     b.scratch[team.rank()], next);
+    if constexpr (kInt8<W>) {
       add_diagonal(head.factor_diagonal + panel * kPanel, c + first * stride + panel * kPanel, stride, c_factor + first,
                    static_cast<int>(n), acc);
     }
@@ -305,10 +341,11 @@ size_t with_weight_type(Dtype dtype, Run&& run) {
   }
 }
 
-// The same for the kernels that also take int8 weights.
+// The same for the kernels that also take int8 weights, which are multiplied in another way where many rows share them.
 template <class Run>
-size_t with_any_weight_type(Dtype dtype, Run&& run) {
-  return dtype == Dtype::i8 ? run(I8{}) : with_weight_type(dtype, run);
+size_t with_any_weight_type(Dtype dtype, int64_t rows, Run&& run) {
+  if (dtype != Dtype::i8) return with_weight_type(dtype, run);
+  return rows >= kConvertRows ? run(ManyI8{}) : run(I8{});
 }
 
 // Rows of one task, so that a short list of panels still keeps every thread busy.

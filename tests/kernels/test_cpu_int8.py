@@ -222,6 +222,27 @@ def test_the_largest_sums_do_not_saturate(isa):
     check(run(hidden, weights), hidden, weights)
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_pairs_of_weights_on_either_side_of_where_sums_of_two_products_leave_int16(isa):
+    _cpu.set_isa(isa)
+    sums = [(64, 64), (64, 65), (127, 1), (127, 2), (127, 127), (1, 127), (127, -127), (126, -1)]
+    pairs = torch.tensor([*sums, *[(-a, -b) for a, b in sums], (-128, 0), (-128, -1), (0, -128), (-128, 127)])
+    d, h = 70, 2 * len(pairs) + 1  # odd: the last weight is a pair with a zero
+    order = torch.stack([torch.randperm(len(pairs), generator=torch.Generator().manual_seed(n)) for n in range(d)])
+    projection = torch.cat([pairs[order].flatten(1), torch.full((d, 1), -128)], 1).to(torch.int8)
+    hidden = random_whole((193, h), False, 1).clamp(min=-127).float()
+    hidden[:, 0] = 127.0  # which makes every row's factor 1
+    hidden[7:160:3, 1:] = 127.0 * torch.where(hidden[7:160:3, 1:] < 0, -1.0, 1.0)
+    hidden[8], hidden[9, 1:] = 127.0, -127.0
+    turns = (hidden.long() @ projection.long().T).float().double() / 1024
+    for feature in (0, 63, 64, d - 1):
+        weights = whole_head(projection, 2.0**-10, torch.zeros(d), feature=feature)
+        for rows in (*ROWS[:-2], 23, 24, 47, 48, 49, 192, 193):
+            got = run(hidden[:rows], weights)[0]
+            expected = torch.cos(2 * math.pi * turns[:rows, feature])
+            assert float((got.double() - expected).abs().max()) < 1e-6, (feature, rows)
+
+
 def test_writes_all_of_out_and_nothing_else():
     weights, hidden = make_head(33, 65), draw(7, 33)
     memory = torch.full((6, 7), 12345.0)

@@ -9,7 +9,7 @@ What to know as a caller:
   are taken in two bf16 terms where 2 h ≤ D, which costs little there. On every other CPU, and for fp16 and fp32 heads
   everywhere, rows and c stay float32. So fp16 is the accurate 16-bit head here and bf16 the fast one.
 - int8 heads round hidden rows and c to whole numbers too, with a factor a row, on every CPU. Their sums are exact
-  integers, by 8-bit dot products (AVX-512 VNNI) or 16-bit ones: every CPU finds the same.
+  integers, by 8-bit dot products (AVX-512 VNNI), or by 8- and 16-bit multiplications: every CPU finds the same.
 - float64 rows are computed in float32; for float64 arithmetic use the ``torch`` backend.
 - The first call with a head packs its weights into column panels kept in ``cache``: the head then exists twice in
   memory, canonical and packed.
@@ -143,6 +143,24 @@ def _row_sums(whole: Tensor | None) -> Tensor | None:
     return sums
 
 
+def _far_pairs(whole: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Where two neighbours of an int8 row have one sign and add up to more than 128 (csrc/cpu/saturation.h).
+
+    Returns where each row's begin, padded to whole panels, and where the last one's end; and the pairs: k / 2, weights.
+    """
+    if whole is None or whole.dtype != torch.int8:
+        return None, None
+    rows, columns = whole.shape
+    even = torch.nn.functional.pad(whole, (0, columns % 2)).view(rows, -1, 2)
+    row, pair = torch.nonzero(even.sum(2, dtype=torch.int16).abs() > 128, as_tuple=True)
+    first = torch.zeros(_round_up(rows, _cpu.PANEL) + 1, dtype=torch.int64)
+    first[1:] = torch.bincount(row, minlength=len(first) - 1).cumsum(0)
+    pairs = torch.zeros(len(pair) + 1, 4, dtype=torch.int16)  # never empty, so that it has an address
+    pairs[:-1, :2] = pair.int().view(torch.int16).view(-1, 2)
+    pairs[:-1, 2:] = even[row, pair]
+    return first, pairs
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -163,6 +181,7 @@ def _pack_map(feature_map: FeatureMap) -> _Packed:
     bias = None if layer is None else _padded(feature_map.layer_bias, size)
     phase = None if projection is None else _padded(feature_map.phase, feature_map.num_features)
     scale, sums = None, _row_sums(feature_map.projection)
+    far_first, far_pairs = _far_pairs(feature_map.projection)
     if feature_map.projection_scale is not None:
         scale = _padded(feature_map.projection_scale, feature_map.num_features)
     shift, balance = feature_map.hidden_shift, feature_map.hidden_scale
@@ -181,20 +200,23 @@ def _pack_map(feature_map: FeatureMap) -> _Packed:
         input_scale=feature_map.input_scale,
         projection_scale=_address(scale),
         projection_sum=_address(sums),
+        projection_far_first=_address(far_first),
+        projection_far_pairs=_address(far_pairs),
         hidden_shift=_address(shift),
         hidden_scale=_address(balance),
     )
-    return _Packed(view, (layer, bias, projection, phase, scale, sums, shift, balance))
+    return _Packed(view, (layer, bias, projection, phase, scale, sums, far_first, far_pairs, shift, balance))
 
 
 def _pack_head(weights: HeadWeights) -> _Packed:
     feature_map = _once(weights.map.cache, lambda: _pack_map(weights.map))
     beta, factor = _padded(weights.beta, weights.num_features), _factor_panels(weights)
-    scale, sums, diagonal = None, None, None
+    scale, sums, far_first, far_pairs, diagonal = None, None, None, None, None
     if weights.factor_row_scale is not None:
         diagonal = _padded(weights.factor_diagonal, weights.num_features)
         scale = _padded(weights.factor_row_scale, weights.num_features)
-        sums = _row_sums(reference.unpack_lower(weights.factor, weights.num_features))
+        whole = reference.unpack_lower(weights.factor, weights.num_features)
+        sums, (far_first, far_pairs) = _row_sums(whole), _far_pairs(whole)
     view = _cpu.Head(
         map=feature_map.view,
         beta=beta.data_ptr(),
@@ -204,9 +226,11 @@ def _pack_head(weights: HeadWeights) -> _Packed:
         amplitude=weights.amplitude,
         factor_row_scale=_address(scale),
         factor_row_sum=_address(sums),
+        factor_far_first=_address(far_first),
+        factor_far_pairs=_address(far_pairs),
         factor_diagonal=_address(diagonal),
     )
-    return _Packed(view, (feature_map, beta, factor, scale, sums, diagonal))
+    return _Packed(view, (feature_map, beta, factor, scale, sums, far_first, far_pairs, diagonal))
 
 
 def _stacked(weight: Tensor) -> Tensor:
