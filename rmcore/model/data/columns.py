@@ -8,7 +8,7 @@ from typing import Any
 
 from rmcore._base.errors import InputError, reject
 
-__all__ = ["Unreadable", "map_columns", "parse_columns"]
+__all__ = ["Holed", "Unreadable", "map_columns", "parse_columns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,10 @@ class Unreadable:
     """
 
     why: str
+
+
+class Holed(dict[str, Any]):
+    """A row of a table of which some values are :class:`Unreadable`, or have such within them."""
 
 
 def parse_columns(given: Iterable[str]) -> dict[str, str]:
@@ -43,17 +47,30 @@ def map_columns(row: Mapping[str, Any], columns: Mapping[str, str], known: Colle
     A column that is not there is looked for inside others, at its dots: ``prompt=input.text``.
 
     Raises:
-        InputError: a name is none of the ``known`` ones, or a column is missing, or one of the known cannot be read.
+        InputError: a name is none of the ``known`` ones, or a column is missing, or one of the known cannot be read, or
+            not all that is in it.
     """
     result = dict(row)
     for name, column in columns.items():
         if name not in known:
             reject("columns", repr(name), f"one of {', '.join(sorted(known))}")
         result[name] = _value(row, column, name)
-    for name, value in result.items():
-        if isinstance(value, Unreadable) and name in known:
-            reject(columns.get(name, name), f"a value that cannot be read ({value.why})", "one that Python can hold")
+    if isinstance(row, Holed):
+        for name, value in result.items():
+            if name in known:
+                _check_whole(value, columns.get(name, name))
     return result
+
+
+def _check_whole(value: Any, where: str) -> None:
+    if isinstance(value, Unreadable):
+        reject(where, f"a value that cannot be read ({value.why})", "one that Python can hold")
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            _check_whole(part, f"{where}.{name}")
+    elif isinstance(value, list):
+        for k, part in enumerate(value):
+            _check_whole(part, f"{where}[{k}]")
 
 
 def _value(row: Mapping[str, Any], column: str, name: str) -> Any:

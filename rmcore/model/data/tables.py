@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from rmcore._base.errors import DataError, InputError, reject
 from rmcore._base.lines import Row, optional_module
-from rmcore.model.data.columns import Unreadable
+from rmcore.model.data.columns import Holed, Unreadable
 from rmcore.model.data.parts import WHOLE, Part, rows_of
 
 __all__ = ["HUB", "hub_rows", "object_rows", "parquet_rows", "saved_rows"]
@@ -60,13 +60,14 @@ def parquet_rows(stream: BinaryIO, source: str, part: Part = WHOLE) -> Iterator[
 
 def _values(batch: Any, errors: tuple[type[Exception], ...]) -> list[dict[str, Any]]:
     """The rows of a batch; a map is a dictionary, unless a key comes twice in one. Values that cannot be had are
-    :class:`Unreadable`: dates beyond Python's, text that is no UTF-8, unknown time zones.
+    :class:`Unreadable`, by themselves or within lists and structures whose others are there: dates beyond Python's,
+    text that is no UTF-8, unknown time zones.
     """
     try:
         found: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
     except errors:
         columns = [_column(column, errors) for column in batch.columns]
-        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [Holed(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
     return found
 
 
@@ -78,8 +79,22 @@ def _column(column: Any, errors: tuple[type[Exception], ...]) -> list[Any]:
         except errors as error:
             why = str(error) or type(error).__name__
     if len(column) == 1:
-        return [Unreadable(why[:200])]
+        return [_parts(column, errors, why[:200])]
     return [_column(column.slice(k, 1), errors)[0] for k in range(len(column))]
+
+
+def _parts(cell: Any, errors: tuple[type[Exception], ...], why: str) -> Any:
+    """What can be had of a value that cannot be had whole."""
+    from pyarrow import types  # type: ignore[import-untyped]
+
+    kind = cell.type
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _column(cell.flatten(), errors)
+    if types.is_struct(kind):
+        names = [kind.field(k).name for k in range(kind.num_fields)]
+        if len(set(names)) == len(names):  # of two with one name one would be dropped
+            return {name: _column(part, errors)[0] for name, part in zip(names, cell.flatten(), strict=True)}
+    return Unreadable(why)
 
 
 def object_rows(rows: Iterable[Any], source: str = "rows", part: Part = WHOLE) -> Iterator[Row]:

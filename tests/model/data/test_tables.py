@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmcore._base.errors import DataError, InputError
-from rmcore.model.data import parse_columns, read_groups, read_preferences
+from rmcore.model.data import parse_columns, read_groups, read_preferences, read_rows
+from rmcore.model.data.parts import Part
 
 USER = {"role": "user", "content": "hi"}
 ROWS = [
@@ -222,6 +223,46 @@ def test_values_that_python_has_nothing_for(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({**plain, "chosen": pyarrow.Array.from_buffers(pyarrow.string(), 3, text)}), path)
     with pytest.raises(DataError, match=r", row 2: chosen: got a value that cannot be read \('utf-8' codec"):
         list(read_preferences(path))
+
+
+def test_of_lists_and_structures_only_what_cannot_be_read_is_missing(tmp_path: Path) -> None:
+    """Other rows are read, others of its members where they are used alone, and the one is named with its place."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, ends = tmp_path / "p.parquet", pyarrow.array([0, 2, 4, 6], pyarrow.int32())
+
+    def text(*values: bytes) -> Any:  # unchecked, as writers leave it
+        binary = pyarrow.array(values, pyarrow.binary())
+        return pyarrow.Array.from_buffers(pyarrow.string(), len(values), binary.buffers())
+
+    def lists(values: Any) -> Any:
+        return pyarrow.ListArray.from_arrays(ends, values)
+
+    roles = pyarrow.array(["user", "assistant"] * 3)
+    content = text(b"hi", b"a", b"hi", b"caf\xe9", b"hi", b"c")
+    messages = lists(pyarrow.StructArray.from_arrays([roles, content], names=["role", "content"]))
+    times = pyarrow.array([2**60, 0, 3], pyarrow.int64()).cast(pyarrow.timestamp("ms"))
+    meta = pyarrow.StructArray.from_arrays([pyarrow.array([0.5, 0.75, 1.0]), times], names=["p", "when"])
+    plain = {"prompt": ["p", "q", "r"], "chosen": ["a"] * 3, "rejected": ["b"] * 3}
+
+    parquet.write_table(pyarrow.table({"chosen": messages, "rejected": messages}), path)
+    rows = [row.value for row in read_rows(path)]
+    assert [row["chosen"][1]["content"] for row in (rows[0], rows[2])] == ["a", "c"]
+    assert [message["role"] for message in rows[1]["chosen"]] == ["user", "assistant"]
+    assert (rows[1]["chosen"][0]["content"], type(rows[1]["chosen"][1]["content"]).__name__) == ("hi", "Unreadable")
+    with pytest.raises(DataError, match=r", row 2: chosen\[1\]\.content: got a value that cannot be read \('utf-8'"):
+        list(read_preferences(path))
+
+    parquet.write_table(pyarrow.table({"prompt": plain["prompt"], "responses": lists(content)}), path)
+    found = read_groups(path)
+    assert next(found).responses == ("hi", "a")
+    with pytest.raises(DataError, match=r", row 2: responses\[1\]: got a value that cannot be read \('utf-8'"):
+        next(found)
+    assert [group.prompt for group in read_groups(path, part=Part(2, 3))] == ["r"], "which begins behind it"
+
+    parquet.write_table(pyarrow.table({**plain, "meta": meta}), path)
+    assert [pair.label for pair in read_preferences(path, {"label": "meta.p"})] == [0.5, 0.75, 1.0]
+    with pytest.raises(DataError, match=r", row 1: meta\.when: got a value that cannot be read"):
+        list(read_preferences(path, {"label": "meta.when"}))
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
