@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-__all__ = ["FakeClock", "LoopClock", "VirtualLoop", "clock", "untimed", "virtual"]
+__all__ = ["FakeClock", "LoopClock", "SetClock", "VirtualLoop", "clock", "settle", "untimed", "virtual"]
 
 
 def untimed() -> None:
     """Machines differ in speed; how long one example takes says nothing. Time is tested where it matters."""
     settings.register_profile("untimed", deadline=None)
     settings.load_profile("untimed")
+
+
+async def settle(times: int = 100) -> None:
+    """Let all that is ready on the loop run."""
+    for _ in range(times):
+        await asyncio.sleep(0)
 
 
 class FakeClock:
@@ -36,6 +42,22 @@ class FakeClock:
         self.slept.append(seconds)
         self.time += seconds
         await asyncio.sleep(0)
+
+
+class SetClock:
+    """Time that passes only when told to: ``time`` is set, and who sleeps sets it, too."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.time = now
+
+    def now(self) -> float:
+        return self.time
+
+    def wall(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ import pytest
 import torch
 import transformers
 import uvicorn
+from support.assemblies import Scorer
+from support.clocks import settle
 from support.warm import MODEL
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -27,6 +29,7 @@ from rmcore.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, GroupScores
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.integrations.server import ServeSettings, create_app
+from rmcore.integrations.server.assembly import GroupAssembly
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
 from rmcore.model import Preference, RewardModel
 from rmcore.model.backbone import Backbone, BackboneConfig
@@ -220,11 +223,6 @@ class ManualClock:
         await settle()
 
 
-async def settle() -> None:
-    for _ in range(30):
-        await asyncio.sleep(0)
-
-
 @pytest.fixture
 def manual_clock() -> ManualClock:
     return ManualClock()
@@ -284,3 +282,14 @@ def echoed() -> Callable[[Sequence[str]], GroupScore]:
 @pytest.fixture
 def new_echo_engine() -> type[EchoEngine]:
     return EchoEngine
+
+
+@pytest.fixture(scope="session")
+def make(new_manual_clock):
+    """An assembly, its scorer and its clock. Of the session, since it keeps nothing: Hypothesis asks for that."""
+
+    def build(**options):
+        scorer, clock = Scorer(), new_manual_clock()
+        return GroupAssembly(scorer, clock=clock, **{"time_limit_s": 100.0, "keep_s": 500.0, **options}), scorer, clock
+
+    return build

@@ -6,55 +6,14 @@ import asyncio
 import random
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.assemblies import go, scored
+from support.clocks import settle
 
 from rmcore._base.errors import InputError
-from rmcore.engine.groups import GroupScore
-from rmcore.integrations.server.assembly import BusyError, ConflictError, GroupAssembly, LateError
+from rmcore.integrations.server.assembly import BusyError, ConflictError, LateError
 from rmcore.integrations.server.members import OpenGroup, Outcome, Slot, group_digest, text_digest
-
-
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-def scored(responses) -> GroupScore:
-    """p̃_ij = length of i minus length of j: every member can tell whether its row is its own."""
-    lengths = torch.tensor([float(len(r)) for r in responses], dtype=torch.float64)
-    p = lengths[:, None] - lengths[None, :]
-    return GroupScore(p, torch.ones_like(p), p.clone(), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.bool))
-
-
-class Scorer:
-    def __init__(self) -> None:
-        self.calls: list[tuple[object, list[str]]] = []
-        self.fail = 0
-
-    async def __call__(self, prompt, responses):
-        self.calls.append((prompt, list(responses)))
-        await asyncio.sleep(0)
-        if self.fail:
-            self.fail -= 1
-            raise ValueError("no score today")
-        return scored(responses)
-
-
-@pytest.fixture(scope="session")
-def make(new_manual_clock):
-    """An assembly, its scorer and its clock. Of the session, since it keeps nothing: Hypothesis asks for that."""
-
-    def build(**options):
-        scorer, clock = Scorer(), new_manual_clock()
-        return GroupAssembly(scorer, clock=clock, **{"time_limit_s": 100.0, "keep_s": 500.0, **options}), scorer, clock
-
-    return build
-
-
-def go(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
 
 
 def test_members_get_their_own_row_whatever_the_order_of_arrival(make):
@@ -175,151 +134,6 @@ def test_an_error_reaches_all_members_and_is_not_remembered(make):
         again = await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)))
         assert [r.index for r in again] == [0, 1]
         assert assembly.stats.failed_groups == 1
-
-    go(main())
-
-
-# -- by content ------------------------------------------------------------------------------------------------------
-
-
-def test_equal_responses_are_members_of_their_own(make):
-    async def main():
-        assembly, scorer, _ = make()
-        results = await asyncio.gather(*(assembly.join_by_content("p", text, 3) for text in ("x", "x", "yy")))
-        assert sorted(r.index for r in results) == [0, 1, 2]
-        assert scorer.calls == [("p", ["x", "x", "yy"])]
-
-    go(main())
-
-
-def test_a_repeated_call_whose_first_went_away_is_the_same_member(make):
-    """OpenRLHF gives up after 180 s and asks again, one second later."""
-
-    async def main():
-        assembly, scorer, clock = make(time_limit_s=150.0)
-        hung = asyncio.Event()
-
-        async def slow(prompt, responses):
-            scorer.calls.append((prompt, list(responses)))
-            await hung.wait()
-            return scored(responses)
-
-        assembly.score = slow
-        calls = [asyncio.create_task(assembly.join_by_content("p", text, 2)) for text in ("x", "yy")]
-        await clock.advance(180)
-        for call in calls:
-            call.cancel()
-        await clock.advance(1)
-        again = [asyncio.create_task(assembly.join_by_content("p", text, 2)) for text in ("x", "yy")]
-        await settle()
-        hung.set()
-        assert [(await task).index for task in again] == [0, 1]
-        assert len(scorer.calls) == 1
-        assert assembly.stats.retries == 2
-
-    go(main())
-
-
-def test_the_same_texts_later_are_a_new_group_once_delivered(make):
-    async def main():
-        assembly, scorer, _ = make()
-        for _ in range(2):
-            await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("x", "y")))
-        assert len(scorer.calls) == 2
-
-    go(main())
-
-
-def test_prompts_do_not_mix(make):
-    async def main():
-        assembly, scorer, _ = make()
-        chat = [{"role": "user", "content": "p"}]
-        calls = [("p", "a"), (chat, "b"), ("p", "c"), (chat, "d")]
-        await asyncio.gather(*(assembly.join_by_content(prompt, text, 2) for prompt, text in calls))
-        assert sorted((str(p), r) for p, r in scorer.calls) == sorted([("p", ["a", "c"]), (str(chat), ["b", "d"])])
-
-    go(main())
-
-
-def test_a_lost_answer_is_given_again(make):
-    async def main():
-        assembly, scorer, _ = make()
-        results = await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("x", "yy")))
-        results[1].lost()
-        again = await assembly.join_by_content("p", "yy", 2)
-        assert (again.index, again.group) == (results[1].index, results[1].group)
-        assert len(scorer.calls) == 1
-
-    go(main())
-
-
-def test_a_repetition_after_an_answer_that_nobody_knew_was_lost_gets_that_answer_at_the_time_limit(make):
-    async def main():
-        assembly, scorer, clock = make()
-        texts = ("x", "x", "yy", "zzz")
-        await asyncio.gather(*(assembly.join_by_content("p", text, 4) for text in texts))
-        again = [asyncio.create_task(assembly.join_by_content("p", text, 4)) for text in ("x", "zzz", "x")]
-        await clock.advance(99)
-        assert not any(task.done() for task in again)
-        await clock.advance(1)
-        results = [await task for task in again]
-        assert len(scorer.calls) == 1
-        assert [len(texts[r.index]) for r in results] == [1, 3, 1]
-        assert results[0].index != results[2].index
-        assert all(r.complete for r in results)
-        assert (assembly.stats.recovered, assembly.stats.partial_groups) == (3, 0)
-        # Other texts, or one text more often than before, are a group of their own.
-        for repeated in (("x", "other"), ("x", "x", "x")):
-            calls = [asyncio.create_task(assembly.join_by_content("p", text, 4)) for text in repeated]
-            await clock.advance(100)
-            assert not (await calls[0]).complete
-        assert len(scorer.calls) == 3
-
-    go(main())
-
-
-def test_what_a_killed_trainer_left_behind_does_not_meet_its_successor(make):
-    async def main():
-        assembly, scorer, clock = make(abandon_s=15.0)
-        dead = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("old", "older")]
-        await clock.advance(1)
-        for task in dead:
-            task.cancel()
-        await clock.advance(14)
-        back = asyncio.create_task(assembly.join_by_content("p", "old", 3))  # only this one had lost its connection
-        await clock.advance(5)
-        new = [asyncio.create_task(assembly.join_by_content("p", text, 3)) for text in ("a", "bb")]
-        results = [await task for task in (back, *new)]
-        assert scorer.calls == [("p", ["old", "a", "bb"])]
-        assert [r.index for r in results] == [0, 1, 2]
-        assert assembly.stats.abandoned == 1
-
-    go(main())
-
-
-def test_a_group_left_by_all_is_closed(make):
-    async def main():
-        assembly, scorer, clock = make(abandon_s=15.0)
-        lost = asyncio.create_task(assembly.join_by_content("p", "old", 2))
-        await settle()
-        lost.cancel()
-        await clock.advance(20)
-        await asyncio.gather(*(assembly.join_by_content("p", text, 2) for text in ("a", "b")))
-        assert scorer.calls == [("p", ["a", "b"])]
-        assert assembly.open_groups == 0
-
-    go(main())
-
-
-def test_a_scored_group_keeps_no_texts(make):
-    async def main():
-        assembly, _, _ = make()
-        await asyncio.gather(*(assembly.join("g", k, 2, "p", "xy"[k]) for k in (0, 1)))
-        (group,) = assembly._groups.values()
-        assert group.prompt is None
-        assert [slot.text for slot in group.slots.values()] == [None, None]
-        with pytest.raises(ConflictError):
-            await assembly.join("g", 0, 2, "q", "x")
 
     go(main())
 

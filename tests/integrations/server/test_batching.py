@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from support.clocks import settle
 
 from rmcore._base.errors import InputError, NonFiniteError
 from rmcore.engine.groups import GroupScore, GroupScores
@@ -60,11 +61,6 @@ class Engine:
             return GroupScores((scored(t) for k, t in enumerate(responses) if k not in found), errors=found)
         finally:
             self.running -= 1
-
-
-async def settle():
-    for _ in range(30):
-        await asyncio.sleep(0)
 
 
 def go(coroutine):

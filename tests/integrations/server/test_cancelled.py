@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from support.cancelling import cancelled_everywhere
+from support.clocks import settle
 from support.json_numbers import Numbers, numbers
 
 from rmcore.integrations.server import ServeSettings
@@ -15,11 +16,6 @@ from rmcore.integrations.server.assembly import BusyError, GroupAssembly
 from rmcore.integrations.server.batching import BatchScorer
 from rmcore.integrations.server.guard import Guard
 from rmcore.integrations.server.replies import ReplyStore
-
-
-async def settle():
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 def go(coroutine):

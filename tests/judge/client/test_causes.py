@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import socket
 import ssl
 import threading
@@ -16,17 +15,17 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.chat_client import WIN
 
 from rmcore._base.client.address import Address
 from rmcore._base.client.causes import check_environment, connection_trouble, not_a_completion, status_hint
 from rmcore._base.client.exchange import HttpExchange
 from rmcore._base.errors import JudgeError
 from rmcore.integrations.client import GroupClient
-from rmcore.judge import ChatJudge, ClientOptions, JudgePrompt, Pair, RetryPolicy
+from rmcore.judge import ChatJudge, ClientOptions, RetryPolicy
 
 URL = "https://judge.example/v1"
 AZURE = "https://me.openai.azure.com/openai/deployments/gpt"
-WIN = "<verdict>$win</verdict>"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -419,45 +418,3 @@ def test_any_proxy_is_usable_or_refused_in_our_words(value):
         except JudgeError as error:
             said = str(error)
         assert "ALL_PROXY" in said
-
-
-# -- judges without a system role --------------------------------------------------------------------------------------
-
-REFUSALS = [
-    (400, "System role not supported"),
-    (400, "Only user and assistant roles are supported!"),
-    (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
-    (400, "Unsupported value: 'messages[0].role' does not support 'system' with this model."),
-    (422, "messages[0].role: unknown variant `system`, expected `user` or `assistant`"),
-    (400, "Developer instruction is not enabled for models/gemma-3-1b-it"),
-    (500, "Value error in template: System role not supported"),
-    (400, "system messages are not allowed"),
-]
-
-
-@pytest.mark.parametrize(("status", "words"), REFUSALS)
-def test_a_judge_without_system_role_is_asked_without_one(ask, mock_judge, chat_reply, caplog, status, words):
-    roles = []
-
-    def endpoint(request):
-        messages = json.loads(request.content)["messages"]
-        roles.append([message["role"] for message in messages])
-        if messages[0]["role"] == "system":
-            return httpx.Response(status, json={"object": "error", "message": words, "code": status})
-        question = JudgePrompt.parse(messages)
-        return chat_reply(request, WIN if question.first == "a" else "<verdict>$loss</verdict>")
-
-    judge = mock_judge(endpoint, retry=RetryPolicy(max_attempts=1), concurrency=1)
-    with caplog.at_level("WARNING"):
-        verdicts = ask(judge, Pair("p", "a", "b"), Pair("q", "a", "c"))
-    assert [v.preference for v in verdicts] == [1, 1]
-    assert roles.count(["system", "user"]) == 1, "what was learnt is kept"
-    assert roles[-1] == ["user"]
-    assert caplog.text.count("does not take system_role") == 1
-
-
-@pytest.mark.parametrize("words", ["temperature is not supported", "the system is not ready", "internal error"])
-def test_other_refusals_keep_the_system_message(ask, mock_judge, words):
-    judge = mock_judge(lambda _: httpx.Response(400, json={"error": {"message": words}}), orders="one")
-    assert ask(judge).reason == "http_400"
-    assert "system_role" not in str(judge.counts)
