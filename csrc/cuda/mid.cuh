@@ -61,8 +61,7 @@ struct MidMemory {
     for (int i = 0; i < kMidSignals; ++i) mid_init(signal(i), kMidWarps);
     mid_init(gathered(), kMidCluster);
     mid_init(decided(), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-    mid_proxy_fence();
+    mid_fence_init();
   }
 };
 
@@ -78,10 +77,7 @@ struct MidPlace {
   }
 };
 
-__device__ __forceinline__ void mid_multipliers_meet() { asm volatile("bar.sync 1, 256;\n" ::: "memory"); }
-
-// -- the thread that fetches
-// -------------------------------------------------------------------------------------------
+// -- the thread that fetches ----------------------------------------------------------------------------------------
 
 template <int N>
 __device__ __forceinline__ void mid_produce(const MidParams& p, const MidMaps& maps, const MidMemory<N>& memory,
@@ -127,8 +123,7 @@ __device__ __forceinline__ void mid_produce(const MidParams& p, const MidMaps& m
   }
 }
 
-// -- the warps that multiply
-// -------------------------------------------------------------------------------------------
+// -- the warps that multiply ----------------------------------------------------------------------------------------
 
 // sums = this block's k-blocks of a job.
 template <typename T, int N, int Columns>
@@ -395,8 +390,7 @@ template <typename T, int N>
 __global__ void __launch_bounds__(kMidThreads, 1)
     mid_kernel(const __grid_constant__ MidParams p, const __grid_constant__ MidMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) unsigned char mid_shared[];
-  const MidMemory<N> memory{mid_shared, p.slots};
+  const MidMemory<N> memory{mid_dynamic_shared(), p.slots};
   const int rank = blockIdx.x % kMidCluster, cluster = blockIdx.x / kMidCluster;
   if (threadIdx.x == kThreads) {
     if (memory.slot(0) % 1024 != 0) __trap();  // where the swizzle begins

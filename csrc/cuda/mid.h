@@ -37,8 +37,7 @@ constexpr int kMaxMidSlots = 8;
 constexpr int kMinMidSlots = 3;
 constexpr int kMidInstances[] = {64, 128, 192, 256};  // N
 
-// -- shared memory
-// -----------------------------------------------------------------------------------------------------
+// -- shared memory --------------------------------------------------------------------------------------------------
 
 constexpr int kMidRowBytes = 2 * kMidDepth;
 constexpr int kMidWeightBytes = kMidTileRows * kMidRowBytes;  // of a slot, before the batch's rows
@@ -69,8 +68,7 @@ RMCORE_HD constexpr int mid_operand_at() { return kMidWeightBytes; }
 RMCORE_HD int mid_fragment_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 RMCORE_HD int mid_fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
-// -- sums over a cluster
-// -----------------------------------------------------------------------------------------------
+// -- sums over a cluster --------------------------------------------------------------------------------------------
 //
 // In turns 0 and 1 a block gives its neighbour (rank ^ 1) that half of its columns which the neighbour keeps, a quarter
 // at a time, and adds what comes to the half that it keeps; in turn 2 the same with quarters and rank ^ 2. `values` is
@@ -123,8 +121,7 @@ RMCORE_HD void mid_exchange(Ops& ops, int rank, int job) {
   ops.arrive(pair, kFreeOfPair);
 }
 
-// -- jobs
-// --------------------------------------------------------------------------------------------------------------
+// -- jobs -----------------------------------------------------------------------------------------------------------
 
 struct MidShape {
   int hidden_size;   // h
@@ -211,8 +208,7 @@ RMCORE_HD int mid_ticket(const MidShape& s, int column, int rank) {
 }
 constexpr int kMidTickets = kMidCluster * 2 * kMidMostRows / 64;
 
-// -- a launch
-// ----------------------------------------------------------------------------------------------------------
+// -- a launch -------------------------------------------------------------------------------------------------------
 
 // `columns` is 0 where the head or the batch is not served.
 struct MidPlan {

@@ -1,5 +1,6 @@
 // What mid.cuh needs of Hopper: mbarriers of its own and of the cluster's other thread blocks, distributed shared
-// memory, tensor maps. Addresses are of shared memory, 32 bits.
+// memory, tensor maps. Addresses are of shared memory, 32 bits. With mid_wgmma.cuh it has all that is assembly: the
+// host runs mid.cuh itself with other definitions of these functions (emulate_mid_device.h).
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,15 @@
 
 namespace rmcore::cuda {
 
+__device__ __forceinline__ unsigned char* mid_dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char mid_shared[];
+  return mid_shared;
+}
 __device__ __forceinline__ uint32_t mid_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// -- the cluster
-// -------------------------------------------------------------------------------------------------------
+// -- the cluster ----------------------------------------------------------------------------------------------------
 
 // All threads of all its blocks, whole warps; what they wrote before is visible after.
 __device__ __forceinline__ void mid_cluster_meet() {
@@ -36,14 +40,20 @@ __device__ __forceinline__ void mid_store_remote(uint32_t there, uint32_t x) {
   asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(there), "r"(x) : "memory");
 }
 
-// -- mbarriers
-// ---------------------------------------------------------------------------------------------------------
+// The warps that multiply; the one that fetches goes its own way.
+__device__ __forceinline__ void mid_multipliers_meet() { asm volatile("bar.sync 1, 256;\n" ::: "memory"); }
+
+// -- mbarriers ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mid_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void mid_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+// After those of init, for the cluster's other blocks and for the copy engine.
+__device__ __forceinline__ void mid_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");
 }
 // One arrival, and so many bytes to come.
 __device__ __forceinline__ void mid_arrive_expecting(uint32_t barrier, int bytes) {
@@ -86,8 +96,7 @@ __device__ __forceinline__ void mid_wait(uint32_t barrier, uint32_t parity) {
 }
 #undef MID_WAIT
 
-// -- tensor maps
-// -------------------------------------------------------------------------------------------------------
+// -- tensor maps ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mid_expect_map(const MidMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
