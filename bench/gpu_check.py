@@ -117,6 +117,7 @@ def second_part(device: str, size: int) -> list[Step]:
         Step("memcheck", 60, ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *sanitized)),
         Step("racecheck", 60, ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *sanitized)),
         Step("ncu", 60, (*NCU, "-k", kernels, "-c", "24", *smoke)),
+        Step("ncu-mid", 40, (*NCU, "-k", kernels, "-c", "5", *_probe("smoke_mid", "--repeats", "0"))),
         Step("ncu-int8", 60, (*NCU, "-k", kernels, "-c", "24", *whole)),
         Step("tune", 100, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
         Step("tiles", 30, _probe("tiles", *common, "--size", str(size))),

@@ -67,6 +67,11 @@ def smoke_mid(probe: Probe) -> None:
         for rows in probe.rows or (65, 130, 256, 300, 512):
             case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "cuda", False, rows)
             probe.attempt("score_mid cuda", case, rows=rows)
+            prepared: Any = copies[0].cache.get("cuda_mid")
+            layout = prepared and prepared.plans.get((probe.device.index or 0, rows))
+            if layout:
+                names = ("columns", "groups", "clusters", "slots", "shared_bytes")
+                probe.write("plan of score_mid", rows=rows, **{name: getattr(layout, name) for name in names})
 
 
 def score(probe: Probe) -> None:

@@ -103,6 +103,7 @@ def test_the_steps_of_the_probe_on_a_card_of_another_name(gpu, tmp_path, monkeyp
     found = {row["case"] for row in rows if "declined" not in row}
     assert {"score cuda", "score triton", "score_int8 cuda", "score_int8 triton", "score_attributes triton"} <= found
     assert {f"form streamed {on}, score" for on in (True, False)} <= found
+    assert [row["clusters"] for row in rows if row["case"] == "plan of score_mid"] == [32, 32]
     assert {f"form mid {name}, score" for name in ("cuda", "triton")} <= found
     assert {
         "self-check of score_mid, cuda",

@@ -142,7 +142,8 @@ def native() -> Any:
     def plan(head: Any, rows: int, device: int, streamed: bool = True) -> SimpleNamespace:
         assert device in (None, 0)
         streamed = streamed and rows <= 16 and not getattr(head, "layer_size", 0)
-        return SimpleNamespace(workspace_bytes=WORKSPACE, streamed=streamed, slots=8, columns=128)
+        facts = {"slots": 8, "columns": 128, "groups": 1, "clusters": 32, "shared_bytes": 1 << 17}
+        return SimpleNamespace(workspace_bytes=WORKSPACE, streamed=streamed, **facts)
 
     return SimpleNamespace(
         device_count=lambda: 1,
