@@ -27,7 +27,7 @@ BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
 MODULES := $(VENV)/.modules-$(shell find rmcore kernels bench examples -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 SOURCES := $(shell find csrc -type f) pyproject.toml $(MODULES)
 
-.PHONY: help demo test test-delays sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare gpu-rehearsal triton-gate clean
+.PHONY: help demo test test-delays test-avx512 sanitize test-live test-postgres test-nemo-gym test-distributed test-ray test-trainers test-rewardbench compile-gate coverage docs lint format quality routing uncertainties soak soak-serve bench gpu-check gpu-check-more gpu-check-prepare gpu-rehearsal triton-gate clean
 help:
 	@echo "make demo     train, evaluate and route on real text (RMCORE_DATA=folder for the full data)"
 	@echo "make test     all tests"
@@ -35,6 +35,7 @@ help:
 	@echo "make triton-gate  every row of Triton's tables under 3.6.0 and this machine's: no spills, no serialised products"
 	@echo "make gpu-rehearsal  the GPU's tests without one: names, devices and addresses as they will be there"
 	@echo "make sanitize  the CPU kernels at odd sizes, in a build that stops at a byte out of bounds or undefined behaviour"
+	@echo "make test-avx512  the CPU kernels' tests on every instruction set, AVX-512 emulated where there is none"
 	@echo "make test-delays  the tests with threads and event loops that are late at random: who depends on coming first fails"
 	@echo "make test-live  the judge and a remote backbone against a real server with a small model, from packages"
 	@echo "make test-distributed  heads fitted and backbones trained over several processes: torchrun, gloo"
@@ -125,10 +126,25 @@ $(SANITISED)/.done: $(VENV)/.dev
 
 sanitize: $(SANITISED)/.done
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
-	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive RMCORE_SANITISED=$$(ls $(SANITISED)/cpu/_cpu*.so) PYTHONPATH=tests OMP_NUM_THREADS=2 \
-	  $(BIN)/python -m pytest -q -p support.sanitised -m "sanitize or not sanitize" --ignore tests/ops/test_self_check.py \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive RMCORE_SANITISED=1 RMCORE_CPU_BUILD=$$(ls $(SANITISED)/cpu/_cpu*.so) PYTHONPATH=tests OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -q -p support.cpu_build -m "sanitize or not sanitize" --ignore tests/ops/test_self_check.py \
 	  tests/ops $(filter-out %/test_cpu_choice.py,$(wildcard tests/kernels/test_cpu_*.py))
 	RMCORE_FUZZ=200 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m sanitize tests/kernels/test_cpu_fuzz.py
+
+# The kernels of every instruction set on a machine with AVX2 alone: AVX-512 by halves (csrc/cpu/emulated).
+EMULATED := $(VENV)/emulated
+$(EMULATED)/.done: $(VENV)/.dev
+	@$(PIP) cmake ninja 'pybind11>=2.13'
+	$(BIN)/cmake -S csrc -B $(EMULATED) -G Ninja -DRMCORE_EMULATE_AVX512=ON -DRMCORE_CPU=ON -DRMCORE_CUDA=OFF -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(EMULATED)
+	@touch $@
+
+test-avx512: $(EMULATED)/.done
+	RMCORE_CPU_BUILD=$$(ls $(EMULATED)/cpu/_cpu*.so) PYTHONPATH=tests OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -p support.cpu_build \
+	  $(filter-out %/test_cpu_choice.py,$(wildcard tests/kernels/test_cpu_*.py))
+	RMCORE_FUZZ=25 RMCORE_CPU_BUILD=$$(ls $(EMULATED)/cpu/_cpu*.so) PYTHONPATH=tests OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m sanitize \
+	  -p support.cpu_build tests/kernels/test_cpu_fuzz.py
 
 test-distributed: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m distributed tests/head tests/model tests/cli tests/integrations

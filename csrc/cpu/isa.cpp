@@ -38,6 +38,9 @@ Isa detect_isa() {
   if (vnni && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
   if (vnni) return Isa::avx512_vnni;
   if (avx512) return Isa::avx512;
+#if defined(RMCORE_EMULATE_AVX512)
+  if (avx2) return Isa::avx512_bf16;
+#endif
   if (avx2) return Isa::avx2;
 #endif
   return Isa::scalar;

@@ -200,7 +200,9 @@ inline void store_bf16_pairs(uint16_t* p, Vec a, Vec b) {
 // The compiler has `a` in a register here, and what it has loaded from memory it loads again.
 template <class T>
 inline void hold(T& a) {
-#if defined(__AVX512F__)
+#if defined(RMCORE_EMULATE_AVX512)
+  asm volatile("" : "+m"(a)::"memory");  // there are no such registers
+#elif defined(__AVX512F__)
   asm volatile("" : "+v"(a)::"memory");
 #elif defined(__SSE2__)
   asm volatile("" : "+x"(a)::"memory");

@@ -181,7 +181,7 @@ def test_score_attributes(dtype):
 
 SHORT = """
 import torch
-from support import sanitised
+from support import cpu_build
 from rmcore.ops.backends import cpu
 import test_cpu_score as scores
 

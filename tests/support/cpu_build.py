@@ -1,7 +1,8 @@
-"""A pytest plugin (``-p support.sanitised``): the CPU kernels of a build with sanitizers in place of those installed.
+"""A pytest plugin (``-p support.cpu_build``): the CPU kernels of another build in place of those installed.
 
-``RMCORE_SANITISED`` names the module. Buffers that the backend hands to the kernels end where they end: the slack that
-aligning costs would hide what is read behind them.
+``RMCORE_CPU_BUILD`` names the module: one with sanitizers (``make sanitize``), or with AVX-512 emulated (``make
+test-avx512``). Buffers that the backend hands to the kernels end where they end: the slack that aligning costs would
+hide what is read behind them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _exactly(nbytes: int, alignment: int = 64) -> torch.Tensor:
     return made
 
 
-_take_place(os.environ["RMCORE_SANITISED"])
+_take_place(os.environ["RMCORE_CPU_BUILD"])
 
 from rmcore.ops.backends import cpu  # noqa: E402  (imports the module that has just taken its place)
 
