@@ -52,7 +52,7 @@ struct Wgmma;
 #define MID_SUMS_96 MID_SUMS_64, MID_F16(64), MID_F16(80)
 #define MID_SUMS_128 MID_SUMS_96, MID_F16(96), MID_F16(112)
 
-// `count` is N / 2, `next` and `last` the two numbers after it. Scale-d and both signs are 1; both operands are K-major.
+// `count` is N / 2, `next` the number after it. Scale-d and both signs are 1; both operands are K-major.
 #define MID_WGMMA(type, name, n, count, next)                                                                         \
   template <>                                                                                                         \
   struct Wgmma<type, n> {                                                                                             \

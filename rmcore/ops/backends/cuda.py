@@ -124,7 +124,7 @@ def _many(op: str, rows: int | None, dtype: torch.dtype) -> bool:
 
 def kernel(op: str, dtype: torch.dtype, rows: int | None = None) -> str:
     """Whose proof such a call needs: the persistent launch has its own."""
-    return "score_mid" if _many(op, rows, dtype) else kernel_of(op, dtype)
+    return "score_mid" if prefers(op, rows, dtype) else kernel_of(op, dtype)
 
 
 def prefers(op: str, rows: int | None, dtype: torch.dtype) -> bool:
