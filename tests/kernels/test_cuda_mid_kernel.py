@@ -72,8 +72,8 @@ def rows_of(rows: int, h: int) -> Tensor:
         (330, 300, 70, 3, 128),  # three tiles, so one without a partner
         (200, 260, 130, 2, 192),  # a cluster has two tiles, and three halves
         (130, 390, 300, 5, 192),  # more rows than are taken at once
-        (64, 129, 200, 2, 256),
-        (900, 30, 65, 1, 128),  # more k-blocks than slots
+        (2560, 30, 200, 1, 256),  # the ring goes round two and a half times, then again
+        (64, 700, 200, 1, 256),  # and five times in the triangle, six jobs after six
     ],
 )
 def test_the_kernel(library, h, d, rows, clusters, columns):
