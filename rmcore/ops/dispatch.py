@@ -93,10 +93,19 @@ def _first(
         if why is None and device.type == "cuda":
             kernel = module.kernel(op, dtype, rows) if hasattr(module, "kernel") else kernel_of(op, dtype)
             why = refusal(name, kernel, device)
+            if why is None:
+                _settle_form(module, name, op, device)
         if why is None:
             return name, reasons
         reasons[name] = why
     return "none", reasons
+
+
+def _settle_form(module: Any, name: str, op: str, device: torch.device) -> None:
+    """Where a backend would serve large calls by a form that is not right on this card, have it serve the plain one."""
+    kernel = module.form_kernel(op) if hasattr(module, "form_kernel") else None
+    if kernel is not None and refusal(name, kernel, device) is not None:
+        module.give_up(kernel, device)
 
 
 def _order(op: str, device: torch.device, dtype: torch.dtype, rows: int | None) -> tuple[str, ...]:

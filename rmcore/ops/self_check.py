@@ -168,8 +168,7 @@ def check(backend: Any, op: str, device: torch.device, dtype: torch.dtype = torc
 
     Args:
         backend: a module of :mod:`rmcore.ops.backends`, or anything with its functions.
-        op: one of :data:`rmcore.ops.OPS`, or ``score_int8`` (:func:`rmcore.ops.sources.kernel_of`), or of ``cuda``
-            ``score_mid``.
+        op: one of :data:`rmcore.ops.sources.LAUNCHED`, or of ``cuda`` ``score_mid``.
         device: where.
         dtype: of the weights.
     """
@@ -367,7 +366,17 @@ def _score_attributes(backend: Any, device: torch.device, dtype: torch.dtype) ->
     return None
 
 
-_CHECKS = {
+def _formed(
+    op: Callable[..., str | None], form: str, backend: Any, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """A check of the ``triton`` backend's other form, by few programs, which so have several tiles each."""
+    from rmcore.ops.backends import triton_tma
+
+    with triton_tma.choosing(triton_tma.Large(form, 1, 3)):
+        return op(backend, device, dtype)
+
+
+_CHECKS: dict[str, Callable[..., str | None]] = {
     "score": _score,
     "score_int8": _score_int8,
     "score_mid": _score_mid,
@@ -375,6 +384,10 @@ _CHECKS = {
     "pair_variance": _pair_variance,
     "power_iteration": _power_iteration,
     "score_attributes": _score_attributes,
+    "score_persistent": partial(_formed, _score, "persistent"),
+    "score_specialized": partial(_formed, _score, "specialized"),
+    "accumulate_persistent": partial(_formed, _accumulate, "persistent"),
+    "accumulate_specialized": partial(_formed, _accumulate, "specialized"),
 }
 
 

@@ -26,8 +26,13 @@ LAUNCHED = {
     "pair_variance": ("features", "pair_tail", "pair_variance", "variance"),
     "power_iteration": ("power_iteration",),
     "score_attributes": ("score_attributes",),
+    "score_persistent": ("features_tma", "launch_tma", "launches", "variance", "variance_tma"),
+    "score_specialized": ("features_tma", "launch_tma", "launches", "variance", "variance_tma"),
+    "accumulate_persistent": ("features_tma", "gram", "gram_tma", "launch_tma"),
+    "accumulate_specialized": ("features_tma", "gram", "gram_tma", "launch_tma"),
 }
-"""The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from; see :func:`kernel_of`."""
+"""The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from; see :func:`kernel_of`. The
+last four are other forms of large calls (rmcore/ops/backends/triton_tma.py), which serve where they are chosen."""
 
 _OF_CUDA = {"score_int8": "SOURCES_INT8", "score_mid": "SOURCES_MID"}
 """Digests of those kernels of ``cuda`` that have files of their own. ``score_mid`` is ``score`` of 65 to 512 rows there

@@ -28,12 +28,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import compile_tma
 import torch
 
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory one program may have, by compute capability."""
 KIND = {80: "sm80", 89: "portable", 90: "sm90", 100: "sm100", 120: "portable"}
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
+
+DESCRIBED = {
+    "project_tma_kernel", "column_persistent_kernel", "column_specialized_kernel", "gram_persistent_kernel",
+    "gram_specialized_kernel",
+}  # fmt: skip
+"""Kernels whose operands come by descriptors."""
 
 ALLOWED_SPILLS: dict[tuple[str, int, str], tuple[int, ...]] = {
     ("3.6", 80, "weigh_kernel"): (24,),
@@ -70,6 +77,8 @@ class Build(NamedTuple):
     widened: bool  # whole numbers that are multiplied as something else than bytes
     counts: bool  # itself, so that the last program to come finds what all others have stored
     early: bool  # counts itself before all of its threads have stored
+    boxes: int  # loads by descriptor
+    torn: bool  # one of them is of another size than where it goes
 
 
 # -- the workload: calls that between them reach every row of every table ---------------------------------------------
@@ -87,6 +96,8 @@ def calls(arch: int, quick: bool) -> Iterator[Callable[[], None]]:
         return sorted(int(limit) if limit < 1e9 else 8192 for limit in found)
 
     yield from _other_forms(arch, quick)
+    if arch == 90:
+        yield from compile_tma.calls(quick, _weights, _score, _accumulate)
     square = {dtype: _weights(4096, 4096, dtype) for dtype in (half, torch.bfloat16, single)}
     normed = _weights(4096, 4096, half, layer=4096, activation="tanh", layernorm=True)
     if quick:
@@ -415,6 +426,7 @@ def _assemble(arch: int, name: str, constants: str, compiled: Any) -> Build:
     return Build(
         arch, name, constants, m.num_warps, m.num_stages, int(registers[1]), m.shared, spills, unit, serialized,
         "griddepcontrol.wait" in ptx, plain, widened, counts, counts and not _counts_after_stores(ptx),
+        compile_tma.descriptor_loads(ptx), compile_tma.torn(compiled.asm["ttgir"]),
     )  # fmt: skip
 
 
@@ -466,6 +478,10 @@ def faults(build: Build) -> list[str]:
         found.append("whole numbers not multiplied as bytes")
     if build.early:
         found.append("counts itself before it has stored, or reads before it has counted")
+    if build.torn:
+        found.append("a box of another size than where it is copied to")
+    if bool(build.boxes) != (build.kernel in DESCRIBED):
+        found.append("loads by descriptor" if build.boxes else "no loads by descriptor")
     if build.waits != ("PDL=True" in build.constants):
         found.append("starts early and does not wait" if not build.waits else "waits for nothing")
     return found

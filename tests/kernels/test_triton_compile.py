@@ -44,6 +44,16 @@ def test_kernels_compile_without_spills_and_fit_shared_memory(tmp_path):
         "piece_kernel", "piece_score_kernel", "project_int8_kernel", "project_kernel", "rows_kernel",
         "score_int8_kernel", "score_kernel", "square_int8_kernel", "square_kernel", "step_kernel", "weigh_kernel",
     }  # fmt: skip
+    described = {b["kernel"] for b in builds if b["boxes"]}  # and every box as large as where it goes: faults()
+    if 90 in ARCHS:
+        kernels |= described
+        assert described == {
+            "project_tma_kernel", "column_persistent_kernel", "column_specialized_kernel", "gram_persistent_kernel",
+            "gram_specialized_kernel",
+        }  # fmt: skip
+        assert all(b["unit"] == "wgmma" and not b["spills"] for b in builds if b["boxes"])
+        # Of each kernel that may specialise: two consumers of 128 threads beside a producer.
+        assert {b["warps"] for b in builds if "specialized" in b["kernel"] or "SPECIAL=True" in b["constants"]} == {12}
     # Sums of int8 rows are cut, and joined, on some architectures only.
     assert {build["kernel"] for build in builds} - {"join_int8_kernel"} == kernels
     # Hopper's own matrix instructions where the tiles are large enough for them, which faults() insists on.

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from support.warm import WarmPython
 
-TESTS = [Path(__file__).with_name(f"test_triton_{name}.py") for name in ("interpret", "int8_interpret")]
+TESTS = [
+    Path(__file__).with_name(f"test_triton_{name}.py") for name in ("interpret", "int8_interpret", "tma_interpret")
+]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rmcore.ops import plans
 from rmcore.ops.attribute_weights import SUMMARY, AttributeWeights
+from rmcore.ops.backends import triton_tma
 from rmcore.ops.pair_layout import PairLayout
 from rmcore.ops.tasks import AccumulateTask
 from rmcore.ops.weights import SERVING_DTYPES, HeadWeights
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "accumulate",
     "declines",
+    "form_kernel",
+    "give_up",
     "pair_variance",
     "plan",
     "power_iteration",
@@ -118,6 +121,9 @@ def declines(op: str, rows: int, weights: object) -> str | None:
     return None
 
 
+form_kernel, give_up = triton_tma.kernel_of_form, triton_tma.give_up
+
+
 # -- score -----------------------------------------------------------------------------------------------------------
 
 
@@ -133,9 +139,13 @@ def _score_rows(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
     if weights.dtype == torch.int8:
         _score_int8(hidden, weights, out)
         return
+    device, d = _device(hidden.device), weights.num_features
+    form = triton_tma.form_of("score", hidden.shape[0], weights.map, device, hidden.device)
+    if form != "plain":
+        triton_tma.score(hidden, weights, out, device, form)
+        return
     from rmcore.kernels import features, heuristics, score_tail, variance
 
-    device, d = _device(hidden.device), weights.num_features
     ends = {"beta0": weights.beta0, "factor_scale": weights.factor_scale, "amplitude": weights.amplitude}
     if heuristics.FORMS["tail"] == "last" and features.multiplies(weights.map):
         tail = score_tail.plan(hidden.shape[0], d, weights.dtype, device, hidden.device)
@@ -155,10 +165,13 @@ def _score_int8(hidden: Tensor, weights: HeadWeights, out: Tensor) -> None:
 
 
 class _Plan:
-    """The launches of one shape of call, by stream: the arena they work in, and the steps."""
+    """The launches of one shape of call, by stream: the arena they work in, and the steps.
 
-    def __init__(self, index: int, hooked: Callable[[], bool]) -> None:
-        self.index, self.hooked = index, hooked
+    ``memory`` runs a function in such a way that its launches may have descriptors; None where none has.
+    """
+
+    def __init__(self, index: int, hooked: Callable[[], bool], memory: Callable[..., None] | None) -> None:
+        self.index, self.hooked, self.memory = index, hooked, memory
         self.streams: dict[int, tuple[Tensor, list[Any]]] = {}
 
     def __call__(self, hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
@@ -170,9 +183,16 @@ class _Plan:
         found = self.streams.get(stream)
         if found is None and not self.record(stream, hidden, weights, out):
             return False
+        if self.memory is None:
+            self.steps(stream, hidden, out)
+        else:
+            self.memory(self.steps, stream, hidden, out)
+        return True
+
+    def steps(self, stream: int, hidden: Tensor, out: Tensor) -> None:
+        """Make the launches of a stream."""
         for step in self.streams[stream][1]:
             step(stream, hidden, out)
-        return True
 
     def record(self, stream: int, hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
         """Keep what ``_score_rows`` would launch on this stream; False where its workspaces are too large for that."""
@@ -199,13 +219,14 @@ class _Plan:
 
 def plan(hidden: Tensor, weights: HeadWeights) -> plans.Launch | None:
     """The launches of such a call, to be made without Triton's and our own bookkeeping; None where that cannot be."""
-    from rmcore.kernels import launches
+    from rmcore.kernels import launch_tma, launches
 
     rows, index = hidden.shape[0], hidden.device.index or 0
     stream = plans.stream_of(index)
     if stream is None or not rows or 4 * rows * weights.num_features > PLAN_WORKSPACE:
         return None
-    made = _Plan(index, launches.hooked)
+    form = triton_tma.form_of("score", rows, weights.map, _device(hidden.device), hidden.device)
+    made = _Plan(index, launches.hooked, None if form == "plain" else launch_tma.with_memory)
     out = torch.empty(4, rows, dtype=torch.float32, device=hidden.device)
     return made if made.record(stream, hidden, weights, out) else None
 
@@ -225,8 +246,9 @@ def accumulate(task: AccumulateTask) -> Tensor:
     sample_weight = None if task.sample_weight is None else task.sample_weight.to(torch.float32).contiguous()
     target = task.precision.contiguous()
     chunk = min(_chunk(GRAM_WORKSPACE, d, serving.itemsize if task.pairs is None else 8), GRAM_ROWS)
+    form = triton_tma.form_of("accumulate", task.data, feature_map, device, hidden.device)
     with _on(hidden):
-        for part, c, logits, index in _feature_chunks(task, chunk, device):
+        for part, c, logits, index in _feature_chunks(task, chunk, device, form):
             weighed = gram.weigh(
                 c,
                 logits,
@@ -238,7 +260,10 @@ def accumulate(task: AccumulateTask) -> Tensor:
                 pairs=index,
                 sample_weight=None if sample_weight is None else sample_weight[part],
             )
-            gram.gram(weighed.weighted, target, device, scale=scale * scale)
+            if form == "plain":
+                gram.gram(weighed.weighted, target, device, scale=scale * scale)
+            else:
+                triton_tma.gram(weighed.weighted, target, device, form, scale=scale * scale)
             gradient += (weighed.gradient[:, :d].sum(0, dtype=torch.float64) * scale).to(gradient.dtype)
             total += weighed.likelihood.sum(dtype=torch.float64)
     if target is not task.precision:
@@ -247,7 +272,7 @@ def accumulate(task: AccumulateTask) -> Tensor:
 
 
 def _feature_chunks(
-    task: AccumulateTask, chunk: int, device: Device
+    task: AccumulateTask, chunk: int, device: Device, form: str
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
     """Data in runs of ``chunk``: which, the features of their rows, logit parts, and the pairs' rows among those.
 
@@ -265,7 +290,9 @@ def _feature_chunks(
     for start in range(0, n, chunk):
         part = slice(start, min(start + chunk, n))
         index = None if pairs is None else pairs[part]
-        if index is None:
+        if index is None and form != "plain":
+            c, logits = triton_tma.features(hidden[part], feature_map, device, form, beta)
+        elif index is None:
             c, logits = features.features(hidden[part], feature_map, device, beta=beta)
         elif shared is not None:
             c, logits = shared
