@@ -113,6 +113,8 @@ def second_part(device: str, size: int) -> list[Step]:
     tune = ("--kernels", "gram", "project", "product", "--rows", "16384", "16", "256", "1024", "--limit", "24")
     encode = ("--suite", "encode", "--group", "8", "--lengths", "512+512", "--layers", "8", "--rounds", "1")
     return [
+        Step("large", 75, _probe("large", *common, "--size", str(size))),
+        Step("tests-large", 60, _pytest("-n", "8", "--timeout", "50", "tests/gpu/test_triton_tma_gpu.py")),
         Step("versus", 70, _probe("versus", *common, "--size", str(size))),
         Step("memcheck", 60, ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *sanitized)),
         Step("racecheck", 60, ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *sanitized)),

@@ -26,7 +26,7 @@ from rmcore.bench.attributes import attribute_heads
 from rmcore.bench.gpu_facts import Probe, repeats, timed_facts
 from rmcore.bench.rows import head_bytes, head_flop
 from rmcore.ops import whole_numbers
-from rmcore.ops.backends import cuda, cuda_mid
+from rmcore.ops.backends import cuda, cuda_mid, triton_tma
 from rmcore.ops.sources import CUDA_ALONE, LAUNCHED, kernel_of, sources
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
@@ -180,9 +180,9 @@ def other(probe: Probe) -> None:
             probe.attempt(f"pair_variance {backend}", partial(_pairs, probe, weights, backend, k), groups=64, k=k)
 
 
-def _accumulate(probe: Probe, problem: peers.Problem, backend: Any) -> dict[str, Any]:
+def _accumulate(probe: Probe, problem: peers.Problem, backend: Any, count: int = 0) -> dict[str, Any]:
     n, device, feature_map = probe.size, probe.device, problem.feature_map
-    count = min(65536, 16 * n) if device.type == "cuda" else 512
+    count = count or (min(65536, 16 * n) if device.type == "cuda" else 512)
     hidden = torch.randn(count, n, device=device, dtype=probe.dtype)
     labels, beta = torch.ones(count, device=device), torch.zeros(n, device=device)
     precision, gradient = torch.zeros(n, n, device=device), torch.zeros(n, device=device)
@@ -269,6 +269,7 @@ FORM_ROWS = {
     "mid": (65, 96, 128, 192, 256, 384, 512),
     "tail": (1, 16, 32, 64, 128, 256, 1024, 4096),
     "launch": (1, 64, 256, 1024),
+    "large": (512, 1024, 4096, 16384),
 }
 
 
@@ -312,6 +313,29 @@ def _forms_mid(probe: Probe, problem: peers.Problem) -> None:
             for rows in probe.rows or FORM_ROWS["mid"]:
                 case = partial(_score_once, probe, problem, copies, probe.hidden(rows), backend, True)
                 probe.attempt(f"form mid {backend}, score", case, rows=rows, copies=len(copies))
+
+
+def large(probe: Probe) -> None:
+    """The large products by each form beside the plain one: right, with the same bits, and how fast.
+
+    Before a form is timed it is asked at small and odd sizes by few programs, which so have several tiles each; those
+    rows are its proof.
+    """
+    problem = probe.problem()
+    for form in triton_tma.FORMS:
+        if form != "plain":
+            weights = peers.ours(problem)
+            with triton_tma.choosing(triton_tma.Large(form, 1, 5)):
+                for rows in (65, 700):
+                    case = partial(_score_once, probe, problem, [weights], probe.hidden(rows), "triton", False, rows)
+                    probe.attempt(f"score_{form} triton", case, rows=rows)
+                probe.attempt(f"accumulate_{form} triton", partial(_accumulate, probe, problem, "triton", 1300))
+        with triton_tma.choosing(triton_tma.Large(form)):
+            copies = _copies(probe, problem)
+            for rows in probe.rows or FORM_ROWS["large"]:
+                case = partial(_score_once, probe, problem, copies, probe.hidden(rows), "triton", True)
+                probe.attempt(f"form large {form}, score", case, rows=rows, copies=len(copies))
+            probe.attempt(f"form large-accumulate {form}", partial(_accumulate, probe, problem, "triton"))
 
 
 TILES: tuple[tuple[str, int, dict[str, Any]], ...] = (
@@ -374,7 +398,21 @@ def _checked(probe: Probe, op: str, backend: Any, dtype: torch.dtype, given: dic
 
 STEPS: dict[str, Callable[[Probe], None]] = {
     step.__name__: step
-    for step in (card, environment, limits, smoke, smoke_mid, score, self_check, versus, other, eager, forms, tiles)
+    for step in (
+        card,
+        environment,
+        limits,
+        smoke,
+        smoke_mid,
+        score,
+        self_check,
+        versus,
+        other,
+        eager,
+        forms,
+        large,
+        tiles,
+    )
 }
 
 

@@ -16,7 +16,10 @@ from .gpu_build import ROOT
 
 __all__ = ["LIMITS", "choices", "findings", "read_rows", "report", "update_proven"]
 
-OPS = ("score", "score_int8", "score_mid", "accumulate", "pair_variance", "power_iteration", "score_attributes")
+OPS = (
+    "score", "score_int8", "score_mid", "accumulate", "pair_variance", "power_iteration", "score_attributes",
+    "score_persistent", "score_specialized", "accumulate_persistent", "accumulate_specialized",
+)  # fmt: skip
 LIMITS = {"err_g": 0.02, "err_v": 0.05, "err": 0.01, "err_diagonal": 0.02}
 """16-bit products of a thousand terms are right to a few thousandths; a wrong kernel is wrong by far more."""
 
@@ -88,7 +91,8 @@ def _not_repeated(file: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def choices(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Of every form and tile that was timed beside others, which was fastest: lines for ``kernels/heuristics.py``.
+    """Of every form and tile that was timed beside others, which was fastest: lines for ``kernels/heuristics.py``, and
+    of large products for ``rmcore/ops/backends/triton_tma.py``.
 
     Only of those that gave right results whose bits stayed the same. What decides stays what it is until somebody
     commits another row.
@@ -110,6 +114,8 @@ def choices(rows: Sequence[dict[str, Any]]) -> list[str]:
         line = f"{kind} {name} {at}: {best} {us[best]}, " + ", ".join(f"{which} {us[which]}" for which in others)
         if kind == "tile" and best == "named":
             line += f" -> ({count}, {found[best]['tile']}),  # measured: {us[best]}, {us['table']} with what was here"
+        if name.startswith("large") and best != "plain" and "plain" in us:
+            line += f' -> SERVES = [Large("{best}")]  # measured at {at}: {us[best]}, {us["plain"]} plain'
         lines.append(line)
     return lines
 

@@ -28,8 +28,8 @@ LAUNCHED = {
     "score_attributes": ("score_attributes",),
     "score_persistent": ("features_tma", "launch_tma", "launches", "variance", "variance_tma"),
     "score_specialized": ("features_tma", "launch_tma", "launches", "variance", "variance_tma"),
-    "accumulate_persistent": ("features_tma", "gram", "gram_tma", "launch_tma"),
-    "accumulate_specialized": ("features_tma", "gram", "gram_tma", "launch_tma"),
+    "accumulate_persistent": ("features", "features_tma", "gram", "gram_tma", "launch_tma"),
+    "accumulate_specialized": ("features", "features_tma", "gram", "gram_tma", "launch_tma"),
 }
 """The files of ``rmcore.kernels`` that the ``triton`` backend launches an operation from; see :func:`kernel_of`. The
 last four are other forms of large calls (rmcore/ops/backends/triton_tma.py), which serve where they are chosen."""

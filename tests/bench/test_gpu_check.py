@@ -197,6 +197,7 @@ def test_the_parts_fit_into_the_time_lent():
     assert [name for name in names if name in order] == order
     assert sum(step.limit_s for step in first[: names.index("tests-int8")]) <= 600 + 40  # limits, not expectations
     assert all(step.limit_s <= 110 for step in (*first, *second))
+    assert second[0].name == "large"
     assert {"tests-packing", "versus", "ncu"} <= {step.name for step in second}
 
 
@@ -311,6 +312,11 @@ def test_what_was_timed_side_by_side_becomes_lines_for_the_table(tmp_path: Path,
         {"case": "tile product table, score", "rows": 16, "us": 11.0, "tile": "Tile(rows=16, cols=128)"},
         {"case": "tile product named, score", "rows": 16, "us": 1.0, "tile": tile, "err_v": 0.5},
         {"case": "tile gram table, score", "rows": 1, "failed": "CUDA error"},
+        {"case": "form large plain, score", "rows": 4096, "us": 333.0},
+        {"case": "form large persistent, score", "rows": 4096, "us": 320.0},
+        {"case": "form large specialized, score", "rows": 4096, "us": 290.0, "bits_repeat": False},
+        {"case": "form large-accumulate plain", "rows": 65536, "us": 5680.0},
+        {"case": "form large-accumulate specialized", "rows": 65536, "us": 5700.0},
     ]
     rows = [good | case for case in cases]
     told = [
@@ -318,6 +324,9 @@ def test_what_was_timed_side_by_side_becomes_lines_for_the_table(tmp_path: Path,
         "form pairs k=4: in the product 8.5 µs, by pairs 9.0 µs",
         "tile project B=64: named 17.0 µs, table 18.3 µs"
         f" -> (64, {tile}),  # measured: 17.0 µs, 18.3 µs with what was here",
+        "form large B=4096: persistent 320.0 µs, plain 333.0 µs"
+        ' -> SERVES = [Large("persistent")]  # measured at B=4096: 320.0 µs, 333.0 µs plain',
+        "form large-accumulate B=65536: plain 5680.0 µs, specialized 5700.0 µs",
     ]
     assert gpu_report.choices(rows) == told
     path = tmp_path / "rows.jsonl"

@@ -88,6 +88,7 @@ STEPS = (
     ("other",),
     ("forms", "--rows", "1", "--forms", "streamed"),
     ("forms", "--rows", "65", "300", "--forms", "mid"),
+    ("large", "--rows", "600"),
     ("self_check",),
 )
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmcore.kernels import heuristics
+from rmcore.kernels import heuristics, heuristics_tma
 from rmcore.kernels.heuristics import Device, Tile
 
 
@@ -67,3 +67,35 @@ def test_gram_tiles_on_an_h100_take_this_many_waves(size, rows, cols, tail, most
     parts = [len(part) for _, part in programs(whole, cut, tiles, steps)]
     assert waves(parts, 132, steps) <= most
     assert waves(parts, 132, steps) > most - 0.9
+
+
+def dealt(total: int, programs: int) -> list[list[int]]:
+    """The tasks of each program, as variance_tma.py deals them out: back and forth."""
+    hands: list[list[int]] = [[] for _ in range(programs)]
+    for turn in range(math.ceil(total / programs)):
+        for program in range(programs):
+            task = turn * programs + (program if turn % 2 == 0 else programs - 1 - program)
+            if task < total:
+                hands[program].append(task)
+    return hands
+
+
+@given(total=st.integers(1, 3000), multiprocessors=st.sampled_from([1, 3, 132]))
+def test_every_tile_of_the_triangle_is_dealt_once_and_only_a_last_turn_is_left_out(total, multiprocessors):
+    programs = heuristics_tma.programs(total, Device("sm90", multiprocessors))
+    hands = dealt(total, programs)
+    assert sorted(task for hand in hands for task in hand) == list(range(total))
+    assert {len(hand) for hand in hands} <= {math.ceil(total / programs), math.ceil(total / programs) - 1}
+    assert all(hands)
+
+
+@pytest.mark.parametrize("form", heuristics_tma.FORMS)
+@pytest.mark.parametrize(("rows", "most"), [(512, 1.01), (1024, 1.01), (2048, 1.01), (4096, 1.01), (4095, 1.01)])
+def test_all_programs_come_to_the_same_number_of_steps_on_an_h100(form, rows, most):
+    """D = 4096: the longest of 132 programs against an even share. The hardware's own order takes up to 1.02."""
+    device, tiles = Device("sm90", 132), 32
+    tile = heuristics_tma.product(form, device, rows)
+    tiles_m = math.ceil(rows / tile.rows)
+    hands = dealt(tiles_m * tiles, heuristics_tma.programs(tiles_m * tiles, device))
+    steps = [sum(tiles - task // tiles_m for task in hand) for hand in hands]
+    assert max(steps) <= most * sum(steps) / 132

@@ -100,7 +100,7 @@ def test_an_operations_digest_is_of_its_own_files(tmp_path):
     folder = tmp_path / "kernels"
     shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
     before = {op: sources.triton_sources(folder, op) for op in sources.LAUNCHED}
-    assert len(set(before.values())) == len(sources.LAUNCHED)
+    assert len(set(before.values())) == len(sources.LAUNCHED) - 2  # two forms of an operation share their files
     assert before == {op: sources.sources("triton", op) for op in sources.LAUNCHED}
 
     def changed(name: str) -> set[str]:
@@ -111,29 +111,46 @@ def test_an_operations_digest_is_of_its_own_files(tmp_path):
         return now
 
     assert changed("heuristics.py") == changed("common.py") == set(sources.LAUNCHED)
-    assert changed("gram.py") == {"accumulate"}
+    scored, summed = ({f"{op}_{form}" for form in ("persistent", "specialized")} for op in ("score", "accumulate"))
+    assert changed("gram.py") == {"accumulate"} | summed
     assert changed("power_iteration.py") == {"power_iteration"}
-    assert changed("variance.py") == {"score", "pair_variance"}
+    assert changed("variance.py") == {"score", "pair_variance"} | scored
+    assert changed("features_tma.py") == changed("heuristics_tma.py") == scored | summed
+    assert changed("variance_tma.py") == scored
+    assert changed("gram_tma.py") == summed
     assert changed("rows_int8.py") == {"score_int8"}
 
 
 def test_an_operation_launches_from_the_files_that_its_digest_is_of():
     """Along the functions of the backend that each operation comes by, every file of rmcore.kernels they import."""
-    tree = ast.parse((ROOT / "rmcore" / "ops" / "backends" / "triton.py").read_text())
-    parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    backends = ROOT / "rmcore" / "ops" / "backends"
+    parts = {}
+    for file in ("triton", "triton_tma"):  # of the latter by its name there, ``triton_tma.score``
+        before = "triton_tma." if file == "triton_tma" else ""
+        for node in ast.parse((backends / f"{file}.py").read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                parts[before + node.name] = node
+    large = {name for name in parts if name.startswith("triton_tma.")}
+    # Of score the backend's functions for 16-bit heads and for int8 ones part ways in ``_score_rows``, as do the forms.
+    entries = {"score": ["score", "plan"], "score_int8": ["_score_int8", "declines", "plan"]}
+    other = {"score": {"_score_int8", "declines"} | large, "score_int8": {"_score_rows"} | large, "accumulate": large}
+    for form in ("persistent", "specialized"):
+        entries[f"score_{form}"] = ["triton_tma.score", "triton_tma.memory", "plan"]
+        entries[f"accumulate_{form}"] = ["accumulate"]
+        other[f"score_{form}"] = {"_score_rows"}
     for op in sources.LAUNCHED:
-        # Of score the backend's functions for 16-bit heads and for int8 ones part ways in ``_score_rows``.
-        entries = {"score": ["score", "plan"], "score_int8": ["_score_int8", "declines", "plan"]}
-        other = {"score": {"_score_int8", "declines"}, "score_int8": {"_score_rows"}}
         wanted, seen, imported = [*entries.get(op, [op])], set(other.get(op, ())), set()
         while wanted:
             name = wanted.pop()
             if name in seen or name not in parts:
                 continue
             seen.add(name)
+            inside = "triton_tma." if name in large else ""
             for node in ast.walk(parts[name]):
                 if isinstance(node, ast.Name):
-                    wanted.append(node.id)
+                    wanted.append(inside + node.id)
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    wanted.append(f"{node.value.id}.{node.attr}")
                 elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("rmcore.kernels"):
                     whole = node.module == "rmcore.kernels"
                     imported |= {a.name for a in node.names} if whole else {str(node.module).rpartition(".")[2]}

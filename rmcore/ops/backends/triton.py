@@ -219,14 +219,14 @@ class _Plan:
 
 def plan(hidden: Tensor, weights: HeadWeights) -> plans.Launch | None:
     """The launches of such a call, to be made without Triton's and our own bookkeeping; None where that cannot be."""
-    from rmcore.kernels import launch_tma, launches
+    from rmcore.kernels import launches
 
     rows, index = hidden.shape[0], hidden.device.index or 0
     stream = plans.stream_of(index)
     if stream is None or not rows or 4 * rows * weights.num_features > PLAN_WORKSPACE:
         return None
     form = triton_tma.form_of("score", rows, weights.map, _device(hidden.device), hidden.device)
-    made = _Plan(index, launches.hooked, None if form == "plain" else launch_tma.with_memory)
+    made = _Plan(index, launches.hooked, triton_tma.memory(form))
     out = torch.empty(4, rows, dtype=torch.float32, device=hidden.device)
     return made if made.record(stream, hidden, weights, out) else None
 

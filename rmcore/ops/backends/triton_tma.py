@@ -9,9 +9,9 @@ plain form serves, with a warning (``rmcore.ops.dispatch``).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "give_up",
     "gram",
     "kernel_of_form",
+    "memory",
     "score",
 ]
 
@@ -89,6 +90,15 @@ def form_of(op: str, rows: int, feature_map: FeatureMap, device: Device, on: tor
     from rmcore.kernels import features_tma
 
     return large.form if features_tma.refusal(feature_map, device) is None else "plain"
+
+
+def memory(form: str) -> Callable[..., Any] | None:
+    """What runs a function in such a way that its launches may have descriptors; None for a form without any."""
+    if form == "plain":
+        return None
+    from rmcore.kernels import launch_tma
+
+    return launch_tma.with_memory
 
 
 def _narrowed(device: Device) -> Device:
