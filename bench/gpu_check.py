@@ -110,7 +110,7 @@ def second_part(device: str, size: int) -> list[Step]:
     whole = _probe("smoke", "--repeats", "0", "--rows", "1", "64", "1024", "--dtype", "int8")
     files = [f"tests/gpu/test_{name}_gpu.py" for name in ("cuda", "cuda_int8", "cuda_mid")]
     sanitized = _pytest("-k", "sanitizer", *files)
-    tune = ("--kernels", "gram", "project", "product", "--rows", "16384", "16", "256", "1024", "--limit", "24")
+    tune = ("--kernels", "gram", "project", "product", "--rows", "16384", "16", "256", "1024", "--limit", "18")
     encode = ("--suite", "encode", "--group", "8", "--lengths", "512+512", "--layers", "8", "--rounds", "1")
     return [
         Step("large", 75, _probe("large", *common, "--size", str(size))),
@@ -121,9 +121,8 @@ def second_part(device: str, size: int) -> list[Step]:
         Step("ncu", 60, (*NCU, "-k", kernels, "-c", "24", *smoke)),
         Step("ncu-mid", 40, (*NCU, "-k", kernels, "-c", "5", *_probe("smoke_mid", "--repeats", "0"))),
         Step("ncu-int8", 60, (*NCU, "-k", kernels, "-c", "24", *whole)),
-        Step("tune", 100, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
+        Step("tune", 75, (sys.executable, "tests/gpu/tune_triton.py", *tune)),
         Step("tiles", 30, _probe("tiles", *common, "--size", str(size))),
-        Step("forms-launch", 30, _probe("forms", *common, "--size", str(size), "--forms", "launch")),
         Step("size-8192", 50, _probe("score", "--size", "8192", "--rows", "1", "16", "64", "256", "4096")),
         Step("size-1024", 30, _probe("score", "--size", "1024", "--rows", "1", "16", "64", "256", "4096")),
         Step("size-128", 20, _probe("score", "--size", "128", "--rows", "1", "16")),  # what a launch costs by itself
