@@ -164,6 +164,7 @@ void advise_huge(uintptr_t address, size_t bytes) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of rmcore";
   m.attr("PANEL") = kPanel;
+  m.attr("FAR_AHEAD") = kFarAhead;
 
   m.def(
       "isa", [] { return isa_name(active_isa()); },

@@ -19,7 +19,9 @@ struct Rows {
   int64_t col_stride;
 };
 
-// Two neighbours of a row of int8 weights, k = 2 pair and the next one.
+// Two neighbours of a row of int8 weights, k = 2 pair and the next one. A list of them has kFarAhead more behind its
+// last one, of some pair that there is: what they meet is asked for before it is known that they do not count.
+constexpr int kFarAhead = 8;
 struct FarPair {
   int32_t pair;
   int16_t weights[2];

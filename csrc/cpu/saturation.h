@@ -58,6 +58,9 @@ inline void sum_beyond(const FarPair* begin, const FarPair* end, const uint16_t*
   for (const FarPair* far = begin; far != end; ++far) {
     const Ints weights = splat_bits(far->weights);
     const uint16_t* pair = across + far->pair * stride;
+    const auto* soon = reinterpret_cast<const char*>(across + far[kFarAhead].pair * stride);
+    RMCORE_UNROLL
+    for (int i = 0; i < kVecs * kWidth * 2; i += 64) __builtin_prefetch(soon + i);
     RMCORE_UNROLL
     for (int i = 0; i < kVecs; ++i)
       beyond[i] += beyond_i16(multiply_pairs(load_byte_pairs(pair + i * kWidth), weights));

@@ -155,9 +155,9 @@ def _far_pairs(whole: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     row, pair = torch.nonzero(even.sum(2, dtype=torch.int16).abs() > 128, as_tuple=True)
     first = torch.zeros(_round_up(rows, _cpu.PANEL) + 1, dtype=torch.int64)
     first[1:] = torch.bincount(row, minlength=len(first) - 1).cumsum(0)
-    pairs = torch.zeros(len(pair) + 1, 4, dtype=torch.int16)  # never empty, so that it has an address
-    pairs[:-1, :2] = pair.int().view(torch.int16).view(-1, 2)
-    pairs[:-1, 2:] = even[row, pair]
+    pairs = torch.zeros(len(pair) + _cpu.FAR_AHEAD, 4, dtype=torch.int16)
+    pairs[: len(pair), :2] = pair.int().view(torch.int16).view(-1, 2)
+    pairs[: len(pair), 2:] = even[row, pair]
     return first, pairs
 
 
