@@ -20,7 +20,7 @@ from support.pretend_kernels import launches, standing_in
 from rmcore import ops
 from rmcore.bench import gpu_probe, gpu_report, harness
 from rmcore.ops import proven, self_check, sources
-from rmcore.ops.backends import cuda, triton
+from rmcore.ops.backends import cuda, triton, triton_tma
 
 GPU = Path(__file__).parents[1] / "gpu"
 SMALL = SimpleNamespace(**{**vars(H200), "L2_cache_size": 1 << 10})
@@ -168,6 +168,30 @@ def test_an_unknown_card_checks_its_kernels_and_uses_them(gpu, monkeypatch):
         for rows, backend in ((64, "triton"), (65, "cuda"), (512, "cuda"), (513, "triton")):
             assert ops.explain("score", DEVICE, torch.float16, rows=rows, weights=weights).backend == backend
     assert checked[8:] == [("cuda", "score_mid")]
+
+
+def test_a_form_that_fails_its_check_is_given_up_and_not_the_backend(gpu, monkeypatch):
+    """Each form has a check of its own, asked for where it is chosen; what fails it serves plainly, on that card."""
+    monkeypatch.setenv("RMCORE_SELF_CHECK", "1")
+    monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(triton_tma, "_given_up", set())
+    asked = []
+
+    def run(backend: str, op: str, index: int) -> str | None:
+        asked.append(op)
+        return "off by 1" if op == "score_specialized" else None
+
+    monkeypatch.setattr(self_check, "_run", run)
+    feature_map = self_check._weights(DEVICE, torch.float16).map
+    hopper = SimpleNamespace(kind="sm90", multiprocessors=132)
+    assert ops.explain("score", DEVICE, backend="triton").backend == "triton"
+    assert asked == ["score"]  # the plain form serves, and nobody asks for the others
+    with triton_tma.choosing(triton_tma.Large("specialized")):
+        for op in ("score", "accumulate", "score"):
+            assert ops.explain(op, DEVICE, backend="triton").backend == "triton"
+        forms = [triton_tma.form_of(op, 600, feature_map, hopper, DEVICE) for op in ("score", "accumulate")]
+    assert asked == ["score", "score_specialized", "accumulate", "accumulate_specialized"]
+    assert forms == ["plain", "specialized"]
 
 
 def test_kernels_are_handed_tensors_of_the_gpu():
