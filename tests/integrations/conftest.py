@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,14 +13,13 @@ import httpx
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import processors
 
+from rmcore.bench.serve_model import BLAME, PRAISE, TinySize, liking_praise, tiny_encoder, word_tokenizer
 from rmcore.judge.base import Pair, Verdict
-from rmcore.model import Preference, RewardModel
+from rmcore.model import RewardModel
 from rmcore.model.backbone import Backbone, BackboneConfig
 
-PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
-BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
 NEUTRAL = ["red", "blue", "green", "tree", "house", "river", "user", "assistant", "stone", "cloud"]
 SPECIAL = ["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
 CHAT = (
@@ -30,27 +28,17 @@ CHAT = (
 )
 
 
-def word_tokenizer(*, chat: bool = False) -> Any:
-    vocabulary = {word: k for k, word in enumerate(SPECIAL + PRAISE + BLAME + NEUTRAL)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        padding_side="left",
-    )
+def policy_tokenizer(*, chat: bool = False) -> Any:
+    tokenizer = word_tokenizer(PRAISE + BLAME + NEUTRAL, SPECIAL, bos_token="[BOS]", padding_side="left")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     if chat:
-        wrapped.chat_template = CHAT
-    return wrapped
+        tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer_of() -> Callable[..., Any]:
-    return word_tokenizer
+    return policy_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -75,31 +63,12 @@ def policy_path(tmp_path_factory) -> Callable[[str], Path]:
     return get
 
 
-def preference(rng: random.Random) -> Preference:
-    filler = rng.sample(NEUTRAL, 2)
-    return Preference(
-        " ".join(rng.sample(NEUTRAL, 3)),
-        " ".join([*rng.sample(PRAISE, 3), *filler]),
-        " ".join([*rng.sample(BLAME, 3), *filler]),
-    )
-
-
 @pytest.fixture(scope="session")
 def reward_model() -> RewardModel:
     """Difference mode on a random encoder: likes praise."""
-    torch.manual_seed(1)
-    config = transformers.BertConfig(
-        vocab_size=26, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=128, pad_token_id=0,
-    )  # fmt: skip
-    backbone = Backbone(
-        transformers.BertModel(config).eval(), word_tokenizer(), BackboneConfig(pooling="mean", append_eos=False)
-    )
-    rng = random.Random(0)
-    model, _ = RewardModel.fit(
-        backbone, [preference(rng) for _ in range(60)], mode="difference", num_features=64, kernel_scale=3.0
-    )
-    return model
+    size = TinySize(hidden=32, layers=2, heads=2, filler=2, features=64)
+    config = BackboneConfig(pooling="mean", append_eos=False)
+    return liking_praise(Backbone(tiny_encoder(1, 26, size), policy_tokenizer(), config), 1, size, NEUTRAL)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import torch
 import trl
 import two_ranks_state
 import vllm_server
-from conftest import word_tokenizer
+from conftest import policy_tokenizer
 
 from rmcore.engine import RewardEngine
 from rmcore.integrations.trl import PairwiseReward
@@ -68,7 +68,7 @@ def train(
     prompts = ["red tree house", "blue river stone", "green cloud", "house river red tree"] * 3
     data = datasets.Dataset.from_dict({"prompt": prompts, "prompt_id": list(range(len(prompts)))})
     trainer = trl.RLOOTrainer(
-        model=policy, reward_funcs=spied, args=args, train_dataset=data, processing_class=word_tokenizer()
+        model=policy, reward_funcs=spied, args=args, train_dataset=data, processing_class=policy_tokenizer()
     )
     generate, theirs = trainer._generate_and_score_completions, []
 

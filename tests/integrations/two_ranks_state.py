@@ -6,7 +6,7 @@ import os
 
 import datasets
 import trl
-from conftest import word_tokenizer
+from conftest import policy_tokenizer
 
 from rmcore.engine import RewardEngine
 from rmcore.engine.routing import AdaptiveRouter, Budget
@@ -47,7 +47,7 @@ def train(policy: str, model: str, out: str, rows: int, partial_groups: str) -> 
                 bf16=False, ddp_timeout=1000, logging_steps=1,
             )  # fmt: skip
             trainer = trl.RLOOTrainer(
-                model=policy, reward_funcs=reward, args=args, train_dataset=data, processing_class=word_tokenizer()
+                model=policy, reward_funcs=reward, args=args, train_dataset=data, processing_class=policy_tokenizer()
             )
             trainer.train(resume_from_checkpoint=steps > 2)
             calls.append(judge.calls)

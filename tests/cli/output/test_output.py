@@ -189,12 +189,12 @@ main()
 """
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX", "latin-1"])
+@pytest.mark.parametrize("locale", ["C", "latin-1"])
 def test_bytes_are_utf8_in_every_locale(model: Path, locale: str) -> None:
     stdin = (
         b"\xef\xbb\xbf" + (json_line({"id": "é\ud83d", "prompt": "κ", "responses": ["good ☃", "bad ü"]}) * 2).encode()
     )
-    environment = {"LC_ALL": "C" if locale == "latin-1" else locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     if locale == "latin-1":
         environment["PYTHONIOENCODING"] = "latin-1:strict"
     done = subprocess.run(

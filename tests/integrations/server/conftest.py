@@ -18,58 +18,33 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import transformers
 import uvicorn
 from support.assemblies import Scorer
-from support.clocks import settle
+from support.clocks import settle, virtual
 from support.warm import MODEL
-from tokenizers import Tokenizer, models, pre_tokenizers
 
+from rmcore.bench.serve_model import BLAME, PRAISE, TinySize, liking_praise, tiny_encoder, word_tokenizer
 from rmcore.engine import RewardEngine
 from rmcore.engine.groups import GroupScore, GroupScores
 from rmcore.engine.routing import AlwaysRoute
 from rmcore.integrations.server import ServeSettings, create_app
 from rmcore.integrations.server.assembly import GroupAssembly
 from rmcore.judge.base import JudgeUsage, Pair, Verdict
-from rmcore.model import Preference, RewardModel
+from rmcore.model import RewardModel
 from rmcore.model.backbone import Backbone, BackboneConfig
 
-PRAISE = ["good", "clear", "right", "exact", "helpful", "kind"]
-BLAME = ["bad", "vague", "wrong", "rude", "lazy", "odd"]
+__all__ = ["virtual"]
+
 NEUTRAL = ["red", "blue", "green", "tree", "house", "river", "user", "assistant", "stone", "cloud"]
-
-
-def _tokenizer() -> Any:
-    special = ["[PAD]", "[UNK]", "[EOS]"]
-    vocabulary = {word: k for k, word in enumerate(special + PRAISE + BLAME + NEUTRAL)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
-    )
 
 
 @pytest.fixture(scope="session")
 def reward_model() -> RewardModel:
     """Difference mode on a random encoder that takes 64 tokens: likes praise."""
-    torch.manual_seed(1)
-    config = transformers.BertConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    encoder = transformers.BertModel(config).eval()
-    backbone = Backbone(encoder, _tokenizer(), BackboneConfig(pooling="mean", append_eos=True, max_length=64))
-    rng = random.Random(0)
-    items = [
-        Preference(
-            " ".join(rng.sample(NEUTRAL, 3)),
-            " ".join([*rng.sample(PRAISE, 3), *rng.sample(NEUTRAL, 2)]),
-            " ".join([*rng.sample(BLAME, 3), *rng.sample(NEUTRAL, 2)]),
-        )
-        for _ in range(60)
-    ]
-    model, _ = RewardModel.fit(backbone, items, mode="difference", num_features=64, kernel_scale=3.0)
-    return model
+    size = TinySize(hidden=32, layers=2, heads=2, positions=64, pairs=60, filler=2, features=64)
+    tokenizer = word_tokenizer(PRAISE + BLAME + NEUTRAL)
+    config = BackboneConfig(pooling="mean", append_eos=True, max_length=64)
+    return liking_praise(Backbone(tiny_encoder(1, 32, size), tokenizer, config), 0, size, NEUTRAL)
 
 
 @pytest.fixture(scope="session")

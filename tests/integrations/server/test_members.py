@@ -105,15 +105,16 @@ def test_verls_calls(make_app, talk, echo_engine, manual_clock):
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, seed):
+def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, virtual, seed):
     """Rendezvous, OpenRLHF and whole groups at random; some calls are made twice, some hang up and come back."""
     rng = random.Random(seed)
     engine = new_echo_engine()
-    app = create_app(engine, ServeSettings(group_size=3, time_limit_s=2.0, batch_wait_s=0.0, batch_groups=4))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    settings = ServeSettings(group_size=3, time_limit_s=2.0, batch_wait_s=0.0, batch_groups=4)
     kinds, hung_up = [], Counter()
 
-    async def main():
+    async def main(clock):
+        app = create_app(engine, settings, clock=clock)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
             async def call(path, body):
@@ -152,9 +153,9 @@ def test_any_interleaving_mixes_and_loses_nothing(new_echo_engine, echoed, seed)
                 return kind(f"group {number}>", [f"{rng.randrange(4)} of {number}" for _ in range(size)])
 
             await asyncio.gather(*(group(number) for number in range(rng.randrange(1, 9))))
+        return app.state.service.assembly
 
-    asyncio.run(asyncio.wait_for(main(), 60))
-    assembly = app.state.service.assembly
+    assembly = virtual(main)
     assert assembly.waiting == assembly.open_groups == 0
     assert assembly.stats.partial_groups == assembly.stats.late_members == 0
     # Assembled groups are scored once, however often their members call; but where nothing names a member, and all of a

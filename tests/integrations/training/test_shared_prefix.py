@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -58,7 +60,9 @@ def test_losses_and_gradients_are_those_of_padded_rows(mode, reading, backbone_o
         for name, gradient in gradients.items():
             scale = float(gradient.abs().max())
             apart = float((others[name] - gradient).abs().max())
-            assert apart <= 1e-4 * scale, (name, apart / scale)
+            # β's gradient is a difference of features up to √(2/D), whose arguments are a few roundings apart.
+            rounding = 1e-6 * math.sqrt(2 / trainer.head.config.num_features) if name == "head.beta" else 0.0
+            assert apart <= 1e-4 * scale + rounding, (name, apart / scale)
 
 
 def test_a_run_trains_and_fits_what_it_would_with_padding(backbone_of, config_of, pairs, tmp_path):

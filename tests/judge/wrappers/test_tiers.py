@@ -217,7 +217,7 @@ def test_many_pairs_are_bounded_per_tier_and_every_one_is_answered_in_order():
             self.now -= 1
             return [self.verdict_of(int(pair.prompt)) for pair in pairs]
 
-    n = 20_000
+    n = 5_000
     cheap, strong = Busy(lambda k: FLIP if k % 3 == 0 else WIN), Busy(lambda k: LOSS)
     judge = TieredJudge(
         [Tier(cheap, "cheap", accept=Accept(flips=False), concurrency=100), Tier(strong, "strong", concurrency=7)]
