@@ -188,7 +188,15 @@ def test_what_is_wrong_is_found_before_a_call(tmp_path):
         assert says in result.stderr
     empty = write(tmp_path / "e.jsonl", [{"prompt": "p", "responses": ["a"]}])
     assert (
-        "no pairs" in call("label", empty, "--verdicts", write(tmp_path / "v.jsonl", []), "-o", tmp_path / "o").stderr
+        "no pairs"
+        in call(
+            "label",
+            empty,
+            "--verdicts",
+            write(tmp_path / "v.jsonl", [{"prompt": "p", "first": "a", "second": "b", "verdict": "win"}]),
+            "-o",
+            tmp_path / "o",
+        ).stderr
     )
 
 

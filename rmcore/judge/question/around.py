@@ -16,7 +16,7 @@ from rmcore._base.large import find_all
 
 __all__ = ["is_plain"]
 
-_TAG = re.compile(r"(?<![`'\"(])<\s{0,8}(?:(/)\s{0,8})?([^\W\d][\w:.-]{0,39})(?:\s[^<>]{0,199}?)?(/?)>")
+_TAG = re.compile(r"<(?<![`'\"(]<)\s{0,8}(?:(/)\s{0,8})?([^\W\d][\w:.-]{0,39})(?:\s[^<>]{0,199}?)?(/?)>")
 _REACH = 512
 _STRUCK = frozenset({"s", "del", "strike"})
 _KNOWN = re.compile(  # names that announce an answer, and HTML's for how it looks
