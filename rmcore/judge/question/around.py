@@ -44,6 +44,8 @@ def is_plain(text: str, start: int, stop: int) -> bool:
         return False
     if unknown and any(tag[1] and tag[2].lower() in unknown for tag in find_all(_TAG, text, _REACH, stop)):
         return False
+    if "~" not in text:
+        return True
     begins = 0
     for blank in find_all(_PARAGRAPH, text[:start], _REACH):  # Markdown strikes out within a paragraph
         begins = blank.end()
