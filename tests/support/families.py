@@ -6,247 +6,94 @@ own code and cards. A body is transformers' own, so that a state is what the aut
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import save_file
-from support.models import TOKENIZERS, _byte_level, _wrap
+from support.tiny_families import (
+    HIDDEN,
+    Layout,
+    Score,
+    Tensors,
+    Tiny,
+    add,
+    drop,
+    gemma_tokenizer,
+    linear,
+    llama3_tokenizer,
+    made,
+    plain_tokenizer,
+    prompt_end,
+    rename,
+    set_config,
+    small_body,
+    tokens,
+)
 from torch import Tensor
 from torch.nn import functional
 
 __all__ = ["HIDDEN", "LAYOUTS", "Layout", "Tiny", "llama3_tokenizer", "small_body"]
-
-HIDDEN = 16
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-)
-
-
-def llama3_tokenizer() -> Any:
-    specials = ["<|pad|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|reward|>"]
-    made = _wrap(_byte_level(specials), pad_token="<|pad|>", bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
-    made.chat_template = LLAMA3
-    return made
-
-
-def gemma_tokenizer() -> Any:
-    specials = ["<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
-    made = _wrap(_byte_level(specials), pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-    made.chat_template = GEMMA
-    return made
-
-
-def plain_tokenizer() -> Any:
-    return TOKENIZERS["llama"]()
-
-
-Tensors = dict[str, Tensor]
-Score = Callable[[Tensors, Tensor, list[int], Any], Tensor]
-"""(all tensors of the files, states (T, h) of one text, its ids, the tokenizer) → its score."""
-
-
-def _linear(tensors: Tensors, name: str, x: Tensor) -> Tensor:
-    return functional.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
-
-
-def _made(seed: int, **shapes: tuple[int, ...]) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name.replace("__", "."): torch.randn(shape, generator=generator) / max(shape[-1], 1) ** 0.5
-        for name, shape in shapes.items()
-    }
-
-
-def _prompt_end(ids: list[int], pattern: list[int]) -> int:
-    return max(k for k in range(len(ids)) if ids[k : k + len(pattern)] == pattern)
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@dataclass
-class Tiny:
-    """One model's parts before they are written."""
-
-    tensors: Tensors
-    config: dict[str, Any]
-    tokenizer: Any
-    body: Any
-    files: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> Path:
-        """As its authors publish it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
-        save_file({k: v.contiguous() for k, v in self.tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-        for name, value in self.files.items():
-            torch.save(value, folder / name) if name.endswith(".pt") else save_file(value, folder / name)
-        (folder / "config.json").write_text(json.dumps(self.config))
-        return folder
-
-    @property
-    def everything(self) -> Tensors:
-        """All tensors by name, those of further files after their file's name."""
-        found = dict(self.tensors)
-        for name, value in self.files.items():
-            prefix = name.removesuffix("pt") if name.endswith(".pt") else ""
-            found |= {prefix + key: tensor for key, tensor in value.items()}
-        return found
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A family's layout.
-
-    Attributes:
-        family: its name in the registry.
-        architecture: of ``config.json``.
-        head: its tensors.
-        score: the reference.
-        config: further keys.
-        body: ``llama``, ``mistral``, ``qwen2`` or ``gemma2``.
-        prefix: of the body's tensors.
-        fault: what is planted: a function that spoils the parts.
-        told: what the error then names.
-        end: what a text ends with in the authors' code, given its ids and the tokenizer.
-        tokenizer: makes it.
-        text: a text without chat template, from prompt and response.
-        finish: last changes to the parts.
-        width: the body's width; states of it enter the head.
-    """
-
-    family: str
-    architecture: str
-    head: Tensors
-    score: Score
-    fault: Callable[[Tiny], object]
-    told: str
-    config: dict[str, Any] = field(default_factory=dict)
-    body: str = "llama"
-    prefix: str = "model."
-    end: Callable[[list[int], Any], list[int]] = lambda ids, _: ids
-    tokenizer: Callable[[], Any] = llama3_tokenizer
-    text: str = ""
-    finish: Callable[[Tiny], object] = lambda tiny: None
-    name: str = "model"
-
-    def make(self) -> Tiny:
-        """The parts, always the same."""
-        tokenizer = self.tokenizer()
-        body = small_body(self.body, tokenizer)
-        tensors = {self.prefix + key: value.clone() for key, value in body.state_dict().items()}
-        config = {**body.config.to_dict(), "architectures": [self.architecture], **self.config}
-        tiny = Tiny(tensors | self.head, config, tokenizer, body)
-        self.finish(tiny)
-        return tiny
-
-    def ids(self, tiny: Tiny, prompt: str, response: str) -> list[int]:
-        """What the authors' code feeds its body."""
-        if self.text:
-            ids = tiny.tokenizer(self.text.format(prompt=prompt, response=response))["input_ids"]
-        else:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            ids = tiny.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        return self.end(list(ids), tiny.tokenizer)
-
-    @torch.no_grad()
-    def reference(self, tiny: Tiny, prompt: str, response: str) -> float:
-        """Its score by the published description, alone and without padding."""
-        ids = self.ids(tiny, prompt, response)
-        states = tiny.body(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        return float(self.score(tiny.everything, states, ids, tiny.tokenizer))
-
-
-def small_body(kind: str, tokenizer: Any) -> Any:
-    t = transformers
-    common = {"vocab_size": len(tokenizer), "hidden_size": HIDDEN, "num_hidden_layers": 2, "intermediate_size": 24}
-    common |= {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id}
-    decoder = common | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-    torch.manual_seed(0)
-    if kind == "mistral":
-        model = t.MistralModel(t.MistralConfig(**decoder, sliding_window=None))
-    elif kind == "qwen2":
-        model = t.Qwen2Model(t.Qwen2Config(**decoder))
-    elif kind == "gemma2":
-        model = t.Gemma2Model(t.Gemma2Config(**decoder, head_dim=4))
-    else:
-        model = t.LlamaModel(t.LlamaConfig(**decoder))
-    for parameter in model.parameters():  # states as far apart as a trained model's
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 # -- references ------------------------------------------------------------------------------------------------------
 
 
 def _last_linear(name: str) -> Score:
-    return lambda tensors, states, ids, tokenizer: _linear(tensors, name, states[-1])[0]
+    return lambda tensors, states, ids, tokenizer: linear(tensors, name, states[-1])[0]
 
 
 def _mlp(first: str, second: str, activation: Callable[[Tensor], Tensor] = functional.relu) -> Score:
-    return lambda tensors, states, ids, tokenizer: _linear(
-        tensors, second, activation(_linear(tensors, first, states[-1]))
+    return lambda tensors, states, ids, tokenizer: linear(
+        tensors, second, activation(linear(tensors, first, states[-1]))
     )[0]
 
 
 def _openrlhf(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    return (_linear(tensors, "value_head", states[-1])[0] - 0.75) / 2.5
+    return (linear(tensors, "value_head", states[-1])[0] - 0.75) / 2.5
 
 
 def _two(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    return _linear(tensors, "score", states[-1]).mean()
+    return linear(tensors, "score", states[-1]).mean()
 
 
 def _llama_gate(tokenizer: Any, states: Tensor, ids: list[int]) -> Tensor:
-    mark = _tokens(tokenizer, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
-    return states[_prompt_end(ids, mark)]
+    mark = tokens(tokenizer, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    return states[prompt_end(ids, mark)]
 
 
 def _armorm(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    rewards = _linear(tensors, "regression_layer", states[-1]) @ tensors["reward_transform_matrix"]
+    rewards = linear(tensors, "regression_layer", states[-1]) @ tensors["reward_transform_matrix"]
     x = _llama_gate(tokenizer, states, ids)
     for k in (0, 2):
-        x = functional.relu(_linear(tensors, f"gating.layers.{k}", x))
-    gate = (_linear(tensors, "gating.layers.4", x) / 5.0).softmax(-1) * tensors["gating.logit_scale"]
+        x = functional.relu(linear(tensors, f"gating.layers.{k}", x))
+    gate = (linear(tensors, "gating.layers.4", x) / 5.0).softmax(-1) * tensors["gating.logit_scale"]
     return (gate * rewards).sum()
 
 
 def _qrm(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    quantiles = _linear(tensors, "regression_layer", states[-1]).view(4, 3)
+    quantiles = linear(tensors, "regression_layer", states[-1]).view(4, 3)
     rewards = quantiles.mean(1) @ tensors["reward_transform_matrix"]
-    mark = _tokens(tokenizer, "<end_of_turn>\n<start_of_turn>model\n")
-    x = states[_prompt_end(ids, mark)]
+    mark = tokens(tokenizer, "<end_of_turn>\n<start_of_turn>model\n")
+    x = states[prompt_end(ids, mark)]
     for k in (0, 3):
-        x = functional.relu(_linear(tensors, f"gating.layers.{k}", x))
+        x = functional.relu(linear(tensors, f"gating.layers.{k}", x))
         norm = {part: tensors[f"gating.layers.{k + 2}.{part}"] for part in ("weight", "bias", "running_mean")}
         spread = (tensors[f"gating.layers.{k + 2}.running_var"] + 1e-5).sqrt()
         x = (x - norm["running_mean"]) / spread * norm["weight"] + norm["bias"]
-    gate = (_linear(tensors, "gating.layers.6", x) / 10).softmax(-1) * tensors["gating.logit_scale"]
+    gate = (linear(tensors, "gating.layers.6", x) / 10).softmax(-1) * tensors["gating.logit_scale"]
     return (gate * rewards).sum()
 
 
 def _urm_gated(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    means = _linear(tensors, "score", states[-1]).view(5, 2)[:, 0]
-    x = functional.selu(_linear(tensors, "weights.fc.0", states[-1]))
-    x = functional.selu(_linear(tensors, "weights.fc.2", x))
-    return (means * _linear(tensors, "weights.fc.4", x)).sum()
+    means = linear(tensors, "score", states[-1]).view(5, 2)[:, 0]
+    x = functional.selu(linear(tensors, "weights.fc.0", states[-1]))
+    x = functional.selu(linear(tensors, "weights.fc.2", x))
+    return (means * linear(tensors, "weights.fc.4", x)).sum()
 
 
 def _urm(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    means = _linear(tensors, "score", states[-1]).view(5, 2)[:, 0]
+    means = linear(tensors, "score", states[-1]).view(5, 2)[:, 0]
     return (means * torch.tensor([0.3, 0.74, 0.46, 0.47, -0.33])).sum()
 
 
@@ -254,8 +101,8 @@ def _ldl(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Te
     def through(layer: str, places: tuple[int, int, int]) -> Tensor:
         x = states[-1]
         for place in places[:-1]:
-            x = functional.leaky_relu(_linear(tensors, f"{layer}.network.{place}", x))
-        return _linear(tensors, f"{layer}.network.{places[-1]}", x)
+            x = functional.leaky_relu(linear(tensors, f"{layer}.network.{place}", x))
+        return linear(tensors, f"{layer}.network.{places[-1]}", x)
 
     bins = through("regression_layer", (0, 2, 4)).view(-1, 10).softmax(-1)
     weights = (through("gating_layer", (0, 3, 6)) / 2.0).softmax(-1)
@@ -263,12 +110,12 @@ def _ldl(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Te
 
 
 def _beaver(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    score = _linear(tensors, "score_head", states[-1])[0]
+    score = linear(tensors, "score_head", states[-1])[0]
     return (score - tensors["normalizer.mean"][0]) / (tensors["normalizer.var"][0].sqrt() + 1e-8)
 
 
 def _beaver_cost(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
-    return -_linear(tensors, "score_head", states[-1])[0]
+    return -linear(tensors, "score_head", states[-1])[0]
 
 
 def _first_logit(tensors: Tensors, states: Tensor, ids: list[int], tokenizer: Any) -> Tensor:
@@ -323,31 +170,8 @@ def _pt_files(tiny: Tiny) -> None:
         tiny.files[f"{layer}.pt"] = {name.removeprefix(f"{layer}."): tiny.tensors.pop(name) for name in names}
 
 
-def _drop(*names: str) -> Callable[[Tiny], object]:
-    def spoil(tiny: Tiny) -> None:
-        for name in names:
-            del tiny.tensors[name]
-
-    return spoil
-
-
-def _add(name: str, *shape: int) -> Callable[[Tiny], object]:
-    return lambda tiny: tiny.tensors.__setitem__(name, torch.zeros(shape))
-
-
-def _set(**values: Any) -> Callable[[Tiny], object]:
-    return lambda tiny: tiny.config.update(values)
-
-
-def _rename(old: str, new: str) -> Callable[[Tiny], object]:
-    def spoil(tiny: Tiny) -> None:
-        tiny.tensors = {name.replace(old, new): tensor for name, tensor in tiny.tensors.items()}
-
-    return spoil
-
-
 _NORM = {f"gating__layers__{k}__{part}": (8,) for k in (2, 5) for part in ("weight", "bias", "running_mean")}
-_QRM = _made(
+_QRM = made(
     7,
     regression_layer__weight=(12, HIDDEN),
     reward_transform_matrix=(4, 4),
@@ -361,7 +185,7 @@ _QRM = _made(
     **{f"gating.layers.{k}.running_var": torch.linspace(0.5, 2, 8) for k in (2, 5)},
     **{f"gating.layers.{k}.num_batches_tracked": torch.tensor(9) for k in (2, 5)},
 }
-_ARMORM = _made(
+_ARMORM = made(
     8,
     regression_layer__weight=(19, HIDDEN),
     reward_transform_matrix=(19, 19),
@@ -372,7 +196,7 @@ _ARMORM = _made(
     gating__layers__4__weight=(19, 8),
     gating__layers__4__bias=(19,),
 ) | {"gating.logit_scale": torch.tensor([1.25])}
-_SCORE_MLP = _made(
+_SCORE_MLP = made(
     4, score__0__weight=(HIDDEN, HIDDEN), score__0__bias=(HIDDEN,), score__2__weight=(1, HIDDEN), score__2__bias=(1,)
 )
 _NORMALIZER = {
@@ -391,27 +215,27 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "classifier",
             "LlamaForSequenceClassification",
-            _made(1, score__weight=(1, HIDDEN)),
+            made(1, score__weight=(1, HIDDEN)),
             _last_linear("score"),
-            _drop("score.weight"),
+            drop("score.weight"),
             r"score\.weight",
             config=_LABELS,
         ),
         Layout(
             "trl-two-labels",
             "Qwen2ForSequenceClassification",
-            _made(2, score__weight=(2, HIDDEN)),
+            made(2, score__weight=(2, HIDDEN)),
             _two,
-            _set(id2label={"0": "angry", "1": "glad"}),
+            set_config(id2label={"0": "angry", "1": "glad"}),
             "angry, glad",
             body="qwen2",
         ),
         Layout(
             "openrlhf",
             "RewardModel",
-            _made(3, value_head__weight=(1, HIDDEN)),
+            made(3, value_head__weight=(1, HIDDEN)),
             _openrlhf,
-            _rename("value_head", "score"),
+            rename("value_head", "score"),
             r"value_head\.weight",
             config={"value_head_prefix": "value_head", "normalize_reward": True, "mean": 0.75, "std": 2.5},
             text="{prompt}\n\n{response}",
@@ -423,7 +247,7 @@ LAYOUTS: dict[str, Layout] = {
             "INFORMForSequenceClassification",
             _SCORE_MLP,
             _mlp("score.0", "score.2"),
-            _drop("score.2.bias"),
+            drop("score.2.bias"),
             r"score\.2\.bias",
             config=_LABELS,
         ),
@@ -432,23 +256,23 @@ LAYOUTS: dict[str, Layout] = {
             "Qwen2ForRewardModel",
             _SCORE_MLP,
             _mlp("score.0", "score.2"),
-            _add("score.4.weight", 1, 1),
+            add("score.4.weight", 1, 1),
             r"score\.4\.weight",
             body="qwen2",
         ),
         Layout(
             "grm",
             "LlamaForCausalLM",
-            _made(5, v_head__summary__weight=(1, HIDDEN), v_head__summary__bias=(1,)),
+            made(5, v_head__summary__weight=(1, HIDDEN), v_head__summary__bias=(1,)),
             _last_linear("v_head.summary"),
-            _drop("v_head.summary.bias"),
+            drop("v_head.summary.bias"),
             r"v_head\.summary\.bias",
             config={"vhead_layer_type": "linear", "vhead_num_neurons": 1024, "vhead_num_layers": 1},
         ),
         Layout(
             "grm-mlp",
             "GRewardModel",
-            _made(
+            made(
                 6,
                 v_head__summary__0__weight=(12, HIDDEN),
                 v_head__summary__0__bias=(12,),
@@ -456,14 +280,14 @@ LAYOUTS: dict[str, Layout] = {
                 v_head__summary__2__bias=(1,),
             ),
             _mlp("v_head.summary.0", "v_head.summary.2"),
-            _set(vhead_num_neurons=1024),
+            set_config(vhead_num_neurons=1024),
             r"v_head\.summary\.0\.weight: got shape \(12, 16\)",
             config={"vhead_layer_type": "mlp", "vhead_num_neurons": 12, "vhead_num_layers": 1},
         ),
         Layout(
             "llama-factory",
             "LlamaForCausalLM",
-            _made(9, v_head__summary__weight=(1, HIDDEN), v_head__summary__bias=(1,)),
+            made(9, v_head__summary__weight=(1, HIDDEN), v_head__summary__bias=(1,)),
             _last_linear("v_head.summary"),
             lambda tiny: tiny.files.clear(),
             "no family",
@@ -474,7 +298,7 @@ LAYOUTS: dict[str, Layout] = {
             "LlamaForRewardModelWithGating",
             _ARMORM,
             _armorm,
-            _add("reward_transform_matrix", 18, 18),
+            add("reward_transform_matrix", 18, 18),
             r"reward_transform_matrix: got shape \(18, 18\)",
             config=_GATING,
         ),
@@ -483,7 +307,7 @@ LAYOUTS: dict[str, Layout] = {
             "Gemma2ForRewardModelWithGating",
             _QRM,
             _qrm,
-            _drop("gating.layers.5.running_mean"),
+            drop("gating.layers.5.running_mean"),
             r"gating\.layers\.5\.running_mean",
             config={"num_objectives": 4, "num_quantiles": 3, "gating_hidden_dim": 8, "gating_n_hidden": 2},
             body="gemma2",
@@ -492,7 +316,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "urm-gated",
             "LlamaForSequenceClassificationWithNormal_Weights",
-            _made(
+            made(
                 10,
                 score__weight=(10, HIDDEN),
                 weights__fc__0__weight=(HIDDEN, HIDDEN),
@@ -503,21 +327,21 @@ LAYOUTS: dict[str, Layout] = {
                 weights__fc__4__bias=(5,),
             ),
             _urm_gated,
-            _add("weights.fc.6.weight", 5, 5),
+            add("weights.fc.6.weight", 5, 5),
             r"weights\.fc\.6\.weight",
         ),
         Layout(
             "urm",
             "LlamaForSequenceClassificationWithNormal",
-            _made(11, score__weight=(10, HIDDEN)),
+            made(11, score__weight=(10, HIDDEN)),
             _urm,
-            _add("score.weight", 8, HIDDEN),
+            add("score.weight", 8, HIDDEN),
             r"score\.weight: got shape \(8, 16\)",
         ),
         Layout(
             "ldl",
             "LDLRewardModel27B",
-            _made(
+            made(
                 12,
                 **{
                     f"{layer}__network__{k}__{part}": shape
@@ -538,9 +362,9 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "ultrarm",
             "LlamaRewardModel",
-            _made(13, regression_head__weight=(1, HIDDEN)),
+            made(13, regression_head__weight=(1, HIDDEN)),
             _last_linear("regression_head"),
-            _rename("model.", "base."),
+            rename("model.", "base."),
             r"embed_tokens\.weight",
             text="Human: {prompt}\n\nAssistant: {response}",
             tokenizer=plain_tokenizer,
@@ -548,9 +372,9 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "eurus",
             "EurusRewardModel",
-            _made(14, regression_head__weight=(1, HIDDEN)),
+            made(14, regression_head__weight=(1, HIDDEN)),
             _last_linear("regression_head"),
-            _set(reward_pooling="mean"),
+            set_config(reward_pooling="mean"),
             "reward_pooling",
             body="mistral",
             text="[INST] {prompt} [\\INST] {response}",
@@ -559,7 +383,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "internlm2",
             "InternLM2ForRewardModel",
-            _made(15, v_head__weight=(1, HIDDEN)),
+            made(15, v_head__weight=(1, HIDDEN)),
             _last_linear("v_head"),
             lambda tiny: tiny.config.pop("reward_token_id"),
             "reward_token_id",
@@ -569,9 +393,9 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "starling",
             "LlamaForSequenceClassification",
-            _made(16, v_head__weight=(1, HIDDEN)),
+            made(16, v_head__weight=(1, HIDDEN)),
             _last_linear("v_head"),
-            _rename("v_head", "value"),
+            rename("v_head", "value"),
             r"score\.weight",
             config=_LABELS,
             prefix="transformer.",
@@ -579,9 +403,9 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "beaver",
             "LlamaForScore",
-            _made(17, score_head__weight=(1, HIDDEN), score_head__bias=(1,)) | _NORMALIZER,
+            made(17, score_head__weight=(1, HIDDEN), score_head__bias=(1,)) | _NORMALIZER,
             _beaver,
-            _set(score_scale=2.0),
+            set_config(score_scale=2.0),
             "score_scale",
             config=_BEAVER | {"score_type": "reward", "do_normalize": True, "mean": [9.0], "var": [9.0]},
             text=_BEAVER_TEXT,
@@ -591,9 +415,9 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "beaver-cost",
             "LlamaForScore",
-            _made(18, score_head__weight=(1, HIDDEN), score_head__bias=(1,)) | _NORMALIZER,
+            made(18, score_head__weight=(1, HIDDEN), score_head__bias=(1,)) | _NORMALIZER,
             _beaver_cost,
-            _drop("score_head.weight"),
+            drop("score_head.weight"),
             r"score_head\.weight",
             config=_BEAVER | {"score_type": "cost", "do_normalize": False},
             text=_BEAVER_TEXT,
@@ -605,9 +429,9 @@ LAYOUTS: dict[str, Layout] = {
             "LlamaForCausalLM",
             {},
             _first_logit,
-            _drop("lm_head.weight"),
+            drop("lm_head.weight"),
             r"lm_head\.weight",
-            finish=lambda tiny: tiny.tensors.update(_made(19, lm_head__weight=(tiny.config["vocab_size"], HIDDEN))),
+            finish=lambda tiny: tiny.tensors.update(made(19, lm_head__weight=(tiny.config["vocab_size"], HIDDEN))),
             name="Llama-3.3-Nemotron-70B-Reward",
         ),
     )
