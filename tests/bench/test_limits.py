@@ -32,7 +32,7 @@ def test_rates_are_those_of_the_instruction_set_in_force(monkeypatch: pytest.Mon
     monkeypatch.setattr(harness, "_least_s", lambda *calls: (calls[0](), 1e-3)[1])
     kinds = ("float32", "bfloat16", "float16", "int8")
     try:
-        for isa, times_float32 in (("scalar", 2.0), ("avx2", 2.0), ("avx512_bf16", 4.0)):
+        for isa, times_float32 in (("scalar", 2.0), ("avx2", 4.0), ("avx512_bf16", 4.0)):
             if isa not in ("scalar", _cpu.best_isa()) and not (isa == "avx2" and "avx" in _cpu.best_isa()):
                 continue
             _cpu.set_isa(isa)
