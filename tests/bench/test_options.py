@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-import rmcore
+from rmcore import bench
 from rmcore._base.arguments import Number, real, whole
 
-ROOT = Path(rmcore.__file__).parent
 MODULES = [
     f"rmcore.bench.{path.stem}"
-    for path in sorted((ROOT / "bench").glob("*.py"))
+    for path in sorted(Path(str(bench.__file__)).parent.glob("*.py"))
     if "ArgumentParser(" in path.read_text()
 ]
 MODULES += ["rmcore.judge.testing.__main__"]
