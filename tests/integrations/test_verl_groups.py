@@ -14,7 +14,7 @@ from support.verl_samples import GROUPS, config, exact, run_all, sample
 
 from rmcore._base.errors import InputError
 from rmcore.engine import RewardEngine
-from rmcore.integrations.client import ConflictError, ServerError
+from rmcore.integrations.client import ConflictError, LateError, ServerError
 from rmcore.integrations.ray.groups import ActorGroups, GroupHost
 from rmcore.integrations.server.settings import ServeSettings
 from rmcore.integrations.verl import PairwiseRewardManager, compute_score, function, source
@@ -41,11 +41,11 @@ class Handle:
         self.join = SimpleNamespace(remote=self._join)
         self.metrics = SimpleNamespace(remote=host.metrics)
 
-    async def _join(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _join(self, body: dict[str, Any], again: bool = False) -> dict[str, Any]:
         if self.deaths:
             self.deaths -= 1
             raise sys.modules["ray.exceptions"].RayActorError("gone")
-        return await self.host.join(body)
+        return await self.host.join(body, again)
 
 
 @pytest.fixture
@@ -124,6 +124,16 @@ def test_an_actor_that_died_is_found_anew_and_its_callers_come_again(engine, ray
     mortal = ActorGroups(lambda: Handle(host, deaths=9))
     with pytest.raises(ServerError, match="died 3 times"):
         asyncio.run(mortal.rendezvous("h", 0, 1, "red", "a"))
+
+
+def test_only_who_comes_again_after_an_actors_death_needs_the_whole_group(engine, ray_exceptions):
+    """An actor that is new is no server that began anew: those whose calls another one had say so."""
+    host = GroupHost(lambda: engine, ServeSettings(time_limit_s=0.2))
+    part = asyncio.run(ActorGroups(lambda: Handle(host)).rendezvous("g", 0, 3, "red", "a"))
+    assert (part.slot, part.complete) == (0, False)
+    handles = [Handle(host, deaths=1), Handle(host)]
+    with pytest.raises(LateError, match="got 1 of 3"):
+        asyncio.run(ActorGroups(lambda: handles.pop(0)).rendezvous("h", 0, 3, "red", "a"))
 
 
 @pytest.fixture

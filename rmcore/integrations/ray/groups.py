@@ -49,13 +49,22 @@ class GroupHost:
         from rmcore.integrations.server.service import RewardService
 
         self.service = RewardService(make(), settings)
+        self.service.assembly.doubts.first_s = 0.0  # calls that an actor before this one had say so
 
-    async def join(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """One member, as the body of ``POST /v1/rendezvous`` has it; its reply when the group is scored."""
+    async def join(self, body: Mapping[str, Any], again: bool = False) -> dict[str, Any]:
+        """One member, as the body of ``POST /v1/rendezvous`` has it; its reply when the group is scored.
+
+        ``again``: an actor before this one had the call, and may have answered siblings of its member.
+        """
+        from rmcore.integrations.server.members import RESENT
         from rmcore.integrations.server.schema import MemberRequest, member_reply
 
         request = MemberRequest(**body)
-        return await member_reply(request, await self.service.join(request))
+        token = RESENT.set(again)
+        try:
+            return await member_reply(request, await self.service.join(request))
+        finally:
+            RESENT.reset(token)
 
     async def metrics(self) -> str:
         """What ``GET /metrics`` of a server says."""
@@ -97,7 +106,7 @@ class ActorGroups:
         body = {"prompt": canonical_prompt(prompt), "response": canonical_response(response), "k": k, **named}
         for left in reversed(range(_RESTARTS)):
             try:
-                return member_part(await self._actor.join.remote(body))
+                return member_part(await self._actor.join.remote(body, left < _RESTARTS - 1))
             except Exception as error:
                 known = sys.modules.get("ray.exceptions")
                 if known is None or not isinstance(error, known.RayActorError):
