@@ -17,7 +17,7 @@
 // sum is at most 2 · 128² = 2¹⁵ in int32, and k ≤ 65,536 of them (binding.cpp holds k to that) at most 2³⁰; with
 // activations 128 too high, 65,536 · 255 · 128 < 2³¹. So sums are exact, in any order: every instruction set finds the
 // same whole numbers. vpmaddubsw takes three instructions for 32 multiply-adds where vpmaddwd takes four, and its
-// weights need no conversion; few rows read too little of a weight for that to count.
+// weights need no conversion. Few rows stay with vpmaddwd: what saturates is added for 16 rows at once or more.
 #pragma once
 
 #include <cstddef>

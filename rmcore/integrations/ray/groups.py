@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from rmcore._base.prompt import Prompt, Response, canonical_prompt, canonical_response
@@ -48,8 +49,8 @@ class GroupHost:
     def __init__(self, make: Callable[[], RewardEngine], settings: ServeSettings) -> None:
         from rmcore.integrations.server.service import RewardService
 
-        self.service = RewardService(make(), settings)
-        self.service.assembly.doubts.first_s = 0.0  # calls that an actor before this one had say so
+        # Of whom an actor before this one may have answered siblings, the calls say so.
+        self.service = RewardService(make(), replace(settings, first_start=True))
 
     async def join(self, body: Mapping[str, Any], again: bool = False) -> dict[str, Any]:
         """One member, as the body of ``POST /v1/rendezvous`` has it; its reply when the group is scored.

@@ -146,8 +146,9 @@ async def _verify(service: RewardService, body: VerifyRequest, request: Request)
         result = await service.assembly.join_by_content(prompt, response, size, kin=body.task_index, **about)
         follow(request.scope, result)
     group, notes = result.group, result.notes
-    make = lambda: (_rewards(service, group, notes), _metrics(group))  # noqa: E731
-    rewards, metrics = await result.worked_out.get("gym", make, group.size)
+    rewards, metrics = await result.worked_out.get(
+        "gym", lambda: (_rewards(service, group, notes), _metrics(group)), group.size
+    )
     reward = rewards[result.index]
     told: dict[str, Any] = {"reward": reward, "mask_sample": False, "genrm": metrics}
     if body.group_id is not None:

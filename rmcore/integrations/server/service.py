@@ -200,8 +200,9 @@ class RewardService:
             if len(result.slots) == 1:
                 return [math.nan], [math.nan], [None], {}
             group, i = result.group, result.index
-            make = lambda: (*self._rewards_of(group), group_figures(group))  # noqa: E731
-            own, win, figures = await result.worked_out.get("rewards", make, group.size)
+            own, win, figures = await result.worked_out.get(
+                "rewards", lambda: (*self._rewards_of(group), group_figures(group)), group.size
+            )
             return [own[i]], [win[i]], [group.head_version], figures
         groups = grouped(body.prompts, size)
         for places in groups:

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.types import Message, Scope
@@ -92,9 +92,9 @@ class Assembler:
         clock: Clock | None = None,
     ) -> None:
         self.engine = make()
+        settings = replace(settings, first_start=True)  # entries know whether there was an assembler before
         self.app = create_app(self.engine, settings, model=model)  # type: ignore[arg-type]
         self.service = self.app.state.service
-        self.service.assembly.doubts.first_s = 0.0  # entries know whether there was one before
         self.presence = presence or Presence()
         self.life = uuid.uuid4().hex
         self.copies = Copies(name, assemblers, clock) if assemblers and len(assemblers) > 1 else None
