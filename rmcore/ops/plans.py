@@ -26,7 +26,7 @@ _CACHE = "plans"
 _LIMIT = 256
 """Plans of a head; at the next one all are forgotten, and made again as they are needed."""
 
-_DEVICES = {"cuda"}
+_DEVICES = {"cuda", "cpu"}
 
 
 class _Plans(dict[tuple[object, ...], Launch]):
@@ -79,7 +79,7 @@ def _never(hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
 
 def keep(weights: HeadWeights, key: tuple[object, ...], hidden: Tensor, module: Any) -> None:
     """Ask the backend that has just served such a call for a plan; backends without any have no ``plan``."""
-    if stream_of(hidden.device.index or 0) is None:
+    if hidden.device.type == "cuda" and stream_of(hidden.device.index or 0) is None:
         return
     launch: Launch = (module.plan(hidden, weights) if hasattr(module, "plan") else None) or _never
     plans: Any = weights.cache.setdefault(_CACHE, _Plans())

@@ -191,7 +191,7 @@ class Short:
         self.data_ptr, self.numel = self.memory.data_ptr, lambda: nbytes
 
 weights = scores.make_head(65, 63, torch.float32)
-cpu._large = Short
+cpu.large = Short
 scores.run(scores.draw(7, 65), weights)
 """
 

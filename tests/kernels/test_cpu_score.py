@@ -20,7 +20,7 @@ import torch
 from rmcore import ops
 from rmcore.head import SNGPHead
 from rmcore.ops import reference
-from rmcore.ops.backends import cpu
+from rmcore.ops.backends import cpu, cpu_packing
 from rmcore.ops.weights import FeatureMap, HeadWeights
 
 _cpu = pytest.importorskip("rmcore._cpu")
@@ -256,14 +256,14 @@ def test_threads_that_meet_at_a_new_head_pack_it_once(monkeypatch, dtype):
     # A second packing would free the first under a kernel that still reads it.
     packed = []
     for name in ("_pack_map", "_pack_head"):
-        pack = getattr(cpu, name)
+        pack = getattr(cpu_packing, name)
 
         def slow(weights, pack=pack, name=name):
             packed.append(name)
             time.sleep(0.05)
             return pack(weights)
 
-        monkeypatch.setattr(cpu, name, slow)
+        monkeypatch.setattr(cpu_packing, name, slow)
     head = SNGPHead(40, num_features=130, length_scale=8.0)
     weights = HeadWeights.build(head.freeze_features(dtype), torch.ones(130), 0.0, torch.eye(130).double(), 0.4)
     hidden, barrier = draw(5, 40), threading.Barrier(4)
@@ -315,15 +315,15 @@ def test_the_environment_lowers_the_instruction_set(wanted):
 def test_bad_arguments_raise_instead_of_crashing():
     with pytest.raises(ValueError, match="isa"):
         _cpu.set_isa("sse9")
-    head = cpu._head(make_head(33, 65, torch.float16))
+    head = cpu_packing.packed_head(make_head(33, 65, torch.float16))
     with pytest.raises(ValueError, match="dtype"):
         _cpu.score(head, 0, "int8", 0, 1, 1, 0, 1, 0, 0)
     with pytest.raises(ValueError, match="null pointer"):
         _cpu.score(head, 0, "float32", 1, 33, 1, 0, 1, 0, 0)
-    x, out, small = draw(1, 33), torch.empty(4, 1), torch.empty(512, dtype=torch.uint8)
-    address = -(-small.data_ptr() // 64) * 64
-    with pytest.raises(ValueError, match="workspace"):
-        _cpu.score(head, x.data_ptr(), "float32", 1, 33, 1, out.data_ptr(), 1, address, 64)
+    x, out, memory = draw(1, 33), torch.empty(4, 1), torch.empty(1 << 18, dtype=torch.uint8)
+    address = -(-memory.data_ptr() // 64) * 64
+    with pytest.raises(ValueError, match="workspace: expected 64-byte alignment"):
+        _cpu.score(head, x.data_ptr(), "float32", 1, 33, 1, out.data_ptr(), 1, address + 4, 1 << 17)
 
 
 def test_says_why_it_cannot_run():

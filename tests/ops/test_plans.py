@@ -150,9 +150,3 @@ def test_a_copy_of_a_head_starts_without_plans(native):
     assert copy.deepcopy(kept) == {plans._CACHE: {}}
     assert pickle.loads(pickle.dumps(kept)) == {plans._CACHE: {}}
     assert plans._CACHE not in weights.clone().cache
-
-
-def test_calls_on_a_cpu_have_no_plans():
-    weights = head()
-    ops.score(rows(3), weights)
-    assert plans._CACHE not in weights.cache

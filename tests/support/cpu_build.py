@@ -33,7 +33,8 @@ def _exactly(nbytes: int, alignment: int = 64) -> torch.Tensor:
 
 _take_place(os.environ["RMCORE_CPU_BUILD"])
 
-from rmcore.ops.backends import cpu  # noqa: E402  (imports the module that has just taken its place)
+from rmcore.ops.backends import cpu, cpu_packing  # noqa: E402  (import the module that has just taken its place)
 
-assert cpu._cpu is sys.modules["rmcore._cpu"]
-cpu._aligned = _exactly
+assert cpu._cpu is cpu_packing._cpu is sys.modules["rmcore._cpu"]
+cpu.aligned = cpu_packing.aligned = _exactly
+cpu._KEPT_BYTES = 0  # of a workspace that an earlier call made larger, a byte too many would be within
