@@ -73,7 +73,7 @@ def setup_for(arguments: argparse.Namespace) -> Setup:
         rounds=arguments.rounds,
         data=find_data(arguments.data),
         note=(lambda text: console.print(f"[dim]{text}[/]")) if shown else (lambda _: None),
-        bandwidth=(lambda: 0.0) if reads is None else reads.again,
+        reads=reads,
     )
 
 
@@ -101,7 +101,7 @@ def run(setup: Setup, suites: list[str], out: Path, console: Console) -> tuple[R
                 for row in SUITES[name](setup):
                     results.add(row)
                     console.print(_line(row), highlight=False, soft_wrap=True, markup=False)
-                    bandwidth = max(bandwidth, setup.bandwidth())
+                    bandwidth = max(bandwidth, setup.reads.again() if setup.reads else 0.0)
             results.raise_bandwidth(bandwidth)
     except KeyboardInterrupt:
         return results, False
@@ -152,6 +152,8 @@ def _line(row: Row) -> str:
         what = f"{row['h']}×{row['d']}" if row.get("d") else f"{row.get('h', '')}"
         what += f" B={row['rows']}" if "rows" in row else ""
         figure = f"{_cell(row)} [build s / first call s / MB]" if row["suite"] == "memory" else f"{_cell(row)} [ms]"
+        if row.get("memory_s", 0.0) > row.get("arithmetic_s", 0.0) and "of_read" in row:
+            figure += f", {100 * row['of_read']:.0f}% of what was read in turn with it"
     return f"{row['suite']} {what} {row['variant']} {row.get('dtype', '')}: {figure}"
 
 

@@ -6,7 +6,7 @@ the rotation is captured in one CUDA graph and replayed; variants that cannot be
 
 On a shared machine memory is now slow and now fast. Its limit is the most that was seen in a run, asked again after
 every row (:class:`ReadRate`), and rows are held against that in the end: asked once, at the start, rows measured later
-passed it.
+passed it. What is to be compared takes turns, call by call (:func:`time_in_turns`), reading memory among it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "rotations",
     "synchronize",
     "time_calls",
+    "time_in_turns",
 ]
 
 Call = Callable[[], object]
@@ -157,6 +158,25 @@ def time_calls(calls: Sequence[Call], device: torch.device, *, budget_s: float =
     )
 
 
+def time_in_turns(variants: Sequence[Sequence[Call]], *, budget_s: float = 1.0, min_samples: int = 7) -> list[Timing]:
+    """Time variants on a CPU for about ``budget_s`` seconds each: one call of each in turn, over its rotating copies.
+
+    Each sees as much as the others of a machine that is now slow and now fast, so that their ratios hold.
+    """
+    for call in (call for calls in variants for call in calls):
+        call()
+    samples: list[list[float]] = [[] for _ in variants]
+    end = time.perf_counter() + budget_s * len(variants)
+    count = 0
+    while count < min_samples or (time.perf_counter() < end and count < 2000):
+        for taken, calls in zip(samples, variants, strict=True):
+            started = time.perf_counter()
+            calls[count % len(calls)]()
+            taken.append(time.perf_counter() - started)
+        count += 1
+    return [_timing(taken, 1, "perf_counter, rotating copies, in turns") for taken in samples]
+
+
 def left_out(call: Call, device: torch.device) -> str | None:
     """Calls once; why there is no sense in timing it, or None."""
     started = time.perf_counter()
@@ -267,6 +287,10 @@ class ReadRate:
 
     Others on the machine only ever take from it. Pieces of 64 MB are read in turn, of as much as a rotation of weights
     has, so that both find the cache alike; short calls are not all disturbed by others. Needs ``rmcore._cpu``.
+
+    Attributes:
+        calls: what reads, a piece each.
+        part: bytes of a piece.
     """
 
     def __init__(self) -> None:
@@ -279,12 +303,12 @@ class ReadRate:
         _cpu.advise_huge(start, pieces * part)
         self._memory.fill_(1)
         threads = torch.get_num_threads()
-        self._calls = [partial(_cpu.read_all, start + i * part, part, threads) for i in range(pieces)]
-        self._part, self._most = part, 0.0
+        self.calls: list[Call] = [partial(_cpu.read_all, start + i * part, part, threads) for i in range(pieces)]
+        self.part, self._most = part, 0.0
 
     def again(self, budget_s: float = 0.1) -> float:
         """Measure for ``budget_s`` seconds; the most there was, now or earlier."""
-        self._most = max(self._most, self._part / min(_samples_cpu(self._calls, budget_s, 20)))
+        self._most = max(self._most, self.part / min(_samples_cpu(self.calls, budget_s, 20)))
         return self._most
 
 

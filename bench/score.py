@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from rmcore import ops
 from rmcore.ops import Backend
+from rmcore.ops.weights import HeadWeights
 
-from .harness import left_out, rotations, time_calls
+from .harness import Call, Floor, Timing, left_out, rotations, time_calls, time_in_turns
 from .peers import PEERS, Peer, Problem, make_problem, ours, peer_truth, truth
 from .rows import (
     absent_row,
@@ -34,48 +36,87 @@ COMPILED_BATCHES = (1, 16, 64, 256, 1024, 4096)
 def score(setup: Setup) -> Iterator[Row]:
     """Every backend and every peer at every size and batch."""
     for h, d in setup.sizes:
-        for dtype in setup.dtypes:
-            problem = make_problem(h, d, setup.device, dtype)
-            yield from _score_ours(setup, problem, dtype)
-            if dtype == setup.dtypes[0]:
-                yield from _score_peers(setup, problem)
-            del problem
-            free(setup.device)
+        problems = {dtype: make_problem(h, d, setup.device, dtype) for dtype in setup.dtypes}
+        yield from _score_ours(setup, problems)
+        yield from _score_peers(setup, problems[setup.dtypes[0]])
+        del problems
+        free(setup.device)
 
 
-def _score_ours(setup: Setup, problem: Problem, dtype: torch.dtype) -> Iterator[Row]:
-    h, d = problem.hidden_size, problem.num_features
-    weights = ours(problem)
-    copies = [weights, *(weights.clone() for _ in range(rotations(weights.nbytes(), setup.device) - 1))]
-    slow: dict[Backend, str] = {}
+@dataclass(frozen=True)
+class _Cell:
+    """One backend of ours at one batch: the columns of its row that are known before it is timed, and its calls."""
+
+    backend: Backend
+    dtype: torch.dtype
+    calls: list[Call]
+    floor: Floor
+    columns: Row
+
+    def row(self, timing: Timing, **more: float) -> Row:
+        return timed_row("score", f"rmcore {self.backend}", self.dtype, timing, self.floor, **self.columns, **more)
+
+
+def _score_ours(setup: Setup, problems: dict[torch.dtype, Problem]) -> Iterator[Row]:
+    heads = {dtype: ours(problem) for dtype, problem in problems.items()}
+    copies = {
+        dtype: [head, *(head.clone() for _ in range(rotations(head.nbytes(), setup.device) - 1))]
+        for dtype, head in heads.items()
+    }
+    slow: dict[tuple[Backend, torch.dtype], str] = {}
     for b in setup.batches:
-        x = random_rows(b, h, setup.device, dtype)
-        g, v = truth(problem, x[:64])
-        for backend in backends("score", setup, dtype, b, weights):
-            setup.note(f"score {h}×{d} B={b} rmcore {backend} {dtype_name(dtype)}")
-            if why := slow.get(backend) or left_out(partial(ops.score, x, weights, backend=backend), setup.device):
-                slow[backend] = f"B={b}: {why}" if backend not in slow else why
-                yield absent_row(f"rmcore {backend}", dtype, slow[backend], h, d, b)
-                continue
-            result = ops.score(x, weights, backend=backend)
-            out = torch.empty(4, b, device=setup.device)
-            calls = [partial(ops.score, x, w, backend=backend, out=out) for w in copies]
-            timing = time_calls(calls, setup.device, budget_s=setup.budget_s)
-            width = dtype.itemsize
-            floor = setup.limits.floor(head_bytes(b, h, d, width), head_flop(b, h, d), dtype_name(dtype))
-            yield timed_row(
-                "score",
-                f"rmcore {backend}",
-                dtype,
-                timing,
-                floor,
-                h=h,
-                d=d,
-                rows=b,
-                flop=head_flop(b, h, d),
-                bytes=head_bytes(b, h, d, width),
-                **error_columns(result.logit[:64], result.variance[:64], g, v, dtype),
-            )
+        in_turns: list[_Cell] = []
+        for dtype, problem in problems.items():
+            for backend in backends("score", setup, dtype, b, heads[dtype]):
+                cell = _score_cell(setup, problem, copies[dtype], backend, dtype, b, slow)
+                if not isinstance(cell, _Cell):
+                    yield cell
+                elif backend == "cpu":
+                    in_turns.append(cell)
+                else:
+                    yield cell.row(time_calls(cell.calls, setup.device, budget_s=setup.budget_s))
+        yield from _in_turns(setup, in_turns)
+
+
+def _score_cell(
+    setup: Setup,
+    problem: Problem,
+    copies: Sequence[HeadWeights],
+    backend: Backend,
+    dtype: torch.dtype,
+    b: int,
+    slow: dict[tuple[Backend, torch.dtype], str],
+) -> _Cell | Row:
+    h, d, weights = problem.hidden_size, problem.num_features, copies[0]
+    setup.note(f"score {h}×{d} B={b} rmcore {backend} {dtype_name(dtype)}")
+    x = random_rows(b, h, setup.device, dtype)
+    key = backend, dtype
+    if why := slow.get(key) or left_out(partial(ops.score, x, weights, backend=backend), setup.device):
+        slow[key] = f"B={b}: {why}" if key not in slow else why
+        return absent_row(f"rmcore {backend}", dtype, slow[key], h, d, b)
+    g, v = truth(problem, x[:64])
+    result = ops.score(x, weights, backend=backend)
+    out = torch.empty(4, b, device=setup.device)
+    work = {"flop": head_flop(b, h, d), "bytes": head_bytes(b, h, d, dtype.itemsize)}
+    return _Cell(
+        backend,
+        dtype,
+        [partial(ops.score, x, w, backend=backend, out=out) for w in copies],
+        setup.limits.floor(work["bytes"], work["flop"], dtype_name(dtype)),
+        {"h": h, "d": d, "rows": b} | work | error_columns(result.logit[:64], result.variance[:64], g, v, dtype),
+    )
+
+
+def _in_turns(setup: Setup, cells: list[_Cell]) -> Iterator[Row]:
+    """The cpu backend's rows at one batch: all dtypes in turns, and reading memory with them."""
+    if not cells:
+        return
+    reads = setup.reads
+    variants = [cell.calls for cell in cells] + ([reads.calls] if reads else [])
+    timings = time_in_turns(variants, budget_s=setup.budget_s)
+    for cell, timing in zip(cells, timings, strict=False):
+        read = {"of_read": cell.columns["bytes"] / timing.median * timings[-1].median / reads.part} if reads else {}
+        yield cell.row(timing, **read)
 
 
 def _score_peers(setup: Setup, problem: Problem) -> Iterator[Row]:

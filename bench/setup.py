@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .harness import Limits
+from .harness import Limits, ReadRate
 
 __all__ = ["Row", "Setup"]
 
@@ -35,5 +35,5 @@ class Setup:
     layers: int | None = None
     rounds: int | None = None
     data: Path | None = None
-    bandwidth: Callable[[], float] = lambda: 0.0
-    """Bytes a second that the memory gives at most, asked again; 0 where that is known."""
+    reads: ReadRate | None = None
+    """What reads a CPU's memory, to be asked again and beside others; None where nothing does."""

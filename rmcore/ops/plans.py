@@ -26,7 +26,8 @@ _CACHE = "plans"
 _LIMIT = 256
 """Plans of a head; at the next one all are forgotten, and made again as they are needed."""
 
-_DEVICES = {"cuda", "cpu"}
+_PLANNING = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+"""Backends whose calls are planned, by the kind of device: in Triton's interpreter a CPU has no streams."""
 
 
 class _Plans(dict[tuple[object, ...], Launch]):
@@ -61,7 +62,7 @@ def stream_of(index: int) -> int | None:
 
 def key_of(hidden: Tensor, backend: str) -> tuple[object, ...] | None:
     """What a plan depends on; None for calls that are not planned."""
-    if type(hidden) is not Tensor or hidden.device.type not in _DEVICES:
+    if type(hidden) is not Tensor or hidden.device.type not in _PLANNING:
         return None
     aligned = hidden.data_ptr() % 16 == 0
     return backend, hidden.shape, hidden.stride(), hidden.dtype, hidden.device, aligned
@@ -78,11 +79,12 @@ def _never(hidden: Tensor, weights: HeadWeights, out: Tensor) -> bool:
 
 
 def keep(weights: HeadWeights, key: tuple[object, ...], hidden: Tensor, module: Any) -> None:
-    """Ask the backend that has just served such a call for a plan; backends without any have no ``plan``."""
+    """Ask the backend that has just served such a call for a plan, where it makes any; keep what it gives."""
     if hidden.device.type == "cuda" and stream_of(hidden.device.index or 0) is None:
         return
-    launch: Launch = (module.plan(hidden, weights) if hasattr(module, "plan") else None) or _never
-    plans: Any = weights.cache.setdefault(_CACHE, _Plans())
-    if len(plans) >= _LIMIT:
-        plans.clear()
-    plans[key] = launch
+    plans = module.__name__.rpartition(".")[2] in _PLANNING[hidden.device.type]
+    launch: Launch = (module.plan(hidden, weights) if plans else None) or _never
+    kept: Any = weights.cache.setdefault(_CACHE, _Plans())
+    if len(kept) >= _LIMIT:
+        kept.clear()
+    kept[key] = launch

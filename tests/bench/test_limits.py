@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from rich.console import Console
 from rmcore.bench import __main__ as command
 from rmcore.bench import harness
 from rmcore.bench import score as score_suite
-from rmcore.bench.harness import Limits
+from rmcore.bench.harness import Limits, ReadRate
 from rmcore.bench.setup import Setup
 
 _cpu = pytest.importorskip("rmcore._cpu")
@@ -62,7 +65,7 @@ def test_rows_are_held_against_the_most_the_memory_gave_in_the_run(
     rates = iter((20e9, 50e9, 40e9))
     setup = Setup(
         torch.device("cpu"), Limits(30e9, "made up", {"float32": 1e12}), ((64, 64),), (1,), (torch.float32,), 0.0,
-        bandwidth=lambda: next(rates),
+        reads=cast("ReadRate", SimpleNamespace(again=lambda: next(rates))),
     )  # fmt: skip
 
     def suite(setup: Setup) -> Any:
@@ -101,6 +104,36 @@ def test_the_most_that_was_read_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter(([2e-3, 1e-3], [4e-3]))
     monkeypatch.setattr(harness, "_samples_cpu", lambda *_: next(taken))
     assert reads.again() == reads.again() == (64 << 20) / 1e-3
+
+
+def test_variants_in_turns_are_called_one_after_the_other_over_their_copies() -> None:
+    called: list[str] = []
+    variants = [
+        [partial(called.append, f"{name}{copy}") for copy in range(copies)] for name, copies in (("a", 2), ("b", 3))
+    ]
+    first, second = harness.time_in_turns(variants, budget_s=0.0, min_samples=4)
+    assert called == ["a0", "a1", "b0", "b1", "b2", "a0", "b0", "a1", "b1", "a0", "b2", "a1", "b0"]
+    assert first.samples == second.samples == 4
+    assert 0 < first.low <= first.median <= first.high
+
+
+def test_rows_of_the_kernels_say_what_was_read_in_turn_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1 << 20)
+    setup = Setup(
+        torch.device("cpu"), Limits(1e9, "made up", {"float32": 1e12}), ((64, 64),), (1,), (torch.bfloat16, torch.int8),
+        0.01, compiled=False, reads=ReadRate(),
+    )  # fmt: skip
+    ours = {(row["variant"], row["dtype"]): row for row in score_suite.score(setup) if "rmcore" in row["variant"]}
+    reads = {key: row.get("of_read", math.nan) for key, row in ours.items()}
+    assert 0 < reads["rmcore cpu", "int8"] < 1
+    assert 0 < reads["rmcore cpu", "bfloat16"] < 1
+    assert math.isnan(reads["rmcore torch", "bfloat16"])
+    row = ours["rmcore cpu", "int8"]
+    rates = reads["rmcore cpu", "int8"] / reads["rmcore cpu", "bfloat16"]
+    other = ours["rmcore cpu", "bfloat16"]
+    expected = row["bytes"] / row["median_s"] / (other["bytes"] / other["median_s"])
+    assert rates == pytest.approx(expected)  # one reading of memory beside both
+    assert f"{100 * reads['rmcore cpu', 'int8']:.0f}% of what was read in turn with it" in command._line(row)
 
 
 def test_bad_arguments_of_the_loop_raise() -> None:

@@ -250,7 +250,7 @@ def test_every_kind_of_head_ends_in_the_last_program_to_come(name):
 @pytest.fixture
 def planned(monkeypatch):
     """The CPU stands for a GPU whose calls are planned; yields how often the long way was gone."""
-    monkeypatch.setattr(plans, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(plans, "_PLANNING", {"cpu": ("cuda", "triton")})
     monkeypatch.setattr(plans, "stream_of", lambda _index: 7)
     monkeypatch.setattr(backend, "_arenas", {})
     taken: list[int] = []

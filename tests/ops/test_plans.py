@@ -49,7 +49,7 @@ def native(monkeypatch) -> Native:
     monkeypatch.setattr(cuda, "unavailable", lambda op, device, dtype: cuda._hung[0] if cuda._hung else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(plans, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(plans, "_PLANNING", {"cpu": ("cuda", "triton")})
     monkeypatch.setattr(plans, "stream_of", lambda _index: 7)
     monkeypatch.setitem(dispatch._ORDER, "cpu", ("cuda", "torch"))
     return made
