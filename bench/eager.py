@@ -2,8 +2,9 @@
 
 With a GPU the calls are real: batches of them, timed to the last one's return, not to the kernels' end. Without one,
 and beside the real figures, the same Python runs on CPU tensors against launchers that return at once, so that what is
-measured is the Python alone: Triton's own with kernels compiled for a GPU that is not there, the ``cuda`` backend's
-with a native module that ignores its arguments. Least of many short rounds: other work on the machine only adds.
+measured is the Python alone: Triton's own with kernels compiled for a GPU that is not there, the ``cuda`` and ``cpu``
+backends' with a native module that ignores its arguments. Least of many short rounds: other work on the machine only
+adds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["eager", "host_us", "measure", "operations"]
 
 ROUNDS, CALLS = 40, 25
 GOALS_US = {"cuda": 10.0, "triton": 20.0}
-ROWS = {"cuda": (1, 16, 64), "triton": (1, 64, 256)}
+ROWS = {"cpu": (1, 64), "cuda": (1, 16, 64), "triton": (1, 64, 256)}
 
 
 def host_us(
@@ -52,8 +53,9 @@ def host_us(
 
 
 def eager(setup: Setup) -> Iterator[Row]:
-    """Both backends at small batches."""
-    for name in ("cuda", "triton"):
+    """The backends with kernels, at small batches."""
+    names: tuple[Backend, ...] = ("cpu", "cuda", "triton")
+    for name in names:
         for row in measure(name, setup.device, min(setup.sizes[0][1], 1024), setup.note):
             yield {
                 "suite": "eager",
@@ -120,7 +122,8 @@ def _both(name: Backend, driver: str, hidden: Tensor, weights: HeadWeights) -> I
     launch = plans.find(weights, plans.key_of(hidden, name) or ())
     if launch is None or not launch(hidden, weights, torch.empty(4, len(hidden), device=hidden.device)):
         raise RuntimeError(f"eager: the {name} backend made no plan, so both figures are of the long way")
-    common = {"dtype": "float16", "driver": driver, "rows": len(hidden), "goal_us": GOALS_US[name]}
+    common = {"dtype": "float16", "driver": driver, "rows": len(hidden)}
+    common |= {"goal_us": GOALS_US[name]} if name in GOALS_US else {}
     yield {**common, "way": "long", "host_us": long_us}
     yield {**common, "way": "planned", "host_us": planned_us}
 
@@ -138,11 +141,20 @@ def _stubbed(name: str) -> Iterator[str | None]:
     """The backend takes CPU tensors and launches nothing; yields why it cannot be made to."""
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(_replace(plans, "_DEVICES", {"cpu"}))
+        enter(_replace(plans, "_PLANNING", {"cpu": ("cpu", "cuda", "triton")}))
         enter(_replace(plans, "_raw_stream", lambda _index: 0))
         enter(_replace(plans, "_current_device", lambda: 0))
         enter(_replace(plans, "_capturing", lambda: False))
-        yield _stub_triton(enter) if name == "triton" else _stub_cuda(enter)
+        yield {"cpu": _stub_cpu, "cuda": _stub_cuda, "triton": _stub_triton}[name](enter)
+
+
+def _stub_cpu(enter: Callable[[Any], Any]) -> str | None:
+    from rmcore.ops.backends import cpu
+
+    if why := cpu.unavailable("score", torch.device("cpu"), torch.float16):
+        return why
+    enter(_replace(cpu, "_cpu", SimpleNamespace(score=lambda *_, workspace, workspace_bytes: 0)))
+    return None
 
 
 def _stub_cuda(enter: Callable[[Any], Any]) -> str | None:

@@ -22,10 +22,11 @@ def check(rows: list[dict]) -> None:
         assert 0 < us[n, "planned"] < us[n, "long"]
 
 
-def test_the_planned_way_is_the_shorter(monkeypatch):
-    monkeypatch.setitem(eager.ROWS, "cuda", (1, 64))
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_the_planned_way_is_the_shorter(monkeypatch, backend):
+    monkeypatch.setitem(eager.ROWS, backend, (1, 64))
     monkeypatch.setattr(eager, "ROUNDS", 15)
-    check(list(eager.measure("cuda", torch.device("cpu"), 64, print)))
+    check(list(eager.measure(backend, torch.device("cpu"), 64, print)))
 
 
 def test_the_first_contact_reports_it(tmp_path, monkeypatch):
