@@ -320,13 +320,14 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("workspace"), py::arg("workspace_bytes"));
   m.def(
       "read_all",
-      [](uintptr_t data, int64_t bytes, int threads) {
+      [](uintptr_t data, int64_t bytes, int threads, int streams, int64_t ahead) {
         require(data != 0 && bytes > 0 && bytes % 64 == 0 && data % 64 == 0, "read_all: expected whole aligned lines");
-        require(threads > 0, "read_all: expected at least one thread");
+        require(threads > 0 && ahead >= 0, "read_all: expected at least one thread, and to ask ahead");
+        require(streams == 1 || streams == 2 || streams == 4, "read_all: expected 1, 2 or 4 streams");
         py::gil_scoped_release release;
-        return read_all(pointer<const void>(data), bytes, threads);
+        return read_all(pointer<const void>(data), bytes, threads, streams, ahead);
       },
-      py::arg("data"), py::arg("bytes"), py::arg("threads"));
+      py::arg("data"), py::arg("bytes"), py::arg("threads"), py::arg("streams"), py::arg("ahead"));
   m.def(
       "multiply_all",
       [](const std::string& dtype, int64_t rounds, int threads) {
