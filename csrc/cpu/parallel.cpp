@@ -64,13 +64,13 @@ void run_team(int threads, TeamBody body, void* context) {
   (void)register_fork_handler;
   TeamState state;
   if (threads <= 1 || in_forked_child) {
-    Team team(state, 0);
+    Team team(state, 0, 1);
     body(team, context);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
-    Team team(state, omp_get_thread_num());
+    Team team(state, omp_get_thread_num(), omp_get_num_threads());
     body(team, context);
   }
 }

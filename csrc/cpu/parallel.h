@@ -16,10 +16,12 @@ struct TeamState;
 
 class Team {
  public:
-  Team(TeamState& state, int rank) : state_(state), rank_(rank) {}
+  Team(TeamState& state, int rank, int size) : state_(state), rank_(rank), size_(size) {}
 
   // Which thread this is, for temporaries of its own.
   int rank() const { return rank_; }
+  // How many threads there are.
+  int size() const { return size_; }
 
   // One stage: body(task) for tasks 0 .. count − 1, shared out; returns when all are done.
   template <class Body>
@@ -51,7 +53,7 @@ class Team {
   void wait();
 
   TeamState& state_;
-  int rank_;
+  int rank_, size_;
   int64_t stage_ = 0;
 };
 

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
+#include "streams.h"
 #include "workspace.h"
 
 namespace rmcore::cpu::RMCORE_ISA {
@@ -249,31 +250,52 @@ void feature_stages(Team& team, const Map& map, const Rows& rows, int64_t start,
   const int64_t tasks = panels_of(map.features) * groups;
   const int k = static_cast<int>(round_up(depth, W::kStep));
   const auto* projection = static_cast<const typename W::Store*>(map.projection);
+  const auto scales = [&](int64_t panel, int64_t first, bool low_term) {
+    return scales_of<W>(map.projection_int8, panel, low_term ? b.hidden_low_factor : b.hidden_factor, first,
+                        low_term ? b.low_across : b.hidden_across, b.across_stride);
+  };
+  const auto finish = [&](int64_t panel, int64_t first, int64_t n, float* sums) {
+    if (map.layer == nullptr) {  // outliers are those of the hidden states
+      const float* scale = kInt8<W> ? map.projection_int8.scale + panel * kPanel : nullptr;
+      join_outliers<W>(b, static_cast<int>(n), first, projection + panel * k * kPanel, scale, sums);
+    }
+    finish_features(map, panel, static_cast<int>(n), sums);
+    emit(sums, panel, first, n);
+  };
+  if constexpr (kStreamed<W>) {
+    if (count == 1 && (kInt8<W> || low == 0)) {
+      one_row_stage<W>(
+          team, tasks, input, low, [&](int64_t panel) { return Stream<W>{projection + panel * k * kPanel, k}; },
+          [&](int64_t panel, float* sums, float* low_sums) {
+            if constexpr (kInt8<W>) {
+              finish_product<W>(1, scales(panel, 0, false), sums);
+              if (low != 0) {
+                finish_product<W>(1, scales(panel, 0, true), low_sums);
+                for (int c = 0; c < kPanel; c += kWidth) store(sums + c, add(load(sums + c), load(low_sums + c)));
+              }
+            }
+            finish(panel, 0, 1, sums);
+          });
+      return;
+    }
+  }
   team.each_ahead(tasks, [&](int64_t task, int64_t following) {  // the next one's weights are asked for early
     const int64_t panel = task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? projection + following / groups * k * kPanel : nullptr;
-    const auto* weights = projection + panel * k * kPanel;
-    const auto product = [&](int64_t from, int64_t two, const float* row_factors, float* to, const void* ahead) {
-      const auto scales = scales_of<W>(map.projection_int8, panel, row_factors, first,
-                                       from == 0 ? b.hidden_across : b.low_across, b.across_stride);
-      panel_product<W>(static_cast<int>(n), input + first * input_stride + from, input_stride, two, weights, k, scales,
-                       to, scratch, ahead);
+    const auto product = [&](int64_t from, int64_t two, float* to, const void* ahead) {
+      panel_product<W>(static_cast<int>(n), input + first * input_stride + from, input_stride, two,
+                       projection + panel * k * kPanel, k, scales(panel, first, from != 0), to, scratch, ahead);
     };
     if (kInt8<W> && low != 0) {  // whole numbers of different sizes are summed apart
       float* low_acc = b.low_acc[team.rank()];
-      product(0, 0, b.hidden_factor, acc, nullptr);
-      product(low, 0, b.hidden_low_factor, low_acc, next);
+      product(0, 0, acc, nullptr);
+      product(low, 0, low_acc, next);
       for (int64_t i = 0; i < n * kPanel; i += kWidth) store(acc + i, add(load(acc + i), load(low_acc + i)));
     } else {
-      product(0, low, b.hidden_factor, acc, next);
+      product(0, low, acc, next);
     }
-    if (map.layer == nullptr) {  // outliers are those of the hidden states
-      const float* scale = kInt8<W> ? map.projection_int8.scale + panel * kPanel : nullptr;
-      join_outliers<W>(b, static_cast<int>(n), first, weights, scale, acc);
-    }
-    finish_features(map, panel, static_cast<int>(n), acc);
-    emit(acc, panel, first, n);
+    finish(panel, first, n, acc);
   });
 }
 
@@ -311,20 +333,37 @@ void factor_stage(Team& team, const Head& head, const typename W::Act* c, int64_
   if constexpr (kSaturates<W>) {
     lay_rows_across(team, c, stride, count, size, b.features_across, b.across_stride);
   }
+  const auto finish = [&](int64_t panel, int64_t first, int64_t n, float* y) {
+    if constexpr (kInt8<W>) {
+      add_diagonal(head.factor_diagonal + panel * kPanel, c + first * stride + panel * kPanel, stride, c_factor + first,
+                   static_cast<int>(n), y);
+    }
+    emit(y, panel, first, n);
+  };
+  const auto scales = [&](int64_t panel, int64_t first) {
+    return scales_of<W>(head.factor_int8, panel, c_factor, first, b.features_across, b.across_stride);
+  };
+  const auto depth = [&](int64_t panel) { return static_cast<int>(factor_depth(size, panel, W::kStep)); };
+  if constexpr (kStreamed<W>) {
+    if (count == 1) {
+      one_row_stage<W>(
+          team, panels, c, 0,
+          [&](int64_t i) { return Stream<W>{factor + factor_offset(panels - 1 - i), depth(panels - 1 - i)}; },
+          [&](int64_t i, float* y, float*) {
+            if constexpr (kInt8<W>) finish_product<W>(1, scales(panels - 1 - i, 0), y);
+            finish(panels - 1 - i, 0, 1, y);
+          });
+      return;
+    }
+  }
   team.each_ahead(tasks, [&](int64_t task, int64_t following) {
     const int64_t panel = panels - 1 - task / groups, first = task % groups * task_rows;
     const int64_t n = minimum(task_rows, count - first);
     const auto* next = following < tasks ? factor + factor_offset(panels - 1 - following / groups) : nullptr;
     float* acc = b.acc[team.rank()];
-    panel_product<W>(static_cast<int>(n), c + first * stride, stride, 0, factor + factor_offset(panel),
-                     static_cast<int>(factor_depth(size, panel, W::kStep)),
-                     scales_of<W>(head.factor_int8, panel, c_factor, first, b.features_across, b.across_stride), acc,
-                     b.scratch[team.rank()], next);
-    if constexpr (kInt8<W>) {
-      add_diagonal(head.factor_diagonal + panel * kPanel, c + first * stride + panel * kPanel, stride, c_factor + first,
-                   static_cast<int>(n), acc);
-    }
-    emit(acc, panel, first, n);
+    panel_product<W>(static_cast<int>(n), c + first * stride, stride, 0, factor + factor_offset(panel), depth(panel),
+                     scales(panel, first), acc, b.scratch[team.rank()], next);
+    finish(panel, first, n, acc);
   });
 }
 

@@ -251,6 +251,29 @@ def test_cosine_is_accurate_to_a_millionth(isa):
     assert float(c.abs().max()) <= 1.0 + 2**-22
 
 
+@pytest.mark.parametrize("isa", [isa for isa in AVAILABLE if isa != "scalar"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [(1, 577), (33, 640), (300, 1030), (515, 900)], ids=str)
+def test_a_row_alone_has_the_bits_it_has_among_others(isa, dtype, size):
+    # Alone it may go through several panels at a time (csrc/cpu/streams.h), as many as the threads leave it.
+    _cpu.set_isa(isa)
+    h, d = size
+    head = SNGPHead(h, num_features=d, length_scale=2 * math.sqrt(h))
+    factor = torch.randn(d, d, generator=torch.Generator().manual_seed(h)).tril() / d + torch.eye(d)
+    weights = HeadWeights.build(head.freeze_features(dtype), torch.ones(d), 0.1, factor.double(), 0.4)
+    threads = torch.get_num_threads()
+    for of_rows in (torch.float32, torch.bfloat16):
+        hidden = draw(7, h, of_rows)
+        together = run(hidden, weights)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                alone = torch.cat([run(row, weights) for row in hidden.split(1)], 1)
+                assert torch.equal(alone, together)
+        finally:
+            torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 def test_threads_that_meet_at_a_new_head_pack_it_once(monkeypatch, dtype):
     # A second packing would free the first under a kernel that still reads it.
