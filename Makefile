@@ -17,9 +17,11 @@ ANSWERS = 'import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeou
 # kernels/): a checkout of peft or trl beside this one would then pass for an installed package.
 APART = 'import pathlib as p, sysconfig as s; f = p.Path(s.get_path("purelib"), "_editable_skbc_rmcore.pth"); \
   f.write_text("".join(x for x in f.read_text().splitlines(True) if x.strip() != str(p.Path.cwd().parent)))'
-# A worker of the tests a core, each with one thread: the tests that are about threads set their number themselves.
-# Compiled files are kept, whatever the environment says: else every worker and every child compiles rmcore and the tests.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
+# A worker of the tests a core and one more, since tests also wait; each with one thread: the tests that are about threads
+# set their number themselves. Compiled files are kept, whatever the environment says: else every worker and every child
+# compiles rmcore and the tests.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 7) + 1)')
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 # Has the environment in $(VENV)/ray find what is in $(VENV) too, editable installs among it.
 BESIDE = 'import pathlib as p, sysconfig as s; own = s.get_path("purelib"); \
   p.Path(own.replace("$(VENV)/", "$(VENV)/ray/"), "beside.pth").write_text(f"import site; site.addsitedir({own!r})\n")'
@@ -102,7 +104,7 @@ test-delays: $(VENV)/.dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist worksteal -p support.delays -o timeout=900 $(TESTS)
 
 # `make test` compiles the GPU kernels for one architecture: this takes a minute or two of both cores for the others, and
-# runs the interpreter's tests that it leaves out.
+# runs the interpreter's tests that it leaves out. .ci/run does both in one go.
 compile-gate: $(VENV)/.dev
 	RMCORE_ALL_ARCHS=1 $(PYTEST) tests/kernels/test_triton_compile.py tests/kernels/test_cuda_build.py \
 	  tests/kernels/test_triton_interpreter.py
