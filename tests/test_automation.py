@@ -53,7 +53,7 @@ def test_hosted_ci_asks_make_for_targets_that_exist() -> None:
 
 
 def test_the_kernels_of_every_architecture_are_compiled_somewhere() -> None:
-    """``make test`` compiles them for one: the gate for all is a target of its own, and part of the local CI's tests."""
+    """``make test`` compiles them for one: the gate for all is a target of its own, and part of the local CI."""
     asked = re.findall(r"^(?:(\w+=\w+) )?make ([\w-]+)\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert asked == [("", "lint"), ("RMCORE_ALL_ARCHS=1", "test")]
     gate = target("compile-gate")
