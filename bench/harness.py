@@ -281,8 +281,8 @@ def _cpu_limits(quick: bool, reads: ReadRate | None) -> Limits:
         operations = _cpu.multiply_all(name, rounds, threads)  # the same at every call
         matrix[name] = operations / _least_s(partial(_cpu.multiply_all, name, rounds, threads))
     told = f"multiply-adds on registers, {_cpu.isa()}"
-    read = f"read by all threads, {reads.streams} streams each, the most in this run"
-    return Limits(bandwidth, read, matrix, told)
+    kind = f"read by all threads, {reads.streams} streams each, the most in this run"
+    return Limits(bandwidth, kind, matrix, told)
 
 
 class ReadRate:
