@@ -27,6 +27,8 @@ _cpu = pytest.importorskip("rmcore._cpu")
 class Reads:
     """Memory that is known: nothing is read."""
 
+    streams = 4
+
     def again(self, budget_s: float = 0.1) -> float:
         return 3e9
 
@@ -41,6 +43,7 @@ def test_rates_are_those_of_the_instruction_set_in_force(monkeypatch: pytest.Mon
             _cpu.set_isa(isa)
             limits = harness.measure_limits(torch.device("cpu"), quick=True, reads=Reads())  # type: ignore[arg-type]
             assert limits.bandwidth == 3e9
+            assert limits.bandwidth_kind == "read by all threads, 4 streams each, the most in this run"
             assert limits.matrix_kind == f"multiply-adds on registers, {isa}"
             # Operations of one call: as many sums, each of as many numbers as one multiplication takes.
             rates = {kind: limits.matrix[kind] / limits.matrix["float32"] for kind in kinds}
