@@ -182,7 +182,7 @@ def test_score_attributes(dtype):
 SHORT = """
 import torch
 from support import cpu_build
-from rmcore.ops.backends import cpu
+from rmcore.ops.backends import cpu_packing
 import test_cpu_score as scores
 
 class Short:
@@ -191,7 +191,7 @@ class Short:
         self.data_ptr, self.numel = self.memory.data_ptr, lambda: nbytes
 
 weights = scores.make_head(65, 63, torch.float32)
-cpu.large = Short
+cpu_packing.large = Short
 scores.run(scores.draw(7, 65), weights)
 """
 
